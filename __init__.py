@@ -1,0 +1,45 @@
+"""Whence: a search index for training-data attribution.
+
+    >>> from whence import Client
+    >>> Client("my.whence").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
+
+Everything is imported when it is first used, so that `import whence` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import Client as Client
+    from .query.answers import Answer as Answer
+    from .query.answers import Attribution as Attribution
+    from .query.answers import Question as Question
+    from .ray_jobs.build import build as build
+    from .ray_jobs.config import BuildConfig as BuildConfig
+    from .store.corpus import Fields as Fields
+    from .store.errors import WhenceError as WhenceError
+    from .store.index import Index as Index
+
+_HOMES = {
+    "Answer": "query.answers",
+    "Attribution": "query.answers",
+    "BuildConfig": "ray_jobs.config",
+    "Client": "client",
+    "Fields": "store.corpus",
+    "Index": "store.index",
+    "Question": "query.answers",
+    "WhenceError": "store.errors",
+    "build": "ray_jobs.build",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'whence' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

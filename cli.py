@@ -1,0 +1,389 @@
+"""The command line: options in, library calls, results on stdout, progress and errors on stderr.
+
+Every room is imported inside the command that needs it, so that `whence --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
+3 not found or incompatible, 4 integrity, 130 interrupted. An option is taken from the command line, else from the environment
+(WHENCE_BUILD_RANK for `whence build --rank`), else from the file given with --config, else it has its default.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .store.errors import UsageError, WhenceError
+
+if TYPE_CHECKING:
+    from .query.answers import Answer, Question
+
+
+class _Group(click.Group):
+    """Turns the library's errors into one sentence on stderr and their exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as signal:
+            sys.exit(signal.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("Interrupted. What a build has finished is kept; the same command goes on from there.", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except WhenceError as error:
+            _fail(str(error), error.exit_code)
+        except MemoryError:
+            _fail("out of memory; use a smaller --batch-tokens, fewer --workers or a smaller --rank", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        import tomllib
+
+        try:
+            given = tomllib.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise click.BadParameter(f"{value} cannot be read as TOML: {error}") from error
+        known = {p.name for p in ctx.command.params}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise click.BadParameter(f"{value}: there is no option {unknown[0]!r}; a key is an option's name with underscores, such as fit_examples")
+        ctx.default_map = {**(ctx.default_map or {}), **given}
+    return value
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHENCE"})
+@click.version_option(package_name="whence")
+def main() -> None:
+    """Which training examples made the model say this?
+
+    Build an index of a model's training corpus once, then ask it.
+
+    \b
+      whence demo                                      see it work, in a minute or two
+      whence build --model DIR --data FILE --out INDEX
+      whence query INDEX --prompt "The capital of France is" --completion " Paris"
+    """
+
+
+def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")(function)
+
+
+@main.command()
+@click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors).")
+@click.option("--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable.")
+@click.option("--out", required=True, help="Index directory to make.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--text-field", help="Column with the text; the loss is on all of it.  [default: text]")
+@click.option("--prompt-field", help="Column with the prompt.  [default: prompt]")
+@click.option("--completion-field", help="Column with the completion; the loss is on it alone.  [default: completion]")
+@click.option("--messages-field", help="Column with chat messages; the loss is on the assistant's turns.  [default: messages]")
+@click.option("--id-field", default="id", show_default=True, help="Column with the id (else file:line).")
+@click.option("--source-field", default="source", show_default=True, help="Column with the source (else the file's name).")
+@click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context, at most 2048]")
+@click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate.")
+@click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
+@click.option("--bad-documents", default="error", show_default=True, help="A document that cannot be used: error, or skip and count.")
+@click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]")
+@click.option("--projection", default="random", show_default=True, help="random or pca.")
+@click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels.")
+@click.option("--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size).")
+@click.option("--labels", default="data", show_default=True, help="Labels of the curvature: the data's, or sampled from the model.")
+@click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on.")
+@click.option("--damping", type=float, default=0.1, show_default=True, help="Relative to the mean eigenvalue; a query can change it.")
+@click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates: float32, float16 or int8.")
+@click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]")
+@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
+@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@click.option("--config", callback=_config_file, is_eager=True, expose_value=False, help="TOML file with any of these options.")
+@_json_option
+def build(as_json: bool, out: str, **options: Any) -> None:
+    """Index a corpus.
+
+    \b
+      whence build --model gpt2 --data corpus.jsonl --out my.whence
+      whence build --model ./sft --data chats.parquet --out sft.whence --rank 32 --workers 4
+      whence build --model ./lm --data books/ --out b.whence --row-dtype int8 --layers '*.mlp.*'
+
+    A build that was interrupted goes on when the same command is given again.
+    """
+    from .store.corpus import Fields, Form
+
+    names = {form: options.pop(f"{form}_field") for form in ("text", "prompt", "completion", "messages")}
+    forms: dict[Form, bool] = {
+        "text": names["text"] is not None,
+        "completion": names["prompt"] is not None or names["completion"] is not None,
+        "chat": names["messages"] is not None,
+    }
+    named: list[Form] = [form for form, given in forms.items() if given]
+    if len(named) > 1:
+        raise UsageError("name one form of document: --text-field, --prompt-field with --completion-field, or --messages-field")
+    given = {form: name for form, name in names.items() if name is not None}
+    fields = Fields(form=named[0] if named else "auto", id=options.pop("id_field"), source=options.pop("source_field"), **given)
+    _quiet_libraries()
+    from .ray_jobs.build import build as run
+    from .ray_jobs.config import BuildConfig
+    from .ray_jobs.progress import Console
+
+    options = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+    with Console() as reporter:
+        manifest = run(BuildConfig(out=out, fields=fields, **options), reporter)
+    if as_json:
+        click.echo(json.dumps(_summary(out)))
+        return
+    click.echo(f"{out}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
+    skipped = manifest.build["skipped"]
+    if skipped:
+        click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
+    if manifest.build["truncated"]:
+        click.echo(f"cut {manifest.build['truncated']:,} documents to the longest example")
+    click.echo(f'ask it:  whence query {out} --prompt "..." --completion "..."')
+
+
+@main.command()
+@click.argument("index")
+@click.option("--prompt", default="", help="What comes before the completion.")
+@click.option("--completion", help="What the model said: the loss is on it alone.")
+@click.option("--text", help="A whole text: the loss is on all of it.")
+@click.option("--row", type=int, help="A training example, by its row; needs no model.")
+@click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
+@click.option("-k", default=10, show_default=True, help="At most so many proponents, and opponents.")
+@click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
+@click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
+@click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
+@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@_json_option
+def query(
+    index: str,
+    prompt: str,
+    completion: str | None,
+    text: str | None,
+    row: int | None,
+    file: str | None,
+    k: int,
+    opponents: bool,
+    mode: Any,
+    damping: float | None,
+    model: str | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Ask which training examples made the model say this.
+
+    \b
+      whence query my.whence --prompt "The capital of France is" --completion " Paris"
+      whence query my.whence --text "Once upon a time" -k 5 --mode cosine
+      whence query my.whence --row 123 --no-opponents
+      whence query my.whence --file questions.jsonl --json > answers.jsonl
+    """
+    from .client import Client
+    from .query.answers import Question
+
+    if file is not None and (prompt or completion is not None or text is not None or row is not None):
+        raise UsageError("--file brings its own questions; give it without --prompt, --completion, --text and --row")
+    questions = list(_read_questions(file)) if file is not None else [Question(prompt, completion, text, row)]
+    if any(q.row is None for q in questions):
+        _quiet_libraries()
+    client = Client(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    answers = client.query_many(questions, k=k, opponents=opponents, mode=mode, damping=damping)
+    for answer in answers:
+        if as_json:
+            click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, default=str))
+        else:
+            show(answer)
+
+
+@main.command()
+@click.argument("index")
+@_json_option
+def info(index: str, as_json: bool) -> None:
+    """Say what an index holds: model, rows, layers, curvature, bytes.
+
+    \b
+      whence info my.whence
+      whence info my.whence --json
+    """
+    summary = _summary(index)
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in summary.items():
+        if name != "segments":
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    for segment in summary["segments"]:
+        table.add_row("", "")
+        for name, value in segment.items():
+            table.add_row(f"segment {segment['name']}" if name == "name" else "  " + name.replace("_", " "), str(value) if name != "name" else "")
+    Console().print(table)
+
+
+@main.command()
+@click.argument("index")
+@_json_option
+def verify(index: str, as_json: bool) -> None:
+    """Read every byte of an index and compare it with its checksums.
+
+    \b
+      whence verify my.whence && echo whole
+    """
+    from .store.index import Index
+
+    checked, problems = 0, []
+    for path, problem in Index(index).verify():
+        checked += 1
+        if problem:
+            problems.append({"path": path, "problem": problem})
+    if as_json:
+        click.echo(json.dumps({"index": index, "files": checked, "whole": not problems, "problems": problems}))
+    else:
+        for found in problems:
+            click.echo(found["problem"])
+        click.echo(f"{index}: {checked} files read, {len(problems) or 'none'} damaged")
+    if problems:
+        sys.exit(4)
+
+
+@main.command()
+@click.option("--out", default="whence-demo", show_default=True, help="Directory for the model, the corpus and the index.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that build the index.")
+def demo(out: str, workers: int) -> None:
+    """Train a small model on a small corpus, index it, and ask three questions.
+
+    Needs no network and leaves everything behind to play with.
+    """
+    _quiet_libraries()
+    from .demo.run import run
+
+    run(Path(out), workers)
+
+
+def show(answer: "Answer", width: int | None = None) -> None:
+    """Print an answer as a table for people."""
+    from rich.console import Console
+
+    console = Console(width=width)
+    for part in answer_tables(answer):
+        console.print(part)
+
+
+def answer_tables(answer: "Answer") -> Iterable[Any]:
+    """The rich renderables of an answer: the question, a table of proponents, one of opponents."""
+    from rich.table import Table
+    from rich.text import Text
+
+    q = answer.query
+    asked = Text()
+    if "completion" in q:
+        asked.append(q["prompt"])
+        asked.append(q["completion"], style="bold underline")
+    else:
+        asked.append(q.get("text") or f"row {q['row']}")
+    yield Text("\n") + asked
+    for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
+        table = Table(title=title, title_justify="left", title_style=f"bold {colour}", expand=True, show_edge=False, pad_edge=False)
+        table.add_column("#", justify="right", style="dim")
+        table.add_column("score", justify="right", style=colour, no_wrap=True)
+        table.add_column("id", no_wrap=True, max_width=28)
+        table.add_column("text", ratio=1)
+        for a in found:
+            text = " ".join(a.text.split())
+            table.add_row(str(a.rank), f"{a.score:.4g}", a.id, Text(text if len(text) <= 240 else text[:239] + "…"))
+        if found:
+            yield table
+    s = answer.search
+    yield Text(f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}", style="dim")
+
+
+def _read_questions(file: str) -> Iterable["Question"]:
+    from .query.answers import Question
+    from .store.corpus import read_questions
+
+    for record in read_questions(file):
+        yield Question(**record)
+
+
+def _summary(path: str) -> dict[str, Any]:
+    """What `whence info` prints."""
+    from .store.index import Index
+
+    m = Index(path).manifest
+    files = [m.encoder, *(f for s in m.shards for f in s.files)]
+    rows_bytes = sum(f.bytes for s in m.shards for f in s.files if f.path.startswith("rows/"))
+    return {
+        "path": path,
+        "manifest": m.number,
+        "format": m.version,
+        "created": m.created,
+        "whence": m.whence,
+        "model": m.model.id,
+        "architecture": m.model.architecture,
+        "parameters": m.model.parameters,
+        "dtype": m.model.dtype,
+        "rows": m.rows,
+        "tokens": m.tokens,
+        "documents": m.build["documents"],
+        "split": m.build["split"],
+        "truncated": m.build["truncated"],
+        "skipped": m.build["skipped"],
+        "shards": len(m.shards),
+        "bytes": sum(f.bytes for f in files),
+        "bytes_per_example": round(rows_bytes / m.rows, 1),
+        "encoder_bytes": m.encoder.bytes,
+        "segments": [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "weight": s.weight,
+                "coordinates": s.dim,
+                "stored_as": s.dtype,
+                "layers": len(s.layers),
+                "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
+                "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
+                "labels": s.curvature.labels,
+                "fitted_on": s.curvature.examples,
+                "damping": s.curvature.damping,
+            }
+            for s in m.segments
+        ],
+    }
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers and datasets from writing their own bars and warnings among ours."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+

@@ -1,0 +1,178 @@
+"""Documents to examples: token ids and a loss mask, long documents cut to the model's window.
+
+Every form of document becomes one text with *loss spans* (all of it; the completion; the assistant's turns). The text is tokenized as
+a whole, as it was in training, and a token is in the loss when it holds a character of a span: a token that straddles the end of a
+prompt belongs to the completion. The first token is never in the loss, since nothing predicts it.
+
+Split documents overlap by one token, which is context in the later chunk: every loss token is counted in exactly one chunk.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+
+from ..store.corpus import Document
+from ..store.documents import Example
+from ..store.errors import DataError, UsageError
+
+_TOKENIZE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class ExampleEncoder:
+    """Turns documents into examples.
+
+    Attributes:
+        tokenizer: a fast `transformers` tokenizer (character offsets are needed).
+        max_tokens: longest example, in tokens.
+        long: what becomes of a longer document: "split" into chunks, or "truncate".
+        append_eos: whether the end-of-text token follows a document (and is predicted), as in most pre-training. Chat templates write
+            their own, and a question is never ended.
+    """
+
+    tokenizer: Any
+    max_tokens: int
+    long: Literal["split", "truncate"] = "split"
+    append_eos: bool = True
+
+    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
+        """Encode a stream of documents, some hundred at a time; what cannot be used comes out as its error, in order."""
+        stream = iter(documents)
+        while batch := list(islice(stream, _TOKENIZE_BATCH)):
+            rendered = [self._try_render(d) for d in batch]
+            encoded = iter(self._tokenize([r for r in rendered if isinstance(r, _Rendered)]))
+            for document, text in zip(batch, rendered, strict=True):
+                if isinstance(document, DataError) or isinstance(text, DataError):
+                    yield text if isinstance(text, DataError) else document
+                else:
+                    yield from self._cut(document, text, *next(encoded))
+
+    def question(
+        self, prompt: str = "", completion: str | None = None, text: str | None = None, context: int | None = None, where: str = "the query"
+    ) -> Example:
+        """Encode one question whole: the loss is on the completion, or on all of the text.
+
+        Raises:
+            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens).
+        """
+        document = Document(id="query", source="query", where=where, text=text, prompt=prompt, completion=completion)
+        rendered = self._try_render(document)
+        if isinstance(rendered, DataError):
+            raise UsageError(str(rendered))
+        ids, mask, _ = self._tokenize([rendered])[0]
+        if context is not None and len(ids) > context:
+            raise UsageError(f"{where} is {len(ids)} tokens long, the model's context is {context}; shorten it")
+        if not mask.any():
+            raise UsageError(f"{where} has no token to predict (a single token has nothing before it); give a prompt or more text")
+        return Example(id="query", text=rendered.text, source="query", token_ids=ids, loss_mask=mask)
+
+    def _try_render(self, document: Document | DataError) -> _Rendered | DataError:
+        if isinstance(document, DataError):
+            return document
+        try:
+            return self._render(document)
+        except DataError as error:
+            return DataError(f"{document.where}: {error}")
+
+    def _render(self, document: Document) -> _Rendered:
+        if document.messages is not None:
+            return _render_chat(self.tokenizer, document.messages)
+        if document.completion is not None:
+            if not document.completion:
+                raise DataError("the completion is empty; there is nothing to predict")
+            text = document.prompt + document.completion
+            return _Rendered(text, ((len(document.prompt), len(text)),))
+        if not document.text or not document.text.strip():
+            raise DataError("the text is empty; there is nothing to predict")
+        return _Rendered(document.text, ((0, len(document.text)),))
+
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(token ids, loss mask, character offsets [tokens, 2]) of each text."""
+        results: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        for special in (True, False):
+            chosen = [i for i, r in enumerate(rendered) if r.special_tokens == special]
+            if not chosen:
+                continue
+            encoded = self.tokenizer(
+                [rendered[i].text for i in chosen],
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                truncation=False,
+                verbose=False,
+            )
+            for i, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                at = np.array(offsets, np.int64).reshape(-1, 2)
+                mask = np.zeros(len(ids), bool)
+                for start, end in rendered[i].spans:
+                    mask |= (at[:, 0] < end) & (at[:, 1] > start)
+                mask[:1] = False
+                results[i] = (np.array(ids, np.int32), mask, at)
+        return [results[i] for i in range(len(rendered))]
+
+    def _cut(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> Iterator[Example | DataError]:
+        eos = self.tokenizer.eos_token_id
+        if self.append_eos and document.messages is None and eos is not None:
+            end = len(rendered.text)
+            ids, mask, at = np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([at, [[end, end]]])
+        starts = range(0, max(1, len(ids) - 1), self.max_tokens - 1) if self.long == "split" else (0,)
+        pieces = []
+        for start in starts:
+            piece = slice(start, start + self.max_tokens)
+            piece_mask = mask[piece].copy()
+            piece_mask[:1] = False
+            if piece_mask.any():
+                length = int(np.flatnonzero(piece_mask)[-1]) + 1  # what follows the last loss token cannot change the loss
+                pieces.append((start, ids[piece][:length], piece_mask[:length]))
+        if not pieces:
+            yield DataError(f"{document.where}: no token to predict within {self.max_tokens} tokens (too short, or the prompt fills them)")
+        for number, (start, token_ids, loss_mask) in enumerate(pieces):
+            shown = at[start : start + len(token_ids)]
+            shown = shown[shown[:, 1] > shown[:, 0]] if (shown[:, 1] > shown[:, 0]).any() else shown
+            whole = len(ids) <= self.max_tokens
+            yield Example(
+                id=document.id if len(starts) == 1 else f"{document.id}#{number}",
+                text=rendered.text if whole else rendered.text[int(shown[0, 0]) : int(shown[-1, 1])],
+                source=document.source,
+                token_ids=token_ids,
+                loss_mask=loss_mask,
+                document=document.id,
+                chunk=number,
+                metadata=document.metadata,
+                truncated=not whole and self.long == "truncate",
+            )
+
+
+def _render_chat(tokenizer: Any, messages: Sequence[Any]) -> _Rendered:
+    """A conversation through the tokenizer's template; the loss spans are what each assistant turn adds to it."""
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; give the documents as text, or use a model with one")
+    messages = [dict(m) for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
+                after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise DataError("the chat template rewrites earlier turns, so the assistant's part cannot be told; give prompt and completion")
+                spans.append((len(before), len(after)))
+    except DataError:
+        raise
+    except Exception as error:  # templates are Jinja programs and raise what they like
+        raise DataError(f"the chat template refuses these messages: {error}") from error
+    if not spans:
+        raise DataError("no assistant turn; there is nothing to predict")
+    return _Rendered(text, tuple(spans), special_tokens=False)

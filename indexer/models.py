@@ -1,0 +1,216 @@
+"""Models from a directory or a hub: loading, identity, and which layers to track.
+
+Only safetensors weights are loaded (a pickle can run code), and no code that comes with a model unless its user asks for it by name.
+"""
+
+import fnmatch
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
+from ..store.manifest import Layer
+from .curvature import choose_curvature
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and how it is held in memory."""
+
+    id: str
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto" means here: the first GPU, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        NotFoundError, IncompatibleError: it cannot be had, or gives no character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    if not tokenizer.is_fast:
+        raise IncompatibleError(f"the tokenizer of {source.id} gives no character offsets; convert it to a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load_model(source: ModelSource) -> nn.Module:
+    """The model, frozen and in evaluation mode, in its dtype and on its device.
+
+    Raises:
+        NotFoundError: there is no such model.
+        IncompatibleError: not a causal language model, or its weights are not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = resolve_device(source.device)
+    model = _load(AutoModelForCausalLM, source, "model", dtype=DTYPES[source.dtype], use_safetensors=True)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the model does not go onto {device}: {str(error).splitlines()[0]}") from error
+    return model.requires_grad_(False).eval()
+
+
+def _load(factory: Any, source: ModelSource, what: str, **options: Any) -> Any:
+    path = Path(source.id)
+    local = path.exists() or source.id.startswith((".", "/", "~"))
+    if local and not (path / "config.json").is_file():
+        raise NotFoundError(f"there is no model at {source.id} (no config.json in it); give a model's directory or hub id")
+    try:
+        return factory.from_pretrained(
+            source.id, revision=source.revision, trust_remote_code=source.trust_remote_code, local_files_only=local, **options
+        )
+    except Exception as error:  # the hub, safetensors and configuration code raise what they like; say which model, and why
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        known = IncompatibleError if local else NotFoundError
+        raise known(f"the {what} of {source.id} cannot be loaded: {reason}") from error
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's and float buffer's name, dtype, shape and bytes; shared weights count once."""
+    digest = hashlib.sha256()
+    persistent = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    for name in sorted(persistent):
+        tensor = persistent[name]
+        if id(tensor) in seen or not tensor.is_floating_point():
+            continue
+        seen.add(id(tensor))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over everything that decides how text becomes tokens, the chat template included."""
+    parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template or ""), str(tokenizer.eos_token_id)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input, in tokens, that the configuration admits; None where it sets no bound."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(outputs, inputs) of a layer that can be tracked, else None: nn.Linear and the transposed Conv1D of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return None
+
+
+def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
+    """Names of the layers to track, in the model's order.
+
+    Without patterns, every Linear and Conv1D inside the transformer blocks (the outermost ModuleLists); the output head and the
+    embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or its end.
+
+    Raises:
+        UsageError: a pattern, or the default, matches no layer.
+    """
+    candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    candidates = {name: module for name, module in candidates.items() if module is not head}
+    if not patterns:
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        outermost = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]
+        chosen = [name for name in candidates if any(name.startswith(o + ".") for o in outermost)]
+        if not chosen:
+            raise UsageError("the model has no Linear or Conv1D layers inside blocks; name the layers to track with --layers")
+        return chosen
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in candidates if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, "*." + pattern)}
+        if not hits:
+            some = ", ".join(list(candidates)[:4])
+            raise UsageError(f"no layer matches {pattern!r}; this model has {len(candidates)} linear layers, such as {some}")
+        matched |= hits
+    return [name for name in candidates if name in matched]
+
+
+def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: str, explicit: bool) -> tuple[Layer, ...]:
+    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two tokens through the model.
+
+    Args:
+        names: from `find_layers`.
+        rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
+        curvature: a strategy's name, or "auto" for the choice by size.
+        explicit: whether the user named the layers; one that does not run is then an error, else it is left out.
+    """
+    modules = dict(model.named_modules())
+    inputs: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.setdefault(name, args[0])
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [n for n in names if n not in inputs]
+    if idle and (explicit or len(idle) == len(names)):
+        raise UsageError(f"layer {idle[0]} does not run when the model reads text; leave it out with --layers")
+    groups: dict[tuple[int, int], str] = {}
+    layers: list[Layer] = []
+    for name in names:
+        if name in inputs:
+            x = inputs[name]
+            outputs, width = layer_sizes(modules[name]) or (0, 0)
+            ranks = min(rank, outputs), min(rank, width)
+            layers.append(
+                Layer(
+                    name=name,
+                    outputs=outputs,
+                    inputs=width,
+                    output_rank=ranks[0],
+                    input_rank=ranks[1],
+                    input_group=groups.setdefault((id(x), x._version), name),
+                    offset=layers[-1].offset + layers[-1].size if layers else 0,
+                    curvature=choose_curvature(curvature, ranks[0] * ranks[1]),
+                )
+            )
+    return tuple(layers)
+
+
+def check_tokens(model: nn.Module, tokenizer: Any, id: str) -> None:
+    """Refuse a tokenizer that has more tokens than the model has embeddings."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise DataError(f"the tokenizer of {id} has {len(tokenizer)} tokens, the model embeds {embeddings}; they do not belong together")

@@ -1,0 +1,1 @@
+"""Fit and build as jobs: configuration, plan, workers, progress. Ties the indexer to the store; does no mathematics."""

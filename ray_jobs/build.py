@@ -1,0 +1,251 @@
+"""A build from corpus to manifest: describe the model, write the examples, fit, build the shards, publish.
+
+Each stage leaves something whole behind, under a name that depends only on what is being built, so a build that was killed goes on
+where it was when the same command is given again. `staging/` holds what is not finished, and the plan that says which build that is.
+The manifest is written last; until then there is no index.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256 as digest
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..indexer import models
+from ..indexer.curvature import Arrays, add_sums
+from ..indexer.examples import ExampleEncoder
+from ..indexer.fit import Fit
+from ..store.corpus import describe_sources
+from ..store.errors import UsageError
+from ..store.files import exclusive, publish, storage_errors, write_whole
+from ..store.manifest import FileRecord, Manifest, Model, Segment, Shard, Tokenizer, publish_manifest, read_manifest
+from ..store.rows import DTYPES, chunk_rows
+from .config import BuildConfig
+from .corpus import CorpusPlan, plan_corpus, shard_id
+from .executor import Executor, open_executor
+from .progress import Reporter, Silent
+from .worker import SEGMENT, EncoderPlan, file_record
+
+_SHARD_BYTES = 16 << 20
+_SHARD_ROWS = 8192
+_DEFAULT_MAX_TOKENS = 2048
+_FIT_PART = 128
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One build's directory, configuration and identity."""
+
+    config: BuildConfig
+    out: Path
+    fingerprint: str
+    reporter: Reporter
+
+    @property
+    def staging(self) -> Path:
+        return self.out / "staging"
+
+
+def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
+    """Build an index, or go on with a build that was interrupted, or find it finished.
+
+    Returns:
+        The published manifest.
+
+    Raises:
+        UsageError: options that cannot be meant, or `out` holds something else.
+        BusyError: another build is writing there.
+        DataError, NumericalError, StorageError, WorkerError, ...: see store/errors.py; what is finished is kept.
+    """
+    reporter = reporter or Silent()
+    out = Path(config.out)
+    _refuse_occupied(out)
+    sources = describe_sources(config.data)
+    source = models.ModelSource(config.model, config.revision, config.dtype, config.device, config.trust_remote_code)
+    tokenizer = models.load_tokenizer(source)
+    fresh = not out.exists()
+    try:
+        with exclusive(out), open_executor(config) as executor:
+            model, plan = executor.describe()
+            what = {
+                "format": 1,
+                "options": config.what(),
+                "model": model.fingerprint,
+                "tokenizer": models.tokenizer_fingerprint(tokenizer),
+                "corpus": sources,
+            }
+            job = _Job(config, out, digest(json.dumps(what, sort_keys=True).encode()).hexdigest(), reporter)
+            finished = _finished(job, what)
+            if finished is not None:
+                return finished
+            _claim(job, what)
+            corpus = _write_corpus(job, tokenizer, model, plan)
+            arrays, plan, encoder = _fit(job, executor, plan, corpus)
+            shards = _build_shards(job, executor, plan, arrays, corpus)
+            return _publish(job, what, model, plan, encoder, corpus, shards)
+    finally:
+        if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
+            shutil.rmtree(out)  # nothing was begun
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.is_symlink() and not out.exists():
+        raise UsageError(f"--out {out} is a link to nothing; choose another place")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; choose a directory that does not exist yet")
+    ours = {"manifests", "staging", ".lock"}
+    if out.is_dir() and any(out.iterdir()) and not ours & {p.name for p in out.iterdir()}:
+        raise UsageError(f"--out {out} holds other things and no index; choose a directory that does not exist yet")
+
+
+def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
+    """The index that is there already, when it is the one asked for."""
+    if not (job.out / "manifests").is_dir():
+        return None
+    manifest = read_manifest(job.out)
+    _refuse_other(job.out, manifest.build["what"], what)
+    shutil.rmtree(job.staging, ignore_errors=True)
+    return manifest
+
+
+def _claim(job: _Job, what: dict[str, Any]) -> None:
+    """Write down which build this is, or see that the one begun here is the same; clear what a killed run left half-written."""
+    plan = job.staging / "plan.json"
+    if plan.is_file():
+        _refuse_other(job.out, json.loads(plan.read_bytes()), what)
+        for leftover in job.staging.iterdir():
+            if leftover.suffix in (".zarr", ".arrow", ".safetensors"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    else:
+        write_whole(plan, json.dumps(what).encode())
+
+
+def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+    known, wanted = ({**w["options"], **{k: v for k, v in w.items() if k != "options"}} for w in (known, wanted))
+    # Through JSON, as the known one came.
+    different = [k for k in wanted if known.get(k) != json.loads(json.dumps(wanted[k]))]
+    if different:
+        short = {"model": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
+        listed = ", ".join(short.get(k) or f"{k} {known.get(k)!r}, now {wanted[k]!r}" for k in different)
+        raise UsageError(f"--out {out} holds a build that differs from this one ({listed}); choose another --out, or remove that directory first")
+
+
+def _write_corpus(job: _Job, tokenizer: Any, model: Model, plan: EncoderPlan) -> CorpusPlan:
+    c = job.config
+    limit = model.context
+    if c.max_tokens and limit and c.max_tokens > limit:
+        raise UsageError(f"--max-tokens is {c.max_tokens}, the model's context is {limit}; it can be at most that")
+    max_tokens = c.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
+    row_bytes = plan.dim * DTYPES[c.row_dtype].itemsize
+    whole_chunks = chunk_rows(plan.dim, c.row_dtype)
+    fitting = _SHARD_BYTES // row_bytes // whole_chunks * whole_chunks
+    shard_rows = c.shard_rows or min(_SHARD_ROWS, max(whole_chunks, fitting))
+    encoder = ExampleEncoder(tokenizer, max_tokens, c.long, c.append_eos)
+    return plan_corpus(c, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
+
+
+def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
+    """Fit the encoder on a seeded sample, or take the one that an earlier run published.
+
+    Parts of the sample are fixed and their sums are added in order, so the arrays are the same bits whatever the number of workers.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    c = job.config
+    path = job.out / "encoder" / f"{shard_id(job.fingerprint, -1)}.safetensors"
+    done = job.staging / "encoder.json"
+    if done.is_file():
+        record = json.loads(done.read_bytes())
+        if path.is_file() and file_record(job.out, path).model_dump() == record["file"]:
+            return load_file(path), _fitted(plan, record["fitted"]), FileRecord(**record["file"])
+    shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing
+    fit, arrays = Fit(plan), {}
+    parts = _sample(corpus, min(c.fit_examples, corpus.rows), c.seed)
+    for step in range(fit.passes):
+        job.reporter.stage(f"fitting, pass {step + 1} of {fit.passes}", min(c.fit_examples, corpus.rows))
+        totals: Arrays = {}
+        for sums in executor.map("measure", (plan, arrays, step), [(part,) for part in parts], job.reporter):
+            totals = add_sums(totals, sums)
+        arrays = fit.finish(step, arrays, totals)
+    counts = {name: int(totals[name]) if fit.passes else 0 for name in ("examples", "tokens")}
+    staged = job.staging / path.name
+    with storage_errors(path):
+        save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, staged)
+    path.unlink(missing_ok=True)
+    publish(staged, path)
+    file = file_record(job.out, path)
+    write_whole(done, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
+    return arrays, _fitted(plan, counts), file
+
+
+def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
+    return replace(plan, curvature=plan.curvature.model_copy(update=counts))
+
+
+def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
+    """`count` rows drawn without replacement, in parts of 128: lists of (shard id, its rows, which of them)."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    chosen = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
+    firsts = np.array([s.first for s in corpus.shards])
+    parts = []
+    for start in range(0, count, _FIT_PART):
+        rows = chosen[start : start + _FIT_PART]
+        at = np.searchsorted(firsts, rows, side="right") - 1
+        used = [corpus.shards[i] for i in np.unique(at)]
+        parts.append([(s.id, s.rows, [int(r) - s.first for r in rows if s.first <= r < s.first + s.rows]) for s in used])
+    return parts
+
+
+def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan) -> tuple[Shard, ...]:
+    job.reporter.stage("building rows", corpus.rows)
+    entries = executor.map("build", (plan, arrays), [(shard,) for shard in corpus.shards], job.reporter)
+    return tuple(Shard(**entry) for entry in entries)
+
+
+def _publish(
+    job: _Job, what: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
+) -> Manifest:
+    c = job.config
+    segment = Segment(
+        name=SEGMENT, kind="dense", weight=1.0, dtype=c.row_dtype, layers=plan.layers, projection=plan.projection, curvature=plan.curvature
+    )
+    manifest = Manifest(
+        features=("dense",),
+        number=1,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        whence=installed_version(),
+        task="causal-lm",
+        model=model,
+        tokenizer=Tokenizer(fingerprint=what["tokenizer"]),
+        segments=(segment,),
+        encoder=file,
+        rows=corpus.rows,
+        tokens=corpus.tokens,
+        shards=shards,
+        build={
+            "what": what,
+            "how": c.how(),
+            "batch_tokens": plan.batch_tokens,
+            "documents": corpus.documents,
+            "split": corpus.split,
+            "truncated": corpus.truncated,
+            "skipped": corpus.skipped,
+            "skipped_first": list(corpus.skipped_first),
+        },
+    )
+    publish_manifest(job.out, manifest)
+    shutil.rmtree(job.staging, ignore_errors=True)
+    return manifest
+
+
+def installed_version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("whence")
+    except PackageNotFoundError:
+        return "unknown"

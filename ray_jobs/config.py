@@ -1,0 +1,94 @@
+"""What a build is asked to do: one frozen record, checked when made, written into the manifest."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ..store.corpus import Fields
+from ..store.errors import UsageError
+
+_POSITIVE = ("rank", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float64"),
+    "long": ("split", "truncate"),
+    "bad_documents": ("error", "skip"),
+    "projection": ("random", "pca"),
+    "curvature": ("auto", "fisher", "ekfac", "kfac", "diagonal", "identity"),
+    "labels": ("data", "sampled"),
+    "row_dtype": ("float32", "float16", "int8"),
+}
+_HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """A build's options; None means a default that depends on the model, the data or the machine.
+
+    Attributes:
+        model: a directory or hub id of a causal language model; `revision` for a hub id.
+        data: files, folders or hub datasets (see `store.corpus.read_corpus`).
+        out: the index directory to make.
+        dtype, device, trust_remote_code: how the model is loaded.
+        fields: which columns hold text, prompt and completion, messages, id and source.
+        max_tokens: longest example in tokens; by default the model's context, at most 2,048.
+        long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
+        layers: globs over layer names; by default every linear layer inside the blocks.
+        projection, rank, seed: how gradients are projected.
+        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue.
+        row_dtype: how row coordinates are stored.
+        shard_rows: examples in a shard; by default about 16 MiB of rows.
+        batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
+        workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    out: str
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    fields: Fields = Fields()
+    max_tokens: int | None = None
+    long: Literal["split", "truncate"] = "split"
+    append_eos: bool = True
+    bad_documents: Literal["error", "skip"] = "error"
+    layers: tuple[str, ...] = ()
+    projection: Literal["random", "pca"] = "random"
+    rank: int = 16
+    seed: int = 0
+    curvature: str = "auto"
+    labels: Literal["data", "sampled"] = "data"
+    fit_examples: int = 2048
+    damping: float = 0.1
+    row_dtype: str = "float32"
+    shard_rows: int | None = None
+    batch_tokens: int | None = None
+    workers: int = 1
+    threads: int = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.max_tokens == 1:
+            raise UsageError("--max-tokens is 1; an example needs at least 2 tokens, one to predict and one before it")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise UsageError(f"--damping is {self.damping}; it must be a number of at least 0 (relative to the mean eigenvalue)")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; it must be at least 0")
+        if not self.data:
+            raise UsageError("no --data given; name at least one file, folder or dataset")
+
+    def what(self) -> dict[str, Any]:
+        """The options that decide what the index holds (not how or where it is made), JSON-ready."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW_NOT_WHAT}
+
+    def how(self) -> dict[str, Any]:
+        """The other options, which may differ when a build is taken up again."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _HOW_NOT_WHAT}

@@ -1,0 +1,153 @@
+"""The first stage of a build: the corpus becomes shards of examples on disk, tokenized, with ids that are known to be unique.
+
+It runs in the driver, in one streaming pass (tokenizers use every core by themselves); all later stages read the shards. What it
+found is written to `staging/examples.json` last, so a build that is taken up again trusts the shards named there and no others.
+"""
+
+import hashlib
+import json
+import uuid
+from array import array
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..indexer.examples import ExampleEncoder
+from ..store.corpus import read_corpus
+from ..store.documents import Documents, Example, write_documents
+from ..store.errors import DataError
+from ..store.files import publish, sha256, write_whole
+from .config import BuildConfig
+from .progress import Reporter
+
+_REPORTED = 20
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard that is to be built: rows `first` to `first + rows`, with so many input tokens."""
+
+    id: str
+    first: int
+    rows: int
+    tokens: int
+    documents_sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """All shards, and what became of documents that were too long or could not be used."""
+
+    shards: tuple[ShardPlan, ...]
+    documents: int
+    split: int
+    truncated: int
+    skipped: int
+    skipped_first: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(s.rows for s in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.tokens for s in self.shards)
+
+
+def documents_path(out: Path, shard: str) -> Path:
+    """Where a shard's examples lie."""
+    return out / "documents" / f"{shard}.arrow"
+
+
+def shard_id(fingerprint: str, number: int) -> str:
+    """The name of a build's n-th shard: the same for the same build, so that it finds its own shards again."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"whence:{fingerprint}:{number}"))
+
+
+def plan_corpus(config: BuildConfig, encoder: ExampleEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter) -> CorpusPlan:
+    """Read, tokenize, cut and write the corpus, or find that an earlier run did.
+
+    Raises:
+        DataError: no usable document, a bad one (unless they are to be skipped), or an id that stands twice.
+    """
+    done = out / "staging" / "examples.json"
+    known = _read_plan(out, done)
+    if known is not None:
+        return known
+    reporter.stage("reading the corpus", None)
+    shards: list[ShardPlan] = []
+    pending: list[Example] = []
+    hashes = array("Q")
+    counts = {"examples": 0, "tokens": 0, "documents": 0, "split": 0, "truncated": 0}
+    skipped: list[str] = []
+    skipped_count = 0
+
+    def flush() -> None:
+        number, tokens = len(shards), sum(len(e.token_ids) - 1 for e in pending)
+        id = shard_id(fingerprint, number)
+        staged = out / "staging" / f"{id}.arrow"
+        write_documents(staged, pending)
+        digest = sha256(staged)
+        path = documents_path(out, id)
+        path.unlink(missing_ok=True)
+        publish(staged, path)
+        first = shards[-1].first + shards[-1].rows if shards else 0
+        shards.append(ShardPlan(id, first, len(pending), tokens, digest))
+        pending.clear()
+
+    for example in encoder.documents(read_corpus(config.data, config.fields)):
+        if isinstance(example, DataError):
+            if config.bad_documents == "error":
+                raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
+            skipped_count += 1
+            skipped += [str(example)] if len(skipped) < _REPORTED else []
+            continue
+        counts["documents"] += example.chunk == 0
+        counts["split"] += example.chunk == 1
+        counts["truncated"] += example.truncated
+        counts["examples"] += 1
+        counts["tokens"] += len(example.token_ids) - 1
+        hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
+        pending.append(example)
+        if len(pending) == shard_rows:
+            flush()
+            reporter.update(counts["examples"], counts["tokens"])
+    if pending:
+        flush()
+    reporter.update(counts["examples"], counts["tokens"])
+    if not shards:
+        raise DataError(f"there is no usable document in {', '.join(config.data)}" + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else ""))
+    _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
+    plan = CorpusPlan(tuple(shards), counts["documents"], counts["split"], counts["truncated"], skipped_count, tuple(skipped))
+    write_whole(done, json.dumps(asdict(plan)).encode())
+    return plan
+
+
+def _read_plan(out: Path, done: Path) -> CorpusPlan | None:
+    if not done.is_file():
+        return None
+    content = json.loads(done.read_bytes())
+    shards = tuple(ShardPlan(**s) for s in content.pop("shards"))
+    for shard in shards:
+        path = documents_path(out, shard.id)
+        if not path.is_file() or sha256(path) != shard.documents_sha256:
+            return None
+    return CorpusPlan(shards, **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+
+
+def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray) -> None:
+    """Ids are compared by 64-bit hash (8 bytes an example in memory); only where two are equal are the ids themselves read."""
+    unique, counts = np.unique(hashes, return_counts=True)
+    suspects = set(np.flatnonzero(np.isin(hashes, unique[counts > 1])).tolist()) if len(unique) < len(hashes) else set()
+    seen: dict[str, Example] = {}
+    for shard in shards if suspects else ():
+        documents = Documents(documents_path(out, shard.id), shard.rows)
+        for row in sorted(suspects & set(range(shard.first, shard.first + shard.rows))):
+            example = documents[row - shard.first]
+            if example.id in seen:
+                raise DataError(
+                    f"the id {example.id!r} stands twice in the corpus (sources {seen[example.id].source} and {example.source}); ids must be "
+                    "unique: mend them, or name another --id-field"
+                )
+            seen[example.id] = example

@@ -1,0 +1,84 @@
+"""Progress on standard error: a bar with rates and time left on a terminal, one line for each finished stage elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol, TextIO
+
+
+class Reporter(Protocol):
+    """Hears of a build's stages; `total` is in examples, None where it is not known beforehand."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A stage begins (and the one before it has ended)."""
+
+    def update(self, examples: int, tokens: int) -> None:
+        """The stage has so far worked through so many examples and tokens."""
+
+
+class Silent:
+    """A Reporter for callers that want none."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Ignore it."""
+
+    def update(self, examples: int, tokens: int) -> None:
+        """Ignore it."""
+
+
+class Console:
+    """Bars on a terminal, lines elsewhere; a context manager, so that the last stage is closed."""
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self._bars = None
+        self._name = ""
+        self._started = time.monotonic()
+        self._done = (0, 0)
+
+    def __enter__(self) -> "Console":
+        if self._stream.isatty():
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description:>22}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rates]}"),
+                TimeRemainingColumn(),
+                console=RichConsole(file=self._stream),
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close(finished=kind is None)
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Close the running stage and open another."""
+        self._close(finished=True)
+        self._name, self._started, self._done = name, time.monotonic(), (0, 0)
+        if self._bars is not None:
+            self._task = self._bars.add_task(name, total=total, rates="")
+
+    def update(self, examples: int, tokens: int) -> None:
+        """Show how far the stage is."""
+        self._done = (examples, tokens)
+        if self._bars is not None:
+            self._bars.update(self._task, completed=examples, rates=self._rates())
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        examples, tokens = self._done
+        return f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens else f"{examples / seconds:,.0f} examples/s"
+
+    def _close(self, finished: bool) -> None:
+        if self._name and finished and self._bars is None:
+            examples, tokens = self._done
+            print(f"{self._name}: {examples:,} examples, {tokens:,} tokens ({self._rates()})", file=self._stream)
+        elif self._name and finished and self._bars is not None:
+            self._bars.update(self._task, total=self._done[0], completed=self._done[0], rates=self._rates())
+        self._name = ""

@@ -1,0 +1,159 @@
+"""A worker: loads the model once, then measures parts of the fitting sample and builds whole shards.
+
+Every method is a function of its arguments and the model alone, so that a task can be given again to any worker after one died, and gives
+the same bytes. The same class runs in the driver's process (`--workers 1`) and as a Ray actor.
+"""
+
+import ctypes
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..indexer import models
+from ..indexer.curvature import Arrays
+from ..indexer.encoder import Encoder, EncoderPlan, Progress, ignore_progress
+from ..indexer.fit import Fit
+from ..store.documents import Documents, Example
+from ..store.errors import DataError, IntegrityError
+from ..store.files import publish, sha256
+from ..store.manifest import Curvature, FileRecord, Model, Projection, Shard
+from ..store.rows import DenseRows, write_shard
+from .config import BuildConfig
+from .corpus import ShardPlan, documents_path
+
+SEGMENT = "blocks"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks instead of giving them back and faulting them in again at every batch; elsewhere, nothing."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc admits
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    except (OSError, AttributeError):
+        pass
+
+
+class Worker:
+    """Works for one build.
+
+    Args:
+        config: the build's; with one thread (the default) rows are the same bits whatever the number of workers.
+    """
+
+    def __init__(self, config: BuildConfig) -> None:
+        self._config = config
+        self._encoders: dict[str, Encoder] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, loaded when first needed (so that failing to load is this task's error)."""
+        import torch
+
+        keep_freed_memory()
+        torch.set_num_threads(self._config.threads)
+        c = self._config
+        return models.load_model(models.ModelSource(c.model, c.revision, c.dtype, c.device, c.trust_remote_code))
+
+    def describe(self) -> tuple[Model, EncoderPlan]:
+        """What the model is, and the plan of its encoder before any fit.
+
+        Raises:
+            UsageError: no layer matches, or one of the matching ones does not run.
+        """
+        c, model = self._config, self.model
+        names = models.find_layers(model, c.layers)
+        layers = models.plan_layers(model, names, c.rank, c.curvature, explicit=bool(c.layers))
+        description = Model(
+            id=_absolute(c.model),
+            revision=getattr(model.config, "_commit_hash", None) or c.revision,
+            dtype=c.dtype,
+            fingerprint=models.model_fingerprint(model),
+            architecture=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            context=models.context_length(model),
+        )
+        plan = EncoderPlan(
+            layers,
+            Projection(kind=c.projection, rank=c.rank, seed=c.seed),
+            Curvature(kind=c.curvature, labels=c.labels, examples=0, tokens=0, damping=c.damping),
+            c.batch_tokens or _DEFAULT_BATCH_TOKENS.get(next(model.parameters()).device.type, 2048),
+        )
+        return description, plan
+
+    def measure(
+        self, plan: EncoderPlan, arrays: Arrays, step: int, parts: Sequence[tuple[str, int, Sequence[int]]], progress: Progress = ignore_progress
+    ) -> Arrays:
+        """The sums of a fitting pass over some examples.
+
+        Args:
+            parts: (shard id, its rows, which of them) for every shard that the examples come from.
+        """
+        examples = [e for id, rows, chosen in parts for e in self._examples(id, rows, chosen)]
+        return Fit(plan).measure(self._encoder(plan, arrays, f"pass {step}"), step, examples, progress)
+
+    def build(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress = ignore_progress) -> dict[str, Any]:
+        """Write one shard's rows, unless they lie there whole already, and return its manifest entry as a dictionary."""
+        out = Path(self._config.out)
+        final = out / "rows" / f"{shard.id}.zarr"
+        if not self._is_whole(final, plan, shard):
+            shutil.rmtree(final, ignore_errors=True)
+            rows = self._encoder(plan, arrays, "rows").rows(self._examples(shard.id, shard.rows, range(shard.rows)), progress)
+            staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
+            about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
+            write_shard(staged, {SEGMENT: (rows, self._config.row_dtype)}, about)
+            publish(staged, final)
+        else:
+            progress(shard.rows, shard.tokens)
+        paths = [documents_path(out, shard.id), *sorted(p for p in final.rglob("*") if p.is_file())]
+        files = tuple(file_record(out, path) for path in paths)
+        return Shard(id=shard.id, first=shard.first, rows=shard.rows, tokens=shard.tokens, files=files).model_dump()
+
+    def pid(self) -> int:
+        """The process that this worker runs in."""
+        return os.getpid()
+
+    def _is_whole(self, path: Path, plan: EncoderPlan, shard: ShardPlan) -> bool:
+        if not path.is_dir():
+            return False
+        try:
+            for _ in DenseRows(path / SEGMENT, shard.rows, plan.dim, self._config.row_dtype).blocks():
+                pass
+        except IntegrityError:
+            return False
+        return True
+
+    def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
+        documents = Documents(documents_path(Path(self._config.out), shard), rows)
+        examples = [documents[i] for i in chosen]
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        for example in examples:
+            largest = int(np.max(example.token_ids))
+            if largest >= vocabulary:
+                raise DataError(f"example {example.id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
+        return examples
+
+    def _encoder(self, plan: EncoderPlan, arrays: Arrays, stage: str) -> Encoder:
+        if stage not in self._encoders:
+            self._encoders = {stage: Encoder(self.model, plan, arrays)}
+        return self._encoders[stage]
+
+
+def file_record(out: Path, path: Path) -> FileRecord:
+    """Name, size and checksum of one of the index's files."""
+    return FileRecord(path=path.relative_to(out).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def _absolute(model: str) -> str:
+    """A local model's absolute path, so that the index can be asked from any directory; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+

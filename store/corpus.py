@@ -1,0 +1,333 @@
+"""Corpora as they lie around: files, folders and hub datasets, read as a stream of documents.
+
+One document at a time is in memory (Parquet: one batch), so the size of the corpus does not matter. A document that cannot be used
+comes out as the DataError that says why and where; the reader's caller decides whether that ends the build or is counted.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from .errors import DataError, NotFoundError, UsageError
+
+_TEXT_SUFFIXES = (".txt", ".md")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT_SUFFIXES)
+_LINE_LIMIT_BYTES = 1 << 28
+_PARQUET_BATCH = 256
+
+Form = Literal["auto", "text", "completion", "chat"]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which columns of a record hold what; `form` says which of them to use, "auto" takes the first that a record has."""
+
+    form: Form = "auto"
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    id: str = "id"
+    source: str = "source"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, before any tokenizer: exactly one of text, completion (with its prompt) and messages is set.
+
+    Attributes:
+        where: file and line, for messages to people.
+    """
+
+    id: str
+    source: str
+    where: str
+    text: str | None = None
+    prompt: str = ""
+    completion: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:
+    """Stream the documents of all sources, in order.
+
+    A source is a file (.jsonl, .csv, .tsv, .parquet, .txt, .md, all but Parquet also with .gz), a folder of such files or of a
+    dataset saved with `datasets`, `-` (JSON lines on standard input), or a hub dataset as `name[:config]:split`.
+
+    Raises:
+        NotFoundError, UsageError: a source does not exist, or is nothing that can be read.
+    """
+    files = [(name, opener) for source in sources for name, opener in _expand(source)]
+    names = _display_names([name for name, _ in files])
+    for (_, records), name in zip(files, names, strict=True):
+        for where, record in records(name):
+            yield record if isinstance(record, DataError) else _document(record, name, where, fields)
+
+
+def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, size (bytes) and modification time (ns) of every file, by which a resumed build knows its corpus again."""
+    described: list[dict[str, Any]] = []
+    for source in sources:
+        path = Path(source)
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+        for file in files:
+            stat = file.stat() if file.is_file() else None
+            described.append({"path": str(file), "bytes": stat and stat.st_size, "modified": stat and stat.st_mtime_ns})
+    return described
+
+
+def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) -> Document | DataError:
+    number = where.rsplit(" ", 1)[-1]
+    used = {fields.id, fields.source}
+    base: dict[str, Any] = {"where": where}
+    try:
+        base["id"] = _as_text(record, fields.id) if record.get(fields.id) is not None else f"{name}:{number}"
+        base["source"] = _as_text(record, fields.source) if record.get(fields.source) is not None else name
+        form = fields.form if fields.form != "auto" else _detect(record, fields)
+        if form == "chat":
+            used.add(fields.messages)
+            content: dict[str, Any] = {"messages": _messages(record[fields.messages])}
+        elif form == "completion":
+            used |= {fields.prompt, fields.completion}
+            content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
+        else:
+            used.add(fields.text)
+            content = {"text": _as_text(record, fields.text)}
+    except KeyError as error:
+        return DataError(
+            f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; "
+            "name yours with --text-field, --prompt-field and --completion-field, or --messages-field"
+        )
+    except ValueError as error:
+        return DataError(f"{where}: {error}")
+    return Document(**base, **content, metadata={k: v for k, v in record.items() if k not in used and v is not None})
+
+
+def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
+    if fields.messages in record:
+        return "chat"
+    if fields.prompt in record and fields.completion in record:
+        return "completion"
+    if fields.text in record:
+        return "text"
+    raise KeyError(f"{fields.text!r}, {fields.messages!r}, or {fields.prompt!r} with {fields.completion!r}")
+
+
+def _as_text(record: Mapping[str, Any], key: str) -> str:
+    if key not in record:
+        raise KeyError(repr(key))
+    value = record[key]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"the field {key!r} holds {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def _messages(value: Any) -> Sequence[Mapping[str, Any]]:
+    good = isinstance(value, list) and value and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
+    if not good:
+        raise ValueError('messages must be a list like [{"role": "user", "content": "..."}, ...]')
+    return value
+
+
+def _expand(source: str) -> list[tuple[str, Any]]:
+    """The readers of one source: (name, function from a display name to (where, record) pairs)."""
+    path = Path(source)
+    if source == "-":
+        import sys
+
+        return [("stdin", lambda name: _jsonl(sys.stdin.buffer, name))]
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return [(source, lambda name: _saved_dataset(path, name))]
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and _suffix(p) in _SUFFIXES]
+        if not files:
+            raise NotFoundError(f"{source} has no file that can be read as documents ({', '.join(_SUFFIXES)}), nor a saved dataset")
+        return [(str(p), _reader(p)) for p in files]
+    if path.is_file():
+        return [(source, _reader(path))]
+    if path.suffix or source.startswith((".", "/", "~")) or ":" not in source:
+        raise NotFoundError(f"there is no file or folder {source} (a hub dataset is written name:split or name:config:split)")
+    name, *config, split = source.split(":")
+    return [(source, lambda shown: _hub_dataset(name, config[0] if config else None, split, shown))]
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _reader(path: Path) -> Any:
+    suffix = _suffix(path)
+    if suffix not in _SUFFIXES:
+        raise UsageError(f"{path} is of no kind that can be read as documents ({', '.join(_SUFFIXES)})")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; there are no documents in it")
+    if suffix == ".parquet":
+        return lambda name: _parquet(path, name)
+
+    def records(name: str) -> Iterator[tuple[str, Any]]:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:  # type: ignore[attr-defined]
+            if suffix in _TEXT_SUFFIXES:
+                yield from _paragraphs(file, name)
+            elif suffix in (".csv", ".tsv"):
+                yield from _csv(file, name, "\t" if suffix == ".tsv" else ",")
+            else:
+                yield from _jsonl(file, name)
+
+    return records
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, str | DataError]]:
+    number = 0
+    try:
+        while line := file.readline(_LINE_LIMIT_BYTES):
+            number += 1
+            where = f"{name} line {number}"
+            if len(line) == _LINE_LIMIT_BYTES:
+                raise DataError(f"{where}: longer than {_LINE_LIMIT_BYTES >> 20} MiB; is this file really lines?")
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                yield where, DataError(f"{where}: not UTF-8; convert the file, for instance with iconv")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{name} after line {number}: the gzip data is broken ({error})") from error
+
+
+def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(file, name):
+        if isinstance(line, DataError):
+            yield where, line
+        elif line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield where, DataError(f"{where}: not valid JSON ({error}); there must be one JSON object on each line")
+                continue
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                yield where, DataError(f"{where}: a JSON {type(record).__name__}, not an object; there must be one object on each line")
+
+
+def _csv(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_LINE_LIMIT_BYTES)
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise DataError(f"{name} line 1: two columns have the same name")
+        for number, row in enumerate(reader, 1):
+            where = f"{name} record {number}"
+            if not row:
+                continue
+            if len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            else:
+                yield where, DataError(f"{where} (line {reader.line_num}): {len(row)} columns where the header has {len(header)}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
+
+
+def _paragraphs(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
+    lines: list[str] = []
+    start = ""
+    for where, line in _lines(file, name):
+        if isinstance(line, DataError):
+            yield where, line
+        elif line.strip():
+            start = start if lines else where
+            lines.append(line)
+        elif lines:
+            yield start, {"text": "".join(lines).strip()}
+            lines = []
+    if lines:
+        yield start, {"text": "".join(lines).strip()}
+
+
+def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{name} record {number}", record
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not readable as Parquet ({str(error).splitlines()[0]})") from error
+
+
+def _saved_dataset(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    splits = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
+    number = 0
+    for split in splits:
+        for record in split:
+            number += 1
+            yield f"{name} record {number}", record
+
+
+def _hub_dataset(dataset: str, config: str | None, split: str, name: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
+    except Exception as error:  # the hub client raises a zoo of its own; whatever it was, the dataset cannot be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded: {reason}") from error
+    for number, record in enumerate(stream, 1):
+        yield f"{name} record {number}", record
+
+
+def _display_names(names: list[str]) -> list[str]:
+    """File names for people and ids: the last part where that tells the files apart, else the whole path."""
+    short = [Path(name).name if ":" not in name else name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def read_questions(file: str) -> Iterator[dict[str, Any]]:
+    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, or row, and an optional id.
+
+    Raises:
+        NotFoundError: no such file.
+        DataError: a line is no question; names it.
+    """
+    if file != "-" and not Path(file).is_file():
+        raise NotFoundError(f"there is no file {file}")
+    ((name, records),) = _expand(file)
+    for where, record in records(Path(name).name):
+        if isinstance(record, DataError):
+            raise record
+        wrong = _question_problem(record)
+        if wrong:
+            raise DataError(f"{where}: {wrong}")
+        question = {k: record[k] for k in ("prompt", "completion", "text", "row") if record.get(k) is not None}
+        yield question | {"id": str(record.get("id", where))}
+
+
+def _question_problem(record: Mapping[str, Any]) -> str | None:
+    given = [k for k in ("completion", "text", "row") if record.get(k) is not None]
+    if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
+        return "a question is a prompt with a completion, or a text, or a row: give exactly one of them"
+    for key in ("prompt", "completion", "text"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            return f"{key} holds {type(record[key]).__name__}, not text"
+    if "row" in given and (not isinstance(record["row"], int) or isinstance(record["row"], bool)):
+        return f"row is {record['row']!r}, not a whole number"
+    return None

@@ -1,0 +1,158 @@
+"""Examples on disk: one Arrow IPC file for each shard, memory-mapped when read.
+
+Columns: `id`, `document` (the id of the document that a chunk was cut from; the same as `id` for a whole one), `chunk` (its number),
+`text`, `source`, `token_ids`, `loss_mask`, and `metadata`, a struct of every other column that the corpus had. A metadata
+column whose values have no common Arrow type (a number here, a word there) is kept as JSON text and says so in its field's
+metadata, so that nothing is lost and nothing is guessed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Int32
+
+from .errors import IntegrityError
+from .files import storage_errors
+
+BATCH_ROWS = 256
+_JSON = {b"whence:encoding": b"json"}
+_FIXED = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("document", pa.string(), nullable=False),
+        pa.field("chunk", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example (or query): what a row stands for.
+
+    Attributes:
+        token_ids: the model's input, in tokens, first to last.
+        loss_mask: True where the token is predicted in the loss; never True for the first token, which nothing precedes.
+        document, chunk: the document that a chunk was cut from, and its number there.
+        truncated: whether the rest of the document was cut off; counted when the corpus is read, not stored.
+    """
+
+    id: str
+    text: str
+    source: str
+    token_ids: Int32[np.ndarray, " tokens"]
+    loss_mask: Bool[np.ndarray, " tokens"]
+    document: str = ""
+    chunk: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    truncated: bool = False
+
+    @property
+    def loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+def write_documents(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples, in order, as one Arrow IPC file."""
+    columns = [
+        pa.array([e.id for e in examples], pa.string()),
+        pa.array([e.document or e.id for e in examples], pa.string()),
+        pa.array([e.chunk for e in examples], pa.int32()),
+        pa.array([e.text for e in examples], pa.string()),
+        pa.array([e.source for e in examples], pa.string()),
+        pa.array([e.token_ids for e in examples], pa.list_(pa.int32())),
+        pa.array([e.loss_mask for e in examples], pa.list_(pa.bool_())),
+    ]
+    schema = _FIXED
+    names = sorted({name for e in examples for name in e.metadata})
+    if names:
+        fields, arrays = zip(*(_metadata_column(name, [e.metadata.get(name) for e in examples]) for name in names), strict=True)
+        schema = schema.append(pa.field("metadata", pa.struct(fields), nullable=False))
+        columns.append(pa.StructArray.from_arrays(arrays, fields=fields))
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(pa.table(columns, schema=schema), max_chunksize=BATCH_ROWS)
+
+
+def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
+    try:
+        array = pa.array(values)
+        if array.to_pylist() == values:
+            return pa.field(name, array.type), array
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        pass
+    text = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
+    return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
+
+
+class Documents:
+    """The examples of one shard, read through a memory map.
+
+    Args:
+        path: the Arrow file.
+        rows: how many examples the manifest says it holds.
+
+    Raises:
+        IntegrityError: missing, truncated, not Arrow, or another number of rows.
+    """
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path, self.rows = path, rows
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+            sizes = [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise IntegrityError(f"{path} is not a whole Arrow file ({error}); restore the file or build the index again") from error
+        if sum(sizes) != rows or not all(name in self._file.schema.names for name in _FIXED.names):
+            raise IntegrityError(f"{path} holds {sum(sizes)} examples where the manifest says {rows}; build the index again")
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> Example:
+        """The example at a row of this shard, with its metadata decoded."""
+        batch, offset = self._locate(row)
+        record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in ("token_ids", "loss_mask")}
+        return Example(
+            id=record["id"],
+            text=record["text"],
+            source=record["source"],
+            token_ids=_list_at(batch, "token_ids", offset).astype(np.int32),
+            loss_mask=_list_at(batch, "loss_mask", offset).astype(bool),
+            document=record["document"],
+            chunk=record["chunk"],
+            metadata=self._decode(record.get("metadata") or {}),
+        )
+
+    def ids(self) -> list[str]:
+        """All ids, in row order."""
+        return [v for i in range(self._file.num_record_batches) for v in self._file.get_batch(i).column("id").to_pylist()]
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._file.get_batch(batch), row - int(self._starts[batch])
+
+    def _decode(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        kind = self._file.schema.field("metadata").type if metadata else ()
+        encoded = {f.name for f in kind if f.metadata and f.metadata.get(b"whence:encoding") == b"json"}
+        return {
+            name: json.loads(value) if name in encoded and value is not None else value
+            for name, value in metadata.items()
+            if value is not None
+        }
+
+
+def _list_at(batch: pa.RecordBatch, name: str, offset: int) -> np.ndarray:
+    return batch.column(name)[offset].values.to_numpy(zero_copy_only=False)

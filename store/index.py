@@ -1,0 +1,150 @@
+"""An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from .documents import Documents, Example
+from .errors import IntegrityError, UsageError
+from .files import sha256
+from .manifest import FileRecord, Segment, Shard, read_manifest
+from .rows import DenseRows
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of a segment: row r is `norms[r] * factors[r] * codes[r]`, its unit direction `factors[r] * codes[r]`."""
+
+    first: int
+    codes: np.ndarray
+    factors: Float32[np.ndarray, " rows"]
+    norms: Float32[np.ndarray, " rows"]
+
+
+class Index:
+    """A read-only snapshot; a manifest that is published later does not change it.
+
+    Args:
+        path: the index directory.
+
+    Raises:
+        NotFoundError, IncompatibleError, IntegrityError: see `read_manifest`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._firsts = np.array([shard.first for shard in self.manifest.shards])
+        self._rows: dict[tuple[str, str], DenseRows] = {}
+        self._documents: dict[str, Documents] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def segment(self, name: str) -> Segment:
+        """The manifest's entry for a segment."""
+        return next(s for s in self.manifest.segments if s.name == name)
+
+    def dense(self, shard: Shard, segment: Segment) -> DenseRows:
+        """A dense segment's rows in one shard."""
+        key = (shard.id, segment.name)
+        if key not in self._rows:
+            group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
+            self._rows[key] = DenseRows(group, shard.rows, segment.dim, segment.dtype)
+        return self._rows[key]
+
+    def documents(self, shard: Shard) -> Documents:
+        """A shard's examples."""
+        if shard.id not in self._documents:
+            self._documents[shard.id] = Documents(self.path / "documents" / f"{shard.id}.arrow", shard.rows)
+        return self._documents[shard.id]
+
+    def blocks(self, segment: Segment) -> Iterator[Block]:
+        """All rows of a segment in order, in blocks of about a mebibyte that are views of memory maps."""
+        for shard in self.manifest.shards:
+            rows = self.dense(shard, segment)
+            factors = rows.factors()
+            for first, codes in rows.blocks():
+                part = slice(first, first + len(codes))
+                yield Block(shard.first + first, codes, factors[part], rows.norms[part])
+
+    def row(self, row: int, segment: Segment) -> Float32[np.ndarray, " dim"]:
+        """One row of a segment, whole (with its norm)."""
+        shard, offset = self._locate(row)
+        return self.dense(shard, segment).row(offset)
+
+    def example(self, row: int) -> Example:
+        """The example that a row stands for.
+
+        Raises:
+            UsageError: the index has no such row.
+        """
+        shard, offset = self._locate(row)
+        return self.documents(shard)[offset]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The encoder's arrays, by name (docs/format.md lists them).
+
+        Raises:
+            IntegrityError: the file is missing or not the one that was written.
+        """
+        from safetensors.numpy import load_file
+
+        problem = _problem(self.path, self.manifest.encoder)
+        if problem:
+            raise IntegrityError(problem)
+        return load_file(self.path / self.manifest.encoder.path)
+
+    def spectrum(self, segment: Segment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
+        """A segment's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
+
+        Raises:
+            UsageError: the segment has no curvature to damp.
+        """
+        values, means = [], []
+        for layer in segment.layers:
+            if layer.curvature == "identity":
+                raise UsageError("this index was built with --curvature identity: there are no eigenvalues to damp")
+            eigenvalues = self.arrays[f"{segment.name}/{layer.name}/eigenvalues"].astype(np.float64)
+            values.append(eigenvalues)
+            means.append(np.full(layer.size, eigenvalues.mean()))
+        return np.concatenate(values), np.concatenate(means)
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Read every byte that the manifest names and yield (relative path, what is wrong with it or None)."""
+        yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
+        for shard in self.manifest.shards:
+            problems = [(record.path, _problem(self.path, record)) for record in shard.files]
+            yield from problems
+            if any(problem for _, problem in problems):
+                continue
+            try:
+                for segment in self.manifest.segments:
+                    for _ in self.dense(shard, segment).blocks():
+                        pass
+                self.documents(shard)
+            except IntegrityError as error:
+                yield f"rows/{shard.id}.zarr", str(error)
+
+    def _locate(self, row: int) -> tuple[Shard, int]:
+        if not 0 <= row < len(self):
+            raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
+        shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
+        return shard, row - shard.first
+
+
+def _problem(directory: Path, record: FileRecord) -> str | None:
+    path = directory / record.path
+    if not path.is_file():
+        return f"{path} is missing; restore the file or build the index again"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} has {size} bytes where {record.bytes} belong (truncated?); restore the file or build the index again"
+    if sha256(path) != record.sha256:
+        return f"{path} is not the file that was written (SHA-256 differs); restore the file or build the index again"
+    return None

@@ -1,0 +1,222 @@
+"""Manifests: what an index is, in one JSON file that is created once and never changed.
+
+The highest number under `manifests/` is the index. Every model below is strict: an unknown field, a missing one or a wrong type
+is a damaged manifest, an unknown version or feature is one that a newer Whence wrote. Paths are relative and stay inside the index.
+"""
+
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import IncompatibleError, IntegrityError, NotFoundError
+from .files import create_only
+
+FORMAT_VERSION = 1
+FEATURES = frozenset({"dense"})
+_NAME = re.compile(r"(\d{6,})\.json")
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        raise ValueError("must be a relative path inside the index")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FileRecord(_Model):
+    """A file that the manifest vouches for."""
+
+    path: RelativePath
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Layer(_Model):
+    """A tracked layer's block of a dense row: `output_rank * input_rank` coordinates from `offset` on."""
+
+    name: str
+    outputs: Size
+    inputs: Size
+    output_rank: Size
+    input_rank: Size
+    input_group: str
+    offset: Count
+    curvature: Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
+
+    @property
+    def size(self) -> int:
+        """Coordinates of this layer in a row."""
+        return self.output_rank * self.input_rank
+
+
+class Projection(_Model):
+    """How a layer's gradient is brought to its ranks."""
+
+    kind: Literal["random", "pca"]
+    rank: Size
+    seed: Count
+
+
+class Curvature(_Model):
+    """What whitens a row, and on how much it was fitted."""
+
+    kind: Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
+    labels: Literal["data", "sampled"]
+    examples: Count
+    tokens: Count
+    damping: Annotated[float, Field(ge=0)]
+
+
+class Segment(_Model):
+    """A part of a row with its own layers, curvature and code; scores of segments add, times their weights."""
+
+    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
+    kind: Literal["dense"]
+    weight: float
+    dtype: Literal["float32", "float16", "int8"]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    projection: Projection
+    curvature: Curvature
+
+    @property
+    def dim(self) -> int:
+        """Coordinates of this segment in a row."""
+        return self.layers[-1].offset + self.layers[-1].size
+
+
+class Model(_Model):
+    """Which model the rows came from; a query must come from the very same."""
+
+    id: str
+    revision: str | None
+    dtype: Literal["float32", "bfloat16", "float64"]
+    fingerprint: str
+    architecture: str
+    parameters: Count
+    context: int | None
+
+
+class Tokenizer(_Model):
+    fingerprint: str
+
+
+class Shard(_Model):
+    """Rows `first` to `first + rows`: `rows/<id>.zarr` and `documents/<id>.arrow`."""
+
+    id: Annotated[str, Field(pattern="^[0-9a-f-]{36}$")]
+    first: Count
+    rows: Size
+    tokens: Count
+    files: tuple[FileRecord, ...]
+
+
+class Manifest(_Model):
+    """The whole description of an index; see docs/format.md for the meaning of every field."""
+
+    format: Literal["whence"] = "whence"
+    version: Literal[1] = FORMAT_VERSION
+    features: tuple[str, ...]
+    number: Size
+    created: str
+    whence: str
+    task: Literal["causal-lm"]
+    model: Model
+    tokenizer: Tokenizer
+    segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
+    encoder: FileRecord
+    rows: Size
+    tokens: Count
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+    tombstones: tuple[Count, ...] = ()
+    build: dict[str, Any]
+
+
+def publish_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Create `manifests/<number>.json`; from then on the index is what it says.
+
+    Raises:
+        BusyError: that number was published meanwhile.
+    """
+    path = directory / "manifests" / f"{manifest.number:06d}.json"
+    create_only(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+    return path
+
+
+def latest_manifest(directory: Path) -> Path | None:
+    """The manifest of the highest number, or None where there is none."""
+    folder = directory / "manifests"
+    if not folder.is_dir():
+        return None
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return max(numbered)[1] if numbered else None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The newest manifest of an index.
+
+    Raises:
+        NotFoundError: no such directory, or no index in it.
+        IncompatibleError: a format version or feature that this Whence does not know.
+        IntegrityError: not what Whence wrote.
+    """
+    if not directory.is_dir():
+        raise NotFoundError(f"there is no index at {directory}; build one with: whence build --out {directory} ...")
+    path = latest_manifest(directory)
+    if path is None:
+        unfinished = (directory / "staging").is_dir()
+        raise NotFoundError(
+            f"{directory} holds a build that is not finished; run its whence build command again to go on"
+            if unfinished
+            else f"{directory} is not a Whence index (it has no manifests/); name the directory given to whence build --out"
+        )
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path} is not JSON ({error}); restore it or build the index again") from error
+    if not isinstance(content, dict) or content.get("format") != "whence":
+        raise IntegrityError(f"{path} is not a Whence manifest; restore it or build the index again")
+    if content.get("version") != FORMAT_VERSION:
+        raise IncompatibleError(
+            f"{directory} has format version {content.get('version')!r}, this Whence reads {FORMAT_VERSION}; use a newer Whence"
+        )
+    unknown = sorted(set(map(str, content.get("features") or ())) - FEATURES)
+    if unknown:
+        raise IncompatibleError(f"{directory} needs the features {', '.join(unknown)}, which this Whence lacks; use a newer Whence")
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise IntegrityError(f"{path} is damaged: {where}: {first['msg']}; restore it or build the index again") from error
+    _check_consistent(path, manifest)
+    return manifest
+
+
+def _check_consistent(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest whose parts contradict one another: row ranges that leave gaps, layers that overlap."""
+    first = 0
+    for shard in manifest.shards:
+        if shard.first != first:
+            raise IntegrityError(f"{path} is damaged: shard {shard.id} begins at row {shard.first}, not {first}; build the index again")
+        first += shard.rows
+    if first != manifest.rows:
+        raise IntegrityError(f"{path} is damaged: its shards hold {first} rows, not {manifest.rows}; build the index again")
+    for segment in manifest.segments:
+        offset = 0
+        for layer in segment.layers:
+            if layer.offset != offset:
+                raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
+            offset += layer.size
