@@ -1,0 +1,92 @@
+"""Building rows beside plain training: tokens per CPU second of both, interleaved in one process with one thread.
+
+    python benchmarks/build_speed.py --model MODEL_DIR --data corpus.jsonl
+
+Plain: forward and backward with gradients of all weights. Whence: the capture, projection, whitening and writing of a shard, as a build
+does it. Both see the same batches in turn; each pair gives a ratio, and the table shows the median with the smallest and the largest.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from whence.indexer.encoder import Encoder, EncoderPlan, batches
+from whence.indexer.examples import ExampleEncoder
+from whence.indexer.fit import Fit
+from whence.indexer.models import ModelSource, find_layers, load_model, load_tokenizer, plan_layers
+from whence.indexer.tasks import example_losses
+from whence.ray_jobs.worker import keep_freed_memory
+from whence.store.corpus import read_corpus
+from whence.store.documents import Example
+from whence.store.manifest import Curvature, Projection
+from whence.store.rows import write_shard
+
+
+def plain_step(model, batch):
+    """Forward and backward with a gradient for every weight."""
+    example_losses(model, batch).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--examples", type=int, default=48, help="examples of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    results = []
+    for dtype in args.dtypes:
+        source = ModelSource(args.model, dtype=dtype, device="cpu")
+        frozen, trained, tokenizer = load_model(source), load_model(source).requires_grad_(True), load_tokenizer(source)
+        stream = ExampleEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
+        examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][:: 4]
+        for rank in args.ranks:
+            layers = plan_layers(frozen, find_layers(frozen), rank, "auto", explicit=False)
+            curvature = Curvature(kind="auto", labels="data", examples=0, tokens=0, damping=0.1)
+            plan = EncoderPlan(layers, Projection(kind="random", rank=rank, seed=0), curvature, args.batch_tokens)
+            fit, arrays = Fit(plan), {}
+            for step in range(fit.passes):
+                arrays = fit.finish(step, arrays, fit.measure(Encoder(frozen, plan, arrays), step, examples))
+            encoder = Encoder(frozen, plan, arrays)
+            planned = [b for _, b in batches(examples, args.batch_tokens, torch.device("cpu"))]
+            tokens = sum(int(b.valid.sum()) for b in planned)
+            folder = Path(tempfile.mkdtemp())
+            ratios = []
+            for round_ in range(args.rounds + 1):
+                times = {}
+                for name in ("plain", "whence") if round_ % 2 else ("whence", "plain"):
+                    started = time.process_time()
+                    if name == "plain":
+                        for batch in planned:
+                            plain_step(trained, batch)
+                    else:
+                        write_shard(folder / "shard.zarr", {"blocks": (encoder.rows(examples), "float32")}, {})
+                    times[name] = time.process_time() - started
+                if round_:  # the first warms both up
+                    ratios.append(times["plain"] / times["whence"])
+            shutil.rmtree(folder)
+            results.append({"dtype": dtype, "rank": rank, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "tokens": tokens})
+            if not args.json:
+                r = results[-1]
+                print(f"{dtype:>9} rank {rank:>3}: {r['ratio']:.2f} of plain forward+backward ({r['low']:.2f} to {r['high']:.2f}), {tokens} tokens a round")
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Fixtures: a saved model, a corpus file and an index built of them, made once a session."""
+
+import os
+
+import pytest
+from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny float32 GPT-2 with its tokenizer, saved as a user would have it."""
+    directory = tmp_path_factory.mktemp("model")
+    make_model("gpt2", "float32").save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory):
+    """120 documents with a metadata column."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    return write_jsonl(path, [{"id": f"d{i}", "text": t, "year": 1900 + i} for i, t in enumerate(random_texts(120, seed=3))])
+
+
+@pytest.fixture(scope="session")
+def index_dir(tmp_path_factory, model_dir, corpus_file):
+    """A small float32 index of several shards, shared by tests that do not change it."""
+    from whence import BuildConfig, build
+
+    out = tmp_path_factory.mktemp("indexes") / "small.whence"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), rank=4, shard_rows=32))
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The real data beside the checkout; what needs it skips visibly without it."""
+    if not (SHARED / "data/corpus.jsonl").is_file():
+        pytest.skip(f"the shared real data is not at {SHARED}")
+    return SHARED

@@ -1,0 +1,107 @@
+"""Tiny models of many architectures, a word tokenizer, small corpora; nothing here needs a network."""
+
+import json
+import os
+from pathlib import Path
+
+SHARED = Path(os.environ.get("WHENCE_SHARED", Path(__file__).parents[2] / "shared"))
+WORDS = 61
+
+CONFIGS = {
+    "gpt2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "llama": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+    "gpt_neox": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+    "qwen2": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+    "qwen3": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
+    "gemma2": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
+    "mistral": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=4),
+    "opt": dict(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16),
+    "bloom": dict(hidden_size=16, n_layer=2, n_head=2),
+    "phi": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
+}
+
+
+def make_model(architecture="gpt2", dtype="float64", seed=0):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = dict(vocab_size=WORDS + 1, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    if architecture not in ("gpt2", "bloom"):
+        common["max_position_embeddings"] = 64
+    config = AutoConfig.for_model(architecture, **common, **CONFIGS[architecture])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than the usual initialisation, so that gradients differ clearly
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model.requires_grad_(False).eval()
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0} | {f"w{i}": i for i in range(1, WORDS + 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="w1")
+
+
+def words(*numbers):
+    return " ".join(f"w{n}" for n in numbers)
+
+
+def random_texts(count, seed=0, shortest=2, longest=20):
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    return [words(*generator.integers(1, WORDS + 1, generator.integers(shortest, longest + 1))) for _ in range(count)]
+
+
+def make_examples(count, seed=0, longest=20):
+    import numpy as np
+    from whence.store.documents import Example
+
+    examples = []
+    for i, text in enumerate(random_texts(count, seed, longest=longest)):
+        ids = np.array([int(w[1:]) for w in text.split()], np.int32)
+        mask = np.ones(len(ids), bool)
+        mask[0] = False
+        if i % 3 == 0 and len(ids) > 4:
+            mask[: len(ids) // 2] = False
+        examples.append(Example(id=f"e{i}", text=text, source="random", token_ids=ids, loss_mask=mask))
+    return examples
+
+
+def make_plan(model, rank=4, curvature="fisher", projection="random", labels="data", damping=0.1, batch_tokens=64, patterns=()):
+    from whence.indexer.encoder import EncoderPlan
+    from whence.indexer.models import find_layers, plan_layers
+    from whence.store.manifest import Curvature, Projection
+
+    layers = plan_layers(model, find_layers(model, patterns), rank, curvature, explicit=bool(patterns))
+    return EncoderPlan(
+        layers,
+        Projection(kind=projection, rank=rank, seed=7),
+        Curvature(kind=curvature, labels=labels, examples=0, tokens=0, damping=damping),
+        batch_tokens,
+    )
+
+
+def fit(model, plan, examples, parts=1):
+    from whence.indexer.curvature import add_sums
+    from whence.indexer.encoder import Encoder
+    from whence.indexer.fit import Fit
+
+    fitting, arrays = Fit(plan), {}
+    for step in range(fitting.passes):
+        totals = {}
+        for part in range(parts):
+            totals = add_sums(totals, fitting.measure(Encoder(model, plan, arrays), step, examples[part::parts]))
+        arrays = fitting.finish(step, arrays, totals)
+    return Encoder(model, plan, arrays)
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path

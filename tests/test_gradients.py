@@ -1,0 +1,356 @@
+"""Rows against oracles: one-at-a-time autograd, dense inverses, explicit Kronecker products; invariance to batching and splits."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CONFIGS, fit, make_examples, make_model, make_plan
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from whence.indexer.capture import GradientSum
+from whence.indexer.curvature import whitening_scale
+from whence.indexer.encoder import Encoder, backward, batches
+from whence.indexer.fit import Fit
+from whence.indexer.projection import principal_projection, random_projection
+from whence.indexer.tasks import collate, example_losses, plan_batches, sample_targets
+from whence.store.documents import Example
+from whence.store.errors import NumericalError, UsageError
+
+ARCHITECTURES = list(CONFIGS)
+HUGE = 10_000  # a rank above every layer's size: no projection at all
+
+
+def autograd_gradients(model, layers, example, targets=None):
+    """One example's gradient of the summed cross-entropy for each layer, out x in, by plain autograd, without padding or batching."""
+    modules = dict(model.named_modules())
+    weights = [modules[layer.name].weight for layer in layers]
+    for weight in weights:
+        weight.requires_grad_(True)
+    ids = torch.tensor(example.token_ids.astype(np.int64))[None]
+    log_p = F.log_softmax(model(input_ids=ids, use_cache=False).logits[0], dim=-1)
+    loss = sum(-log_p[t - 1, ids[0, t]] for t in range(1, ids.shape[1]) if example.loss_mask[t])
+    gradients = torch.autograd.grad(loss, weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    transposed = [g if isinstance(modules[layer.name], torch.nn.Linear) else g.T for g, layer in zip(gradients, layers, strict=True)]
+    return [g.detach().double().numpy() for g in transposed], float(loss.detach())
+
+
+def relative_error(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, tolerance, monkeypatch):
+    if dtype == "float64":  # some architectures round to float32 inside their norms and softmax; lift that to see our own error
+        monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
+        softmax = F.softmax
+        monkeypatch.setattr(F, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))
+    model = make_model(architecture, dtype)
+    plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
+    examples = make_examples(7)
+    rows = Encoder(model, plan, {}).rows(examples)
+    assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
+    for row, example in zip(rows, examples, strict=True):
+        gradients, _ = autograd_gradients(model, plan.layers, example)
+        assert relative_error(row, np.concatenate([g.ravel() for g in gradients])) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_projected_rows_equal_projected_autograd(architecture):
+    model = make_model(architecture)
+    plan = make_plan(model, rank=5, curvature="identity")
+    examples = make_examples(4)
+    rows = Encoder(model, plan, {}).rows(examples)
+    for row, example in zip(rows, examples, strict=True):
+        gradients, _ = autograd_gradients(model, plan.layers, example)
+        parts = []
+        for gradient, layer in zip(gradients, plan.layers, strict=True):
+            left = random_projection(layer.name, "output", layer.output_rank, layer.outputs, 7).astype(float)
+            right = random_projection(layer.input_group, "input", layer.input_rank, layer.inputs, 7).astype(float)
+            parts.append((left @ gradient @ right.T).ravel())
+        assert relative_error(row, np.concatenate(parts)) < 1e-10
+
+
+def test_losses_are_sums_of_nats_over_loss_tokens():
+    model = make_model()
+    examples = make_examples(5)
+    losses = example_losses(model, collate(examples, torch.device("cpu")))
+    for loss, example in zip(losses, examples, strict=True):
+        _, expected = autograd_gradients(model, make_plan(model).layers[:1], example)
+        assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def whole_gradients(model, plan, examples):
+    """Projected gradients by layer, from an encoder without curvature."""
+    plain = make_plan(model, rank=plan.projection.rank, curvature="identity")
+    rows = Encoder(model, plain, {}).rows(examples)
+    return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.layers}
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1, 3.0])
+def test_fisher_influence_equals_the_dense_inverse(damping):
+    model = make_model()
+    plan = make_plan(model, rank=4, curvature="fisher", damping=damping)
+    examples, queries = make_examples(40), make_examples(3, seed=1)
+    encoder = fit(model, plan, examples)
+    influence = encoder.rows(queries) @ encoder.rows(examples).T
+    train, asked = whole_gradients(model, plan, examples), whole_gradients(model, plan, queries)
+    expected = 0
+    for layer in plan.layers:
+        g = train[layer.name]
+        H = g.T @ g / len(examples)
+        a = damping * np.trace(H) / len(H)
+        expected = expected + asked[layer.name] @ np.linalg.solve(H + a * np.eye(len(H)), g.T)
+    assert relative_error(influence, expected) < 1e-6
+
+
+def token_pairs(model, plan, examples, maps=None):
+    """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
+    found = {layer.name: [] for layer in plan.layers}
+    for example in examples:
+        for _, batch in batches([example], 64, torch.device("cpu")):
+            maps = maps or {layer.name: (None, None) for layer in plan.layers}
+            backward(model, batch, plan.layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
+    return found
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+@pytest.mark.parametrize("rank", [4, HUGE])
+def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank):
+    model = make_model("llama")
+    patterns = ("layers.0.self_attn.*", "layers.1.mlp.down_proj")
+    plan = make_plan(model, rank=rank, curvature=curvature, patterns=patterns)
+    examples, queries = make_examples(30), make_examples(3, seed=1)
+    encoder = fit(model, plan, examples)
+    influence = encoder.rows(queries) @ encoder.rows(examples).T
+    plain = Encoder(model, make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
+    pairs = token_pairs(model, plan, examples, plain.maps)
+    train, asked = plain.rows(examples), plain.rows(queries)
+    expected = 0
+    for layer in plan.layers:
+        block = slice(layer.offset, layer.offset + layer.size)
+        tokens = sum(len(x) for x, _ in pairs[layer.name])
+        A = sum(x.T @ x for x, _ in pairs[layer.name]) / tokens
+        S = sum(d.T @ d for _, d in pairs[layer.name]) / len(examples)
+        if curvature == "kfac":
+            H = np.kron(S, A)
+        else:
+            basis = np.kron(np.linalg.eigh(S)[1], np.linalg.eigh(A)[1])
+            H = basis @ np.diag(((train[:, block] @ basis) ** 2).mean(axis=0)) @ basis.T
+        a = 0.1 * np.trace(H) / len(H)
+        expected = expected + asked[:, block] @ np.linalg.solve(H + a * np.eye(len(H)), train[:, block].T)
+    assert relative_error(influence, expected) < 1e-6
+
+
+def test_diagonal_and_identity_influence():
+    model = make_model()
+    examples, queries = make_examples(30), make_examples(3, seed=1)
+    plain = Encoder(model, make_plan(model, curvature="identity"), {})
+    train, asked = plain.rows(examples), plain.rows(queries)
+    encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
+    expected = 0
+    for layer in encoder.plan.layers:
+        block = slice(layer.offset, layer.offset + layer.size)
+        square = (train[:, block] ** 2).mean(axis=0)
+        expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
+    assert relative_error(encoder.rows(queries) @ encoder.rows(examples).T, expected) < 1e-6
+    assert fit(model, make_plan(model, curvature="identity"), examples).arrays == {}
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("projection", ["random", "pca"])
+def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projection):
+    model = make_model("llama")
+    plan = make_plan(model, curvature=curvature, projection=projection)
+    examples = make_examples(24)
+    whole = fit(model, plan, examples).rows(examples)
+    for parts in (2, 3, 7):
+        merged = fit(model, plan, examples, parts).rows(examples)
+        assert relative_error(merged @ merged.T, whole @ whole.T) < 1e-8
+
+
+def test_sums_of_any_split_add_up():
+    model = make_model("qwen2")
+    plan = make_plan(model, curvature="fisher")
+    examples = make_examples(15)
+    encoder = Encoder(model, plan, {})
+    whole = Fit(plan).measure(encoder, 0, examples)
+    halves = [Fit(plan).measure(encoder, 0, part) for part in (examples[:4], examples[4:])]
+    assert whole.keys() == halves[0].keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(halves[0][name] + halves[1][name], value, rtol=1e-10, atol=1e-12 * np.abs(value).max())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(9)), budget=st.integers(1, 200), longest=st.integers(3, 30))
+def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
+    model, examples = _MODEL_AND_EXAMPLES
+    encoder = Encoder(model, make_plan(model, batch_tokens=10_000), _ARRAYS)
+    alone = np.concatenate([encoder.rows([e]) for e in examples])
+    other = Encoder(model, make_plan(model, batch_tokens=budget), _ARRAYS)
+    padding = make_examples(1, seed=5, longest=longest)
+    rows = other.rows([examples[i] for i in order] + padding)[: len(order)]
+    assert relative_error(rows, alone[list(order)]) < 1e-10
+
+
+_MODEL_AND_EXAMPLES = make_model(), make_examples(9)
+_ARRAYS = fit(_MODEL_AND_EXAMPLES[0], make_plan(_MODEL_AND_EXAMPLES[0]), _MODEL_AND_EXAMPLES[1]).arrays
+
+
+def test_float32_rows_agree_across_batchings_to_1e_5():
+    model = make_model(dtype="float32")
+    examples = make_examples(30)
+    encoder = fit(model, make_plan(model), examples)
+    alone = np.concatenate([encoder.rows([e]) for e in examples])
+    together = Encoder(model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)
+    np.testing.assert_array_less(np.linalg.norm(together - alone, axis=1), 1e-5 * np.linalg.norm(alone, axis=1))
+
+
+def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
+    exact = Encoder(make_model(dtype="float32"), make_plan(make_model(dtype="float32"), curvature="identity"), {})
+    rough = Encoder(make_model(dtype="bfloat16"), exact.plan, {})
+    examples = make_examples(10)
+    a, b = exact.rows(examples), rough.rows(examples)
+    assert b.dtype == np.float32
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosines.min() > 0.98
+    sums = GradientSum()
+    for _, batch in batches(examples, 64, torch.device("cpu")):
+        backward(rough.model, batch, rough.plan.layers, rough.maps, sums)
+        break
+    assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
+
+
+def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
+    model = make_model()
+    plan = make_plan(model, patterns=("h.1.*",))
+    seen = []
+    model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
+    Encoder(model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
+    assert {layer.name.split(".")[2] for layer in plan.layers} == {"1"}
+    assert seen == []
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_layers_that_share_an_input_project_it_once(monkeypatch):
+    model = make_model("llama")
+    plan = make_plan(model, curvature="identity")
+    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.layers}
+    assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
+    assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
+    encoder = Encoder(model, plan, {})
+    assert len({id(encoder.maps[layer.name][0]) for layer in plan.layers}) == len({layer.input_group for layer in plan.layers})
+    products = []
+    original = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
+    encoder.rows(make_examples(1))
+    inputs = [s for s in products if s[1] == 4]
+    assert len(inputs) == len({layer.input_group for layer in plan.layers}) + len(plan.layers)  # each input once, each output once
+
+
+def test_a_layer_that_runs_twice_sums_its_calls():
+    model = make_model()
+    model.transformer.h[1] = model.transformer.h[0]
+    plan = make_plan(model, rank=HUGE, curvature="identity")
+    example = make_examples(1)[0]
+    gradients, _ = autograd_gradients(model, plan.layers, example)
+    assert relative_error(Encoder(model, plan, {}).rows([example])[0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
+
+
+def test_a_layer_without_one_vector_a_token_is_refused():
+    class Pooled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.h = inner, torch.nn.ModuleList([torch.nn.Linear(16, 16, dtype=torch.float64)])
+
+        def forward(self, input_ids, use_cache=False):
+            out = self.inner(input_ids=input_ids)
+            out.logits = out.logits + self.h[0](self.inner.transformer.wte(input_ids).mean(dim=(0, 1))[None]).sum()
+            return out
+
+    model = Pooled(make_model()).requires_grad_(False)
+    with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
+        plan = make_plan(model, curvature="identity", patterns=("h.0",))
+        Encoder(model, plan, {}).rows(make_examples(3))
+
+
+def test_nan_weights_are_named_not_hidden():
+    model = make_model(dtype="float32")
+    plan = make_plan(model, curvature="identity")
+    model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="of example 'e"):
+        Encoder(model, plan, {}).rows(make_examples(3))
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_batches_hold_each_example_once_within_the_budget(lengths, budget):
+    planned = plan_batches(lengths, budget)
+    assert sorted(i for batch in planned for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in planned)
+
+
+def test_random_projections_are_fixed_bits_and_preserve_products():
+    a = random_projection("h.0.mlp", "input", 4, 6, 0)
+    expected = np.array([[1, 1, -1, -1, 1, 1], [1, 1, 1, -1, 1, 1], [1, 1, -1, 1, 1, -1], [1, 1, 1, -1, -1, 1]]) * 0.5
+    assert np.array_equal(np.abs(a), np.abs(expected))
+    assert np.array_equal(a, random_projection("h.0.mlp", "input", 4, 6, 0))
+    for other in (("h.1.mlp", "input", 4, 6, 0), ("h.0.mlp", "output", 4, 6, 0), ("h.0.mlp", "input", 4, 6, 1)):
+        assert not np.array_equal(a, random_projection(*other))
+    many = np.stack([random_projection("x", "input", 16, 32, seed) for seed in range(2000)])
+    np.testing.assert_allclose(np.einsum("nki,nkj->ij", many, many) / 2000, np.eye(32), atol=0.03)
+    assert random_projection("x", "input", 6, 6, 0) is None
+
+
+def test_pca_projects_onto_the_leading_subspace():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(500, 10)) * np.arange(10, 0, -1)
+    covariance = x.T @ x
+    projection = principal_projection(covariance, 3)
+    np.testing.assert_allclose(projection @ projection.T, np.eye(3), atol=1e-12)
+    values = np.linalg.eigvalsh(covariance)[::-1]
+    np.testing.assert_allclose(np.diag(projection @ covariance @ projection.T), values[:3], rtol=1e-10)
+
+
+def test_sampled_labels_follow_the_model_and_not_the_batch():
+    model = make_model()
+    example = Example(id="x", text="", source="", token_ids=np.array([3, 4], np.int32), loss_mask=np.array([False, True]))
+    copies = [Example(**{**example.__dict__, "id": f"x{i}"}) for i in range(4000)]
+    batch = collate(copies, torch.device("cpu"))
+    logits = model(input_ids=batch.inputs[:1]).logits.expand(len(copies), -1, -1)
+    drawn = sample_targets(logits, batch, 0)[:, 0].numpy()
+    p = logits[0, 0].softmax(-1).numpy()
+    observed = np.bincount(drawn, minlength=len(p)) / len(copies)
+    assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
+    again = sample_targets(logits[:5], collate(copies[5:10], torch.device("cpu")), 0)[:, 0].numpy()
+    assert np.array_equal(again, drawn[5:10])
+
+
+def test_sampled_labels_make_the_true_fisher():
+    model = make_model()
+    examples = [Example(**{**e.__dict__, "id": f"{e.id}-{i}"}) for i in range(150) for e in make_examples(2, longest=3)]
+    plan = make_plan(model, rank=2, curvature="diagonal", labels="sampled", patterns=("h.1.mlp.c_fc",))
+    (layer,) = plan.layers
+    estimated = fit(model, plan, examples).arrays[f"blocks/{layer.name}/eigenvalues"]
+    expected = []
+    for example in make_examples(2, longest=3):  # enumerate every label of every position
+        ids = torch.tensor(example.token_ids.astype(np.int64))
+        positions = [t for t in range(1, len(ids)) if example.loss_mask[t]]
+        p = model(input_ids=ids[None, :-1]).logits[0].softmax(-1).numpy()
+        square = np.zeros(layer.size)
+        for t in positions:
+            plain = make_plan(model, rank=2, curvature="identity", patterns=("h.1.mlp.c_fc",))
+            mask = np.zeros(len(ids), bool)
+            mask[t] = True
+            for label in range(p.shape[1]):
+                token_ids = np.append(example.token_ids[:t], label).astype(np.int32)
+                row = Encoder(model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])[0]
+                square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
+        expected.append(square)
+    assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()
+
+
+def test_whitening_of_a_layer_without_gradient_is_zero():
+    assert np.array_equal(whitening_scale(np.zeros(3), 0.1), np.zeros(3))
+    np.testing.assert_allclose(whitening_scale(np.array([1.0, 3.0]), 0.5), [2**-0.5, 0.5])
