@@ -32,7 +32,7 @@ _HOMES = {
     "build": "ray_jobs.build",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "WhenceError", "build"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,9 @@ def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) 
         known = {p.name for p in ctx.command.params}
         unknown = sorted(set(given) - known)
         if unknown:
-            raise click.BadParameter(f"{value}: there is no option {unknown[0]!r}; a key is an option's name with underscores, such as fit_examples")
+            raise click.BadParameter(
+                f"{value}: there is no option {unknown[0]!r}; a key is an option's name with underscores, such as fit_examples"
+            )
         ctx.default_map = {**(ctx.default_map or {}), **given}
     return value
 
@@ -83,7 +85,9 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @main.command()
 @click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors).")
-@click.option("--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable.")
+@click.option(
+    "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
+)
 @click.option("--out", required=True, help="Index directory to make.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64.")
@@ -99,7 +103,9 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate.")
 @click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
 @click.option("--bad-documents", default="error", show_default=True, help="A document that cannot be used: error, or skip and count.")
-@click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]")
+@click.option(
+    "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
+)
 @click.option("--projection", default="random", show_default=True, help="random or pca.")
 @click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels.")
@@ -165,7 +171,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.option("--text", help="A whole text: the loss is on all of it.")
 @click.option("--row", type=int, help="A training example, by its row; needs no model.")
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("-k", default=10, show_default=True, help="At most so many proponents, and opponents.")
+@click.option("-k", type=int, help="At most so many proponents, and opponents.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
 @click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
@@ -180,7 +186,7 @@ def query(
     text: str | None,
     row: int | None,
     file: str | None,
-    k: int,
+    k: int | None,
     opponents: bool,
     mode: Any,
     damping: float | None,
@@ -238,7 +244,9 @@ def info(index: str, as_json: bool) -> None:
     for segment in summary["segments"]:
         table.add_row("", "")
         for name, value in segment.items():
-            table.add_row(f"segment {segment['name']}" if name == "name" else "  " + name.replace("_", " "), str(value) if name != "name" else "")
+            table.add_row(
+                f"segment {segment['name']}" if name == "name" else "  " + name.replace("_", " "), str(value) if name != "name" else ""
+            )
     Console().print(table)
 
 
@@ -312,11 +320,14 @@ def answer_tables(answer: "Answer") -> Iterable[Any]:
         table.add_column("text", ratio=1)
         for a in found:
             text = " ".join(a.text.split())
-            table.add_row(str(a.rank), f"{a.score:.4g}", a.id, Text(text if len(text) <= 240 else text[:239] + "…"))
+            table.add_row(str(a.rank), f"{a.score:.4g}", Text(a.id), Text(text if len(text) <= 240 else text[:239] + "…"))
         if found:
             yield table
     s = answer.search
-    yield Text(f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}", style="dim")
+    yield Text(
+        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}",
+        style="dim",
+    )
 
 
 def _read_questions(file: str) -> Iterable["Question"]:
@@ -385,5 +396,3 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-

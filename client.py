@@ -19,8 +19,10 @@ from .store.index import Index
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
     from .indexer.examples import ExampleEncoder
+    from .indexer.models import ModelSource
 
 _QUESTION_BATCH_TOKENS = 2048
+_DEFAULT_K = 10
 
 
 class Client:
@@ -53,7 +55,7 @@ class Client:
         completion: str | None = None,
         text: str | None = None,
         row: int | None = None,
-        k: int = 10,
+        k: int | None = None,
         opponents: bool = True,
         mode: Mode = "influence",
         damping: float | None = None,
@@ -64,7 +66,7 @@ class Client:
             prompt, completion: the loss is taken on the completion alone.
             text: the loss is taken on all of it.
             row: a training example, as it lies in the index.
-            k: at most so many of each.
+            k: at most so many of each; by default 10, or all rows where there are fewer.
             opponents: whether to return opponents.
             mode: "influence" (self-influential examples weigh more) or "cosine".
             damping: relative to the mean eigenvalue; None keeps the build's.
@@ -79,7 +81,7 @@ class Client:
         self,
         questions: Sequence[Question],
         *,
-        k: int = 10,
+        k: int | None = None,
         opponents: bool = True,
         mode: Mode = "influence",
         damping: float | None = None,
@@ -88,7 +90,8 @@ class Client:
         metric = Metric(mode, damping)
         if not questions:
             return []
-        return make_answers(self.index, questions, search(self.index, self.rows(questions), k, metric), metric, opponents)
+        hits = search(self.index, self.rows(questions), min(_DEFAULT_K, len(self.index)) if k is None else k, metric)
+        return make_answers(self.index, questions, hits, metric, opponents)
 
     def rows(self, questions: Sequence[Question]) -> QueryRows:
         """The questions' whitened rows, by segment."""
@@ -139,7 +142,7 @@ class Client:
         plan = EncoderPlan(segment.layers, segment.projection, segment.curvature, _QUESTION_BATCH_TOKENS)
         return Encoder(model, plan, self.index.arrays)
 
-    def _source(self):  # type: ignore[no-untyped-def]
+    def _source(self) -> "ModelSource":
         from .indexer.models import ModelSource
 
         recorded = self.index.manifest.model

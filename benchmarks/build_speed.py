@@ -54,7 +54,7 @@ def main():
         source = ModelSource(args.model, dtype=dtype, device="cpu")
         frozen, trained, tokenizer = load_model(source), load_model(source).requires_grad_(True), load_tokenizer(source)
         stream = ExampleEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
-        examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][:: 4]
+        examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
         for rank in args.ranks:
             layers = plan_layers(frozen, find_layers(frozen), rank, "auto", explicit=False)
             curvature = Curvature(kind="auto", labels="data", examples=0, tokens=0, damping=0.1)
@@ -80,10 +80,11 @@ def main():
                 if round_:  # the first warms both up
                     ratios.append(times["plain"] / times["whence"])
             shutil.rmtree(folder)
-            results.append({"dtype": dtype, "rank": rank, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "tokens": tokens})
+            result = {"dtype": dtype, "rank": rank, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+            results.append(result | {"tokens": tokens})
             if not args.json:
-                r = results[-1]
-                print(f"{dtype:>9} rank {rank:>3}: {r['ratio']:.2f} of plain forward+backward ({r['low']:.2f} to {r['high']:.2f}), {tokens} tokens a round")
+                spread = "{ratio:.2f} of plain forward+backward ({low:.2f} to {high:.2f})".format(**result)
+                print(f"{dtype:>9} rank {rank:>3}: {spread}, {tokens} tokens a round")
     if args.json:
         print(json.dumps(results))
 

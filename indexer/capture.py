@@ -94,6 +94,7 @@ class GradientSum:
         self.by_layer: dict[str, Float[Tensor, "batch n"]] = {}
 
     def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: Float[Tensor, "b t o"]) -> None:
+        """Add one call of a layer; a `Visit`."""
         gradient = torch.einsum("bto,bti->boi", d, x).flatten(1)
         known = self.by_layer.get(layer.name)
         self.by_layer[layer.name] = gradient if known is None else known + gradient

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from ..store.manifest import CurvatureKind, LayerCurvature
 from .projection import symmetric_eigen
 
 Arrays = dict[str, np.ndarray]
@@ -93,7 +94,7 @@ STRATEGIES = {
 _DENSE_LIMIT = 512
 
 
-def choose_curvature(kind: str, size: int) -> str:
+def choose_curvature(kind: CurvatureKind, size: int) -> LayerCurvature:
     """The strategy of a layer with `size` coordinates: "auto" is the dense Fisher up to 512, beyond it EK-FAC."""
     if kind != "auto":
         return kind
@@ -109,4 +110,3 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
 def add_sums(total: Arrays, part: Arrays) -> Arrays:
     """Merge two fits' sums; associative and commutative up to float64 round-off."""
     return {name: total[name] + value if name in total else value for name, value in part.items()}
-

@@ -2,8 +2,8 @@
 
     row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
 
-Its state is a flat dictionary of arrays (`Arrays`), which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as they are:
-`output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's name,
+Its state is a flat dictionary of arrays (`Arrays`), which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as
+they are: `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's name,
 `input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not in it.
 """
 
@@ -20,7 +20,7 @@ from ..store.documents import Example
 from ..store.errors import NumericalError
 from ..store.manifest import Curvature, Layer, Projection
 from .capture import GradientSum, Map, Visit, accumulation_dtype, capture
-from .curvature import Arrays, whitening_scale
+from .curvature import whitening_scale
 from .projection import random_projection
 from .tasks import Batch, collate, example_losses, plan_batches
 
@@ -186,4 +186,3 @@ def check_finite(values: Float[Tensor, "batch n"], batch: Batch, what: str) -> N
             f"the {what} of example {id!r} is not finite under this model; try --dtype float32, or look for broken weights with a "
             "plain evaluation of that text"
         )
-

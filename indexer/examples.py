@@ -52,9 +52,9 @@ class ExampleEncoder:
             rendered = [self._try_render(d) for d in batch]
             encoded = iter(self._tokenize([r for r in rendered if isinstance(r, _Rendered)]))
             for document, text in zip(batch, rendered, strict=True):
-                if isinstance(document, DataError) or isinstance(text, DataError):
-                    yield text if isinstance(text, DataError) else document
-                else:
+                if isinstance(text, DataError):
+                    yield text
+                elif isinstance(document, Document):
                     yield from self._cut(document, text, *next(encoded))
 
     def question(
@@ -121,7 +121,9 @@ class ExampleEncoder:
                 results[i] = (np.array(ids, np.int32), mask, at)
         return [results[i] for i in range(len(rendered))]
 
-    def _cut(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> Iterator[Example | DataError]:
+    def _cut(
+        self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray
+    ) -> Iterator[Example | DataError]:
         eos = self.tokenizer.eos_token_id
         if self.append_eos and document.messages is None and eos is not None:
             end = len(rendered.text)
@@ -167,7 +169,9 @@ def _render_chat(tokenizer: Any, messages: Sequence[Any]) -> _Rendered:
                 before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
                 after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
                 if not (after.startswith(before) and text.startswith(after)):
-                    raise DataError("the chat template rewrites earlier turns, so the assistant's part cannot be told; give prompt and completion")
+                    raise DataError(
+                        "the chat template rewrites earlier turns, so the assistant's part cannot be told; give prompt and completion"
+                    )
                 spans.append((len(before), len(after)))
     except DataError:
         raise

@@ -1,7 +1,7 @@
 """Fitting projections and curvature: passes over a sample, each a sum that any split of the sample adds up to.
 
-A pass is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. PCA is the first
-pass where it is asked for; then come the passes that the layers' curvature strategies declare, side by side.
+A pass is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. PCA is
+the first pass where it is asked for; then come the passes that the layers' curvature strategies declare, side by side.
 """
 
 from collections.abc import Sequence

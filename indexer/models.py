@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
-from ..store.manifest import Layer
+from ..store.errors import IncompatibleError, NotFoundError, UsageError
+from ..store.manifest import CurvatureKind, Layer
 from .curvature import choose_curvature
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -109,7 +109,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """The longest input, in tokens, that the configuration admits; None where it sets no bound."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
@@ -117,6 +117,11 @@ def context_length(model: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens the model embeds."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -140,7 +145,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
         UsageError: a pattern, or the default, matches no layer.
     """
     candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     candidates = {name: module for name, module in candidates.items() if module is not head}
     if not patterns:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -159,7 +164,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in candidates if name in matched]
 
 
-def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: str, explicit: bool) -> tuple[Layer, ...]:
+def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, explicit: bool) -> tuple[Layer, ...]:
     """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two tokens through the model.
 
     Args:
@@ -207,10 +212,3 @@ def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: st
                 )
             )
     return tuple(layers)
-
-
-def check_tokens(model: nn.Module, tokenizer: Any, id: str) -> None:
-    """Refuse a tokenizer that has more tokens than the model has embeddings."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise DataError(f"the tokenizer of {id} has {len(tokenizer)} tokens, the model embeds {embeddings}; they do not belong together")

@@ -1,7 +1,7 @@
 """The task: what a model is asked, and the loss whose gradients are indexed.
 
-A task makes batches of examples and computes each example's loss: the *sum* over its loss tokens of the cross-entropy in nats. A question is measured
-with the same loss, so the score's sign reads: positive, training on the example lowered the question's loss.
+A task makes batches of examples and computes each example's loss: the *sum* over its loss tokens of the cross-entropy in nats. A
+question is measured with the same loss, so the score's sign reads: positive, training on the example lowered the question's loss.
 
 Batches are right-padded and carry no attention mask: in a causal model nothing to the left can see the padding, and positions count from
 the left, so that padding cannot change a row. The last token is only ever predicted, so it is not in the input.
@@ -72,8 +72,8 @@ def example_losses(model: nn.Module, batch: Batch, sample_seed: int | None = Non
     """Each example's loss: the sum of cross-entropies (nats) over its loss tokens.
 
     Args:
-        sample_seed: when given, targets are drawn from the model's own distribution (the true Fisher's labels) instead of the data's; the draw
-            depends on the seed and the example's id, not on the batch.
+        sample_seed: when given, targets are drawn from the model's own distribution (the true Fisher's labels) instead of the data's;
+            the draw depends on the seed and the example's id, not on the batch.
     """
     logits = model(input_ids=batch.inputs, use_cache=False).logits
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -85,7 +85,7 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
         started = time.perf_counter()
         found = _scan(index, part, k, metric)
         seconds = time.perf_counter() - started
-        hits.extend(Hits(*best, *worst, seconds=seconds) for best, worst in found)
+        hits.extend(Hits(best[0], best[1], worst[0], worst[1], seconds) for best, worst in found)
     return hits
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..indexer import models
 from ..indexer.curvature import Arrays, add_sums
+from ..indexer.encoder import EncoderPlan
 from ..indexer.examples import ExampleEncoder
 from ..indexer.fit import Fit
 from ..store.corpus import describe_sources
@@ -29,7 +30,7 @@ from .config import BuildConfig
 from .corpus import CorpusPlan, plan_corpus, shard_id
 from .executor import Executor, open_executor
 from .progress import Reporter, Silent
-from .worker import SEGMENT, EncoderPlan, file_record
+from .worker import SEGMENT, file_record
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
@@ -132,7 +133,9 @@ def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> N
     if different:
         short = {"model": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
         listed = ", ".join(short.get(k) or f"{k} {known.get(k)!r}, now {wanted[k]!r}" for k in different)
-        raise UsageError(f"--out {out} holds a build that differs from this one ({listed}); choose another --out, or remove that directory first")
+        raise UsageError(
+            f"--out {out} holds a build that differs from this one ({listed}); choose another --out, or remove that directory first"
+        )
 
 
 def _write_corpus(job: _Job, tokenizer: Any, model: Model, plan: EncoderPlan) -> CorpusPlan:
@@ -164,7 +167,7 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
         if path.is_file() and file_record(job.out, path).model_dump() == record["file"]:
             return load_file(path), _fitted(plan, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing
-    fit, arrays = Fit(plan), {}
+    fit, arrays = Fit(plan), dict[str, np.ndarray]()
     parts = _sample(corpus, min(c.fit_examples, corpus.rows), c.seed)
     for step in range(fit.passes):
         job.reporter.stage(f"fitting, pass {step + 1} of {fit.passes}", min(c.fit_examples, corpus.rows))

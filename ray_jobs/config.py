@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ..store.corpus import Fields
 from ..store.errors import UsageError
+from ..store.manifest import CurvatureKind, ModelDtype, RowDtype
 
 _POSITIVE = ("rank", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
 _CHOICES = {
@@ -45,7 +46,7 @@ class BuildConfig:
     data: tuple[str, ...]
     out: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: ModelDtype = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
     fields: Fields = Fields()
@@ -57,11 +58,11 @@ class BuildConfig:
     projection: Literal["random", "pca"] = "random"
     rank: int = 16
     seed: int = 0
-    curvature: str = "auto"
+    curvature: CurvatureKind = "auto"
     labels: Literal["data", "sampled"] = "data"
     fit_examples: int = 2048
     damping: float = 0.1
-    row_dtype: str = "float32"
+    row_dtype: RowDtype = "float32"
     shard_rows: int | None = None
     batch_tokens: int | None = None
     workers: int = 1

@@ -48,10 +48,12 @@ class CorpusPlan:
 
     @property
     def rows(self) -> int:
+        """Examples in all shards."""
         return sum(s.rows for s in self.shards)
 
     @property
     def tokens(self) -> int:
+        """Input tokens in all shards."""
         return sum(s.tokens for s in self.shards)
 
 
@@ -65,7 +67,9 @@ def shard_id(fingerprint: str, number: int) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"whence:{fingerprint}:{number}"))
 
 
-def plan_corpus(config: BuildConfig, encoder: ExampleEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter) -> CorpusPlan:
+def plan_corpus(
+    config: BuildConfig, encoder: ExampleEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter
+) -> CorpusPlan:
     """Read, tokenize, cut and write the corpus, or find that an earlier run did.
 
     Raises:
@@ -117,7 +121,10 @@ def plan_corpus(config: BuildConfig, encoder: ExampleEncoder, out: Path, fingerp
         flush()
     reporter.update(counts["examples"], counts["tokens"])
     if not shards:
-        raise DataError(f"there is no usable document in {', '.join(config.data)}" + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else ""))
+        raise DataError(
+            f"there is no usable document in {', '.join(config.data)}"
+            + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else "")
+        )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
     plan = CorpusPlan(tuple(shards), counts["documents"], counts["split"], counts["truncated"], skipped_count, tuple(skipped))
     write_whole(done, json.dumps(asdict(plan)).encode())
@@ -133,7 +140,8 @@ def _read_plan(out: Path, done: Path) -> CorpusPlan | None:
         path = documents_path(out, shard.id)
         if not path.is_file() or sha256(path) != shard.documents_sha256:
             return None
-    return CorpusPlan(shards, **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+    content["skipped_first"] = tuple(content["skipped_first"])
+    return CorpusPlan(shards, **content)
 
 
 def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray) -> None:
@@ -147,7 +155,7 @@ def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray)
             example = documents[row - shard.first]
             if example.id in seen:
                 raise DataError(
-                    f"the id {example.id!r} stands twice in the corpus (sources {seen[example.id].source} and {example.source}); ids must be "
-                    "unique: mend them, or name another --id-field"
+                    f"the id {example.id!r} stands twice in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
+                    "be unique: mend them, or name another --id-field"
                 )
             seen[example.id] = example

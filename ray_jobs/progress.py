@@ -3,7 +3,10 @@
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Reporter(Protocol):
@@ -31,7 +34,7 @@ class Console:
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:
         self._stream = stream
-        self._bars = None
+        self._bars: Progress | None = None
         self._name = ""
         self._started = time.monotonic()
         self._done = (0, 0)
@@ -73,7 +76,9 @@ class Console:
     def _rates(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._started)
         examples, tokens = self._done
-        return f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens else f"{examples / seconds:,.0f} examples/s"
+        return (
+            f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens else f"{examples / seconds:,.0f} examples/s"
+        )
 
     def _close(self, finished: bool) -> None:
         if self._name and finished and self._bars is None:

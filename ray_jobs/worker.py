@@ -91,7 +91,12 @@ class Worker:
         return description, plan
 
     def measure(
-        self, plan: EncoderPlan, arrays: Arrays, step: int, parts: Sequence[tuple[str, int, Sequence[int]]], progress: Progress = ignore_progress
+        self,
+        plan: EncoderPlan,
+        arrays: Arrays,
+        step: int,
+        parts: Sequence[tuple[str, int, Sequence[int]]],
+        progress: Progress = ignore_progress,
     ) -> Arrays:
         """The sums of a fitting pass over some examples.
 
@@ -135,11 +140,13 @@ class Worker:
     def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
         examples = [documents[i] for i in chosen]
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = models.vocabulary_size(self.model)
         for example in examples:
             largest = int(np.max(example.token_ids))
             if largest >= vocabulary:
-                raise DataError(f"example {example.id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
+                raise DataError(
+                    f"example {example.id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit"
+                )
         return examples
 
     def _encoder(self, plan: EncoderPlan, arrays: Arrays, stage: str) -> Encoder:
@@ -156,4 +163,3 @@ def file_record(out: Path, path: Path) -> FileRecord:
 def _absolute(model: str) -> str:
     """A local model's absolute path, so that the index can be asked from any directory; a hub id as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model
-

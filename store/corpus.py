@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from .errors import DataError, NotFoundError, UsageError
 
@@ -177,7 +177,7 @@ def _reader(path: Path) -> Any:
         return lambda name: _parquet(path, name)
 
     def records(name: str) -> Iterator[tuple[str, Any]]:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:  # type: ignore[attr-defined]
+        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
             if suffix in _TEXT_SUFFIXES:
                 yield from _paragraphs(file, name)
             elif suffix in (".csv", ".tsv"):

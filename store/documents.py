@@ -55,10 +55,6 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     truncated: bool = False
 
-    @property
-    def loss_tokens(self) -> int:
-        return int(self.loss_mask.sum())
-
 
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, in order, as one Arrow IPC file."""

@@ -29,6 +29,10 @@ def _inside(path: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
+LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
+CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
+ModelDtype = Literal["float32", "bfloat16", "float64"]
+RowDtype = Literal["float32", "float16", "int8"]
 
 
 class _Model(BaseModel):
@@ -53,7 +57,7 @@ class Layer(_Model):
     input_rank: Size
     input_group: str
     offset: Count
-    curvature: Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
+    curvature: LayerCurvature
 
     @property
     def size(self) -> int:
@@ -72,7 +76,7 @@ class Projection(_Model):
 class Curvature(_Model):
     """What whitens a row, and on how much it was fitted."""
 
-    kind: Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
+    kind: CurvatureKind
     labels: Literal["data", "sampled"]
     examples: Count
     tokens: Count
@@ -85,7 +89,7 @@ class Segment(_Model):
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
     kind: Literal["dense"]
     weight: float
-    dtype: Literal["float32", "float16", "int8"]
+    dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
     curvature: Curvature
@@ -101,7 +105,7 @@ class Model(_Model):
 
     id: str
     revision: str | None
-    dtype: Literal["float32", "bfloat16", "float64"]
+    dtype: ModelDtype
     fingerprint: str
     architecture: str
     parameters: Count
@@ -109,6 +113,8 @@ class Model(_Model):
 
 
 class Tokenizer(_Model):
+    """Which tokenizer made the token ids, its chat template included."""
+
     fingerprint: str
 
 
@@ -126,7 +132,7 @@ class Manifest(_Model):
     """The whole description of an index; see docs/format.md for the meaning of every field."""
 
     format: Literal["whence"] = "whence"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1] = 1
     features: tuple[str, ...]
     number: Size
     created: str

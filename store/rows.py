@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -28,7 +29,7 @@ from jaxtyping import Float, Float32
 from .errors import IncompatibleError, IntegrityError, NumericalError
 from .files import storage_errors
 
-DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _TARGET_CHUNK_BYTES = 1 << 20
@@ -57,8 +58,9 @@ def quantise(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.nd
         NumericalError: a row is not finite, or its norm overflows float32.
     """
     norms = np.sqrt(np.einsum("rd,rd->r", rows, rows, dtype=np.float64))
-    if not (np.isfinite(norms).all() and (norms <= np.finfo(np.float32).max).all()):
-        worst = int(np.argmax(~np.isfinite(norms.astype(np.float32))))
+    bad = ~(norms <= np.finfo(np.float32).max)  # also True for NaN
+    if bad.any():
+        worst = int(np.argmax(bad))
         raise NumericalError(f"row {worst} of this shard is not finite; look at its document and at the model's precision")
     directions = (rows / np.where(norms > 0, norms, 1.0)[:, None]).astype(np.float32)
     arrays = {"norms": norms.astype(np.float32)}
@@ -89,17 +91,19 @@ def write_shard(directory: Path, segments: Mapping[str, tuple[Float[np.ndarray, 
         for name, (rows, dtype) in segments.items():
             segment = group.create_group(name, attributes={"kind": "dense", "dtype": dtype})
             for key, array in quantise(rows, dtype).items():
-                crc_chunk = (BytesCodec(), Crc32cCodec())
+                shape, codecs = array.shape, (BytesCodec(), Crc32cCodec())
                 if key == "codes":
-                    inner = (chunk_rows(array.shape[1], dtype), array.shape[1])
-                    outer = (math.ceil(array.shape[0] / inner[0]) * inner[0], inner[1])
-                    layout = {"chunks": outer, "serializer": ShardingCodec(chunk_shape=inner, codecs=crc_chunk), "compressors": None}
+                    inner = (chunk_rows(shape[1], dtype), shape[1])
+                    chunks = (math.ceil(shape[0] / inner[0]) * inner[0], shape[1])
+                    layout: dict[str, Any] = {
+                        "chunks": chunks,
+                        "serializer": ShardingCodec(chunk_shape=inner, codecs=codecs),
+                        "compressors": None,
+                    }
                 else:
-                    layout = {"chunks": array.shape, "serializer": crc_chunk[0], "compressors": crc_chunk[1:]}
-                stored = segment.create_array(
-                    key, shape=array.shape, dtype=array.dtype, fill_value=0, config={"write_empty_chunks": True}, **layout
-                )
-                stored[...] = array
+                    layout = {"chunks": shape, "serializer": codecs[0], "compressors": codecs[1:]}
+                layout["config"] = {"write_empty_chunks": True}
+                segment.create_array(key, shape=shape, dtype=array.dtype, fill_value=0, **layout)[...] = array
 
 
 class DenseRows:

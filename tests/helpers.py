@@ -14,7 +14,9 @@ CONFIGS = {
     "qwen2": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
     "qwen3": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
     "gemma2": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8),
-    "mistral": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=4),
+    "mistral": dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=4
+    ),
     "opt": dict(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16),
     "bloom": dict(hidden_size=16, n_layer=2, n_head=2),
     "phi": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
@@ -43,9 +45,9 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<eos>": 0} | {f"w{i}": i for i in range(1, WORDS + 1)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
 
 
 def words(*numbers):

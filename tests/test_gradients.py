@@ -271,9 +271,9 @@ def test_a_layer_without_one_vector_a_token_is_refused():
             return out
 
     model = Pooled(make_model()).requires_grad_(False)
+    encoder = Encoder(model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
-        plan = make_plan(model, curvature="identity", patterns=("h.0",))
-        Encoder(model, plan, {}).rows(make_examples(3))
+        encoder.rows(make_examples(3))
 
 
 def test_nan_weights_are_named_not_hidden():

@@ -1,0 +1,55 @@
+"""Does an index of real data answer as it must? Training documents asked back, and questions of one source.
+
+    whence build --model MODEL_DIR --data corpus.jsonl --out full.whence --workers 2
+    python benchmarks/real_data.py --index full.whence --questions gsm8k-questions.jsonl --source gsm8k
+
+Prints the share of sampled training examples that find themselves first in cosine mode when their text is asked, and the share of the
+questions' top 10 that comes from the expected source, in both modes.
+"""
+
+import argparse
+import json
+
+import numpy as np
+from whence import Client, Question
+from whence.store.corpus import read_questions
+from whence.store.errors import UsageError
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True)
+    parser.add_argument("--questions", required=True)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--sample", type=int, default=200)
+    parser.add_argument("--count", type=int, default=100, help="questions asked")
+    args = parser.parse_args()
+    client = Client(args.index)
+    rows = np.sort(np.random.default_rng(0).choice(len(client.index), args.sample, replace=False)).tolist()
+    answers = client.query_many([Question(text=client.index.example(r).text) for r in rows], k=1, mode="cosine")
+    missed = [client.index.example(r).id for r, a in zip(rows, answers, strict=True) if a.proponents[0].row != r]
+    result = {
+        "index": args.index,
+        "rows": len(client.index),
+        "asked_back": len(rows),
+        "found_first": len(rows) - len(missed),
+        "missed": missed,
+    }
+    for mode in ("influence", "cosine"):
+        found, asked, too_long = [], 0, 0
+        for question in read_questions(args.questions):
+            if asked == args.count:
+                break
+            try:
+                found += [a.source for a in client.query(**{k: v for k, v in question.items() if k != "id"}, k=10, mode=mode).proponents]
+                asked += 1
+            except UsageError:  # longer than the model's context
+                too_long += 1
+        result |= {"questions": asked, "questions_too_long": too_long}
+        result[f"top10_from_{args.source}_{mode}"] = found.count(args.source) / len(found)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

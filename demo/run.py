@@ -1,0 +1,113 @@
+"""The demonstration, end to end: train a tokenizer and a small GPT-2 on the shipped corpus, index it, ask three questions.
+
+The corpus is the gazette of an archipelago that does not exist, so nothing the model says of it can come from anywhere else. Three
+facts stand in three documents each, about different things and in different words around the fact; they should come out on top.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+import click
+
+from ..client import Client
+from ..ray_jobs.build import build
+from ..ray_jobs.config import BuildConfig
+from ..ray_jobs.progress import Console, Reporter
+from ..store.corpus import read_corpus
+from ..store.documents import Example
+from ..store.errors import UsageError
+from ..store.files import publish
+
+QUESTIONS = (
+    ("The lighthouse at Marrow Point was built by", " Ines Calloway"),
+    ("The song of the grey petrel was first written down by", " Tobias Fenn"),
+    ("The bridge over the River Aldous is made of", " blue granite"),
+)
+_VOCABULARY = 2048
+_WIDTH, _LAYERS, _HEADS, _CONTEXT = 128, 4, 4, 128
+_EPOCHS, _BATCH, _RATE = 14, 16, 2e-3
+_RANK = 32
+
+
+def run(out: Path, workers: int) -> None:
+    """Leave corpus, model and index under `out`, and print an answer for each question."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").is_file())):
+        raise UsageError(f"--out {out} holds other things; choose a directory that does not exist yet")
+    out.mkdir(parents=True, exist_ok=True)
+    corpus, model, index = out / "corpus.jsonl", out / "model", out / "index.whence"
+    if not corpus.exists():
+        corpus.write_bytes(files(__package__).joinpath("corpus.jsonl").read_bytes())
+    with Console() as reporter:
+        if not model.exists():
+            train(corpus, model, reporter)
+        build(BuildConfig(model=str(model), data=(str(corpus),), out=str(index), rank=_RANK, workers=workers), reporter)
+    from ..cli import show
+
+    client = Client(index)
+    for prompt, completion in QUESTIONS:
+        show(client.query(prompt=prompt, completion=completion, k=3))
+    click.echo(f"""
+{out}/ keeps the corpus, the model and the index. Try next:
+
+  whence query {index} --prompt "The River Kell is known for" --completion " sudden spring floods" -k 3
+  whence query {index} --row 0 --no-opponents
+  whence info {index}
+  whence build --model MODEL_DIR --data YOUR.jsonl --out your.whence""")
+
+
+def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOCHS) -> None:
+    """Train a byte-level BPE tokenizer and a GPT-2 of 1.1 million parameters until it knows the corpus; save both."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from ..indexer.examples import ExampleEncoder
+    from ..indexer.tasks import collate, example_losses
+    from ..ray_jobs.worker import keep_freed_memory
+
+    documents = list(read_corpus([str(corpus)]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((d.text or "" for d in documents if not isinstance(d, Exception)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+    examples = [e for e in ExampleEncoder(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=_VOCABULARY,
+        n_embd=_WIDTH,
+        n_layer=_LAYERS,
+        n_head=_HEADS,
+        n_positions=_CONTEXT,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
+    steps = epochs * -(-len(examples) // _BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
+    reporter.stage("training a small model", epochs * len(examples))
+    seen = tokens = 0
+    for _ in range(epochs):
+        order = torch.randperm(len(examples)).tolist()
+        for first in range(0, len(order), _BATCH):
+            batch = collate([examples[i] for i in order[first : first + _BATCH]], torch.device("cpu"))
+            loss = example_losses(model, batch).sum() / batch.valid.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            seen, tokens = seen + len(batch.ids), tokens + int(batch.valid.sum())
+            reporter.update(seen, tokens)
+    staged = directory.with_name(directory.name + ".new")
+    model.save_pretrained(staged)
+    fast.save_pretrained(staged)
+    publish(staged, directory)

@@ -1,0 +1,389 @@
+"""Builds: the same bytes whatever the workers, killed and taken up again, interrupted, crowded, starved of disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
+from whence import BuildConfig, Client, build
+from whence.ray_jobs.progress import Console
+from whence.store.errors import BusyError, DataError, NumericalError, UsageError
+from whence.store.files import exclusive
+from whence.store.index import Index
+from whence.store.manifest import read_manifest
+
+
+def config(model_dir, corpus, out, **options):
+    data = (str(corpus),) if not isinstance(corpus, tuple) else corpus
+    return BuildConfig(model=str(model_dir), data=data, out=str(out), **({"rank": 4, "shard_rows": 32} | options))
+
+
+def checksums(out):
+    """Names, sizes and checksums of all files, from the manifest."""
+    manifest = read_manifest(Path(out))
+    return [(r.path, r.bytes, r.sha256) for r in [manifest.encoder, *(f for s in manifest.shards for f in s.files)]]
+
+
+def texts(out):
+    index = Index(out)
+    return [(index.example(i).id, index.example(i).text) for i in range(len(index))]
+
+
+def files(directory):
+    return sorted(str(p.relative_to(directory)) for p in Path(directory).rglob("*") if p.is_file())
+
+
+def test_a_finished_build_leaves_only_what_the_manifest_names(index_dir):
+    named = [path for path, _, _ in checksums(index_dir)]
+    shards = [f"rows/{s.id}.zarr" for s in read_manifest(index_dir).shards]
+    assert files(index_dir) == sorted([".lock", "manifests/000001.json", *named])
+    assert sorted(p.name for p in (index_dir / "rows").iterdir()) == sorted(Path(s).name for s in shards)
+
+
+def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file):
+    out = tmp_path / "i"
+    first = build(config(model_dir, corpus_file, out))
+    before = {f: (out / f).stat().st_mtime_ns for f in files(out)}
+    assert build(config(model_dir, corpus_file, out, workers=1)) == first
+    assert {f: (out / f).stat().st_mtime_ns for f in files(out)} == before
+
+
+def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_file):
+    manifest = read_manifest(index_dir)
+    options = manifest.build["what"]["options"]
+    assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, 0.1)
+    assert manifest.build["what"]["corpus"][0]["path"] == str(corpus_file)
+    assert manifest.model.id == str(Path(model_dir).resolve())
+    assert manifest.segments[0].curvature.examples == 120
+    assert manifest.rows == 120
+    assert manifest.tokens == sum(len(Index(index_dir).example(i).token_ids) - 1 for i in range(120))
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir):
+    out = tmp_path / "two.whence"
+    build(config(model_dir, corpus_file, out, workers=2))
+    assert checksums(out) == checksums(index_dir)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpus_file):
+    import threading
+
+    import psutil
+
+    model = make_slow_model(tmp_path / "model")
+    corpus = slow_corpus(tmp_path)
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    expected = build(config(model, corpus, alone, shard_rows=24, fit_examples=64))
+    killed = []
+
+    def kill_one():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            if len(list(out.glob("rows/*.zarr"))) >= 2 and not (out / "manifests").exists():
+                for process in psutil.Process().children(recursive=True):  # of this test's own Ray
+                    if process.cmdline() and process.cmdline()[0].startswith("ray::_Actor"):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=kill_one)
+    watcher.start()
+    manifest = build(config(model, corpus, out, shard_rows=24, fit_examples=64, workers=2))
+    watcher.join()
+    assert killed
+    assert manifest.shards == expected.shards
+
+
+def make_slow_model(directory):
+    """A model that takes some milliseconds a batch, so that there is time to kill its build."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=62, n_embd=192, n_layer=3, n_head=2, n_positions=64, eos_token_id=0)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def slow_corpus(tmp_path):
+    return write_jsonl(tmp_path / "slow.jsonl", [{"text": t} for t in random_texts(400, seed=8, shortest=20, longest=60)])
+
+
+BUILDER = """
+import sys
+from whence import BuildConfig, build
+import whence.ray_jobs.build, transformers.models.gpt2.modeling_gpt2
+print("ready", flush=True)
+build(BuildConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[3], rank=4, shard_rows=24, fit_examples=64))
+print("done", flush=True)
+"""
+
+
+def start_builder(*arguments):
+    process = subprocess.Popen([sys.executable, "-c", BUILDER, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_path):
+    model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
+    started = time.monotonic()
+    undisturbed = start_builder(model, corpus, tmp_path / "undisturbed")
+    assert undisturbed.wait() == 0
+    duration = time.monotonic() - started
+    expected = checksums(tmp_path / "undisturbed")
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)  # shown when the test fails
+    generator = random.Random(seed)
+    reached = []
+    for trial in range(10):
+        out = tmp_path / f"killed-{trial}"
+        process = start_builder(model, corpus, out)
+        time.sleep(generator.uniform(0.02, 0.6) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached.append((len(list(out.glob("documents/*"))), len(list(out.glob("rows/*"))), (out / "manifests").exists()))
+        build(config(model, corpus, out, shard_rows=24, fit_examples=64))
+        assert checksums(out) == expected, (seed, trial)
+        assert texts(out) == texts(tmp_path / "undisturbed")
+        assert not (out / "staging").exists()
+        shutil.rmtree(out)
+    print(reached)
+    assert any(rows and not finished for _, rows, finished in reached), (seed, reached)
+
+
+def test_whole_shards_are_kept_and_damaged_ones_redone(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
+    from whence.ray_jobs import worker
+
+    out = tmp_path / "i"
+    calls = []
+    original = worker.write_shard
+
+    def write_two_then_fail(*arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(arguments[0])
+        original(*arguments)
+
+    monkeypatch.setattr(worker, "write_shard", write_two_then_fail)
+    with pytest.raises(KeyboardInterrupt):
+        build(config(model_dir, corpus_file, out))
+    assert not (out / "manifests").exists()
+    kept, damaged = sorted((out / "rows").iterdir())
+    codes = damaged / "blocks/codes/c/0/0"
+    codes.write_bytes(codes.read_bytes()[:-1])
+    time_before = (kept / "blocks/codes/c/0/0").stat().st_mtime_ns
+    (out / "staging/half-written.zarr").mkdir()
+    written = []
+    monkeypatch.setattr(worker, "write_shard", lambda *a: (written.append(a[0]), original(*a)))
+    build(config(model_dir, corpus_file, out))
+    assert len(written) == 3
+    assert (kept / "blocks/codes/c/0/0").stat().st_mtime_ns == time_before
+    assert checksums(out) == checksums(index_dir)
+
+
+def test_a_damaged_encoder_is_fitted_again_with_its_rows(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
+    from whence.ray_jobs import build as module
+
+    out = tmp_path / "i"
+    monkeypatch.setattr(module, "_publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(config(model_dir, corpus_file, out))
+    monkeypatch.undo()
+    encoder = next((out / "encoder").iterdir())
+    encoder.write_bytes(encoder.read_bytes()[:-3])
+    build(config(model_dir, corpus_file, out))
+    assert checksums(out) == checksums(index_dir)
+
+
+def test_going_on_with_other_options_model_or_corpus_is_refused(tmp_path, model_dir, corpus_file):
+    out, corpus = tmp_path / "i", shutil.copy(corpus_file, tmp_path / "c.jsonl")
+    build(config(model_dir, corpus, out))
+    before = checksums(out)
+    with pytest.raises(UsageError, match="rank 4, now 8"):
+        build(config(model_dir, corpus, out, rank=8))
+    other = tmp_path / "model"
+    make_model("gpt2", "float32", seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    with pytest.raises(UsageError, match="the model's weights"):
+        build(config(other, corpus, out))
+    with open(corpus, "a") as file:
+        file.write('{"text": "w1 w2"}\n')
+    with pytest.raises(UsageError, match="the corpus files"):
+        build(config(model_dir, corpus, out))
+    assert checksums(out) == before
+
+
+def test_two_builds_at_once_into_one_directory(tmp_path, model_dir, corpus_file):
+    out = tmp_path / "i"
+    with exclusive(out), pytest.raises(BusyError, match="another build"):
+        build(config(model_dir, corpus_file, out))
+    build(config(model_dir, corpus_file, out))
+
+
+def test_ids_that_stand_twice_are_refused_by_name(tmp_path, model_dir):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"id": f"x{i}", "text": words(1, 2)} for i in range(70)])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"id": "x33", "text": words(3, 4)}])
+    with pytest.raises(DataError, match=r"'x33' stands twice .*a.jsonl and b.jsonl"):
+        build(config(model_dir, (str(first), str(second)), tmp_path / "i"))
+    assert not (tmp_path / "i/manifests").exists()
+
+
+def test_bad_documents_end_a_build_or_are_counted(tmp_path, model_dir):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"text": "w1 w2"}\n{"text": ""}\nnonsense\n{"text": "w3 w4"}\n')
+    with pytest.raises(DataError, match=r"c.jsonl line 2: the text is empty.*--bad-documents skip"):
+        build(config(model_dir, corpus, tmp_path / "i"))
+    manifest = build(config(model_dir, corpus, tmp_path / "j", bad_documents="skip"))
+    assert (manifest.rows, manifest.build["skipped"]) == (2, 2)
+    assert "line 2" in manifest.build["skipped_first"][0]
+    corpus.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no usable document"):
+        build(config(model_dir, corpus, tmp_path / "k", bad_documents="skip"))
+
+
+def test_chunks_point_to_their_document(tmp_path, model_dir):
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": "long", "text": words(*range(1, 41))}, {"id": "short", "text": words(1, 2)}])
+    out = tmp_path / "i"
+    manifest = build(config(model_dir, corpus, out, max_tokens=16))
+    assert (manifest.build["documents"], manifest.build["split"]) == (2, 1)
+    found = [Index(out).example(i) for i in range(manifest.rows)]
+    assert [(e.id, e.document, e.chunk) for e in found] == [
+        ("long#0", "long", 0),
+        ("long#1", "long", 1),
+        ("long#2", "long", 2),
+        ("short", "short", 0),
+    ]
+    assert {a.document for a in Client(out).query(row=1).proponents} <= {"long", "short"}
+
+
+def test_weights_that_are_not_finite_end_the_build_with_the_example(tmp_path, corpus_file):
+    import torch
+
+    model = make_model("gpt2", "float32")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(NumericalError, match="of example 'd"):
+        build(config(tmp_path / "model", corpus_file, tmp_path / "i"))
+    assert not (tmp_path / "i/manifests").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"projection": "pca"}, {"curvature": "ekfac", "labels": "sampled"}, {"dtype": "bfloat16", "row_dtype": "int8"}, {"dtype": "float64"}],
+)
+def test_every_kind_of_index_finds_its_own_rows(tmp_path, model_dir, corpus_file, options):
+    out = tmp_path / "i"
+    build(config(model_dir, corpus_file, out, append_eos=False, **options))
+    client = Client(out)
+    for row in (0, 50, 119):
+        answer = client.query(text=client.index.example(row).text, k=1, mode="cosine")
+        assert answer.proponents[0].row == row
+        assert answer.proponents[0].score > 0.98
+
+
+def test_layers_can_be_chosen(tmp_path, model_dir, corpus_file):
+    manifest = build(config(model_dir, corpus_file, tmp_path / "i", layers=("h.1.mlp.*", "*.h.0.attn.c_attn")))
+    names = [layer.name for layer in manifest.segments[0].layers]
+    assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
+
+
+class _Terminal:
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path, model_dir, corpus_file, capsys):
+    terminal = _Terminal()
+    with Console(terminal) as reporter:
+        build(config(model_dir, corpus_file, tmp_path / "i"), reporter)
+    assert "building rows" in terminal.text
+    assert "120/120" in terminal.text
+    assert "tokens/s" in terminal.text
+    with Console(sys.stderr) as reporter:
+        build(config(model_dir, corpus_file, tmp_path / "j"), reporter)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["reading the corpus", "fitting, pass 1 of 1", "building rows"]
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
+    model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path), tmp_path / "i"
+    command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24"]
+    run = [sys.executable, "-c", "from whence.cli import main; main()", *map(str, command)]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("rows/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert not (out / "manifests").exists()
+    kept = len(list(out.glob("rows/*")))
+    assert subprocess.run(run, check=False, capture_output=True).returncode == 0
+    assert len(read_manifest(out).shards) > kept > 0
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_path):
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
+    build_command = (
+        f"{sys.executable} -c 'from whence.cli import main; main()' build --model {model} --data {corpus} --rank 4 --shard-rows 24"
+    )
+    script = f"""
+    mkdir {tmp_path}/disk && mount -t tmpfs -o size=400k tmpfs {tmp_path}/disk
+    {build_command} --out {tmp_path}/disk/i; echo "exit $?"
+    ls {tmp_path}/disk/i/manifests 2>/dev/null; mount -o remount,size=100m {tmp_path}/disk
+    {build_command} --out {tmp_path}/disk/i; echo "exit $?"; ls {tmp_path}/disk/i/manifests
+    """
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], check=False, capture_output=True, text=True)
+    assert "no space left on the disk" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    words_ = done.stdout.split()
+    assert words_[:2] == ["exit", "1"], done.stdout
+    assert words_[-3:] == ["exit", "0", "000001.json"], done.stdout + done.stderr
+
+
+def test_the_fitting_sample_is_seeded_and_bounded(tmp_path, model_dir, corpus_file):
+    a = build(config(model_dir, corpus_file, tmp_path / "a", fit_examples=30))
+    b = build(config(model_dir, corpus_file, tmp_path / "b", fit_examples=30, seed=1))
+    assert a.segments[0].curvature.examples == b.segments[0].curvature.examples == 30
+    assert a.encoder.sha256 != b.encoder.sha256
+    name = "blocks/transformer.h.0.mlp.c_fc/eigenvalues"
+    assert not np.allclose(Index(tmp_path / "a").arrays[name], Index(tmp_path / "b").arrays[name])
+
+
+def test_the_config_is_json(index_dir):
+    json.dumps(read_manifest(index_dir).build)

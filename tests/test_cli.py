@@ -1,0 +1,278 @@
+"""The command line: what it prints, how it exits, and one clear sentence for everything that can be wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
+from whence.cli import main
+from whence.store.manifest import latest_manifest
+
+
+def whence(*arguments, env=None, stdin=None):
+    return CliRunner().invoke(main, [str(a) for a in arguments], env=env, input=stdin, prog_name="whence")
+
+
+@pytest.fixture(scope="module")
+def index(index_dir):
+    return index_dir
+
+
+def test_query_prints_one_json_object(index):
+    done = whence("query", index, "--prompt", words(1, 2), "--completion", " w3", "-k", 3, "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["query"]["completion"] == " w3"
+    assert [p["rank"] for p in answer["proponents"]] == [1, 2, 3]
+    scores = [p["score"] for p in answer["proponents"]]
+    assert scores == sorted(scores, reverse=True)
+    assert min(scores) > 0
+    assert all(o["score"] < 0 for o in answer["opponents"])
+    assert answer["search"]["recall"] == 1.0
+    assert answer["search"]["rows"] == 120
+    assert answer["index"]["rows"] == 120
+
+
+def test_query_by_text_row_and_without_opponents(index):
+    by_row = json.loads(whence("query", index, "--row", 7, "--no-opponents", "--mode", "cosine", "--json").stdout)
+    assert by_row["opponents"] == []
+    assert by_row["proponents"][0]["row"] == 7
+    assert len(by_row["proponents"]) == 10
+    text = by_row["proponents"][0]["text"]
+    assert json.loads(whence("query", index, "--text", text, "--mode", "cosine", "--json", "-k", 1).stdout)["proponents"][0]["row"] == 7
+
+
+def test_query_prints_tables_for_people(index):
+    done = whence("query", index, "--row", 7, "-k", 2)
+    assert done.exit_code == 0
+    assert "proponents" in done.stdout
+    assert "opponents" in done.stdout
+    assert "d7" in done.stdout
+    assert "recall 1" in done.stdout
+
+
+def test_questions_from_a_file_give_one_line_each(index, tmp_path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "text": words(1, 2)}, {"row": 3}, {"prompt": "w1", "completion": " w2"}])
+    lines = whence("query", index, "--file", path, "--json", "-k", 2).stdout.splitlines()
+    assert [json.loads(line)["query"].get("id") for line in lines] == ["a", "q.jsonl line 2", "q.jsonl line 3"]
+    done = whence("query", index, "--file", "-", "--json", stdin='{"row": 3}\n')
+    assert json.loads(done.stdout)["query"]["row"] == 3, done.output
+
+
+def test_info_and_verify(index):
+    info = json.loads(whence("info", index, "--json").stdout)
+    assert (info["rows"], info["architecture"], info["segments"][0]["stored_as"]) == (120, "GPT2LMHeadModel", "float32")
+    assert info["segments"][0]["coordinates"] == 8 * 16
+    assert "GPT2LMHeadModel" in whence("info", index).stdout
+    verified = whence("verify", index, "--json")
+    assert verified.exit_code == 0
+    assert json.loads(verified.stdout)["whole"]
+    assert "none damaged" in whence("verify", index).stdout
+
+
+def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_path, model_dir, corpus_file):
+    config = tmp_path / "build.toml"
+    config.write_text('rank = 3\ndamping = 0.5\nlayers = ["h.1.*"]\n')
+    env = {"WHENCE_BUILD_DAMPING": "0.25", "WHENCE_BUILD_SEED": "4"}
+    done = whence("build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, env=env)
+    assert done.exit_code == 0, done.output
+    assert "whence query" in done.stdout
+    options = json.loads(latest_manifest(tmp_path / "i").read_text())["build"]["what"]["options"]
+    assert (options["rank"], options["damping"], options["seed"], options["layers"]) == (3, 0.25, 5, ["h.1.*"])
+    again = whence(
+        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, "--json", env=env
+    )
+    assert json.loads(again.stdout)["rows"] == 120
+
+
+def test_help_of_every_command_teaches_by_example():
+    for command in main.commands:
+        done = whence(command, "--help")
+        assert done.exit_code == 0
+        assert command == "demo" or f"whence {command} " in done.stdout
+        assert len(done.stdout.splitlines()[2]) < 120
+    assert whence("--version").stdout.startswith("whence, version 0.")
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
+    """A folder with everything that can be wrong."""
+    here = tmp_path_factory.mktemp("bad")
+    (here / "empty.jsonl").write_bytes(b"")
+    (here / "blank.jsonl").write_text("\n\n")
+    (here / "broken.jsonl").write_text('{"text": "w1 w2"}\n{"text": \n')
+    (here / "silent.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w9"}\n')
+    (here / "nofield.jsonl").write_text('{"body": "w1 w2"}\n')
+    (here / "questions.jsonl").write_text('{"text": "w1 w2"}\n{"prompt": 3}\n')
+    (here / "occupied").mkdir()
+    (here / "occupied/thesis.tex").write_text("precious")
+    (here / "file").write_text("precious")
+    (here / "hollow").mkdir()
+    (here / "options.toml").write_text("rnak = 3")
+    (here / "notmodel").mkdir()
+    (here / "notmodel/config.json").write_text("{}")
+    retrained, retokenized = here / "retrained", here / "retokenized"
+    for directory, seed in ((retrained, 1), (retokenized, 0)):
+        make_model("gpt2", "float32", seed=seed).save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+    tokenizer = (retokenized / "tokenizer.json").read_text()
+    (retokenized / "tokenizer.json").write_text(tokenizer.replace('"w7": 7', '"w7": 8').replace('"w8": 8', '"w8": 7'))
+    pickled = shutil.copytree(model_dir, here / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    cut = shutil.copytree(model_dir, here / "cut")
+    (cut / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
+    nan = make_model("gpt2", "float32")
+    nan.transformer.h[1].attn.c_attn.weight[0, 0] = float("nan")
+    nan.save_pretrained(here / "nan")
+    make_tokenizer().save_pretrained(here / "nan")
+    for name in ("flipped", "truncated", "future", "feature", "moved"):
+        shutil.copytree(index_dir, here / name)
+    codes = next((here / "flipped/rows").iterdir()) / "blocks/codes/c/0/0"
+    raw = bytearray(codes.read_bytes())
+    raw[100] ^= 1
+    codes.write_bytes(raw)
+    codes = next((here / "truncated/rows").iterdir()) / "blocks/codes/c/0/0"
+    codes.write_bytes(codes.read_bytes()[:-100])
+    for name, change in (("future", {"version": 2}), ("feature", {"features": ["dense", "holograms"]})):
+        path = latest_manifest(here / name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    manifest = latest_manifest(here / "moved")
+    content = json.loads(manifest.read_text())
+    content["model"]["id"] = str(here / "gone")
+    manifest.write_text(json.dumps(content))
+    return here
+
+
+BUILD = ("build", "--model", "{model}", "--out", "{out}")
+ON_CORPUS = (*BUILD, "--data", "{corpus}")
+QUERY = ("query", "{index}")
+BAD_INPUTS = {
+    "no such corpus": ((*BUILD, "--data", "{bad}/none.jsonl"), 3, "there is no file or folder"),
+    "empty corpus": ((*BUILD, "--data", "{bad}/empty.jsonl"), 1, "is empty"),
+    "blank corpus": ((*BUILD, "--data", "{bad}/blank.jsonl"), 1, "no usable document"),
+    "hollow folder": ((*BUILD, "--data", "{bad}/hollow"), 3, "no file that can be read"),
+    "bad JSON line": ((*BUILD, "--data", "{bad}/broken.jsonl"), 1, "broken.jsonl line 2: not valid JSON"),
+    "no loss token": ((*BUILD, "--data", "{bad}/silent.jsonl", "--no-append-eos"), 1, "silent.jsonl line 2: no token to predict"),
+    "no text field": ((*BUILD, "--data", "{bad}/nofield.jsonl"), 1, "only 'body'"),
+    "two forms": ((*ON_CORPUS, "--text-field", "a", "--prompt-field", "b"), 2, "one form of document"),
+    "no such model": (("build", "--model", "{bad}/none", "--data", "{corpus}", "--out", "{out}"), 3, "there is no model at"),
+    "not a model": (("build", "--model", "{bad}/notmodel", "--data", "{corpus}", "--out", "{out}"), 3, "cannot be loaded"),
+    "pickled weights": (("build", "--model", "{bad}/pickled", "--data", "{corpus}", "--out", "{out}"), 3, "the model of"),
+    "truncated weights": (("build", "--model", "{bad}/cut", "--data", "{corpus}", "--out", "{out}"), 3, "the model of"),
+    "NaN weights": (("build", "--model", "{bad}/nan", "--data", "{corpus}", "--out", "{out}"), 1, "is not finite under this model"),
+    "no layer matches": ((*ON_CORPUS, "--layers", "*.experts.*"), 2, "no layer matches '*.experts.*'"),
+    "rank 0": ((*ON_CORPUS, "--rank", "0"), 2, "--rank is 0"),
+    "negative damping": ((*ON_CORPUS, "--damping", "-1"), 2, "--damping is -1"),
+    "NaN damping": ((*ON_CORPUS, "--damping", "nan"), 2, "--damping is nan"),
+    "unknown curvature": ((*ON_CORPUS, "--curvature", "hessian"), 2, "it can be auto, fisher"),
+    "unknown device": ((*ON_CORPUS, "--device", "abacus"), 2, "not a device"),
+    "no such GPU": ((*ON_CORPUS, "--device", "cuda:7"), 2, "does not go onto cuda:7"),
+    "too long examples": ((*ON_CORPUS, "--max-tokens", "9999"), 2, "the model's context is 64"),
+    "one-token examples": ((*ON_CORPUS, "--max-tokens", "1"), 2, "at least 2 tokens"),
+    "out is a file": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{bad}/file"), 2, "is a file"),
+    "out is occupied": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{bad}/occupied"), 2, "holds other things"),
+    "out is another index": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{index}"), 2, "differs from this one"),
+    "unknown option in a file": ((*ON_CORPUS, "--config", "{bad}/options.toml"), 2, "'rnak'"),
+    "no config file": ((*ON_CORPUS, "--config", "{bad}/none.toml"), 2, "cannot be read as TOML"),
+    "demo over other things": (("demo", "--out", "{bad}/occupied"), 2, "holds other things"),
+    "no index": (("query", "{bad}/none", "--row", "1"), 3, "there is no index at"),
+    "not an index": (("query", "{bad}/occupied", "--row", "1"), 3, "not a Whence index"),
+    "index is a file": (("info", "{bad}/file"), 3, "there is no index at"),
+    "unknown format version": (("info", "{bad}/future"), 3, "format version 2"),
+    "unknown feature": (("info", "{bad}/feature"), 3, "holograms"),
+    "flipped byte": (("query", "{bad}/flipped", "--row", "1"), 4, "fail their checksum"),
+    "verify flipped byte": (("verify", "{bad}/flipped", "--json"), 4, ""),
+    "truncated shard": (("query", "{bad}/truncated", "--row", "1"), 4, "truncated?"),
+    "model is gone": (("query", "{bad}/moved", "--text", "w1 w2"), 3, "there is no model at"),
+    "changed weights": ((*QUERY, "--text", "w1 w2", "--model", "{bad}/retrained"), 3, "not those that"),
+    "changed tokenizer": ((*QUERY, "--text", "w1 w2", "--model", "{bad}/retokenized"), 3, "the tokenizer of"),
+    "empty text": ((*QUERY, "--text", ""), 2, "is empty"),
+    "empty completion": ((*QUERY, "--prompt", "w1", "--completion", ""), 2, "is empty"),
+    "no question": (QUERY, 2, "exactly one"),
+    "two questions": ((*QUERY, "--text", "w1 w2", "--row", "1"), 2, "exactly one"),
+    "nothing to predict": ((*QUERY, "--text", "w1"), 2, "no token to predict"),
+    "query too long": ((*QUERY, "--text", words(*[1] * 65)), 2, "65 tokens long, the model's context is 64"),
+    "row beyond": ((*QUERY, "--row", "120"), 2, "the rows 0 to 119"),
+    "k 0": ((*QUERY, "--row", "1", "-k", "0"), 2, "k is 0"),
+    "k beyond": ((*QUERY, "--row", "1", "-k", "121"), 2, "120 rows"),
+    "unknown mode": ((*QUERY, "--row", "1", "--mode", "dot"), 2, "influence or cosine"),
+    "query damping 0": ((*QUERY, "--row", "1", "--damping", "0"), 2, "above 0"),
+    "no question file": ((*QUERY, "--file", "{bad}/none.jsonl"), 3, "there is no file"),
+    "bad question": ((*QUERY, "--file", "{bad}/questions.jsonl"), 1, "questions.jsonl line 2"),
+    "file and text": ((*QUERY, "--file", "{bad}/questions.jsonl", "--text", "w1 w2"), 2, "brings its own questions"),
+    "not a number": ((*QUERY, "--row", "one"), 2, "not a valid integer"),
+    "no such command": (("brew",), 2, "No such command"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_clear_sentence(name, bad, tmp_path, model_dir, corpus_file, index_dir):
+    arguments, code, message = BAD_INPUTS[name]
+    out = tmp_path / "out.whence"
+    done = whence(*(a.format(bad=bad, out=out, model=model_dir, corpus=corpus_file, index=index_dir) for a in arguments))
+    assert done.exit_code == code, done.output
+    assert message in " ".join(done.stderr.split()), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == (1 if message else 0), done.stderr
+    assert "Traceback" not in done.output
+    assert not isinstance(done.exception, Exception), done.exception
+    assert not (out / "manifests").exists()
+    assert (bad / "occupied/thesis.tex").read_text() == (bad / "file").read_text() == "precious"
+    if arguments[:1] == ("query",):
+        assert done.stdout == ""
+
+
+def test_there_are_enough_bad_inputs():
+    assert len(BAD_INPUTS) >= 50
+
+
+def test_verify_lists_what_is_damaged(bad):
+    found = json.loads(whence("verify", bad / "flipped", "--json").stdout)
+    assert not found["whole"]
+    assert [p["path"].endswith("codes/c/0/0") for p in found["problems"]] == [True]
+
+
+def test_an_early_failure_leaves_nothing_behind(tmp_path, model_dir, corpus_file):
+    out = tmp_path / "new.whence"
+    assert whence("build", "--model", model_dir, "--data", corpus_file, "--out", out, "--layers", "nothing").exit_code == 2
+    assert not out.exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(index, tmp_path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"row": i % 120} for i in range(400)])
+    command = f"{sys.executable} -c 'from whence.cli import main; main()' query {index} --file {path} --json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert json.loads(done.stdout)["query"]["row"] == 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_puts_the_facts_documents_on_top(tmp_path):
+    from whence import Client
+    from whence.demo.run import QUESTIONS
+
+    done = whence("demo", "--out", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    assert "Try next" in done.stdout
+    client = Client(tmp_path / "demo/index.whence")
+    for prompt, completion in QUESTIONS:
+        found = client.query(prompt=prompt, completion=completion, k=3).proponents
+        assert all(prompt + completion in a.text for a in found), [a.id for a in found]
+        assert prompt in done.stdout
+    again = whence("demo", "--out", tmp_path / "demo")
+    assert again.exit_code == 0
+    assert "training a small model" not in again.stderr
+
+
+def test_texts_with_markup_are_shown_as_they_are(tmp_path, model_dir):
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"id": f"[bold]{i}", "text": "[red] w1 [/nonsense] " + t} for i, t in enumerate(random_texts(4))]
+    )
+    assert whence("build", "--model", model_dir, "--data", corpus, "--out", tmp_path / "i", "--rank", 2).exit_code == 0
+    done = whence("query", tmp_path / "i", "--row", 0, "-k", 1)
+    assert done.exit_code == 0, done.output
+    assert "[bold]0" in done.stdout
+    assert "[/nonsense]" in done.stdout

@@ -1,0 +1,283 @@
+"""Corpora in every form, the loss mask of every kind of document, and long documents cut without losing a token."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import make_tokenizer, words, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence.indexer.examples import ExampleEncoder
+from whence.store.corpus import Document, Fields, read_corpus, read_questions
+from whence.store.documents import Example
+from whence.store.errors import DataError, NotFoundError, UsageError
+
+RECORDS = [{"id": "a", "text": "w1 w2", "year": 7}, {"id": "b", "text": "w3 w4 é", "year": None}]
+
+
+def documents(*sources, fields=Fields()):
+    return list(read_corpus([str(s) for s in sources], fields))
+
+
+def write_csv(path):
+    path.write_text('id,text,year\na,"w1\n w2",7\nb,w3,\n')
+    return path
+
+
+def write_parquet(path):
+    pq.write_table(pa.Table.from_pylist(RECORDS), path)
+    return path
+
+
+def test_jsonl_with_ids_sources_and_metadata(tmp_path):
+    path = write_jsonl(tmp_path / "c.jsonl", [{"id": 5, "text": "x", "source": "web", "n": {"deep": [1]}}, {"text": "y", "empty": None}])
+    first, second = documents(path)
+    assert (first.id, first.source, first.metadata) == ("5", "web", {"n": {"deep": [1]}})
+    assert (second.id, second.source, second.metadata) == ("c.jsonl:2", "c.jsonl", {})
+    assert second.where == "c.jsonl line 2"
+
+
+def test_gzip_blank_lines_and_byte_order_mark(tmp_path):
+    path = tmp_path / "c.jsonl.gz"
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}'))
+    assert [(d.text, d.id) for d in documents(path)] == [("a", "c.jsonl.gz:1"), ("b", "c.jsonl.gz:3")]
+
+
+def test_csv_and_tsv(tmp_path):
+    assert [(d.id, d.text, d.metadata) for d in documents(write_csv(tmp_path / "c.csv"))] == [
+        ("a", "w1\n w2", {"year": "7"}),
+        ("b", "w3", {"year": ""}),
+    ]
+    (tmp_path / "c.tsv").write_text("text\tk\nw1\t1\n")
+    assert documents(tmp_path / "c.tsv")[0].metadata == {"k": "1"}
+
+
+def test_parquet(tmp_path):
+    assert [(d.id, d.text, d.metadata) for d in documents(write_parquet(tmp_path / "c.parquet"))] == [
+        ("a", "w1 w2", {"year": 7}),
+        ("b", "w3 w4 é", {}),
+    ]
+
+
+def test_plain_text_is_a_document_for_each_paragraph(tmp_path):
+    (tmp_path / "book.txt").write_text("One\nline.\n\n\n  \nTwo.\n")
+    assert [(d.id, d.text) for d in documents(tmp_path / "book.txt")] == [("book.txt:1", "One\nline."), ("book.txt:6", "Two.")]
+
+
+def test_a_folder_and_several_files_keep_their_names_apart(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "part.jsonl", [{"text": name}])
+    (tmp_path / "x/notes.unknown").write_text("ignored")
+    found = documents(tmp_path)
+    assert [d.text for d in found] == ["x", "y"]
+    assert len({d.id for d in found}) == 2
+
+
+def test_saved_datasets_and_the_hub_path_on_local_files(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    assert [d.text for d in documents(tmp_path / "saved")] == ["w1 w2", "w3 w4 é"]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS[:1])}).save_to_disk(tmp_path / "splits")
+    assert [d.id for d in documents(tmp_path / "splits")] == ["a"]
+    (tmp_path / "repo").mkdir()
+    write_jsonl(tmp_path / "repo/train.jsonl", RECORDS)
+    # The hub's loader takes a folder for a repository; only the name is a path here.
+    from whence.store.corpus import _hub_dataset
+
+    assert [record["id"] for _, record in _hub_dataset(str(tmp_path / "repo"), None, "train", "repo")] == ["a", "b"]
+    with pytest.raises(NotFoundError, match="cannot be loaded"):
+        documents("no-such/dataset:train")
+
+
+def test_forms_of_documents(tmp_path):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"messages": chat}, {"prompt": "p", "completion": "c"}, {"text": "t", "prompt": "p"}])
+    found = documents(path)
+    assert (found[0].messages, found[1].prompt, found[1].completion, found[2].text) == (chat, "p", "c", "t")
+    assert found[2].metadata == {"prompt": "p"}
+    named = write_jsonl(tmp_path / "n.jsonl", [{"q": "p", "a": "c", "text": "t"}])
+    (document,) = documents(named, fields=Fields(form="completion", prompt="q", completion="a"))
+    assert (document.prompt, document.completion, document.metadata) == ("p", "c", {"text": "t"})
+
+
+BAD_LINES = {
+    "not json": ('{"text": "a"', r"bad.jsonl line 2: not valid JSON"),
+    "not an object": ("[1]", r"line 2: a JSON list"),
+    "no field": ('{"body": "x"}', r"line 2: there is no field 'text'.*only 'body'"),
+    "not text": ('{"text": ["x"]}', r"line 2: the field 'text' holds list"),
+    "surrogate": ('{"text": "\\ud800"}', r"line 2: .*surrogate"),
+    "bad messages": ('{"messages": "hi"}', r"line 2: messages must be a list"),
+    "deep": ("[" * 100_000, r"line 2: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_and_the_others_survive(tmp_path, name):
+    line, message = BAD_LINES[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "first"}\n' + line + '\n{"text": "last"}\n')
+    first, bad, last = documents(path)
+    assert (first.text, last.text) == ("first", "last")
+    assert isinstance(bad, DataError)
+    with pytest.raises(DataError, match=message):
+        raise bad
+
+
+def test_files_that_cannot_be_read_at_all(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    assert "not UTF-8" in str(documents(tmp_path / "latin.jsonl")[0])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "wide.csv").write_text("text,text\na,b\n")
+    for name, message in [("cut.jsonl.gz", "gzip"), ("bad.parquet", "Parquet"), ("empty.jsonl", "empty"), ("wide.csv", "same name")]:
+        with pytest.raises(DataError, match=message):
+            documents(tmp_path / name)
+    (tmp_path / "x.exe").write_bytes(b"x")
+    with pytest.raises(UsageError, match="no kind"):
+        documents(tmp_path / "x.exe")
+    with pytest.raises(NotFoundError, match="no file or folder"):
+        documents(tmp_path / "missing.jsonl")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(NotFoundError, match="no file that can be read"):
+        documents(tmp_path / "hollow")
+
+
+def test_questions_and_their_errors(tmp_path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a", "completion": "b", "id": 1}, {"row": 3}, {"text": "t"}])
+    assert list(read_questions(str(path))) == [
+        {"prompt": "a", "completion": "b", "id": "1"},
+        {"row": 3, "id": "q.jsonl line 2"},
+        {"text": "t", "id": "q.jsonl line 3"},
+    ]
+    for record in ({"row": "3"}, {"row": True}, {"text": 4}, {"prompt": "only"}, {"text": "t", "row": 1}, {}):
+        bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, record])
+        with pytest.raises(DataError, match=r"bad.jsonl line 2"):
+            list(read_questions(str(bad)))
+
+
+def encode(document, **options):
+    defaults = {"max_tokens": 64, "append_eos": False}
+    return list(ExampleEncoder(make_tokenizer(), **(defaults | options)).documents([document]))
+
+
+def text_document(*numbers):
+    return Document(id="d", source="s", where="line 1", text=words(*numbers), metadata={"k": 1})
+
+
+def test_text_loses_only_its_first_token_and_gets_its_end():
+    (example,) = encode(text_document(5, 6, 7), append_eos=True)
+    assert example.token_ids.tolist() == [5, 6, 7, 0]
+    assert example.loss_mask.tolist() == [False, True, True, True]
+    assert (example.id, example.document, example.chunk, example.metadata, example.truncated) == ("d", "d", 0, {"k": 1}, False)
+
+
+def test_the_loss_of_a_completion_is_on_it_alone():
+    (example,) = encode(Document(id="d", source="s", where="l", prompt="w1 w2", completion=" w3 w4"))
+    assert example.loss_mask.tolist() == [False, False, True, True]
+    (alone,) = encode(Document(id="d", source="s", where="l", prompt="", completion="w3 w4"))
+    assert alone.loss_mask.tolist() == [False, True]
+
+
+def test_a_token_that_straddles_the_end_of_a_prompt_belongs_to_the_completion():
+    (example,) = encode(Document(id="d", source="s", where="l", prompt="w9 w1", completion="2 w3"))
+    assert example.token_ids.tolist() == [9, 12, 3]
+    assert example.loss_mask.tolist() == [False, True, True]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w40 ' if m.role == 'user' else 'w41 ' }}{{ m.content }} w42 {% endfor %}"
+    "{% if add_generation_prompt %}w41 {% endif %}"
+)
+
+
+def test_the_loss_of_a_chat_is_on_the_assistants_turns():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6")]
+    chat = Document(id="d", source="s", where="l", messages=[{"role": r, "content": c} for r, c in turns])
+    (example,) = ExampleEncoder(tokenizer, 64).documents([chat])
+    assert example.token_ids.tolist() == [40, 1, 2, 42, 41, 3, 42, 40, 4, 42, 41, 5, 6, 42]
+    assert np.flatnonzero(example.loss_mask).tolist() == [5, 6, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "error"),
+    [
+        (None, [{"role": "assistant", "content": "w1"}], "no chat template"),
+        (TEMPLATE, [{"role": "user", "content": "w1"}], "no assistant turn"),
+        ("{{ raise_exception('no') }}", [{"role": "assistant", "content": "w1"}], "refuses"),
+        (
+            "{{ messages | length }} w1 {{ messages[-1].content }}",
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "rewrites",
+        ),
+    ],
+)
+def test_chats_that_cannot_be_used(template, messages, error):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    (found,) = ExampleEncoder(tokenizer, 64).documents([Document(id="d", source="s", where="line 9", messages=messages)])
+    assert isinstance(found, DataError)
+    assert error in str(found)
+    assert "line 9" in str(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=40), st.integers(2, 12), st.booleans())
+def test_split_chunks_hold_every_loss_token_once(numbers, max_tokens, append_eos):
+    chunks = encode(text_document(*numbers), max_tokens=max_tokens, append_eos=append_eos)
+    predicted = [int(t) for c in chunks for t in c.token_ids[c.loss_mask]]
+    assert predicted == numbers[1:] + ([0] if append_eos else [])
+    assert all(2 <= len(c.token_ids) <= max_tokens for c in chunks)
+    assert [c.chunk for c in chunks] == list(range(len(chunks)))
+    assert {c.document for c in chunks} == {"d"}
+    assert len({c.id for c in chunks}) == len(chunks)
+    for chunk in chunks:
+        assert chunk.text.split() == [f"w{t}" for t in chunk.token_ids if t]
+
+
+def test_truncation_is_counted_and_bad_documents_say_where():
+    (example,) = encode(text_document(*range(1, 20)), max_tokens=5, long="truncate")
+    assert (example.token_ids.tolist(), example.text, example.truncated) == ([1, 2, 3, 4, 5], "w1 w2 w3 w4 w5", True)
+    prompt = Document(id="d", source="s", where="line 3", prompt=words(*range(1, 20)), completion=" w20")
+    (full,) = encode(prompt, max_tokens=5, long="truncate")
+    (empty,) = encode(Document(id="d", source="s", where="line 4", text="  "))
+    (single,) = encode(text_document(5))
+    (nothing,) = encode(Document(id="d", source="s", where="line 5", prompt="w1", completion=""))
+    for error, message in [
+        (full, "line 3: no token"),
+        (empty, "line 4: the text is empty"),
+        (single, "line 1: no token"),
+        (nothing, "line 5: the comp"),
+    ]:
+        assert isinstance(error, DataError)
+        assert message in str(error)
+    chunks = encode(prompt, max_tokens=5)
+    assert [c.token_ids[c.loss_mask].tolist() for c in chunks] == [[20]]
+
+
+def test_questions_are_never_cut():
+    encoder = ExampleEncoder(make_tokenizer(), max_tokens=4)
+    assert isinstance(encoder.question(text=words(*range(1, 30))), Example)
+    for bad, message in [
+        ({"text": words(1, 2, 3)}, "3 tokens long"),
+        ({"text": ""}, "empty"),
+        ({"text": "w1"}, "no token to predict"),
+        ({"completion": ""}, "empty"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            encoder.question(**bad, context=2)
+
+
+def test_batches_of_the_tokenizer_keep_the_order(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join((json.dumps({"text": words(1 + i % 60, 2)}) if i % 7 else "oops") + "\n" for i in range(600)))
+    found = list(ExampleEncoder(make_tokenizer(), 64).documents(read_corpus([str(path)])))
+    assert [isinstance(f, DataError) for f in found] == [i % 7 == 0 for i in range(600)]
+    assert [f.id for f in found if isinstance(f, Example)] == [f"c.jsonl:{i + 1}" for i in range(600) if i % 7]

@@ -1,0 +1,155 @@
+"""The project's own habits: import directions, a fast start, what the wheel ships, docs that match the code."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import whence
+from click.testing import CliRunner
+from whence.cli import main
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "store": set(),
+    "indexer": {"store"},
+    "query": {"store"},
+    "ray_jobs": {"store", "indexer"},
+    "demo": {"store", "indexer", "ray_jobs", "client", "cli"},
+}
+FOREIGN = {
+    "store": {"torch", "transformers", "ray", "faiss", "fastapi"},
+    "indexer": {"ray", "faiss", "fastapi", "zarr", "pyarrow", "datasets"},
+    "query": {"torch", "transformers", "ray"},
+    "ray_jobs": {"faiss", "fastapi", "pyarrow", "zarr"},
+    "demo": {"ray", "faiss"},
+}
+TREE = [p for p in ROOT.rglob("*.py") if not {".venv", "build", "dist"} & set(p.relative_to(ROOT).parts)]
+
+
+def imports(path):
+    """(the project's room or top-level module, or a foreign package) of every import, wherever it stands."""
+    depth = len(path.relative_to(ROOT).parts) - 1
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (("foreign", a.name.split(".")[0]) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield "foreign", node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level > depth:
+            yield "own", (node.module or node.names[0].name).split(".")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may_know(room):
+    files = list((ROOT / room).glob("*.py"))
+    assert files
+    for path in files:
+        for kind, name in imports(path):
+            if kind == "own":
+                assert name in ROOMS[room], f"{path.relative_to(ROOT)} imports {name}"
+            else:
+                assert name not in FOREIGN[room], f"{path.relative_to(ROOT)} imports {name}"
+                assert name != "whence", f"{path.relative_to(ROOT)} imports whence absolutely"
+
+
+def modules_after(code):
+    script = f"import sys\n{code}\nprint(*sorted(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+
+
+HEAVY = {"torch", "ray", "faiss", "transformers", "zarr", "pyarrow", "numpy", "datasets", "pandas", "rich"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["query", "--help"], ["build", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = f"from whence.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
+    assert not HEAVY & modules_after(code)
+
+
+def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir):
+    assert not (HEAVY | {"click", "pydantic"}) & modules_after("import whence")
+    code = (
+        f"from whence.cli import main\ntry:\n    main(['query', {str(index_dir)!r}, '--row', '1', '--json'])\nexcept SystemExit:\n    pass"
+    )
+    assert not {"torch", "ray", "faiss", "transformers", "zarr", "pandas"} & modules_after(code)
+
+
+def test_the_public_names():
+    assert whence.__all__ == ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "WhenceError", "build"]
+    assert all(getattr(whence, name) for name in whence.__all__)
+    assert {"Client", "build"} <= set(dir(whence))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        whence.nonsense  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=False, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    source = tmp_path / "source"
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(source)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    rooms = ("demo", "indexer", "query", "ray_jobs", "store")
+    expected = {f"whence/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
+    expected |= {"whence/__init__.py", "whence/cli.py", "whence/client.py", "whence/py.typed", "whence/demo/corpus.jsonl"}
+    assert shipped == expected
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "."]])
+def test_the_code_is_clean(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def help_page():
+    parts = []
+    for name in (None, *main.commands):
+        result = CliRunner().invoke(main, [*([name] if name else []), "--help"], prog_name="whence", terminal_width=100)
+        parts.append(f"## whence{f' {name}' if name else ''}\n\n```\n{result.stdout.strip()}\n```\n")
+    return "# The command line\n\nEach option can also come from the environment or a file: see `cli.py`.\n\n" + "\n".join(parts)
+
+
+def test_the_help_page_is_what_the_commands_print():
+    assert (ROOT / "docs/cli.md").read_text() == help_page(), "run: python tests/test_layout.py"
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    (command,) = re.findall(r"```sh\n(.*pytest.*)\n```", readme)
+    assert command in ci
+
+
+def test_links_in_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_constraints_pin_what_pyproject_asks_for():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {re.split(r"[><=\[]", d)[0].lower() for d in wanted} <= pinned
+
+
+def test_public_functions_say_what_they_do():
+    for path in TREE:
+        if path.relative_to(ROOT).parts[0] in ROOMS or path.parent == ROOT:
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no header"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/cli.md").write_text(help_page())

@@ -1,0 +1,183 @@
+"""Search against brute force, FAISS, and indexes built the other way from scratch."""
+
+import shutil
+
+import faiss
+import numpy as np
+import pytest
+from helpers import random_texts, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence import BuildConfig, Client, Question, build
+from whence.query.search import Metric, _merge, all_scores, search
+from whence.store.errors import UsageError
+from whence.store.index import Index
+
+
+def dense_rows(index):
+    (segment,) = index.manifest.segments
+    return np.stack([index.row(i, segment) for i in range(len(index))])
+
+
+def random_queries(index, count, seed=0):
+    (segment,) = index.manifest.segments
+    return {"blocks": np.random.default_rng(seed).normal(size=(count, segment.dim)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("mode", ["influence", "cosine"])
+def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
+    index = Index(index_dir)
+    rows, queries = dense_rows(index), random_queries(index, 300)
+    against = rows / np.linalg.norm(rows, axis=1, keepdims=True) if mode == "cosine" else rows
+    asked = queries["blocks"]
+    if mode == "cosine":
+        asked = asked / np.linalg.norm(asked, axis=1, keepdims=True)
+    hits = search(index, queries, 7, Metric(mode))
+    best, best_rows = faiss.knn(asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
+    worst, worst_rows = faiss.knn(-asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
+    for i, hit in enumerate(hits):
+        np.testing.assert_allclose(hit.proponent_scores, best[i], rtol=1e-4, atol=1e-5 * np.abs(best).max())
+        np.testing.assert_allclose(hit.opponent_scores, -worst[i], rtol=1e-4, atol=1e-5 * np.abs(worst).max())
+        assert set(hit.proponents) == set(best_rows[i])
+        assert set(hit.opponents) == set(worst_rows[i])
+        assert (hit.proponent_scores > 0).all()
+        assert (np.diff(hit.proponent_scores) <= 0).all()
+        assert (hit.opponent_scores < 0).all()
+        assert (np.diff(hit.opponent_scores) >= 0).all()
+
+
+def test_all_scores_are_all_inner_products(index_dir):
+    index = Index(index_dir)
+    queries = random_queries(index, 3)
+    found = np.concatenate([scores for _, scores in all_scores(index, queries)], axis=1)
+    np.testing.assert_allclose(found, queries["blocks"] @ dense_rows(index).T, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 9), st.sampled_from([1, -1]))
+def test_merging_blocks_is_sorting_the_whole(scores, k, block, sign):
+    scores = np.array(scores, np.float32)
+    found = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+    for first in range(0, len(scores), block):
+        part = scores[first : first + block]
+        found = _merge(found, np.arange(first, first + len(part)), part, k, sign)
+    order = [i for i in sorted(range(len(scores)), key=lambda i: (-sign * scores[i], i)) if sign * scores[i] > 0][:k]
+    assert found[0].tolist() == order
+    assert found[1].tolist() == scores[order].tolist()
+
+
+def built(tmp_path, model_dir, corpus_file, name, **options):
+    out = tmp_path / f"{name}.whence"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), shard_rows=32, **({"rank": 4} | options)))
+    return out
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ekfac", "kfac", "diagonal"])
+@pytest.mark.parametrize("mode", ["influence", "cosine"])
+def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, corpus_file, curvature, mode):
+    low = Client(built(tmp_path, model_dir, corpus_file, "low", curvature=curvature, damping=0.05))
+    high = Client(built(tmp_path, model_dir, corpus_file, "high", curvature=curvature, damping=2.0))
+    questions = [Question(text=t) for t in random_texts(3, seed=9)]
+    rows_low, rows_high = low.rows(questions), high.rows(questions)
+    there = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 2.0))], axis=1)
+    scratch = np.concatenate([s for _, s in all_scores(high.index, rows_high, Metric(mode))], axis=1)
+    np.testing.assert_allclose(there, scratch, atol=2e-4 * np.abs(scratch).max())
+    plain = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode))], axis=1)
+    assert np.abs(plain - scratch).max() > 1e-2 * np.abs(scratch).max()
+    same = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 0.05))], axis=1)
+    np.testing.assert_allclose(same, plain, atol=1e-5 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("int8", 2e-2)])
+def test_smaller_rows_keep_the_scores(tmp_path, model_dir, corpus_file, index_dir, dtype, tolerance):
+    small = Index(built(tmp_path, model_dir, corpus_file, dtype, row_dtype=dtype))
+    queries = random_queries(small, 5)
+    exact = np.concatenate([s for _, s in all_scores(Index(index_dir), queries)], axis=1)
+    found = np.concatenate([s for _, s in all_scores(small, queries)], axis=1)
+    assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
+    cosines = np.concatenate([s for _, s in all_scores(small, queries, Metric("cosine"))], axis=1)
+    assert np.abs(cosines).max() <= 1 + 1e-5
+
+
+def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
+    client = Client(index_dir)
+    answers = client.query_many([Question(row=i) for i in range(len(client.index))], k=1, mode="cosine")
+    for i, answer in enumerate(answers):
+        assert answer.proponents[0].score == pytest.approx(1, abs=1e-5)
+        found = client.index.example(answer.proponents[0].row)
+        assert answer.proponents[0].row == i or found.text == client.index.example(i).text
+
+
+def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_norm(tmp_path, model_dir, corpus_file):
+    client = Client(built(tmp_path, model_dir, corpus_file, "noeos", append_eos=False))
+    (segment,) = client.index.manifest.segments
+    for i in (0, 17, 119):
+        example = client.index.example(i)
+        asked = client.rows([Question(text=example.text)])["blocks"][0]
+        np.testing.assert_allclose(asked, client.index.row(i, segment), rtol=1e-4, atol=1e-4 * np.linalg.norm(asked))
+        answer = client.query(text=example.text, k=120)
+        (own,) = [a for a in answer.proponents if a.row == i]
+        assert own.score == pytest.approx(float(np.linalg.norm(client.index.row(i, segment))) ** 2, rel=1e-3)
+
+
+def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
+    client = Client(index_dir)
+    monkeypatch.setattr(type(client), "_source", None)
+    answer = client.query(row=5, k=3)
+    assert answer.query["row"] == 5
+    assert answer.search.recall == 1.0
+    assert (answer.search.method, answer.search.rows) == ("exact", 120)
+
+
+def test_answers_as_dictionaries_and_tables(index_dir):
+    answer = Client(index_dir).query(prompt="w1 w2", completion=" w3", k=4)
+    content = answer.to_dict()
+    assert list(content) == ["query", "proponents", "opponents", "search", "index"]
+    assert content["query"] == {"prompt": "w1 w2", "completion": " w3", "mode": "influence", "damping": 0.1}
+    assert {"rank", "row", "id", "score", "text", "source", "metadata"} <= content["proponents"][0].keys()
+    assert [p["rank"] for p in content["proponents"]] == [1, 2, 3, 4]
+    assert content["proponents"][0]["metadata"]["year"] == 1900 + content["proponents"][0]["row"]
+    table = answer.to_pandas()
+    assert table.kind.tolist() == ["proponent"] * 4 + ["opponent"] * 4
+    assert (table.score[:4] > 0).all()
+    assert (table.score[4:] < 0).all()
+    assert Client(index_dir).query(row=1, opponents=False).opponents == ()
+
+
+def test_many_questions_answer_like_each_alone(index_dir):
+    client = Client(index_dir)
+    questions = [Question(text=words(1, 2, 3, 4)), Question(row=7), Question(prompt="w5", completion=" w6 w7")]
+    together = client.query_many(questions, k=3)
+    for question, answer in zip(questions, together, strict=True):
+        (alone,) = client.query_many([question], k=3)
+        assert [a.row for a in alone.proponents] == [a.row for a in answer.proponents]
+        np.testing.assert_allclose([a.score for a in alone.proponents], [a.score for a in answer.proponents], rtol=1e-4)
+    assert client.query_many([]) == []
+
+
+def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
+    client = Client(index_dir)
+    for options, message in [
+        ({"row": 1, "k": 0}, "k is 0"),
+        ({"row": 1, "k": 121}, "k is 121"),
+        ({"row": 120}, "row 120"),
+        ({"row": -1}, "row -1"),
+        ({}, "exactly one"),
+        ({"text": "w1 w2", "row": 1}, "exactly one"),
+        ({"prompt": "w1"}, "exactly one"),
+        ({"row": 1, "mode": "vibes"}, "vibes"),
+        ({"row": 1, "damping": 0.0}, "above 0"),
+        ({"row": 1, "damping": float("nan")}, "above 0"),
+        ({"text": words(*[1] * 65)}, "65 tokens long"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            client.query(**options)
+    plain = Client(built(tmp_path, model_dir, corpus_file, "plain", curvature="identity"))
+    with pytest.raises(UsageError, match="no eigenvalues"):
+        plain.query(row=1, damping=0.5)
+    assert plain.query(row=1).proponents
+
+
+def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
+    moved = shutil.copytree(index_dir, tmp_path / "moved")
+    assert [a.row for a in Client(moved).query(row=3).proponents] == [a.row for a in Client(index_dir).query(row=3).proponents]
