@@ -168,7 +168,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.argument("index")
 @click.option("--prompt", default="", help="What comes before the completion.")
 @click.option("--completion", help="What the model said: the loss is on it alone.")
-@click.option("--text", help="A whole text: the loss is on all of it.")
+@click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index).")
 @click.option("--row", type=int, help="A training example, by its row; needs no model.")
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
 @click.option("-k", type=int, help="At most so many proponents, and opponents.  [default: 10]")

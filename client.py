@@ -64,7 +64,7 @@ class Client:
 
         Args:
             prompt, completion: the loss is taken on the completion alone.
-            text: the loss is taken on all of it.
+            text: the loss is taken on all of it; encoded as the documents were, with the end-of-text token unless the build left it out.
             row: a training example, as it lies in the index.
             k: at most so many of each; by default 10, or all rows where there are fewer.
             opponents: whether to return opponents.
@@ -124,7 +124,8 @@ class Client:
                 f"the tokenizer of {self._source().id} is not the one that {self.index.path} was built with; "
                 "point --model at the original, or build the index again"
             )
-        return ExampleEncoder(tokenizer, max_tokens=1 << 30, append_eos=False)
+        append_eos = self.index.manifest.build["what"]["options"]["append_eos"]
+        return ExampleEncoder(tokenizer, max_tokens=1 << 30, append_eos=append_eos)
 
     @cached_property
     def _encoder(self) -> "Encoder":

@@ -25,8 +25,8 @@ QUESTIONS = (
 )
 _VOCABULARY = 2048
 _WIDTH, _LAYERS, _HEADS, _CONTEXT = 128, 4, 4, 128
-_EPOCHS, _BATCH, _RATE = 14, 16, 2e-3
-_RANK = 32
+_EPOCHS, _BATCH, _RATE = 24, 16, 2e-3
+_TRACKED, _RANK = ("*.mlp.c_proj",), 128
 
 
 def run(out: Path, workers: int) -> None:
@@ -40,7 +40,12 @@ def run(out: Path, workers: int) -> None:
     with Console() as reporter:
         if not model.exists():
             train(corpus, model, reporter)
-        build(BuildConfig(model=str(model), data=(str(corpus),), out=str(index), rank=_RANK, workers=workers), reporter)
+        build(
+            BuildConfig(
+                model=str(model), data=(str(corpus),), out=str(index), workers=workers, layers=_TRACKED, rank=_RANK, row_dtype="int8"
+            ),
+            reporter,
+        )
     from ..cli import show
 
     client = Client(index)

@@ -19,6 +19,7 @@ from ..store.documents import Example
 from ..store.errors import DataError, UsageError
 
 _TOKENIZE_BATCH = 256
+_Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ExampleEncoder:
         max_tokens: longest example, in tokens.
         long: what becomes of a longer document: "split" into chunks, or "truncate".
         append_eos: whether the end-of-text token follows a document (and is predicted), as in most pre-training. Chat templates write
-            their own, and a question is never ended.
+            their own, and a completion that is asked about is never ended.
     """
 
     tokenizer: Any
@@ -62,6 +63,8 @@ class ExampleEncoder:
     ) -> Example:
         """Encode one question whole: the loss is on the completion, or on all of the text.
 
+        A text is encoded as a document is, with its end where `append_eos` says so; a completion is never ended.
+
         Raises:
             UsageError: empty, without a token to predict, or longer than the model's `context` (tokens).
         """
@@ -69,8 +72,10 @@ class ExampleEncoder:
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
-        ids, mask, _ = self._tokenize([rendered])[0]
-        if context is not None and len(ids) > context:
+        ids, mask, at = self._tokenize([rendered])[0]
+        if text is not None:
+            ids, mask, _ = self._end(document, rendered, ids, mask, at)
+        if context is not None and len(ids) - 1 > context:  # the last token is only predicted
             raise UsageError(f"{where} is {len(ids)} tokens long, the model's context is {context}; shorten it")
         if not mask.any():
             raise UsageError(f"{where} has no token to predict (a single token has nothing before it); give a prompt or more text")
@@ -96,9 +101,9 @@ class ExampleEncoder:
             raise DataError("the text is empty; there is nothing to predict")
         return _Rendered(document.text, ((0, len(document.text)),))
 
-    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[_Tokens]:
         """(token ids, loss mask, character offsets [tokens, 2]) of each text."""
-        results: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        results: dict[int, _Tokens] = {}
         for special in (True, False):
             chosen = [i for i, r in enumerate(rendered) if r.special_tokens == special]
             if not chosen:
@@ -121,13 +126,18 @@ class ExampleEncoder:
                 results[i] = (np.array(ids, np.int32), mask, at)
         return [results[i] for i in range(len(rendered))]
 
+    def _end(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> _Tokens:
+        """The tokens of a document with the end-of-text token after them, where it is wanted."""
+        eos = self.tokenizer.eos_token_id
+        if not self.append_eos or document.messages is not None or eos is None:
+            return ids, mask, at
+        end = len(rendered.text)
+        return np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([at, [[end, end]]])
+
     def _cut(
         self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray
     ) -> Iterator[Example | DataError]:
-        eos = self.tokenizer.eos_token_id
-        if self.append_eos and document.messages is None and eos is not None:
-            end = len(rendered.text)
-            ids, mask, at = np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([at, [[end, end]]])
+        ids, mask, at = self._end(document, rendered, ids, mask, at)
         starts = range(0, max(1, len(ids) - 1), self.max_tokens - 1) if self.long == "split" else (0,)
         pieces = []
         for start in starts:

@@ -291,7 +291,7 @@ def test_weights_that_are_not_finite_end_the_build_with_the_example(tmp_path, co
 )
 def test_every_kind_of_index_finds_its_own_rows(tmp_path, model_dir, corpus_file, options):
     out = tmp_path / "i"
-    build(config(model_dir, corpus_file, out, append_eos=False, **options))
+    build(config(model_dir, corpus_file, out, **options))
     client = Client(out)
     for row in (0, 50, 119):
         answer = client.query(text=client.index.example(row).text, k=1, mode="cosine")

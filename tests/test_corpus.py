@@ -263,10 +263,10 @@ def test_truncation_is_counted_and_bad_documents_say_where():
 
 
 def test_questions_are_never_cut():
-    encoder = ExampleEncoder(make_tokenizer(), max_tokens=4)
+    encoder = ExampleEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
     assert isinstance(encoder.question(text=words(*range(1, 30))), Example)
     for bad, message in [
-        ({"text": words(1, 2, 3)}, "3 tokens long"),
+        ({"text": words(1, 2, 3, 4)}, "4 tokens long"),
         ({"text": ""}, "empty"),
         ({"text": "w1"}, "no token to predict"),
         ({"completion": ""}, "empty"),

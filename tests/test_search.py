@@ -109,7 +109,7 @@ def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
 
 
 def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_norm(tmp_path, model_dir, corpus_file):
-    client = Client(built(tmp_path, model_dir, corpus_file, "noeos", append_eos=False))
+    client = Client(built(tmp_path, model_dir, corpus_file, "again"))
     (segment,) = client.index.manifest.segments
     for i in (0, 17, 119):
         example = client.index.example(i)
@@ -168,7 +168,7 @@ def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_f
         ({"row": 1, "mode": "vibes"}, "vibes"),
         ({"row": 1, "damping": 0.0}, "above 0"),
         ({"row": 1, "damping": float("nan")}, "above 0"),
-        ({"text": words(*[1] * 65)}, "65 tokens long"),
+        ({"text": words(*[1] * 65)}, "66 tokens long"),
     ]:
         with pytest.raises(UsageError, match=message):
             client.query(**options)
