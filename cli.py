@@ -16,7 +16,7 @@ import click
 from .store.errors import UsageError, WhenceError
 
 if TYPE_CHECKING:
-    from .query.answers import Answer, Question
+    from .query.answers import Question
 
 
 class _Group(click.Group):
@@ -153,7 +153,9 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     with Console() as reporter:
         manifest = run(BuildConfig(out=out, fields=fields, **options), reporter)
     if as_json:
-        click.echo(json.dumps(_summary(out)))
+        from .store.index import Index
+
+        click.echo(json.dumps(Index(out).summary()))
         return
     click.echo(f"{out}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
     skipped = manifest.build["skipped"]
@@ -205,6 +207,7 @@ def query(
     """
     from .client import Client
     from .query.answers import Question
+    from .query.terminal import show
 
     if file is not None and (prompt or completion is not None or text is not None or row is not None):
         raise UsageError("--file brings its own questions; give it without --prompt, --completion, --text and --row")
@@ -230,7 +233,9 @@ def info(index: str, as_json: bool) -> None:
       whence info my.whence
       whence info my.whence --json
     """
-    summary = _summary(index)
+    from .store.index import Index
+
+    summary = Index(index).summary()
     if as_json:
         click.echo(json.dumps(summary))
         return
@@ -290,98 +295,12 @@ def demo(out: str, workers: int) -> None:
     run(Path(out), workers)
 
 
-def show(answer: "Answer", width: int | None = None) -> None:
-    """Print an answer as a table for people."""
-    from rich.console import Console
-
-    console = Console(width=width)
-    for part in answer_tables(answer):
-        console.print(part)
-
-
-def answer_tables(answer: "Answer") -> Iterable[Any]:
-    """The rich renderables of an answer: the question, a table of proponents, one of opponents."""
-    from rich.table import Table
-    from rich.text import Text
-
-    q = answer.query
-    asked = Text()
-    if "completion" in q:
-        asked.append(q["prompt"])
-        asked.append(q["completion"], style="bold underline")
-    else:
-        asked.append(q.get("text") or f"row {q['row']}")
-    yield Text("\n") + asked
-    for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
-        table = Table(title=title, title_justify="left", title_style=f"bold {colour}", expand=True, show_edge=False, pad_edge=False)
-        table.add_column("#", justify="right", style="dim")
-        table.add_column("score", justify="right", style=colour, no_wrap=True)
-        table.add_column("id", no_wrap=True, max_width=28)
-        table.add_column("text", ratio=1)
-        for a in found:
-            text = " ".join(a.text.split())
-            table.add_row(str(a.rank), f"{a.score:.4g}", Text(a.id), Text(text if len(text) <= 240 else text[:239] + "…"))
-        if found:
-            yield table
-    s = answer.search
-    yield Text(
-        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}",
-        style="dim",
-    )
-
-
 def _read_questions(file: str) -> Iterable["Question"]:
     from .query.answers import Question
     from .store.corpus import read_questions
 
     for record in read_questions(file):
         yield Question(**record)
-
-
-def _summary(path: str) -> dict[str, Any]:
-    """What `whence info` prints."""
-    from .store.index import Index
-
-    m = Index(path).manifest
-    files = [m.encoder, *(f for s in m.shards for f in s.files)]
-    rows_bytes = sum(f.bytes for s in m.shards for f in s.files if f.path.startswith("rows/"))
-    return {
-        "path": path,
-        "manifest": m.number,
-        "format": m.version,
-        "created": m.created,
-        "whence": m.whence,
-        "model": m.model.id,
-        "architecture": m.model.architecture,
-        "parameters": m.model.parameters,
-        "dtype": m.model.dtype,
-        "rows": m.rows,
-        "tokens": m.tokens,
-        "documents": m.build["documents"],
-        "split": m.build["split"],
-        "truncated": m.build["truncated"],
-        "skipped": m.build["skipped"],
-        "shards": len(m.shards),
-        "bytes": sum(f.bytes for f in files),
-        "bytes_per_example": round(rows_bytes / m.rows, 1),
-        "encoder_bytes": m.encoder.bytes,
-        "segments": [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "weight": s.weight,
-                "coordinates": s.dim,
-                "stored_as": s.dtype,
-                "layers": len(s.layers),
-                "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
-                "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
-                "labels": s.curvature.labels,
-                "fitted_on": s.curvature.examples,
-                "damping": s.curvature.damping,
-            }
-            for s in m.segments
-        ],
-    }
 
 
 def _quiet_libraries() -> None:

@@ -56,7 +56,7 @@ def main():
         stream = ExampleEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
         examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
         for rank in args.ranks:
-            layers = plan_layers(frozen, find_layers(frozen), rank, "auto", explicit=False)
+            layers = plan_layers(frozen, find_layers(frozen), rank, "auto", 2048, explicit=False)
             curvature = Curvature(kind="auto", labels="data", examples=0, tokens=0, damping=0.1)
             plan = EncoderPlan(layers, Projection(kind="random", rank=rank, seed=0), curvature, args.batch_tokens)
             fit, arrays = Fit(plan), {}

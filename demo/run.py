@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ..client import Client
+from ..query.terminal import show
 from ..ray_jobs.build import build
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Console, Reporter
@@ -46,8 +47,6 @@ def run(out: Path, workers: int) -> None:
             ),
             reporter,
         )
-    from ..cli import show
-
     client = Client(index)
     for prompt, completion in QUESTIONS:
         show(client.query(prompt=prompt, completion=completion, k=3))

@@ -1,6 +1,6 @@
 """Draw the README's picture: an answer of the demo's index, as the terminal shows it.
 
-    whence demo && python docs/make_picture.py whence-demo/index.whence
+whence demo && python docs/make_picture.py whence-demo/index.whence
 """
 
 import io
@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 from whence import Client
-from whence.cli import answer_tables
 from whence.demo.run import QUESTIONS
+from whence.query.terminal import renderables
 
 # Rich's own frame fetches a font from a CDN; this one uses what the reader has.
 FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">
-<style>.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+<style>.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; }}
+.{unique_id}-matrix {{ font-size: {char_height}px; line-height: {line_height}px; }}
 {styles}</style>
 <rect width="100%" height="100%" rx="8" fill="#1d1f28"/>
 <g transform="translate(10, 0)" class="{unique_id}-matrix">{backgrounds}{matrix}</g></svg>
@@ -26,7 +27,7 @@ def main():
     prompt, completion = QUESTIONS[0]
     answer = Client(sys.argv[1]).query(prompt=prompt, completion=completion, k=3)
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
-    for part in answer_tables(answer):
+    for part in renderables(answer):
         console.print(part)
     svg = console.export_svg(title="", code_format=FRAME)
     Path(__file__).with_name("answer.svg").write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..store.errors import UsageError
 from ..store.manifest import Layer
 
-Map = Float[Tensor, "rank size"] | None
+Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Visit = Callable[[Layer, Float[Tensor, "batch tokens in_rank"], Float[Tensor, "batch tokens out_rank"]], None]
 
 

@@ -92,13 +92,18 @@ STRATEGIES = {
 }
 
 _DENSE_LIMIT = 512
+_DENSE_EXAMPLES = 4
 
 
-def choose_curvature(kind: CurvatureKind, size: int) -> LayerCurvature:
-    """The strategy of a layer with `size` coordinates: "auto" is the dense Fisher up to 512, beyond it EK-FAC."""
+def choose_curvature(kind: CurvatureKind, size: int, examples: int) -> LayerCurvature:
+    """The strategy of a layer with `size` coordinates fitted on so many examples.
+
+    "auto" is the dense Fisher where it is small (512 coordinates) and known well (4 examples a coordinate), else EK-FAC. A dense matrix
+    of fewer examples whitens just those: they come out nearly orthogonal to one another, and unlike any question.
+    """
     if kind != "auto":
         return kind
-    return "fisher" if size <= _DENSE_LIMIT else "ekfac"
+    return "fisher" if size <= _DENSE_LIMIT and examples >= _DENSE_EXAMPLES * size else "ekfac"
 
 
 def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> Float64[np.ndarray, " n"]:

@@ -164,13 +164,15 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in candidates if name in matched]
 
 
-def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, explicit: bool) -> tuple[Layer, ...]:
+def plan_layers(
+    model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
+) -> tuple[Layer, ...]:
     """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two tokens through the model.
 
     Args:
         names: from `find_layers`.
         rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
-        curvature: a strategy's name, or "auto" for the choice by size.
+        curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
         explicit: whether the user named the layers; one that does not run is then an error, else it is left out.
     """
     modules = dict(model.named_modules())
@@ -208,7 +210,7 @@ def plan_layers(model: nn.Module, names: Sequence[str], rank: int, curvature: Cu
                     input_rank=ranks[1],
                     input_group=groups.setdefault((id(x), x._version), name),
                     offset=layers[-1].offset + layers[-1].size if layers else 0,
-                    curvature=choose_curvature(curvature, ranks[0] * ranks[1]),
+                    curvature=choose_curvature(curvature, ranks[0] * ranks[1], examples),
                 )
             )
     return tuple(layers)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..indexer import models
-from ..indexer.curvature import Arrays, add_sums
+from ..indexer.curvature import Arrays, add_sums, choose_curvature
 from ..indexer.encoder import EncoderPlan
 from ..indexer.examples import ExampleEncoder
 from ..indexer.fit import Fit
@@ -86,7 +86,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, tokenizer, model, plan)
-            arrays, plan, encoder = _fit(job, executor, plan, corpus)
+            arrays, plan, encoder = _fit(job, executor, _with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
             return _publish(job, what, model, plan, encoder, corpus, shards)
     finally:
@@ -184,6 +184,13 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     file = file_record(job.out, path)
     write_whole(done, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
     return arrays, _fitted(plan, counts), file
+
+
+def _with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
+    """The plan with each layer's curvature chosen for the sample that there really is."""
+    kind = plan.curvature.kind
+    layers = tuple(layer.model_copy(update={"curvature": choose_curvature(kind, layer.size, examples)}) for layer in plan.layers)
+    return replace(plan, layers=layers)
 
 
 def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:

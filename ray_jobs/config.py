@@ -85,6 +85,10 @@ class BuildConfig:
             raise UsageError(f"--seed is {self.seed}; it must be at least 0")
         if not self.data:
             raise UsageError("no --data given; name at least one file, folder or dataset")
+        if "-" in self.data:
+            raise UsageError(
+                "--data cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
+            )
 
     def what(self) -> dict[str, Any]:
         """The options that decide what the index holds (not how or where it is made), JSON-ready."""

@@ -5,17 +5,20 @@ arguments, so nothing else has to be undone.
 """
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..store.errors import NotFoundError, UsageError, WorkerError
 from .config import BuildConfig
 from .progress import Reporter
-from .worker import Worker
+from .worker import Worker, absolute
 
 _RESTARTS = 3
 _POLL_SECONDS = 0.5
+_KNOCK_SECONDS = 5
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
@@ -92,6 +95,7 @@ class _OnRay:
     def __init__(self, ray: Any, config: BuildConfig, gpus: float) -> None:
         self._ray = ray
         options = {"num_cpus": config.threads, "num_gpus": gpus, "max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+        config = replace(config, model=absolute(config.model), out=absolute(config.out))  # an actor's working directory is its own
         self._actors = [ray.remote(_Actor).options(**options).remote(config) for _ in range(config.workers)]
 
     def describe(self) -> Any:
@@ -136,6 +140,18 @@ class _OnRay:
             ) from error
 
 
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens at once; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+        except OSError as error:
+            raise NotFoundError(
+                f"the Ray cluster at {address} cannot be reached: {error.strerror or error}; see ray status there"
+            ) from error
+
+
 @contextmanager
 def _ray(config: BuildConfig) -> Iterator[_OnRay]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # local clusters would otherwise leave a token in the home directory
@@ -145,6 +161,8 @@ def _ray(config: BuildConfig) -> Iterator[_OnRay]:
     import ray
 
     local = config.address is None
+    if config.address is not None:
+        _knock(config.address)
     try:
         ray.init(
             address="local" if local else config.address,

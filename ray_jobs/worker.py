@@ -72,9 +72,9 @@ class Worker:
         """
         c, model = self._config, self.model
         names = models.find_layers(model, c.layers)
-        layers = models.plan_layers(model, names, c.rank, c.curvature, explicit=bool(c.layers))
+        layers = models.plan_layers(model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         description = Model(
-            id=_absolute(c.model),
+            id=absolute(c.model),
             revision=getattr(model.config, "_commit_hash", None) or c.revision,
             dtype=c.dtype,
             fingerprint=models.model_fingerprint(model),
@@ -160,6 +160,6 @@ def file_record(out: Path, path: Path) -> FileRecord:
     return FileRecord(path=path.relative_to(out).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
 
 
-def _absolute(model: str) -> str:
-    """A local model's absolute path, so that the index can be asked from any directory; a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+def absolute(path: str) -> str:
+    """A local path made absolute, so that it means the same in any working directory; a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path

@@ -58,7 +58,7 @@ def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[D
     """Stream the documents of all sources, in order.
 
     A source is a file (.jsonl, .csv, .tsv, .parquet, .txt, .md, all but Parquet also with .gz), a folder of such files or of a
-    dataset saved with `datasets`, `-` (JSON lines on standard input), or a hub dataset as `name[:config]:split`.
+    dataset saved with `datasets`, or a hub dataset as `name[:config]:split`.
 
     Raises:
         NotFoundError, UsageError: a source does not exist, or is nothing that can be read.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -114,6 +115,46 @@ class Index:
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))
         return np.concatenate(values), np.concatenate(means)
+
+    def summary(self) -> dict[str, Any]:
+        """What the index holds, JSON-ready: model, rows, bytes, and each segment's layers, projection and curvature."""
+        m = self.manifest
+        files = [m.encoder, *(f for s in m.shards for f in s.files)]
+        row_bytes = sum(f.bytes for f in files if f.path.startswith("rows/"))
+        return {
+            "path": str(self.path),
+            "manifest": m.number,
+            "format": m.version,
+            "created": m.created,
+            "whence": m.whence,
+            "model": m.model.id,
+            "architecture": m.model.architecture,
+            "parameters": m.model.parameters,
+            "dtype": m.model.dtype,
+            "rows": m.rows,
+            "tokens": m.tokens,
+            **{name: m.build[name] for name in ("documents", "split", "truncated", "skipped")},
+            "shards": len(m.shards),
+            "bytes": sum(f.bytes for f in files),
+            "bytes_per_example": round(row_bytes / m.rows, 1),
+            "encoder_bytes": m.encoder.bytes,
+            "segments": [
+                {
+                    "name": s.name,
+                    "kind": s.kind,
+                    "weight": s.weight,
+                    "coordinates": s.dim,
+                    "stored_as": s.dtype,
+                    "layers": len(s.layers),
+                    "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
+                    "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
+                    "labels": s.curvature.labels,
+                    "fitted_on": s.curvature.examples,
+                    "damping": s.curvature.damping,
+                }
+                for s in m.segments
+            ],
+        }
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read every byte that the manifest names and yield (relative path, what is wrong with it or None)."""

@@ -213,6 +213,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
     """Refuse a manifest whose parts contradict one another: row ranges that leave gaps, layers that overlap."""
+    if manifest.tombstones:
+        raise IncompatibleError(f"{path} has deleted rows, which this Whence cannot leave out of an answer; use a newer Whence")
     first = 0
     for shard in manifest.shards:
         if shard.first != first:

@@ -2,8 +2,13 @@
 
 import os
 
+import jaxtyping
 import pytest
-from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl
+
+# The shapes and dtypes in signatures are checked while the tests run.
+jaxtyping.install_import_hook(["whence.indexer", "whence.query.search", "whence.store.rows"], "beartype.beartype")
+
+from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

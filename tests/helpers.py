@@ -81,7 +81,7 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
     from whence.indexer.models import find_layers, plan_layers
     from whence.store.manifest import Curvature, Projection
 
-    layers = plan_layers(model, find_layers(model, patterns), rank, curvature, explicit=bool(patterns))
+    layers = plan_layers(model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
     return EncoderPlan(
         layers,
         Projection(kind=projection, rank=rank, seed=7),

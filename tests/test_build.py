@@ -15,7 +15,7 @@ import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from whence import BuildConfig, Client, build
 from whence.ray_jobs.progress import Console
-from whence.store.errors import BusyError, DataError, NumericalError, UsageError
+from whence.store.errors import BusyError, DataError, NotFoundError, NumericalError, UsageError
 from whence.store.files import exclusive
 from whence.store.index import Index
 from whence.store.manifest import read_manifest
@@ -73,6 +73,23 @@ def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, co
     out = tmp_path / "two.whence"
     build(config(model_dir, corpus_file, out, workers=2))
     assert checksums(out) == checksums(index_dir)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_ray_cluster_at_an_address_makes_them_too(tmp_path, model_dir, corpus_file, index_dir):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        with pytest.raises(UsageError, match="has 1 CPUs, 2 workers"):
+            build(config(model_dir, corpus_file, tmp_path / "two", workers=2, address=cluster.address))
+        build(config(model_dir, corpus_file, tmp_path / "one", workers=1, address=cluster.address))
+    finally:
+        cluster.shutdown()
+    assert checksums(tmp_path / "one") == checksums(index_dir)
+    with pytest.raises(NotFoundError, match="cannot be reached"):
+        build(config(model_dir, corpus_file, tmp_path / "gone", address="localhost:1"))
 
 
 @pytest.mark.processes

@@ -157,6 +157,7 @@ BAD_INPUTS = {
     "bad JSON line": ((*BUILD, "--data", "{bad}/broken.jsonl"), 1, "broken.jsonl line 2: not valid JSON"),
     "no loss token": ((*BUILD, "--data", "{bad}/silent.jsonl", "--no-append-eos"), 1, "silent.jsonl line 2: no token to predict"),
     "no text field": ((*BUILD, "--data", "{bad}/nofield.jsonl"), 1, "only 'body'"),
+    "corpus from a pipe": ((*BUILD, "--data", "-"), 2, "standard input"),
     "two forms": ((*ON_CORPUS, "--text-field", "a", "--prompt-field", "b"), 2, "one form of document"),
     "no such model": (("build", "--model", "{bad}/none", "--data", "{corpus}", "--out", "{out}"), 3, "there is no model at"),
     "not a model": (("build", "--model", "{bad}/notmodel", "--data", "{corpus}", "--out", "{out}"), 3, "cannot be loaded"),

@@ -18,7 +18,7 @@ ROOMS = {
     "indexer": {"store"},
     "query": {"store"},
     "ray_jobs": {"store", "indexer"},
-    "demo": {"store", "indexer", "ray_jobs", "client", "cli"},
+    "demo": {"store", "indexer", "query", "ray_jobs", "client"},
 }
 FOREIGN = {
     "store": {"torch", "transformers", "ray", "faiss", "fastapi"},

@@ -1,0 +1,47 @@
+"""Answers on a terminal: the question, a table of proponents and one of opponents, and how they were found."""
+
+import textwrap
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .answers import Answer
+
+_SHOWN_CHARACTERS = 240
+
+
+def show(answer: Answer) -> None:
+    """Print an answer for people, as wide as the terminal is."""
+    console = Console()
+    for part in renderables(answer):
+        console.print(part)
+
+
+def renderables(answer: Answer) -> Iterator[RenderableType]:
+    """The parts of an answer, from top to bottom."""
+    q = answer.query
+    asked = Text()
+    if "completion" in q:
+        asked.append(q["prompt"])
+        asked.append(q["completion"], style="bold underline")
+    else:
+        asked.append(q.get("text") or f"row {q['row']}")
+    yield Text("\n") + asked
+    for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
+        table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+        table.add_column("#", justify="right", style="dim")
+        table.add_column("score", justify="right", style=colour, no_wrap=True)
+        table.add_column("id", no_wrap=True, max_width=28)
+        table.add_column("text", ratio=1)
+        for a in found:
+            table.add_row(str(a.rank), f"{a.score:.4g}", Text(a.id), Text(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …")))
+        if found:
+            yield table
+    s = answer.search
+    yield Text(
+        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}",
+        style="dim",
+    )
