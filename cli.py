@@ -38,6 +38,8 @@ class _Group(click.Group):
             sys.exit(1)
         except WhenceError as error:
             _fail(str(error), error.exit_code)
+        except OSError as error:
+            _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         except MemoryError:
             _fail("out of memory; use a smaller --batch-tokens, fewer --workers or a smaller --rank", 1)
 
@@ -55,14 +57,24 @@ def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) 
             given = tomllib.loads(Path(value).read_text())
         except (OSError, ValueError) as error:
             raise click.BadParameter(f"{value} cannot be read as TOML: {error}") from error
-        known = {p.name for p in ctx.command.params}
-        unknown = sorted(set(given) - known)
+        known = {p.name: p for p in ctx.command.params if p.name != param.name}
+        unknown = sorted(set(given) - set(known))
         if unknown:
             raise click.BadParameter(
                 f"{value}: there is no option {unknown[0]!r}; a key is an option's name with underscores, such as fit_examples"
             )
-        ctx.default_map = {**(ctx.default_map or {}), **given}
+        ctx.default_map = {**(ctx.default_map or {}), **{name: _as_typed(known[name], item, value) for name, item in given.items()}}
     return value
+
+
+def _as_typed(option: click.Parameter, item: Any, file: str) -> Any:
+    """A value of a TOML file as it would be typed, so that click checks both alike."""
+    flag = getattr(option, "is_flag", False)
+    items = item if isinstance(item, list) else [item]
+    fits = all(isinstance(i, bool) if flag else isinstance(i, (str, int, float)) and not isinstance(i, bool) for i in items)
+    if not fits or (isinstance(item, list) and not option.multiple):
+        raise click.BadParameter(f"{file}: {option.name} cannot be {item!r}")
+    return item if flag else [str(i) for i in items] if option.multiple else str(item)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHENCE"})

@@ -30,7 +30,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def capture(
-    model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], batch_size: int, visit: Visit
+    model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], shape: tuple[int, int], visit: Visit
 ) -> Iterator[None]:
     """While open, every forward and backward pass of `model` calls `visit(layer, x, d)` for every call of a tracked layer.
 
@@ -39,7 +39,7 @@ def capture(
         layers: the tracked layers; a layer that runs several times in a pass (shared weights) is visited each time.
         maps: layer name -> (input map, output map); None is the identity. Layers that share an input and hold the same map object
             project it once.
-        batch_size: examples in the batch, for layers that see all tokens of a batch as one list.
+        shape: examples and padded tokens of the batch; layers may see them as one list, or with dimensions of size one between.
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients [batch, tokens, out_rank] in float32 (float64 for a
             float64 model); padding tokens have zero output gradients.
 
@@ -60,13 +60,12 @@ def capture(
         return recent[0][3]
 
     def by_example(value: Tensor, layer: Layer) -> Tensor:
-        if value.dim() == 3 and value.shape[0] == batch_size:
-            return value
-        if value.dim() == 2 and value.shape[0] % batch_size == 0 and value.shape[0] > 0:
-            return value.view(batch_size, -1, value.shape[1])
+        leading = [size for size in value.shape[:-1] if size != 1]
+        if leading == [size for size in shape if size != 1] or leading == [shape[0] * shape[1]]:
+            return value.reshape(*shape, value.shape[-1])
         raise UsageError(
-            f"layer {layer.name} sees a tensor of shape {tuple(value.shape)} for {batch_size} examples, not a vector for each token (a "
-            "routed expert?); leave it out with --layers"
+            f"layer {layer.name} sees a tensor of shape {tuple(value.shape)} for {shape[0]} examples of {shape[1]} tokens, not a vector "
+            "for each token (a routed expert?); leave it out with --layers"
         )
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:

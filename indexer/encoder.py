@@ -170,7 +170,7 @@ def backward(
     Raises:
         NumericalError: a loss is not finite; names the example.
     """
-    with capture(model, layers, maps, len(batch.ids), visit):
+    with capture(model, layers, maps, (batch.inputs.shape[0], batch.inputs.shape[1]), visit):
         losses = example_losses(model, batch, sample_seed)
         check_finite(losses.detach()[:, None], batch, "loss")
         losses.sum().backward()

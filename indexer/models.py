@@ -17,6 +17,7 @@ from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.manifest import CurvatureKind, Layer
 from .curvature import choose_curvature
 
+_CAUSAL_TOLERANCE = 1e-3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -50,6 +51,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    if tokenizer.vocab_size < 2:
+        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
     if not tokenizer.is_fast:
         raise IncompatibleError(f"the tokenizer of {source.id} gives no character offsets; convert it to a fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -65,7 +68,16 @@ def load_model(source: ModelSource) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(source.device)
-    model = _load(AutoModelForCausalLM, source, "model", dtype=DTYPES[source.dtype], use_safetensors=True)
+    options = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    model, loading = _load(AutoModelForCausalLM, source, "model", **options)
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if loading.get(problem):
+            name = str(sorted(map(str, loading[problem]))[0])
+            raise IncompatibleError(
+                f"the weights of {source.id} and its config.json do not fit: {problem.replace('_keys', '')} {name}; restore the checkpoint"
+            )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise IncompatibleError(f"{source.id} is an encoder-decoder model; give a causal language model")
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -167,33 +179,45 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
 def plan_layers(
     model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
 ) -> tuple[Layer, ...]:
-    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two tokens through the model.
+    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two texts of two tokens through the model.
 
     Args:
         names: from `find_layers`.
         rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
         curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
-        explicit: whether the user named the layers; one that does not run is then an error, else it is left out.
+        explicit: whether the user named the layers; one that does not run (or whose output is no tensor, as some routers') is then an
+            error, else it is left out.
+
+    Raises:
+        IncompatibleError: the model is not causal: a token's prediction depends on what follows it.
+        UsageError: a named layer does not run.
     """
     modules = dict(model.named_modules())
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, args[0])
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                inputs.setdefault(name, args[0])
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
+    handles = [modules[name].register_forward_hook(remember(name)) for name in names]
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+            texts = torch.tensor([[0, 0], [0, 1]], device=next(model.parameters()).device)
+            first, second = model(input_ids=texts, use_cache=False).logits[:, 0].float()
     finally:
         for handle in handles:
             handle.remove()
+    if (first - second).abs().max() > _CAUSAL_TOLERANCE * first.abs().max():
+        raise IncompatibleError(
+            f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a causal "
+            "language model"
+        )
     idle = [n for n in names if n not in inputs]
     if idle and (explicit or len(idle) == len(names)):
-        raise UsageError(f"layer {idle[0]} does not run when the model reads text; leave it out with --layers")
+        raise UsageError(f"layer {idle[0]} does not run as a plain layer when the model reads text; leave it out with --layers")
     groups: dict[tuple[int, int], str] = {}
     layers: list[Layer] = []
     for name in names:

@@ -28,6 +28,10 @@ class Question:
         given = [name for name in ("completion", "text", "row") if getattr(self, name) is not None]
         if len(given) != 1 or (self.prompt and given != ["completion"]):
             raise UsageError("a question is a prompt with a completion, or a text, or a row: give exactly one of them")
+        try:
+            f"{self.prompt}{self.completion}{self.text}{self.id}".encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the question holds bytes that are not UTF-8 text; mend its encoding") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set."""

@@ -25,6 +25,7 @@ from ..store.manifest import Segment, Shard
 
 Mode = Literal["influence", "cosine"]
 _QUERIES_A_PASS = 256
+MAX_DAMPING = 1e9
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Metric:
     def __post_init__(self) -> None:
         if self.mode not in ("influence", "cosine"):
             raise UsageError(f"the mode is {self.mode!r}; it can be influence or cosine")
-        if self.damping is not None and not (np.isfinite(self.damping) and self.damping > 0):
+        if self.damping is not None and not 0 < self.damping <= MAX_DAMPING:
             raise UsageError(f"the damping is {self.damping}; it must be a number above 0 (relative to the mean eigenvalue, such as 0.1)")
 
 

@@ -25,10 +25,10 @@ def renderables(answer: Answer) -> Iterator[RenderableType]:
     q = answer.query
     asked = Text()
     if "completion" in q:
-        asked.append(q["prompt"])
-        asked.append(q["completion"], style="bold underline")
+        asked.append(_printable(q["prompt"]))
+        asked.append(_printable(q["completion"]).plain, style="bold underline")
     else:
-        asked.append(q.get("text") or f"row {q['row']}")
+        asked.append(_printable(q.get("text") or f"row {q['row']}"))
     yield Text("\n") + asked
     for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
         table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
@@ -37,7 +37,9 @@ def renderables(answer: Answer) -> Iterator[RenderableType]:
         table.add_column("id", no_wrap=True, max_width=28)
         table.add_column("text", ratio=1)
         for a in found:
-            table.add_row(str(a.rank), f"{a.score:.4g}", Text(a.id), Text(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …")))
+            table.add_row(
+                str(a.rank), f"{a.score:.4g}", _printable(a.id), _printable(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …"))
+            )
         if found:
             yield table
     s = answer.search
@@ -45,3 +47,8 @@ def renderables(answer: Answer) -> Iterator[RenderableType]:
         f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}",
         style="dim",
     )
+
+
+def _printable(text: str) -> Text:
+    """Stored text without the control characters by which it could command the terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))

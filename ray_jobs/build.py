@@ -22,8 +22,8 @@ from ..indexer.encoder import EncoderPlan
 from ..indexer.examples import ExampleEncoder
 from ..indexer.fit import Fit
 from ..store.corpus import describe_sources
-from ..store.errors import UsageError
-from ..store.files import exclusive, publish, storage_errors, write_whole
+from ..store.errors import IntegrityError, UsageError
+from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
 from ..store.manifest import FileRecord, Manifest, Model, Segment, Shard, Tokenizer, publish_manifest, read_manifest
 from ..store.rows import DTYPES, chunk_rows
 from .config import BuildConfig
@@ -110,15 +110,25 @@ def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
         return None
     manifest = read_manifest(job.out)
     _refuse_other(job.out, manifest.build["what"], what)
+    for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files)):
+        path = job.out / record.path
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
     shutil.rmtree(job.staging, ignore_errors=True)
     return manifest
 
 
 def _claim(job: _Job, what: dict[str, Any]) -> None:
-    """Write down which build this is, or see that the one begun here is the same; clear what a killed run left half-written."""
+    """Write down which build this is, or see that the one begun here is the same; clear what a killed run left half-written.
+
+    A begun build that has no rows yet is nothing to protect: another one takes its place.
+    """
     plan = job.staging / "plan.json"
+    if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)) and not list(job.out.glob("rows/*")):
+        for folder in ("staging", "documents", "encoder"):
+            shutil.rmtree(job.out / folder, ignore_errors=True)
     if plan.is_file():
-        _refuse_other(job.out, json.loads(plan.read_bytes()), what)
+        _refuse_other(job.out, read_json(plan), what)
         for leftover in job.staging.iterdir():
             if leftover.suffix in (".zarr", ".arrow", ".safetensors"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -163,7 +173,7 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     path = job.out / "encoder" / f"{shard_id(job.fingerprint, -1)}.safetensors"
     done = job.staging / "encoder.json"
     if done.is_file():
-        record = json.loads(done.read_bytes())
+        record = read_json(done)
         if path.is_file() and file_record(job.out, path).model_dump() == record["file"]:
             return load_file(path), _fitted(plan, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing

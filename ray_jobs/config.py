@@ -1,6 +1,5 @@
 """What a build is asked to do: one frozen record, checked when made, written into the manifest."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ _CHOICES = {
     "labels": ("data", "sampled"),
     "row_dtype": ("float32", "float16", "int8"),
 }
+_MAX_DAMPING, _MAX_THREADS = 1e9, 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
 
 
@@ -79,8 +79,12 @@ class BuildConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
+        if not 0 <= self.damping <= _MAX_DAMPING:
             raise UsageError(f"--damping is {self.damping}; it must be a number of at least 0 (relative to the mean eigenvalue)")
+        if self.threads > _MAX_THREADS:
+            raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
+        if not self.model or not self.out or "" in self.data:
+            raise UsageError("--model, --data or --out is empty; is a variable of your shell not set?")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; it must be at least 0")
         if not self.data:

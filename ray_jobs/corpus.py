@@ -17,7 +17,7 @@ from ..indexer.examples import ExampleEncoder
 from ..store.corpus import read_corpus
 from ..store.documents import Documents, Example, write_documents
 from ..store.errors import DataError
-from ..store.files import publish, sha256, write_whole
+from ..store.files import publish, read_json, sha256, write_whole
 from .config import BuildConfig
 from .progress import Reporter
 
@@ -134,7 +134,7 @@ def plan_corpus(
 def _read_plan(out: Path, done: Path) -> CorpusPlan | None:
     if not done.is_file():
         return None
-    content = json.loads(done.read_bytes())
+    content = read_json(done)
     shards = tuple(ShardPlan(**s) for s in content.pop("shards"))
     for shard in shards:
         path = documents_path(out, shard.id)

@@ -8,6 +8,8 @@ import csv
 import gzip
 import io
 import json
+import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +108,16 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         )
     except ValueError as error:
         return DataError(f"{where}: {error}")
-    return Document(**base, **content, metadata={k: v for k, v in record.items() if k not in used and v is not None})
+    metadata = {k: v for k, v in record.items() if k not in used and not _is_nothing(v)}
+    try:
+        json.dumps(metadata, ensure_ascii=False, default=str).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        return DataError(f"{where}: a metadata column holds what is no text, number or list of such ({error})")
+    return Document(**base, **content, metadata=metadata)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN is how tables say nothing
 
 
 def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
@@ -172,7 +183,7 @@ def _reader(path: Path) -> Any:
     if suffix not in _SUFFIXES:
         raise UsageError(f"{path} is of no kind that can be read as documents ({', '.join(_SUFFIXES)})")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; there are no documents in it")
+        return lambda name: iter([(name, DataError(f"{path} is empty; there are no documents in it"))])
     if suffix == ".parquet":
         return lambda name: _parquet(path, name)
 
@@ -200,7 +211,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, str | DataError]]:
                 yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 yield where, DataError(f"{where}: not UTF-8; convert the file, for instance with iconv")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{name} after line {number}: the gzip data is broken ({error})") from error
 
 
@@ -236,7 +247,7 @@ def _csv(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[str, Any]
                 yield where, dict(zip(header, row, strict=True))
             else:
                 yield where, DataError(f"{where} (line {reader.line_num}): {len(row)} columns where the header has {len(header)}")
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
 
 
@@ -267,7 +278,7 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{name} record {number}", record
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not readable as Parquet ({str(error).splitlines()[0]})") from error
 
 

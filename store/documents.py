@@ -20,6 +20,7 @@ from .errors import IntegrityError
 from .files import storage_errors
 
 BATCH_ROWS = 256
+_NESTING = 16
 _JSON = {b"whence:encoding": b"json"}
 _FIXED = pa.schema(
     [
@@ -82,9 +83,10 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
 def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
     try:
         array = pa.array(values)
-        if array.to_pylist() == values:
+        # By their text, since True, 1 and 1.0 are equal; and not nested deeper than Arrow files may be.
+        if repr(array.to_pylist()) == repr(values) and str(array.type).count("<") < _NESTING:
             return pa.field(name, array.type), array
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
         pass
     text = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
     return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
@@ -125,8 +127,8 @@ class Documents:
             id=record["id"],
             text=record["text"],
             source=record["source"],
-            token_ids=_list_at(batch, "token_ids", offset).astype(np.int32),
-            loss_mask=_list_at(batch, "loss_mask", offset).astype(bool),
+            token_ids=np.array(batch.column("token_ids")[offset].as_py(), np.int32),
+            loss_mask=np.array(batch.column("loss_mask")[offset].as_py(), bool),  # not to_numpy, which imports pandas
             document=record["document"],
             chunk=record["chunk"],
             metadata=self._decode(record.get("metadata") or {}),
@@ -148,7 +150,3 @@ class Documents:
             for name, value in metadata.items()
             if value is not None
         }
-
-
-def _list_at(batch: pa.RecordBatch, name: str, offset: int) -> np.ndarray:
-    return batch.column(name)[offset].values.to_numpy(zero_copy_only=False)

@@ -8,13 +8,15 @@ wins. A lock keeps two builds apart but is never what makes a commit atomic.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import BusyError, StorageError
+from .errors import BusyError, IntegrityError, StorageError
 
 
 @contextlib.contextmanager
@@ -81,6 +83,21 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             staged.unlink(missing_ok=True)
         sync_name(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of the build's own small JSON files.
+
+    Raises:
+        IntegrityError: it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged ({error}); remove the directory that is being built and build again") from error
+    if not isinstance(content, dict) or not content:
+        raise IntegrityError(f"{path} is damaged; remove the directory that is being built and build again")
+    return content
 
 
 def create_only(path: Path, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ class Index:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not str(path):
+            raise UsageError("the index's path is empty; name its directory")
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self._firsts = np.array([shard.first for shard in self.manifest.shards])
@@ -55,12 +57,15 @@ class Index:
         key = (shard.id, segment.name)
         if key not in self._rows:
             group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
+            # What describes the arrays is small and compared whole; their values are compared chunk by chunk when they are touched.
+            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
             self._rows[key] = DenseRows(group, shard.rows, segment.dim, segment.dtype)
         return self._rows[key]
 
     def documents(self, shard: Shard) -> Documents:
         """A shard's examples."""
         if shard.id not in self._documents:
+            self._compare(record for record in shard.files if record.path.endswith(".arrow"))
             self._documents[shard.id] = Documents(self.path / "documents" / f"{shard.id}.arrow", shard.rows)
         return self._documents[shard.id]
 
@@ -96,9 +101,7 @@ class Index:
         """
         from safetensors.numpy import load_file
 
-        problem = _problem(self.path, self.manifest.encoder)
-        if problem:
-            raise IntegrityError(problem)
+        self._compare([self.manifest.encoder])
         return load_file(self.path / self.manifest.encoder.path)
 
     def spectrum(self, segment: Segment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
@@ -171,6 +174,12 @@ class Index:
                 self.documents(shard)
             except IntegrityError as error:
                 yield f"rows/{shard.id}.zarr", str(error)
+
+    def _compare(self, records: Iterable[FileRecord]) -> None:
+        for record in records:
+            problem = _problem(self.path, record)
+            if problem:
+                raise IntegrityError(problem)
 
     def _locate(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < len(self):

@@ -4,6 +4,7 @@ The highest number under `manifests/` is the index. Every model below is strict:
 is a damaged manifest, an unknown version or feature is one that a newer Whence wrote. Paths are relative and stay inside the index.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path, PurePosixPath
@@ -156,8 +157,18 @@ def publish_manifest(directory: Path, manifest: Manifest) -> Path:
         BusyError: that number was published meanwhile.
     """
     path = directory / "manifests" / f"{manifest.number:06d}.json"
-    create_only(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+    create_only(path, seal(manifest.model_dump(mode="json")))
     return path
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """A manifest's bytes, its own SHA-256 (over the same JSON without it, keys sorted, no spaces) in the field `checksum`."""
+    return (json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n").encode()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    plain = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def latest_manifest(directory: Path) -> Path | None:
@@ -188,9 +199,8 @@ def read_manifest(directory: Path) -> Manifest:
             else f"{directory} is not a Whence index (it has no manifests/); name the directory given to whence build --out"
         )
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON ({error}); restore it or build the index again") from error
     if not isinstance(content, dict) or content.get("format") != "whence":
         raise IntegrityError(f"{path} is not a Whence manifest; restore it or build the index again")
@@ -198,11 +208,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise IncompatibleError(
             f"{directory} has format version {content.get('version')!r}, this Whence reads {FORMAT_VERSION}; use a newer Whence"
         )
-    unknown = sorted(set(map(str, content.get("features") or ())) - FEATURES)
+    features = content.get("features")
+    unknown = sorted(set(map(str, features if isinstance(features, list) else [])) - FEATURES)
     if unknown:
         raise IncompatibleError(f"{directory} needs the features {', '.join(unknown)}, which this Whence lacks; use a newer Whence")
+    if content.pop("checksum", None) != _checksum(content):
+        raise IntegrityError(f"{path} is not what was written (its checksum differs); restore it or build the index again")
     try:
-        manifest = Manifest.model_validate_json(raw)
+        manifest = Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -216,7 +229,12 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     if manifest.tombstones:
         raise IncompatibleError(f"{path} has deleted rows, which this Whence cannot leave out of an answer; use a newer Whence")
     first = 0
+    if len({shard.id for shard in manifest.shards}) != len(manifest.shards):
+        raise IntegrityError(f"{path} is damaged: a shard stands in it twice; build the index again")
     for shard in manifest.shards:
+        own = (f"rows/{shard.id}.zarr/", f"documents/{shard.id}.arrow")
+        if not shard.files or not all(record.path.startswith(own) for record in shard.files):
+            raise IntegrityError(f"{path} is damaged: shard {shard.id} does not name its own files; build the index again")
         if shard.first != first:
             raise IntegrityError(f"{path} is damaged: shard {shard.id} begins at row {shard.first}, not {first}; build the index again")
         first += shard.rows

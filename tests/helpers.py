@@ -19,6 +19,7 @@ CONFIGS = {
     ),
     "opt": dict(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16),
     "bloom": dict(hidden_size=16, n_layer=2, n_head=2),
+    "mamba": dict(hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4),
     "phi": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
 }
 

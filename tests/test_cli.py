@@ -1,5 +1,6 @@
 """The command line: what it prints, how it exits, and one clear sentence for everything that can be wrong."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from whence.cli import main
-from whence.store.manifest import latest_manifest
+from whence.store.manifest import latest_manifest, seal
 
 
 def whence(*arguments, env=None, stdin=None):
@@ -112,6 +113,14 @@ def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
     (here / "file").write_text("precious")
     (here / "hollow").mkdir()
     (here / "options.toml").write_text("rnak = 3")
+    (here / "types.toml").write_text("rank = [2]")
+    (here / "surrogate.jsonl").write_text('{"text": "w1 w2", "note": "\\ud800"}\n')
+    (here / "cut.csv.gz").write_bytes(gzip.compress(b"text\nw1 w2\n")[:22])
+    lacking = make_model("gpt2", "float32")
+    weights = {k: v for k, v in lacking.state_dict().items() if "h.1.mlp.c_fc" not in k and k != "lm_head.weight"}
+    lacking.save_pretrained(here / "lacking", state_dict=weights)
+    make_tokenizer().save_pretrained(here / "lacking")
+    make_model("gpt2", "float32").save_pretrained(here / "mute")
     (here / "notmodel").mkdir()
     (here / "notmodel/config.json").write_text("{}")
     retrained, retokenized = here / "retrained", here / "retokenized"
@@ -142,7 +151,8 @@ def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
     manifest = latest_manifest(here / "moved")
     content = json.loads(manifest.read_text())
     content["model"]["id"] = str(here / "gone")
-    manifest.write_text(json.dumps(content))
+    del content["checksum"]
+    manifest.write_bytes(seal(content))
     return here
 
 
@@ -163,6 +173,14 @@ BAD_INPUTS = {
     "not a model": (("build", "--model", "{bad}/notmodel", "--data", "{corpus}", "--out", "{out}"), 3, "cannot be loaded"),
     "pickled weights": (("build", "--model", "{bad}/pickled", "--data", "{corpus}", "--out", "{out}"), 3, "the model of"),
     "truncated weights": (("build", "--model", "{bad}/cut", "--data", "{corpus}", "--out", "{out}"), 3, "the model of"),
+    "missing weights": (("build", "--model", "{bad}/lacking", "--data", "{corpus}", "--out", "{out}"), 3, "do not fit: missing"),
+    "no tokenizer": (("build", "--model", "{bad}/mute", "--data", "{corpus}", "--out", "{out}"), 3, "tokenizer"),
+    "empty variable": ((*BUILD, "--data", ""), 2, "is empty"),
+    "truncated gzip": ((*BUILD, "--data", "{bad}/cut.csv.gz"), 1, "not readable as CSV"),
+    "surrogate in metadata": ((*BUILD, "--data", "{bad}/surrogate.jsonl"), 1, "line 1: a metadata column"),
+    "absurd threads": ((*ON_CORPUS, "--threads", "1000000"), 2, "at most 1024"),
+    "wrong type in a file": ((*ON_CORPUS, "--config", "{bad}/types.toml"), 2, "rank cannot be [2]"),
+    "text that is not UTF-8": ((*QUERY, "--text", "w1 \udcff"), 2, "not UTF-8"),
     "NaN weights": (("build", "--model", "{bad}/nan", "--data", "{corpus}", "--out", "{out}"), 1, "is not finite under this model"),
     "no layer matches": ((*ON_CORPUS, "--layers", "*.experts.*"), 2, "no layer matches '*.experts.*'"),
     "rank 0": ((*ON_CORPUS, "--rank", "0"), 2, "--rank is 0"),

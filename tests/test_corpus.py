@@ -135,9 +135,11 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "wide.csv").write_text("text,text\na,b\n")
-    for name, message in [("cut.jsonl.gz", "gzip"), ("bad.parquet", "Parquet"), ("empty.jsonl", "empty"), ("wide.csv", "same name")]:
+    for name, message in [("cut.jsonl.gz", "gzip"), ("bad.parquet", "Parquet"), ("wide.csv", "same name")]:
         with pytest.raises(DataError, match=message):
             documents(tmp_path / name)
+    (empty,) = documents(tmp_path / "empty.jsonl")
+    assert isinstance(empty, DataError)
     (tmp_path / "x.exe").write_bytes(b"x")
     with pytest.raises(UsageError, match="no kind"):
         documents(tmp_path / "x.exe")

@@ -14,7 +14,7 @@ from whence.indexer.fit import Fit
 from whence.indexer.projection import principal_projection, random_projection
 from whence.indexer.tasks import collate, example_losses, plan_batches, sample_targets
 from whence.store.documents import Example
-from whence.store.errors import NumericalError, UsageError
+from whence.store.errors import IncompatibleError, NumericalError, UsageError
 
 ARCHITECTURES = list(CONFIGS)
 HUGE = 10_000  # a rank above every layer's size: no projection at all
@@ -274,6 +274,16 @@ def test_a_layer_without_one_vector_a_token_is_refused():
     encoder = Encoder(model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
         encoder.rows(make_examples(3))
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    from transformers import BertConfig, BertLMHeadModel
+
+    size = dict(vocab_size=62, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    bert = BertLMHeadModel(BertConfig(**size)).eval()
+    with pytest.raises(IncompatibleError, match="BertLMHeadModel is not causal"):
+        make_plan(bert)
+    assert make_plan(BertLMHeadModel(BertConfig(**size, is_decoder=True)).eval()).layers
 
 
 def test_nan_weights_are_named_not_hidden():

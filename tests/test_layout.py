@@ -111,12 +111,22 @@ def test_the_code_is_clean(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+HEADER = """# The command line
+
+An option comes from the command line, else from the environment (`WHENCE_BUILD_RANK=32` for `whence build --rank 32`), else from a TOML
+file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`: names with underscores), else it has its default. Results go to
+standard output, progress and errors to standard error. Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity,
+130 interrupted.
+
+"""
+
+
 def help_page():
     parts = []
     for name in (None, *main.commands):
         result = CliRunner().invoke(main, [*([name] if name else []), "--help"], prog_name="whence", terminal_width=100)
         parts.append(f"## whence{f' {name}' if name else ''}\n\n```\n{result.stdout.strip()}\n```\n")
-    return "# The command line\n\nEach option can also come from the environment or a file: see `cli.py`.\n\n" + "\n".join(parts)
+    return HEADER + "\n".join(parts)
 
 
 def test_the_help_page_is_what_the_commands_print():

@@ -15,7 +15,7 @@ from whence.store.documents import Documents, Example, write_documents
 from whence.store.errors import BusyError, IncompatibleError, IntegrityError, NotFoundError, NumericalError, StorageError, UsageError
 from whence.store.files import create_only, exclusive, publish, storage_errors
 from whence.store.index import Index
-from whence.store.manifest import latest_manifest, read_manifest
+from whence.store.manifest import latest_manifest, read_manifest, seal
 from whence.store.rows import DenseRows, chunk_rows, quantise, write_shard
 
 
@@ -180,8 +180,10 @@ def test_truncated_documents_are_refused(index_dir, tmp_path):
     path = copy(index_dir, tmp_path)
     file = next((path / "documents").iterdir())
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(IntegrityError, match="not a whole Arrow file"):
+    with pytest.raises(IntegrityError, match="truncated"):
         read_everything(path)
+    with pytest.raises(IntegrityError, match="not a whole Arrow file"):
+        Documents(file, 32)
 
 
 def test_foreign_zarr_codecs_are_refused(index_dir, tmp_path):
@@ -192,14 +194,17 @@ def test_foreign_zarr_codecs_are_refused(index_dir, tmp_path):
     shutil.rmtree(shard / "blocks/codes")
     zarr.create_array(shard / "blocks/codes", shape=shape, dtype="float32", chunks=shape)[:] = values
     with pytest.raises(IncompatibleError, match="codecs"):
+        reopen(shard, *shape, "float32")
+    with pytest.raises(IntegrityError, match=r"zarr\.json"):
         read_everything(path)
 
 
 def edit(path, change):
     file = latest_manifest(path)
     content = json.loads(file.read_text())
+    del content["checksum"]
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_bytes(seal(content))
 
 
 MANIFEST_DAMAGE = {
@@ -229,6 +234,25 @@ def test_damaged_and_hostile_manifests_are_refused(index_dir, tmp_path, name):
         Index(path)
 
 
+def test_a_changed_digit_in_a_manifest_is_noticed(index_dir, tmp_path):
+    path = copy(index_dir, tmp_path)
+    file = latest_manifest(path)
+    file.write_text(file.read_text().replace('"damping": 0.1', '"damping": 0.2'))
+    with pytest.raises(IntegrityError, match="its checksum differs"):
+        Index(path)
+
+
+@pytest.mark.parametrize("what", ["documents", "rows"])
+def test_shards_that_changed_places_are_noticed(index_dir, tmp_path, what):
+    path = copy(index_dir, tmp_path)
+    first, second = (s.id for s in read_manifest(path).shards[:2])
+    suffix = "arrow" if what == "documents" else "zarr"
+    for source, target in ((first, "aside"), (second, first), ("aside", second)):
+        (path / what / f"{source}.{suffix}").rename(path / what / f"{target}.{suffix}")
+    with pytest.raises(IntegrityError, match=r"SHA-256|where"):
+        read_everything(path)
+
+
 def test_manifests_that_are_not_json(index_dir, tmp_path):
     path = copy(index_dir, tmp_path)
     for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
@@ -241,8 +265,9 @@ def test_the_highest_manifest_is_the_index_and_is_never_replaced(index_dir, tmp_
     path = copy(index_dir, tmp_path)
     first = path / "manifests/000001.json"
     second = json.loads(first.read_text()) | {"number": 2, "created": "later"}
+    del second["checksum"]
     snapshot = Index(path)
-    create_only(path / "manifests/000002.json", json.dumps(second).encode())
+    create_only(path / "manifests/000002.json", seal(second))
     assert Index(path).manifest.created == "later"
     assert snapshot.manifest.number == 1
     with pytest.raises(BusyError, match="published by somebody else"):
