@@ -3,7 +3,8 @@
     whence build --model MODEL_DIR --data corpus.jsonl --out full.whence --workers 2
     python benchmarks/real_data.py --index full.whence --questions gsm8k-questions.jsonl --source gsm8k
 
-Prints the share of sampled training examples that find themselves first in cosine mode when their text is asked, and the share of the
+Prints how many of the sampled training examples find themselves (or an exact copy, where the corpus has one) first in cosine mode when
+their text is asked, and the share of the
 questions' top 10 that comes from the expected source, in both modes.
 """
 
@@ -28,14 +29,11 @@ def main():
     client = Client(args.index)
     rows = np.sort(np.random.default_rng(0).choice(len(client.index), args.sample, replace=False)).tolist()
     answers = client.query_many([Question(text=client.index.example(r).text) for r in rows], k=1, mode="cosine")
-    missed = [client.index.example(r).id for r, a in zip(rows, answers, strict=True) if a.proponents[0].row != r]
-    result = {
-        "index": args.index,
-        "rows": len(client.index),
-        "asked_back": len(rows),
-        "found_first": len(rows) - len(missed),
-        "missed": missed,
-    }
+    first = [(client.index.example(r), a.proponents[0]) for r, a in zip(rows, answers, strict=True)]
+    missed = [e.id for e, found in first if found.text != e.text]
+    copies = [e.id for e, found in first if found.text == e.text and found.id != e.id]
+    result = {"index": args.index, "rows": len(client.index), "asked_back": len(rows), "found_first": len(rows) - len(missed)}
+    result |= {"missed": missed, "found_as_exact_copy": copies}
     for mode in ("influence", "cosine"):
         found, asked, too_long = [], 0, 0
         for question in read_questions(args.questions):

@@ -1,5 +1,7 @@
 """Rows against oracles: one-at-a-time autograd, dense inverses, explicit Kronecker products; invariance to batching and splits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,32 @@ def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projecti
         assert relative_error(merged @ merged.T, whole @ whole.T) < 1e-8
 
 
+def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
+    model = make_model("llama")
+    examples = make_examples(24)
+    fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
+    kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.layers))]
+    layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.layers, kinds, strict=True))
+    mixed = fit(model, replace(fisher, layers=layers), examples).rows(examples)
+    alone = {"fisher": fit(model, fisher, examples).rows(examples), "ekfac": fit(model, ekfac, examples).rows(examples)}
+    for layer in layers:
+        block = slice(layer.offset, layer.offset + layer.size)
+        assert relative_error(mixed[:, block], alone[layer.curvature][:, block]) < 1e-8
+
+
+def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
+    model = make_model("llama")
+    examples = make_examples(24)
+    plan = make_plan(model, rank=3, curvature="identity", projection="pca")
+    encoder = fit(model, plan, examples)
+    pairs = token_pairs(model, plan, examples)
+    for layer in plan.layers:
+        inputs = principal_projection(sum(x.T @ x for x, _ in pairs[layer.name]), 3)
+        outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
+        np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, atol=1e-8)
+        np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.name}/output_projection"], outputs, atol=1e-8)
+
+
 def test_sums_of_any_split_add_up():
     model = make_model("qwen2")
     plan = make_plan(model, curvature="fisher")
@@ -335,6 +363,7 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
     assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
     again = sample_targets(logits[:5], collate(copies[5:10], torch.device("cpu")), 0)[:, 0].numpy()
     assert np.array_equal(again, drawn[5:10])
+    assert not np.array_equal(sample_targets(logits, batch, 1)[:, 0].numpy(), drawn)
 
 
 def test_sampled_labels_make_the_true_fisher():

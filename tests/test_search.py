@@ -95,8 +95,11 @@ def test_smaller_rows_keep_the_scores(tmp_path, model_dir, corpus_file, index_di
     exact = np.concatenate([s for _, s in all_scores(Index(index_dir), queries)], axis=1)
     found = np.concatenate([s for _, s in all_scores(small, queries)], axis=1)
     assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
-    cosines = np.concatenate([s for _, s in all_scores(small, queries, Metric("cosine"))], axis=1)
-    assert np.abs(cosines).max() <= 1 + 1e-5
+    for metric in (Metric("cosine"), Metric("cosine", 1.0)):
+        exact = np.concatenate([s for _, s in all_scores(Index(index_dir), queries, metric)], axis=1)
+        found = np.concatenate([s for _, s in all_scores(small, queries, metric)], axis=1)
+        assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
+        assert np.abs(found).max() <= 1 + 1e-5
 
 
 def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
