@@ -135,8 +135,8 @@ def make_slow_model(directory):
     return directory
 
 
-def slow_corpus(tmp_path):
-    return write_jsonl(tmp_path / "slow.jsonl", [{"text": t} for t in random_texts(400, seed=8, shortest=20, longest=60)])
+def slow_corpus(tmp_path, count=400):
+    return write_jsonl(tmp_path / "slow.jsonl", [{"text": t} for t in random_texts(count, seed=8, shortest=20, longest=60)])
 
 
 BUILDER = """
@@ -360,8 +360,8 @@ def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path
 @pytest.mark.processes
 @pytest.mark.slow
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
-    model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path), tmp_path / "i"
-    command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24"]
+    model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path, 1600), tmp_path / "i"
+    command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24", "--fit-examples", "64"]
     run = [sys.executable, "-c", "from whence.cli import main; main()", *map(str, command)]
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
