@@ -25,7 +25,9 @@ FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://w
 def main():
     """Ask the demo's first question and save the picture beside this file."""
     prompt, completion = QUESTIONS[0]
-    answer = Client(sys.argv[1]).query(prompt=prompt, completion=completion, k=3)
+    client = Client(sys.argv[1])
+    for _ in range(2):  # the first question also reads the rows from disk
+        answer = client.query(prompt=prompt, completion=completion, k=3)
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     for part in renderables(answer):
         console.print(part)
