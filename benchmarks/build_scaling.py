@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 _HANDFUL = 16
+_SMALL_SHARDS = ("--shard-rows", "16")  # of some hundred documents, the default would make one
 
 
-def build(model, data, out, workers=1):
+def build(model, data, out, workers=1, options=()):
     """Build an index as a process of its own; (wall seconds, peak resident bytes of that process)."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-c", "from whence.cli import main; main()", "build", "--model", model, "--data", data, "--out", out]
@@ -31,7 +32,7 @@ def build(model, data, out, workers=1):
     )
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", measure, *map(str, command), "--workers", str(workers)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", measure, *map(str, command), "--workers", str(workers), *options], check=True, capture_output=True, text=True
     )
     return time.monotonic() - started, int(done.stdout) * 1024
 
@@ -63,10 +64,10 @@ def main():
             total = sum(1 for _ in lines)
         data = subset(args.data, folder / "some.jsonl", step=max(1, total // args.documents), count=args.documents)
         handful = subset(args.data, folder / "handful.jsonl", count=_HANDFUL)
-        start = {n: build(args.model, handful, folder / "start", n)[0] for n in (1, 2)}
+        start = {n: build(args.model, handful, folder / "start", n, _SMALL_SHARDS)[0] for n in (1, 2)}
         ratios, working = [], []
         for _ in range(args.rounds):
-            wall = {n: build(args.model, data, folder / f"w{n}", n)[0] for n in (1, 2)}
+            wall = {n: build(args.model, data, folder / f"w{n}", n, _SMALL_SHARDS)[0] for n in (1, 2)}
             ratios.append(wall[1] / wall[2])
             working.append((wall[1] - start[1]) / (wall[2] - start[2]))
         result = {
