@@ -160,8 +160,10 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     from .ray_jobs.build import build as run
     from .ray_jobs.config import BuildConfig
     from .ray_jobs.progress import Console
+    from .store.manifest import latest_manifest
 
     options = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+    known = latest_manifest(Path(out))
     with Console() as reporter:
         manifest = run(BuildConfig(out=out, fields=fields, **options), reporter)
     if as_json:
@@ -169,12 +171,13 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 
         click.echo(json.dumps(Index(out).summary()))
         return
-    click.echo(f"{out}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
+    done = "is already complete" if known else "is complete"
+    click.echo(f"{out} {done}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
     skipped = manifest.build["skipped"]
     if skipped:
         click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
     if manifest.build["truncated"]:
-        click.echo(f"cut {manifest.build['truncated']:,} documents to the longest example")
+        click.echo(f"kept only the beginning of {manifest.build['truncated']:,} documents that are longer than an example may be")
     click.echo(f'ask it:  whence query {out} --prompt "..." --completion "..."')
 
 
@@ -185,7 +188,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index).")
 @click.option("--row", type=int, help="A training example, by its row; needs no model.")
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("-k", type=int, help="At most so many proponents, and opponents.  [default: 10]")
+@click.option("-k", type=int, help="So many proponents, and opponents, of those there are.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
 @click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")

@@ -9,8 +9,8 @@ A strategy declares, pass by pass, the statistics that it needs, and turns their
     diagonal  U = I; l = E[g^2]
     identity  no curvature: rows are plain (projected) gradients
 
-The Kronecker bases are folded into the projections, so that `kfac` and `ekfac` whiten with one elementwise product. Sums are
-float64, so a fit merged over any split of the examples is the fit of the whole up to the last bits.
+The Kronecker bases are folded into the projections, so that `kfac` and `ekfac` whiten with one elementwise product. Sums of
+batches are added in float64, so a fit merged over any split of the examples is the fit of the whole up to the round-off of the batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,6 +28,7 @@ Arrays = dict[str, np.ndarray]
 # A statistic of one batch, from a layer's inputs x, output gradients d, gradients g and the mask of real tokens; summed over the batch.
 TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "input_covariance": lambda x, d, valid: _second_moment((x * valid[..., None]).flatten(0, 1)),
+    "input_tokens": lambda x, d, valid: valid.sum(),  # a layer that runs twice sees each token twice
     "output_covariance": lambda x, d, valid: _second_moment(d.flatten(0, 1)),
 }
 GRADIENT_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,7 +47,6 @@ class Sums:
 
     statistics: Mapping[str, Float64[np.ndarray, "..."]]
     examples: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Strategy:
     """Statistics by pass, and what is made of them.
 
     Attributes:
-        passes: the names of the statistics that each pass over the fitting sample must sum.
+        passes: the names of the statistics that each pass over the fitting sample must sum; those of `input_` are the input group's.
         finish: one function for each pass, from its sums to arrays (`input_rotation`, `output_rotation`, `basis`, `eigenvalues`).
     """
 
@@ -72,7 +72,7 @@ def _diagonal(sums: Sums) -> Arrays:
 
 
 def _kronecker(sums: Sums) -> tuple[Arrays, Float64[np.ndarray, " n"]]:
-    inputs, input_basis = symmetric_eigen(sums.statistics["input_covariance"] / sums.tokens)
+    inputs, input_basis = symmetric_eigen(sums.statistics["input_covariance"] / sums.statistics["input_tokens"])
     outputs, output_basis = symmetric_eigen(sums.statistics["output_covariance"] / sums.examples)
     return {"input_rotation": input_basis, "output_rotation": output_basis}, np.outer(outputs, inputs).ravel()
 
@@ -82,7 +82,7 @@ def _kfac(sums: Sums) -> Arrays:
     return {**bases, "eigenvalues": eigenvalues}
 
 
-_FACTORS = ("input_covariance", "output_covariance")
+_FACTORS = ("input_covariance", "input_tokens", "output_covariance")
 STRATEGIES = {
     "fisher": Strategy((("gradient_covariance",),), (_fisher,)),
     "kfac": Strategy((_FACTORS,), (_kfac,)),

@@ -120,8 +120,9 @@ class ExampleEncoder:
             for i, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 at = np.array(offsets, np.int64).reshape(-1, 2)
                 mask = np.zeros(len(ids), bool)
+                empty = at[:, 0] == at[:, 1]  # whitespace of a tokenizer that trims offsets stands behind it; special tokens at 0
                 for start, end in rendered[i].spans:
-                    mask |= (at[:, 0] < end) & (at[:, 1] > start)
+                    mask |= np.where(empty, (at[:, 0] > start) & (at[:, 0] <= end), (at[:, 0] < end) & (at[:, 1] > start))
                 mask[:1] = False
                 results[i] = (np.array(ids, np.int32), mask, at)
         return [results[i] for i in range(len(rendered))]
@@ -130,6 +131,10 @@ class ExampleEncoder:
         """The tokens of a document with the end-of-text token after them, where it is wanted."""
         eos = self.tokenizer.eos_token_id
         if not self.append_eos or document.messages is not None or eos is None:
+            return ids, mask, at
+        if len(ids) and ids[-1] == eos:  # the tokenizer has ended it already
+            mask = mask.copy()
+            mask[-1] = len(ids) > 1
             return ids, mask, at
         end = len(rendered.text)
         return np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([at, [[end, end]]])

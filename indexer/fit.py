@@ -22,6 +22,11 @@ from .projection import principal_projection
 _PCA = ("input_covariance", "output_covariance")
 
 
+def _owner(layer: Layer, name: str) -> str:
+    """Whose a statistic or an array is: what concerns inputs belongs to all layers that share the input."""
+    return layer.input_group if name.startswith("input_") else layer.name
+
+
 @dataclass(frozen=True)
 class Fit:
     """The passes that an encoder's arrays need; labels that are sampled from the model are seeded by the projection's seed."""
@@ -87,7 +92,7 @@ class Fit:
         for layer in self.plan.layers:
             statistics = {}
             for statistic in self._wanted(step, layer):
-                owner = layer.input_group if statistic == "input_covariance" else layer.name
+                owner = _owner(layer, statistic)
                 value = totals.get(f"{owner}/{statistic}")
                 if value is None or not np.isfinite(value).all():
                     raise NumericalError(
@@ -97,9 +102,9 @@ class Fit:
                 statistics[statistic] = value
             if not statistics:
                 continue
-            sums = Sums(statistics, int(totals["examples"]), int(totals["tokens"]))
+            sums = Sums(statistics, int(totals["examples"]))
             for name, array in self._arrays(step, layer, sums).items():
-                made[key(layer.input_group if name.startswith("input_") else layer.name, name)] = array
+                made[key(_owner(layer, name), name)] = array
         return made
 
     @property
@@ -113,11 +118,11 @@ class Fit:
         return passes[step - self._pca] if step - self._pca < len(passes) else ()
 
     def _computed(self, step: int) -> dict[str, set[str]]:
-        """The statistics that each layer sums; a shared input's covariance is summed by the group's first layer alone."""
+        """The statistics that each layer sums; those of a shared input are summed by the group's first layer alone."""
         computed: dict[str, set[str]] = {layer.name: set() for layer in self.plan.layers}
         for layer in self.plan.layers:
             for statistic in self._wanted(step, layer):
-                computed[layer.input_group if statistic == "input_covariance" else layer.name].add(statistic)
+                computed[_owner(layer, statistic)].add(statistic)
         return computed
 
     def _arrays(self, step: int, layer: Layer, sums: Sums) -> Arrays:

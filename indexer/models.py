@@ -17,7 +17,7 @@ from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.manifest import CurvatureKind, Layer
 from .curvature import choose_curvature
 
-_CAUSAL_TOLERANCE = 1e-3
+_SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -37,7 +37,10 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise RuntimeError("holds no numbers")
+        return resolved
     except RuntimeError as error:
         raise UsageError(f"{device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
 
@@ -88,6 +91,8 @@ def load_model(source: ModelSource) -> nn.Module:
 def _load(factory: Any, source: ModelSource, what: str, **options: Any) -> Any:
     path = Path(source.id)
     local = path.exists() or source.id.startswith((".", "/", "~"))
+    if local and source.revision:
+        raise UsageError(f"--revision {source.revision} is for models of a hub; {source.id} is a directory")
     if local and not (path / "config.json").is_file():
         raise NotFoundError(f"there is no model at {source.id} (no config.json in it); give a model's directory or hub id")
     try:
@@ -176,17 +181,30 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in candidates if name in matched]
 
 
+def _sees_each_token(x: Tensor) -> bool:
+    """Whether a layer's input, in the run of `plan_layers` (two texts of three tokens, the first two equal), goes text by text."""
+    leading = [size for size in x.shape[:-1] if size != 1]
+    if leading == [6]:
+        by_text = x.reshape(2, 3, x.shape[-1])
+        return not _differ(by_text[0, :2], by_text[1, :2], x.dtype)
+    return leading == [2, 3]
+
+
+def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return bool((a - b).abs().max() > _SAME.get(dtype, 1e-5) * a.abs().max())
+
+
 def plan_layers(
     model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
 ) -> tuple[Layer, ...]:
-    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two texts of two tokens through the model.
+    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two short texts through the model.
 
     Args:
         names: from `find_layers`.
         rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
         curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
-        explicit: whether the user named the layers; one that does not run (or whose output is no tensor, as some routers') is then an
-            error, else it is left out.
+        explicit: whether the user named the layers; one that does not run, or that does not see one vector for each token of each
+            text (routers, some experts), is then an error, else it is left out.
 
     Raises:
         IncompatibleError: the model is not causal: a token's prediction depends on what follows it.
@@ -197,7 +215,7 @@ def plan_layers(
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and _sees_each_token(args[0]):
                 inputs.setdefault(name, args[0])
 
         return hook
@@ -205,19 +223,19 @@ def plan_layers(
     handles = [modules[name].register_forward_hook(remember(name)) for name in names]
     try:
         with torch.no_grad():
-            texts = torch.tensor([[0, 0], [0, 1]], device=next(model.parameters()).device)
-            first, second = model(input_ids=texts, use_cache=False).logits[:, 0].float()
+            texts = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
+            first, second = model(input_ids=texts, use_cache=False).logits[:, :2].float()
     finally:
         for handle in handles:
             handle.remove()
-    if (first - second).abs().max() > _CAUSAL_TOLERANCE * first.abs().max():
+    if _differ(first, second, next(model.parameters()).dtype):
         raise IncompatibleError(
             f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a causal "
             "language model"
         )
     idle = [n for n in names if n not in inputs]
     if idle and (explicit or len(idle) == len(names)):
-        raise UsageError(f"layer {idle[0]} does not run as a plain layer when the model reads text; leave it out with --layers")
+        raise UsageError(f"layer {idle[0]} does not see a vector for each token when the model reads text; leave it out with --layers")
     groups: dict[tuple[int, int], str] = {}
     layers: list[Layer] = []
     for name in names:

@@ -21,11 +21,10 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Index
-from ..store.manifest import Segment, Shard
+from ..store.manifest import Segment, Shard, check_damping
 
 Mode = Literal["influence", "cosine"]
 _QUERIES_A_PASS = 256
-MAX_DAMPING = 1e9
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Metric:
     def __post_init__(self) -> None:
         if self.mode not in ("influence", "cosine"):
             raise UsageError(f"the mode is {self.mode!r}; it can be influence or cosine")
-        if self.damping is not None and not 0 < self.damping <= MAX_DAMPING:
-            raise UsageError(f"the damping is {self.damping}; it must be a number above 0 (relative to the mean eigenvalue, such as 0.1)")
+        if self.damping is not None:
+            check_damping(self.damping)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from rich.text import Text
 from .answers import Answer
 
 _SHOWN_CHARACTERS = 240
+_NARROW = 60
 
 
 def show(answer: Answer) -> None:
     """Print an answer for people, as wide as the terminal is."""
     console = Console()
-    for part in renderables(answer):
+    for part in renderables(answer, narrow=console.width < _NARROW):
         console.print(part)
 
 
-def renderables(answer: Answer) -> Iterator[RenderableType]:
-    """The parts of an answer, from top to bottom."""
+def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType]:
+    """The parts of an answer, from top to bottom; on a narrow terminal without the ids."""
     q = answer.query
     asked = Text()
     if "completion" in q:
@@ -34,12 +35,12 @@ def renderables(answer: Answer) -> Iterator[RenderableType]:
         table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
         table.add_column("#", justify="right", style="dim")
         table.add_column("score", justify="right", style=colour, no_wrap=True)
-        table.add_column("id", no_wrap=True, max_width=28)
+        if not narrow:
+            table.add_column("id", no_wrap=True, max_width=28)
         table.add_column("text", ratio=1)
         for a in found:
-            table.add_row(
-                str(a.rank), f"{a.score:.4g}", _printable(a.id), _printable(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …"))
-            )
+            shown = _printable(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …"))
+            table.add_row(str(a.rank), f"{a.score:.4g}", *(() if narrow else (_printable(a.id),)), shown)
         if found:
             yield table
     s = answer.search

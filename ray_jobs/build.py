@@ -35,7 +35,7 @@ from .worker import SEGMENT, file_record
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
 _DEFAULT_MAX_TOKENS = 2048
-_FIT_PART = 128
+_FIT_PART = 64
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
-    """`count` rows drawn without replacement, in parts of 128: lists of (shard id, its rows, which of them)."""
+    """`count` rows drawn without replacement, in parts: lists of (shard id, its rows, which of them)."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     chosen = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in corpus.shards])

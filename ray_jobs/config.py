@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from ..store.corpus import Fields
 from ..store.errors import UsageError
-from ..store.manifest import CurvatureKind, ModelDtype, RowDtype
+from ..store.manifest import CurvatureKind, ModelDtype, RowDtype, check_damping
 
 _POSITIVE = ("rank", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
 _CHOICES = {
@@ -17,7 +17,7 @@ _CHOICES = {
     "labels": ("data", "sampled"),
     "row_dtype": ("float32", "float16", "int8"),
 }
-_MAX_DAMPING, _MAX_THREADS = 1e9, 1024
+_MAX_THREADS = 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
 
 
@@ -79,8 +79,7 @@ class BuildConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
-        if not 0 <= self.damping <= _MAX_DAMPING:
-            raise UsageError(f"--damping is {self.damping}; it must be a number of at least 0 (relative to the mean eigenvalue)")
+        check_damping(self.damping)
         if self.threads > _MAX_THREADS:
             raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
         if not self.model or not self.out or "" in self.data:

@@ -28,8 +28,8 @@ class Executor(Protocol):
     def describe(self) -> Any:
         """`Worker.describe` on one worker."""
 
-    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> list[Any]:
-        """`method(*shared, *task)` for every task, on any worker; results in the tasks' order."""
+    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
+        """`method(*shared, *task)` for every task, on any worker; yields the results in the tasks' order, as they come."""
 
 
 @contextmanager
@@ -52,7 +52,7 @@ class InProcess:
         """See `Executor`."""
         return self._worker.describe()
 
-    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> list[Any]:
+    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
         """See `Executor`."""
         done = [0, 0]
 
@@ -61,7 +61,8 @@ class InProcess:
             done[1] += tokens
             reporter.update(*done)
 
-        return [getattr(self._worker, method)(*shared, *task, progress=progress) for task in tasks]
+        for task in tasks:
+            yield getattr(self._worker, method)(*shared, *task, progress=progress)
 
 
 class _Actor(Worker):
@@ -101,12 +102,13 @@ class _OnRay:
     def describe(self) -> Any:
         return self._get(self._actors[0].describe.remote())
 
-    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> list[Any]:
+    def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
         ray = self._ray
         ledger = ray.remote(_Ledger).options(num_cpus=0).remote()
         references = [ray.put(value) for value in shared]
         waiting = iter(enumerate(tasks))
         results: dict[int, Any] = {}
+        next_result = 0
         running: dict[Any, tuple[int, Any]] = {}
 
         def give(actor: Any) -> None:
@@ -123,8 +125,10 @@ class _OnRay:
                 results[number] = self._get(future)
                 give(actor)
             reporter.update(*ray.get(ledger.total.remote()))
+            while next_result in results:
+                yield results.pop(next_result)
+                next_result += 1
         ray.kill(ledger)
-        return [results[i] for i in range(len(tasks))]
 
     def _get(self, future: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError

@@ -110,9 +110,9 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         return DataError(f"{where}: {error}")
     metadata = {k: v for k, v in record.items() if k not in used and not _is_nothing(v)}
     try:
-        json.dumps(metadata, ensure_ascii=False, default=str).encode()
+        json.dumps(metadata, ensure_ascii=False, allow_nan=False, default=str).encode()
     except (ValueError, TypeError, RecursionError) as error:
-        return DataError(f"{where}: a metadata column holds what is no text, number or list of such ({error})")
+        return DataError(f"{where}: a metadata column holds what is no text, finite number or list of such ({error})")
     return Document(**base, **content, metadata=metadata)
 
 
@@ -168,6 +168,8 @@ def _expand(source: str) -> list[tuple[str, Any]]:
         return [(str(p), _reader(p)) for p in files]
     if path.is_file():
         return [(source, _reader(path))]
+    if path.exists():
+        raise UsageError(f"{source} is neither a file nor a folder (a pipe?), and a build may read it twice; save it to a file")
     if path.suffix or source.startswith((".", "/", "~")) or ":" not in source:
         raise NotFoundError(f"there is no file or folder {source} (a hub dataset is written name:split or name:config:split)")
     name, *config, split = source.split(":")
@@ -273,11 +275,15 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
     try:
         with pq.ParquetFile(path) as file:
+            if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
+                raise DataError(f"{name}: two columns have the same name")
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{name} record {number}", record
+    except DataError:
+        raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not readable as Parquet ({str(error).splitlines()[0]})") from error
 
@@ -329,10 +335,13 @@ def read_questions(file: str) -> Iterator[dict[str, Any]]:
         if wrong:
             raise DataError(f"{where}: {wrong}")
         question = {k: record[k] for k in ("prompt", "completion", "text", "row") if record.get(k) is not None}
-        yield question | {"id": str(record.get("id", where))}
+        yield question | {"id": str(where if record.get("id") is None else record["id"])}
 
 
 def _question_problem(record: Mapping[str, Any]) -> str | None:
+    options = sorted({"k", "mode", "damping", "opponents"} & record.keys())
+    if options:
+        return f"{options[0]} is an option of the command, the same for all questions of a file, not a field of a question"
     given = [k for k in ("completion", "text", "row") if record.get(k) is not None]
     if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
         return "a question is a prompt with a completion, or a text, or a row: give exactly one of them"

@@ -149,6 +149,7 @@ class Index:
                     "coordinates": s.dim,
                     "stored_as": s.dtype,
                     "layers": len(s.layers),
+                    "parameters": sum(layer.outputs * layer.inputs for layer in s.layers),
                     "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
                     "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
                     "labels": s.curvature.labels,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import IncompatibleError, IntegrityError, NotFoundError
+from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ class Curvature(_Model):
     labels: Literal["data", "sampled"]
     examples: Count
     tokens: Count
-    damping: Annotated[float, Field(ge=0)]
+    damping: Annotated[float, Field(gt=0)]
 
 
 class Segment(_Model):
@@ -148,6 +148,16 @@ class Manifest(_Model):
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     tombstones: tuple[Count, ...] = ()
     build: dict[str, Any]
+
+
+def check_damping(damping: float) -> None:
+    """Refuse a damping, relative to the mean eigenvalue, under which round-off would decide (below 1e-6) or that cannot be meant.
+
+    Raises:
+        UsageError: it is not a number from 1e-6 to 1e9.
+    """
+    if not 1e-6 <= damping <= 1e9:
+        raise UsageError(f"the damping is {damping}; it must be a number from 1e-6 to 1e9 (relative to the mean eigenvalue, such as 0.1)")
 
 
 def publish_manifest(directory: Path, manifest: Manifest) -> Path:

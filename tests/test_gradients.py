@@ -1,12 +1,13 @@
 """Rows against oracles: one-at-a-time autograd, dense inverses, explicit Kronecker products; invariance to batching and splits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, fit, make_examples, make_model, make_plan
+from helpers import CONFIGS, WORDS, fit, make_examples, make_model, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from whence.indexer.capture import GradientSum
@@ -287,21 +288,125 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     assert relative_error(Encoder(model, plan, {}).rows([example])[0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
 
 
-def test_a_layer_without_one_vector_a_token_is_refused():
-    class Pooled(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner, self.h = inner, torch.nn.ModuleList([torch.nn.Linear(16, 16, dtype=torch.float64)])
+class Odd(torch.nn.Module):
+    """A causal language model of two layers, with the habit that a test is about."""
 
-        def forward(self, input_ids, use_cache=False):
-            out = self.inner(input_ids=input_ids)
-            out.logits = out.logits + self.h[0](self.inner.transformer.wte(input_ids).mean(dim=(0, 1))[None]).sum()
-            return out
+    def __init__(self, habit="", dtype=torch.float64):
+        super().__init__()
+        self.habit = habit
+        self.wte, self.head = torch.nn.Embedding(WORDS + 1, 8, dtype=dtype), torch.nn.Linear(8, WORDS + 1, dtype=dtype)
+        self.h = torch.nn.ModuleList([torch.nn.Linear(8, 8, dtype=dtype), torch.nn.Linear(8, 8, dtype=dtype)])
+        torch.manual_seed(1)
+        for parameter in self.requires_grad_(False).parameters():
+            parameter.normal_(0, 0.5)
 
-    model = Pooled(make_model()).requires_grad_(False)
+    def forward(self, input_ids, use_cache=False):
+        x = self.wte(input_ids)
+        if self.habit == "twice":
+            x = self.h[0](torch.tanh(self.h[0](x)))
+        elif self.habit == "tokens first":
+            x = self.h[0](x.transpose(0, 1)).transpose(0, 1)
+        elif self.habit == "tokens first, flat":
+            x = self.h[0](x.transpose(0, 1).reshape(-1, 8)).view(*input_ids.T.shape, 8).transpose(0, 1)
+        elif self.habit == "flat":
+            x = self.h[0](x.reshape(-1, 8)).view(*input_ids.shape, 8)
+        elif self.habit == "pools":
+            x = x + self.h[0](x.mean(dim=(0, 1))[None])
+        elif self.habit == "writes into an output":
+            x = self.h[0](x).mul_(0.5)
+        else:
+            x = self.h[0](x)
+        if self.habit == "writes into an input":
+            x = self.wte(input_ids)
+            first = self.h[0](x)
+            x = first + self.h[1](x.mul_(0.3))
+        if self.habit == "the same without writing":
+            x = self.wte(input_ids)
+            x = self.h[0](x) + self.h[1](x * 0.3)
+        return SimpleNamespace(logits=self.head(torch.tanh(x)))
+
+
+@pytest.mark.parametrize("habit", ["", "twice", "flat", "writes into an output", "writes into an input"])
+def test_odd_habits_of_a_model_do_not_change_its_gradients(habit):
+    model = Odd(habit)
+    plan = make_plan(model, rank=5, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
+    rows = Encoder(model, plan, {}).rows(make_examples(5))
+    if habit == "writes into an input":  # which autograd of the weights does not survive
+        model.habit = "the same without writing"
+    for row, example in zip(rows, make_examples(5), strict=True):
+        expected = []
+        for gradient, layer in zip(autograd_gradients(model, plan.layers, example)[0], plan.layers, strict=True):
+            left = random_projection(layer.name, "output", 5, 8, 7).astype(float)
+            right = random_projection(layer.input_group, "input", 5, 8, 7).astype(float)
+            expected.append((left @ gradient @ right.T).ravel())
+        assert relative_error(row, np.concatenate(expected)) < 1e-10
+
+
+@pytest.mark.parametrize("habit", ["tokens first", "tokens first, flat", "pools"])
+def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
+    with pytest.raises(UsageError, match=r"layer h\.0 does not see a vector for each token"):
+        make_plan(Odd(habit), patterns=("h.0",))
+    model = Odd("")
     encoder = Encoder(model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
+    model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
         encoder.rows(make_examples(3))
+
+
+def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
+    model = Odd("twice")
+    examples = make_examples(20)
+    plan = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
+    encoder = fit(model, plan, examples)
+    A, S, tokens = np.zeros((8, 8)), np.zeros((8, 8)), 0
+    for _, batch in batches(examples, 1, torch.device("cpu")):
+
+        def visit(layer, x, d):
+            nonlocal A, S, tokens
+            x, d = x[0].numpy(), d[0].numpy()
+            A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
+
+        backward(model, batch, plan.layers, {"h.0": (None, None)}, visit)
+    expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
+    np.testing.assert_allclose(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), rtol=1e-8, atol=1e-12)
+
+
+def test_ekfac_with_sampled_labels_samples_in_both_passes():
+    model = make_model("llama")
+    examples, patterns = make_examples(12), ("layers.1.mlp.down_proj",)
+    plan = make_plan(model, rank=3, curvature="ekfac", labels="sampled", patterns=patterns)
+    encoder = fit(model, plan, examples)
+    # The same labels, written into the examples: the data's own labels then are the model's.
+    relabelled = []
+    for example in examples:
+        batch = collate([example], torch.device("cpu"))
+        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.projection.seed)[0].numpy()
+        relabelled.append((example, drawn))
+    (layer,) = plan.layers
+    basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
+    plain = Encoder(model, make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
+    A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
+    for example, drawn in relabelled:
+        batch = replace(collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
+        pairs = []
+        backward(model, batch, plan.layers, plain.maps, lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())))
+        x, d = pairs[0]
+        A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
+        squares += (basis["output"].T @ d.T @ x @ basis["input"]).ravel() ** 2
+    for side, moment in (("input", A / tokens), ("output", S / len(examples))):
+        rotated = basis[side].T @ moment @ basis[side]
+        assert np.abs(rotated - np.diag(np.diag(rotated))).max() < 1e-10 * rotated.max()
+    np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.name}/eigenvalues"], squares / len(examples), rtol=1e-8)
+
+
+def test_losses_of_a_bfloat16_model_are_float32_sums():
+    model, batch = make_model(dtype="bfloat16"), collate(make_examples(4), torch.device("cpu"))
+    log_p = model(input_ids=batch.inputs).logits.float().log_softmax(-1)
+    kept = batch.targets != -100
+    expected = -(log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * kept).sum(1)
+    losses = example_losses(model, batch)
+    assert losses.dtype == torch.float32
+    np.testing.assert_allclose(losses.numpy(), expected.numpy(), rtol=1e-6)
 
 
 def test_a_model_that_looks_ahead_is_refused():

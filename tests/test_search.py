@@ -169,8 +169,8 @@ def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_f
         ({"text": "w1 w2", "row": 1}, "exactly one"),
         ({"prompt": "w1"}, "exactly one"),
         ({"row": 1, "mode": "vibes"}, "vibes"),
-        ({"row": 1, "damping": 0.0}, "above 0"),
-        ({"row": 1, "damping": float("nan")}, "above 0"),
+        ({"row": 1, "damping": 0.0}, "from 1e-6"),
+        ({"row": 1, "damping": float("nan")}, "from 1e-6"),
         ({"text": words(*[1] * 65)}, "66 tokens long"),
     ]:
         with pytest.raises(UsageError, match=message):
