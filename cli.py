@@ -95,43 +95,71 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")(function)
 
 
+def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_task_option = click.option(
+    "--task", default="causal-lm", show_default=True, help="causal-lm, mlp (vectors with labels), or module:Class of your own."
+)
+_model_options = _together(
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+)
+_document_options = _together(
+    click.option("--text-field", help="Column with the text; the loss is on all of it.  [default: text]"),
+    click.option("--prompt-field", help="Column with the prompt.  [default: prompt]"),
+    click.option("--completion-field", help="Column with the completion; the loss is on it alone.  [default: completion]"),
+    click.option("--messages-field", help="Column with chat messages; the loss is on the assistant's turns.  [default: messages]"),
+    click.option("--id-field", default="id", show_default=True, help="Column with the id (else file:line)."),
+    click.option("--source-field", default="source", show_default=True, help="Column with the source (else the file's name)."),
+    click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context, at most 2048]"),
+    click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate."),
+    click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token."),
+    click.option("--bad-documents", default="error", show_default=True, help="A document that cannot be used: error, or skip and count."),
+)
+_index_options = _together(
+    click.option(
+        "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
+    ),
+    click.option("--projection", default="random", show_default=True, help="random or pca."),
+    click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each."),
+    click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
+    click.option(
+        "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
+    ),
+    click.option("--labels", default="data", show_default=True, help="Labels of the curvature: the data's, or sampled from the model."),
+    click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on."),
+    click.option("--damping", type=float, default=0.1, show_default=True, help="Relative to the mean eigenvalue; a query can change it."),
+    click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates: float32, float16 or int8."),
+    click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
+    click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
+    click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
+    click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker."),
+    click.option("--address", help="A Ray cluster's address.  [default: a local Ray]"),
+    click.option("--config", callback=_config_file, is_eager=True, expose_value=False, help="TOML file with any of these options."),
+)
+
+
 @main.command()
 @click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors).")
 @click.option(
     "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
 )
 @click.option("--out", required=True, help="Index directory to make.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--text-field", help="Column with the text; the loss is on all of it.  [default: text]")
-@click.option("--prompt-field", help="Column with the prompt.  [default: prompt]")
-@click.option("--completion-field", help="Column with the completion; the loss is on it alone.  [default: completion]")
-@click.option("--messages-field", help="Column with chat messages; the loss is on the assistant's turns.  [default: messages]")
-@click.option("--id-field", default="id", show_default=True, help="Column with the id (else file:line).")
-@click.option("--source-field", default="source", show_default=True, help="Column with the source (else the file's name).")
-@click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context, at most 2048]")
-@click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate.")
-@click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
-@click.option("--bad-documents", default="error", show_default=True, help="A document that cannot be used: error, or skip and count.")
-@click.option(
-    "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
-)
-@click.option("--projection", default="random", show_default=True, help="random or pca.")
-@click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels.")
-@click.option("--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size).")
-@click.option("--labels", default="data", show_default=True, help="Labels of the curvature: the data's, or sampled from the model.")
-@click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on.")
-@click.option("--damping", type=float, default=0.1, show_default=True, help="Relative to the mean eigenvalue; a query can change it.")
-@click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates: float32, float16 or int8.")
-@click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]")
-@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
-@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
-@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
-@click.option("--config", callback=_config_file, is_eager=True, expose_value=False, help="TOML file with any of these options.")
+@_task_option
+@_model_options
+@_document_options
+@_index_options
 @_json_option
 def build(as_json: bool, out: str, **options: Any) -> None:
     """Index a corpus.
@@ -195,6 +223,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.option("--model", help="Where the model lies now, if it was moved.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
 @_json_option
 def query(
     index: str,
@@ -210,6 +239,7 @@ def query(
     model: str | None,
     device: str,
     trust_remote_code: bool,
+    task: str | None,
     as_json: bool,
 ) -> None:
     """Ask which training examples made the model say this.
@@ -229,7 +259,7 @@ def query(
     questions = list(_read_questions(file)) if file is not None else [Question(prompt, completion, text, row)]
     if any(q.row is None for q in questions):
         _quiet_libraries()
-    client = Client(index, model=model, device=device, trust_remote_code=trust_remote_code)
+    client = Client(index, model=model, device=device, trust_remote_code=trust_remote_code, task=task)
     answers = client.query_many(questions, k=k, opponents=opponents, mode=mode, damping=damping)
     for answer in answers:
         if as_json:
@@ -294,6 +324,103 @@ def verify(index: str, as_json: bool) -> None:
         click.echo(f"{index}: {checked} files read, {len(problems) or 'none'} damaged")
     if problems:
         sys.exit(4)
+
+
+@main.group()
+def evaluate() -> None:
+    """Ask whether an index's answers are true.
+
+    Needs a few more libraries: pip install 'whence[evaluate]'.
+    """
+
+
+@evaluate.command()
+@click.argument("pack")
+@click.option("--model", help="Another model than the pack's: directory, hub id, or safetensors file.")
+@click.option("--data", help="Where an image pack's IDX files lie.  [default: in the pack, or ../../data from there]")
+@click.option("--queries", default="all", show_default=True, help="all, even or odd: choose on one half, report on the other.")
+@click.option("--out", help="Keep the index here.  [default: it is thrown away]")
+@click.option("--scores", help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
+@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@_model_options
+@_index_options
+@_json_option
+def lds(
+    pack: str,
+    model: str | None,
+    data: str | None,
+    queries: Any,
+    out: str | None,
+    scores: str | None,
+    mode: Any,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare scores with what retraining on half-subsets did: the linear datamodeling score, with controls.
+
+    \b
+      whence evaluate lds packs/text-a
+      whence evaluate lds packs/text-a --rank 64 --curvature ekfac --queries even
+      whence evaluate lds packs/mnist-a --data mnist/ --json
+      whence evaluate lds packs/text-a --scores theirs.npy
+
+    PACK is a directory that `whence pack` wrote, or one of the same layout (docs/evaluation.md). The index is built as `whence build`
+    does, with the options given here; the pack says how its documents were encoded.
+    """
+    _quiet_libraries()
+    from .evaluation.judge import judge_index, judge_scores, show
+    from .ray_jobs.progress import Console
+
+    if queries not in ("all", "even", "odd"):
+        raise UsageError(f"--queries is {queries!r}; it can be all, even or odd")
+    place = Path(data) if data else None
+    if scores is not None:
+        judgement = judge_scores(Path(pack), Path(scores), model=model, data=place, half=queries, device=options["device"])
+    else:
+        options = {"model": model, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}}
+        with Console() as reporter:
+            judgement = judge_index(
+                Path(pack), options, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
+            )
+    if as_json:
+        click.echo(json.dumps(judgement.to_dict()))
+    else:
+        show(judgement)
+
+
+@main.command()
+@click.option("--train", required=True, help="Your training function, module:function.")
+@click.option("--model", required=True, help="Directory or hub id of the tokenizer (and of the model to start from, if you do).")
+@click.option("--data", required=True, multiple=True, help="Training documents, as for build; repeatable.")
+@click.option("--queries", required=True, help="Documents whose losses are measured.")
+@click.option("--out", required=True, help="Directory to make.")
+@click.option("--subsets", type=int, default=60, show_default=True, help="Random subsets to retrain on.")
+@click.option("--fraction", type=float, default=0.5, show_default=True, help="Of the documents, in each subset.")
+@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings on each subset; several tell how noisy they are.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest example; what follows is cut off.")
+@click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the subsets.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
+@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@click.option("--device", default="auto", show_default=True, help="Where queries are measured: auto, cpu, cuda or cuda:N.")
+def pack(**options: Any) -> None:
+    """Make ground truth for your own model: retrain on random subsets and measure.
+
+    \b
+      whence pack --train mytraining:train --model ./base --data train.jsonl --queries held-out.jsonl --out mypack --workers 4
+      whence evaluate lds mypack
+
+    The training function is train(examples, model, seed) -> torch.nn.Module: examples with token_ids, loss_mask and text, the --model,
+    and a seed. Each training's losses are kept as soon as it ends; the same command goes on where it was.
+    """
+    _quiet_libraries()
+    from .evaluation.retrain import PackConfig, make_pack
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        made = make_pack(PackConfig(**options), reporter)
+    click.echo(f"judge an index on it:  whence evaluate lds {made}")
 
 
 @main.command()

@@ -4,7 +4,7 @@ This is where the query side meets the models: the `query` room is handed rows a
 model at all, and none is loaded for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,16 @@ import numpy as np
 
 from .query.answers import Answer, Question, make_answers
 from .query.search import Metric, Mode, QueryRows, search
-from .store.errors import IncompatibleError
+from .store.corpus import Document
+from .store.documents import Example
+from .store.errors import DataError, IncompatibleError, UsageError
 from .store.index import Index
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
-    from .indexer.examples import ExampleEncoder
+    from .indexer.examples import DocumentEncoder
     from .indexer.models import ModelSource
+    from .indexer.tasks import Task
 
 _QUESTION_BATCH_TOKENS = 2048
 _DEFAULT_K = 10
@@ -33,6 +36,7 @@ class Client:
         model: where the model lies now, if not where the index was built from; it must be the very same weights.
         device: where to run it: "auto", "cpu", "cuda", "cuda:1".
         trust_remote_code: run code that comes with the model.
+        task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
 
     Example:
         >>> answer = Client("my.whence").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
@@ -42,8 +46,17 @@ class Client:
         NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first question in words) its model, is not what it must be.
     """
 
-    def __init__(self, index: str | Path, *, model: str | None = None, device: str = "auto", trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        index: str | Path,
+        *,
+        model: str | None = None,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        task: str | None = None,
+    ) -> None:
         self.index = Index(index)
+        self._task_name = task
         self._model = model
         self._device = device
         self._trust_remote_code = trust_remote_code
@@ -104,36 +117,74 @@ class Client:
             else:
                 worded.append(i)
         if worded:
-            examples = []
-            for i in worded:
-                q = questions[i]
-                where = f"question {q.id}" if q.id else "the question"
-                context = self.index.manifest.model.context
-                examples.append(self._tokens.question(q.prompt, q.completion, q.text, context=context, where=where))
-            result[worded] = self._encoder.rows(examples)
+            result[worded] = self.measure([self._example(questions[i]) for i in worded])[segment.name]
         return {segment.name: result}
 
-    @cached_property
-    def _tokens(self) -> "ExampleEncoder":
-        from .indexer.examples import ExampleEncoder
-        from .indexer.models import load_tokenizer, tokenizer_fingerprint
+    def encode(self, documents: Iterable[Document]) -> list[Example]:
+        """Documents as the build encodes them: cut to its longest example, ended, one or more examples of each.
 
-        tokenizer = load_tokenizer(self._source())
-        if tokenizer_fingerprint(tokenizer) != self.index.manifest.tokenizer.fingerprint:
+        Raises:
+            DataError: a document cannot be used.
+        """
+        examples = list(self._documents.documents(documents))
+        for example in examples:
+            if isinstance(example, DataError):
+                raise example
+        return [e for e in examples if isinstance(e, Example)]
+
+    def measure(self, examples: Sequence[Example]) -> QueryRows:
+        """The whitened rows, by segment, of the task's measurement of some examples."""
+        (segment,) = self.index.manifest.segments
+        return {segment.name: self.encoder.rows(examples, questions=True).astype(np.float32)}
+
+    @cached_property
+    def task(self) -> "Task":
+        """What the model is asked.
+
+        Raises:
+            UsageError: the index was built with a task of its user's own, and that was not named.
+        """
+        from .indexer.tasks import find_task
+
+        name = self.index.manifest.task
+        if ":" in name and self._task_name != name:
+            raise UsageError(f"{self.index.path} was built with the task {name}, whose code runs only when you name it: --task {name}")
+        return find_task(name)
+
+    @cached_property
+    def _documents(self) -> "DocumentEncoder":
+        options = self.index.manifest.build["what"]["options"]
+        longest = options["max_tokens"] or self.index.manifest.model.context
+        encoder = self.task.encoder(self._source(), longest, options["long"], options["append_eos"])
+        recorded = self.index.manifest.tokenizer
+        if encoder.fingerprint != (recorded.fingerprint if recorded else None):
             raise IncompatibleError(
                 f"the tokenizer of {self._source().id} is not the one that {self.index.path} was built with; "
                 "point --model at the original, or build the index again"
             )
-        append_eos = self.index.manifest.build["what"]["options"]["append_eos"]
-        return ExampleEncoder(tokenizer, max_tokens=1 << 30, append_eos=append_eos)
+        return encoder
+
+    def _example(self, question: Question) -> Example:
+        from .indexer.examples import TextEncoder
+
+        if not isinstance(self._documents, TextEncoder):
+            raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
+        where = f"question {question.id}" if question.id else "the question"
+        context = self.index.manifest.model.context
+        return self._documents.question(question.prompt, question.completion, question.text, context=context, where=where)
 
     @cached_property
-    def _encoder(self) -> "Encoder":
+    def encoder(self) -> "Encoder":
+        """The encoder that made the rows, with its model.
+
+        Raises:
+            IncompatibleError: the model is not the one that the index was built with.
+        """
         from .indexer.encoder import Encoder, EncoderPlan
-        from .indexer.models import load_model, model_fingerprint
+        from .indexer.models import model_fingerprint
 
         manifest = self.index.manifest
-        model = load_model(self._source())
+        model = self.task.load(self._source()).requires_grad_(False)
         if model_fingerprint(model) != manifest.model.fingerprint:
             raise IncompatibleError(
                 f"the weights at {self._source().id} are not those that {self.index.path} was built with (another model, or trained "
@@ -141,7 +192,7 @@ class Client:
             )
         (segment,) = manifest.segments
         plan = EncoderPlan(segment.layers, segment.projection, segment.curvature, _QUESTION_BATCH_TOKENS)
-        return Encoder(model, plan, self.index.arrays)
+        return Encoder(self.task, model, plan, self.index.arrays)
 
     def _source(self) -> "ModelSource":
         from .indexer.models import ModelSource

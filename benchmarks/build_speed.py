@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from whence.indexer.encoder import Encoder, EncoderPlan, batches
-from whence.indexer.examples import ExampleEncoder
+from whence.indexer.examples import TextEncoder
 from whence.indexer.fit import Fit
-from whence.indexer.models import ModelSource, find_layers, load_model, load_tokenizer, plan_layers
-from whence.indexer.tasks import example_losses
+from whence.indexer.models import ModelSource, find_layers, load_tokenizer, plan_layers
+from whence.indexer.tasks import CausalLM
 from whence.ray_jobs.worker import keep_freed_memory
 from whence.store.corpus import read_corpus
 from whence.store.documents import Example
@@ -29,7 +29,7 @@ from whence.store.rows import write_shard
 
 def plain_step(model, batch):
     """Forward and backward with a gradient for every weight."""
-    example_losses(model, batch).sum().backward()
+    CausalLM().loss(model, batch).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -51,19 +51,19 @@ def main():
     keep_freed_memory()
     results = []
     for dtype in args.dtypes:
-        source = ModelSource(args.model, dtype=dtype, device="cpu")
-        frozen, trained, tokenizer = load_model(source), load_model(source).requires_grad_(True), load_tokenizer(source)
-        stream = ExampleEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
+        source, task = ModelSource(args.model, dtype=dtype, device="cpu"), CausalLM()
+        frozen, trained, tokenizer = task.load(source), task.load(source).requires_grad_(True), load_tokenizer(source)
+        stream = TextEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
         examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
         for rank in args.ranks:
-            layers = plan_layers(frozen, find_layers(frozen), rank, "auto", 2048, explicit=False)
+            layers = plan_layers(task, frozen, find_layers(frozen), rank, "auto", 2048, explicit=False)
             curvature = Curvature(kind="auto", labels="data", examples=0, tokens=0, damping=0.1)
             plan = EncoderPlan(layers, Projection(kind="random", rank=rank, seed=0), curvature, args.batch_tokens)
             fit, arrays = Fit(plan), {}
             for step in range(fit.passes):
-                arrays = fit.finish(step, arrays, fit.measure(Encoder(frozen, plan, arrays), step, examples))
-            encoder = Encoder(frozen, plan, arrays)
-            planned = [b for _, b in batches(examples, args.batch_tokens, torch.device("cpu"))]
+                arrays = fit.finish(step, arrays, fit.measure(Encoder(task, frozen, plan, arrays), step, examples))
+            encoder = Encoder(task, frozen, plan, arrays)
+            planned = [b for _, b in batches(task, examples, args.batch_tokens, torch.device("cpu"))]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())
             ratios = []

@@ -65,8 +65,8 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from ..indexer.examples import ExampleEncoder
-    from ..indexer.tasks import collate, example_losses
+    from ..indexer.examples import TextEncoder
+    from ..indexer.tasks import CausalLM
     from ..ray_jobs.worker import keep_freed_memory
 
     documents = list(read_corpus([str(corpus)]))
@@ -77,9 +77,10 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((d.text or "" for d in documents if not isinstance(d, Exception)), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    examples = [e for e in ExampleEncoder(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
+    examples = [e for e in TextEncoder(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
 
     keep_freed_memory()
+    task = CausalLM()
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=_VOCABULARY,
@@ -102,8 +103,8 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     for _ in range(epochs):
         order = torch.randperm(len(examples)).tolist()
         for first in range(0, len(order), _BATCH):
-            batch = collate([examples[i] for i in order[first : first + _BATCH]], torch.device("cpu"))
-            loss = example_losses(model, batch).sum() / batch.valid.sum()
+            batch = task.collate([examples[i] for i in order[first : first + _BATCH]], torch.device("cpu"))
+            loss = task.loss(model, batch).sum() / batch.valid.sum()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -53,13 +53,15 @@ def capture(
         x = x.detach()
         return (x if map_ is None else x @ map_.T).to(accumulation_dtype(x.dtype))
 
-    def project_input(x: Tensor, map_: Map) -> Tensor:
+    def project_input(module: nn.Module, x: Tensor, map_: Map) -> Tensor:
         if recent and recent[0][0] is x and recent[0][1] == x._version and recent[0][2] is map_:
             return recent[0][3]
-        recent[:] = [(x, x._version, map_, project(x, map_))]
+        recent[:] = [(x, x._version, map_, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
         return recent[0][3]
 
-    def by_example(value: Tensor, layer: Layer) -> Tensor:
+    def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
+        if isinstance(module, nn.Conv2d):
+            return value
         leading = [size for size in value.shape[:-1] if size != 1]
         if leading == [size for size in shape if size != 1] or leading == [shape[0] * shape[1]]:
             return value.reshape(*shape, value.shape[-1])
@@ -70,10 +72,15 @@ def capture(
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = by_example(project_input(args[0], input_map), layer)
+            x = by_example(module, project_input(module, args[0], input_map), layer)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True).clone()  # a copy, since models may write into it
-            output.register_hook(lambda d: visit(layer, x, by_example(project(d, output_map), layer)))
+
+            def backward(d: Tensor) -> None:
+                d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
+                visit(layer, x, by_example(module, project(d, output_map), layer))
+
+            output.register_hook(backward)
             return output
 
         return forward
@@ -84,6 +91,12 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _under_kernel(module: nn.Conv2d, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places size"]:
+    """A convolution is a linear layer over the values under its kernel, with its places as tokens."""
+    patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+    return patches.transpose(1, 2)
 
 
 class GradientSum:

@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 # A statistic of one batch, from a layer's inputs x, output gradients d, gradients g and the mask of real tokens; summed over the batch.
 TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "input_covariance": lambda x, d, valid: _second_moment((x * valid[..., None]).flatten(0, 1)),
-    "input_tokens": lambda x, d, valid: valid.sum(),  # a layer that runs twice sees each token twice
+    "input_tokens": lambda x, d, valid: valid.expand(x.shape[:2]).sum(),  # a layer that runs twice sees each token twice
     "output_covariance": lambda x, d, valid: _second_moment(d.flatten(0, 1)),
 }
 GRADIENT_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {

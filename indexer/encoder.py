@@ -22,10 +22,12 @@ from ..store.manifest import Curvature, Layer, Projection
 from .capture import GradientSum, Map, Visit, accumulation_dtype, capture
 from .curvature import whitening_scale
 from .projection import random_projection
-from .tasks import Batch, collate, example_losses, plan_batches
+from .tasks import Batch, Task, plan_batches
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
+Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
+"""A task's loss or measurement."""
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
@@ -63,17 +65,24 @@ class Encoder:
     """Whitened rows of examples under one model.
 
     Attributes:
+        task: what the model is asked.
         model: frozen, on its device.
         plan: which layers, how projected and whitened.
         arrays: the state; rows need every pass of the fit in it.
     """
 
+    task: Task
     model: nn.Module
     plan: EncoderPlan
     arrays: Mapping[str, np.ndarray]
 
-    def rows(self, examples: Sequence[Example], progress: Progress = ignore_progress) -> Float[np.ndarray, "rows dim"]:
+    def rows(
+        self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False
+    ) -> Float[np.ndarray, "rows dim"]:
         """Whitened rows, in the examples' order; float32 (float64 for a float64 model).
+
+        Args:
+            questions: whether these are of the task's measurement, to be compared with rows of its loss.
 
         The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
 
@@ -81,9 +90,10 @@ class Encoder:
             NumericalError: a loss or a row is not finite; names the example.
         """
         rows = torch.zeros((len(examples), self.plan.dim), dtype=self._accumulate)
-        for chosen, batch in batches(examples, self.plan.batch_tokens, self._device):
+        objective = self.task.measurement if questions else self.task.loss
+        for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, self._device):
             gradients = GradientSum()
-            backward(self.model, batch, self.plan.layers, self.maps, gradients)
+            backward(self.model, batch, self.plan.layers, self.maps, gradients, objective)
             block = torch.zeros((len(chosen), self.plan.dim), dtype=self._accumulate)
             for layer in self.plan.layers:
                 if layer.name in gradients.by_layer:
@@ -151,10 +161,10 @@ class Encoder:
         return accumulation_dtype(next(self.model.parameters()).dtype)
 
 
-def batches(examples: Sequence[Example], token_budget: int, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
+def batches(task: Task, examples: Sequence[Example], token_budget: int, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
     """Length-bucketed batches with the positions of their examples."""
-    for chosen in plan_batches([len(e.token_ids) for e in examples], token_budget):
-        yield chosen, collate([examples[i] for i in chosen], device)
+    for chosen in plan_batches([e.tokens for e in examples], token_budget):
+        yield chosen, task.collate([examples[i] for i in chosen], device)
 
 
 def backward(
@@ -163,15 +173,15 @@ def backward(
     layers: Sequence[Layer],
     maps: Mapping[str, tuple[Map, Map]],
     visit: Visit,
-    sample_seed: int | None = None,
+    objective: Objective,
 ) -> Float[Tensor, " batch"]:
-    """One forward and backward pass of the task's loss with the capture open; returns the losses (nats).
+    """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Raises:
         NumericalError: a loss is not finite; names the example.
     """
-    with capture(model, layers, maps, (batch.inputs.shape[0], batch.inputs.shape[1]), visit):
-        losses = example_losses(model, batch, sample_seed)
+    with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
+        losses = objective(model, batch)
         check_finite(losses.detach()[:, None], batch, "loss")
         losses.sum().backward()
     return losses.detach()

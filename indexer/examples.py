@@ -10,13 +10,14 @@ Split documents overlap by one token, which is context in the later chunk: every
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ..store.corpus import Document
 from ..store.documents import Example
 from ..store.errors import DataError, UsageError
+from .models import tokenizer_fingerprint
 
 _TOKENIZE_BATCH = 256
 _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
@@ -29,9 +30,38 @@ class _Rendered:
     special_tokens: bool = True
 
 
+class DocumentEncoder(Protocol):
+    """Turns documents into examples."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the tokenizer that it uses; None where there is none."""
+
+    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
+        """Encode a stream of documents; what cannot be used comes out as its error, in order."""
+
+
 @dataclass(frozen=True)
-class ExampleEncoder:
-    """Turns documents into examples.
+class VectorEncoder:
+    """Documents that are vectors already."""
+
+    fingerprint: None = None
+
+    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
+        """See `DocumentEncoder`."""
+        nothing = np.zeros(0, np.int32), np.zeros(0, bool)
+        for d in documents:
+            if isinstance(d, DataError):
+                yield d
+            elif d.features is None:
+                yield DataError(f"{d.where}: a text, where this task needs the fields features and label")
+            else:
+                yield Example(d.id, "", d.source, *nothing, document=d.id, metadata=d.metadata, features=d.features, label=d.label)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Turns documents of text into examples.
 
     Attributes:
         tokenizer: a fast `transformers` tokenizer (character offsets are needed).
@@ -45,6 +75,11 @@ class ExampleEncoder:
     max_tokens: int
     long: Literal["split", "truncate"] = "split"
     append_eos: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """See `DocumentEncoder`."""
+        return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
         """Encode a stream of documents, some hundred at a time; what cannot be used comes out as its error, in order."""

@@ -6,6 +6,7 @@ the first pass where it is asked for; then come the passes that the layers' curv
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Fit:
 
         counts = {"examples": 0, "tokens": 0}
         device = next(encoder.model.parameters()).device
-        for chosen, batch in batches(examples, self.plan.batch_tokens, device):
+        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, device):
             gradients = GradientSum()
             valid = batch.valid
 
@@ -71,7 +72,7 @@ class Fit:
                     gradients(layer, x, d)
 
             sampled = self.plan.projection.seed if self.plan.curvature.labels == "sampled" else None
-            backward(encoder.model, batch, tracked, maps, visit, sampled)
+            backward(encoder.model, batch, tracked, maps, visit, partial(encoder.task.loss, sample_seed=sampled))
             for layer in tracked:
                 for statistic in computed[layer.name]:
                     if statistic in GRADIENT_STATISTICS and layer.name in gradients.by_layer:

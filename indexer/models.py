@@ -5,10 +5,12 @@ Only safetensors weights are loaded (a pickle can run code), and no code that co
 
 import fnmatch
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.manifest import CurvatureKind, Layer
 from .curvature import choose_curvature
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -61,8 +66,43 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_model(source: ModelSource) -> nn.Module:
-    """The model, frozen and in evaluation mode, in its dtype and on its device.
+def load_mlp(source: ModelSource) -> nn.Module:
+    """A perceptron: the Linear layers `0`, `2`, `4` ... of a safetensors file, with ReLU between them.
+
+    Raises:
+        NotFoundError: there is no such file.
+        IncompatibleError: it holds something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    device = resolve_device(source.device)
+    path = Path(source.id)
+    if not path.is_file():
+        raise NotFoundError(
+            f"there is no file {source.id}; the model of this task is a safetensors file of a Sequential of Linear and ReLU"
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise IncompatibleError(f"{path} is not a safetensors file: {error}") from error
+    numbers = range(0, len(tensors), 2)
+    if sorted(tensors) != sorted(f"{i}.{part}" for i in numbers for part in ("weight", "bias")):
+        some = ", ".join(sorted(tensors)[:4])
+        raise IncompatibleError(f"{path} holds {some} ..., not the layers 0, 2, 4 ... of a Sequential with ReLU between")
+    sizes = [tensors[f"{i}.weight"].shape for i in numbers]
+    if any(len(size) != 2 for size in sizes) or any(a[0] != b[1] for a, b in pairwise(sizes)):
+        raise IncompatibleError(f"{path}: the layers' sizes {[tuple(size) for size in sizes]} do not follow one another")
+    layers: list[nn.Module] = []
+    for outputs, inputs in sizes:
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    model.load_state_dict(tensors)
+    return onto_device(model.to(DTYPES[source.dtype]), device)
+
+
+def load_causal_lm(source: ModelSource) -> nn.Module:
+    """A causal language model in evaluation mode, in its dtype and on its device.
 
     Raises:
         NotFoundError: there is no such model.
@@ -81,6 +121,15 @@ def load_model(source: ModelSource) -> nn.Module:
             )
     if getattr(model.config, "is_encoder_decoder", False):
         raise IncompatibleError(f"{source.id} is an encoder-decoder model; give a causal language model")
+    return onto_device(model, device)
+
+
+def onto_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on its device, frozen and in evaluation mode.
+
+    Raises:
+        UsageError: the device does not take it.
+    """
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -142,9 +191,14 @@ def vocabulary_size(model: Any) -> int:
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(outputs, inputs) of a layer that can be tracked, else None: nn.Linear and the transposed Conv1D of GPT-2."""
+    """(outputs, inputs) of a layer that can be tracked, else None.
+
+    nn.Linear, the transposed Conv1D of GPT-2, and nn.Conv2d without groups, whose inputs are the values under its kernel.
+    """
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
@@ -152,11 +206,12 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
+def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: bool = True) -> list[str]:
     """Names of the layers to track, in the model's order.
 
-    Without patterns, every Linear and Conv1D inside the transformer blocks (the outermost ModuleLists); the output head and the
-    embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or its end.
+    Without patterns, every layer that can be tracked; `within_blocks` those inside the transformer blocks (the outermost ModuleLists), so
+    that the output head and the embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or
+    its end.
 
     Raises:
         UsageError: a pattern, or the default, matches no layer.
@@ -164,6 +219,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     candidates = {name: module for name, module in candidates.items() if module is not head}
+    if not patterns and not within_blocks:
+        patterns = ("*",)
     if not patterns:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         outermost = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]
@@ -181,25 +238,27 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in candidates if name in matched]
 
 
-def _sees_each_token(x: Tensor) -> bool:
-    """Whether a layer's input, in the run of `plan_layers` (two texts of three tokens, the first two equal), goes text by text."""
+def _sees_each_token(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether a layer's input is one vector for each token of each of the probe's two examples, example by example."""
     leading = [size for size in x.shape[:-1] if size != 1]
-    if leading == [6]:
-        by_text = x.reshape(2, 3, x.shape[-1])
-        return not _differ(by_text[0, :2], by_text[1, :2], x.dtype)
-    return leading == [2, 3]
+    if shape[1] > 1 and leading == [shape[0] * shape[1]]:  # all tokens but the last are equal in both
+        by_example = x.reshape(*shape, x.shape[-1])
+        return not differ(by_example[0, :-1], by_example[1, :-1], x.dtype)
+    return leading == [size for size in shape if size != 1]
 
 
-def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two computations of the same numbers differ by more than the round-off of a model of that dtype."""
     return bool((a - b).abs().max() > _SAME.get(dtype, 1e-5) * a.abs().max())
 
 
 def plan_layers(
-    model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
+    task: "Task", model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
 ) -> tuple[Layer, ...]:
-    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two short texts through the model.
+    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two small examples through the model.
 
     Args:
+        task: whose probe is run.
         names: from `find_layers`.
         rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
         curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
@@ -207,15 +266,18 @@ def plan_layers(
             text (routers, some experts), is then an error, else it is left out.
 
     Raises:
-        IncompatibleError: the model is not causal: a token's prediction depends on what follows it.
+        IncompatibleError: the model does not suit the task.
         UsageError: a named layer does not run.
     """
+    task.check(model)
+    probe = task.probe(model, next(model.parameters()).device)
+    shape = (probe.valid.shape[0], probe.valid.shape[1])
     modules = dict(model.named_modules())
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and _sees_each_token(args[0]):
+            if isinstance(output, Tensor) and (isinstance(module, nn.Conv2d) or _sees_each_token(args[0], shape)):
                 inputs.setdefault(name, args[0])
 
         return hook
@@ -223,16 +285,10 @@ def plan_layers(
     handles = [modules[name].register_forward_hook(remember(name)) for name in names]
     try:
         with torch.no_grad():
-            texts = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
-            first, second = model(input_ids=texts, use_cache=False).logits[:, :2].float()
+            task.loss(model, probe)
     finally:
         for handle in handles:
             handle.remove()
-    if _differ(first, second, next(model.parameters()).dtype):
-        raise IncompatibleError(
-            f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a causal "
-            "language model"
-        )
     idle = [n for n in names if n not in inputs]
     if idle and (explicit or len(idle) == len(names)):
         raise UsageError(f"layer {idle[0]} does not see a vector for each token when the model reads text; leave it out with --layers")

@@ -1,15 +1,21 @@
-"""The task: what a model is asked, and the loss whose gradients are indexed.
+"""Tasks: what a model is asked, and the two functions whose gradients are indexed and compared.
 
-A task makes batches of examples and computes each example's loss: the *sum* over its loss tokens of the cross-entropy in nats. A
-question is measured with the same loss, so the score's sign reads: positive, training on the example lowered the question's loss.
+A task's *loss* is what training lowered, its gradients are the rows; its *measurement* is what a question asks about, its gradients are the
+questions. Both are numbers that fall as the model does better (nats), so the score's sign reads: positive, training on the example
+lowered the question's measurement. They are the same unless a task says otherwise. Around them a task says how to load the model and how
+examples become a batch; capture, projection and curvature know nothing else of it. A causal language model and a perceptron come
+with Whence; any other nn.Module is a subclass of `Task` or `VectorTask`, named as `module:Class`.
 
-Batches are right-padded and carry no attention mask: in a causal model nothing to the left can see the padding, and positions count from
-the left, so that padding cannot change a row. The last token is only ever predicted, so it is not in the input.
+A text batch is right-padded and carries no attention mask: in a causal model nothing to the left can see the padding, and positions count
+from the left, so that padding cannot change a row. The last token is only ever predicted, so it is not in the input.
 """
 
 import hashlib
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +23,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..store.corpus import Form
 from ..store.documents import Example
+from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
+from . import models
+from .examples import DocumentEncoder, TextEncoder, VectorEncoder
 
 IGNORED = -100
 
@@ -28,15 +38,232 @@ class Batch:
 
     Attributes:
         ids: of the examples, for messages and for seeding sampled labels.
-        inputs: token ids, right-padded with 0.
-        targets: the token that each position predicts, -100 where it is not in the loss.
+        inputs: what the model is given; for text token ids, right-padded with 0.
+        targets: the class (for text, the token) that each position predicts, -100 where it is not in the loss.
         valid: False on padding.
     """
 
     ids: tuple[str, ...]
-    inputs: Int[Tensor, "batch tokens"]
+    inputs: Tensor
     targets: Int[Tensor, "batch tokens"]
     valid: Bool[Tensor, "batch tokens"]
+
+
+class Task(ABC):
+    """What a model is asked.
+
+    Attributes:
+        form: the form of its documents; "auto" takes text, prompt and completion, or chat messages, as they come.
+        within_blocks: whether only layers inside the model's blocks (its outermost ModuleLists) are tracked by default.
+        batch_tokens: padded tokens in a batch by default, by kind of device.
+    """
+
+    form: Form
+    within_blocks: bool = False
+    batch_tokens: dict[str, int]
+
+    @abstractmethod
+    def load(self, source: models.ModelSource) -> nn.Module:
+        """The model, in evaluation mode, in its dtype and on its device; the caller freezes it."""
+
+    @abstractmethod
+    def encoder(
+        self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
+    ) -> DocumentEncoder:
+        """What turns documents into examples; longest example (tokens), what becomes of a longer document, whether an end token follows."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
+        """One batch of examples."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
+        """Each example's training loss (nats).
+
+        Args:
+            sample_seed: when given, targets are drawn from the model's own distribution (the true Fisher's labels) instead of the data's;
+                the draw depends on the seed and the example's id, not on the batch.
+        """
+
+    def measurement(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+        """Each question's measurement (nats), lower when the model does better; the training loss unless a task says otherwise."""
+        return self.loss(model, batch)
+
+    @abstractmethod
+    def probe(self, model: nn.Module, device: torch.device) -> Batch:
+        """Two small examples, by which the layers' calls are seen; of several tokens, all but the last are equal in both."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027
+        """Refuse a model that does not suit the task; any does, unless a task says otherwise."""
+
+    def context(self, model: nn.Module) -> int | None:
+        """The longest input, in tokens; None where nothing bounds it."""
+        return None
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The layer that makes the predictions; its input is the model's last hidden state."""
+        return [m for m in model.modules() if models.layer_sizes(m)][-1]
+
+
+class CausalLM(Task):
+    """A `transformers` causal language model; loss and measurement are the *sum* over loss tokens of the cross-entropy."""
+
+    form: Form = "auto"
+    within_blocks = True
+    batch_tokens = {"cpu": 2048, "cuda": 16384}  # noqa: RUF012
+
+    def load(self, source: models.ModelSource) -> nn.Module:
+        """See `Task`."""
+        return models.load_causal_lm(source)
+
+    def encoder(
+        self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
+    ) -> TextEncoder:
+        """See `Task`."""
+        return TextEncoder(models.load_tokenizer(source), max_tokens or 1 << 30, long, append_eos)
+
+    def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
+        """One batch, each example without its last token as input."""
+        longest = max(e.tokens for e in examples)
+        inputs = np.zeros((len(examples), longest), np.int64)
+        targets = np.full((len(examples), longest), IGNORED, np.int64)
+        valid = np.zeros((len(examples), longest), bool)
+        for i, example in enumerate(examples):
+            inputs[i, : example.tokens] = example.token_ids[:-1]
+            targets[i, : example.tokens] = np.where(example.loss_mask[1:], example.token_ids[1:], IGNORED)
+            valid[i, : example.tokens] = True
+        tensors = (torch.from_numpy(a).to(device) for a in (inputs, targets, valid))
+        return Batch(tuple(e.id for e in examples), *tensors)
+
+    def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
+        """See `Task`."""
+        largest, known = int(torch.maximum(batch.inputs, batch.targets).max()), models.vocabulary_size(model)
+        if largest >= known:
+            holder = int(torch.maximum(batch.inputs, batch.targets).amax(1).argmax())
+            raise DataError(
+                f"example {batch.ids[holder]!r} has token {largest}, the model embeds only {known}; tokenizer and model do not fit"
+            )
+        return cross_entropies(model(input_ids=batch.inputs, use_cache=False).logits, batch, sample_seed)
+
+    def probe(self, model: nn.Module, device: torch.device) -> Batch:
+        """See `Task`."""
+        texts = torch.tensor([[0, 1, 2], [0, 1, 3]], device=device)
+        return Batch(("probe", "probe"), texts, texts, torch.ones_like(texts, dtype=torch.bool))
+
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose prediction for a token depends on what follows it.
+
+        Raises:
+            IncompatibleError: it looks ahead.
+        """
+        probe = self.probe(model, next(model.parameters()).device)
+        first, second = model(input_ids=probe.inputs, use_cache=False).logits[:, :2].float()
+        if models.differ(first, second, next(model.parameters()).dtype):
+            raise IncompatibleError(
+                f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a "
+                "causal language model"
+            )
+
+    def context(self, model: nn.Module) -> int | None:
+        """See `Task`."""
+        return models.context_length(model)
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The output embeddings."""
+        return model.get_output_embeddings()  # type: ignore[operator]
+
+
+class VectorTask(Task):
+    """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy.
+
+    A subclass says how its model is loaded, and may reshape a batch's vectors (images), or take another loss or measurement.
+    """
+
+    form: Form = "vector"
+    batch_tokens = {"cpu": 256, "cuda": 4096}  # noqa: RUF012
+
+    def encoder(
+        self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
+    ) -> VectorEncoder:
+        """See `Task`."""
+        return VectorEncoder()
+
+    def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
+        """Vectors side by side, in float32."""
+        sizes = {len(e.features) for e in examples if e.features is not None}
+        if len(sizes) != 1:
+            raise DataError(
+                f"examples of one batch have vectors of {' and '.join(map(str, sorted(sizes))) or 'no'} numbers; they must be alike"
+            )
+        inputs = torch.from_numpy(np.stack([e.features for e in examples if e.features is not None])).to(device)
+        targets = torch.tensor([[e.label] for e in examples], device=device)
+        return Batch(tuple(e.id for e in examples), inputs, targets, torch.ones_like(targets, dtype=torch.bool))
+
+    def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
+        """See `Task`."""
+        try:
+            logits = model(batch.inputs.to(next(model.parameters()).dtype))
+        except RuntimeError as error:
+            raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
+        wrong = (batch.targets < 0) | (batch.targets >= logits.shape[-1])
+        if bool(wrong.any()):
+            at = int(wrong[:, 0].int().argmax())
+            raise DataError(
+                f"example {batch.ids[at]!r} has the label {int(batch.targets[at])}, the model knows 0 to {logits.shape[-1] - 1}"
+            )
+        return cross_entropies(logits[:, None], batch, sample_seed)
+
+    def probe(self, model: nn.Module, device: torch.device) -> Batch:
+        """Two vectors of the size that the first layer takes."""
+        _, size = next(sizes for m in model.modules() if (sizes := models.layer_sizes(m)))
+        targets = torch.zeros((2, 1), dtype=torch.int64, device=device)
+        return Batch(("probe", "probe"), torch.zeros((2, size), device=device), targets, torch.ones_like(targets, dtype=torch.bool))
+
+
+class MLP(VectorTask):
+    """A perceptron with ReLU between its layers, from a safetensors file with the names of a `torch.nn.Sequential`."""
+
+    def load(self, source: models.ModelSource) -> nn.Module:
+        """See `Task`."""
+        return models.load_mlp(source)
+
+
+_TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "mlp": MLP}
+
+
+def find_task(name: str) -> Task:
+    """A task by its name: "causal-lm", "mlp", or `module:Class` for one's own (whose module is imported: its code runs).
+
+    Raises:
+        UsageError, NotFoundError: there is no such task.
+    """
+    if name in _TASKS:
+        return _TASKS[name]()
+    found = import_object(name, "task")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UsageError(f"{name} is not a subclass of whence.Task")
+    return found()
+
+
+def import_object(path: str, what: str) -> Any:
+    """What lies under `module:attribute`; the module is imported from the path that Python has, the working directory included.
+
+    Raises:
+        UsageError: not of that form.
+        NotFoundError: there is no such module or attribute.
+    """
+    import sys
+
+    module, colon, attribute = path.partition(":")
+    if not colon or not module or not attribute:
+        raise UsageError(f"the {what} {path!r} is neither known nor of the form module:name")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise NotFoundError(f"the {what} {path} cannot be imported: {error}; is its module in this directory, or on PYTHONPATH?") from error
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -53,29 +280,8 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """One batch of examples, each without its last token as input."""
-    longest = max(len(e.token_ids) for e in examples) - 1
-    inputs = np.zeros((len(examples), longest), np.int64)
-    targets = np.full((len(examples), longest), IGNORED, np.int64)
-    valid = np.zeros((len(examples), longest), bool)
-    for i, example in enumerate(examples):
-        length = len(example.token_ids) - 1
-        inputs[i, :length] = example.token_ids[:-1]
-        targets[i, :length] = np.where(example.loss_mask[1:], example.token_ids[1:], IGNORED)
-        valid[i, :length] = True
-    tensors = (torch.from_numpy(a).to(device) for a in (inputs, targets, valid))
-    return Batch(tuple(e.id for e in examples), *tensors)
-
-
-def example_losses(model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
-    """Each example's loss: the sum of cross-entropies (nats) over its loss tokens.
-
-    Args:
-        sample_seed: when given, targets are drawn from the model's own distribution (the true Fisher's labels) instead of the data's;
-            the draw depends on the seed and the example's id, not on the batch.
-    """
-    logits = model(input_ids=batch.inputs, use_cache=False).logits
+def cross_entropies(logits: Float[Tensor, "batch tokens classes"], batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
+    """Each example's sum of cross-entropies (nats) over its targets, or over targets drawn from the model; in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     targets = batch.targets if sample_seed is None else sample_targets(logits, batch, sample_seed)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)

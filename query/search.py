@@ -7,8 +7,8 @@ Another damping a' than the build's a is exact and changes only the query: coord
 
     g_q^T (H + a' I)^(-1) g_i = sum_j  z_qj (l_j + a_j) / (l_j + a'_j) z_ij
 
-and under cosine the norms are taken in the same metric, in the same pass. A scan is bound by memory bandwidth; for float32
-rows it multiplies straight from the memory map.
+and under cosine the norms are taken in the same metric, in the same pass. Without curvature the factor is (l_j + a_j). A scan is bound
+by memory bandwidth; for float32 rows it multiplies straight from the memory map.
 """
 
 import time
@@ -34,16 +34,20 @@ class Metric:
     Attributes:
         mode: "influence" or "cosine".
         damping: relative to each layer's mean eigenvalue; None keeps the build's.
+        curvature: False undoes the whitening: plain products of projected gradients, and their cosine.
     """
 
     mode: Mode = "influence"
     damping: float | None = None
+    curvature: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in ("influence", "cosine"):
             raise UsageError(f"the mode is {self.mode!r}; it can be influence or cosine")
         if self.damping is not None:
             check_damping(self.damping)
+            if not self.curvature:
+                raise UsageError("a damping means nothing without curvature; give one or the other")
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,10 @@ class _Prepared:
             built = eigenvalues + segment.curvature.damping * means
             wanted = eigenvalues + metric.damping * means
             change = np.divide(built, wanted, out=np.zeros_like(built), where=wanted > 0)
+        elif not metric.curvature and any(layer.curvature != "identity" for layer in segment.layers):
+            eigenvalues, means = index.spectrum(segment)
+            change = eigenvalues + segment.curvature.damping * means
+        if change is not None:
             scaled = scaled * change
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
         return cls(segment, segment.weight, scaled.astype(np.float32), squared, None if change is None else change.astype(np.float32))

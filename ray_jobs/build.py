@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256 as digest
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ..indexer import models
 from ..indexer.curvature import Arrays, add_sums, choose_curvature
 from ..indexer.encoder import EncoderPlan
-from ..indexer.examples import ExampleEncoder
 from ..indexer.fit import Fit
+from ..indexer.tasks import find_task
 from ..store.corpus import describe_sources
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
@@ -28,9 +28,9 @@ from ..store.manifest import FileRecord, Manifest, Model, Segment, Shard, Tokeni
 from ..store.rows import DTYPES, chunk_rows
 from .config import BuildConfig
 from .corpus import CorpusPlan, plan_corpus, shard_id
-from .executor import Executor, open_executor
+from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import SEGMENT, file_record
+from .worker import SEGMENT, Worker, absolute, file_record, model_source
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
@@ -67,17 +67,18 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
     out = Path(config.out)
     _refuse_occupied(out)
     sources = describe_sources(config.data)
-    source = models.ModelSource(config.model, config.revision, config.dtype, config.device, config.trust_remote_code)
-    tokenizer = models.load_tokenizer(source)
+    encoder = find_task(config.task).encoder(model_source(config))
     fresh = not out.exists()
     try:
-        with exclusive(out), open_executor(config) as executor:
-            model, plan = executor.describe()
+        own = replace(config, model=absolute(config.model), out=str(out.resolve()))  # a worker's working directory may be its own
+        resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
+        with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
+            model, plan = executor.call("describe")
             what = {
                 "format": 1,
                 "options": config.what(),
                 "model": model.fingerprint,
-                "tokenizer": models.tokenizer_fingerprint(tokenizer),
+                "tokenizer": encoder.fingerprint,
                 "corpus": sources,
             }
             job = _Job(config, out, digest(json.dumps(what, sort_keys=True).encode()).hexdigest(), reporter)
@@ -85,10 +86,10 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             if finished is not None:
                 return finished
             _claim(job, what)
-            corpus = _write_corpus(job, tokenizer, model, plan)
-            arrays, plan, encoder = _fit(job, executor, _with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
+            corpus = _write_corpus(job, model, plan)
+            arrays, plan, file = _fit(job, executor, _with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            return _publish(job, what, model, plan, encoder, corpus, shards)
+            return _publish(job, what, model, plan, file, corpus, shards)
     finally:
         if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
             shutil.rmtree(out)  # nothing was begun
@@ -148,7 +149,7 @@ def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> N
         )
 
 
-def _write_corpus(job: _Job, tokenizer: Any, model: Model, plan: EncoderPlan) -> CorpusPlan:
+def _write_corpus(job: _Job, model: Model, plan: EncoderPlan) -> CorpusPlan:
     c = job.config
     limit = model.context
     if c.max_tokens and limit and c.max_tokens > limit:
@@ -158,8 +159,10 @@ def _write_corpus(job: _Job, tokenizer: Any, model: Model, plan: EncoderPlan) ->
     whole_chunks = chunk_rows(plan.dim, c.row_dtype)
     fitting = _SHARD_BYTES // row_bytes // whole_chunks * whole_chunks
     shard_rows = c.shard_rows or min(_SHARD_ROWS, max(whole_chunks, fitting))
-    encoder = ExampleEncoder(tokenizer, max_tokens, c.long, c.append_eos)
-    return plan_corpus(c, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
+    task = find_task(c.task)
+    encoder = task.encoder(model_source(c), max_tokens, c.long, c.append_eos)
+    fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
+    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
@@ -235,13 +238,13 @@ def _publish(
         name=SEGMENT, kind="dense", weight=1.0, dtype=c.row_dtype, layers=plan.layers, projection=plan.projection, curvature=plan.curvature
     )
     manifest = Manifest(
-        features=("dense",),
+        features=("dense", "vectors") if find_task(c.task).form == "vector" else ("dense",),
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         whence=installed_version(),
-        task="causal-lm",
+        task=c.task,
         model=model,
-        tokenizer=Tokenizer(fingerprint=what["tokenizer"]),
+        tokenizer=Tokenizer(fingerprint=what["tokenizer"]) if what["tokenizer"] else None,
         segments=(segment,),
         encoder=file,
         rows=corpus.rows,

@@ -27,6 +27,7 @@ class BuildConfig:
 
     Attributes:
         model: a directory or hub id of a causal language model; `revision` for a hub id.
+        task: "causal-lm", "mlp" (a perceptron of vectors with labels), or one's own as `module:Class`.
         data: files, folders or hub datasets (see `store.corpus.read_corpus`).
         out: the index directory to make.
         dtype, device, trust_remote_code: how the model is loaded.
@@ -45,6 +46,7 @@ class BuildConfig:
     model: str
     data: tuple[str, ...]
     out: str
+    task: str = "causal-lm"
     revision: str | None = None
     dtype: ModelDtype = "float32"
     device: str = "auto"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..indexer.examples import ExampleEncoder
-from ..store.corpus import read_corpus
+from ..indexer.examples import DocumentEncoder
+from ..store.corpus import Fields, read_corpus
 from ..store.documents import Documents, Example, write_documents
 from ..store.errors import DataError
 from ..store.files import publish, read_json, sha256, write_whole
@@ -68,7 +68,7 @@ def shard_id(fingerprint: str, number: int) -> str:
 
 
 def plan_corpus(
-    config: BuildConfig, encoder: ExampleEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter
+    config: BuildConfig, fields: Fields, encoder: DocumentEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter
 ) -> CorpusPlan:
     """Read, tokenize, cut and write the corpus, or find that an earlier run did.
 
@@ -88,7 +88,7 @@ def plan_corpus(
     skipped_count = 0
 
     def flush() -> None:
-        number, tokens = len(shards), sum(len(e.token_ids) - 1 for e in pending)
+        number, tokens = len(shards), sum(e.tokens for e in pending)
         id = shard_id(fingerprint, number)
         staged = out / "staging" / f"{id}.arrow"
         write_documents(staged, pending)
@@ -100,7 +100,7 @@ def plan_corpus(
         shards.append(ShardPlan(id, first, len(pending), tokens, digest))
         pending.clear()
 
-    for example in encoder.documents(read_corpus(config.data, config.fields)):
+    for example in encoder.documents(read_corpus(config.data, fields)):
         if isinstance(example, DataError):
             if config.bad_documents == "error":
                 raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
@@ -111,7 +111,7 @@ def plan_corpus(
         counts["split"] += example.chunk == 1
         counts["truncated"] += example.truncated
         counts["examples"] += 1
-        counts["tokens"] += len(example.token_ids) - 1
+        counts["tokens"] += example.tokens
         hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
         pending.append(example)
         if len(pending) == shard_rows:

@@ -1,56 +1,74 @@
 """Where tasks run: in this process, or on Ray actors. Both give results in the tasks' order and report progress as it is made.
 
-A Ray actor that dies is started anew (it loads the model again) and its task is given again, three times; tasks are functions of their
-arguments, so nothing else has to be undone.
+A worker is whatever a factory makes, once in each process; a task is a method of it with its arguments. A Ray actor that dies is started
+anew and its task is given again, three times; tasks are functions of their arguments, so nothing else has to be undone.
 """
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..store.errors import NotFoundError, UsageError, WorkerError
-from .config import BuildConfig
 from .progress import Reporter
-from .worker import Worker, absolute
 
 _RESTARTS = 3
 _POLL_SECONDS = 0.5
 _KNOCK_SECONDS = 5
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
+Factory = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How many workers of how many threads, on which cluster (None is a local Ray), on which device.
+
+    `own_code` says that workers import modules of their user's from the working directory.
+    """
+
+    workers: int = 1
+    threads: int = 1
+    address: str | None = None
+    device: str = "auto"
+    own_code: bool = False
+
 
 class Executor(Protocol):
     """Runs a worker's methods."""
 
-    def describe(self) -> Any:
-        """`Worker.describe` on one worker."""
+    def call(self, method: str) -> Any:
+        """A method of one worker, without arguments."""
 
     def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
         """`method(*shared, *task)` for every task, on any worker; yields the results in the tasks' order, as they come."""
 
 
 @contextmanager
-def open_executor(config: BuildConfig) -> Iterator[Executor]:
-    """One worker in this process, or `config.workers` Ray actors on a local or named cluster."""
-    if config.workers == 1 and config.address is None:
-        yield InProcess(config)
+def open_executor(factory: Factory, resources: Resources) -> Iterator[Executor]:
+    """One worker in this process, or Ray actors on a local or named cluster.
+
+    Args:
+        factory: makes a worker; picklable, and free of this process's working directory.
+    """
+    if resources.workers == 1 and resources.address is None:
+        yield InProcess(factory())
     else:
-        with _ray(config) as executor:
+        with _ray(factory, resources) as executor:
             yield executor
 
 
 class InProcess:
     """One worker, here."""
 
-    def __init__(self, config: BuildConfig) -> None:
-        self._worker = Worker(config)
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
 
-    def describe(self) -> Any:
+    def call(self, method: str) -> Any:
         """See `Executor`."""
-        return self._worker.describe()
+        return getattr(self._worker, method)()
 
     def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
         """See `Executor`."""
@@ -65,8 +83,14 @@ class InProcess:
             yield getattr(self._worker, method)(*shared, *task, progress=progress)
 
 
-class _Actor(Worker):
-    """A worker that tells a ledger how far its task is; a task that is redone overwrites what it told before."""
+class _Actor:
+    """Holds a worker, and tells a ledger how far its task is; a task that is redone overwrites what it told before."""
+
+    def __init__(self, factory: Factory) -> None:
+        self._worker = factory()
+
+    def call(self, method: str) -> Any:
+        return getattr(self._worker, method)()
 
     def run(self, method: str, ledger: Any, task: int, *args: Any) -> Any:
         done = [0, 0]
@@ -76,7 +100,7 @@ class _Actor(Worker):
             done[1] += tokens
             ledger.record.remote(task, *done)
 
-        return getattr(self, method)(*args, progress=progress)
+        return getattr(self._worker, method)(*args, progress=progress)
 
 
 class _Ledger:
@@ -93,14 +117,13 @@ class _Ledger:
 
 
 class _OnRay:
-    def __init__(self, ray: Any, config: BuildConfig, gpus: float) -> None:
+    def __init__(self, ray: Any, factory: Factory, resources: Resources, gpus: float) -> None:
         self._ray = ray
-        options = {"num_cpus": config.threads, "num_gpus": gpus, "max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
-        config = replace(config, model=absolute(config.model), out=absolute(config.out))  # an actor's working directory is its own
-        self._actors = [ray.remote(_Actor).options(**options).remote(config) for _ in range(config.workers)]
+        options = {"num_cpus": resources.threads, "num_gpus": gpus, "max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+        self._actors = [ray.remote(_Actor).options(**options).remote(factory) for _ in range(resources.workers)]
 
-    def describe(self) -> Any:
-        return self._get(self._actors[0].describe.remote())
+    def call(self, method: str) -> Any:
+        return self._get(self._actors[0].call.remote(method))
 
     def map(self, method: str, shared: Sequence[Any], tasks: Sequence[Any], reporter: Reporter) -> Iterator[Any]:
         ray = self._ray
@@ -157,36 +180,39 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _ray(config: BuildConfig) -> Iterator[_OnRay]:
+def _ray(factory: Factory, wanted: Resources) -> Iterator[_OnRay]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # local clusters would otherwise leave a token in the home directory
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import logging
 
     import ray
 
-    local = config.address is None
-    if config.address is not None:
-        _knock(config.address)
+    variables = dict(_ALLOCATOR)
+    if wanted.own_code:
+        variables["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
+    local = wanted.address is None
+    if wanted.address is not None:
+        _knock(wanted.address)
     try:
         ray.init(
-            address="local" if local else config.address,
-            num_cpus=config.workers * config.threads if local else None,
+            address="local" if local else wanted.address,
+            num_cpus=wanted.workers * wanted.threads if local else None,
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": _ALLOCATOR},
+            runtime_env={"env_vars": variables},
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        where = "a local Ray" if local else f"the Ray cluster at {config.address}"
+        where = "a local Ray" if local else f"the Ray cluster at {wanted.address}"
         raise NotFoundError(f"{where} cannot be reached: {str(error).splitlines()[0]}") from error
     try:
         resources = ray.cluster_resources()
-        if resources.get("CPU", 0) < config.workers * config.threads:
+        if resources.get("CPU", 0) < wanted.workers * wanted.threads:
             raise UsageError(
-                f"the Ray cluster has {resources.get('CPU', 0):.0f} CPUs, {config.workers} workers of {config.threads} threads need "
-                f"{config.workers * config.threads}; ask for fewer --workers"
+                f"the Ray cluster has {resources.get('CPU', 0):.0f} CPUs, {wanted.workers} workers of {wanted.threads} threads need "
+                f"{wanted.workers * wanted.threads}; ask for fewer --workers"
             )
-        on_gpu = config.device != "cpu" and resources.get("GPU", 0) > 0
-        yield _OnRay(ray, config, min(1.0, resources["GPU"] / config.workers) if on_gpu else 0)
+        on_gpu = wanted.device != "cpu" and resources.get("GPU", 0) > 0
+        yield _OnRay(ray, factory, wanted, min(1.0, resources["GPU"] / wanted.workers) if on_gpu else 0)
     finally:
         ray.shutdown()

@@ -36,7 +36,7 @@ class Console:
         self._stream = stream
         self._bars: Progress | None = None
         self._name = ""
-        self._started = time.monotonic()
+        self._started = self._updated = time.monotonic()
         self._done = (0, 0)
 
     def __enter__(self) -> "Console":
@@ -64,17 +64,18 @@ class Console:
         """Close the running stage and open another."""
         self._close(finished=True)
         self._name, self._started, self._done = name, time.monotonic(), (0, 0)
+        self._updated = self._started
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, rates="")
 
     def update(self, examples: int, tokens: int) -> None:
         """Show how far the stage is."""
-        self._done = (examples, tokens)
+        self._done, self._updated = (examples, tokens), time.monotonic()
         if self._bars is not None:
             self._bars.update(self._task, completed=examples, rates=self._rates())
 
     def _rates(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._started)
+        seconds = max(1e-9, self._updated - self._started)
         examples, tokens = self._done
         return (
             f"{examples / seconds:,.0f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens else f"{examples / seconds:,.0f} examples/s"

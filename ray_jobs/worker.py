@@ -13,15 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..indexer import models
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder, EncoderPlan, Progress, ignore_progress
 from ..indexer.fit import Fit
+from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
-from ..store.errors import DataError, IntegrityError
+from ..store.errors import IntegrityError
 from ..store.files import publish, sha256
 from ..store.manifest import Curvature, FileRecord, Model, Projection, Shard
 from ..store.rows import DenseRows, write_shard
@@ -30,7 +30,6 @@ from .corpus import ShardPlan, documents_path
 
 SEGMENT = "blocks"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def keep_freed_memory() -> None:
@@ -55,14 +54,18 @@ class Worker:
         self._encoders: dict[str, Encoder] = {}
 
     @cached_property
+    def task(self) -> Task:
+        """What the model is asked."""
+        return find_task(self._config.task)
+
+    @cached_property
     def model(self) -> nn.Module:
         """The model, loaded when first needed (so that failing to load is this task's error)."""
         import torch
 
         keep_freed_memory()
         torch.set_num_threads(self._config.threads)
-        c = self._config
-        return models.load_model(models.ModelSource(c.model, c.revision, c.dtype, c.device, c.trust_remote_code))
+        return self.task.load(model_source(self._config)).requires_grad_(False)
 
     def describe(self) -> tuple[Model, EncoderPlan]:
         """What the model is, and the plan of its encoder before any fit.
@@ -71,22 +74,22 @@ class Worker:
             UsageError: no layer matches, or one of the matching ones does not run.
         """
         c, model = self._config, self.model
-        names = models.find_layers(model, c.layers)
-        layers = models.plan_layers(model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        names = models.find_layers(model, c.layers, self.task.within_blocks)
+        layers = models.plan_layers(self.task, model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         description = Model(
             id=absolute(c.model),
-            revision=getattr(model.config, "_commit_hash", None) or c.revision,
+            revision=getattr(getattr(model, "config", None), "_commit_hash", None) or c.revision,
             dtype=c.dtype,
             fingerprint=models.model_fingerprint(model),
             architecture=type(model).__name__,
             parameters=sum(p.numel() for p in model.parameters()),
-            context=models.context_length(model),
+            context=self.task.context(model),
         )
         plan = EncoderPlan(
             layers,
             Projection(kind=c.projection, rank=c.rank, seed=c.seed),
             Curvature(kind=c.curvature, labels=c.labels, examples=0, tokens=0, damping=c.damping),
-            c.batch_tokens or _DEFAULT_BATCH_TOKENS.get(next(model.parameters()).device.type, 2048),
+            c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
         return description, plan
 
@@ -139,20 +142,17 @@ class Worker:
 
     def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
-        examples = [documents[i] for i in chosen]
-        vocabulary = models.vocabulary_size(self.model)
-        for example in examples:
-            largest = int(np.max(example.token_ids))
-            if largest >= vocabulary:
-                raise DataError(
-                    f"example {example.id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit"
-                )
-        return examples
+        return [documents[i] for i in chosen]
 
     def _encoder(self, plan: EncoderPlan, arrays: Arrays, stage: str) -> Encoder:
         if stage not in self._encoders:
-            self._encoders = {stage: Encoder(self.model, plan, arrays)}
+            self._encoders = {stage: Encoder(self.task, self.model, plan, arrays)}
         return self._encoders[stage]
+
+
+def model_source(config: BuildConfig) -> models.ModelSource:
+    """Which model a build loads, and how."""
+    return models.ModelSource(config.model, config.revision, config.dtype, config.device, config.trust_remote_code)
 
 
 def file_record(out: Path, path: Path) -> FileRecord:

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+import numpy as np
+from jaxtyping import Float32
+
 from .errors import DataError, NotFoundError, UsageError
 
 _TEXT_SUFFIXES = (".txt", ".md")
@@ -22,7 +25,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT_SU
 _LINE_LIMIT_BYTES = 1 << 28
 _PARQUET_BATCH = 256
 
-Form = Literal["auto", "text", "completion", "chat"]
+Form = Literal["auto", "text", "completion", "chat", "vector"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,15 @@ class Fields:
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str = "messages"
+    features: str = "features"
+    label: str = "label"
     id: str = "id"
     source: str = "source"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, before any tokenizer: exactly one of text, completion (with its prompt) and messages is set.
+    """One document, before any tokenizer: exactly one of text, completion (with its prompt), messages and features (with a label) is set.
 
     Attributes:
         where: file and line, for messages to people.
@@ -53,6 +58,8 @@ class Document:
     prompt: str = ""
     completion: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    features: Float32[np.ndarray, " size"] | None = None
+    label: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -98,6 +105,9 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         elif form == "completion":
             used |= {fields.prompt, fields.completion}
             content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
+        elif form == "vector":
+            used |= {fields.features, fields.label}
+            content = {"features": _vector(record, fields.features), "label": _label(record, fields.label)}
         else:
             used.add(fields.text)
             content = {"text": _as_text(record, fields.text)}
@@ -142,6 +152,27 @@ def _as_text(record: Mapping[str, Any], key: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def _vector(record: Mapping[str, Any], key: str) -> Float32[np.ndarray, " size"]:
+    if key not in record:
+        raise KeyError(repr(key))
+    try:
+        vector = np.asarray(record[key], np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"the field {key!r} is not a list of numbers") from error
+    if vector.ndim != 1 or len(vector) == 0 or not np.isfinite(vector).all():
+        raise ValueError(f"the field {key!r} is not a list of finite numbers")
+    return vector
+
+
+def _label(record: Mapping[str, Any], key: str) -> int:
+    if key not in record:
+        raise KeyError(repr(key))
+    value = record[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"the field {key!r} is {value!r}, not a class: a whole number from 0")
     return value
 
 

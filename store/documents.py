@@ -1,9 +1,9 @@
 """Examples on disk: one Arrow IPC file for each shard, memory-mapped when read.
 
 Columns: `id`, `document` (the id of the document that a chunk was cut from; the same as `id` for a whole one), `chunk` (its number),
-`text`, `source`, `token_ids`, `loss_mask`, and `metadata`, a struct of every other column that the corpus had. A metadata
-column whose values have no common Arrow type (a number here, a word there) is kept as JSON text and says so in its field's
-metadata, so that nothing is lost and nothing is guessed.
+`text`, `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of every
+other column that the corpus had. A metadata column whose values have no common Arrow type (a number here, a word there) is kept as JSON
+text and says so in its field's metadata, so that nothing is lost and nothing is guessed.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from .errors import IntegrityError
 from .files import storage_errors
@@ -34,6 +34,8 @@ _FIXED = pa.schema(
     ]
 )
 
+_VECTOR = [pa.field("features", pa.list_(pa.float32()), nullable=False), pa.field("label", pa.int64(), nullable=False)]
+
 
 @dataclass(frozen=True)
 class Example:
@@ -44,6 +46,7 @@ class Example:
         loss_mask: True where the token is predicted in the loss; never True for the first token, which nothing precedes.
         document, chunk: the document that a chunk was cut from, and its number there.
         truncated: whether the rest of the document was cut off; counted when the corpus is read, not stored.
+        features, label: of an example that is a vector and its class; it has no token ids then.
     """
 
     id: str
@@ -55,6 +58,13 @@ class Example:
     chunk: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     truncated: bool = False
+    features: Float32[np.ndarray, " size"] | None = None
+    label: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the model's input: all tokens but the last, which is only predicted; 1 for a vector."""
+        return len(self.token_ids) - 1 if self.features is None else 1
 
 
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
@@ -69,6 +79,9 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
         pa.array([e.loss_mask for e in examples], pa.list_(pa.bool_())),
     ]
     schema = _FIXED
+    if any(e.features is not None for e in examples):
+        schema = pa.schema([*_FIXED, *_VECTOR])
+        columns += [pa.array([e.features for e in examples], _VECTOR[0].type), pa.array([e.label for e in examples], _VECTOR[1].type)]
     names = sorted({name for e in examples for name in e.metadata})
     if names:
         fields, arrays = zip(*(_metadata_column(name, [e.metadata.get(name) for e in examples]) for name in names), strict=True)
@@ -122,7 +135,8 @@ class Documents:
     def __getitem__(self, row: int) -> Example:
         """The example at a row of this shard, with its metadata decoded."""
         batch, offset = self._locate(row)
-        record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in ("token_ids", "loss_mask")}
+        arrays = ("token_ids", "loss_mask", "features")
+        record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
         return Example(
             id=record["id"],
             text=record["text"],
@@ -132,6 +146,8 @@ class Documents:
             document=record["document"],
             chunk=record["chunk"],
             metadata=self._decode(record.get("metadata") or {}),
+            features=np.array(batch.column("features")[offset].as_py(), np.float32) if "label" in record else None,
+            label=record.get("label"),
         )
 
     def ids(self) -> list[str]:

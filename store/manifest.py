@@ -16,7 +16,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only
 
 FORMAT_VERSION = 1
-FEATURES = frozenset({"dense"})
+FEATURES = frozenset({"dense", "vectors"})
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -138,9 +138,9 @@ class Manifest(_Model):
     number: Size
     created: str
     whence: str
-    task: Literal["causal-lm"]
+    task: str
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
     encoder: FileRecord
     rows: Size

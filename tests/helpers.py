@@ -80,9 +80,10 @@ def make_examples(count, seed=0, longest=20):
 def make_plan(model, rank=4, curvature="fisher", projection="random", labels="data", damping=0.1, batch_tokens=64, patterns=()):
     from whence.indexer.encoder import EncoderPlan
     from whence.indexer.models import find_layers, plan_layers
+    from whence.indexer.tasks import CausalLM
     from whence.store.manifest import Curvature, Projection
 
-    layers = plan_layers(model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
+    layers = plan_layers(CausalLM(), model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
     return EncoderPlan(
         layers,
         Projection(kind=projection, rank=rank, seed=7),
@@ -95,14 +96,15 @@ def fit(model, plan, examples, parts=1):
     from whence.indexer.curvature import add_sums
     from whence.indexer.encoder import Encoder
     from whence.indexer.fit import Fit
+    from whence.indexer.tasks import CausalLM
 
     fitting, arrays = Fit(plan), {}
     for step in range(fitting.passes):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.measure(Encoder(model, plan, arrays), step, examples[part::parts]))
+            totals = add_sums(totals, fitting.measure(Encoder(CausalLM(), model, plan, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
-    return Encoder(model, plan, arrays)
+    return Encoder(CausalLM(), model, plan, arrays)
 
 
 def write_jsonl(path, records):

@@ -10,7 +10,7 @@ import pytest
 from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence.indexer.examples import ExampleEncoder
+from whence.indexer.examples import TextEncoder
 from whence.store.corpus import Document, Fields, read_corpus, read_questions
 from whence.store.documents import Example
 from whence.store.errors import DataError, NotFoundError, UsageError
@@ -165,7 +165,7 @@ def test_questions_and_their_errors(tmp_path):
 
 def encode(document, **options):
     defaults = {"max_tokens": 64, "append_eos": False}
-    return list(ExampleEncoder(make_tokenizer(), **(defaults | options)).documents([document]))
+    return list(TextEncoder(make_tokenizer(), **(defaults | options)).documents([document]))
 
 
 def text_document(*numbers):
@@ -203,7 +203,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
     tokenizer.chat_template = TEMPLATE
     turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6")]
     chat = Document(id="d", source="s", where="l", messages=[{"role": r, "content": c} for r, c in turns])
-    (example,) = ExampleEncoder(tokenizer, 64).documents([chat])
+    (example,) = TextEncoder(tokenizer, 64).documents([chat])
     assert example.token_ids.tolist() == [40, 1, 2, 42, 41, 3, 42, 40, 4, 42, 41, 5, 6, 42]
     assert np.flatnonzero(example.loss_mask).tolist() == [5, 6, 11, 12, 13]
 
@@ -224,7 +224,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
 def test_chats_that_cannot_be_used(template, messages, error):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    (found,) = ExampleEncoder(tokenizer, 64).documents([Document(id="d", source="s", where="line 9", messages=messages)])
+    (found,) = TextEncoder(tokenizer, 64).documents([Document(id="d", source="s", where="line 9", messages=messages)])
     assert isinstance(found, DataError)
     assert error in str(found)
     assert "line 9" in str(found)
@@ -265,7 +265,7 @@ def test_truncation_is_counted_and_bad_documents_say_where():
 
 
 def test_questions_are_never_cut():
-    encoder = ExampleEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
+    encoder = TextEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
     assert isinstance(encoder.question(text=words(*range(1, 30))), Example)
     for bad, message in [
         ({"text": words(1, 2, 3, 4)}, "4 tokens long"),
@@ -280,6 +280,6 @@ def test_questions_are_never_cut():
 def test_batches_of_the_tokenizer_keep_the_order(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join((json.dumps({"text": words(1 + i % 60, 2)}) if i % 7 else "oops") + "\n" for i in range(600)))
-    found = list(ExampleEncoder(make_tokenizer(), 64).documents(read_corpus([str(path)])))
+    found = list(TextEncoder(make_tokenizer(), 64).documents(read_corpus([str(path)])))
     assert [isinstance(f, DataError) for f in found] == [i % 7 == 0 for i in range(600)]
     assert [f.id for f in found if isinstance(f, Example)] == [f"c.jsonl:{i + 1}" for i in range(600) if i % 7]

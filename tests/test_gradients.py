@@ -15,10 +15,11 @@ from whence.indexer.curvature import whitening_scale
 from whence.indexer.encoder import Encoder, backward, batches
 from whence.indexer.fit import Fit
 from whence.indexer.projection import principal_projection, random_projection
-from whence.indexer.tasks import collate, example_losses, plan_batches, sample_targets
+from whence.indexer.tasks import CausalLM, plan_batches, sample_targets
 from whence.store.documents import Example
 from whence.store.errors import IncompatibleError, NumericalError, UsageError
 
+TASK = CausalLM()
 ARCHITECTURES = list(CONFIGS)
 HUGE = 10_000  # a rank above every layer's size: no projection at all
 
@@ -53,7 +54,7 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     model = make_model(architecture, dtype)
     plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
     examples = make_examples(7)
-    rows = Encoder(model, plan, {}).rows(examples)
+    rows = Encoder(TASK, model, plan, {}).rows(examples)
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.layers, example)
@@ -65,7 +66,7 @@ def test_projected_rows_equal_projected_autograd(architecture):
     model = make_model(architecture)
     plan = make_plan(model, rank=5, curvature="identity")
     examples = make_examples(4)
-    rows = Encoder(model, plan, {}).rows(examples)
+    rows = Encoder(TASK, model, plan, {}).rows(examples)
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.layers, example)
         parts = []
@@ -79,7 +80,7 @@ def test_projected_rows_equal_projected_autograd(architecture):
 def test_losses_are_sums_of_nats_over_loss_tokens():
     model = make_model()
     examples = make_examples(5)
-    losses = example_losses(model, collate(examples, torch.device("cpu")))
+    losses = TASK.loss(model, TASK.collate(examples, torch.device("cpu")))
     for loss, example in zip(losses, examples, strict=True):
         _, expected = autograd_gradients(model, make_plan(model).layers[:1], example)
         assert float(loss) == pytest.approx(expected, rel=1e-12)
@@ -88,7 +89,7 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
 def whole_gradients(model, plan, examples):
     """Projected gradients by layer, from an encoder without curvature."""
     plain = make_plan(model, rank=plan.projection.rank, curvature="identity")
-    rows = Encoder(model, plain, {}).rows(examples)
+    rows = Encoder(TASK, model, plain, {}).rows(examples)
     return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.layers}
 
 
@@ -113,9 +114,9 @@ def token_pairs(model, plan, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
     found = {layer.name: [] for layer in plan.layers}
     for example in examples:
-        for _, batch in batches([example], 64, torch.device("cpu")):
+        for _, batch in batches(TASK, [example], 64, torch.device("cpu")):
             maps = maps or {layer.name: (None, None) for layer in plan.layers}
-            backward(model, batch, plan.layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
+            backward(model, batch, plan.layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())), TASK.loss)
     return found
 
 
@@ -128,7 +129,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     examples, queries = make_examples(30), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
     influence = encoder.rows(queries) @ encoder.rows(examples).T
-    plain = Encoder(model, make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
+    plain = Encoder(TASK, model, make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
     pairs = token_pairs(model, plan, examples, plain.maps)
     train, asked = plain.rows(examples), plain.rows(queries)
     expected = 0
@@ -150,7 +151,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
 def test_diagonal_and_identity_influence():
     model = make_model()
     examples, queries = make_examples(30), make_examples(3, seed=1)
-    plain = Encoder(model, make_plan(model, curvature="identity"), {})
+    plain = Encoder(TASK, model, make_plan(model, curvature="identity"), {})
     train, asked = plain.rows(examples), plain.rows(queries)
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
@@ -204,7 +205,7 @@ def test_sums_of_any_split_add_up():
     model = make_model("qwen2")
     plan = make_plan(model, curvature="fisher")
     examples = make_examples(15)
-    encoder = Encoder(model, plan, {})
+    encoder = Encoder(TASK, model, plan, {})
     whole = Fit(plan).measure(encoder, 0, examples)
     halves = [Fit(plan).measure(encoder, 0, part) for part in (examples[:4], examples[4:])]
     assert whole.keys() == halves[0].keys()
@@ -216,9 +217,9 @@ def test_sums_of_any_split_add_up():
 @given(order=st.permutations(range(9)), budget=st.integers(1, 200), longest=st.integers(3, 30))
 def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
     model, examples = _MODEL_AND_EXAMPLES
-    encoder = Encoder(model, make_plan(model, batch_tokens=10_000), _ARRAYS)
+    encoder = Encoder(TASK, model, make_plan(model, batch_tokens=10_000), _ARRAYS)
     alone = np.concatenate([encoder.rows([e]) for e in examples])
-    other = Encoder(model, make_plan(model, batch_tokens=budget), _ARRAYS)
+    other = Encoder(TASK, model, make_plan(model, batch_tokens=budget), _ARRAYS)
     padding = make_examples(1, seed=5, longest=longest)
     rows = other.rows([examples[i] for i in order] + padding)[: len(order)]
     assert relative_error(rows, alone[list(order)]) < 1e-10
@@ -233,21 +234,21 @@ def test_float32_rows_agree_across_batchings_to_1e_5():
     examples = make_examples(30)
     encoder = fit(model, make_plan(model), examples)
     alone = np.concatenate([encoder.rows([e]) for e in examples])
-    together = Encoder(model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)
+    together = Encoder(TASK, model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)
     np.testing.assert_array_less(np.linalg.norm(together - alone, axis=1), 1e-5 * np.linalg.norm(alone, axis=1))
 
 
 def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
-    exact = Encoder(make_model(dtype="float32"), make_plan(make_model(dtype="float32"), curvature="identity"), {})
-    rough = Encoder(make_model(dtype="bfloat16"), exact.plan, {})
+    exact = Encoder(TASK, make_model(dtype="float32"), make_plan(make_model(dtype="float32"), curvature="identity"), {})
+    rough = Encoder(TASK, make_model(dtype="bfloat16"), exact.plan, {})
     examples = make_examples(10)
     a, b = exact.rows(examples), rough.rows(examples)
     assert b.dtype == np.float32
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.98
     sums = GradientSum()
-    for _, batch in batches(examples, 64, torch.device("cpu")):
-        backward(rough.model, batch, rough.plan.layers, rough.maps, sums)
+    for _, batch in batches(TASK, examples, 64, torch.device("cpu")):
+        backward(rough.model, batch, rough.plan.layers, rough.maps, sums, TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
@@ -257,7 +258,7 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     plan = make_plan(model, patterns=("h.1.*",))
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
-    Encoder(model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
+    Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
     assert {layer.name.split(".")[2] for layer in plan.layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
@@ -269,7 +270,7 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch):
     groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.layers}
     assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
     assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
-    encoder = Encoder(model, plan, {})
+    encoder = Encoder(TASK, model, plan, {})
     assert len({id(encoder.maps[layer.name][0]) for layer in plan.layers}) == len({layer.input_group for layer in plan.layers})
     products = []
     original = torch.Tensor.__matmul__
@@ -285,7 +286,7 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     plan = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
     gradients, _ = autograd_gradients(model, plan.layers, example)
-    assert relative_error(Encoder(model, plan, {}).rows([example])[0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
+    assert relative_error(Encoder(TASK, model, plan, {}).rows([example])[0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
 
 
 class Odd(torch.nn.Module):
@@ -299,6 +300,9 @@ class Odd(torch.nn.Module):
         torch.manual_seed(1)
         for parameter in self.requires_grad_(False).parameters():
             parameter.normal_(0, 0.5)
+
+    def get_input_embeddings(self):
+        return self.wte
 
     def forward(self, input_ids, use_cache=False):
         x = self.wte(input_ids)
@@ -330,7 +334,7 @@ class Odd(torch.nn.Module):
 def test_odd_habits_of_a_model_do_not_change_its_gradients(habit):
     model = Odd(habit)
     plan = make_plan(model, rank=5, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
-    rows = Encoder(model, plan, {}).rows(make_examples(5))
+    rows = Encoder(TASK, model, plan, {}).rows(make_examples(5))
     if habit == "writes into an input":  # which autograd of the weights does not survive
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
@@ -347,7 +351,7 @@ def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
     with pytest.raises(UsageError, match=r"layer h\.0 does not see a vector for each token"):
         make_plan(Odd(habit), patterns=("h.0",))
     model = Odd("")
-    encoder = Encoder(model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
+    encoder = Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
     model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
         encoder.rows(make_examples(3))
@@ -359,14 +363,14 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
     plan = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
     encoder = fit(model, plan, examples)
     A, S, tokens = np.zeros((8, 8)), np.zeros((8, 8)), 0
-    for _, batch in batches(examples, 1, torch.device("cpu")):
+    for _, batch in batches(TASK, examples, 1, torch.device("cpu")):
 
         def visit(layer, x, d):
             nonlocal A, S, tokens
             x, d = x[0].numpy(), d[0].numpy()
             A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
 
-        backward(model, batch, plan.layers, {"h.0": (None, None)}, visit)
+        backward(model, batch, plan.layers, {"h.0": (None, None)}, visit, TASK.loss)
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
     np.testing.assert_allclose(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), rtol=1e-8, atol=1e-12)
 
@@ -379,17 +383,19 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     # The same labels, written into the examples: the data's own labels then are the model's.
     relabelled = []
     for example in examples:
-        batch = collate([example], torch.device("cpu"))
+        batch = TASK.collate([example], torch.device("cpu"))
         drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.projection.seed)[0].numpy()
         relabelled.append((example, drawn))
     (layer,) = plan.layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
-    plain = Encoder(model, make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
+    plain = Encoder(TASK, model, make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
     A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
     for example, drawn in relabelled:
-        batch = replace(collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
+        batch = replace(TASK.collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
         pairs = []
-        backward(model, batch, plan.layers, plain.maps, lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())))
+        backward(
+            model, batch, plan.layers, plain.maps, lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())), TASK.loss
+        )
         x, d = pairs[0]
         A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
         squares += (basis["output"].T @ d.T @ x @ basis["input"]).ravel() ** 2
@@ -400,11 +406,11 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
 
 
 def test_losses_of_a_bfloat16_model_are_float32_sums():
-    model, batch = make_model(dtype="bfloat16"), collate(make_examples(4), torch.device("cpu"))
+    model, batch = make_model(dtype="bfloat16"), TASK.collate(make_examples(4), torch.device("cpu"))
     log_p = model(input_ids=batch.inputs).logits.float().log_softmax(-1)
     kept = batch.targets != -100
     expected = -(log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * kept).sum(1)
-    losses = example_losses(model, batch)
+    losses = TASK.loss(model, batch)
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses.numpy(), expected.numpy(), rtol=1e-6)
 
@@ -424,7 +430,7 @@ def test_nan_weights_are_named_not_hidden():
     plan = make_plan(model, curvature="identity")
     model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="of example 'e"):
-        Encoder(model, plan, {}).rows(make_examples(3))
+        Encoder(TASK, model, plan, {}).rows(make_examples(3))
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
@@ -460,13 +466,13 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
     model = make_model()
     example = Example(id="x", text="", source="", token_ids=np.array([3, 4], np.int32), loss_mask=np.array([False, True]))
     copies = [Example(**{**example.__dict__, "id": f"x{i}"}) for i in range(4000)]
-    batch = collate(copies, torch.device("cpu"))
+    batch = TASK.collate(copies, torch.device("cpu"))
     logits = model(input_ids=batch.inputs[:1]).logits.expand(len(copies), -1, -1)
     drawn = sample_targets(logits, batch, 0)[:, 0].numpy()
     p = logits[0, 0].softmax(-1).numpy()
     observed = np.bincount(drawn, minlength=len(p)) / len(copies)
     assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
-    again = sample_targets(logits[:5], collate(copies[5:10], torch.device("cpu")), 0)[:, 0].numpy()
+    again = sample_targets(logits[:5], TASK.collate(copies[5:10], torch.device("cpu")), 0)[:, 0].numpy()
     assert np.array_equal(again, drawn[5:10])
     assert not np.array_equal(sample_targets(logits, batch, 1)[:, 0].numpy(), drawn)
 
@@ -489,7 +495,7 @@ def test_sampled_labels_make_the_true_fisher():
             mask[t] = True
             for label in range(p.shape[1]):
                 token_ids = np.append(example.token_ids[:t], label).astype(np.int32)
-                row = Encoder(model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])[0]
+                row = Encoder(TASK, model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])[0]
                 square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
         expected.append(square)
     assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()

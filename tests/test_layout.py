@@ -18,6 +18,7 @@ ROOMS = {
     "indexer": {"store"},
     "query": {"store"},
     "ray_jobs": {"store", "indexer"},
+    "evaluation": {"store", "indexer", "query", "ray_jobs", "client"},
     "demo": {"store", "indexer", "query", "ray_jobs", "client"},
 }
 FOREIGN = {
@@ -25,6 +26,7 @@ FOREIGN = {
     "indexer": {"ray", "faiss", "fastapi", "zarr", "pyarrow", "datasets"},
     "query": {"torch", "transformers", "ray"},
     "ray_jobs": {"faiss", "fastapi", "pyarrow", "zarr"},
+    "evaluation": {"ray", "faiss", "fastapi", "zarr", "pyarrow"},
     "demo": {"ray", "faiss"},
 }
 TREE = [p for p in ROOT.rglob("*.py") if not {".venv", "build", "dist"} & set(p.relative_to(ROOT).parts)]
@@ -99,7 +101,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    rooms = ("demo", "indexer", "query", "ray_jobs", "store")
+    rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "store")
     expected = {f"whence/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
     expected |= {"whence/__init__.py", "whence/cli.py", "whence/client.py", "whence/py.typed", "whence/demo/corpus.jsonl"}
     assert shipped == expected

@@ -1,0 +1,110 @@
+"""Controls: what would have been said without influence. A method that does not beat them has found topics, words or long texts.
+
+    random        independent normal numbers: where chance lies
+    norm          the row's length alone, the same for every query: are the big examples simply everywhere?
+    dot, cosine   of the plain (projected) gradients, from the same rows with their whitening undone: what curvature adds
+    tfidf, chars  cosine of TF-IDF vectors of words, and of character 3- to 5-grams
+    bm25          the search engine's classic (Robertson and Zaragoza, 2009)
+    hidden        cosine of the mean input of the output layer: the model's own embedding of a text or image
+    pixels        cosine of the vectors themselves
+
+All give a matrix [examples, queries]. Texts are what the model saw of them (cut to the longest example).
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+
+from ..client import Client
+from ..indexer.encoder import batches
+from ..indexer.tasks import Task
+from ..query.search import Metric, QueryRows, all_scores
+from ..store.documents import Example
+from ..store.errors import UsageError
+
+Scores = Float[np.ndarray, "examples queries"]
+
+
+def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) -> Float32[np.ndarray, "examples queries"]:
+    """The index's score of every example for every query."""
+    return np.concatenate([block.T for _, block in all_scores(client.index, queries, metric)])
+
+
+def gradient_controls(client: Client, queries: QueryRows) -> dict[str, Scores]:
+    """Controls from the rows: norm, dot, cosine."""
+    (segment,) = client.index.manifest.segments
+    norms = np.concatenate([client.index.dense(shard, segment).norms for shard in client.index.manifest.shards])
+    count = len(queries[segment.name])
+    return {
+        "norm": np.repeat(norms[:, None], count, axis=1),
+        "dot": score_matrix(client, queries, Metric(curvature=False)),
+        "cosine": score_matrix(client, queries, Metric("cosine", curvature=False)),
+    }
+
+
+def content_controls(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
+    """Controls from what the examples hold: random, and for texts tfidf, chars and bm25, for vectors pixels."""
+    controls = {"random": np.random.default_rng(0).standard_normal((len(train), len(queries)))}
+    if train[0].features is not None:
+        return controls | {
+            "pixels": _cosines(*(np.stack([e.features for e in part if e.features is not None]) for part in (train, queries)))
+        }
+    documents, asked = ([e.text for e in part] for part in (train, queries))
+    return controls | {
+        "tfidf": _tfidf(documents, asked),
+        "chars": _tfidf(documents, asked, analyzer="char", ngram_range=(3, 5)),
+        "bm25": _bm25(documents, asked),
+    }
+
+
+def hidden_control(task: Task, model: torch.nn.Module, train: Sequence[Example], queries: Sequence[Example], batch_tokens: int) -> Scores:
+    """Cosine of the mean, over an example's tokens, of what the output layer is given."""
+    return _cosines(*(_hidden_states(task, model, part, batch_tokens) for part in (train, queries)))
+
+
+def _hidden_states(
+    task: Task, model: torch.nn.Module, examples: Sequence[Example], batch_tokens: int
+) -> Float32[np.ndarray, "examples width"]:
+    found: dict[int, np.ndarray] = {}
+    seen: list[torch.Tensor] = []
+    handle = task.head(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        with torch.no_grad():
+            for chosen, batch in batches(task, examples, batch_tokens, next(model.parameters()).device):
+                seen.clear()
+                task.loss(model, batch)
+                states = seen[-1].reshape(*batch.valid.shape, -1).float() * batch.valid[..., None]
+                means = (states.sum(1) / batch.valid.sum(1, keepdim=True)).cpu().numpy()
+                found.update(zip(chosen, means, strict=True))
+    finally:
+        handle.remove()
+    return np.stack([found[i] for i in range(len(examples))])
+
+
+def _cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries size"]) -> Scores:
+    a, b = (v.astype(np.float64) / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (a, b))
+    return a @ b.T
+
+
+def _tfidf(documents: Sequence[str], asked: Sequence[str], **options: object) -> Scores:
+    vectorizer = _library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
+    return (vectorizer.fit_transform(documents) @ vectorizer.transform(asked).T).toarray()
+
+
+def _bm25(documents: Sequence[str], asked: Sequence[str]) -> Scores:
+    bm25s = _library("bm25s")
+    options: Mapping[str, object] = {"stopwords": None, "show_progress": False, "return_ids": False}
+    engine = bm25s.BM25()
+    engine.index(bm25s.tokenize(list(documents), **options), show_progress=False)
+    return np.stack([engine.get_scores(tokens) for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install 'whence[evaluate]'") from error

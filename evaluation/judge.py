@@ -1,0 +1,234 @@
+"""Judging an index, or anybody's scores, on a ground-truth pack: an ordinary build over the pack's examples, and the controls beside it."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..client import Client
+from ..indexer.models import ModelSource
+from ..indexer.tasks import find_task
+from ..query.search import Metric
+from ..ray_jobs.build import build
+from ..ray_jobs.config import BuildConfig
+from ..ray_jobs.progress import Reporter, Silent
+from ..store.documents import Example
+from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
+from .controls import Scores, content_controls, gradient_controls, hidden_control, score_matrix
+from .lds import Estimate, ceiling, estimate
+from .packs import Half, Pack, read_pack, write_documents_file
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an index or a matrix of scores is worth on a pack.
+
+    Attributes:
+        pack: its name.
+        estimate: the LDS with its interval.
+        bytes_per_example, encoder_bytes: of the index; None for scores from a file.
+        queries, subsets, seeds, examples: how many the figure rests on; `half` of the queries were asked.
+        ceiling: what the noise between seeds admits; None with one seed.
+        controls: name -> estimate on the same queries and subsets.
+        method: what was judged: the build's options that differ from the defaults, or the file.
+    """
+
+    pack: str
+    estimate: Estimate
+    bytes_per_example: float | None
+    encoder_bytes: int | None
+    queries: int
+    subsets: int
+    seeds: int
+    examples: int
+    half: Half
+    ceiling: float | None
+    controls: Mapping[str, Estimate]
+    method: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as `whence evaluate lds --json` prints it."""
+        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "controls")}
+        controls = {name: _plain(e) for name, e in self.controls.items()}
+        return {"pack": self.pack, **_plain(self.estimate), **found, "controls": controls, "protocol": self.protocol}
+
+    @property
+    def protocol(self) -> str:
+        """How the figure came about, in a sentence."""
+        which = {"all": "all", "even": "the even-numbered", "odd": "the odd-numbered"}[self.half]
+        return (
+            f"Spearman's correlation over {self.subsets} retrained subsets (mean of {self.seeds} seed{'s' if self.seeds > 1 else ''}) of "
+            f"{self.examples:,} examples, mean over {which} {self.queries} queries; 95 % intervals by bootstrap over subsets and queries"
+        )
+
+
+def judge_index(
+    directory: Path,
+    options: Mapping[str, Any],
+    *,
+    data: Path | None = None,
+    half: Half = "all",
+    mode: Any = "influence",
+    out: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Judgement:
+    """Build an index over a pack's training examples, score its queries, and judge both the scores and the controls.
+
+    Args:
+        directory: the pack.
+        options: of the build (`BuildConfig`), but for data and out; the pack says how its documents are encoded.
+        data: where an image pack's IDX files lie.
+        half: which queries are asked.
+        mode: "influence" or "cosine".
+        out: where the index is kept; by default it is thrown away.
+
+    Raises:
+        NotFoundError, IntegrityError: see `read_pack`.
+        IncompatibleError: the model or its tokenizer is not one that the pack's documents fit.
+    """
+    pack = read_pack(directory, data).half(half)
+    with tempfile.TemporaryDirectory(prefix="whence-") as scratch:
+        place = Path(scratch)
+        documents = place / "train.jsonl" if out is None else out.with_name(out.name + ".train.jsonl")
+        if not documents.exists():
+            write_documents_file(pack.train, documents)
+        given = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
+        config = BuildConfig(data=(str(documents),), out=str(out or place / "index.whence"), **given)
+        _refuse_other_end(pack, config)
+        build(config, reporter or Silent())
+        client = Client(config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
+        train = [client.index.example(row) for row in range(len(client.index))]
+        if [e.id for e in train] != [d.id for d in pack.train]:
+            raise IntegrityError(f"{directory}: its {len(pack.train)} documents became {len(train)} other examples; each must become one")
+        asked = client.encode(pack.queries)
+        queries = client.measure(asked)
+        scores = score_matrix(client, queries, Metric(mode))
+        controls = content_controls(train, asked) | gradient_controls(client, queries)
+        controls["hidden"] = hidden_control(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
+        summary = client.index.summary()
+        judged = _judge(pack, half, scores, controls)
+        defaults = BuildConfig(model="-", data=("x",), out="-")
+        ours = {"model", "data", "out", "task", "workers", "address", *pack.build}
+        method = {k: v for k, v in asdict(config).items() if k not in ours and v != asdict(defaults)[k]}
+        segment = summary["segments"][0]
+        return replace(
+            judged,
+            bytes_per_example=summary["bytes_per_example"],
+            encoder_bytes=summary["encoder_bytes"],
+            method={
+                "mode": mode,
+                "curvature": segment["curvature"],
+                "projection": segment["projection"],
+                "damping": segment["damping"],
+                **method,
+            },
+        )
+
+
+def judge_scores(
+    directory: Path, file: Path, *, model: str | None = None, data: Path | None = None, half: Half = "all", device: str = "auto"
+) -> Judgement:
+    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, beside the controls that need no index.
+
+    Args:
+        file: scores of all the pack's queries, positive for an example that lowers the query's loss.
+
+    Raises:
+        NotFoundError, IntegrityError: see `read_pack`; there is no such file.
+        UsageError: it holds something else, or a shape that does not fit the pack.
+    """
+    whole = read_pack(directory, data)
+    pack = whole.half(half)
+    scores = _read_scores(file)
+    if scores.ndim != 2 or scores.shape[1] != whole.losses.shape[2]:
+        raise UsageError(
+            f"{file} has the shape {scores.shape}; this pack needs {(len(whole.train), whole.losses.shape[2])} (examples, queries)"
+        )
+    kept = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[half]
+    task = find_task(pack.task)
+    source = ModelSource(model or str(pack.model), device=device)
+    encoder = task.encoder(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
+    train, asked = ([_example(e) for e in encoder.documents(documents)] for documents in (pack.train, pack.queries))
+    controls = content_controls(train, asked)
+    controls["hidden"] = hidden_control(task, task.load(source), train, asked, task.batch_tokens["cpu"])
+    return replace(_judge(pack, half, scores[:, kept], controls), method={"scores": str(file)})
+
+
+def _judge(pack: Pack, half: Half, scores: Scores, controls: Mapping[str, Scores]) -> Judgement:
+    subsets, seeds, queries = pack.losses.shape
+    return Judgement(
+        pack=pack.name,
+        estimate=estimate(scores, pack.masks, pack.losses),
+        bytes_per_example=None,
+        encoder_bytes=None,
+        queries=queries,
+        subsets=subsets,
+        seeds=seeds,
+        examples=len(pack.train),
+        half=half,
+        ceiling=ceiling(pack.losses),
+        controls={name: estimate(control, pack.masks, pack.losses) for name, control in controls.items()},
+        method={},
+    )
+
+
+def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
+    """The pack says which token ended its documents; the build appends the tokenizer's own."""
+    if pack.append_token is None:
+        return
+    from ..indexer.models import load_tokenizer
+
+    eos = load_tokenizer(ModelSource(config.model, config.revision, trust_remote_code=config.trust_remote_code)).eos_token_id
+    if eos != pack.append_token:
+        raise IncompatibleError(
+            f"the pack's documents end with token {pack.append_token}, this tokenizer's with {eos}; is --model the right one?"
+        )
+
+
+def _example(example: Example | DataError) -> Example:
+    if isinstance(example, DataError):
+        raise example
+    return example
+
+
+def _read_scores(file: Path) -> np.ndarray:
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            (name,) = loaded.files
+            return loaded[name]
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {file}") from error
+    except Exception as error:  # numpy's readers raise what they like
+        raise UsageError(f"{file} is not a matrix saved by numpy as .npy, or an .npz of one: {error}") from error
+
+
+def _plain(e: Estimate) -> dict[str, float]:
+    return {"lds": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4)}
+
+
+def show(judgement: Judgement) -> None:
+    """Print a judgement for people."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"LDS on {judgement.pack}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "LDS", "95 % interval", "bytes/example"):
+        table.add_column(name, justify="left" if not name else "right")
+    size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
+    rows = {"this index" if size else "these scores": (judgement.estimate, size)}
+    rows |= {f"control: {name}": (e, "") for name, e in judgement.controls.items()}
+    for name, (e, stored) in rows.items():
+        table.add_row(name, f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}", stored, style="bold" if name.startswith("th") else "")
+    if judgement.ceiling is not None:
+        table.add_row("ceiling (half of the seeds for the others)", f"{judgement.ceiling:.3f}", "", "")
+    console = Console()
+    console.print(table)
+    console.print(f"{judgement.protocol}.\n{json.dumps(judgement.method)}", style="dim", highlight=False)

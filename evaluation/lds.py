@@ -1,0 +1,104 @@
+"""The linear datamodeling score: do summed scores rank subsets as retraining on them does?
+
+For a query q and subsets A_1..A_S of the training examples, each retrained on:
+
+    LDS(q) = Spearman over s of ( -sum_{i in A_s} score(i, q),  mean over seeds of loss_q(model trained on A_s) )
+
+(Park et al., TRAK, arXiv 2303.14186, eq. 5), averaged over queries. 1 is a perfect ranking, 0 says nothing. Retraining is noisy, so a
+figure comes with an interval, by bootstrap over subsets and queries at once, and with the ceiling that the noise between seeds puts on
+any method.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64
+
+from ..store.errors import UsageError
+
+_RESAMPLES = 400
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval (`low` to `high`)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def lds(
+    scores: Float[np.ndarray, "examples queries"],
+    masks: Bool[np.ndarray, "subsets examples"],
+    losses: Float[np.ndarray, "subsets seeds queries"],
+) -> Float64[np.ndarray, " queries"]:
+    """Each query's LDS; NaN where its losses are the same on every subset, 0 where the scores are.
+
+    Args:
+        scores: positive for an example that lowers the query's loss.
+        masks: which examples each subset holds.
+        losses: of the queries (nats) under the models trained on the subsets.
+
+    Raises:
+        UsageError: the shapes do not fit, or a score is not finite.
+    """
+    examples = masks.shape[1]
+    if scores.shape != (examples, losses.shape[2]):
+        raise UsageError(f"the scores have shape {scores.shape}; this pack needs {(examples, losses.shape[2])} (examples, queries)")
+    if not np.isfinite(scores).all():
+        row, query = np.argwhere(~np.isfinite(scores))[0]
+        raise UsageError(f"the score of example {row} for query {query} is not a finite number")
+    return _correlations(-(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64))
+
+
+def estimate(
+    scores: Float[np.ndarray, "examples queries"],
+    masks: Bool[np.ndarray, "subsets examples"],
+    losses: Float[np.ndarray, "subsets seeds queries"],
+    seed: int = 0,
+) -> Estimate:
+    """The mean LDS over queries, with its interval by bootstrap over subsets and queries."""
+    value = float(np.nanmean(lds(scores, masks, losses)))
+    predicted, actual = -(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64)
+
+    def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
+        at = np.ix_(subsets, queries)
+        return float(np.nanmean(_correlations(predicted[at], actual[at])))
+
+    return Estimate(value, *interval(drawn, actual.shape, seed))
+
+
+def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
+    """How well one half of the seeds ranks the subsets for the other, averaged over all such splits; None with one seed."""
+    seeds = losses.shape[1]
+    if seeds < 2:
+        return None
+    found = []
+    for half in combinations(range(seeds), seeds // 2):
+        rest = [s for s in range(seeds) if s not in half]
+        ours, others = losses[:, list(half)].mean(axis=1, dtype=np.float64), losses[:, rest].mean(axis=1, dtype=np.float64)
+        found.append(float(np.nanmean(_correlations(ours, others))))
+    return float(np.mean(found))
+
+
+def interval(statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[int, int], seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of `statistic(rows, columns)` when the rows and columns of a table are drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    draws = [statistic(*(generator.integers(n, size=n) for n in shape)) for _ in range(_RESAMPLES)]
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.nanquantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _correlations(a: Float64[np.ndarray, "subsets queries"], b: Float64[np.ndarray, "subsets queries"]) -> Float64[np.ndarray, " queries"]:
+    """Spearman's correlation of each column; NaN where b is constant, 0 where only a is."""
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))
+    spread = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+    correlations = np.divide((a * b).sum(axis=0), spread, out=np.zeros(a.shape[1]), where=spread > 0)
+    return np.where((b * b).sum(axis=0) > 0, correlations, np.nan)

@@ -1,0 +1,233 @@
+"""Ground-truth packs: what retraining on subsets of a training set did to the losses of some queries.
+
+A pack is a directory (docs/evaluation.md specifies it): `meta.json`, `ground_truth.npz` with the subsets and the losses, the training
+examples and queries (JSON lines; or rows of MNIST's IDX files, which lie elsewhere), and the model trained on all examples. Nothing in it
+is believed before it is checked: a pack that contradicts itself would otherwise give a figure all the same.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from ..store.corpus import Document, Fields, read_corpus
+from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
+
+Half = Literal["all", "even", "odd"]
+_IMAGES = {
+    "images": ("t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"),
+    "labels": ("t10k-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"),
+}
+_PIXEL_MEAN, _PIXEL_DEVIATION = 0.1307, 0.3081
+_EPOCH = re.compile(r"model-epoch(\d+)")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack that was read and checked.
+
+    Attributes:
+        name: of its directory.
+        task: "causal-lm" or "mlp".
+        model: the model to index: a directory, or a safetensors file.
+        masks: which training examples each subset holds.
+        losses: the queries' losses (nats) under the models trained on the subsets.
+        train, queries: the documents, in the masks' and the losses' order.
+        build: options that the pack dictates to a build: how its documents were encoded in training.
+    """
+
+    name: str
+    task: str
+    model: Path
+    masks: Bool[np.ndarray, "subsets examples"]
+    losses: Float32[np.ndarray, "subsets seeds queries"]
+    train: tuple[Document, ...]
+    queries: tuple[Document, ...]
+    build: dict[str, Any]
+    append_token: int | None
+
+    def half(self, which: Half) -> "Pack":
+        """The pack with all queries, or those of even or odd number: choose on one half, report on the other."""
+        if which == "all":
+            return self
+        part = slice(0 if which == "even" else 1, None, 2)
+        return Pack(**{**self.__dict__, "losses": self.losses[:, :, part], "queries": self.queries[part]})
+
+
+def read_pack(directory: Path, data: Path | None = None) -> Pack:
+    """Read and check a pack.
+
+    Args:
+        directory: the pack.
+        data: where an image pack's IDX files lie; by default in the pack, or in `../../data` from there.
+
+    Raises:
+        NotFoundError: no such pack, or a file that it names is missing.
+        IntegrityError: its parts do not fit one another, or hold numbers that cannot be.
+    """
+    meta = _meta(directory)
+    truth = _truth(directory)
+    masks, losses = _checked(directory, truth, meta)
+    if "arch" in meta:
+        pixels, labels = _idx_files(directory, data)
+        train, queries = (_images(directory, pixels, labels, truth, name) for name in ("train_rows", "test_rows"))
+        task, build, append = "mlp", {}, None
+        model = directory / "model-0.safetensors"
+    else:
+        train, queries = (_documents(directory, meta, kind) for kind in ("train", "query"))
+        encoding = meta.get("encoding", {})
+        append = encoding.get("append_token")
+        task = "causal-lm"
+        build = {"long": "truncate", "max_tokens": encoding.get("max_tokens"), "append_eos": append is not None}
+        model = _newest(directory)
+    if not model.exists():
+        raise NotFoundError(f"{model} is missing from the pack; restore it, or name a model with --model")
+    examples = truth.get("examples", np.array(len(train)))
+    unpacked = np.unpackbits(masks, axis=1)
+    wasted = unpacked[:, len(train) :]
+    if int(examples) != len(train) or masks.shape[1] != -(-len(train) // 8) or wasted.any():
+        raise IntegrityError(
+            f"{directory}: the masks are not of {len(train)} training examples, which is how many there are; make the pack again"
+        )
+    chosen = unpacked[:, : len(train)].astype(bool)
+    if losses.shape[2] != len(queries):
+        raise IntegrityError(f"{directory}: there are losses of {losses.shape[2]} queries, but {len(queries)} queries; make the pack again")
+    empty = ~chosen.any(axis=1) | chosen.all(axis=1)
+    if empty.any() or len(np.unique(chosen, axis=0)) < 2:
+        raise IntegrityError(
+            f"{directory}: subset {int(empty.argmax())} holds none or all of the examples, or all subsets are the same; make the pack again"
+        )
+    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, append)
+
+
+def _meta(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise NotFoundError(f"there is no pack at {directory} (a directory with meta.json and ground_truth.npz)")
+    try:
+        meta = json.loads((directory / "meta.json").read_bytes())
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{directory} is no pack: it has no meta.json") from error
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{directory}/meta.json cannot be read ({error}); restore it or make the pack again") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("encoding", {}), dict):
+        raise IntegrityError(f"{directory}/meta.json does not describe a pack; restore it or make the pack again")
+    return meta
+
+
+def _truth(directory: Path) -> dict[str, np.ndarray]:
+    path = directory / "ground_truth.npz"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays}
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{directory} is no pack, or not a finished one: it has no ground_truth.npz") from error
+    except Exception as error:  # zip, zlib and header parsing raise what they like
+        raise IntegrityError(f"{path} cannot be read ({error}); restore it or make the pack again") from error
+
+
+def _checked(directory: Path, truth: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    for name in ("masks", "losses", *(("train_rows", "test_rows") if "arch" in meta else ())):
+        if name not in truth:
+            raise IntegrityError(f"{directory}/ground_truth.npz has no {name}; restore it or make the pack again")
+    masks, losses = truth["masks"], truth["losses"]
+    if masks.dtype != np.uint8 or masks.ndim != 2 or losses.ndim != 3 or not np.issubdtype(losses.dtype, np.floating):
+        raise IntegrityError(
+            f"{directory}: masks must be bit-packed bytes [subsets, examples / 8] and losses numbers [subsets, seeds, queries]; they are "
+            f"{masks.dtype} {list(masks.shape)} and {losses.dtype} {list(losses.shape)}"
+        )
+    if len(masks) != len(losses):
+        raise IntegrityError(f"{directory}: there are masks of {len(masks)} subsets, but losses of {len(losses)}; make the pack again")
+    if len(losses) < 2 or 0 in losses.shape:
+        raise IntegrityError(
+            f"{directory}: losses of shape {list(losses.shape)} rank nothing; a pack needs two subsets and a query at least"
+        )
+    if not np.isfinite(losses).all():
+        subset, seed, query = np.argwhere(~np.isfinite(losses))[0]
+        raise IntegrityError(f"{directory}: the loss of query {query} on subset {subset}, seed {seed}, is not a finite number")
+    if (losses.mean(axis=1).std(axis=0) == 0).all():
+        raise IntegrityError(
+            f"{directory}: every query's loss is the same on all subsets, so there is nothing to rank; were they measured?"
+        )
+    return masks, losses
+
+
+def _documents(directory: Path, meta: dict[str, Any], kind: str) -> tuple[Document, ...]:
+    path = directory / str(meta.get(f"{kind}_file", f"{kind}.jsonl"))
+    if not path.is_file():
+        raise NotFoundError(f"{path}, which the pack's documents should be in, is missing; restore it")
+    documents = []
+    for document in read_corpus([str(path)], Fields()):
+        if isinstance(document, DataError):
+            raise document
+        documents.append(document)
+    return tuple(documents)
+
+
+def _newest(directory: Path) -> Path:
+    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _EPOCH.fullmatch(p.name)) and p.is_dir()]
+    return max(found)[1] if found else directory / "model-epoch1"
+
+
+def _idx_files(directory: Path, data: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    places = [data] if data else [directory, directory.resolve().parents[1] / "data"]
+    found = {}
+    for kind, names in _IMAGES.items():
+        paths = [place / name for place in places for name in names if (place / name).is_file()]
+        if not paths:
+            raise NotFoundError(
+                f"there is no {names[0]} in {' or '.join(map(str, places))}; name the directory of the IDX files with --data"
+            )
+        found[kind] = _idx(paths[0])
+    images, labels = found["images"], found["labels"]
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise IntegrityError(f"the IDX files hold arrays of shapes {images.shape} and {labels.shape}, not images and their labels")
+    return images, labels
+
+
+def _idx(path: Path) -> np.ndarray:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dimensions = raw[3]
+        shape = np.frombuffer(raw, ">i4", dimensions, 4)
+        if raw[:3] != b"\0\0\x08" or not 1 <= dimensions <= 3:
+            raise ValueError("its first bytes are not those of bytes in IDX format")
+        return np.frombuffer(raw, np.uint8, int(shape.prod()), 4 + 4 * dimensions).reshape(shape)
+    except (OSError, ValueError, IndexError, EOFError) as error:
+        raise IntegrityError(f"{path} is not a whole IDX file ({error}); fetch it again") from error
+
+
+def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict[str, np.ndarray], name: str) -> tuple[Document, ...]:
+    rows = truth[name]
+    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or len(rows) == 0 or rows.min() < 0 or rows.max() >= len(images):
+        raise IntegrityError(f"{directory}: {name} names images outside the {len(images)} that there are; is --data the right one?")
+    scaled = ((images[rows].reshape(len(rows), -1) / 255.0 - _PIXEL_MEAN) / _PIXEL_DEVIATION).astype(np.float32)
+    return tuple(
+        Document(id=f"{name}-{i}", source="mnist", where=f"image {row}", features=scaled[i], label=int(labels[row]))
+        for i, row in enumerate(rows)
+    )
+
+
+def write_documents_file(documents: Sequence[Document], path: Path) -> None:
+    """Documents as JSON lines that an ordinary build reads, in whatever form they are."""
+
+    def lines() -> Iterator[str]:
+        for d in documents:
+            if d.features is not None:
+                content: dict[str, Any] = {"features": d.features.tolist(), "label": d.label}
+            elif d.completion is not None:
+                content = {"prompt": d.prompt, "completion": d.completion}
+            else:
+                content = {"messages": d.messages} if d.messages is not None else {"text": d.text}
+            yield json.dumps({"id": d.id, "source": d.source, **content, **d.metadata}, ensure_ascii=False, default=str) + "\n"
+
+    if not documents:
+        raise UsageError("there are no documents to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines())
