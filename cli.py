@@ -16,6 +16,7 @@ import click
 from .store.errors import UsageError, WhenceError
 
 if TYPE_CHECKING:
+    from .evaluation.checks import Report
     from .query.answers import Question
 
 
@@ -386,6 +387,103 @@ def lds(
         click.echo(json.dumps(judgement.to_dict()))
     else:
         show(judgement)
+
+
+@evaluate.command()
+@click.argument("index")
+@click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
+@click.option("-k", type=int, default=10, show_default=True, help="Proponents of each question, and as many random examples.")
+@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
+@click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
+@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_json_option
+def tailpatch(index: str, file: str, model: str | None, device: str, as_json: bool, **options: Any) -> None:
+    """Take one optimizer step on each of the top proponents: does the question's loss fall?
+
+    \b
+      whence evaluate tailpatch my.whence --file questions.jsonl
+    """
+    _quiet_libraries()
+    from .client import Client
+    from .evaluation.checks import tailpatch as run
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        report = run(Client(index, model=model, device=device), list(_read_questions(file)), reporter=reporter, **options)
+    _show_report(report, as_json)
+
+
+@evaluate.command()
+@click.argument("index")
+@click.option("--train", required=True, help="Your training function, module:function (as for whence pack).")
+@click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
+@click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
+@click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
+@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
+@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@_json_option
+def brittleness(index: str, train: str, file: str, as_json: bool, **options: Any) -> None:
+    """Train again without the top proponents: does the question's loss rise more than without random examples?
+
+    \b
+      whence evaluate brittleness my.whence --train mytraining:train --file questions.jsonl -k 50 --workers 4
+    """
+    _quiet_libraries()
+    from .evaluation.checks import brittleness as run
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        report = run(index, list(_read_questions(file)), train, reporter=reporter, **options)
+    _show_report(report, as_json)
+
+
+@evaluate.command()
+@click.argument("index")
+@click.option("--column", required=True, help="Metadata column that is true where an example's label is known to be wrong.")
+@_json_option
+def labels(index: str, column: str, as_json: bool) -> None:
+    """Does self-influence find the examples whose labels are wrong?
+
+    \b
+      whence evaluate labels my.whence --column corrupted
+    """
+    from .evaluation.checks import labels as run
+
+    _show_report(run(index, column), as_json)
+
+
+@evaluate.command()
+@click.argument("index")
+@click.argument("reference")
+@click.option("--file", help="Questions, as for query.  [default: a sample of the index's rows]")
+@click.option("-k", type=int, default=10, show_default=True, help="How many of the best must be found again.")
+@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@_json_option
+def recall(index: str, reference: str, file: str | None, as_json: bool, **options: Any) -> None:
+    """How much of a float32 index's answers does a compressed index of the same corpus give?
+
+    \b
+      whence evaluate recall int8.whence float32.whence
+    """
+    _quiet_libraries()
+    from .evaluation.checks import recall as run
+
+    _show_report(run(index, reference, list(_read_questions(file)) if file else None, **options), as_json)
+
+
+def _show_report(report: "Report", as_json: bool) -> None:
+    from .evaluation.checks import show
+
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        show(report)
 
 
 @main.command()

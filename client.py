@@ -117,8 +117,16 @@ class Client:
             else:
                 worded.append(i)
         if worded:
-            result[worded] = self.measure([self._example(questions[i]) for i in worded])[segment.name]
+            result[worded] = self.measure(self.examples([questions[i] for i in worded]))[segment.name]
         return {segment.name: result}
+
+    def examples(self, questions: Sequence[Question]) -> list[Example]:
+        """Questions as examples: encoded, or the index's own where a row is asked.
+
+        Raises:
+            UsageError: a text is empty or longer than the model's context; words are asked of vectors.
+        """
+        return [self._example(q) if q.row is None else self.index.example(q.row) for q in questions]
 
     def encode(self, documents: Iterable[Document]) -> list[Example]:
         """Documents as the build encodes them: cut to its longest example, ended, one or more examples of each.
@@ -194,12 +202,17 @@ class Client:
         plan = EncoderPlan(segment.layers, segment.projection, segment.curvature, _QUESTION_BATCH_TOKENS)
         return Encoder(self.task, model, plan, self.index.arrays)
 
+    @property
+    def model_id(self) -> str:
+        """Directory or hub id of the model that questions are asked of."""
+        return self._model or self.index.manifest.model.id
+
     def _source(self) -> "ModelSource":
         from .indexer.models import ModelSource
 
         recorded = self.index.manifest.model
         return ModelSource(
-            self._model or recorded.id,
+            self.model_id,
             None if self._model else recorded.revision,
             recorded.dtype,
             self._device,

@@ -2,7 +2,7 @@
 
     random        independent normal numbers: where chance lies
     norm          the row's length alone, the same for every query: are the big examples simply everywhere?
-    dot, cosine   of the plain (projected) gradients, from the same rows with their whitening undone: what curvature adds
+    dot, cosine   of the plain gradients of the same layers, hardly projected: what curvature adds
     tfidf, chars  cosine of TF-IDF vectors of words, and of character 3- to 5-grams
     bm25          the search engine's classic (Robertson and Zaragoza, 2009)
     hidden        cosine of the mean input of the output layer: the model's own embedding of a text or image
@@ -13,6 +13,7 @@ All give a matrix [examples, queries]. Texts are what the model saw of them (cut
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,17 @@ import torch
 from jaxtyping import Float, Float32
 
 from ..client import Client
-from ..indexer.encoder import batches
+from ..indexer.encoder import Encoder, batches
+from ..indexer.models import plan_layers
 from ..indexer.tasks import Task
 from ..query.search import Metric, QueryRows, all_scores
 from ..store.documents import Example
 from ..store.errors import UsageError
 
 Scores = Float[np.ndarray, "examples queries"]
+_RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
+_QUERY_BYTES = 1 << 30
+_BLOCK = 32
 
 
 def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) -> Float32[np.ndarray, "examples queries"]:
@@ -34,16 +39,29 @@ def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) 
     return np.concatenate([block.T for _, block in all_scores(client.index, queries, metric)])
 
 
-def gradient_controls(client: Client, queries: QueryRows) -> dict[str, Scores]:
-    """Controls from the rows: norm, dot, cosine."""
+def gradient_controls(client: Client, train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
+    """Norm, from the rows; dot and cosine, from plain gradients of the same layers, in the widest projection in which those of
+    all queries fit into a gibibyte (none at all for a small model).
+    """
     (segment,) = client.index.manifest.segments
     norms = np.concatenate([client.index.dense(shard, segment).norms for shard in client.index.manifest.shards])
-    count = len(queries[segment.name])
-    return {
-        "norm": np.repeat(norms[:, None], count, axis=1),
-        "dot": score_matrix(client, queries, Metric(curvature=False)),
-        "cosine": score_matrix(client, queries, Metric("cosine", curvature=False)),
-    }
+    encoder = client.encoder
+    asked = np.zeros((0, 0), np.float32)
+    for rank in _RANKS:
+        layers = plan_layers(client.task, encoder.model, [layer.name for layer in segment.layers], rank, "identity", 0, explicit=True)
+        plain = Encoder(client.task, encoder.model, replace(encoder.plan, layers=layers), {})
+        if len(queries) * plain.plan.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
+            asked = plain.rows(queries, questions=True).astype(np.float32)
+            break
+    products, lengths = [], []
+    for first in range(0, len(train), _BLOCK):
+        rows = plain.rows(train[first : first + _BLOCK])
+        products.append(rows @ asked.T)
+        lengths.append(np.linalg.norm(rows, axis=1))
+    dot = np.concatenate(products).astype(np.float64)
+    spread = np.concatenate(lengths)[:, None] * np.linalg.norm(asked, axis=1)
+    cosine = np.divide(dot, spread, out=np.zeros_like(dot), where=spread > 0)
+    return {"norm": np.repeat(norms[:, None], len(queries), axis=1), "dot": dot, "cosine": cosine}
 
 
 def content_controls(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
@@ -100,7 +118,8 @@ def _bm25(documents: Sequence[str], asked: Sequence[str]) -> Scores:
     options: Mapping[str, object] = {"stopwords": None, "show_progress": False, "return_ids": False}
     engine = bm25s.BM25()
     engine.index(bm25s.tokenize(list(documents), **options), show_progress=False)
-    return np.stack([engine.get_scores(tokens) for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
+    nothing = np.zeros(len(documents))  # of a query without a word
+    return np.stack([engine.get_scores(tokens) if tokens else nothing for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
 
 
 def _library(name: str) -> Any:

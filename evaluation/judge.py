@@ -107,7 +107,7 @@ def judge_index(
         asked = client.encode(pack.queries)
         queries = client.measure(asked)
         scores = score_matrix(client, queries, Metric(mode))
-        controls = content_controls(train, asked) | gradient_controls(client, queries)
+        controls = content_controls(train, asked) | gradient_controls(client, train, asked)
         controls["hidden"] = hidden_control(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
         summary = client.index.summary()
         judged = _judge(pack, half, scores, controls)

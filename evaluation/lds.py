@@ -52,7 +52,7 @@ def lds(
     if not np.isfinite(scores).all():
         row, query = np.argwhere(~np.isfinite(scores))[0]
         raise UsageError(f"the score of example {row} for query {query} is not a finite number")
-    return _correlations(-(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64))
+    return columns_correlation(-(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64))
 
 
 def estimate(
@@ -62,12 +62,12 @@ def estimate(
     seed: int = 0,
 ) -> Estimate:
     """The mean LDS over queries, with its interval by bootstrap over subsets and queries."""
-    value = float(np.nanmean(lds(scores, masks, losses)))
+    value = _mean(lds(scores, masks, losses))
     predicted, actual = -(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64)
 
     def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
         at = np.ix_(subsets, queries)
-        return float(np.nanmean(_correlations(predicted[at], actual[at])))
+        return _mean(columns_correlation(predicted[at], actual[at]))
 
     return Estimate(value, *interval(drawn, actual.shape, seed))
 
@@ -81,7 +81,7 @@ def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
     for half in combinations(range(seeds), seeds // 2):
         rest = [s for s in range(seeds) if s not in half]
         ours, others = losses[:, list(half)].mean(axis=1, dtype=np.float64), losses[:, rest].mean(axis=1, dtype=np.float64)
-        found.append(float(np.nanmean(_correlations(ours, others))))
+        found.append(_mean(columns_correlation(ours, others)))
     return float(np.mean(found))
 
 
@@ -94,8 +94,15 @@ def interval(statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[
     return float(low), float(high)
 
 
-def _correlations(a: Float64[np.ndarray, "subsets queries"], b: Float64[np.ndarray, "subsets queries"]) -> Float64[np.ndarray, " queries"]:
-    """Spearman's correlation of each column; NaN where b is constant, 0 where only a is."""
+def _mean(values: Float64[np.ndarray, " n"]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def columns_correlation(
+    a: Float64[np.ndarray, "subsets queries"], b: Float64[np.ndarray, "subsets queries"]
+) -> Float64[np.ndarray, " queries"]:
+    """Spearman's correlation of each column (ties at their mean rank); NaN where b is constant, 0 where only a is."""
     from scipy.stats import rankdata
 
     a, b = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))

@@ -1,7 +1,7 @@
 """Making ground truth: the user's own training function, run on random subsets, and what it does to the losses of some queries.
 
-A training function is `train(examples, model, seed) -> nn.Module`: it gets the examples that it may train on (token ids, loss mask, text; in
-the corpus' order), the directory or hub id given with --model, and a seed for whatever it draws. It is named as `module:function` and
+A training function is `train(examples, model, seed) -> nn.Module`: it gets the examples that it may train on (token ids, loss mask, text;
+in the corpus' order), the directory or hub id given with --model, and a seed for whatever it draws. It is named as `module:function` and
 imported in every worker.
 
 `whence pack` retrains on many subsets, as a job of many short tasks: each (subset, seed) publishes its losses as one file that is never

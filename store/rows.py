@@ -93,7 +93,7 @@ def write_shard(directory: Path, segments: Mapping[str, tuple[Float[np.ndarray, 
             for key, array in quantise(rows, dtype).items():
                 shape, codecs = array.shape, (BytesCodec(), Crc32cCodec())
                 if key == "codes":
-                    inner = (chunk_rows(shape[1], dtype), shape[1])
+                    inner = (min(chunk_rows(shape[1], dtype), shape[0]), shape[1])  # a small shard is not padded
                     chunks = (math.ceil(shape[0] / inner[0]) * inner[0], shape[1])
                     layout: dict[str, Any] = {
                         "chunks": chunks,

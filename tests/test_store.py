@@ -51,18 +51,21 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
 
 
 def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
-    rows = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32)
+    rows = np.tile(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32), (1366, 1))
     write_shard(tmp_path / "a.zarr", {"blocks": (rows, "float32")}, {"format": 1})
     assert chunk_rows(2, "float32") == 4096
     raw = (tmp_path / "a.zarr/blocks/codes/c/0/0").read_bytes()
-    inner = np.zeros((4096, 2), "<f4")
-    inner[:3] = [[0.6, 0.8], [0, 0], [0, -1]]
-    body = inner.tobytes()
-    assert raw[: len(body)] == body
-    assert raw[len(body) : len(body) + 4] == google_crc32c.value(body).to_bytes(4, "little")
-    index = np.array([[0, len(body) + 4]], "<u8").tobytes()
-    assert raw[len(body) + 4 :] == index + google_crc32c.value(index).to_bytes(4, "little")
-    norms = np.array([5, 0, 2], "<f4").tobytes()
+    inner = np.zeros((8192, 2), "<f4")
+    inner[:4098] = np.tile(np.array([[0.6, 0.8], [0, 0], [0, -1]], "<f4"), (1366, 1))
+    bodies = [inner[:4096].tobytes(), inner[4096:].tobytes()]
+    stride = len(bodies[0]) + 4
+    for i, body in enumerate(bodies):
+        assert raw[i * stride : (i + 1) * stride] == body + google_crc32c.value(body).to_bytes(4, "little")
+    index = np.array([[0, stride], [stride, stride]], "<u8").tobytes()
+    assert raw[2 * stride :] == index + google_crc32c.value(index).to_bytes(4, "little")
+    write_shard(tmp_path / "b.zarr", {"blocks": (rows[:3], "float32")}, {"format": 1})
+    assert (tmp_path / "b.zarr/blocks/codes/c/0/0").stat().st_size == 3 * 8 + 4 + 16 + 4  # a small shard is not padded
+    norms = np.array([5, 0, 2] * 1366, "<f4").tobytes()
     assert (tmp_path / "a.zarr/blocks/norms/c/0").read_bytes() == norms + google_crc32c.value(norms).to_bytes(4, "little")
 
 

@@ -1,0 +1,155 @@
+"""Tasks of one's own: convolutions and a measurement of their own against autograd, perceptrons, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import training
+from click.testing import CliRunner
+from helpers import write_jsonl
+from safetensors.torch import save_file
+from whence import Client
+from whence.cli import main
+from whence.store.corpus import read_corpus
+from whence.store.errors import UsageError
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def vectors(count, size, classes, seed=0):
+    generator = np.random.default_rng(seed)
+    return [
+        {"id": f"v{i}", "features": generator.standard_normal(size).round(3).tolist(), "label": int(generator.integers(classes)), "year": i}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Weights and data of the task in training.py."""
+    torch.manual_seed(0)
+    parts = {"1.weight": (3, 1, 3, 3), "1.bias": (3,), "3.weight": (4, 3, 2, 3), "5.weight": (3, 8), "5.bias": (3,)}
+    save_file({name: torch.randn(*shape) for name, shape in parts.items()}, tmp_path / "cnn.safetensors")
+    return tmp_path / "cnn.safetensors", write_jsonl(tmp_path / "p.jsonl", vectors(20, 36, 3))
+
+
+def autograd(model, objective, record):
+    inputs, targets = torch.tensor([record["features"]], dtype=torch.float32), torch.tensor([[record["label"]]])
+    batch = training.Batch(("x",), inputs, targets, torch.ones_like(targets, dtype=torch.bool))
+    weights = [model[i].weight for i in (1, 3, 5)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    gradients = torch.autograd.grad(objective(model, batch).sum(), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return torch.cat([g.flatten() for g in gradients]).numpy()
+
+
+def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp_path):
+    model_file, data = pictures
+    task = "training:Pictures"
+    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p.whence", "--task", task, "--rank", "1000"]
+    result = run("build", *options, "--curvature", "fisher", "--batch-tokens", "7", "--damping", "0.3")
+    assert result.exit_code == 0, result.output
+    client = Client(tmp_path / "p.whence", task=task)
+    model, records = client.encoder.model, vectors(20, 36, 3)
+    rows = np.stack([autograd(model, client.task.loss, r) for r in records])
+    asked = np.stack([autograd(model, client.task.measurement, r) for r in records[:4]])
+    expected = 0
+    for layer in client.index.segment("blocks").layers:
+        block = slice(layer.offset, layer.offset + layer.size)
+        H = rows[:, block].T @ rows[:, block] / len(rows)
+        expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
+    questions = client.measure(client.encode(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
+    stored = np.stack([client.index.row(i, client.index.segment("blocks")) for i in range(20)])
+    np.testing.assert_allclose(questions @ stored.T, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
+
+
+def training_fields():
+    from whence.store.corpus import Fields
+
+    return Fields(form="vector")
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
+def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvature):
+    model_file, data = pictures
+    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p", "--task", "training:Pictures", "--rank", "4"]
+    assert run("build", *options, "--curvature", curvature, "--projection", "pca").exit_code == 0
+    index = Client(tmp_path / "p").index
+    rows = np.stack([index.row(i, index.segment("blocks")) for i in range(20)])
+    assert np.isfinite(rows).all()
+    assert (np.linalg.norm(rows, axis=1) > 0).all()
+
+
+def test_an_index_names_no_code_to_run(pictures, tmp_path):
+    model_file, data = pictures
+    assert run("build", "--model", model_file, "--data", data, "--out", tmp_path / "p", "--task", "training:Pictures").exit_code == 0
+    assert run("query", tmp_path / "p", "--row", "1").exit_code == 0  # needs no task
+    refused = run("query", tmp_path / "p", "--text", "w1 w2")
+    assert (refused.exit_code, "runs only when you name it" in refused.stderr) == (2, True)
+    with pytest.raises(UsageError, match="only when you name it"):
+        _ = Client(tmp_path / "p", task="training:NotATask").encoder
+
+
+@pytest.fixture
+def perceptron(tmp_path):
+    """A perceptron file and a command to index vectors with it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    save_file(model.state_dict(), tmp_path / "mlp.safetensors")
+
+    def build(records, model="mlp.safetensors", task="mlp"):
+        data = write_jsonl(tmp_path / "v.jsonl", records)
+        return run("build", "--model", tmp_path / model, "--data", data, "--out", tmp_path / "v.whence", "--task", task)
+
+    return build
+
+
+def test_perceptrons_and_their_documents_are_checked(perceptron, tmp_path):
+    good = vectors(6, 5, 3)
+    cases = {
+        "a label that the model lacks": ([good[0] | {"label": 3}], "has the label 3, the model knows 0 to 2"),
+        "a label that is no class": ([good[0] | {"label": "cat"}], "is 'cat', not a class"),
+        "a vector of another size": ([good[0] | {"features": [1.0, 2.0]}], "does not take vectors of 2 numbers"),
+        "vectors of two sizes": ([good[0], good[1] | {"features": [1.0]}], "vectors of 1 and 5 numbers"),
+        "no number": ([good[0] | {"features": [1.0, "x", 2, 3, 4]}], "not a list of numbers"),
+        "an infinite number": ([good[0] | {"features": [1.0, float("inf"), 2, 3, 4]}], "finite numbers"),
+        "a text": ([{"id": "t", "text": "w1 w2"}], "there is no field 'features'"),
+    }
+    for name, (records, message) in cases.items():
+        result = perceptron(records)
+        assert result.exit_code == 1, name
+        assert message in result.stderr, name
+    assert perceptron(good).exit_code == 0
+    info = json.loads(run("info", tmp_path / "v.whence", "--json").stdout)
+    assert (info["rows"], info["segments"][0]["parameters"]) == (6, 5 * 4 + 4 * 3)
+    assert run("verify", tmp_path / "v.whence").exit_code == 0
+
+
+def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file(
+        {"0.weight": torch.zeros(4, 5), "0.bias": torch.zeros(4), "2.weight": torch.zeros(3, 7), "2.bias": torch.zeros(3)}, tmp_path / "gap"
+    )
+    (tmp_path / "text").write_text("not safetensors")
+    cases = {
+        "other.safetensors": "not the layers 0, 2, 4",
+        "gap": "do not follow one another",
+        "text": "not a safetensors file",
+        "no": "no file",
+    }
+    for model, message in cases.items():
+        result = perceptron(vectors(3, 5, 3), model)
+        assert (result.exit_code, message in result.stderr) == (3, True), result.output
+    for task, message, code in (
+        ("mlpp", "module:name", 2),
+        ("training:NotATask", "not a subclass", 2),
+        ("training:No", "cannot be imported", 3),
+    ):
+        result = perceptron(vectors(3, 5, 3), task=task)
+        assert (result.exit_code, message in result.stderr) == (code, True), result.output

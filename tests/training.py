@@ -1,0 +1,78 @@
+"""Training functions and a task as a user would write them; importable by name."""
+
+import torch
+from whence.indexer.tasks import Batch, VectorTask
+
+
+def _fit(model, examples, seed):
+    from whence.indexer.tasks import CausalLM
+
+    torch.manual_seed(seed)
+    task, optimizer = CausalLM(), torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(6):
+        for first in range(0, len(examples), 8):
+            batch = task.collate(examples[first : first + 8], torch.device("cpu"))
+            optimizer.zero_grad()
+            (task.loss(model, batch).sum() / (batch.targets >= 0).sum()).backward()
+            optimizer.step()
+    return model
+
+
+def train(examples, model, seed):
+    """Some epochs from the model in the directory `model`."""
+    from transformers import AutoModelForCausalLM
+
+    return _fit(AutoModelForCausalLM.from_pretrained(model), examples, seed)
+
+
+def train_from_scratch(examples, model, seed):
+    """Some epochs from fresh weights of the same shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return _fit(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)), examples, seed)
+
+
+def diverge(examples, model, seed):
+    """A training that ends in nothing."""
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        next(trained.parameters()).fill_(float("nan"))
+    return trained
+
+
+def forget(examples, model, seed):
+    """A training function whose author forgot to return the model."""
+
+
+class Pictures(VectorTask):
+    """A small convolutional classifier of 1 x 6 x 6 pictures; a question's measurement is the loss against the best other class."""
+
+    def load(self, source):
+        from safetensors.torch import load_file
+
+        model = torch.nn.Sequential(
+            torch.nn.Unflatten(1, (1, 6, 6)),
+            torch.nn.Conv2d(1, 3, 3, padding=1, stride=2),
+            torch.nn.ReLU(inplace=True),
+            torch.nn.Conv2d(3, 4, (2, 3), dilation=1, bias=False),
+            torch.nn.Flatten(),
+            torch.nn.Linear(8, 3),
+        )
+        model.load_state_dict(load_file(source.id))
+        return model.double().eval()
+
+    def probe(self, model, device):
+        targets = torch.zeros((2, 1), dtype=torch.int64)
+        return Batch(("a", "b"), torch.zeros((2, 36)), targets, targets == 0)
+
+    def measurement(self, model, batch):
+        logits = model(batch.inputs.double())
+        own = logits.gather(1, batch.targets)
+        return (logits.scatter(1, batch.targets, -torch.inf).amax(1, keepdim=True) - own)[:, 0]
+
+
+class NotATask:
+    """Something else."""
