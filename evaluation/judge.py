@@ -18,6 +18,7 @@ from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
+from ..store.files import write_whole
 from .controls import Scores, content_controls, gradient_controls, hidden_control, score_matrix
 from .lds import Estimate, ceiling, estimate
 from .packs import Half, Pack, read_pack, write_documents_file
@@ -53,6 +54,7 @@ class Judgement:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as `whence evaluate lds --json` prints it."""
         found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "controls")}
+        found["ceiling"] = None if self.ceiling is None else round(self.ceiling, 4)
         controls = {name: _plain(e) for name, e in self.controls.items()}
         return {"pack": self.pack, **_plain(self.estimate), **found, "controls": controls, "protocol": self.protocol}
 
@@ -93,9 +95,13 @@ def judge_index(
     pack = read_pack(directory, data).half(half)
     with tempfile.TemporaryDirectory(prefix="whence-") as scratch:
         place = Path(scratch)
-        documents = place / "train.jsonl" if out is None else out.with_name(out.name + ".train.jsonl")
-        if not documents.exists():
-            write_documents_file(pack.train, documents)
+        documents = place / "train.jsonl"
+        write_documents_file(pack.train, documents)
+        if out is not None:  # an index that is kept, and may be taken up again, keeps its corpus beside it
+            kept = out.with_name(out.name + ".train.jsonl")
+            if not kept.is_file() or kept.read_bytes() != documents.read_bytes():
+                write_whole(kept, documents.read_bytes())
+            documents = kept
         given = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
         config = BuildConfig(data=(str(documents),), out=str(out or place / "index.whence"), **given)
         _refuse_other_end(pack, config)
