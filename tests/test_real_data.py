@@ -10,24 +10,24 @@ pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def client(shared, tmp_path_factory):
-    """A hundred paragraphs of Wikipedia and a hundred school problems under a small trained GPT-2."""
+    """Four hundred paragraphs of Wikipedia and as many school problems under a small trained GPT-2."""
     here = tmp_path_factory.mktemp("real")
     by_source = {"gsm8k": [], "wikitext": []}
     with open(shared / "data/corpus.jsonl") as lines:
         for line in lines:
             document = json.loads(line)
             kind = by_source.get(document["source"], [])
-            if len(kind) < 100 and 200 < len(document["text"]) < 500:
+            if len(kind) < 400 and 200 < len(document["text"]) < 500:
                 kind.append(line)
     corpus = here / "some.jsonl"
     corpus.write_text("".join(by_source["gsm8k"] + by_source["wikitext"]))
     out = here / "real.whence"
-    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=200, curvature="ekfac"))
+    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=400, curvature="ekfac"))
     return Client(out)
 
 
 def test_every_training_text_asked_back_finds_itself_first(client):
-    rows = range(0, len(client.index), 5)
+    rows = range(0, len(client.index), 20)
     whole = [r for r in rows if client.index.example(r).document == client.index.example(r).id]
     answers = client.query_many([Question(text=client.index.example(r).text) for r in whole], k=1, mode="cosine")
     assert len(whole) == 40
@@ -38,8 +38,8 @@ def test_every_training_text_asked_back_finds_itself_first(client):
 def test_school_problems_find_school_problems(client, shared):
     with open(shared / "data/gsm8k-questions.jsonl") as lines:
         asked = [json.loads(line) for line in lines]
-    short = [q for q in asked if len(q["prompt"] + q["completion"]) < 500][:10]
+    short = [q for q in asked if len(q["prompt"] + q["completion"]) < 500][:20]
     answers = client.query_many([Question(prompt=q["prompt"], completion=q["completion"]) for q in short], k=10)
     found = [a.source for answer in answers for a in answer.proponents]
-    # Half of these few documents are of that kind; over the whole corpus it is 99.9 % (benchmarks/real_data.py).
-    assert found.count("gsm8k") >= 0.85 * len(found)
+    # Half of these documents are of that kind; over the whole corpus it is 99.9 % (benchmarks/real_data.py).
+    assert found.count("gsm8k") >= 0.95 * len(found)
