@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .query.answers import Answer as Answer
     from .query.answers import Attribution as Attribution
     from .query.answers import Question as Question
+    from .indexer.tasks import Task as Task
+    from .indexer.tasks import VectorTask as VectorTask
     from .ray_jobs.build import build as build
     from .ray_jobs.config import BuildConfig as BuildConfig
     from .store.corpus import Fields as Fields
@@ -28,11 +30,13 @@ _HOMES = {
     "Fields": "store.corpus",
     "Index": "store.index",
     "Question": "query.answers",
+    "Task": "indexer.tasks",
+    "VectorTask": "indexer.tasks",
     "WhenceError": "store.errors",
     "build": "ray_jobs.build",
 }
 
-__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "WhenceError", "build"]
+__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "Task", "VectorTask", "WhenceError", "build"]
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,8 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 
 def test_the_public_names():
-    assert whence.__all__ == ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "WhenceError", "build"]
+    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "Task", "VectorTask", "WhenceError"]
+    assert whence.__all__ == [*classes, "build"]
     assert all(getattr(whence, name) for name in whence.__all__)
     assert {"Client", "build"} <= set(dir(whence))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -123,11 +124,18 @@ standard output, progress and errors to standard error. Exit codes: 0 done, 1 er
 """
 
 
+def commands(command, words=()):
+    """A command's words and those of everything below it."""
+    yield words
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
+
+
 def help_page():
     parts = []
-    for name in (None, *main.commands):
-        result = CliRunner().invoke(main, [*([name] if name else []), "--help"], prog_name="whence", terminal_width=100)
-        parts.append(f"## whence{f' {name}' if name else ''}\n\n```\n{result.stdout.strip()}\n```\n")
+    for words in commands(main):
+        result = CliRunner().invoke(main, [*words, "--help"], prog_name="whence", terminal_width=100)
+        parts.append(f"## {' '.join(['whence', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
     return HEADER + "\n".join(parts)
 
 

@@ -1,0 +1,98 @@
+"""The tables of docs/evaluation.md: every pack with its controls, peers' scores beside them, and how the interval narrows with the subsets.
+
+    python benchmarks/evaluate_packs.py PACK... [--data IDX_DIR] [--scores PACK=NAME=FILE]... [--write docs/evaluation.md]
+
+Each pack is indexed twice: with the defaults, and at rank 64 with labels sampled from the model. `--scores` judges a matrix of somebody
+else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts the tables between the page's two marks.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from whence import Client
+from whence.evaluation.controls import score_matrix
+from whence.evaluation.judge import judge_index, judge_scores
+from whence.evaluation.lds import estimate
+from whence.evaluation.packs import read_pack
+
+_METHODS = {
+    "Whence, defaults (rank 16, float32)": {},
+    "Whence, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
+}
+_NAMES = {
+    "random": "random numbers",
+    "norm": "norm of the row",
+    "dot": "gradient dot product",
+    "cosine": "gradient cosine",
+    "tfidf": "TF-IDF of words, cosine",
+    "chars": "TF-IDF of character 3- to 5-grams, cosine",
+    "bm25": "BM25",
+    "hidden": "mean hidden state, cosine",
+    "pixels": "pixels, cosine",
+}
+_MARKS = "<!-- tables: benchmarks/evaluate_packs.py -->", "<!-- end of tables -->"
+_STEPS = (10, 20, 40, 60, 80, 100)
+
+
+def _row(name, e, size=""):
+    return f"| {name} | {e.value:.3f} | {e.low:.3f} to {e.high:.3f} | {size} |"
+
+
+def tables(packs, data, scores):
+    """Markdown lines."""
+    lines, widths = [], {}
+    for path in packs:
+        judged = None
+        rows = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, (name, options) in enumerate(_METHODS.items()):
+                out = Path(scratch) / str(number)
+                judged = judge_index(path, options, data=data, out=out)
+                rows.append(_row(name, judged.estimate, f"{judged.bytes_per_example:,.0f}"))
+                if number == 0:
+                    pack, client = read_pack(path, data), Client(out)
+                    found = score_matrix(client, client.measure(client.encode(pack.queries)))
+                    widths[judged.pack] = {n: estimate(found, pack.masks[:n], pack.losses[:n]) for n in _STEPS if n <= len(pack.masks)}
+        for place, name, file in scores:
+            if place == judged.pack:
+                rows.append(_row(name, judge_scores(path, file, data=data).estimate))
+        rows += [_row(_NAMES[name], e) for name, e in judged.controls.items()]
+        if judged.ceiling is not None:
+            rows.append(f"| *half of the seeds, for the others* | {judged.ceiling:.3f} | | |")
+        lines += [
+            f"### {judged.pack}",
+            "",
+            f"{judged.protocol}.",
+            "",
+            "| | LDS | 95 % interval | bytes an example |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    lines += ["### How many subsets are enough?", "", "The defaults' LDS on the first so many subsets, with its interval:", ""]
+    lines += ["| subsets | " + " | ".join(widths) + " |", "|---|" + "---|" * len(widths)]
+    for n in _STEPS:
+        cells = [f"{w[n].value:.3f} ({w[n].low:.3f} to {w[n].high:.3f})" if n in w else "" for w in widths.values()]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    """Judge, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packs", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--scores", action="append", default=[], help="PACK=NAME=FILE; repeatable")
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    scores = [(place, name, Path(file)) for place, name, file in (s.split("=") for s in args.scores)]
+    text = "\n".join(tables(args.packs, args.data, scores))
+    print(text)
+    if args.write:
+        before, _, rest = args.write.read_text().partition(_MARKS[0])
+        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+
+
+if __name__ == "__main__":
+    main()
