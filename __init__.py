@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import Client as Client
+    from .indexer.tasks import Task as Task
+    from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
     from .query.answers import Attribution as Attribution
     from .query.answers import Question as Question
-    from .indexer.tasks import Task as Task
-    from .indexer.tasks import VectorTask as VectorTask
     from .ray_jobs.build import build as build
     from .ray_jobs.config import BuildConfig as BuildConfig
     from .store.corpus import Fields as Fields

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from ..store.files import write_whole
 from .controls import Scores, content_controls, gradient_controls, hidden_control, score_matrix
 from .lds import Estimate, ceiling, estimate
 from .packs import Half, Pack, read_pack, write_documents_file
+from .retrain import measure_losses
+
+_SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay within it
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def judge_index(
         if [e.id for e in train] != [d.id for d in pack.train]:
             raise IntegrityError(f"{directory}: its {len(pack.train)} documents became {len(train)} other examples; each must become one")
         asked = client.encode(pack.queries)
+        if options.get("model") is None:
+            _refuse_other_model(pack, client, asked)
         queries = client.measure(asked)
         scores = score_matrix(client, queries, Metric(mode))
         controls = content_controls(train, asked) | gradient_controls(client, train, asked)
@@ -193,6 +198,17 @@ def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
         raise IncompatibleError(
             f"the pack's documents end with token {pack.append_token}, this tokenizer's with {eos}; is --model the right one?"
         )
+
+
+def _refuse_other_model(pack: Pack, client: Client, asked: Sequence[Example]) -> None:
+    """The pack's own model must give its queries the losses that the pack tells (up to the precision that it was saved in)."""
+    if pack.full_losses is not None:
+        measured = measure_losses(client.task, client.encoder.model, asked)
+        if np.abs(measured - pack.full_losses).mean() > _SAME_MODEL * pack.full_losses.mean():
+            raise IncompatibleError(
+                f"{pack.model} is not the model that the pack was made with: its queries' loss is {measured.mean():.4g} nats under it, "
+                f"the pack says {pack.full_losses.mean():.4g}; restore it, or name the right one with --model"
+            )
 
 
 def _example(example: Example | DataError) -> Example:

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Pack:
         losses: the queries' losses (nats) under the models trained on the subsets.
         train, queries: the documents, in the masks' and the losses' order.
         build: options that the pack dictates to a build: how its documents were encoded in training.
+        append_token: the token that ended each document; None where there was none.
+        full_losses: the queries' losses under `model`, where the pack tells them.
     """
 
     name: str
@@ -51,13 +53,15 @@ class Pack:
     queries: tuple[Document, ...]
     build: dict[str, Any]
     append_token: int | None
+    full_losses: Float32[np.ndarray, " queries"] | None
 
     def half(self, which: Half) -> "Pack":
         """The pack with all queries, or those of even or odd number: choose on one half, report on the other."""
         if which == "all":
             return self
         part = slice(0 if which == "even" else 1, None, 2)
-        return Pack(**{**self.__dict__, "losses": self.losses[:, :, part], "queries": self.queries[part]})
+        full = None if self.full_losses is None else self.full_losses[part]
+        return replace(self, losses=self.losses[:, :, part], queries=self.queries[part], full_losses=full)
 
 
 def read_pack(directory: Path, data: Path | None = None) -> Pack:
@@ -103,7 +107,12 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
         raise IntegrityError(
             f"{directory}: subset {int(empty.argmax())} holds none or all of the examples, or all subsets are the same; make the pack again"
         )
-    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, append)
+    full = truth.get("full_losses")
+    if full is not None and (full.shape != losses.shape[2:] or not np.isfinite(full).all()):
+        raise IntegrityError(
+            f"{directory}: full_losses are not a finite number for each of the {len(queries)} queries; make the pack again"
+        )
+    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, append, full)
 
 
 def _meta(directory: Path) -> dict[str, Any]:

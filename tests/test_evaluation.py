@@ -261,6 +261,8 @@ BAD_PARTS = {
     "masks of more examples": (lambda p: {"masks": _masks(p, lambda m: np.hstack([m, m]))}, 4, "masks are not of 24"),
     "an empty subset": (lambda p: {"masks": _masks(p, lambda m: _set(m, 1, 0))}, 4, "subset 1 holds none or all"),
     "the same subsets": (lambda p: {"masks": _masks(p, lambda m: _set(m, slice(None), m[0]))}, 4, "all subsets are the same"),
+    "losses of another model": (lambda p: {"full_losses": np.full(5, 3.0, np.float32)}, 3, "is not the model that the pack was made with"),
+    "full losses of other queries": (lambda p: {"full_losses": np.zeros(4, np.float32)}, 4, "full_losses are not"),
     "masks as floats": (lambda p: {"masks": np.zeros((6, 3))}, 4, "bit-packed bytes"),
 }
 
