@@ -132,16 +132,19 @@ _index_options = _together(
     click.option(
         "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
     ),
+    click.option("--segments", default="blocks", show_default=True, help="Parts of a row: blocks, head, or blocks,head."),
     click.option("--projection", default="random", show_default=True, help="random or pca."),
     click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each."),
     click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
     click.option(
         "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
     ),
-    click.option("--labels", default="data", show_default=True, help="Labels of the curvature: the data's, or sampled from the model."),
+    click.option("--labels", help="Labels of the curvature: data, or sampled from the model.  [default: data; for the head sampled]"),
     click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on."),
-    click.option("--damping", type=float, default=0.1, show_default=True, help="Relative to the mean eigenvalue; a query can change it."),
-    click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates: float32, float16 or int8."),
+    click.option("--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1; for the head 1]"),
+    click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates of blocks: float32, float16 or int8."),
+    click.option("--head-bits", type=int, default=64, show_default=True, help="Bits of each token of the head."),
+    click.option("--head-keys", type=int, help="Tokens of the head kept of an example.  [default: all that it predicts]"),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
     click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
@@ -191,7 +194,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     from .ray_jobs.progress import Console
     from .store.manifest import latest_manifest
 
-    options = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+    options = _as_config(options)
     known = latest_manifest(Path(out))
     with Console() as reporter:
         manifest = run(BuildConfig(out=out, fields=fields, **options), reporter)
@@ -201,7 +204,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         click.echo(json.dumps(Index(out).summary()))
         return
     done = "is already complete" if known else "is complete"
-    click.echo(f"{out} {done}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
+    click.echo(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.segments)}")
     skipped = manifest.build["skipped"]
     if skipped:
         click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
@@ -378,7 +381,7 @@ def lds(
     if scores is not None:
         judgement = judge_scores(Path(pack), Path(scores), model=model, data=place, half=queries, device=options["device"])
     else:
-        options = {"model": model, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}}
+        options = {"model": model, **_as_config(options)}
         with Console() as reporter:
             judgement = judge_index(
                 Path(pack), options, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
@@ -533,6 +536,12 @@ def demo(out: str, workers: int) -> None:
     from .demo.run import run
 
     run(Path(out), workers)
+
+
+def _as_config(options: dict[str, Any]) -> dict[str, Any]:
+    """A build's options as the configuration has them: several values as a tuple, segments split at their commas."""
+    plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+    return plain | {"segments": tuple(part.strip() for part in plain["segments"].split(","))}
 
 
 def _read_questions(file: str) -> Iterable["Question"]:

@@ -17,6 +17,8 @@ from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
 from .store.index import Index
+from .store.keyed import KeyedVectors, concatenate
+from .store.manifest import KeyedSegment
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -108,17 +110,22 @@ class Client:
 
     def rows(self, questions: Sequence[Question]) -> QueryRows:
         """The questions' whitened rows, by segment."""
-        (segment,) = self.index.manifest.segments
-        result = np.zeros((len(questions), segment.dim), np.float32)
-        worded = []
-        for i, question in enumerate(questions):
-            if question.row is not None:
-                result[i] = self.index.row(question.row, segment)
+        worded = [i for i, question in enumerate(questions) if question.row is None]
+        measured = self.measure(self.examples([questions[i] for i in worded])) if worded else {}
+        result: dict[str, np.ndarray | KeyedVectors] = {}
+        for segment in self.index.manifest.segments:
+            if isinstance(segment, KeyedSegment):
+                blocks = [([i], self.index.entries(q.row, segment)) for i, q in enumerate(questions) if q.row is not None]
+                result[segment.name] = concatenate([*blocks, *([(worded, measured[segment.name])] if worded else [])], segment.width)
             else:
-                worded.append(i)
-        if worded:
-            result[worded] = self.measure(self.examples([questions[i] for i in worded]))[segment.name]
-        return {segment.name: result}
+                rows = np.zeros((len(questions), segment.dim), np.float32)
+                for i, q in enumerate(questions):
+                    if q.row is not None:
+                        rows[i] = self.index.row(q.row, segment)
+                if worded:
+                    rows[worded] = measured[segment.name]
+                result[segment.name] = rows
+        return result
 
     def examples(self, questions: Sequence[Question]) -> list[Example]:
         """Questions as examples: encoded, or the index's own where a row is asked.
@@ -142,8 +149,8 @@ class Client:
 
     def measure(self, examples: Sequence[Example]) -> QueryRows:
         """The whitened rows, by segment, of the task's measurement of some examples."""
-        (segment,) = self.index.manifest.segments
-        return {segment.name: self.encoder.rows(examples, questions=True).astype(np.float32)}
+        rows = self.encoder.rows(examples, questions=True)
+        return {name: block.astype(np.float32) if isinstance(block, np.ndarray) else block for name, block in rows.items()}
 
     @cached_property
     def task(self) -> "Task":
@@ -198,8 +205,7 @@ class Client:
                 f"the weights at {self._source().id} are not those that {self.index.path} was built with (another model, or trained "
                 "since); point --model at the original, or build the index again"
             )
-        (segment,) = manifest.segments
-        plan = EncoderPlan(segment.layers, segment.projection, segment.curvature, _QUESTION_BATCH_TOKENS)
+        plan = EncoderPlan(manifest.segments, _QUESTION_BATCH_TOKENS)
         return Encoder(self.task, model, plan, self.index.arrays)
 
     @property

@@ -33,7 +33,7 @@ from ..ray_jobs.worker import absolute, keep_freed_memory
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.index import Index
-from .controls import score_matrix
+from .controls import row_norms, score_matrix
 from .lds import Estimate, columns_correlation, interval
 from .retrain import Train, measure_losses
 
@@ -220,12 +220,7 @@ def labels(index: str, column: str) -> Report:
     wrong = np.array([_truth(value, column) for value in known])
     if wrong.all() or not wrong.any():
         raise UsageError(f"the column {column!r} is {'true' if wrong.all() else 'false'} for every example; there is nothing to tell apart")
-    norms = np.concatenate(
-        [
-            np.sqrt(sum(s.weight * opened.dense(shard, s).norms.astype(float) ** 2 for s in opened.manifest.segments))
-            for shard in opened.manifest.shards
-        ]
-    )
+    norms = row_norms(opened)
     bad, good = norms[wrong], norms[~wrong]
     figures = {"AUC of self-influence": Estimate(_auc(bad, good), *interval(lambda a, b: _auc(bad[a], good[b]), (len(bad), len(good))))}
     inspected = np.argsort(-norms)[: int(wrong.sum())]

@@ -22,11 +22,13 @@ from jaxtyping import Float, Float32
 
 from ..client import Client
 from ..indexer.encoder import Encoder, batches
-from ..indexer.models import plan_layers
+from ..indexer.models import find_layers, plan_layers
 from ..indexer.tasks import Task
 from ..query.search import Metric, QueryRows, all_scores
 from ..store.documents import Example
 from ..store.errors import UsageError
+from ..store.index import Index
+from ..store.manifest import Curvature, DenseSegment, Layer, Projection
 
 Scores = Float[np.ndarray, "examples queries"]
 _RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
@@ -43,25 +45,44 @@ def gradient_controls(client: Client, train: Sequence[Example], queries: Sequenc
     """Norm, from the rows; dot and cosine, from plain gradients of the same layers, in the widest projection in which those of
     all queries fit into a gibibyte (none at all for a small model).
     """
-    (segment,) = client.index.manifest.segments
-    norms = np.concatenate([client.index.dense(shard, segment).norms for shard in client.index.manifest.shards])
+    norms = row_norms(client.index)
     encoder = client.encoder
+    dense = [s for s in client.index.manifest.segments if isinstance(s, DenseSegment)]
+    names = [n.name for n in dense[0].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
     asked = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
-        layers = plan_layers(client.task, encoder.model, [layer.name for layer in segment.layers], rank, "identity", 0, explicit=True)
-        plain = Encoder(client.task, encoder.model, replace(encoder.plan, layers=layers), {})
-        if len(queries) * plain.plan.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
-            asked = plain.rows(queries, questions=True).astype(np.float32)
+        layers = plan_layers(client.task, encoder.model, names, rank, "identity", 0, explicit=bool(dense))
+        segment = _plain_segment(layers, rank)
+        plain = Encoder(client.task, encoder.model, replace(encoder.plan, segments=(segment,)), {})
+        if len(queries) * segment.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
+            asked = plain.rows(queries, questions=True)["plain"].astype(np.float32)
             break
     products, lengths = [], []
     for first in range(0, len(train), _BLOCK):
-        rows = plain.rows(train[first : first + _BLOCK])
+        rows = plain.rows(train[first : first + _BLOCK])["plain"]
         products.append(rows @ asked.T)
         lengths.append(np.linalg.norm(rows, axis=1))
     dot = np.concatenate(products).astype(np.float64)
     spread = np.concatenate(lengths)[:, None] * np.linalg.norm(asked, axis=1)
     cosine = np.divide(dot, spread, out=np.zeros_like(dot), where=spread > 0)
     return {"norm": np.repeat(norms[:, None], len(queries), axis=1), "dot": dot, "cosine": cosine}
+
+
+def row_norms(index: Index) -> Float[np.ndarray, " examples"]:
+    """The rows' lengths over all segments, with their weights: the square root of self-influence."""
+    return np.sqrt(sum((s.weight * index.norms(s).astype(np.float64) ** 2 for s in index.manifest.segments), np.zeros(len(index))))
+
+
+def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
+    return DenseSegment(
+        name="plain",
+        kind="dense",
+        weight=1.0,
+        dtype="float32",
+        layers=layers,
+        projection=Projection(kind="random", rank=rank, seed=0),
+        curvature=Curvature(kind="identity", labels="data", examples=0, tokens=0, damping=1.0),
+    )
 
 
 def content_controls(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:

@@ -125,19 +125,10 @@ def judge_index(
         defaults = BuildConfig(model="-", data=("x",), out="-")
         ours = {"model", "data", "out", "task", "workers", "address", *pack.build}
         method = {k: v for k, v in asdict(config).items() if k not in ours and v != asdict(defaults)[k]}
-        segment = summary["segments"][0]
-        return replace(
-            judged,
-            bytes_per_example=summary["bytes_per_example"],
-            encoder_bytes=summary["encoder_bytes"],
-            method={
-                "mode": mode,
-                "curvature": segment["curvature"],
-                "projection": segment["projection"],
-                "damping": segment["damping"],
-                **method,
-            },
-        )
+        known = ("curvature", "projection", "damping", "bits_a_key", "weight")
+        segments = {s["name"]: {k: v for k, v in s.items() if k in known} for s in summary["segments"]}
+        sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
+        return replace(judged, **sizes, method={"mode": mode, **segments, **method})
 
 
 def judge_scores(

@@ -1,15 +1,16 @@
-"""The encoder: a frozen model with its projections and curvature, from examples to whitened rows.
+"""The encoder: a frozen model with what each segment of a row needs, from examples to whitened rows, in one pass for all segments.
 
-    row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
+A segment's part (dense.py, keyed.py) says which layers it tracks and through which maps, and gets a collector for every batch, which is
+visited with their inputs and output gradients and then gives the batch's rows. An encoder's state is a flat dictionary of arrays (`Arrays`)
+under `<segment>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as they are.
 
-Its state is a flat dictionary of arrays (`Arrays`), which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as
-they are: `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's name,
-`input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not in it.
+When only the output head is tracked, autograd's graph starts at the head's output: there is no backward pass through the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,25 +19,33 @@ from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
-from ..store.manifest import Curvature, Layer, Projection
-from .capture import GradientSum, Map, Visit, accumulation_dtype, capture
-from .curvature import whitening_scale
-from .projection import random_projection
+from ..store.keyed import KeyedVectors, concatenate
+from ..store.manifest import DenseSegment, KeyedSegment, Layer
+from .capture import Map, capture
+from .dense import DensePart
+from .keyed import KeyedPart
 from .tasks import Batch, Task, plan_batches
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
+BatchRows = Mapping[str, np.ndarray | KeyedVectors]
+"""A batch's rows, by segment."""
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
     """A Progress for callers that need none."""
 
 
-def key(name: str, array: str) -> str:
-    """Where a layer's (or input group's) array lies in the state; `blocks` is the segment."""
-    return f"blocks/{name}/{array}"
+class Visitor(Protocol):
+    """What is visited in a pass: rows being made, or statistics being summed."""
+
+    layers: Sequence[Layer]
+    maps: Mapping[str, tuple[Map, Map]]
+
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
+        """One call of one layer."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +53,12 @@ class EncoderPlan:
     """All that an encoder is besides the model and its arrays.
 
     Attributes:
-        layers: the tracked layers, in row order.
-        projection, curvature: as in the manifest; `curvature.damping` is relative to each layer's mean eigenvalue.
+        segments: of a row, as in the manifest.
         batch_tokens: padded tokens in a batch, at most (but one example may exceed it alone).
     """
 
-    layers: tuple[Layer, ...]
-    projection: Projection
-    curvature: Curvature
+    segments: tuple[DenseSegment | KeyedSegment, ...]
     batch_tokens: int
-
-    @property
-    def dim(self) -> int:
-        """Coordinates of a row."""
-        return self.layers[-1].offset + self.layers[-1].size
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Encoder:
     Attributes:
         task: what the model is asked.
         model: frozen, on its device.
-        plan: which layers, how projected and whitened.
+        plan: which segments, and how each is projected, whitened and keyed.
         arrays: the state; rows need every pass of the fit in it.
     """
 
@@ -76,89 +77,56 @@ class Encoder:
     plan: EncoderPlan
     arrays: Mapping[str, np.ndarray]
 
-    def rows(
+    @cached_property
+    def parts(self) -> dict[str, DensePart | KeyedPart]:
+        """What makes each segment's rows."""
+        weight = next(self.model.parameters())
+        own = {
+            s.name: {k.removeprefix(f"{s.name}/"): a for k, a in self.arrays.items() if k.startswith(f"{s.name}/")}
+            for s in self.plan.segments
+        }
+        return {
+            s.name: (DensePart if isinstance(s, DenseSegment) else KeyedPart)(s, own[s.name], weight.device, weight.dtype)
+            for s in self.plan.segments
+        }  # type: ignore[arg-type]
+
+    def batches(
         self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False
-    ) -> Float[np.ndarray, "rows dim"]:
-        """Whitened rows, in the examples' order; float32 (float64 for a float64 model).
+    ) -> Iterator[tuple[list[int], BatchRows]]:
+        """Whitened rows, batch by batch, with the positions of their examples; float32 (dense rows of a float64 model: float64).
+
+        The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
 
         Args:
             questions: whether these are of the task's measurement, to be compared with rows of its loss.
 
-        The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
-
         Raises:
             NumericalError: a loss or a row is not finite; names the example.
         """
-        rows = torch.zeros((len(examples), self.plan.dim), dtype=self._accumulate)
         objective = self.task.measurement if questions else self.task.loss
-        for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, self._device):
-            gradients = GradientSum()
-            backward(self.model, batch, self.plan.layers, self.maps, gradients, objective)
-            block = torch.zeros((len(chosen), self.plan.dim), dtype=self._accumulate)
-            for layer in self.plan.layers:
-                if layer.name in gradients.by_layer:
-                    whitened = self._whiten(layer, gradients.by_layer[layer.name])
-                    block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
-            check_finite(block, batch, "gradient")
-            rows[chosen] = block
+        for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, next(self.model.parameters()).device):
+            collectors = {name: part.collector(batch) for name, part in self.parts.items()}
+            backward(self.model, batch, list(collectors.values()), objective)
+            rows = {name: collector.rows() for name, collector in collectors.items()}
+            for block in rows.values():
+                check_finite(torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None]), batch, "gradient")
+            yield chosen, rows
             progress(len(chosen), int(batch.valid.sum()))
-        return rows.numpy()
 
-    @cached_property
-    def maps(self) -> dict[str, tuple[Map, Map]]:
-        """Layer name -> (input map, output map) in the model's dtype: the projection, then the rotation into the Kronecker eigenbasis.
-
-        Layers with the same input and map hold the same object, by which the capture projects that input once.
-        """
-        shared: dict[tuple[str, bool], Map] = {}
-        maps = {}
-        for layer in self.plan.layers:
-            rotated = key(layer.name, "output_rotation") in self.arrays
-            at = (layer.input_group, rotated)
-            if at not in shared:
-                shared[at] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
-            maps[layer.name] = shared[at], self._map(layer.name, "output", layer.output_rank, layer.outputs, rotated)
-        return maps
-
-    def _map(self, name: str, side: str, rank: int, size: int, rotated: bool) -> Map:
-        if self.plan.projection.kind == "pca":
-            projection = self.arrays.get(key(name, f"{side}_projection"))
-        else:
-            projection = random_projection(name, side, rank, size, self.plan.projection.seed)
-        if rotated:
-            rotation = self.arrays[key(name, f"{side}_rotation")].T
-            projection = rotation if projection is None else rotation @ projection
-        if projection is None:
-            return None
-        return torch.from_numpy(np.ascontiguousarray(projection)).to(self._device, next(self.model.parameters()).dtype)
-
-    def _whiten(self, layer: Layer, gradient: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
-        whitener = self._whiteners[layer.name]
-        if whitener is None:
-            return gradient
-        return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
-
-    @cached_property
-    def _whiteners(self) -> dict[str, Tensor | None]:
-        whiteners: dict[str, Tensor | None] = {}
-        for layer in self.plan.layers:
-            eigenvalues = self.arrays.get(key(layer.name, "eigenvalues"))
-            if eigenvalues is None:
-                whiteners[layer.name] = None
-                continue
-            scale = whitening_scale(eigenvalues, self.plan.curvature.damping)
-            basis = self.arrays.get(key(layer.name, "basis"))
-            matrix = scale if basis is None else basis * scale
-            whiteners[layer.name] = torch.from_numpy(matrix).to(self._device, self._accumulate)
-        return whiteners
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def _accumulate(self) -> torch.dtype:
-        return accumulation_dtype(next(self.model.parameters()).dtype)
+    def rows(self, examples: Sequence[Example], questions: bool = False) -> dict[str, Any]:
+        """All rows at once, by segment, in the examples' order: an array [rows, dim], or `KeyedVectors`."""
+        made = list(self.batches(examples, questions=questions))
+        result: dict[str, Any] = {}
+        for segment in self.plan.segments:
+            blocks = [(chosen, rows[segment.name]) for chosen, rows in made]
+            if isinstance(segment, KeyedSegment):
+                result[segment.name] = concatenate(blocks, segment.width)  # type: ignore[arg-type]
+            else:
+                dtype = blocks[0][1].dtype if blocks else np.float32  # type: ignore[union-attr]
+                result[segment.name] = np.zeros((len(examples), segment.dim), dtype)
+                for chosen, block in blocks:
+                    result[segment.name][chosen] = block
+        return result
 
 
 def batches(task: Task, examples: Sequence[Example], token_budget: int, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
@@ -167,19 +135,19 @@ def batches(task: Task, examples: Sequence[Example], token_budget: int, device: 
         yield chosen, task.collate([examples[i] for i in chosen], device)
 
 
-def backward(
-    model: nn.Module,
-    batch: Batch,
-    layers: Sequence[Layer],
-    maps: Mapping[str, tuple[Map, Map]],
-    visit: Visit,
-    objective: Objective,
-) -> Float[Tensor, " batch"]:
+def backward(model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective) -> Float[Tensor, " batch"]:
     """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Raises:
         NumericalError: a loss is not finite; names the example.
     """
+    owners = {layer.name: visitor for visitor in visitors for layer in visitor.layers}
+    layers = [layer for visitor in visitors for layer in visitor.layers]
+    maps = {name: pair for visitor in visitors for name, pair in visitor.maps.items()}
+
+    def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
+        owners[layer.name](layer, x, d)
+
     with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
         losses = objective(model, batch)
         check_finite(losses.detach()[:, None], batch, "loss")

@@ -1,26 +1,203 @@
 """Fitting projections and curvature: passes over a sample, each a sum that any split of the sample adds up to.
 
-A pass is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. PCA is
-the first pass where it is asked for; then come the passes that the layers' curvature strategies declare, side by side.
+A step is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. A segment
+needs one step or more (PCA where it is asked for, then the passes that its curvature declares); segments whose steps ask the same labels
+share them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
-from ..store.manifest import Layer
-from .capture import GradientSum
+from ..store.manifest import DenseSegment, KeyedSegment, Layer
+from . import keyed
+from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums
-from .encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress, key
+from .dense import DensePart, key
+from .encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
 from .projection import principal_projection
+from .tasks import Batch
 
 _PCA = ("input_covariance", "output_covariance")
+Segment = DenseSegment | KeyedSegment
+
+
+class Meter(Protocol):
+    """Sums a segment's statistics, batch by batch."""
+
+    layers: Sequence[Layer]
+    maps: Mapping[str, tuple[Map, Map]]
+    sums: dict[str, Tensor]
+
+    def begin(self, batch: Batch) -> None:
+        """The batch that comes next."""
+
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
+        """One call of one layer."""
+
+    def end(self) -> None:
+        """The batch is over."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The steps that an encoder's arrays need; labels that are sampled from the model are seeded by the segment's seed."""
+
+    plan: EncoderPlan
+
+    @property
+    def steps(self) -> list[list[tuple[Segment, int]]]:
+        """The segments of each step, and the pass that each is in."""
+        steps: dict[tuple[int, int | None], list[tuple[Segment, int]]] = {}
+        for segment in self.plan.segments:
+            for number in range(_passes(segment)):
+                steps.setdefault((number, _label_seed(segment)), []).append((segment, number))
+        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1] is not None))]
+
+    def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
+        """The sums of a step over some examples.
+
+        Args:
+            encoder: this plan's, with the arrays of the steps before.
+
+        Returns:
+            `<segment>/<layer or input group>/<statistic>` -> float64 array, and `examples` and `tokens` counted beside them.
+        """
+        members = self.steps[step]
+        meters: dict[str, Meter] = {s.name: _meter(s, number, encoder) for s, number in members}
+        objective = partial(encoder.task.loss, sample_seed=_label_seed(members[0][0]))
+        counts = {"examples": 0, "tokens": 0}
+        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, next(encoder.model.parameters()).device):
+            for meter in meters.values():
+                meter.begin(batch)
+            backward(encoder.model, batch, list(meters.values()), objective)
+            for meter in meters.values():
+                meter.end()
+            tokens = int(batch.valid.sum())
+            counts = {"examples": counts["examples"] + len(chosen), "tokens": counts["tokens"] + tokens}
+            progress(len(chosen), tokens)
+        arrays = {f"{name}/{at}": v.to("cpu", torch.float64).numpy() for name, meter in meters.items() for at, v in meter.sums.items()}
+        return arrays | {name: np.array(float(count)) for name, count in counts.items()}
+
+    def finish(self, step: int, arrays: Arrays, totals: Arrays) -> Arrays:
+        """The encoder's arrays after a step, from those before it and its merged sums.
+
+        Raises:
+            NumericalError: a statistic is not finite; names the layer.
+        """
+        made, examples = dict(arrays), int(totals["examples"])
+        for segment, number in self.steps[step]:
+            own = {at.removeprefix(f"{segment.name}/"): v for at, v in totals.items() if at.startswith(f"{segment.name}/")}
+            if isinstance(segment, KeyedSegment):
+                statistics = {name: _finite(own.get(name), name, segment.layer) for name in keyed.STATISTICS}
+                found = keyed.finish(statistics, examples)
+            else:
+                found = _finish_dense(segment, number, own, examples)
+            made |= {f"{segment.name}/{name}": array for name, array in found.items()}
+        return made
+
+
+def _passes(segment: Segment) -> int:
+    if isinstance(segment, KeyedSegment):
+        return 1
+    return _pca(segment) + max(len(STRATEGIES[layer.curvature].passes) for layer in segment.layers)
+
+
+def _label_seed(segment: Segment) -> int | None:
+    """The seed of sampled labels; None where the data's are used, or a closed form needs none."""
+    if segment.curvature.labels == "data" or (isinstance(segment, KeyedSegment) and not segment.tail):
+        return None
+    return segment.seed if isinstance(segment, KeyedSegment) else segment.projection.seed
+
+
+def _meter(segment: Segment, number: int, encoder: Encoder) -> Meter:
+    if isinstance(segment, KeyedSegment):
+        return keyed.KeyedMeter(segment)
+    part = encoder.parts[segment.name]
+    assert isinstance(part, DensePart)
+    return DenseMeter(segment, number, part)
+
+
+class DenseMeter:
+    """Sums a dense segment's statistics; those of a shared input are summed by the group's first layer alone."""
+
+    def __init__(self, segment: DenseSegment, number: int, part: DensePart) -> None:
+        self._computed: dict[str, set[str]] = {layer.name: set() for layer in segment.layers}
+        for layer in segment.layers:
+            for statistic in _wanted(segment, number, layer):
+                self._computed[_owner(layer, statistic)].add(statistic)
+        self.layers: Sequence[Layer] = tuple(layer for layer in segment.layers if self._computed[layer.name])
+        whole = number < _pca(segment)
+        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if whole else part.maps[n.name] for n in self.layers}
+        self.sums: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """See `Meter`."""
+        self._gradients, self._valid = GradientSum(), batch.valid
+
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
+        """See `Meter`."""
+        for statistic in self._computed[layer.name]:
+            if statistic in TOKEN_STATISTICS:
+                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, self._valid.to(x.dtype)))
+        if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
+            self._gradients(layer, x, d)
+
+    def end(self) -> None:
+        """See `Meter`."""
+        for layer in self.layers:
+            for statistic in self._computed[layer.name]:
+                if statistic in GRADIENT_STATISTICS and layer.name in self._gradients.by_layer:
+                    self._add(layer, statistic, GRADIENT_STATISTICS[statistic](self._gradients.by_layer[layer.name]))
+
+    def _add(self, layer: Layer, statistic: str, value: Tensor) -> None:
+        at = f"{layer.name}/{statistic}"
+        self.sums[at] = value.double() if at not in self.sums else self.sums[at].add_(value)
+
+
+def _finish_dense(segment: DenseSegment, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
+    made: Arrays = {}
+    for layer in segment.layers:
+        wanted = _wanted(segment, number, layer)
+        statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in wanted}
+        if number < _pca(segment):
+            found = {
+                "input_projection": principal_projection(statistics["input_covariance"], layer.input_rank),
+                "output_projection": principal_projection(statistics["output_covariance"], layer.output_rank),
+            }
+            made |= {key(_owner(layer, name), name): array for name, array in found.items() if array is not None}
+        elif statistics:
+            arrays = STRATEGIES[layer.curvature].finish[number - _pca(segment)](Sums(statistics, examples))
+            made |= {key(_owner(layer, name), name): array for name, array in arrays.items()}
+    return made
+
+
+def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
+    if value is None or not np.isfinite(value).all():
+        raise NumericalError(
+            f"the {statistic} of layer {layer} is {'missing: no gradient reaches it' if value is None else 'not finite'}; "
+            "leave the layer out with --layers, try --dtype float32, or look for broken weights"
+        )
+    return value
+
+
+def _wanted(segment: DenseSegment, number: int, layer: Layer) -> tuple[str, ...]:
+    if number < _pca(segment):
+        return _PCA
+    passes = STRATEGIES[layer.curvature].passes
+    return passes[number - _pca(segment)] if number - _pca(segment) < len(passes) else ()
+
+
+def _pca(segment: DenseSegment) -> int:
+    return 1 if segment.projection.kind == "pca" else 0
 
 
 def _owner(layer: Layer, name: str) -> str:
@@ -28,109 +205,16 @@ def _owner(layer: Layer, name: str) -> str:
     return layer.input_group if name.startswith("input_") else layer.name
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The passes that an encoder's arrays need; labels that are sampled from the model are seeded by the projection's seed."""
+def with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
+    """The plan with each dense layer's curvature chosen for the sample that there really is."""
+    from .curvature import choose_curvature
 
-    plan: EncoderPlan
-
-    @property
-    def passes(self) -> int:
-        """How many passes over the sample there are."""
-        return self._pca + max(len(STRATEGIES[layer.curvature].passes) for layer in self.plan.layers)
-
-    def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
-        """The sums of pass `step` over some examples.
-
-        Args:
-            encoder: this plan's, with the arrays of the passes before.
-
-        Returns:
-            `<layer or input group>/<statistic>` -> float64 array, and `examples` and `tokens` counted beside them.
-        """
-        computed = self._computed(step)
-        tracked = tuple(layer for layer in self.plan.layers if computed[layer.name])
-        whole = step < self._pca
-        maps = {layer.name: (None, None) if whole else encoder.maps[layer.name] for layer in tracked}
-        sums: dict[str, Tensor] = {}
-
-        def add(name: str, statistic: str, value: Tensor) -> None:
-            at = f"{name}/{statistic}"
-            sums[at] = value.double() if at not in sums else sums[at].add_(value)
-
-        counts = {"examples": 0, "tokens": 0}
-        device = next(encoder.model.parameters()).device
-        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, device):
-            gradients = GradientSum()
-            valid = batch.valid
-
-            def visit(layer: Layer, x: Tensor, d: Tensor, gradients: GradientSum = gradients, valid: Tensor = valid) -> None:
-                for statistic in computed[layer.name]:
-                    if statistic in TOKEN_STATISTICS:
-                        add(layer.name, statistic, TOKEN_STATISTICS[statistic](x, d, valid.to(x.dtype)))
-                if any(s in GRADIENT_STATISTICS for s in computed[layer.name]):
-                    gradients(layer, x, d)
-
-            sampled = self.plan.projection.seed if self.plan.curvature.labels == "sampled" else None
-            backward(encoder.model, batch, tracked, maps, visit, partial(encoder.task.loss, sample_seed=sampled))
-            for layer in tracked:
-                for statistic in computed[layer.name]:
-                    if statistic in GRADIENT_STATISTICS and layer.name in gradients.by_layer:
-                        add(layer.name, statistic, GRADIENT_STATISTICS[statistic](gradients.by_layer[layer.name]))
-            tokens = int(valid.sum())
-            counts = {"examples": counts["examples"] + len(chosen), "tokens": counts["tokens"] + tokens}
-            progress(len(chosen), tokens)
-        arrays = {name: value.to("cpu", torch.float64).numpy() for name, value in sums.items()}
-        return arrays | {name: np.array(float(count)) for name, count in counts.items()}
-
-    def finish(self, step: int, arrays: Arrays, totals: Arrays) -> Arrays:
-        """The encoder's arrays after pass `step`, from those before it and its merged sums.
-
-        Raises:
-            NumericalError: a statistic is not finite; names the layer.
-        """
-        made = dict(arrays)
-        for layer in self.plan.layers:
-            statistics = {}
-            for statistic in self._wanted(step, layer):
-                owner = _owner(layer, statistic)
-                value = totals.get(f"{owner}/{statistic}")
-                if value is None or not np.isfinite(value).all():
-                    raise NumericalError(
-                        f"the {statistic} of layer {layer.name} is {'missing: no gradient reaches it' if value is None else 'not finite'}; "
-                        "leave the layer out with --layers, try --dtype float32, or look for broken weights"
-                    )
-                statistics[statistic] = value
-            if not statistics:
-                continue
-            sums = Sums(statistics, int(totals["examples"]))
-            for name, array in self._arrays(step, layer, sums).items():
-                made[key(_owner(layer, name), name)] = array
-        return made
-
-    @property
-    def _pca(self) -> int:
-        return 1 if self.plan.projection.kind == "pca" else 0
-
-    def _wanted(self, step: int, layer: Layer) -> tuple[str, ...]:
-        if step < self._pca:
-            return _PCA
-        passes = STRATEGIES[layer.curvature].passes
-        return passes[step - self._pca] if step - self._pca < len(passes) else ()
-
-    def _computed(self, step: int) -> dict[str, set[str]]:
-        """The statistics that each layer sums; those of a shared input are summed by the group's first layer alone."""
-        computed: dict[str, set[str]] = {layer.name: set() for layer in self.plan.layers}
-        for layer in self.plan.layers:
-            for statistic in self._wanted(step, layer):
-                computed[_owner(layer, statistic)].add(statistic)
-        return computed
-
-    def _arrays(self, step: int, layer: Layer, sums: Sums) -> Arrays:
-        if step >= self._pca:
-            return STRATEGIES[layer.curvature].finish[step - self._pca](sums)
-        found = {
-            "input_projection": principal_projection(sums.statistics["input_covariance"], layer.input_rank),
-            "output_projection": principal_projection(sums.statistics["output_covariance"], layer.output_rank),
-        }
-        return {name: array for name, array in found.items() if array is not None}
+    segments: list[Segment] = []
+    for segment in plan.segments:
+        if isinstance(segment, DenseSegment):
+            kinds = [choose_curvature(segment.curvature.kind, layer.size, examples) for layer in segment.layers]
+            layers = tuple(n.model_copy(update={"curvature": k}) for n, k in zip(segment.layers, kinds, strict=True))
+            segments.append(segment.model_copy(update={"layers": layers}))
+        else:
+            segments.append(segment)
+    return replace(plan, segments=tuple(segments))

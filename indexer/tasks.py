@@ -104,6 +104,10 @@ class Task(ABC):
         """The layer that makes the predictions; its input is the model's last hidden state."""
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
+    def keyed_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
+        """Name, vocabulary and width of an output head whose rows can be keyed by token, and whether something follows it; None without."""
+        return None
+
 
 class CausalLM(Task):
     """A `transformers` causal language model; loss and measurement are the *sum* over loss tokens of the cross-entropy."""
@@ -172,6 +176,21 @@ class CausalLM(Task):
     def head(self, model: nn.Module) -> nn.Module:
         """The output embeddings."""
         return model.get_output_embeddings()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def keyed_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
+        """See `Task`; something follows the head where the logits are not its output."""
+        head = self.head(model)
+        sizes, names = models.layer_sizes(head) if head is not None else None, [n for n, m in model.named_modules() if m is head]
+        if sizes is None or not names:
+            return None
+        seen: list[Tensor] = []
+        handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        try:
+            logits = model(input_ids=self.probe(model, next(model.parameters()).device).inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0], logits)
 
 
 class VectorTask(Task):

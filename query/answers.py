@@ -111,7 +111,8 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
     about = describe_index(index)
     answers = []
     for question, hit in zip(questions, hits, strict=True):
-        settings = {"mode": metric.mode, "damping": metric.damping or index.manifest.segments[0].curvature.damping}
+        built = {s.name: s.curvature.damping for s in index.manifest.segments}
+        settings = {"mode": metric.mode, "damping": metric.damping or (built if len(built) > 1 else next(iter(built.values())))}
         answers.append(
             Answer(
                 query={**question.to_dict(), **settings},

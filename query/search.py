@@ -21,7 +21,8 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Index
-from ..store.manifest import Segment, Shard, check_damping
+from ..store.keyed import KeyedVectors, rotate
+from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 
 Mode = Literal["influence", "cosine"]
 _QUERIES_A_PASS = 256
@@ -67,7 +68,7 @@ class Hits:
     seconds: float
 
 
-QueryRows = Mapping[str, Float32[np.ndarray, "queries dim"]]
+QueryRows = Mapping[str, Float32[np.ndarray, "queries dim"] | KeyedVectors]
 
 
 def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) -> list[Hits]:
@@ -82,10 +83,10 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
     """
     if not 1 <= k <= len(index):
         raise UsageError(f"k is {k}; it must be between 1 and the index's {len(index)} rows")
-    count = len(next(iter(queries.values())))
+    count = _count(queries)
     hits: list[Hits] = []
     for first in range(0, count, _QUERIES_A_PASS):
-        part = {name: rows[first : first + _QUERIES_A_PASS] for name, rows in queries.items()}
+        part = _part(queries, first, first + _QUERIES_A_PASS)
         started = time.perf_counter()
         found = _scan(index, part, k, metric)
         seconds = time.perf_counter() - started
@@ -95,24 +96,39 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
 
 def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
     """Every score, as (first row, scores of a shard's rows), in row order."""
-    prepared = [_Prepared.make(index, segment, queries[segment.name], metric) for segment in index.manifest.segments]
-    query_norms = np.sqrt(sum((p.weight * p.squared_norms for p in prepared), np.zeros(len(prepared[0].queries))))
+    prepared: list[_Dense | _Keyed] = []
+    for segment in index.manifest.segments:
+        rows = queries[segment.name]
+        if isinstance(segment, KeyedSegment):
+            assert isinstance(rows, KeyedVectors)
+            prepared.append(_Keyed.make(index, segment, rows, metric))
+        else:
+            assert isinstance(rows, np.ndarray)
+            prepared.append(_Dense.make(index, segment, rows, metric))
+    query_norms = np.sqrt(sum((p.segment.weight * p.squared_norms for p in prepared), np.zeros(_count(queries))))
     for shard in index.manifest.shards:
         yield shard.first, _shard_scores(index, shard, prepared, query_norms, metric.mode)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A segment's queries with the change of damping in them."""
+def _count(queries: QueryRows) -> int:
+    return len(next(iter(queries.values())))
 
-    segment: Segment
-    weight: float
+
+def _part(queries: QueryRows, first: int, last: int) -> QueryRows:
+    return {name: rows.part(first, last) if isinstance(rows, KeyedVectors) else rows[first:last] for name, rows in queries.items()}
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A dense segment's queries with the change of damping in them."""
+
+    segment: DenseSegment
     queries: Float32[np.ndarray, "queries dim"]
     squared_norms: Float64[np.ndarray, " queries"]
     change: Float32[np.ndarray, " dim"] | None
 
     @classmethod
-    def make(cls, index: Index, segment: Segment, rows: Float32[np.ndarray, "queries dim"], metric: Metric) -> "_Prepared":
+    def make(cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric) -> "_Dense":
         change = None
         scaled = rows.astype(np.float64)
         if metric.damping is not None:
@@ -126,25 +142,66 @@ class _Prepared:
         if change is not None:
             scaled = scaled * change
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
-        return cls(segment, segment.weight, scaled.astype(np.float32), squared, None if change is None else change.astype(np.float32))
+        return cls(segment, scaled.astype(np.float32), squared, None if change is None else change.astype(np.float32))
+
+    def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
+        """Inner products with a shard's rows and, for cosines, the rows' squared norms in the same metric."""
+        rows = index.dense(shard, self.segment)
+        scores, squared = np.zeros((len(self.queries), shard.rows), np.float32), np.zeros(shard.rows)
+        lengths = rows.norms * rows.factors()
+        for first, codes in rows.blocks():
+            values = codes if codes.dtype == np.float32 else codes.astype(np.float32)
+            part = slice(first, first + len(codes))
+            scores[:, part] = (self.queries @ values.T) * lengths[part]
+            if cosine:
+                # Codes are unit directions, up to rounding; under another damping their length is measured anew.
+                change = self.change if self.change is not None else np.float32(1)
+                squared[part] = ((values * values * change).sum(axis=1) * rows.factors()[part] ** 2) * rows.norms[part] ** 2
+        return scores, squared
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A keyed segment's queries: their entries, rotated as the rows were, with the change of damping in them."""
+
+    segment: KeyedSegment
+    keys: Int64[np.ndarray, " entries"]
+    owners: Int64[np.ndarray, " entries"]
+    rotated: Float32[np.ndarray, "entries bits"]
+    squared_norms: Float64[np.ndarray, " queries"]
+
+    @classmethod
+    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric) -> "_Keyed":
+        vectors = rows.vectors.astype(np.float64)
+        if metric.damping is not None or not metric.curvature:
+            if metric.mode == "cosine":
+                raise UsageError(
+                    "the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping"
+                )
+            vocabulary, inputs = index.keyed_spectrum(segment)
+            eigenvalues, mean = vocabulary[rows.keys][:, None] * inputs, vocabulary.mean() * inputs.mean()
+            vectors = vectors * (eigenvalues + segment.curvature.damping * mean)
+            if metric.damping is not None:
+                vectors = vectors / (eigenvalues + metric.damping * mean)
+        owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
+        squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
+        return cls(segment, rows.keys, owners, rotate(vectors.astype(np.float32), segment.bits, segment.seed), squared)
+
+    def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
+        """See `_Dense`; the products are unbiased estimates."""
+        rows = index.keyed(shard, self.segment)
+        return rows.scores(self.keys, self.owners, self.rotated, len(self.squared_norms)), rows.norms.astype(np.float64) ** 2
 
 
 def _shard_scores(
-    index: Index, shard: Shard, prepared: Sequence[_Prepared], query_norms: Float64[np.ndarray, " queries"], mode: Mode
+    index: Index, shard: Shard, prepared: Sequence[_Dense | _Keyed], query_norms: Float64[np.ndarray, " queries"], mode: Mode
 ) -> Float32[np.ndarray, "queries rows"]:
     scores = np.zeros((len(query_norms), shard.rows), np.float32)
     squared = np.zeros(shard.rows)
     for p in prepared:
-        rows = index.dense(shard, p.segment)
-        lengths = rows.norms * rows.factors() * np.float32(p.weight)
-        for first, codes in rows.blocks():
-            values = codes if codes.dtype == np.float32 else codes.astype(np.float32)
-            part = slice(first, first + len(codes))
-            scores[:, part] += (p.queries @ values.T) * lengths[part]
-            if mode == "cosine":
-                # Codes are unit directions, up to rounding; under another damping their length is measured anew.
-                change = p.change if p.change is not None else np.float32(1)
-                squared[part] += ((values * values * change).sum(axis=1) * rows.factors()[part] ** 2) * rows.norms[part] ** 2 * p.weight
+        found, lengths = p.scores(index, shard, mode == "cosine")
+        scores += found * np.float32(p.segment.weight)
+        squared += lengths * p.segment.weight
     if mode == "cosine":
         norms = query_norms[:, None] * np.sqrt(squared)[None]
         scores = np.divide(scores, norms, out=np.zeros(scores.shape), where=norms > 0).astype(np.float32)
@@ -152,7 +209,7 @@ def _shard_scores(
 
 
 def _scan(index: Index, queries: QueryRows, k: int, metric: Metric) -> list[tuple[tuple, tuple]]:
-    count = len(next(iter(queries.values())))
+    count = _count(queries)
     empty = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     best, worst = [empty] * count, [empty] * count
     for first, scores in all_scores(index, queries, metric):

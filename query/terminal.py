@@ -44,8 +44,10 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         if found:
             yield table
     s = answer.search
+    given = q["damping"]
+    damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     yield Text(
-        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {q['damping']:g}",
+        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {damping}",
         style="dim",
     )
 

@@ -17,25 +17,38 @@ from typing import Any
 
 import numpy as np
 
-from ..indexer.curvature import Arrays, add_sums, choose_curvature
+from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderPlan
-from ..indexer.fit import Fit
+from ..indexer.fit import Fit, with_known_sample
 from ..indexer.tasks import find_task
 from ..store.corpus import describe_sources
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
-from ..store.manifest import FileRecord, Manifest, Model, Segment, Shard, Tokenizer, publish_manifest, read_manifest
-from ..store.rows import DTYPES, chunk_rows
+from ..store.keyed import KeyedRows, rotate
+from ..store.manifest import (
+    DenseSegment,
+    FileRecord,
+    KeyedSegment,
+    Manifest,
+    Model,
+    Shard,
+    Tokenizer,
+    publish_manifest,
+    read_manifest,
+)
+from ..store.rows import DTYPES, DenseRows, chunk_rows
 from .config import BuildConfig
 from .corpus import CorpusPlan, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import SEGMENT, Worker, absolute, file_record, model_source
+from .worker import Worker, absolute, file_record, model_source
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
+_SPREAD_ROWS = 256
+_SHARES = {"head": 1.0, "blocks": 0.5}
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, model, plan)
-            arrays, plan, file = _fit(job, executor, _with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
+            arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
             return _publish(job, what, model, plan, file, corpus, shards)
     finally:
@@ -155,10 +168,7 @@ def _write_corpus(job: _Job, model: Model, plan: EncoderPlan) -> CorpusPlan:
     if c.max_tokens and limit and c.max_tokens > limit:
         raise UsageError(f"--max-tokens is {c.max_tokens}, the model's context is {limit}; it can be at most that")
     max_tokens = c.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
-    row_bytes = plan.dim * DTYPES[c.row_dtype].itemsize
-    whole_chunks = chunk_rows(plan.dim, c.row_dtype)
-    fitting = _SHARD_BYTES // row_bytes // whole_chunks * whole_chunks
-    shard_rows = c.shard_rows or min(_SHARD_ROWS, max(whole_chunks, fitting))
+    shard_rows = c.shard_rows or min([_SHARD_ROWS, *(_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment))])
     task = find_task(c.task)
     encoder = task.encoder(model_source(c), max_tokens, c.long, c.append_eos)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
@@ -182,13 +192,13 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing
     fit, arrays = Fit(plan), dict[str, np.ndarray]()
     parts = _sample(corpus, min(c.fit_examples, corpus.rows), c.seed)
-    for step in range(fit.passes):
-        job.reporter.stage(f"fitting, pass {step + 1} of {fit.passes}", min(c.fit_examples, corpus.rows))
+    for step in range(len(fit.steps)):
+        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", min(c.fit_examples, corpus.rows))
         totals: Arrays = {}
         for sums in executor.map("measure", (plan, arrays, step), [(part,) for part in parts], job.reporter):
             totals = add_sums(totals, sums)
         arrays = fit.finish(step, arrays, totals)
-    counts = {name: int(totals[name]) if fit.passes else 0 for name in ("examples", "tokens")}
+    counts = {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
     staged = job.staging / path.name
     with storage_errors(path):
         save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, staged)
@@ -199,15 +209,41 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     return arrays, _fitted(plan, counts), file
 
 
-def _with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
-    """The plan with each layer's curvature chosen for the sample that there really is."""
-    kind = plan.curvature.kind
-    layers = tuple(layer.model_copy(update={"curvature": choose_curvature(kind, layer.size, examples)}) for layer in plan.layers)
-    return replace(plan, layers=layers)
-
-
 def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
-    return replace(plan, curvature=plan.curvature.model_copy(update=counts))
+    segments = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in plan.segments)
+    return replace(plan, segments=segments)
+
+
+def _shard_rows(segment: DenseSegment) -> int:
+    whole_chunks = chunk_rows(segment.dim, segment.dtype)
+    fitting = _SHARD_BYTES // (segment.dim * DTYPES[segment.dtype].itemsize) // whole_chunks * whole_chunks
+    return max(whole_chunks, fitting)
+
+
+def _weighted(job: _Job, plan: EncoderPlan, shards: tuple[Shard, ...]) -> tuple[DenseSegment | KeyedSegment, ...]:
+    """The segments with weights that make their scores comparable: the blocks' spread is half the head's (docs/segments.md says why).
+
+    The spread is the standard deviation of scores between different rows of the first shard.
+    """
+    if len(plan.segments) == 1:
+        return plan.segments
+    spreads = {}
+    for segment in plan.segments:
+        rows, directory = min(_SPREAD_ROWS, shards[0].rows), job.out / "rows" / f"{shards[0].id}.zarr" / segment.name
+        if isinstance(segment, KeyedSegment):
+            keyed = KeyedRows(directory, shards[0].rows, segment.vocabulary, segment.bits)
+            entries = [keyed.vectors(row, segment.width, segment.seed) for row in range(rows)]
+            owners = np.repeat(np.arange(rows), [len(keys) for keys, _ in entries])
+            rotated = rotate(np.concatenate([v for _, v in entries]), segment.bits, segment.seed)
+            scores = keyed.scores(np.concatenate([keys for keys, _ in entries]), owners, rotated, rows)[:, :rows] * (np.pi / 2)
+        else:
+            dense = DenseRows(directory, shards[0].rows, segment.dim, segment.dtype)
+            block = np.stack([dense.row(row) for row in range(rows)])
+            scores = block @ block.T
+        spreads[segment.name] = float(scores[~np.eye(rows, dtype=bool)].std()) if rows > 1 else 1.0
+    first = spreads.get("head", 1.0)
+    weights = {name: _SHARES[name] * first / spread if spread > 0 else 1.0 for name, spread in spreads.items()}
+    return tuple(s.model_copy(update={"weight": weights[s.name]}) for s in plan.segments)
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
@@ -234,18 +270,17 @@ def _publish(
     job: _Job, what: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
     c = job.config
-    segment = Segment(
-        name=SEGMENT, kind="dense", weight=1.0, dtype=c.row_dtype, layers=plan.layers, projection=plan.projection, curvature=plan.curvature
-    )
+    segments = _weighted(job, plan, shards)
+    features = {s.kind for s in segments} | ({"vectors"} if find_task(c.task).form == "vector" else set())
     manifest = Manifest(
-        features=("dense", "vectors") if find_task(c.task).form == "vector" else ("dense",),
+        features=tuple(sorted(features)),
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         whence=installed_version(),
         task=c.task,
         model=model,
         tokenizer=Tokenizer(fingerprint=what["tokenizer"]) if what["tokenizer"] else None,
-        segments=(segment,),
+        segments=segments,
         encoder=file,
         rows=corpus.rows,
         tokens=corpus.tokens,

@@ -7,16 +7,17 @@ from ..store.corpus import Fields
 from ..store.errors import UsageError
 from ..store.manifest import CurvatureKind, ModelDtype, RowDtype, check_damping
 
-_POSITIVE = ("rank", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
+_POSITIVE = ("rank", "head_bits", "head_keys", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
     "long": ("split", "truncate"),
     "bad_documents": ("error", "skip"),
     "projection": ("random", "pca"),
     "curvature": ("auto", "fisher", "ekfac", "kfac", "diagonal", "identity"),
-    "labels": ("data", "sampled"),
+    "labels": ("data", "sampled", None),
     "row_dtype": ("float32", "float16", "int8"),
 }
+_SEGMENTS = ("blocks", "head")
 _MAX_THREADS = 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
 
@@ -34,10 +35,13 @@ class BuildConfig:
         fields: which columns hold text, prompt and completion, messages, id and source.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        layers: globs over layer names; by default every linear layer inside the blocks.
+        segments: parts of a row: "blocks" (dense rows of linear layers) and "head" (the output head, keyed by token).
+        layers: globs over layer names of the blocks; by default every linear layer inside them.
         projection, rank, seed: how gradients are projected.
-        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue.
-        row_dtype: how row coordinates are stored.
+        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels are the
+            data's and damping 0.1 for the blocks, the model's and 1 for the head.
+        row_dtype: how the blocks' coordinates are stored.
+        head_bits, head_keys: bits of each of an example's tokens, and how many tokens are kept (those of largest norm; None keeps all).
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -56,15 +60,18 @@ class BuildConfig:
     long: Literal["split", "truncate"] = "split"
     append_eos: bool = True
     bad_documents: Literal["error", "skip"] = "error"
+    segments: tuple[str, ...] = ("blocks",)
     layers: tuple[str, ...] = ()
     projection: Literal["random", "pca"] = "random"
     rank: int = 16
     seed: int = 0
     curvature: CurvatureKind = "auto"
-    labels: Literal["data", "sampled"] = "data"
+    labels: Literal["data", "sampled"] | None = None
     fit_examples: int = 2048
-    damping: float = 0.1
+    damping: float | None = None
     row_dtype: RowDtype = "float32"
+    head_bits: int = 64
+    head_keys: int | None = None
     shard_rows: int | None = None
     batch_tokens: int | None = None
     workers: int = 1
@@ -80,8 +87,11 @@ class BuildConfig:
             raise UsageError("--max-tokens is 1; an example needs at least 2 tokens, one to predict and one before it")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
-        check_damping(self.damping)
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
+        if not self.segments or len(set(self.segments)) < len(self.segments) or set(self.segments) - set(_SEGMENTS):
+            raise UsageError(f"--segments is {','.join(self.segments)!r}; it can be {', '.join(_SEGMENTS)}, or several with commas between")
+        if self.damping is not None:
+            check_damping(self.damping)
         if self.threads > _MAX_THREADS:
             raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
         if not self.model or not self.out or "" in self.data:

@@ -8,11 +8,12 @@ import ctypes
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..indexer import models
@@ -21,14 +22,14 @@ from ..indexer.encoder import Encoder, EncoderPlan, Progress, ignore_progress
 from ..indexer.fit import Fit
 from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
-from ..store.errors import IntegrityError
+from ..store.errors import IntegrityError, UsageError
 from ..store.files import publish, sha256
-from ..store.manifest import Curvature, FileRecord, Model, Projection, Shard
-from ..store.rows import DenseRows, write_shard
+from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
+from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, Model, Projection, Shard
+from ..store.rows import DenseRows, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
-SEGMENT = "blocks"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -74,8 +75,6 @@ class Worker:
             UsageError: no layer matches, or one of the matching ones does not run.
         """
         c, model = self._config, self.model
-        names = models.find_layers(model, c.layers, self.task.within_blocks)
-        layers = models.plan_layers(self.task, model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         description = Model(
             id=absolute(c.model),
             revision=getattr(getattr(model, "config", None), "_commit_hash", None) or c.revision,
@@ -86,12 +85,31 @@ class Worker:
             context=self.task.context(model),
         )
         plan = EncoderPlan(
-            layers,
-            Projection(kind=c.projection, rank=c.rank, seed=c.seed),
-            Curvature(kind=c.curvature, labels=c.labels, examples=0, tokens=0, damping=c.damping),
+            tuple(self._blocks() if name == "blocks" else self._head() for name in c.segments),
             c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
         return description, plan
+
+    def _blocks(self) -> DenseSegment:
+        c = self._config
+        names = models.find_layers(self.model, c.layers, self.task.within_blocks)
+        layers = models.plan_layers(self.task, self.model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        projection = Projection(kind=c.projection, rank=c.rank, seed=c.seed)
+        curvature = Curvature(kind=c.curvature, labels=c.labels or "data", examples=0, tokens=0, damping=c.damping or 0.1)
+        return DenseSegment(
+            name="blocks", kind="dense", weight=1.0, dtype=c.row_dtype, layers=layers, projection=projection, curvature=curvature
+        )
+
+    def _head(self) -> KeyedSegment:
+        c, found = self._config, self.task.keyed_head(self.model)
+        if found is None:
+            raise UsageError(
+                f"the model has no output head whose rows could be keyed by token (task {c.task}); leave head out of --segments"
+            )
+        layer, vocabulary, width, tail = found
+        curvature = Curvature(kind="kfac", labels=c.labels or "sampled", examples=0, tokens=0, damping=c.damping or 1.0)
+        sizes = {"vocabulary": vocabulary, "width": width, "bits": c.head_bits, "keys": c.head_keys}
+        return KeyedSegment(name="head", kind="keyed", weight=1.0, layer=layer, **sizes, tail=tail, seed=c.seed, curvature=curvature)
 
     def measure(
         self,
@@ -115,10 +133,10 @@ class Worker:
         final = out / "rows" / f"{shard.id}.zarr"
         if not self._is_whole(final, plan, shard):
             shutil.rmtree(final, ignore_errors=True)
-            rows = self._encoder(plan, arrays, "rows").rows(self._examples(shard.id, shard.rows, range(shard.rows)), progress)
+            segments = self._rows(plan, arrays, shard, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
             about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
-            write_shard(staged, {SEGMENT: (rows, self._config.row_dtype)}, about)
+            write_shard(staged, segments, about)
             publish(staged, final)
         else:
             progress(shard.rows, shard.tokens)
@@ -134,11 +152,40 @@ class Worker:
         if not path.is_dir():
             return False
         try:
-            for _ in DenseRows(path / SEGMENT, shard.rows, plan.dim, self._config.row_dtype).blocks():
-                pass
+            for segment in plan.segments:
+                if isinstance(segment, KeyedSegment):
+                    KeyedRows(path / segment.name, shard.rows, segment.vocabulary, segment.bits)
+                else:
+                    for _ in DenseRows(path / segment.name, shard.rows, segment.dim, segment.dtype).blocks():
+                        pass
         except IntegrityError:
             return False
         return True
+
+    def _rows(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress) -> dict[str, Callable[[Any], None]]:
+        """What writes each segment of a shard; keyed rows are coded batch by batch, so that their vectors never pile up."""
+        examples = self._examples(shard.id, shard.rows, range(shard.rows))
+        dense = {s.name: np.zeros((shard.rows, s.dim), np.float32) for s in plan.segments if isinstance(s, DenseSegment)}
+        coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in plan.segments if isinstance(s, KeyedSegment)}
+        for chosen, rows in self._encoder(plan, arrays, "rows").batches(examples, progress):
+            for segment in plan.segments:
+                block = rows[segment.name]
+                if isinstance(segment, KeyedSegment):
+                    assert isinstance(block, KeyedVectors)
+                    coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
+                else:
+                    if dense[segment.name].dtype != block.dtype:  # type: ignore[union-attr]
+                        dense[segment.name] = dense[segment.name].astype(block.dtype)  # type: ignore[union-attr]
+                    dense[segment.name][chosen] = block
+        writers: dict[str, Callable[[Any], None]] = {}
+        for segment in plan.segments:
+            if isinstance(segment, KeyedSegment):
+                writers[segment.name] = partial(
+                    write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits
+                )
+            else:
+                writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
+        return writers
 
     def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)

@@ -12,7 +12,8 @@ from jaxtyping import Float32, Float64
 from .documents import Documents, Example
 from .errors import IntegrityError, UsageError
 from .files import sha256
-from .manifest import FileRecord, Segment, Shard, read_manifest
+from .keyed import KeyedRows, KeyedVectors
+from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
 from .rows import DenseRows
 
 
@@ -43,16 +44,17 @@ class Index:
         self.manifest = read_manifest(self.path)
         self._firsts = np.array([shard.first for shard in self.manifest.shards])
         self._rows: dict[tuple[str, str], DenseRows] = {}
+        self._keyed: dict[tuple[str, str], KeyedRows] = {}
         self._documents: dict[str, Documents] = {}
 
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def segment(self, name: str) -> Segment:
+    def segment(self, name: str) -> DenseSegment | KeyedSegment:
         """The manifest's entry for a segment."""
         return next(s for s in self.manifest.segments if s.name == name)
 
-    def dense(self, shard: Shard, segment: Segment) -> DenseRows:
+    def dense(self, shard: Shard, segment: DenseSegment) -> DenseRows:
         """A dense segment's rows in one shard."""
         key = (shard.id, segment.name)
         if key not in self._rows:
@@ -62,6 +64,21 @@ class Index:
             self._rows[key] = DenseRows(group, shard.rows, segment.dim, segment.dtype)
         return self._rows[key]
 
+    def keyed(self, shard: Shard, segment: KeyedSegment) -> KeyedRows:
+        """A keyed segment's rows in one shard."""
+        key = (shard.id, segment.name)
+        if key not in self._keyed:
+            group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
+            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
+            self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits)
+        return self._keyed[key]
+
+    def norms(self, segment: DenseSegment | KeyedSegment) -> Float32[np.ndarray, " rows"]:
+        """The lengths of a segment's rows."""
+        if isinstance(segment, KeyedSegment):
+            return np.concatenate([self.keyed(shard, segment).norms for shard in self.manifest.shards])
+        return np.concatenate([self.dense(shard, segment).norms for shard in self.manifest.shards])
+
     def documents(self, shard: Shard) -> Documents:
         """A shard's examples."""
         if shard.id not in self._documents:
@@ -69,7 +86,7 @@ class Index:
             self._documents[shard.id] = Documents(self.path / "documents" / f"{shard.id}.arrow", shard.rows)
         return self._documents[shard.id]
 
-    def blocks(self, segment: Segment) -> Iterator[Block]:
+    def blocks(self, segment: DenseSegment) -> Iterator[Block]:
         """All rows of a segment in order, in blocks of about a mebibyte that are views of memory maps."""
         for shard in self.manifest.shards:
             rows = self.dense(shard, segment)
@@ -78,10 +95,16 @@ class Index:
                 part = slice(first, first + len(codes))
                 yield Block(shard.first + first, codes, factors[part], rows.norms[part])
 
-    def row(self, row: int, segment: Segment) -> Float32[np.ndarray, " dim"]:
+    def row(self, row: int, segment: DenseSegment) -> Float32[np.ndarray, " dim"]:
         """One row of a segment, whole (with its norm)."""
         shard, offset = self._locate(row)
         return self.dense(shard, segment).row(offset)
+
+    def entries(self, row: int, segment: KeyedSegment) -> KeyedVectors:
+        """One row of a keyed segment, its vectors estimated from their codes (see `KeyedRows.vectors`)."""
+        shard, offset = self._locate(row)
+        keys, vectors = self.keyed(shard, segment).vectors(offset, segment.width, segment.seed)
+        return KeyedVectors(np.array([0, len(keys)]), keys, vectors)
 
     def example(self, row: int) -> Example:
         """The example that a row stands for.
@@ -104,7 +127,7 @@ class Index:
         self._compare([self.manifest.encoder])
         return load_file(self.path / self.manifest.encoder.path)
 
-    def spectrum(self, segment: Segment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
+    def spectrum(self, segment: DenseSegment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
         """A segment's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
 
         Raises:
@@ -118,6 +141,10 @@ class Index:
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))
         return np.concatenate(values), np.concatenate(means)
+
+    def keyed_spectrum(self, segment: KeyedSegment) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
+        """A keyed segment's eigenvalues are the products of these two."""
+        return self.arrays[f"{segment.name}/vocabulary"], self.arrays[f"{segment.name}/input_eigenvalues"]
 
     def summary(self) -> dict[str, Any]:
         """What the index holds, JSON-ready: model, rows, bytes, and each segment's layers, projection and curvature."""
@@ -141,23 +168,7 @@ class Index:
             "bytes": sum(f.bytes for f in files),
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
-            "segments": [
-                {
-                    "name": s.name,
-                    "kind": s.kind,
-                    "weight": s.weight,
-                    "coordinates": s.dim,
-                    "stored_as": s.dtype,
-                    "layers": len(s.layers),
-                    "parameters": sum(layer.outputs * layer.inputs for layer in s.layers),
-                    "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
-                    "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
-                    "labels": s.curvature.labels,
-                    "fitted_on": s.curvature.examples,
-                    "damping": s.curvature.damping,
-                }
-                for s in m.segments
-            ],
+            "segments": [_describe(s) for s in m.segments],
         }
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
@@ -170,8 +181,11 @@ class Index:
                 continue
             try:
                 for segment in self.manifest.segments:
-                    for _ in self.dense(shard, segment).blocks():
-                        pass
+                    if isinstance(segment, KeyedSegment):
+                        self.keyed(shard, segment)
+                    else:
+                        for _ in self.dense(shard, segment).blocks():
+                            pass
                 self.documents(shard)
             except IntegrityError as error:
                 yield f"rows/{shard.id}.zarr", str(error)
@@ -187,6 +201,26 @@ class Index:
             raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
         shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
+    about = {"labels": s.curvature.labels, "fitted_on": s.curvature.examples, "damping": s.curvature.damping}
+    if isinstance(s, KeyedSegment):
+        kept = "all that are predicted" if s.keys is None else f"{s.keys} of largest norm"
+        sizes = {"layer": s.layer, "vocabulary": s.vocabulary, "width": s.width, "keys": kept, "bits_a_key": s.bits}
+        return {"name": s.name, "kind": s.kind, "weight": s.weight, **sizes, "parameters": s.vocabulary * s.width, **about}
+    return {
+        "name": s.name,
+        "kind": s.kind,
+        "weight": s.weight,
+        "coordinates": s.dim,
+        "stored_as": s.dtype,
+        "layers": len(s.layers),
+        "parameters": sum(layer.outputs * layer.inputs for layer in s.layers),
+        "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
+        "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
+        **about,
+    }
 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:

@@ -16,7 +16,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only
 
 FORMAT_VERSION = 1
-FEATURES = frozenset({"dense", "vectors"})
+FEATURES = frozenset({"dense", "keyed", "vectors"})
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -84,7 +84,7 @@ class Curvature(_Model):
     damping: Annotated[float, Field(gt=0)]
 
 
-class Segment(_Model):
+class DenseSegment(_Model):
     """A part of a row with its own layers, curvature and code; scores of segments add, times their weights."""
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
@@ -99,6 +99,35 @@ class Segment(_Model):
     def dim(self) -> int:
         """Coordinates of this segment in a row."""
         return self.layers[-1].offset + self.layers[-1].size
+
+
+class KeyedSegment(_Model):
+    """The output head: a vector of `width` coordinates for each token that an example predicts, at `bits` bits.
+
+    Attributes:
+        layer: the head's name.
+        vocabulary, width: its outputs and inputs.
+        bits: of a vector's code.
+        keys: tokens kept of an example, those of largest norm; None keeps all.
+        tail: whether something follows the head's output (a soft-cap, a scale), so that curvature has no closed form.
+        seed: of the rotation.
+        curvature: of Kronecker form: a variance for each token, and the second moment of the head's inputs.
+    """
+
+    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
+    kind: Literal["keyed"]
+    weight: float
+    layer: str
+    vocabulary: Size
+    width: Size
+    bits: Size
+    keys: Size | None
+    tail: bool
+    seed: Count
+    curvature: Curvature
+
+
+Segment = Annotated[DenseSegment | KeyedSegment, Field(discriminator="kind")]
 
 
 class Model(_Model):
@@ -252,7 +281,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise IntegrityError(f"{path} is damaged: its shards hold {first} rows, not {manifest.rows}; build the index again")
     for segment in manifest.segments:
         offset = 0
-        for layer in segment.layers:
+        for layer in segment.layers if segment.kind == "dense" else ():
             if layer.offset != offset:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
             offset += layer.size

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _TARGET_CHUNK_BYTES = 1 << 20
+_WRITE_ALL = {"write_empty_chunks": True}
 
 RowsArray = Float32[np.ndarray, "rows dim"]
 
@@ -73,37 +74,62 @@ def quantise(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.nd
     return arrays
 
 
-def write_shard(directory: Path, segments: Mapping[str, tuple[Float[np.ndarray, "rows dim"], str]], attributes: dict) -> None:
+def write_shard(directory: Path, segments: Mapping[str, Callable[[Any], None]], attributes: dict) -> None:
     """Write one shard as a Zarr v3 group with a subgroup for each segment.
 
     Args:
         directory: a staging path that does not exist yet, or is left over from a killed build.
-        segments: name -> (whitened rows, dtype of the codes).
+        segments: name -> what writes the segment into its empty group (`write_dense`, `keyed.write_keyed`).
         attributes: JSON that describes the shard to a stranger; kept on the outer group under `whence`.
     """
     import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
     with storage_errors(directory):
         if directory.exists():
             shutil.rmtree(directory)
         group = zarr.create_group(directory, zarr_format=3, attributes={"whence": attributes})
-        for name, (rows, dtype) in segments.items():
-            segment = group.create_group(name, attributes={"kind": "dense", "dtype": dtype})
-            for key, array in quantise(rows, dtype).items():
-                shape, codecs = array.shape, (BytesCodec(), Crc32cCodec())
-                if key == "codes":
-                    inner = (min(chunk_rows(shape[1], dtype), shape[0]), shape[1])  # a small shard is not padded
-                    chunks = (math.ceil(shape[0] / inner[0]) * inner[0], shape[1])
-                    layout: dict[str, Any] = {
-                        "chunks": chunks,
-                        "serializer": ShardingCodec(chunk_shape=inner, codecs=codecs),
-                        "compressors": None,
-                    }
-                else:
-                    layout = {"chunks": shape, "serializer": codecs[0], "compressors": codecs[1:]}
-                layout["config"] = {"write_empty_chunks": True}
-                segment.create_array(key, shape=shape, dtype=array.dtype, fill_value=0, **layout)[...] = array
+        for name, write in segments.items():
+            write(group.create_group(name))
+
+
+def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> None:
+    """Write whitened rows into an empty Zarr group."""
+    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+
+    group.attrs.update({"kind": "dense", "dtype": dtype})
+    arrays = quantise(rows, dtype)
+    codes = arrays.pop("codes")
+    inner = (min(chunk_rows(codes.shape[1], dtype), len(codes)), codes.shape[1])  # a small shard is not padded
+    chunks = (math.ceil(len(codes) / inner[0]) * inner[0], codes.shape[1])
+    serializer = ShardingCodec(chunk_shape=inner, codecs=(BytesCodec(), Crc32cCodec()))
+    layout: dict[str, Any] = {"chunks": chunks, "serializer": serializer, "compressors": None, "config": _WRITE_ALL}
+    group.create_array("codes", shape=codes.shape, dtype=codes.dtype, fill_value=0, **layout)[...] = codes
+    for name, array in arrays.items():
+        write_array(group, name, array)
+
+
+def write_array(group: Any, name: str, array: np.ndarray) -> None:
+    """Write an array as one chunk of its plain bytes, with their CRC-32C behind them."""
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
+    layout: dict[str, Any] = {"chunks": array.shape, "serializer": BytesCodec(), "compressors": (Crc32cCodec(),), "config": _WRITE_ALL}
+    group.create_array(name, shape=array.shape, dtype=array.dtype, fill_value=0, **layout)[...] = array
+
+
+def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array of `write_array` as a view of its memory map, after its checksum was compared.
+
+    Raises:
+        IntegrityError: missing, truncated, damaged, or not of that shape and type.
+        IncompatibleError: laid out in a way that this version does not read.
+    """
+    meta = _metadata(directory, name, shape, np.dtype(dtype))
+    if [c.get("name") for c in meta.get("codecs", ())] != ["bytes", "crc32c"]:
+        raise _unreadable(directory, name)
+    path = directory / name / "/".join(["c", *("0" for _ in shape)])
+    raw = _map(path, math.prod(shape) * np.dtype(dtype).itemsize + _CRC_BYTES)
+    _check_crc(raw, path, "its values")
+    return raw[:-_CRC_BYTES].view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 class DenseRows:
@@ -153,7 +179,7 @@ class DenseRows:
         return raw[:-_CRC_BYTES].view(self.dtype).reshape(self.chunk_rows, self.dim)
 
     def _map_codes(self) -> tuple[int, int]:
-        meta = self._metadata("codes", (self.rows, self.dim), self.dtype)
+        meta = _metadata(self.directory, "codes", (self.rows, self.dim), self.dtype)
         try:
             (codec,) = meta["codecs"]
             inner = codec["configuration"]
@@ -161,9 +187,9 @@ class DenseRows:
             names = [c["name"] for c in inner["codecs"]]
             plain = codec["name"] == "sharding_indexed" and names == ["bytes", "crc32c"] and inner.get("index_location", "end") == "end"
         except (KeyError, ValueError, TypeError) as error:
-            raise self._unreadable("codes") from error
+            raise _unreadable(self.directory, "codes") from error
         if not plain or dim != self.dim or rows < 1:
-            raise self._unreadable("codes")
+            raise _unreadable(self.directory, "codes")
         chunks = math.ceil(self.rows / rows)
         self._stride = rows * dim * self.dtype.itemsize + _CRC_BYTES
         self._codes_path = self.directory / "codes/c/0/0"
@@ -171,31 +197,27 @@ class DenseRows:
         return rows, chunks
 
     def _read_vector(self, name: str) -> Float32[np.ndarray, " rows"]:
-        meta = self._metadata(name, (self.rows,), DTYPES["float32"])
-        if [c.get("name") for c in meta.get("codecs", ())] != ["bytes", "crc32c"]:
-            raise self._unreadable(name)
-        path = self.directory / name / "c/0"
-        raw = _map(path, self.rows * 4 + _CRC_BYTES)
-        _check_crc(raw, path, "its values")
-        values = np.array(raw[:-_CRC_BYTES].view("<f4"))
+        values = np.array(map_array(self.directory, name, (self.rows,), "float32"))
         if not np.isfinite(values).all():
-            raise IntegrityError(f"{path} holds numbers that are not finite; restore the file or build the index again")
+            raise IntegrityError(f"{self.directory / name} holds numbers that are not finite; restore the file or build the index again")
         return values
 
-    def _metadata(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> dict:
-        path = self.directory / name / "zarr.json"
-        try:
-            meta = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
-        except ValueError as error:
-            raise IntegrityError(f"{path} is not JSON any more; restore the file or build the index again") from error
-        if not isinstance(meta, dict) or meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
-            raise IntegrityError(f"{path} does not describe {dtype.name} of shape {list(shape)}, which the manifest promises")
-        return meta
 
-    def _unreadable(self, name: str) -> IncompatibleError:
-        return IncompatibleError(f"{self.directory / name} has Zarr codecs that this version of Whence does not read; use a newer one")
+def _metadata(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> dict:
+    path = directory / name / "zarr.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not JSON any more; restore the file or build the index again") from error
+    if not isinstance(meta, dict) or meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
+        raise IntegrityError(f"{path} does not describe {dtype.name} of shape {list(shape)}, which the manifest promises")
+    return meta
+
+
+def _unreadable(directory: Path, name: str) -> IncompatibleError:
+    return IncompatibleError(f"{directory / name} has Zarr codecs that this version of Whence does not read; use a newer one")
 
 
 def _map(path: Path, size: int) -> np.ndarray:

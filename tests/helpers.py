@@ -81,15 +81,19 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
     from whence.indexer.encoder import EncoderPlan
     from whence.indexer.models import find_layers, plan_layers
     from whence.indexer.tasks import CausalLM
-    from whence.store.manifest import Curvature, Projection
+    from whence.store.manifest import Curvature, DenseSegment, Projection
 
     layers = plan_layers(CausalLM(), model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
-    return EncoderPlan(
-        layers,
-        Projection(kind=projection, rank=rank, seed=7),
-        Curvature(kind=curvature, labels=labels, examples=0, tokens=0, damping=damping),
-        batch_tokens,
+    segment = DenseSegment(
+        name="blocks",
+        kind="dense",
+        weight=1.0,
+        dtype="float32",
+        layers=layers,
+        projection=Projection(kind=projection, rank=rank, seed=7),
+        curvature=Curvature(kind=curvature, labels=labels, examples=0, tokens=0, damping=damping),
     )
+    return EncoderPlan((segment,), batch_tokens)
 
 
 def fit(model, plan, examples, parts=1):
@@ -99,7 +103,7 @@ def fit(model, plan, examples, parts=1):
     from whence.indexer.tasks import CausalLM
 
     fitting, arrays = Fit(plan), {}
-    for step in range(fitting.passes):
+    for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
             totals = add_sums(totals, fitting.measure(Encoder(CausalLM(), model, plan, arrays), step, examples[part::parts]))

@@ -54,10 +54,10 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     model = make_model(architecture, dtype)
     plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
     examples = make_examples(7)
-    rows = Encoder(TASK, model, plan, {}).rows(examples)
+    rows = Encoder(TASK, model, plan, {}).rows(examples)["blocks"]
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.layers, example)
+        gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
         assert relative_error(row, np.concatenate([g.ravel() for g in gradients])) < tolerance
 
 
@@ -66,11 +66,11 @@ def test_projected_rows_equal_projected_autograd(architecture):
     model = make_model(architecture)
     plan = make_plan(model, rank=5, curvature="identity")
     examples = make_examples(4)
-    rows = Encoder(TASK, model, plan, {}).rows(examples)
+    rows = Encoder(TASK, model, plan, {}).rows(examples)["blocks"]
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.layers, example)
+        gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
         parts = []
-        for gradient, layer in zip(gradients, plan.layers, strict=True):
+        for gradient, layer in zip(gradients, plan.segments[0].layers, strict=True):
             left = random_projection(layer.name, "output", layer.output_rank, layer.outputs, 7).astype(float)
             right = random_projection(layer.input_group, "input", layer.input_rank, layer.inputs, 7).astype(float)
             parts.append((left @ gradient @ right.T).ravel())
@@ -88,8 +88,8 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
 
 def whole_gradients(model, plan, examples):
     """Projected gradients by layer, from an encoder without curvature."""
-    plain = make_plan(model, rank=plan.projection.rank, curvature="identity")
-    rows = Encoder(TASK, model, plain, {}).rows(examples)
+    plain = make_plan(model, rank=plan.segments[0].projection.rank, curvature="identity")
+    rows = Encoder(TASK, model, plain, {}).rows(examples)["blocks"]
     return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.layers}
 
 
@@ -99,10 +99,10 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
     plan = make_plan(model, rank=4, curvature="fisher", damping=damping)
     examples, queries = make_examples(40), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
-    influence = encoder.rows(queries) @ encoder.rows(examples).T
+    influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
     train, asked = whole_gradients(model, plan, examples), whole_gradients(model, plan, queries)
     expected = 0
-    for layer in plan.layers:
+    for layer in plan.segments[0].layers:
         g = train[layer.name]
         H = g.T @ g / len(examples)
         a = damping * np.trace(H) / len(H)
@@ -112,11 +112,18 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
 
 def token_pairs(model, plan, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
-    found = {layer.name: [] for layer in plan.layers}
+    found = {layer.name: [] for layer in plan.segments[0].layers}
     for example in examples:
         for _, batch in batches(TASK, [example], 64, torch.device("cpu")):
-            maps = maps or {layer.name: (None, None) for layer in plan.layers}
-            backward(model, batch, plan.layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())), TASK.loss)
+            maps = maps or {layer.name: (None, None) for layer in plan.segments[0].layers}
+            backward(
+                model,
+                batch,
+                plan.segments[0].layers,
+                maps,
+                lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())),
+                TASK.loss,
+            )
     return found
 
 
@@ -128,12 +135,12 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     plan = make_plan(model, rank=rank, curvature=curvature, patterns=patterns)
     examples, queries = make_examples(30), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
-    influence = encoder.rows(queries) @ encoder.rows(examples).T
+    influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
     plain = Encoder(TASK, model, make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
-    pairs = token_pairs(model, plan, examples, plain.maps)
-    train, asked = plain.rows(examples), plain.rows(queries)
+    pairs = token_pairs(model, plan, examples, plain.parts["blocks"].maps)
+    train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     expected = 0
-    for layer in plan.layers:
+    for layer in plan.segments[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         tokens = sum(len(x) for x, _ in pairs[layer.name])
         A = sum(x.T @ x for x, _ in pairs[layer.name]) / tokens
@@ -152,14 +159,14 @@ def test_diagonal_and_identity_influence():
     model = make_model()
     examples, queries = make_examples(30), make_examples(3, seed=1)
     plain = Encoder(TASK, model, make_plan(model, curvature="identity"), {})
-    train, asked = plain.rows(examples), plain.rows(queries)
+    train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
-    for layer in encoder.plan.layers:
+    for layer in encoder.plan.segments[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
         expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
-    assert relative_error(encoder.rows(queries) @ encoder.rows(examples).T, expected) < 1e-6
+    assert relative_error(encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T, expected) < 1e-6
     assert fit(model, make_plan(model, curvature="identity"), examples).arrays == {}
 
 
@@ -169,9 +176,9 @@ def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projecti
     model = make_model("llama")
     plan = make_plan(model, curvature=curvature, projection=projection)
     examples = make_examples(24)
-    whole = fit(model, plan, examples).rows(examples)
+    whole = fit(model, plan, examples).rows(examples)["blocks"]
     for parts in (2, 3, 7):
-        merged = fit(model, plan, examples, parts).rows(examples)
+        merged = fit(model, plan, examples, parts).rows(examples)["blocks"]
         assert relative_error(merged @ merged.T, whole @ whole.T) < 1e-8
 
 
@@ -181,8 +188,8 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
     kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.layers))]
     layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.layers, kinds, strict=True))
-    mixed = fit(model, replace(fisher, layers=layers), examples).rows(examples)
-    alone = {"fisher": fit(model, fisher, examples).rows(examples), "ekfac": fit(model, ekfac, examples).rows(examples)}
+    mixed = fit(model, replace(fisher, layers=layers), examples).rows(examples)["blocks"]
+    alone = {"fisher": fit(model, fisher, examples).rows(examples)["blocks"], "ekfac": fit(model, ekfac, examples).rows(examples)["blocks"]}
     for layer in layers:
         block = slice(layer.offset, layer.offset + layer.size)
         assert relative_error(mixed[:, block], alone[layer.curvature][:, block]) < 1e-8
@@ -194,7 +201,7 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
     plan = make_plan(model, rank=3, curvature="identity", projection="pca")
     encoder = fit(model, plan, examples)
     pairs = token_pairs(model, plan, examples)
-    for layer in plan.layers:
+    for layer in plan.segments[0].layers:
         inputs = principal_projection(sum(x.T @ x for x, _ in pairs[layer.name]), 3)
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
         np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, atol=1e-8)
@@ -218,10 +225,10 @@ def test_sums_of_any_split_add_up():
 def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
     model, examples = _MODEL_AND_EXAMPLES
     encoder = Encoder(TASK, model, make_plan(model, batch_tokens=10_000), _ARRAYS)
-    alone = np.concatenate([encoder.rows([e]) for e in examples])
+    alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
     other = Encoder(TASK, model, make_plan(model, batch_tokens=budget), _ARRAYS)
     padding = make_examples(1, seed=5, longest=longest)
-    rows = other.rows([examples[i] for i in order] + padding)[: len(order)]
+    rows = other.rows([examples[i] for i in order] + padding)["blocks"][: len(order)]
     assert relative_error(rows, alone[list(order)]) < 1e-10
 
 
@@ -233,8 +240,8 @@ def test_float32_rows_agree_across_batchings_to_1e_5():
     model = make_model(dtype="float32")
     examples = make_examples(30)
     encoder = fit(model, make_plan(model), examples)
-    alone = np.concatenate([encoder.rows([e]) for e in examples])
-    together = Encoder(TASK, model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)
+    alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
+    together = Encoder(TASK, model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)["blocks"]
     np.testing.assert_array_less(np.linalg.norm(together - alone, axis=1), 1e-5 * np.linalg.norm(alone, axis=1))
 
 
@@ -242,13 +249,13 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     exact = Encoder(TASK, make_model(dtype="float32"), make_plan(make_model(dtype="float32"), curvature="identity"), {})
     rough = Encoder(TASK, make_model(dtype="bfloat16"), exact.plan, {})
     examples = make_examples(10)
-    a, b = exact.rows(examples), rough.rows(examples)
+    a, b = exact.rows(examples)["blocks"], rough.rows(examples)["blocks"]
     assert b.dtype == np.float32
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.98
     sums = GradientSum()
     for _, batch in batches(TASK, examples, 64, torch.device("cpu")):
-        backward(rough.model, batch, rough.plan.layers, rough.maps, sums, TASK.loss)
+        backward(rough.model, batch, rough.plan.segments[0].layers, rough.parts["blocks"].maps, sums, TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
@@ -258,8 +265,8 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     plan = make_plan(model, patterns=("h.1.*",))
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
-    Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
-    assert {layer.name.split(".")[2] for layer in plan.layers} == {"1"}
+    Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))["blocks"]
+    assert {layer.name.split(".")[2] for layer in plan.segments[0].layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
 
@@ -267,17 +274,21 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
 def test_layers_that_share_an_input_project_it_once(monkeypatch):
     model = make_model("llama")
     plan = make_plan(model, curvature="identity")
-    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.layers}
+    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.segments[0].layers}
     assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
     assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
     encoder = Encoder(TASK, model, plan, {})
-    assert len({id(encoder.maps[layer.name][0]) for layer in plan.layers}) == len({layer.input_group for layer in plan.layers})
+    assert len({id(encoder.parts["blocks"].maps[layer.name][0]) for layer in plan.segments[0].layers}) == len(
+        {layer.input_group for layer in plan.segments[0].layers}
+    )
     products = []
     original = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
-    encoder.rows(make_examples(1))
+    encoder.rows(make_examples(1))["blocks"]
     inputs = [s for s in products if s[1] == 4]
-    assert len(inputs) == len({layer.input_group for layer in plan.layers}) + len(plan.layers)  # each input once, each output once
+    assert len(inputs) == len({layer.input_group for layer in plan.segments[0].layers}) + len(
+        plan.segments[0].layers
+    )  # each input once, each output once
 
 
 def test_a_layer_that_runs_twice_sums_its_calls():
@@ -285,8 +296,10 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     model.transformer.h[1] = model.transformer.h[0]
     plan = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
-    gradients, _ = autograd_gradients(model, plan.layers, example)
-    assert relative_error(Encoder(TASK, model, plan, {}).rows([example])[0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
+    gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
+    assert (
+        relative_error(Encoder(TASK, model, plan, {}).rows([example])["blocks"][0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
+    )
 
 
 class Odd(torch.nn.Module):
@@ -334,12 +347,12 @@ class Odd(torch.nn.Module):
 def test_odd_habits_of_a_model_do_not_change_its_gradients(habit):
     model = Odd(habit)
     plan = make_plan(model, rank=5, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
-    rows = Encoder(TASK, model, plan, {}).rows(make_examples(5))
+    rows = Encoder(TASK, model, plan, {}).rows(make_examples(5))["blocks"]
     if habit == "writes into an input":  # which autograd of the weights does not survive
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
         expected = []
-        for gradient, layer in zip(autograd_gradients(model, plan.layers, example)[0], plan.layers, strict=True):
+        for gradient, layer in zip(autograd_gradients(model, plan.segments[0].layers, example)[0], plan.segments[0].layers, strict=True):
             left = random_projection(layer.name, "output", 5, 8, 7).astype(float)
             right = random_projection(layer.input_group, "input", 5, 8, 7).astype(float)
             expected.append((left @ gradient @ right.T).ravel())
@@ -354,7 +367,7 @@ def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
     encoder = Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
     model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
-        encoder.rows(make_examples(3))
+        encoder.rows(make_examples(3))["blocks"]
 
 
 def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
@@ -370,7 +383,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
             x, d = x[0].numpy(), d[0].numpy()
             A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
 
-        backward(model, batch, plan.layers, {"h.0": (None, None)}, visit, TASK.loss)
+        backward(model, batch, plan.segments[0].layers, {"h.0": (None, None)}, visit, TASK.loss)
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
     np.testing.assert_allclose(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), rtol=1e-8, atol=1e-12)
 
@@ -384,9 +397,9 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     relabelled = []
     for example in examples:
         batch = TASK.collate([example], torch.device("cpu"))
-        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.projection.seed)[0].numpy()
+        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.segments[0].projection.seed)[0].numpy()
         relabelled.append((example, drawn))
-    (layer,) = plan.layers
+    (layer,) = plan.segments[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
     plain = Encoder(TASK, model, make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
     A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
@@ -394,7 +407,12 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
         batch = replace(TASK.collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
         pairs = []
         backward(
-            model, batch, plan.layers, plain.maps, lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())), TASK.loss
+            model,
+            batch,
+            plan.segments[0].layers,
+            plain.parts["blocks"].maps,
+            lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())),
+            TASK.loss,
         )
         x, d = pairs[0]
         A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
@@ -430,7 +448,7 @@ def test_nan_weights_are_named_not_hidden():
     plan = make_plan(model, curvature="identity")
     model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="of example 'e"):
-        Encoder(TASK, model, plan, {}).rows(make_examples(3))
+        Encoder(TASK, model, plan, {}).rows(make_examples(3))["blocks"]
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
@@ -481,7 +499,7 @@ def test_sampled_labels_make_the_true_fisher():
     model = make_model()
     examples = [Example(**{**e.__dict__, "id": f"{e.id}-{i}"}) for i in range(150) for e in make_examples(2, longest=3)]
     plan = make_plan(model, rank=2, curvature="diagonal", labels="sampled", patterns=("h.1.mlp.c_fc",))
-    (layer,) = plan.layers
+    (layer,) = plan.segments[0].layers
     estimated = fit(model, plan, examples).arrays[f"blocks/{layer.name}/eigenvalues"]
     expected = []
     for example in make_examples(2, longest=3):  # enumerate every label of every position
@@ -495,7 +513,7 @@ def test_sampled_labels_make_the_true_fisher():
             mask[t] = True
             for label in range(p.shape[1]):
                 token_ids = np.append(example.token_ids[:t], label).astype(np.int32)
-                row = Encoder(TASK, model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])[0]
+                row = Encoder(TASK, model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])["blocks"][0]
                 square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
         expected.append(square)
     assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()

@@ -1,0 +1,110 @@
+"""Dense segments: projected, whitened gradients of linear layers.
+
+    row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
+
+The arrays are `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's name,
+`input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not among them.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..store.manifest import DenseSegment, Layer
+from .capture import GradientSum, Map, accumulation_dtype
+from .curvature import whitening_scale
+from .projection import random_projection
+from .tasks import Batch
+
+
+def key(name: str, array: str) -> str:
+    """Where a layer's (or input group's) array lies among a dense segment's."""
+    return f"{name}/{array}"
+
+
+class DensePart:
+    """Makes the rows of a dense segment.
+
+    Args:
+        segment: its layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
+        arrays: the segment's own.
+        device, dtype: the model's.
+    """
+
+    def __init__(self, segment: DenseSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
+        self.segment, self.arrays, self._device, self._dtype = segment, arrays, device, dtype
+
+    def collector(self, batch: Batch) -> "DenseCollector":
+        """What is visited for one batch."""
+        return DenseCollector(self, len(batch.ids))
+
+    @cached_property
+    def maps(self) -> dict[str, tuple[Map, Map]]:
+        """Layer name -> (input map, output map) in the model's dtype: the projection, then the rotation into the Kronecker eigenbasis.
+
+        Layers with the same input and map hold the same object, by which the capture projects that input once.
+        """
+        shared: dict[tuple[str, bool], Map] = {}
+        maps = {}
+        for layer in self.segment.layers:
+            rotated = key(layer.name, "output_rotation") in self.arrays
+            at = (layer.input_group, rotated)
+            if at not in shared:
+                shared[at] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
+            maps[layer.name] = shared[at], self._map(layer.name, "output", layer.output_rank, layer.outputs, rotated)
+        return maps
+
+    def _map(self, name: str, side: str, rank: int, size: int, rotated: bool) -> Map:
+        if self.segment.projection.kind == "pca":
+            projection = self.arrays.get(key(name, f"{side}_projection"))
+        else:
+            projection = random_projection(name, side, rank, size, self.segment.projection.seed)
+        if rotated:
+            rotation = self.arrays[key(name, f"{side}_rotation")].T
+            projection = rotation if projection is None else rotation @ projection
+        if projection is None:
+            return None
+        return torch.from_numpy(np.ascontiguousarray(projection)).to(self._device, self._dtype)
+
+    def _whiten(self, layer: Layer, gradient: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
+        whitener = self._whiteners[layer.name]
+        if whitener is None:
+            return gradient
+        return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
+
+    @cached_property
+    def _whiteners(self) -> dict[str, Tensor | None]:
+        whiteners: dict[str, Tensor | None] = {}
+        for layer in self.segment.layers:
+            eigenvalues = self.arrays.get(key(layer.name, "eigenvalues"))
+            if eigenvalues is None:
+                whiteners[layer.name] = None
+                continue
+            scale = whitening_scale(eigenvalues, self.segment.curvature.damping)
+            basis = self.arrays.get(key(layer.name, "basis"))
+            matrix = scale if basis is None else basis * scale
+            whiteners[layer.name] = torch.from_numpy(matrix).to(self._device, accumulation_dtype(self._dtype))
+        return whiteners
+
+
+class DenseCollector(GradientSum):
+    """A batch's gradients on their way to rows."""
+
+    def __init__(self, part: DensePart, examples: int) -> None:
+        super().__init__()
+        self._part, self._examples = part, examples
+        self.layers, self.maps = part.segment.layers, part.maps
+
+    def rows(self) -> Float[np.ndarray, "batch dim"]:
+        """The batch's whitened rows."""
+        part = self._part
+        block = torch.zeros((self._examples, part.segment.dim), dtype=accumulation_dtype(part._dtype))
+        for layer in part.segment.layers:
+            if layer.name in self.by_layer:
+                whitened = part._whiten(layer, self.by_layer[layer.name])
+                block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
+        return block.numpy()

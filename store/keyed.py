@@ -1,0 +1,247 @@
+"""Keyed rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
+
+A keyed segment of a shard is a Zarr group in the form of a sparse matrix whose entries are coded vectors:
+
+    indptr   [rows + 1]        uint32: row i's entries are indptr[i] to indptr[i + 1]
+    keys     [entries]         uint16 or uint32: tokens, ascending within a row
+    codes    [entries, bytes]  uint8: signs of the rotated vector, 8 a byte, most significant bit first; 1 is positive
+    factors  [entries]         float16, times the group's attribute `factor_scale`
+    norms    [rows]            float32: the row's length, over all its entries
+
+With R a seeded rotation (see `rotate`) and v a token's vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner product
+is <v, q> ~ f <s, R q>: exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign (RaBitQ,
+Gao and Long, arXiv 2405.12497). Fewer bits than coordinates take the first ones of the rotated vector: a random projection, unbiased likewise.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8, UInt32
+
+from .errors import IntegrityError, NumericalError
+from .rows import map_array, write_array
+
+_FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class KeyedVectors:
+    """Rows (or questions) of a keyed segment before they are coded: vectors in eigen-coordinates.
+
+    Attributes:
+        indptr: row i's entries are indptr[i] to indptr[i + 1].
+        keys: tokens, ascending within a row.
+        vectors: one for each entry.
+    """
+
+    indptr: Int64[np.ndarray, " rows_and_one"]
+    keys: Int64[np.ndarray, " entries"]
+    vectors: Float32[np.ndarray, "entries width"]
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def part(self, first: int, last: int) -> "KeyedVectors":
+        """Rows `first` to `last`, not included."""
+        indptr = self.indptr[first : min(last, len(self)) + 1]
+        entries = slice(int(indptr[0]), int(indptr[-1]))
+        return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries])
+
+    @property
+    def squared_norms(self) -> Float32[np.ndarray, " rows"]:
+        """Each row's squared length."""
+        return (
+            np.add.reduceat(np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64), self.indptr[:-1])
+            if len(self)
+            else np.zeros(0)
+        )
+
+
+def concatenate(blocks: Sequence[tuple[Sequence[int], KeyedVectors]], width: int) -> KeyedVectors:
+    """Batches of rows, each with the positions of its rows, as one in the order of the positions."""
+    rows = {at: (block, i) for chosen, block in blocks for i, at in enumerate(chosen)}
+    parts = [(block.keys[s], block.vectors[s]) for at in sorted(rows) for block, i in [rows[at]] for s in [slice(*block.indptr[i : i + 2])]]
+    counts = [len(keys) for keys, _ in parts]
+    keys = np.concatenate([k for k, _ in parts]) if parts else np.zeros(0, np.int64)
+    vectors = np.concatenate([v for _, v in parts]) if parts else np.zeros((0, width), np.float32)
+    return KeyedVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Coded rows in memory, as they are written."""
+
+    counts: Int64[np.ndarray, " rows"]
+    keys: UInt32[np.ndarray, " entries"]
+    codes: UInt8[np.ndarray, "entries bytes"]
+    factors: Float32[np.ndarray, " entries"]
+    norms: Float32[np.ndarray, " rows"]
+
+
+def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) -> Float32[np.ndarray, "entries bits"]:
+    """The first `bits` coordinates of the vectors after a seeded rotation: three rounds of random signs and a Hadamard transform.
+
+    The width is padded with zeros to a power of two. The signs are the raw bits of a Philox generator, the transform is a fixed sequence of
+    additions: the same bits for the same vectors, everywhere.
+    """
+    width = padded_width(vectors.shape[1], bits)
+    x = np.zeros((len(vectors), width), np.float32)
+    x[:, : vectors.shape[1]] = vectors
+    for signs in _signs(width, seed):
+        x = _hadamard(x * signs)
+    return np.ascontiguousarray(x[:, :bits])
+
+
+def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int) -> Float32[np.ndarray, "entries width"]:
+    """The transpose of `rotate`: its inverse when all coordinates were kept."""
+    padded = padded_width(width, rotated.shape[1])
+    x = np.zeros((len(rotated), padded), np.float32)
+    x[:, : rotated.shape[1]] = rotated
+    for signs in reversed(_signs(padded, seed)):
+        x = _hadamard(x) * signs
+    return np.ascontiguousarray(x[:, :width])
+
+
+def padded_width(width: int, bits: int) -> int:
+    """The power of two in which vectors of `width` coordinates are rotated to give `bits` bits."""
+    return 1 << (max(width, bits) - 1).bit_length()
+
+
+def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "entries width"]:
+    width, step = x.shape[1], 1
+    while step < width:
+        pairs = x.reshape(len(x), -1, 2, step)
+        x = np.concatenate([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2).reshape(len(x), width)
+        step *= 2
+    return x * np.float32(1 / np.sqrt(width))
+
+
+def _signs(width: int, seed: int) -> list[Float32[np.ndarray, " width"]]:
+    key = int.from_bytes(hashlib.sha256(f"whence rotation {seed} {width}".encode()).digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw(-(-_ROUNDS * width // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
+    return list((2.0 * bits - 1.0).astype(np.float32))
+
+
+def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
+    """Code rows with `bits` bits an entry.
+
+    Raises:
+        NumericalError: a vector is not finite.
+    """
+    squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
+    if not np.isfinite(squares).all():
+        raise NumericalError("a row of the head is not finite; look at its document and at the model's precision")
+    rotated = rotate(rows.vectors, bits, seed)
+    sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
+    factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
+    lengths = np.add.reduceat(squares, rows.indptr[:-1]) if len(rows) else np.zeros(0)
+    return Coded(
+        np.diff(rows.indptr),
+        rows.keys.astype(np.uint32),
+        np.packbits(rotated > 0, axis=1),
+        factors.astype(np.float32),
+        np.sqrt(lengths).astype(np.float32),
+    )
+
+
+def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
+    """Batches of coded rows, each with the positions of its rows, as one in the order of the positions."""
+    counts, norms = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms"))
+    order = np.argsort(np.concatenate([np.asarray(at) for at, _ in parts]))
+    starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    entries = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
+    keys, codes, factors = (np.concatenate([getattr(c, name) for _, c in parts])[entries] for name in ("keys", "codes", "factors"))
+    return Coded(counts[order], keys, codes, factors, norms[order])
+
+
+def write_keyed(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
+    """Write coded rows into an empty Zarr group."""
+    scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
+    group.attrs.update({"kind": "keyed", "bits": bits, "factor_scale": scale})
+    write_array(group, "indptr", np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32))
+    write_array(group, "keys", rows.keys.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32))
+    write_array(group, "codes", rows.codes)
+    write_array(group, "factors", (rows.factors / scale).astype(np.float16))
+    write_array(group, "norms", rows.norms)
+
+
+class KeyedRows:
+    """A keyed segment of one shard, read through memory maps; every array's checksum is compared when it is opened.
+
+    Args:
+        directory: the segment's group, `rows/<uuid>.zarr/<segment>`.
+        rows, vocabulary, bits: what the manifest says lies there.
+
+    Raises:
+        IntegrityError, IncompatibleError: see `map_array`; or the arrays contradict one another.
+    """
+
+    def __init__(self, directory: Path, rows: int, vocabulary: int, bits: int) -> None:
+        import json
+
+        self.directory, self.rows, self.bits = directory, rows, bits
+        self.indptr = map_array(directory, "indptr", (rows + 1,), "uint32").astype(np.int64)
+        entries = int(self.indptr[-1])
+        self.keys = map_array(directory, "keys", (entries,), "uint16" if vocabulary <= 1 << 16 else "uint32")
+        self.codes = map_array(directory, "codes", (entries, -(-bits // 8)), "uint8")
+        self.norms = np.array(map_array(directory, "norms", (rows,), "float32"))
+        try:
+            scale = float(json.loads((directory / "zarr.json").read_bytes())["attributes"]["factor_scale"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{directory}/zarr.json tells no factor_scale; restore the file or build the index again") from error
+        self.factors = np.array(map_array(directory, "factors", (entries,), "float16")).astype(np.float32) * np.float32(scale)
+        whole = np.isfinite(self.factors).all() and np.isfinite(self.norms).all() and np.isfinite(scale)
+        if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any() or (entries and int(self.keys.max()) >= vocabulary) or not whole:
+            raise IntegrityError(f"{directory}: its arrays contradict one another; restore them or build the index again")
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def vectors(self, row: int, width: int, seed: int) -> tuple[np.ndarray, Float32[np.ndarray, "entries width"]]:
+        """One row's keys and an estimate of its vectors, along their signs and so long that the row's estimated score with itself is its
+        squared norm; scores with other rows come out by 2 / pi too small, all alike.
+        """
+        part = slice(self.indptr[row], self.indptr[row + 1])
+        share = self.bits / padded_width(width, self.bits)
+        signs = self._signs(part) * (self.factors[part, None] * np.float32(2 / np.pi * share))
+        return self.keys[part].astype(np.int64), unrotate(signs, width, seed)
+
+    def scores(
+        self,
+        keys: Int64[np.ndarray, " entries"],
+        owners: Int64[np.ndarray, " entries"],
+        rotated: Float32[np.ndarray, "entries bits"],
+        queries: int,
+    ) -> Float32[np.ndarray, "queries rows"]:
+        """Estimated inner products with some queries, given by their entries: keys, which query each is of, and rotated vectors."""
+        scores = np.zeros((queries, self.rows), np.float32)
+        order = np.argsort(keys, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(keys) else []:
+            key = int(keys[at[0]])
+            posting = self._by_key[slice(*np.searchsorted(self._sorted_keys, [key, key + 1]))]
+            if len(posting):
+                values = self._signs(posting) * self.factors[posting, None]
+                scores[owners[at][:, None], self._row_of[posting][None]] += rotated[at] @ values.T
+        return scores
+
+    @cached_property
+    def _by_key(self) -> np.ndarray:
+        return np.argsort(self.keys, kind="stable")
+
+    @cached_property
+    def _sorted_keys(self) -> np.ndarray:
+        return self.keys[self._by_key].astype(np.int64)
+
+    @cached_property
+    def _row_of(self) -> np.ndarray:
+        return np.repeat(np.arange(self.rows), np.diff(self.indptr))
+
+    def _signs(self, at: Any) -> Float32[np.ndarray, "entries bits"]:
+        return np.unpackbits(self.codes[at], axis=1, count=self.bits).astype(np.float32) * 2 - 1
