@@ -27,6 +27,7 @@ from ..indexer.tasks import Task
 from ..query.search import Metric, QueryRows, all_scores
 from ..store.documents import Example
 from ..store.errors import UsageError
+from ..store.manifest import Projection
 
 Scores = Float[np.ndarray, "examples queries"]
 _RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
@@ -49,7 +50,8 @@ def gradient_controls(client: Client, train: Sequence[Example], queries: Sequenc
     asked = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
         layers = plan_layers(client.task, encoder.model, [layer.name for layer in segment.layers], rank, "identity", 0, explicit=True)
-        plain = Encoder(client.task, encoder.model, replace(encoder.plan, layers=layers), {})
+        random = Projection(kind="random", rank=rank, seed=0)
+        plain = Encoder(client.task, encoder.model, replace(encoder.plan, layers=layers, projection=random), {})
         if len(queries) * plain.plan.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
             asked = plain.rows(queries, questions=True).astype(np.float32)
             break
@@ -110,6 +112,9 @@ def _cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "querie
 
 def _tfidf(documents: Sequence[str], asked: Sequence[str], **options: object) -> Scores:
     vectorizer = _library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
+    analyze = vectorizer.build_analyzer()
+    if not any(analyze(text) for text in documents):
+        return np.zeros((len(documents), len(asked)))  # not a word in any of them
     return (vectorizer.fit_transform(documents) @ vectorizer.transform(asked).T).toarray()
 
 
@@ -122,8 +127,20 @@ def _bm25(documents: Sequence[str], asked: Sequence[str]) -> Scores:
     return np.stack([engine.get_scores(tokens) if tokens else nothing for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
 
 
+def require_libraries() -> None:
+    """Refuse to begin what would end for want of a library.
+
+    Raises:
+        UsageError: scikit-learn, scipy or bm25s is not installed.
+    """
+    for name in ("sklearn.feature_extraction.text", "scipy.stats", "bm25s"):
+        _library(name)
+
+
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install 'whence[evaluate]'") from error
+        raise UsageError(
+            f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s"
+        ) from error

@@ -65,7 +65,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
     """
     reporter = reporter or Silent()
     out = Path(config.out)
-    _refuse_occupied(out)
+    refuse_occupied(out)
     sources = describe_sources(config.data)
     encoder = find_task(config.task).encoder(model_source(config))
     fresh = not out.exists()
@@ -95,13 +95,18 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             shutil.rmtree(out)  # nothing was begun
 
 
-def _refuse_occupied(out: Path) -> None:
+def refuse_occupied(out: Path) -> None:
+    """Refuse a directory that holds something else than an index, finished or begun.
+
+    Raises:
+        UsageError: it does.
+    """
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out} is a link to nothing; choose another place")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose a directory that does not exist yet")
-    ours = {"manifests", "staging", ".lock"}
-    if out.is_dir() and any(out.iterdir()) and not ours & {p.name for p in out.iterdir()}:
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if names - {".lock"} and not names & {"manifests", "staging"}:
         raise UsageError(f"--out {out} holds other things and no index; choose a directory that does not exist yet")
 
 
