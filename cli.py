@@ -219,6 +219,10 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         return
     done = "is already complete" if known else "is complete"
     click.echo(f"{out} {done}: {manifest.rows:,} rows of {manifest.segments[0].dim:,} coordinates")
+    left_out = manifest.build["left_out"]
+    if left_out:
+        some = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+        click.echo(f"left out {len(left_out):,} layers that do not see a vector for each token: {some}")
     skipped = manifest.build["skipped"]
     if skipped:
         click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")

@@ -73,7 +73,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
         own = replace(config, model=absolute(config.model), out=str(out.resolve()))  # a worker's working directory may be its own
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-            model, plan = executor.call("describe")
+            model, plan, left_out = executor.call("describe")
             what = {
                 "format": 1,
                 "options": config.what(),
@@ -89,7 +89,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             corpus = _write_corpus(job, model, plan)
             arrays, plan, file = _fit(job, executor, _with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            return _publish(job, what, model, plan, file, corpus, shards)
+            return _publish(job, {"what": what, "left_out": left_out}, model, plan, file, corpus, shards)
     finally:
         if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
             shutil.rmtree(out)  # nothing was begun
@@ -236,7 +236,7 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 
 
 def _publish(
-    job: _Job, what: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
+    job: _Job, asked: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
     c = job.config
     segment = Segment(
@@ -249,14 +249,14 @@ def _publish(
         whence=installed_version(),
         task=c.task,
         model=model,
-        tokenizer=Tokenizer(fingerprint=what["tokenizer"]) if what["tokenizer"] else None,
+        tokenizer=Tokenizer(fingerprint=asked["what"]["tokenizer"]) if asked["what"]["tokenizer"] else None,
         segments=(segment,),
         encoder=file,
         rows=corpus.rows,
         tokens=corpus.tokens,
         shards=shards,
         build={
-            "what": what,
+            **asked,
             "how": c.how(),
             "batch_tokens": plan.batch_tokens,
             "documents": corpus.documents,

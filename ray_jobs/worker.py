@@ -67,8 +67,8 @@ class Worker:
         torch.set_num_threads(self._config.threads)
         return self.task.load(model_source(self._config)).requires_grad_(False)
 
-    def describe(self) -> tuple[Model, EncoderPlan]:
-        """What the model is, and the plan of its encoder before any fit.
+    def describe(self) -> tuple[Model, EncoderPlan, tuple[str, ...]]:
+        """What the model is, the plan of its encoder before any fit, and the layers that cannot be tracked and are left out.
 
         Raises:
             UsageError: no layer matches, or one of the matching ones does not run.
@@ -91,7 +91,7 @@ class Worker:
             Curvature(kind=c.curvature, labels=c.labels, examples=0, tokens=0, damping=c.damping),
             c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
-        return description, plan
+        return description, plan, tuple(name for name in names if name not in {layer.name for layer in layers})
 
     def measure(
         self,

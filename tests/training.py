@@ -114,3 +114,18 @@ class Unprobed(Parallel):
     """A task whose author did not say what the model takes."""
 
     probe = VectorTask.probe
+
+
+class Pooled(Parallel):
+    """A layer that sees one vector for the whole batch."""
+
+    def load(self, source):
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.pool = torch.nn.Linear(50, 3), torch.nn.Linear(50, 3)
+
+            def forward(self, x):
+                return self.a(x) + self.pool(x.mean(0, keepdim=True))
+
+        return Net().double().eval()
