@@ -6,12 +6,14 @@ Every room is imported inside the command that needs it, so that `whence --help`
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .store.errors import UsageError, WhenceError
 
@@ -41,8 +43,23 @@ class _Group(click.Group):
             _fail(str(error), error.exit_code)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
+            if os.environ.get("WHENCE_TRACEBACK"):
+                raise
+            _fail(_unforeseen(error), 1)
         except MemoryError:
             _fail("out of memory; use a smaller --batch-tokens, fewer --workers or a smaller --rank", 1)
+
+
+def _unforeseen(error: Exception) -> str:
+    import traceback
+
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    return (
+        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is no code of yours, it is a defect of Whence: "
+        "WHENCE_TRACEBACK=1 shows where it comes from"
+    )
 
 
 def _fail(message: str, code: int) -> None:
@@ -205,12 +222,16 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         return
     done = "is already complete" if known else "is complete"
     click.echo(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.segments)}")
+    left_out = manifest.build["left_out"]
+    if left_out:
+        some = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+        click.echo(f"left out {len(left_out):,} layers that do not see a vector for each token: {some}")
     skipped = manifest.build["skipped"]
     if skipped:
         click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
     if manifest.build["truncated"]:
         click.echo(f"kept only the beginning of {manifest.build['truncated']:,} documents that are longer than an example may be")
-    click.echo(f'ask it:  whence query {out} --prompt "..." --completion "..."')
+    click.echo(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
 
 
 @main.command()
@@ -220,7 +241,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index).")
 @click.option("--row", type=int, help="A training example, by its row; needs no model.")
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("-k", type=int, help="So many proponents, and opponents, of those there are.  [default: 10]")
+@click.option("-k", type=int, help="So many proponents, and opponents; not more than the index has rows.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
 @click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
@@ -334,7 +355,7 @@ def verify(index: str, as_json: bool) -> None:
 def evaluate() -> None:
     """Ask whether an index's answers are true.
 
-    Needs a few more libraries: pip install 'whence[evaluate]'.
+    Needs scikit-learn, scipy and bm25s (the extra `evaluate`).
     """
 
 
@@ -379,6 +400,11 @@ def lds(
         raise UsageError(f"--queries is {queries!r}; it can be all, even or odd")
     place = Path(data) if data else None
     if scores is not None:
+        given = click.get_current_context().get_parameter_source
+        ours = {"pack", "model", "data", "queries", "scores", "device", "as_json"}
+        idle = [name for name in click.get_current_context().params if name not in ours and given(name) is ParameterSource.COMMANDLINE]
+        if idle:
+            raise UsageError(f"--{idle[0].replace('_', '-')} means nothing beside --scores, for which no index is built")
         judgement = judge_scores(Path(pack), Path(scores), model=model, data=place, half=queries, device=options["device"])
     else:
         options = {"model": model, **_as_config(options)}
@@ -401,8 +427,9 @@ def lds(
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
 @click.option("--model", help="Where the model lies now, if it was moved.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
 @_json_option
-def tailpatch(index: str, file: str, model: str | None, device: str, as_json: bool, **options: Any) -> None:
+def tailpatch(index: str, file: str, model: str | None, device: str, task: str | None, as_json: bool, **options: Any) -> None:
     """Take one optimizer step on each of the top proponents: does the question's loss fall?
 
     \b
@@ -414,13 +441,14 @@ def tailpatch(index: str, file: str, model: str | None, device: str, as_json: bo
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        report = run(Client(index, model=model, device=device), list(_read_questions(file)), reporter=reporter, **options)
+        report = run(Client(index, model=model, device=device, task=task), list(_read_questions(file)), reporter=reporter, **options)
     _show_report(report, as_json)
 
 
 @evaluate.command()
 @click.argument("index")
 @click.option("--train", required=True, help="Your training function, module:function (as for whence pack).")
+@click.option("--base", required=True, help="What it starts from: a model that has not seen the examples.")
 @click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
 @click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
@@ -431,18 +459,18 @@ def tailpatch(index: str, file: str, model: str | None, device: str, as_json: bo
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
 @click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
 @_json_option
-def brittleness(index: str, train: str, file: str, as_json: bool, **options: Any) -> None:
+def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
     """Train again without the top proponents: does the question's loss rise more than without random examples?
 
     \b
-      whence evaluate brittleness my.whence --train mytraining:train --file questions.jsonl -k 50 --workers 4
+      whence evaluate brittleness my.whence --train mytraining:train --base ./base --file questions.jsonl -k 50 --workers 4
     """
     _quiet_libraries()
     from .evaluation.checks import brittleness as run
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        report = run(index, list(_read_questions(file)), train, reporter=reporter, **options)
+        report = run(index, list(_read_questions(file)), train, base, reporter=reporter, **options)
     _show_report(report, as_json)
 
 
@@ -540,7 +568,7 @@ def demo(out: str, workers: int) -> None:
 
 def _as_config(options: dict[str, Any]) -> dict[str, Any]:
     """A build's options as the configuration has them: several values as a tuple, segments split at their commas."""
-    plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
     return plain | {"segments": tuple(part.strip() for part in plain["segments"].split(","))}
 
 
@@ -554,7 +582,6 @@ def _read_questions(file: str) -> Iterable["Question"]:
 
 def _quiet_libraries() -> None:
     """Keep transformers and datasets from writing their own bars and warnings among ours."""
-    import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

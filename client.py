@@ -116,14 +116,18 @@ class Client:
         for segment in self.index.manifest.segments:
             if isinstance(segment, KeyedSegment):
                 blocks = [([i], self.index.entries(q.row, segment)) for i, q in enumerate(questions) if q.row is not None]
-                result[segment.name] = concatenate([*blocks, *([(worded, measured[segment.name])] if worded else [])], segment.width)
+                block = measured.get(segment.name)
+                result[segment.name] = concatenate(
+                    [*blocks, *([(worded, block)] if isinstance(block, KeyedVectors) else [])], segment.width
+                )
             else:
                 rows = np.zeros((len(questions), segment.dim), np.float32)
                 for i, q in enumerate(questions):
                     if q.row is not None:
                         rows[i] = self.index.row(q.row, segment)
-                if worded:
-                    rows[worded] = measured[segment.name]
+                block = measured.get(segment.name)
+                if isinstance(block, np.ndarray):
+                    rows[worded] = block
                 result[segment.name] = rows
         return result
 

@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate_packs.py PACK... [--data IDX_DIR] [--scores PACK=NAME=FILE]... [--write docs/evaluation.md]
 
-Each pack is indexed twice: with the defaults, and at rank 64 with labels sampled from the model. `--scores` judges a matrix of somebody
+Each pack is indexed with the defaults, at rank 64 with labels sampled from the model and, language models, by the output head. `--scores` judges a matrix of somebody
 else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts the tables between the page's two marks.
 """
 
@@ -19,6 +19,9 @@ from whence.evaluation.packs import read_pack
 _METHODS = {
     "Whence, defaults (rank 16, float32)": {},
     "Whence, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
+    "Whence, `--segments head` (64 bits a token)": {"segments": ("head",)},
+    "Whence, `--segments head --head-bits 256`": {"segments": ("head",), "head_bits": 256},
+    "Whence, `--segments head --head-bits 32 --head-keys 32`": {"segments": ("head",), "head_bits": 32, "head_keys": 32},
 }
 _NAMES = {
     "random": "random numbers",
@@ -46,7 +49,9 @@ def tables(packs, data, scores):
         judged = None
         rows = []
         with tempfile.TemporaryDirectory() as scratch:
-            for number, (name, options) in enumerate(_METHODS.items()):
+            images = read_pack(path, data).task != "causal-lm"
+            methods = {name: options for name, options in _METHODS.items() if not (images and "segments" in options)}
+            for number, (name, options) in enumerate(methods.items()):
                 out = Path(scratch) / str(number)
                 judged = judge_index(path, options, data=data, out=out)
                 rows.append(_row(name, judged.estimate, f"{judged.bytes_per_example:,.0f}"))
@@ -59,7 +64,8 @@ def tables(packs, data, scores):
                 rows.append(_row(name, judge_scores(path, file, data=data).estimate))
         rows += [_row(_NAMES[name], e) for name, e in judged.controls.items()]
         if judged.ceiling is not None:
-            rows.append(f"| *half of the seeds, for the others* | {judged.ceiling:.3f} | | |")
+            rows.append(f"| *ceiling* | {judged.ceiling:.3f} | | |")
+            rows.append(f"| *half of the seeds, for the others* | {judged.split_half:.3f} | | |")
         lines += [
             f"### {judged.pack}",
             "",

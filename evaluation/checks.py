@@ -26,7 +26,7 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.tasks import import_object
 from ..query.answers import Question
-from ..query.search import Metric, Mode, search
+from ..query.search import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute, keep_freed_memory
@@ -34,8 +34,8 @@ from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.index import Index
 from .controls import row_norms, score_matrix
-from .lds import Estimate, columns_correlation, interval
-from .retrain import Train, measure_losses
+from .lds import columns_correlation, interval
+from .retrain import Train, measure_losses, trained
 
 Optimizer = Literal["sgd", "adam"]
 _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -45,11 +45,20 @@ _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A mean with its 95 % interval; None where there is only one value."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """Named figures of one check, what they mean, and how many questions (or examples) they rest on."""
 
     check: str
-    figures: Mapping[str, Estimate]
+    figures: Mapping[str, Figure]
     about: Mapping[str, Any]
     explained: str
 
@@ -118,6 +127,8 @@ class _Patched:
     def __init__(self, client: Client, optimizer: Optimizer, rate: float) -> None:
         self._client, self._optimizer, self._rate = client, optimizer, rate
         self.model: nn.Module = copy.deepcopy(client.encoder.model)
+        if next(self.model.parameters()).dtype != torch.float64:
+            self.model.float()  # small steps would be rounded away in bfloat16
         self._kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def loss_after(self, row: int, question: Example) -> float:
@@ -140,6 +151,7 @@ def brittleness(
     index: str,
     questions: Sequence[Question],
     train: str,
+    base: str,
     *,
     k: int = 50,
     draws: int = 5,
@@ -155,6 +167,7 @@ def brittleness(
 
     Args:
         train: the user's training function, `module:function` (see retrain.py); every training has the same seed.
+        base: what it starts from: a model that has not seen the examples (the index's own has).
 
     Raises:
         UsageError: k leaves nothing to train on.
@@ -167,9 +180,12 @@ def brittleness(
     if draws < 1:
         raise UsageError(f"--draws is {draws}; it must be at least 1")
     reporter, generator = reporter or Silent(), np.random.default_rng(0)
-    hits = search(client.index, client.rows(questions), k, Metric(mode))
-    removed = [[], *(hit.proponents.tolist() for hit in hits), *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
-    factory = partial(Remover, train, str(Path(index).resolve()), tuple(questions), model and absolute(model), device, threads)
+    scores = score_matrix(client, client.rows(questions), Metric(mode))
+    best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores.T]
+    removed = [[], *best, *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
+    factory = partial(
+        Remover, train, absolute(base), str(Path(index).resolve()), tuple(questions), model and absolute(model), device, threads
+    )
     reporter.stage("retraining", sum(rows - len(r) for r in removed))
     with open_executor(factory, Resources(workers, threads, address, device, own_code=True)) as executor:
         losses = np.stack(list(executor.map("losses_without", (), [(r,) for r in removed], reporter)))
@@ -183,26 +199,36 @@ def brittleness(
             (by_top > by_chance.max(axis=0)).tolist()
         ),
     }
-    about = {"questions": len(questions), "k": k, "draws": draws, "mode": mode, "rows": rows}
+    about = {
+        "questions": len(questions),
+        "k": k,
+        "draws": draws,
+        "mode": mode,
+        "rows": rows,
+        "chance_of_the_share": round(1 / (draws + 1), 3),
+    }
     return Report("brittleness", figures, about, f"Trained again by {train} without {k} of {rows:,} examples, always with the same seed.")
 
 
 class Remover:
     """A worker that trains without some of an index's examples and measures the questions."""
 
-    def __init__(self, train: str, index: str, questions: Sequence[Question], model: str | None, device: str, threads: int) -> None:
+    def __init__(
+        self, train: str, base: str, index: str, questions: Sequence[Question], model: str | None, device: str, threads: int
+    ) -> None:
         keep_freed_memory()
         torch.set_num_threads(threads)
         self._train: Train = import_object(train, "training function")
         self._client = Client(index, model=model, device=device)
+        self._device, self._base = device, base
         self._asked = self._client.examples(questions)
         self._examples = [self._client.index.example(row) for row in range(len(self._client.index))]
 
     def losses_without(self, removed: Sequence[int], progress: Progress = ignore_progress) -> Float32[np.ndarray, " questions"]:
         """The questions' losses (nats) after training on all examples but these."""
         left = set(range(len(self._examples))) - set(removed)
-        model = self._train([self._examples[i] for i in sorted(left)], self._client.model_id, 0)
-        losses = measure_losses(self._client.task, model.requires_grad_(False).eval(), self._asked)
+        model = trained(self._train, [self._examples[i] for i in sorted(left)], self._base, 0, self._device)
+        losses = measure_losses(self._client.task, model, self._asked)
         progress(len(left), 0)
         return losses
 
@@ -217,15 +243,16 @@ def labels(index: str, column: str) -> Report:
     known = [opened.example(row).metadata.get(column) for row in range(len(opened))]
     if all(value is None for value in known):
         raise UsageError(f"the index has no metadata column {column!r}")
-    wrong = np.array([_truth(value, column) for value in known])
+    labelled = np.array([value is not None for value in known])
+    wrong = np.array([_truth(value, column) for value in known if value is not None])
     if wrong.all() or not wrong.any():
         raise UsageError(f"the column {column!r} is {'true' if wrong.all() else 'false'} for every example; there is nothing to tell apart")
-    norms = row_norms(opened)
+    norms = row_norms(opened)[labelled]
     bad, good = norms[wrong], norms[~wrong]
-    figures = {"AUC of self-influence": Estimate(_auc(bad, good), *interval(lambda a, b: _auc(bad[a], good[b]), (len(bad), len(good))))}
+    figures = {"AUC of self-influence": Figure(_auc(bad, good), *interval(lambda a, b: _auc(bad[a], good[b]), (len(bad), len(good))))}
     inspected = np.argsort(-norms)[: int(wrong.sum())]
     figures["share found when as many as are wrong are inspected"] = _mean(wrong[inspected].astype(float).tolist())
-    about = {"rows": len(opened), "column": column, "wrong": int(wrong.sum())}
+    about = {"rows": len(opened), "without_a_label": int((~labelled).sum()), "column": column, "wrong": int(wrong.sum())}
     return Report("labels", figures, about, "An AUC of 0.5 is chance; examples are ordered by self-influence, largest first.")
 
 
@@ -246,14 +273,24 @@ def recall(
     if ids[0] != ids[1]:
         raise UsageError(f"{index} and {reference} do not hold the same examples in the same order; build both from the same corpus")
     rows = len(ours.index)
+    if ours.index.manifest.model.fingerprint != theirs.index.manifest.model.fingerprint or any(
+        ours.index.example(row).text != theirs.index.example(row).text for row in range(rows)
+    ):
+        raise UsageError(f"{index} and {reference} are of different models, or of different texts under the same ids; build both alike")
     if not questions:
         chosen = np.sort(np.random.default_rng(0).choice(rows, min(sample, rows), replace=False))
         questions = [Question(row=int(row)) for row in chosen]
-    if not 1 <= k <= rows:
-        raise UsageError(f"k is {k}; it must be between 1 and the indexes' {rows} rows")
+    if not 1 <= k < rows:
+        raise UsageError(f"k is {k}; it must be at least 1 and below the indexes' {rows} rows")
     found, truth = (score_matrix(c, c.rows(questions), Metric(mode)) for c in (ours, theirs))
-    best = [np.argsort(-s, axis=0, kind="stable")[:k] for s in (found, truth)]
-    worst = [np.argsort(s, axis=0, kind="stable")[:k] for s in (found, truth)]
+    own = [(q.row, i) for i, q in enumerate(questions) if q.row is not None]  # a row that finds itself is no achievement
+    ranked = []
+    for s in (found, truth):
+        best_first, worst_first = -s, s.copy()
+        for at in own:
+            best_first[at] = worst_first[at] = np.inf
+        ranked.append([np.argsort(v, axis=0, kind="stable")[:k] for v in (best_first, worst_first)])
+    best, worst = [r[0] for r in ranked], [r[1] for r in ranked]
     shares = {
         name: [len({*a} & {*b}) / k for a, b in zip(*(t.T.tolist() for t in tops), strict=True)]
         for name, tops in (("proponents", best), ("opponents", worst))
@@ -268,7 +305,7 @@ def recall(
 
 
 def _truth(value: Any, column: str) -> bool:
-    if value is None or (isinstance(value, (bool, int)) and value in (0, 1)):
+    if isinstance(value, (bool, int)) and value in (0, 1):
         return bool(value)
     if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
         return value.lower() in ("true", "1")
@@ -282,11 +319,13 @@ def _auc(bad: np.ndarray, good: np.ndarray) -> float:
     return float((ranks.mean() - (len(bad) + 1) / 2) / len(good))
 
 
-def _mean(values: Sequence[float]) -> Estimate:
+def _mean(values: Sequence[float]) -> Figure:
     found = np.array(values, float)
     if not len(found) or np.isnan(found).all():
         raise NumericalError("there is nothing to average: too few questions, or every one of them without an answer")
-    return Estimate(float(np.nanmean(found)), *interval(lambda rows, _: float(np.nanmean(found[rows])), (len(found), 1)))
+    if len(found) == 1:
+        return Figure(float(found[0]), None, None)
+    return Figure(float(np.nanmean(found)), *interval(lambda rows, _: float(np.nanmean(found[rows])), (len(found), 1)))
 
 
 def show(report: Report) -> None:
@@ -299,7 +338,7 @@ def show(report: Report) -> None:
     for name in ("", "mean", "95 % interval"):
         table.add_column(name, justify="left" if not name else "right")
     for name, e in report.figures.items():
-        table.add_row(name, f"{e.value:.4g}", f"{e.low:.4g} to {e.high:.4g}")
+        table.add_row(name, f"{e.value:.4g}", "one alone has none" if e.low is None else f"{e.low:.4g} to {e.high:.4g}")
     console = Console()
     console.print(table)
     counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.about.items())

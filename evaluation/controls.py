@@ -131,6 +131,9 @@ def _cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "querie
 
 def _tfidf(documents: Sequence[str], asked: Sequence[str], **options: object) -> Scores:
     vectorizer = _library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
+    analyze = vectorizer.build_analyzer()
+    if not any(analyze(text) for text in documents):
+        return np.zeros((len(documents), len(asked)))  # not a word in any of them
     return (vectorizer.fit_transform(documents) @ vectorizer.transform(asked).T).toarray()
 
 
@@ -143,8 +146,20 @@ def _bm25(documents: Sequence[str], asked: Sequence[str]) -> Scores:
     return np.stack([engine.get_scores(tokens) if tokens else nothing for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
 
 
+def require_libraries() -> None:
+    """Refuse to begin what would end for want of a library.
+
+    Raises:
+        UsageError: scikit-learn, scipy or bm25s is not installed.
+    """
+    for name in ("sklearn.feature_extraction.text", "scipy.stats", "bm25s"):
+        _library(name)
+
+
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install 'whence[evaluate]'") from error
+        raise UsageError(
+            f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s"
+        ) from error

@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..client import Client
 from ..indexer.models import ModelSource
-from ..indexer.tasks import find_task
+from ..indexer.tasks import Task, find_task
 from ..query.search import Metric
-from ..ray_jobs.build import build
+from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
-from .controls import Scores, content_controls, gradient_controls, hidden_control, score_matrix
-from .lds import Estimate, ceiling, estimate
+from .controls import Scores, content_controls, gradient_controls, hidden_control, require_libraries, score_matrix
+from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import measure_losses
 
+_FEW_SUBSETS = 40
 _SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay within it
 
 
@@ -37,7 +39,9 @@ class Judgement:
         bytes_per_example, encoder_bytes: of the index; None for scores from a file.
         queries, subsets, seeds, examples: how many the figure rests on; `half` of the queries were asked.
         ceiling: what the noise between seeds admits; None with one seed.
+        split_half: how well one half of the seeds predicts the other; None with one seed.
         controls: name -> estimate on the same queries and subsets.
+        leads: name -> by how much the judged scores are above that control.
         method: what was judged: the build's options that differ from the defaults, or the file.
     """
 
@@ -51,14 +55,19 @@ class Judgement:
     examples: int
     half: Half
     ceiling: float | None
+    split_half: float | None
     controls: Mapping[str, Estimate]
+    leads: Mapping[str, Estimate]
     method: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, as `whence evaluate lds --json` prints it."""
-        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "controls")}
-        found["ceiling"] = None if self.ceiling is None else round(self.ceiling, 4)
-        controls = {name: _plain(e) for name, e in self.controls.items()}
+        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "controls", "leads")}
+        found |= {name: None if found[name] is None else round(found[name], 4) for name in ("ceiling", "split_half")}
+        leads = {
+            name: {"lead": round(e.value, 4), "lead_low": round(e.low, 4), "lead_high": round(e.high, 4)} for name, e in self.leads.items()
+        }
+        controls = {name: {**_plain(e), **leads[name]} for name, e in self.controls.items()}
         return {"pack": self.pack, **_plain(self.estimate), **found, "controls": controls, "protocol": self.protocol}
 
     @property
@@ -68,6 +77,7 @@ class Judgement:
         return (
             f"Spearman's correlation over {self.subsets} retrained subsets (mean of {self.seeds} seed{'s' if self.seeds > 1 else ''}) of "
             f"{self.examples:,} examples, mean over {which} {self.queries} queries; 95 % intervals by bootstrap over subsets and queries"
+            + ("; so few subsets rank hardly anything" if self.subsets < _FEW_SUBSETS else "")
         )
 
 
@@ -95,16 +105,13 @@ def judge_index(
         NotFoundError, IntegrityError: see `read_pack`.
         IncompatibleError: the model or its tokenizer is not one that the pack's documents fit.
     """
+    require_libraries()
     pack = read_pack(directory, data).half(half)
     with tempfile.TemporaryDirectory(prefix="whence-") as scratch:
         place = Path(scratch)
-        documents = place / "train.jsonl"
-        write_documents_file(pack.train, documents)
-        if out is not None:  # an index that is kept, and may be taken up again, keeps its corpus beside it
-            kept = out.with_name(out.name + ".train.jsonl")
-            if not kept.is_file() or kept.read_bytes() != documents.read_bytes():
-                write_whole(kept, documents.read_bytes())
-            documents = kept
+        if out is not None:
+            refuse_occupied(out)
+        documents = pack.train_file or _images_file(pack, place, out)
         given = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
         config = BuildConfig(data=(str(documents),), out=str(out or place / "index.whence"), **given)
         _refuse_other_end(pack, config)
@@ -115,7 +122,7 @@ def judge_index(
             raise IntegrityError(f"{directory}: its {len(pack.train)} documents became {len(train)} other examples; each must become one")
         asked = client.encode(pack.queries)
         if options.get("model") is None:
-            _refuse_other_model(pack, client, asked)
+            _refuse_other_model(pack, client.task, client.encoder.model, asked)
         queries = client.measure(asked)
         scores = score_matrix(client, queries, Metric(mode))
         controls = content_controls(train, asked) | gradient_controls(client, train, asked)
@@ -131,6 +138,20 @@ def judge_index(
         return replace(judged, **sizes, method={"mode": mode, **segments, **method})
 
 
+def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:
+    """An image pack's examples as a file that a build reads; beside the index where that is kept, since a build may be taken up again."""
+    file = scratch / "train.jsonl"
+    write_documents_file(pack.train, file)
+    if out is None:
+        return file
+    kept = Path(f"{out.resolve()}.images.jsonl")
+    if not kept.exists():
+        write_whole(kept, file.read_bytes())
+    elif not kept.is_file() or kept.read_bytes() != file.read_bytes():
+        raise UsageError(f"{kept}, where the pack's images would be kept, is something else; choose another --out")
+    return kept
+
+
 def judge_scores(
     directory: Path, file: Path, *, model: str | None = None, data: Path | None = None, half: Half = "all", device: str = "auto"
 ) -> Judgement:
@@ -143,6 +164,7 @@ def judge_scores(
         NotFoundError, IntegrityError: see `read_pack`; there is no such file.
         UsageError: it holds something else, or a shape that does not fit the pack.
     """
+    require_libraries()
     whole = read_pack(directory, data)
     pack = whole.half(half)
     scores = _read_scores(file)
@@ -155,8 +177,11 @@ def judge_scores(
     source = ModelSource(model or str(pack.model), device=device)
     encoder = task.encoder(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
     train, asked = ([_example(e) for e in encoder.documents(documents)] for documents in (pack.train, pack.queries))
+    loaded = task.load(source)
+    if model is None:
+        _refuse_other_model(pack, task, loaded, asked)
     controls = content_controls(train, asked)
-    controls["hidden"] = hidden_control(task, task.load(source), train, asked, task.batch_tokens["cpu"])
+    controls["hidden"] = hidden_control(task, loaded, train, asked, task.batch_tokens["cpu"])
     return replace(_judge(pack, half, scores[:, kept], controls), method={"scores": str(file)})
 
 
@@ -173,7 +198,9 @@ def _judge(pack: Pack, half: Half, scores: Scores, controls: Mapping[str, Scores
         examples=len(pack.train),
         half=half,
         ceiling=ceiling(pack.losses),
+        split_half=split_half(pack.losses),
         controls={name: estimate(control, pack.masks, pack.losses) for name, control in controls.items()},
+        leads={name: difference(scores, control, pack.masks, pack.losses) for name, control in controls.items()},
         method={},
     )
 
@@ -191,10 +218,10 @@ def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
         )
 
 
-def _refuse_other_model(pack: Pack, client: Client, asked: Sequence[Example]) -> None:
+def _refuse_other_model(pack: Pack, task: Task, model: nn.Module, asked: Sequence[Example]) -> None:
     """The pack's own model must give its queries the losses that the pack tells (up to the precision that it was saved in)."""
     if pack.full_losses is not None:
-        measured = measure_losses(client.task, client.encoder.model, asked)
+        measured = measure_losses(task, model, asked)
         if np.abs(measured - pack.full_losses).mean() > _SAME_MODEL * pack.full_losses.mean():
             raise IncompatibleError(
                 f"{pack.model} is not the model that the pack was made with: its queries' loss is {measured.mean():.4g} nats under it, "
@@ -209,17 +236,16 @@ def _example(example: Example | DataError) -> Example:
 
 
 def _read_scores(file: Path) -> np.ndarray:
+    if not file.is_file():
+        raise NotFoundError(f"there is no file {file}")
     try:
         loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            (name,) = loaded.files
-            return loaded[name]
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {file}") from error
-    except Exception as error:  # numpy's readers raise what they like
-        raise UsageError(f"{file} is not a matrix saved by numpy as .npy, or an .npz of one: {error}") from error
+        matrix = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]] if len(loaded.files) == 1 else None
+    except Exception:  # numpy's readers raise what they like, and advise to allow pickles
+        matrix = None
+    if matrix is None or matrix.dtype.kind not in "fiu":
+        raise UsageError(f"{file} is not a matrix of numbers saved by numpy (.npy, or an .npz with nothing else in it)")
+    return matrix.astype(np.float64)
 
 
 def _plain(e: Estimate) -> dict[str, float]:
@@ -233,15 +259,18 @@ def show(judgement: Judgement) -> None:
     from rich.table import Table
 
     table = Table(title=f"LDS on {judgement.pack}", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("", "LDS", "95 % interval", "bytes/example"):
+    for name in ("", "LDS", "95 % interval", "lead over it", "bytes/example"):
         table.add_column(name, justify="left" if not name else "right")
     size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
     rows = {"this index" if size else "these scores": (judgement.estimate, size)}
     rows |= {f"control: {name}": (e, "") for name, e in judgement.controls.items()}
     for name, (e, stored) in rows.items():
-        table.add_row(name, f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}", stored, style="bold" if name.startswith("th") else "")
-    if judgement.ceiling is not None:
-        table.add_row("ceiling (half of the seeds for the others)", f"{judgement.ceiling:.3f}", "", "")
+        lead = judgement.leads.get(name.removeprefix("control: "))
+        shown = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
+        table.add_row(name, f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}", shown, stored, style="bold" if name.startswith("th") else "")
+    if judgement.ceiling is not None and judgement.split_half is not None:
+        table.add_row("ceiling", f"{judgement.ceiling:.3f}", "", "", "")
+        table.add_row("half of the seeds for the others", f"{judgement.split_half:.3f}", "", "", "")
     console = Console()
     console.print(table)
     console.print(f"{judgement.protocol}.\n{json.dumps(judgement.method)}", style="dim", highlight=False)

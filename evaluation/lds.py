@@ -5,11 +5,11 @@ For a query q and subsets A_1..A_S of the training examples, each retrained on:
     LDS(q) = Spearman over s of ( -sum_{i in A_s} score(i, q),  mean over seeds of loss_q(model trained on A_s) )
 
 (Park et al., TRAK, arXiv 2303.14186, eq. 5), averaged over queries. 1 is a perfect ranking, 0 says nothing. Retraining is noisy, so a
-figure comes with an interval, by bootstrap over subsets and queries at once, and with the ceiling that the noise between seeds puts on
-any method.
+figure comes with an interval, by bootstrap over subsets and queries at once (wide rather than narrow: it counts the noise of single queries
+twice), and with the ceiling that the noise between seeds puts on any method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -52,7 +52,14 @@ def lds(
     if not np.isfinite(scores).all():
         row, query = np.argwhere(~np.isfinite(scores))[0]
         raise UsageError(f"the score of example {row} for query {query} is not a finite number")
-    return columns_correlation(-(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64))
+    return columns_correlation(_predicted(scores, masks), losses.mean(axis=1, dtype=np.float64))
+
+
+def _predicted(scores: np.ndarray, masks: np.ndarray) -> Float64[np.ndarray, "subsets queries"]:
+    """Minus the sums over subsets, without the round-off that would break ties."""
+    sums = -(masks.astype(np.float64) @ scores.astype(np.float64))
+    size = np.abs(sums).max(axis=0)
+    return np.round(sums / np.where(size > 0, size, 1.0), 10)
 
 
 def estimate(
@@ -63,7 +70,7 @@ def estimate(
 ) -> Estimate:
     """The mean LDS over queries, with its interval by bootstrap over subsets and queries."""
     value = _mean(lds(scores, masks, losses))
-    predicted, actual = -(masks.astype(np.float64) @ scores.astype(np.float64)), losses.mean(axis=1, dtype=np.float64)
+    predicted, actual = _predicted(scores, masks), losses.mean(axis=1, dtype=np.float64)
 
     def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
         at = np.ix_(subsets, queries)
@@ -72,17 +79,34 @@ def estimate(
     return Estimate(value, *interval(drawn, actual.shape, seed))
 
 
-def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
+def split_half(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
     """How well one half of the seeds ranks the subsets for the other, averaged over all such splits; None with one seed."""
     seeds = losses.shape[1]
-    if seeds < 2:
+    return _agreement(losses, list(combinations(range(seeds), seeds // 2)), rest=True) if seeds > 1 else None
+
+
+def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
+    """The LDS of a method that knew each subset's expected loss, against the mean of the seeds that there are; None with one seed.
+
+    With r the agreement of two single seeds, the mean of k seeds has reliability k r / (1 + (k - 1) r) (Spearman, Brown), and what is
+    free of noise correlates with it by the square root of that.
+    """
+    seeds = losses.shape[1]
+    single = _agreement(losses, list(combinations(range(seeds), 2)), rest=False) if seeds > 1 else None
+    if single is None:
         return None
+    return float(np.sqrt(max(0.0, seeds * single / (1 + (seeds - 1) * single))))
+
+
+def _agreement(losses: np.ndarray, chosen: Sequence[tuple[int, ...]], rest: bool) -> float | None:
+    """The mean rank correlation of some seeds' mean with that of the rest, or of the two seeds of each pair."""
     found = []
-    for half in combinations(range(seeds), seeds // 2):
-        rest = [s for s in range(seeds) if s not in half]
-        ours, others = losses[:, list(half)].mean(axis=1, dtype=np.float64), losses[:, rest].mean(axis=1, dtype=np.float64)
-        found.append(_mean(columns_correlation(ours, others)))
-    return float(np.mean(found))
+    for group in chosen:
+        others = [s for s in range(losses.shape[1]) if s not in group] if rest else list(group[1:])
+        ours = list(group) if rest else [group[0]]
+        found.append(_mean(columns_correlation(*(losses[:, part].mean(axis=1, dtype=np.float64) for part in (ours, others)))))
+    known = [value for value in found if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def interval(statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[int, int], seed: int = 0) -> tuple[float, float]:
@@ -109,3 +133,20 @@ def columns_correlation(
     spread = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
     correlations = np.divide((a * b).sum(axis=0), spread, out=np.zeros(a.shape[1]), where=spread > 0)
     return np.where((b * b).sum(axis=0) > 0, correlations, np.nan)
+
+
+def difference(
+    scores: Float[np.ndarray, "examples queries"],
+    others: Float[np.ndarray, "examples queries"],
+    masks: Bool[np.ndarray, "subsets examples"],
+    losses: Float[np.ndarray, "subsets seeds queries"],
+) -> Estimate:
+    """By how much the LDS of `scores` is above that of `others`, with the interval of the difference: both on the same drawn subsets."""
+    value = _mean(lds(scores, masks, losses)) - _mean(lds(others, masks, losses))
+    ours, theirs, actual = _predicted(scores, masks), _predicted(others, masks), losses.mean(axis=1, dtype=np.float64)
+
+    def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
+        at = np.ix_(subsets, queries)
+        return _mean(columns_correlation(ours[at], actual[at])) - _mean(columns_correlation(theirs[at], actual[at]))
+
+    return Estimate(value, *interval(drawn, actual.shape))

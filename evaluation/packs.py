@@ -8,6 +8,7 @@ is believed before it is checked: a pack that contradicts itself would otherwise
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float32
 
 from ..store.corpus import Document, Fields, read_corpus
 from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
+from ..store.files import sha256
 
 Half = Literal["all", "even", "odd"]
 _IMAGES = {
@@ -40,6 +42,7 @@ class Pack:
         losses: the queries' losses (nats) under the models trained on the subsets.
         train, queries: the documents, in the masks' and the losses' order.
         build: options that the pack dictates to a build: how its documents were encoded in training.
+        train_file: where the training documents lie as JSON lines; None for images.
         append_token: the token that ended each document; None where there was none.
         full_losses: the queries' losses under `model`, where the pack tells them.
     """
@@ -52,14 +55,21 @@ class Pack:
     train: tuple[Document, ...]
     queries: tuple[Document, ...]
     build: dict[str, Any]
+    train_file: Path | None
     append_token: int | None
     full_losses: Float32[np.ndarray, " queries"] | None
 
     def half(self, which: Half) -> "Pack":
-        """The pack with all queries, or those of even or odd number: choose on one half, report on the other."""
+        """The pack with all queries, or those of even or odd number: choose on one half, report on the other.
+
+        Raises:
+            UsageError: there is no query in that half whose losses differ.
+        """
         if which == "all":
             return self
         part = slice(0 if which == "even" else 1, None, 2)
+        if not (self.losses[:, :, part].mean(axis=1).std(axis=0) > 0).any():
+            raise UsageError(f"of the {which}-numbered queries of {self.name} there is none whose losses differ; ask all of them")
         full = None if self.full_losses is None else self.full_losses[part]
         return replace(self, losses=self.losses[:, :, part], queries=self.queries[part], full_losses=full)
 
@@ -81,21 +91,25 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
     if "arch" in meta:
         pixels, labels = _idx_files(directory, data)
         train, queries = (_images(directory, pixels, labels, truth, name) for name in ("train_rows", "test_rows"))
-        task, build, append = "mlp", {}, None
+        task, build, append, file = "mlp", {}, None, None
         model = directory / "model-0.safetensors"
     else:
+        file = directory / str(meta.get("train_file", "train.jsonl"))
         train, queries = (_documents(directory, meta, kind) for kind in ("train", "query"))
         encoding = meta.get("encoding", {})
         append = encoding.get("append_token")
+        for name, least in (("append_token", 0), ("max_tokens", 2)):
+            value = encoding.get(name)
+            if value is not None and (type(value) is not int or value < least):
+                raise IntegrityError(f"{directory}/meta.json: {name} is {value!r}, not a whole number from {least}; make the pack again")
         task = "causal-lm"
         build = {"long": "truncate", "max_tokens": encoding.get("max_tokens"), "append_eos": append is not None}
         model = _newest(directory)
     if not model.exists():
         raise NotFoundError(f"{model} is missing from the pack; restore it, or name a model with --model")
-    examples = truth.get("examples", np.array(len(train)))
     unpacked = np.unpackbits(masks, axis=1)
     wasted = unpacked[:, len(train) :]
-    if int(examples) != len(train) or masks.shape[1] != -(-len(train) // 8) or wasted.any():
+    if masks.shape[1] != -(-len(train) // 8) or wasted.any():
         raise IntegrityError(
             f"{directory}: the masks are not of {len(train)} training examples, which is how many there are; make the pack again"
         )
@@ -108,11 +122,11 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
             f"{directory}: subset {int(empty.argmax())} holds none or all of the examples, or all subsets are the same; make the pack again"
         )
     full = truth.get("full_losses")
-    if full is not None and (full.shape != losses.shape[2:] or not np.isfinite(full).all()):
+    if full is not None and (full.dtype.kind != "f" or full.shape != losses.shape[2:] or not np.isfinite(full).all()):
         raise IntegrityError(
             f"{directory}: full_losses are not a finite number for each of the {len(queries)} queries; make the pack again"
         )
-    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, append, full)
+    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, file, append, full)
 
 
 def _meta(directory: Path) -> dict[str, Any]:
@@ -122,7 +136,7 @@ def _meta(directory: Path) -> dict[str, Any]:
         meta = json.loads((directory / "meta.json").read_bytes())
     except FileNotFoundError as error:
         raise NotFoundError(f"{directory} is no pack: it has no meta.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{directory}/meta.json cannot be read ({error}); restore it or make the pack again") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("encoding", {}), dict):
         raise IntegrityError(f"{directory}/meta.json does not describe a pack; restore it or make the pack again")
@@ -170,6 +184,9 @@ def _documents(directory: Path, meta: dict[str, Any], kind: str) -> tuple[Docume
     path = directory / str(meta.get(f"{kind}_file", f"{kind}.jsonl"))
     if not path.is_file():
         raise NotFoundError(f"{path}, which the pack's documents should be in, is missing; restore it")
+    written = meta.get("sha256", {})
+    if isinstance(written, dict) and written.get(f"{kind}.jsonl", sha256(path)) != sha256(path):
+        raise IntegrityError(f"{path} is not the file that the pack was made with (SHA-256 differs); restore it or make the pack again")
     documents = []
     for document in read_corpus([str(path)], Fields()):
         if isinstance(document, DataError):
@@ -207,14 +224,23 @@ def _idx(path: Path) -> np.ndarray:
         if raw[:3] != b"\0\0\x08" or not 1 <= dimensions <= 3:
             raise ValueError("its first bytes are not those of bytes in IDX format")
         return np.frombuffer(raw, np.uint8, int(shape.prod()), 4 + 4 * dimensions).reshape(shape)
-    except (OSError, ValueError, IndexError, EOFError) as error:
+    except (OSError, ValueError, IndexError, EOFError, zlib.error) as error:
         raise IntegrityError(f"{path} is not a whole IDX file ({error}); fetch it again") from error
 
 
 def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict[str, np.ndarray], name: str) -> tuple[Document, ...]:
     rows = truth[name]
-    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer) or len(rows) == 0 or rows.min() < 0 or rows.max() >= len(images):
-        raise IntegrityError(f"{directory}: {name} names images outside the {len(images)} that there are; is --data the right one?")
+    if (
+        rows.ndim != 1
+        or not np.issubdtype(rows.dtype, np.integer)
+        or len(rows) == 0
+        or rows.min() < 0
+        or rows.max() >= len(images)
+        or len(set(rows.tolist())) < len(rows)
+    ):
+        raise IntegrityError(
+            f"{directory}: {name} names images twice, or outside the {len(images)} that there are; is --data the right one?"
+        )
     scaled = ((images[rows].reshape(len(rows), -1) / 255.0 - _PIXEL_MEAN) / _PIXEL_DEVIATION).astype(np.float32)
     return tuple(
         Document(id=f"{name}-{i}", source="mnist", where=f"image {row}", features=scaled[i], label=int(labels[row]))

@@ -9,9 +9,11 @@ computed again, so a job that was killed goes on where it was. What the whole pa
 no pack.
 """
 
+import inspect
 import io
 import json
 import shutil
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,10 +33,11 @@ from ..indexer.tasks import CausalLM, Task, import_object, plan_batches
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute, keep_freed_memory
-from ..store.corpus import Document, Fields, read_corpus
+from ..store.corpus import Document, Fields, describe_sources, read_corpus
 from ..store.documents import Example
-from ..store.errors import DataError, NumericalError, UsageError
+from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
+from ..store.files import sha256 as file_sha256
 from .packs import write_documents_file
 
 Train = Callable[[Sequence[Example], str, int], nn.Module]
@@ -80,6 +83,10 @@ class PackConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.fraction < 1:
             raise UsageError(f"--fraction is {self.fraction}; it must be between 0 and 1")
+        if max(self.subsets, self.seeds, self.seed) >= 1 << 31:
+            raise UsageError("--subsets, --seeds or --seed is beyond any that could be meant")
+        if not all((self.model, self.queries, self.out, *self.data)) or "-" in (*self.data, self.queries):
+            raise UsageError("--model, --data, --queries or --out is empty or standard input, which could not be read again; name files")
 
     def what(self) -> dict[str, Any]:
         """The options that decide what the pack holds."""
@@ -98,23 +105,31 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
         DataError, NumericalError: a document cannot be used; a training ends in losses that are not finite.
     """
     reporter, out = reporter or Silent(), Path(config.out)
-    import_object(config.train, "training function")
-    if out.exists() and any(out.iterdir()) and not (out / "pack.json").is_file():
+    function = import_object(config.train, "training function")
+    if not callable(function):
+        raise UsageError(f"{config.train} is not a function")
+    resolve_device(config.device)
+    end = load_tokenizer(ModelSource(config.model)).eos_token_id if config.append_eos else None
+    if out.exists() and (not out.is_dir() or ({p.name for p in out.iterdir()} - {".lock"} and not (out / "pack.json").is_file())):
         raise UsageError(f"--out {out} holds other things; choose a directory that does not exist yet")
     train, queries = (_documents(sources) for sources in (config.data, (config.queries,)))
-    what = {**config.what(), "documents": sha256(repr((train, queries)).encode()).hexdigest()}
+    masks = draw_masks(len(train), config.subsets, config.fraction, config.seed)
+    what = {
+        **config.what(),
+        "the documents": sha256(repr((train, queries)).encode()).hexdigest(),
+        "the training function's module": _source_hash(function),
+        "the model's files": json.loads(json.dumps(describe_sources([config.model]))),
+    }
     with exclusive(out):
-        known = read_json(out / "pack.json") if (out / "pack.json").is_file() else what
+        begun = (out / "pack.json").is_file() and any((out / "pieces").glob("*.npy"))  # what has no training yet is nothing to protect
+        known = read_json(out / "pack.json") if begun else what
         different = [k for k in what if known.get(k) != what[k]]
         if different:
             raise UsageError(f"--out {out} holds a pack that differs from this one ({', '.join(different)}); choose another --out")
         write_whole(out / "pack.json", json.dumps(what).encode())
         for name, documents in (("train.jsonl", train), ("query.jsonl", queries)):
-            if not (out / name).is_file():
-                staged = out / f".{name}"
-                write_documents_file(documents, staged)
-                publish(staged, out / name)
-        masks = draw_masks(len(train), config.subsets, config.fraction, config.seed)
+            write_documents_file(documents, out / f".{name}")
+            (out / f".{name}").replace(out / name)
         pieces = [(subset, seed) for subset in range(config.subsets) for seed in range(config.seeds)]
         resources = Resources(config.workers, config.threads, config.address, config.device, own_code=True)
         worker = partial(
@@ -126,7 +141,7 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
             reporter.stage("retraining on subsets", int(masks.sum()) * config.seeds)
             tasks = [(f"{subset:05d}-{seed}", np.flatnonzero(masks[subset]), 1 + subset * config.seeds + seed) for subset, seed in pieces]
             losses = np.stack(list(executor.map("piece", (), tasks, reporter)))
-        _publish(out, config, masks, losses.reshape(config.subsets, config.seeds, -1), whole)
+        _publish(out, config, masks, losses.reshape(config.subsets, config.seeds, -1), whole, end)
     return out
 
 
@@ -162,36 +177,59 @@ class Retrainer:
 
     def whole(self, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
         """Train on all examples (seed 0) and publish the model; returns the queries' losses."""
-        final, losses = self._directory / "model-epoch1", self._directory / "pieces" / "whole.npy"
-        if not losses.is_file():
-            model = self._trained(range(len(self._examples)), 0)
-            measured = self._losses(model)
-            staged = self._directory / f".model-{uuid.uuid4().hex}"
-            with storage_errors(staged):
-                model.save_pretrained(staged)  # type: ignore[operator]
-                self._encoder.tokenizer.save_pretrained(staged)
-            shutil.rmtree(final, ignore_errors=True)
-            publish(staged, final)
-            _save(losses, measured)
+        final, path = self._directory / "model-epoch1", self._directory / "pieces" / "whole.npy"
+        losses = self._known(path)
+        if losses is None or not (final / "config.json").is_file() or not list(final.glob("*.safetensors*")):
+            model = self._model(range(len(self._examples)), 0)
+            context = self._task.context(model)
+            if context is not None and context < self._max_tokens:
+                raise UsageError(f"--max-tokens is {self._max_tokens}, the trained model's context is {context}; it can be at most that")
+            losses = measure_losses(self._task, model, self._queries)
+            self._save_model(model, final)
+            _save(path, losses)
         progress(len(self._examples), 0)
-        return np.load(losses, allow_pickle=False)
+        return losses
 
     def piece(self, name: str, chosen: Sequence[int], seed: int, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
         """The queries' losses (nats) after training on some examples; computed once, then read."""
         path = self._directory / "pieces" / f"{name}.npy"
-        if not path.is_file():
-            _save(path, self._losses(self._trained(chosen, seed)))
+        losses = self._known(path)
+        if losses is None:
+            losses = measure_losses(self._task, self._model(chosen, seed), self._queries)
+            _save(path, losses)
         progress(len(chosen), 0)
-        return np.load(path, allow_pickle=False)
+        return losses
 
-    def _trained(self, chosen: Sequence[int], seed: int) -> nn.Module:
-        model = self._train([self._examples[i] for i in chosen], self._source.id, seed)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"the training function returned {type(model).__name__}, not a torch module")
-        return model.requires_grad_(False).eval().to(resolve_device(self._source.device))
+    def _known(self, path: Path) -> Float32[np.ndarray, " queries"] | None:
+        """A piece that is there already; a damaged one is as good as none."""
+        try:
+            losses = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return losses if losses.dtype == np.float32 and losses.shape == (len(self._queries),) and np.isfinite(losses).all() else None
 
-    def _losses(self, model: nn.Module) -> Float32[np.ndarray, " queries"]:
-        return measure_losses(self._task, model, self._queries)
+    def _save_model(self, model: nn.Module, final: Path) -> None:
+        from safetensors import SafetensorError
+
+        save = getattr(model, "save_pretrained", None)
+        if save is None:
+            raise UsageError(
+                f"the training function returned {type(model).__name__}, which has no save_pretrained; return a transformers model"
+            )
+        staged = self._directory / f".model-{uuid.uuid4().hex}"
+        try:
+            with storage_errors(staged):
+                save(staged)
+                self._encoder.tokenizer.save_pretrained(staged)
+            shutil.rmtree(final, ignore_errors=True)
+            publish(staged, final)
+        except SafetensorError as error:
+            raise StorageError(f"the model cannot be saved under {self._directory}: {error}") from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _model(self, chosen: Sequence[int], seed: int) -> nn.Module:
+        return trained(self._train, [self._examples[i] for i in chosen], self._source.id, seed, self._source.device)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -210,8 +248,30 @@ class Retrainer:
         for example in self._encoder.documents(read_corpus([str(self._directory / name)], Fields())):
             if isinstance(example, DataError):
                 raise example
+            example.token_ids.setflags(write=False)  # all trainings share them
+            example.loss_mask.setflags(write=False)
             examples.append(example)
         return examples
+
+
+def trained(train: Train, examples: Sequence[Example], model: str, seed: int, device: str) -> nn.Module:
+    """What the user's function makes of some examples, on its device and ready to be measured.
+
+    Raises:
+        WorkerError: the function raised, or tried to end the process; says where.
+        UsageError: it returned something else than a module.
+    """
+    try:
+        found = train(list(examples), model, seed)
+        if isinstance(found, nn.Module):
+            return found.requires_grad_(False).eval().to(resolve_device(device))
+    except (Exception, SystemExit) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise WorkerError(
+            f"the training function failed with {reason} (at {last.filename}:{last.lineno}); mend it and run the command again"
+        ) from error
+    raise UsageError(f"the training function returned {type(found).__name__}, not a torch module")
 
 
 @torch.no_grad()
@@ -232,6 +292,13 @@ def measure_losses(task: Task, model: nn.Module, examples: Sequence[Example]) ->
     return losses
 
 
+def _source_hash(function: Any) -> str:
+    try:
+        return file_sha256(Path(inspect.getsourcefile(function) or ""))
+    except (OSError, TypeError):
+        return "unknown"
+
+
 def _with_threads(worker: Callable[[], Retrainer], threads: int) -> Retrainer:
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -245,16 +312,19 @@ def _save(path: Path, losses: np.ndarray) -> None:
 
 
 def _documents(sources: Sequence[str]) -> tuple[Document, ...]:
-    documents = []
+    documents: dict[str, Document] = {}
     for document in read_corpus(sources, Fields()):
         if isinstance(document, DataError):
             raise document
-        documents.append(document)
-    return tuple(documents)
+        if document.id in documents:
+            raise DataError(f"the id {document.id!r} stands twice in {', '.join(sources)}; ids must be unique")
+        documents[document.id] = document
+    if not documents:
+        raise DataError(f"there is no document in {', '.join(sources)}")
+    return tuple(documents.values())
 
 
-def _publish(out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarray, whole: np.ndarray) -> None:
-    end = load_tokenizer(ModelSource(config.model)).eos_token_id if config.append_eos else None
+def _publish(out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarray, whole: np.ndarray, end: int | None) -> None:
     meta = {
         "pack": out.resolve().name,
         "train": masks.shape[1],
@@ -265,6 +335,7 @@ def _publish(out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarra
         "recipe": {"train": config.train, "model": config.model},
         "encoding": {"text": "the document's text", "append_token": end, "max_tokens": config.max_tokens},
         "loss": "sum of nats over a query's loss tokens",
+        "sha256": {name: file_sha256(out / name) for name in ("train.jsonl", "query.jsonl")},
     }
     write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
     buffer = io.BytesIO()

@@ -20,6 +20,7 @@ from ..store.errors import UsageError
 from ..store.manifest import Layer
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
+Geometry = tuple[object, ...] | None
 Visit = Callable[[Layer, Float[Tensor, "batch tokens in_rank"], Float[Tensor, "batch tokens out_rank"]], None]
 
 
@@ -47,17 +48,18 @@ def capture(
         UsageError: a tracked layer sees something that is not one vector for each token of each example.
     """
     modules = dict(model.named_modules())
-    recent: list[tuple[Tensor, int, Map, Tensor]] = []
+    recent: list[tuple[Tensor, int, Map, Geometry, Tensor]] = []
 
     def project(x: Tensor, map_: Map) -> Tensor:
-        x = x.detach()
-        return (x if map_ is None else x @ map_.T).to(accumulation_dtype(x.dtype))
+        x, dtype = x.detach(), accumulation_dtype(x.dtype)
+        return x.to(dtype, copy=True) if map_ is None else (x @ map_.T).to(dtype)  # a copy, since the model may write into x later
 
     def project_input(module: nn.Module, x: Tensor, map_: Map) -> Tensor:
-        if recent and recent[0][0] is x and recent[0][1] == x._version and recent[0][2] is map_:
-            return recent[0][3]
-        recent[:] = [(x, x._version, map_, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
-        return recent[0][3]
+        known = (x._version, map_, geometry(module))
+        if recent and recent[0][0] is x and recent[0][1] == known[0] and recent[0][2] is map_ and recent[0][3] == known[2]:
+            return recent[0][4]
+        recent[:] = [(x, *known, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
+        return recent[0][4]
 
     def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
         if isinstance(module, nn.Conv2d):
@@ -91,6 +93,11 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def geometry(module: nn.Module) -> Geometry:
+    """What decides which inputs a layer sees of a tensor: nothing but for a convolution."""
+    return (module.kernel_size, module.dilation, module.padding, module.stride) if isinstance(module, nn.Conv2d) else None
 
 
 def _under_kernel(module: nn.Conv2d, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places size"]:

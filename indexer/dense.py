@@ -2,11 +2,12 @@
 
     row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
 
-The arrays are `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's name,
-`input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not among them.
+The arrays are `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's
+name, `input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not among
+them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -97,7 +98,8 @@ class DenseCollector(GradientSum):
     def __init__(self, part: DensePart, examples: int) -> None:
         super().__init__()
         self._part, self._examples = part, examples
-        self.layers, self.maps = part.segment.layers, part.maps
+        self.layers: Sequence[Layer] = part.segment.layers
+        self.maps: Mapping[str, tuple[Map, Map]] = part.maps
 
     def rows(self) -> Float[np.ndarray, "batch dim"]:
         """The batch's whitened rows."""

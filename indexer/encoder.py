@@ -81,14 +81,14 @@ class Encoder:
     def parts(self) -> dict[str, DensePart | KeyedPart]:
         """What makes each segment's rows."""
         weight = next(self.model.parameters())
-        own = {
-            s.name: {k.removeprefix(f"{s.name}/"): a for k, a in self.arrays.items() if k.startswith(f"{s.name}/")}
-            for s in self.plan.segments
-        }
-        return {
-            s.name: (DensePart if isinstance(s, DenseSegment) else KeyedPart)(s, own[s.name], weight.device, weight.dtype)
-            for s in self.plan.segments
-        }  # type: ignore[arg-type]
+        found: dict[str, DensePart | KeyedPart] = {}
+        for segment in self.plan.segments:
+            own = {at.removeprefix(f"{segment.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{segment.name}/")}
+            if isinstance(segment, KeyedSegment):
+                found[segment.name] = KeyedPart(segment, own, weight.device, weight.dtype)
+            else:
+                found[segment.name] = DensePart(segment, own, weight.device, weight.dtype)
+        return found
 
     def batches(
         self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False

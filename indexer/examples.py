@@ -56,7 +56,9 @@ class VectorEncoder:
             elif d.features is None:
                 yield DataError(f"{d.where}: a text, where this task needs the fields features and label")
             else:
-                yield Example(d.id, "", d.source, *nothing, document=d.id, metadata=d.metadata, features=d.features, label=d.label)
+                yield Example(
+                    d.id, f"label {d.label}", d.source, *nothing, document=d.id, metadata=d.metadata, features=d.features, label=d.label
+                )
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Keyed segments: the output head's whitened gradient, one row for each vocabulary entry that an example predicts.
 
-With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the head; whatever autograd makes of a
-soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in Kronecker form with a diagonal on the vocabulary side:
+With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the head; whatever
+autograd makes of a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in Kronecker form with a
+diagonal on the vocabulary side:
 
     q_v = E sum_t p_t(v) (1 - p_t(v))      the closed form of E d_t(v)^2 under the model's own labels; where something follows the head,
                                             or for the data's labels, d_t(v)^2 itself
     E sum_t h_t h_t^T = U diag(e) U^T,      l_vj = q_v e_j / E[loss tokens],      z[v, j] = (G U)[v, j] / sqrt(l_vj + a)
 
-Only the tokens that an example predicts are kept: they hold most of the energy, and the vocabulary x width gradient is never formed. With weights
-frozen below, autograd's graph begins at the head's output, so a forward pass is all that the model is asked for.
+Only the tokens that an example predicts are kept: they hold most of the energy, and the vocabulary x width gradient is never formed. With
+weights frozen below, autograd's graph begins at the head's output, so a forward pass is all that the model is asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,9 +49,9 @@ class KeyedPart:
     def __init__(self, segment: KeyedSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
         self.segment, self.layer = segment, head_layer(segment)
         if arrays:
-            to = {"device": device, "dtype": accumulation_dtype(dtype)}
             self.basis, self.inputs, self.vocabulary = (
-                torch.from_numpy(np.asarray(arrays[name])).to(**to) for name in ("input_basis", "input_eigenvalues", "vocabulary")
+                torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
+                for name in ("input_basis", "input_eigenvalues", "vocabulary")
             )
             self.damping = segment.curvature.damping * float(arrays["vocabulary"].mean() * arrays["input_eigenvalues"].mean())
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.manifest import CurvatureKind, Layer
+from .capture import geometry
 from .curvature import choose_curvature
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def load_mlp(source: ModelSource) -> nn.Module:
 
     device = resolve_device(source.device)
     path = Path(source.id)
+    if source.revision:
+        raise UsageError(f"--revision {source.revision} is for models of a hub; {source.id} is a file")
     if not path.is_file():
         raise NotFoundError(
             f"there is no file {source.id}; the model of this task is a safetensors file of a Sequential of Linear and ReLU"
@@ -91,7 +94,10 @@ def load_mlp(source: ModelSource) -> nn.Module:
         some = ", ".join(sorted(tensors)[:4])
         raise IncompatibleError(f"{path} holds {some} ..., not the layers 0, 2, 4 ... of a Sequential with ReLU between")
     sizes = [tensors[f"{i}.weight"].shape for i in numbers]
-    if any(len(size) != 2 for size in sizes) or any(a[0] != b[1] for a, b in pairwise(sizes)):
+    biased = all(tensors[f"{i}.bias"].shape == size[:1] for i, size in zip(numbers, sizes, strict=True))
+    if any(not t.is_floating_point() for t in tensors.values()):
+        raise IncompatibleError(f"{path} holds weights that are not floating-point numbers (quantised?); save them as float32")
+    if any(len(size) != 2 for size in sizes) or any(a[0] != b[1] for a, b in pairwise(sizes)) or not biased:
         raise IncompatibleError(f"{path}: the layers' sizes {[tuple(size) for size in sizes]} do not follow one another")
     layers: list[nn.Module] = []
     for outputs, inputs in sizes:
@@ -273,12 +279,12 @@ def plan_layers(
     probe = task.probe(model, next(model.parameters()).device)
     shape = (probe.valid.shape[0], probe.valid.shape[1])
     modules = dict(model.named_modules())
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, tuple[Tensor, int]] = {}  # with its version, since the model may write into it later
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if isinstance(output, Tensor) and (isinstance(module, nn.Conv2d) or _sees_each_token(args[0], shape)):
-                inputs.setdefault(name, args[0])
+                inputs.setdefault(name, (args[0], args[0]._version))
 
         return hook
 
@@ -292,11 +298,11 @@ def plan_layers(
     idle = [n for n in names if n not in inputs]
     if idle and (explicit or len(idle) == len(names)):
         raise UsageError(f"layer {idle[0]} does not see a vector for each token when the model reads text; leave it out with --layers")
-    groups: dict[tuple[int, int], str] = {}
+    groups: dict[tuple[object, ...], str] = {}
     layers: list[Layer] = []
     for name in names:
         if name in inputs:
-            x = inputs[name]
+            x, version = inputs[name]
             outputs, width = layer_sizes(modules[name]) or (0, 0)
             ranks = min(rank, outputs), min(rank, width)
             layers.append(
@@ -306,7 +312,7 @@ def plan_layers(
                     inputs=width,
                     output_rank=ranks[0],
                     input_rank=ranks[1],
-                    input_group=groups.setdefault((id(x), x._version), name),
+                    input_group=groups.setdefault((id(x), version, geometry(modules[name])), name),
                     offset=layers[-1].offset + layers[-1].size if layers else 0,
                     curvature=choose_curvature(curvature, ranks[0] * ranks[1], examples),
                 )

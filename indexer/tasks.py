@@ -234,8 +234,15 @@ class VectorTask(Task):
         return cross_entropies(logits[:, None], batch, sample_seed)
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """Two vectors of the size that the first layer takes."""
-        _, size = next(sizes for m in model.modules() if (sizes := models.layer_sizes(m)))
+        """Two vectors of the size that the first layer takes.
+
+        Raises:
+            UsageError: the model begins otherwise, so that its task must override this.
+        """
+        first = next((m for m in model.modules() if models.layer_sizes(m)), None)
+        if not isinstance(first, nn.Linear):
+            raise UsageError(f"{type(self).__name__}.probe must say what the model takes: two examples (see docs/evaluation.md)")
+        size = first.in_features
         targets = torch.zeros((2, 1), dtype=torch.int64, device=device)
         return Batch(("probe", "probe"), torch.zeros((2, size), device=device), targets, torch.ones_like(targets, dtype=torch.bool))
 
@@ -262,7 +269,10 @@ def find_task(name: str) -> Task:
     found = import_object(name, "task")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UsageError(f"{name} is not a subclass of whence.Task")
-    return found()
+    try:
+        return found()
+    except TypeError as error:  # abstract still, or with arguments
+        raise UsageError(f"the task {name} cannot be made: {error}") from error
 
 
 def import_object(path: str, what: str) -> Any:
@@ -281,8 +291,11 @@ def import_object(path: str, what: str) -> Any:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise NotFoundError(f"the {what} {path} cannot be imported: {error}; is its module in this directory, or on PYTHONPATH?") from error
+    except (Exception, SystemExit) as error:  # an import runs whatever the module does
+        reason = f"{type(error).__name__}: {error}"
+        raise NotFoundError(
+            f"the {what} {path} cannot be imported ({reason}); is its module in this directory, or on PYTHONPATH?"
+        ) from error
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -112,7 +112,10 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
     answers = []
     for question, hit in zip(questions, hits, strict=True):
         built = {s.name: s.curvature.damping for s in index.manifest.segments}
-        settings = {"mode": metric.mode, "damping": metric.damping or (built if len(built) > 1 else next(iter(built.values())))}
+        settings: dict[str, Any] = {
+            "mode": metric.mode,
+            "damping": metric.damping or (built if len(built) > 1 else next(iter(built.values()))),
+        }
         answers.append(
             Answer(
                 query={**question.to_dict(), **settings},

@@ -78,7 +78,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
     """
     reporter = reporter or Silent()
     out = Path(config.out)
-    _refuse_occupied(out)
+    refuse_occupied(out)
     sources = describe_sources(config.data)
     encoder = find_task(config.task).encoder(model_source(config))
     fresh = not out.exists()
@@ -86,7 +86,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
         own = replace(config, model=absolute(config.model), out=str(out.resolve()))  # a worker's working directory may be its own
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-            model, plan = executor.call("describe")
+            model, plan, left_out = executor.call("describe")
             what = {
                 "format": 1,
                 "options": config.what(),
@@ -102,19 +102,24 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             corpus = _write_corpus(job, model, plan)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            return _publish(job, what, model, plan, file, corpus, shards)
+            return _publish(job, {"what": what, "left_out": list(left_out)}, model, plan, file, corpus, shards)
     finally:
         if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
             shutil.rmtree(out)  # nothing was begun
 
 
-def _refuse_occupied(out: Path) -> None:
+def refuse_occupied(out: Path) -> None:
+    """Refuse a directory that holds something else than an index, finished or begun.
+
+    Raises:
+        UsageError: it does.
+    """
     if out.is_symlink() and not out.exists():
         raise UsageError(f"--out {out} is a link to nothing; choose another place")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; choose a directory that does not exist yet")
-    ours = {"manifests", "staging", ".lock"}
-    if out.is_dir() and any(out.iterdir()) and not ours & {p.name for p in out.iterdir()}:
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if names - {".lock"} and not names & {"manifests", "staging"}:
         raise UsageError(f"--out {out} holds other things and no index; choose a directory that does not exist yet")
 
 
@@ -267,7 +272,7 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 
 
 def _publish(
-    job: _Job, what: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
+    job: _Job, asked: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
     c = job.config
     segments = _weighted(job, plan, shards)
@@ -279,14 +284,14 @@ def _publish(
         whence=installed_version(),
         task=c.task,
         model=model,
-        tokenizer=Tokenizer(fingerprint=what["tokenizer"]) if what["tokenizer"] else None,
+        tokenizer=Tokenizer(fingerprint=asked["what"]["tokenizer"]) if asked["what"]["tokenizer"] else None,
         segments=segments,
         encoder=file,
         rows=corpus.rows,
         tokens=corpus.tokens,
         shards=shards,
         build={
-            "what": what,
+            **asked,
             "how": c.how(),
             "batch_tokens": plan.batch_tokens,
             "documents": corpus.documents,

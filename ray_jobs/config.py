@@ -38,8 +38,8 @@ class BuildConfig:
         segments: parts of a row: "blocks" (dense rows of linear layers) and "head" (the output head, keyed by token).
         layers: globs over layer names of the blocks; by default every linear layer inside them.
         projection, rank, seed: how gradients are projected.
-        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels are the
-            data's and damping 0.1 for the blocks, the model's and 1 for the head.
+        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels
+            are the data's and damping 0.1 for the blocks, the model's and 1 for the head.
         row_dtype: how the blocks' coordinates are stored.
         head_bits, head_keys: bits of each of an example's tokens, and how many tokens are kept (those of largest norm; None keeps all).
         shard_rows: examples in a shard; by default about 16 MiB of rows.

@@ -17,6 +17,7 @@ from .progress import Reporter
 _RESTARTS = 3
 _POLL_SECONDS = 0.5
 _KNOCK_SECONDS = 5
+_MOST = 1024
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 Factory = Callable[[], Any]
@@ -34,6 +35,11 @@ class Resources:
     address: str | None = None
     device: str = "auto"
     own_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads"):
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be from 1 to {_MOST}")
 
 
 class Executor(Protocol):

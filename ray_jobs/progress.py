@@ -65,7 +65,9 @@ class Console:
         self._close(finished=True)
         self._name, self._started, self._done = name, time.monotonic(), (0, 0)
         self._updated = self._started
-        if self._bars is not None:
+        if self._bars is None:
+            print(f"{name} ...", file=self._stream, flush=True)
+        else:
             self._task = self._bars.add_task(name, total=total, rates="")
 
     def update(self, examples: int, tokens: int) -> None:
@@ -84,7 +86,8 @@ class Console:
     def _close(self, finished: bool) -> None:
         if self._name and finished and self._bars is None:
             examples, tokens = self._done
-            print(f"{self._name}: {examples:,} examples, {tokens:,} tokens ({self._rates()})", file=self._stream)
+            counted = f"{examples:,} examples" + (f", {tokens:,} tokens" if tokens else "")
+            print(f"{self._name}: {counted} ({self._rates()})", file=self._stream, flush=True)
         elif self._name and finished and self._bars is not None:
             self._bars.update(self._task, total=self._done[0], completed=self._done[0], rates=self._rates())
         self._name = ""

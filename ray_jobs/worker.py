@@ -53,6 +53,7 @@ class Worker:
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
         self._encoders: dict[str, Encoder] = {}
+        self._left_out: list[str] = []
 
     @cached_property
     def task(self) -> Task:
@@ -68,8 +69,8 @@ class Worker:
         torch.set_num_threads(self._config.threads)
         return self.task.load(model_source(self._config)).requires_grad_(False)
 
-    def describe(self) -> tuple[Model, EncoderPlan]:
-        """What the model is, and the plan of its encoder before any fit.
+    def describe(self) -> tuple[Model, EncoderPlan, tuple[str, ...]]:
+        """What the model is, the plan of its encoder before any fit, and the layers that cannot be tracked and are left out.
 
         Raises:
             UsageError: no layer matches, or one of the matching ones does not run.
@@ -88,12 +89,13 @@ class Worker:
             tuple(self._blocks() if name == "blocks" else self._head() for name in c.segments),
             c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
-        return description, plan
+        return description, plan, tuple(self._left_out)
 
     def _blocks(self) -> DenseSegment:
         c = self._config
         names = models.find_layers(self.model, c.layers, self.task.within_blocks)
         layers = models.plan_layers(self.task, self.model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        self._left_out = [name for name in names if name not in {layer.name for layer in layers}]
         projection = Projection(kind=c.projection, rank=c.rank, seed=c.seed)
         curvature = Curvature(kind=c.curvature, labels=c.labels or "data", examples=0, tokens=0, damping=c.damping or 0.1)
         return DenseSegment(
@@ -108,8 +110,19 @@ class Worker:
             )
         layer, vocabulary, width, tail = found
         curvature = Curvature(kind="kfac", labels=c.labels or "sampled", examples=0, tokens=0, damping=c.damping or 1.0)
-        sizes = {"vocabulary": vocabulary, "width": width, "bits": c.head_bits, "keys": c.head_keys}
-        return KeyedSegment(name="head", kind="keyed", weight=1.0, layer=layer, **sizes, tail=tail, seed=c.seed, curvature=curvature)
+        return KeyedSegment(
+            name="head",
+            kind="keyed",
+            weight=1.0,
+            layer=layer,
+            vocabulary=vocabulary,
+            width=width,
+            bits=c.head_bits,
+            keys=c.head_keys,
+            tail=tail,
+            seed=c.seed,
+            curvature=curvature,
+        )
 
     def measure(
         self,
@@ -174,8 +187,9 @@ class Worker:
                     assert isinstance(block, KeyedVectors)
                     coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
                 else:
-                    if dense[segment.name].dtype != block.dtype:  # type: ignore[union-attr]
-                        dense[segment.name] = dense[segment.name].astype(block.dtype)  # type: ignore[union-attr]
+                    assert isinstance(block, np.ndarray)
+                    if dense[segment.name].dtype != block.dtype:
+                        dense[segment.name] = dense[segment.name].astype(block.dtype)
                     dense[segment.name][chosen] = block
         writers: dict[str, Callable[[Any], None]] = {}
         for segment in plan.segments:

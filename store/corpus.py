@@ -171,7 +171,7 @@ def _label(record: Mapping[str, Any], key: str) -> int:
     if key not in record:
         raise KeyError(repr(key))
     value = record[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
         raise ValueError(f"the field {key!r} is {value!r}, not a class: a whole number from 0")
     return value
 

@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged ({error}); remove the directory that is being built and build again") from error
     if not isinstance(content, dict) or not content:
         raise IntegrityError(f"{path} is damaged; remove the directory that is being built and build again")

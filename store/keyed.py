@@ -8,9 +8,10 @@ A keyed segment of a shard is a Zarr group in the form of a sparse matrix whose 
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
-With R a seeded rotation (see `rotate`) and v a token's vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner product
-is <v, q> ~ f <s, R q>: exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign (RaBitQ,
-Gao and Long, arXiv 2405.12497). Fewer bits than coordinates take the first ones of the rotated vector: a random projection, unbiased likewise.
+With R a seeded rotation (see `rotate`) and v a token's vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner
+product is <v, q> ~ f <s, R q>: exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign
+(RaBitQ, Gao and Long, arXiv 2405.12497). Fewer bits than coordinates take the first ones of the rotated vector: a random projection,
+unbiased likewise.
 """
 
 import hashlib

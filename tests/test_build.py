@@ -59,7 +59,8 @@ def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file
 def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_file):
     manifest = read_manifest(index_dir)
     options = manifest.build["what"]["options"]
-    assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, 0.1)
+    assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, None)
+    assert manifest.segments[0].curvature.damping == 0.1
     assert manifest.build["what"]["corpus"][0]["path"] == str(corpus_file)
     assert manifest.model.id == str(Path(model_dir).resolve())
     assert manifest.segments[0].curvature.examples == 120

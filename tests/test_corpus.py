@@ -283,3 +283,37 @@ def test_batches_of_the_tokenizer_keep_the_order(tmp_path):
     found = list(TextEncoder(make_tokenizer(), 64).documents(read_corpus([str(path)])))
     assert [isinstance(f, DataError) for f in found] == [i % 7 == 0 for i in range(600)]
     assert [f.id for f in found if isinstance(f, Example)] == [f"c.jsonl:{i + 1}" for i in range(600) if i % 7]
+
+
+def _post_processed(template):
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<eos>", 0)])
+    return tokenizer
+
+
+def test_a_tokenizer_that_ends_texts_by_itself_ends_them_once_and_in_the_loss():
+    document = Document(id="d", source="s", where="line 1", text=words(5, 6, 7))
+    for encoder in (TextEncoder(_post_processed("$A <eos>"), 64), TextEncoder(make_tokenizer(), 64)):
+        (example,) = encoder.documents([document])
+        assert example.token_ids.tolist() == [5, 6, 7, 0]
+        assert example.loss_mask.tolist() == [False, True, True, True]
+    (started,) = TextEncoder(_post_processed("<eos> $A"), 64, append_eos=False).documents([document])
+    assert started.token_ids.tolist() == [0, 5, 6, 7]
+    assert started.loss_mask.tolist() == [False, True, True, True]
+
+
+def test_whitespace_whose_offsets_are_trimmed_stays_in_the_loss_and_the_prompts_stays_out():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({"<eos>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>"), 64, append_eos=False)
+    (whole,) = encoder.documents([Document(id="d", source="s", where="", text="a b  ")])
+    assert whole.loss_mask.tolist() == [False, True, True, True, True]
+    (asked,) = encoder.documents([Document(id="d", source="s", where="", prompt="ab ", completion=" c ")])
+    assert asked.loss_mask.tolist() == [False, False, False, True, True, True]

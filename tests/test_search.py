@@ -184,3 +184,18 @@ def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_f
 def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
     moved = shutil.copytree(index_dir, tmp_path / "moved")
     assert [a.row for a in Client(moved).query(row=3).proponents] == [a.row for a in Client(index_dir).query(row=3).proponents]
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ekfac", "diagonal", "identity"])
+@pytest.mark.parametrize("mode", ["influence", "cosine"])
+def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
+    from whence.query.search import Metric, all_scores
+
+    whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
+    rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.segment("blocks")) for r in (3, 50)])}
+    asked = {"blocks": np.stack([plain.index.row(r, plain.index.segment("blocks")) for r in (3, 50)])}
+    found, expected = (
+        np.concatenate([s.T for _, s in all_scores(c.index, q, m)])
+        for c, q, m in ((whitened, rows, Metric(mode, curvature=False)), (plain, asked, Metric(mode)))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import google_crc32c
 import numpy as np
@@ -16,7 +17,7 @@ from whence.store.errors import BusyError, IncompatibleError, IntegrityError, No
 from whence.store.files import create_only, exclusive, publish, storage_errors
 from whence.store.index import Index
 from whence.store.manifest import latest_manifest, read_manifest, seal
-from whence.store.rows import DenseRows, chunk_rows, quantise, write_shard
+from whence.store.rows import DenseRows, chunk_rows, quantise, write_dense, write_shard
 
 
 def random_rows(rows, dim, seed=0):
@@ -34,7 +35,7 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
     directory = tmp_path_factory.mktemp("rows") / "a.zarr"
     written = random_rows(rows, dim, seed)
     written[seed % rows] = 0
-    write_shard(directory, {"blocks": (written, dtype)}, {"any": 1})
+    write_shard(directory, {"blocks": partial(write_dense, rows=written, dtype=dtype)}, {"any": 1})
     read = reopen(directory, rows, dim, dtype)
     tolerance = {"float32": 1e-6, "float16": 1e-3, "int8": 0.5 / 127 + 1e-6}[dtype]
     norms = np.linalg.norm(written, axis=1)
@@ -52,7 +53,7 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
 
 def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
     rows = np.tile(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32), (1366, 1))
-    write_shard(tmp_path / "a.zarr", {"blocks": (rows, "float32")}, {"format": 1})
+    write_shard(tmp_path / "a.zarr", {"blocks": partial(write_dense, rows=rows, dtype="float32")}, {"format": 1})
     assert chunk_rows(2, "float32") == 4096
     raw = (tmp_path / "a.zarr/blocks/codes/c/0/0").read_bytes()
     inner = np.zeros((8192, 2), "<f4")
@@ -63,7 +64,7 @@ def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
         assert raw[i * stride : (i + 1) * stride] == body + google_crc32c.value(body).to_bytes(4, "little")
     index = np.array([[0, stride], [stride, stride]], "<u8").tobytes()
     assert raw[2 * stride :] == index + google_crc32c.value(index).to_bytes(4, "little")
-    write_shard(tmp_path / "b.zarr", {"blocks": (rows[:3], "float32")}, {"format": 1})
+    write_shard(tmp_path / "b.zarr", {"blocks": partial(write_dense, rows=rows[:3], dtype="float32")}, {"format": 1})
     assert (tmp_path / "b.zarr/blocks/codes/c/0/0").stat().st_size == 3 * 8 + 4 + 16 + 4  # a small shard is not padded
     norms = np.array([5, 0, 2] * 1366, "<f4").tobytes()
     assert (tmp_path / "a.zarr/blocks/norms/c/0").read_bytes() == norms + google_crc32c.value(norms).to_bytes(4, "little")

@@ -75,6 +75,55 @@ def training_fields():
     return Fields(form="vector")
 
 
+def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
+    records = vectors(9, 50, 3)
+    data = write_jsonl(tmp_path / "p.jsonl", records)
+    options = ["--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Parallel", "--rank", "1000"]
+    result = run("build", *options, "--curvature", "identity")
+    assert result.exit_code == 0, result.output
+    client = Client(tmp_path / "p", task="training:Parallel")
+    segment, model = client.index.segment("blocks"), client.encoder.model
+    assert len({layer.input_group for layer in segment.layers}) == 4
+    weights = [model.get_submodule(layer.name).weight for layer in segment.layers]
+    for row, record in enumerate(records):
+        batch = training.Batch(
+            ("x",), torch.tensor([record["features"]]).double(), torch.tensor([[record["label"]]]), torch.tensor([[True]])
+        )
+        for weight in weights:
+            weight.requires_grad_(True)
+        gradients = torch.autograd.grad(client.task.loss(model, batch).sum(), weights)
+        np.testing.assert_allclose(
+            client.index.row(row, segment), torch.cat([g.flatten() for g in gradients]).numpy(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_kfac_of_a_convolution_counts_its_places(tmp_path):
+    records = vectors(30, 50, 3)
+    data = write_jsonl(tmp_path / "p.jsonl", records)
+    options = ["--model", tmp_path, "--data", data, "--task", "training:Parallel", "--rank", "1000", "--layers", "a"]
+    assert run("build", *options, "--out", tmp_path / "k", "--curvature", "kfac").exit_code == 0
+    client = Client(tmp_path / "k", task="training:Parallel")
+    model, A, S = client.encoder.model, np.zeros((18, 18)), np.zeros((3, 3))
+    for record in records:
+        x, seen = torch.tensor([record["features"]]).double(), []
+        hook = model.a.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.requires_grad_(True).clone()) or seen[0])
+        loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([record["label"]]))
+        hook.remove()
+        (d,) = torch.autograd.grad(loss, seen)
+        patches = torch.nn.functional.unfold(x.view(1, 2, 5, 5), 3, padding=1)[0].T.numpy()
+        d = d[0].flatten(1).T.numpy()
+        A, S = A + patches.T @ patches / 25, S + d.T @ d
+    expected = np.sort(np.kron(np.linalg.eigvalsh(S / 30), np.linalg.eigvalsh(A / 30)))
+    found = np.sort(client.index.arrays["blocks/a/eigenvalues"])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * expected.max())
+
+
+def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):
+    data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
+    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Unprobed")
+    assert (result.exit_code, "Unprobed.probe must say" in result.stderr) == (2, True), result.output
+
+
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
 def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvature):
     model_file, data = pictures
@@ -153,3 +202,10 @@ def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):
     ):
         result = perceptron(vectors(3, 5, 3), task=task)
         assert (result.exit_code, message in result.stderr) == (code, True), result.output
+
+
+def test_layers_that_cannot_be_tracked_are_named(tmp_path):
+    data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
+    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Pooled")
+    assert result.exit_code == 0, result.output
+    assert "left out 1 layers that do not see a vector for each token: pool" in result.stdout

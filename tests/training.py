@@ -43,6 +43,16 @@ def diverge(examples, model, seed):
     return trained
 
 
+def meddle(examples, model, seed):
+    """A training function that writes into what all trainings share."""
+    examples[0].token_ids[0] = 1
+
+
+def leave(examples, model, seed):
+    """A training function that ends the process."""
+    raise SystemExit(0)
+
+
 def forget(examples, model, seed):
     """A training function whose author forgot to return the model."""
 
@@ -76,3 +86,46 @@ class Pictures(VectorTask):
 
 class NotATask:
     """Something else."""
+
+
+class Parallel(VectorTask):
+    """Convolutions of different kernels and dilations over one picture, and a shortcut of 1 x 1."""
+
+    def load(self, source):
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.Conv2d(2, 3, 3, padding=2, dilation=2)
+                self.c, self.out = torch.nn.Conv2d(2, 3, 1), torch.nn.Linear(3, 3)
+
+            def forward(self, x):
+                x = x.view(-1, 2, 5, 5)
+                return self.out(torch.tanh(self.a(x) + self.b(x) + self.c(x)).mean((2, 3)))
+
+        torch.manual_seed(3)
+        return Net().double().eval()
+
+    def probe(self, model, device):
+        targets = torch.zeros((2, 1), dtype=torch.int64)
+        return Batch(("a", "b"), torch.zeros((2, 50)), targets, targets == 0)
+
+
+class Unprobed(Parallel):
+    """A task whose author did not say what the model takes."""
+
+    probe = VectorTask.probe
+
+
+class Pooled(Parallel):
+    """A layer that sees one vector for the whole batch."""
+
+    def load(self, source):
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.pool = torch.nn.Linear(50, 3), torch.nn.Linear(50, 3)
+
+            def forward(self, x):
+                return self.a(x) + self.pool(x.mean(0, keepdim=True))
+
+        return Net().double().eval()

@@ -1,0 +1,363 @@
+"""The output head's keyed rows: vectors against a dense head gradient, codes against the theory of their estimator, search against sums."""
+
+import json
+from functools import partial
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+import zarr
+from click.testing import CliRunner
+from helpers import make_examples, make_model, make_plan, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence import BuildConfig, Client, build
+from whence.cli import main
+from whence.indexer.curvature import add_sums
+from whence.indexer.encoder import Encoder, EncoderPlan
+from whence.indexer.fit import Fit
+from whence.indexer.tasks import CausalLM
+from whence.store.errors import IntegrityError, UsageError
+from whence.store.keyed import KeyedRows, KeyedVectors, code, join, padded_width, rotate, unrotate, write_keyed
+from whence.store.manifest import Curvature, KeyedSegment
+from whence.store.rows import write_shard
+
+TASK = CausalLM()
+
+
+def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None):
+    layer, vocabulary, width, tail = TASK.keyed_head(model)
+    head = KeyedSegment(
+        name="head",
+        kind="keyed",
+        weight=1.0,
+        layer=layer,
+        vocabulary=vocabulary,
+        width=width,
+        bits=bits,
+        keys=keys,
+        tail=tail,
+        seed=3,
+        curvature=Curvature(kind="kfac", labels=labels, examples=0, tokens=0, damping=damping),
+    )
+    return EncoderPlan((*(blocks.segments if blocks else ()), head), batch_tokens)
+
+
+def fitted(model, plan, examples, parts=1):
+    fitting, arrays = Fit(plan), {}
+    for step in range(len(fitting.steps)):
+        totals = {}
+        for part in range(parts):
+            totals = add_sums(totals, fitting.measure(Encoder(TASK, model, plan, arrays), step, examples[part::parts]))
+        arrays = fitting.finish(step, arrays, totals)
+    return Encoder(TASK, model, plan, arrays)
+
+
+def dense_head_gradient(model, example):
+    """The whole head gradient [vocabulary, width] by autograd, one example alone; also hidden states and probabilities at loss tokens."""
+    head = model.get_output_embeddings()
+    weight = torch.nn.Parameter(head.weight.detach().clone())
+    tied, head.weight = head.weight, weight  # a weight of its own, so that a tied embedding's gradient is not in it
+    seen = []
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ids = torch.tensor(example.token_ids.astype(np.int64))[None]
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    hook.remove()
+    log_p = logits.log_softmax(-1)
+    at = [t for t in range(1, ids.shape[1]) if example.loss_mask[t]]
+    (gradient,) = torch.autograd.grad(-sum(log_p[t - 1, ids[0, t]] for t in at), weight)
+    head.weight = tied
+    rows = [t - 1 for t in at]
+    return gradient.numpy(), seen[0][0, rows].detach().numpy(), log_p[rows].exp().detach().numpy()
+
+
+MODELS = {
+    "tied": lambda: make_model("gpt2"),
+    "untied": lambda: make_model("gpt_neox"),
+    "with a bias": lambda: make_model("phi"),
+    "with a soft-cap": lambda: make_model("gemma2"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_vectors_equal_the_whitened_dense_head_gradient(name, labels, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double() if self.dtype == torch.float64 else self.to(torch.float32))
+    model, examples = MODELS[name](), make_examples(9)
+    plan = head_plan(model, labels=labels, damping=0.7)
+    encoder = fitted(model, plan, examples)
+    truth = [dense_head_gradient(model, e) for e in examples]
+    tokens = np.mean([len(h) for _, h, _ in truth])
+    e, U = np.linalg.eigh(sum(h.T @ h for _, h, _ in truth) / len(truth))
+    q = encoder.arrays["head/vocabulary"]
+    tail = plan.segments[0].tail
+    assert tail == (name == "with a soft-cap")
+    if labels == "sampled" and not tail:
+        np.testing.assert_allclose(q, sum((p * (1 - p)).sum(0) for _, _, p in truth) / len(truth), rtol=1e-8)
+    np.testing.assert_allclose(encoder.arrays["head/input_eigenvalues"], np.maximum(e, 0) / tokens, rtol=1e-6, atol=1e-12)
+    eigenvalues = q[:, None] * np.maximum(e, 0)[None] / tokens
+    rows = encoder.rows(examples)["head"]
+    for i, (gradient, _, _) in enumerate(truth):
+        part = slice(rows.indptr[i], rows.indptr[i + 1])
+        keys = sorted({int(t) for t, m in zip(examples[i].token_ids, examples[i].loss_mask, strict=True) if m})
+        assert rows.keys[part].tolist() == keys
+        whitened = (gradient @ U) / np.sqrt(eigenvalues + 0.7 * eigenvalues.mean())
+        # eigenvectors may differ in sign: compare what does not depend on it
+        ours, expected = rows.vectors[part].astype(float), whitened[keys]
+        np.testing.assert_allclose(ours @ ours.T, expected @ expected.T, rtol=1e-4, atol=1e-5 * np.abs(expected @ expected.T).max())
+        np.testing.assert_allclose(np.abs(ours), np.abs(expected), rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_head_alone_asks_for_no_backward_pass_and_with_blocks_it_is_the_same(monkeypatch):
+    model, examples = make_model(), make_examples(12)
+    alone = fitted(model, head_plan(model), examples)
+    both = fitted(model, head_plan(model, blocks=make_plan(model, curvature="ekfac")), examples)
+    a, b = alone.rows(examples)["head"], both.rows(examples)["head"]
+    assert np.array_equal(a.keys, b.keys)
+    np.testing.assert_allclose(a.vectors, b.vectors, rtol=1e-5, atol=1e-6)
+    assert set(both.rows(examples)) == {"blocks", "head"}
+    seen = []
+    for block in model.transformer.h:
+        block.register_full_backward_hook(lambda *_: seen.append("backward"))
+    alone.rows(examples)
+    assert seen == []
+
+
+def test_fits_of_any_split_and_any_batching_agree():
+    model, examples = make_model(), make_examples(14)
+    whole = fitted(model, head_plan(model), examples)
+    split = fitted(model, head_plan(model, batch_tokens=17), examples, parts=3)
+    for name in ("head/vocabulary", "head/input_eigenvalues"):
+        np.testing.assert_allclose(split.arrays[name], whole.arrays[name], rtol=1e-9, atol=1e-15)
+    other = Encoder(TASK, model, head_plan(model, batch_tokens=5), whole.arrays)
+    order = np.random.default_rng(0).permutation(14)
+    a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
+    for at, i in enumerate(order):
+        np.testing.assert_allclose(b.part(at, at + 1).vectors, a.part(i, i + 1).vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_largest_keys_are_kept_when_asked():
+    model, examples = make_model(), make_examples(6)
+    encoder = fitted(model, head_plan(model), examples)
+    few = Encoder(TASK, model, head_plan(model, keys=2), encoder.arrays).rows(examples)["head"]
+    every = encoder.rows(examples)["head"]
+    for i in range(6):
+        whole = every.part(i, i + 1)
+        largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
+        assert few.part(i, i + 1).keys.tolist() == largest.tolist()
+
+
+# --- codes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 130), st.integers(0, 5))
+def test_a_rotation_keeps_lengths_and_is_undone_by_its_transpose(width, bits, seed):
+    x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
+    whole = rotate(x, padded_width(width, bits), seed)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    assert np.array_equal(rotate(x, bits, seed), rotate(x, padded_width(width, bits), seed)[:, :bits])
+    np.testing.assert_allclose(unrotate(whole, width, seed), x, rtol=1e-4, atol=1e-5)
+
+
+def test_rotations_are_fixed_bits():
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    digest = google_crc32c.value(rotate(x, 8, 1).tobytes())
+    assert digest == google_crc32c.value(rotate(x.copy(), 8, 1).tobytes())
+    assert not np.array_equal(rotate(x, 8, 1), rotate(x, 8, 2))
+
+
+@pytest.mark.parametrize(("width", "bits"), [(64, 64), (256, 256), (256, 64), (96, 128), (256, 32)])
+def test_the_estimator_is_unbiased_with_the_variance_of_theory(width, bits):
+    generator = np.random.default_rng(1)
+    v, q = generator.standard_normal((2, width)).astype(np.float32)
+    v, q = v / np.linalg.norm(v), q / np.linalg.norm(q)
+    estimates, itself = [], []
+    for seed in range(1500):
+        coded = code(KeyedVectors(np.array([0, 1]), np.array([0]), v[None]), bits, seed)
+        signs = np.unpackbits(coded.codes, axis=1, count=bits).astype(float)[0] * 2 - 1
+        estimates.append(coded.factors[0] * (signs @ rotate(q[None], bits, seed)[0]))
+        itself.append(coded.factors[0] * (signs @ rotate(v[None], bits, seed)[0]))
+    np.testing.assert_allclose(itself, 1.0, rtol=1e-5)  # with itself exact
+    cosine = float(v @ q)
+    # Var = (1 - cos^2) (pi / 2 * padded / bits - 1) / padded; at bits = padded = D it is RaBitQ's (pi / 2 - 1) / D
+    padded = padded_width(width, bits)
+    expected = np.sqrt((1 - cosine**2) * (np.pi / 2 * padded / bits - 1) / padded)
+    error = np.array(estimates) - cosine
+    assert abs(error.mean()) < 4 * expected / np.sqrt(len(error))
+    assert np.std(error) == pytest.approx(expected, rel=0.12)
+
+
+def random_rows(rows, vocabulary, width, seed=0):
+    generator = np.random.default_rng(seed)
+    keys = [np.sort(generator.choice(vocabulary, generator.integers(1, 9), replace=False)) for _ in range(rows)]
+    indptr = np.concatenate([[0], np.cumsum([len(k) for k in keys])])
+    return KeyedVectors(indptr, np.concatenate(keys), generator.standard_normal((indptr[-1], width)).astype(np.float32))
+
+
+def written(tmp_path, rows, vocabulary, bits, seed=5):
+    write_shard(tmp_path / "a.zarr", {"head": partial(write_keyed, rows=code(rows, bits, seed), vocabulary=vocabulary, bits=bits)}, {})
+    return KeyedRows(tmp_path / "a.zarr/head", len(rows), vocabulary, bits)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 100_000])
+def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vocabulary):
+    rows, bits = random_rows(30, vocabulary, 12), 20
+    read = written(tmp_path, rows, vocabulary, bits)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r")["head"]
+    assert group["keys"].dtype == (np.uint16 if vocabulary == 40 else np.uint32)
+    assert np.array_equal(group["keys"][:], rows.keys)
+    assert np.array_equal(group["indptr"][:], rows.indptr)
+    assert np.array_equal(group["codes"][:], np.packbits(rotate(rows.vectors, bits, 5) > 0, axis=1))
+    factors = group["factors"][:].astype(float) * group.attrs["factor_scale"]
+    np.testing.assert_allclose(read.norms, np.sqrt(rows.squared_norms), rtol=1e-6)
+    asked = random_rows(4, vocabulary if vocabulary == 40 else 40, 12, seed=9)
+    asked = KeyedVectors(asked.indptr, np.where(np.isin(asked.keys, rows.keys), asked.keys, rows.keys[asked.keys]), asked.vectors)
+    rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(4), np.diff(asked.indptr))
+    expected = np.zeros((4, 30))
+    for i in range(30):
+        for e in range(rows.indptr[i], rows.indptr[i + 1]):
+            signs = np.where(rotate(rows.vectors[e : e + 1], bits, 5)[0] > 0, 1.0, -1.0)
+            for j in np.flatnonzero(asked.keys == rows.keys[e]):
+                expected[owners[j], i] += factors[e] * (signs @ rotated[j])
+    np.testing.assert_allclose(read.scores(asked.keys, owners, rotated, 4), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
+    for width, bits in ((16, 16), (32, 8), (12, 20)):
+        rows = random_rows(20, 30, width)
+        (tmp_path / str(bits)).mkdir()
+        read = written(tmp_path / str(bits), rows, 30, bits)
+        own = []
+        for i in range(20):
+            keys, vectors = read.vectors(i, width, 5)
+            score = read.scores(keys, np.zeros(len(keys), int), rotate(vectors, bits, 5), 1)[0, i]
+            own.append(score / read.norms[i] ** 2)
+        if padded_width(width, bits) == width:  # else what the padding held is lost
+            assert np.mean(own) == pytest.approx(1.0, abs=0.4 if bits < width else 0.1)
+
+
+def test_batches_are_joined_in_the_rows_order():
+    rows = random_rows(9, 20, 8)
+    parts = [[5, 0, 7], [1], [2, 8, 3, 4, 6]]
+    blocks = []
+    for part in parts:
+        pieces = [rows.part(i, i + 1) for i in part]
+        indptr = np.concatenate([[0], np.cumsum([len(p.keys) for p in pieces])])
+        merged = KeyedVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
+        blocks.append((part, code(merged, 8, 1)))
+    joined, whole = join(blocks), code(rows, 8, 1)
+    for name in ("counts", "keys", "codes", "factors", "norms"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("array", ["indptr", "keys", "codes", "factors", "norms"])
+def test_a_flipped_byte_or_a_missing_end_is_an_error(tmp_path, array):
+    rows = random_rows(12, 40, 8)
+    written(tmp_path, rows, 40, 8)
+    (path,) = [p for p in (tmp_path / "a.zarr/head" / array).rglob("*") if p.is_file() and p.name != "zarr.json"]
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
+    with pytest.raises(IntegrityError):
+        KeyedRows(tmp_path / "a.zarr/head", 12, 40, 8)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(IntegrityError):
+        KeyedRows(tmp_path / "a.zarr/head", 12, 40, 8)
+
+
+# --- indexes
+
+
+@pytest.fixture(scope="module")
+def head_index(tmp_path_factory, model_dir, corpus_file):
+    out = tmp_path_factory.mktemp("heads") / "both.whence"
+    config = dict(model=str(model_dir), data=(str(corpus_file),), rank=4, shard_rows=50, segments=("blocks", "head"), head_bits=32)
+    build(BuildConfig(out=str(out), **config))
+    return out
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(head_index):
+    client = Client(head_index)
+    blocks, head = client.index.manifest.segments
+    assert head.weight == 1.0
+    assert blocks.weight > 0
+    (example,) = client.encode(_documents(words(3, 9, 9, 30, 41)))
+    rows = client.measure([example])
+    from whence.query.search import all_scores
+
+    found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
+    asked = rows["head"]
+    rotated = rotate(asked.vectors, head.bits, head.seed)
+    for i in (0, 7, 60, 119):
+        shard, at = client.index._locate(i)
+        keyed = client.index.keyed(shard, head)
+        score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))
+        for e in range(keyed.indptr[at], keyed.indptr[at + 1]):
+            signs = np.unpackbits(keyed.codes[e], count=head.bits).astype(float) * 2 - 1
+            score += sum(keyed.factors[e] * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == keyed.keys[e]))
+        assert found[i] == pytest.approx(score, rel=1e-4, abs=1e-4)
+
+
+def _documents(*texts):
+    from whence.store.corpus import Document
+
+    return [Document(id=f"q{i}", source="q", where="", text=t) for i, t in enumerate(texts)]
+
+
+def test_a_text_asked_back_finds_itself_and_rows_need_no_model(head_index, corpus_file):
+    client = Client(head_index)
+    text = client.index.example(17).text
+    assert client.query(text=text, mode="cosine", k=1).proponents[0].row == 17
+    assert client.query(row=17, mode="cosine", k=1).proponents[0].row == 17
+    answer = json.loads(run("query", head_index, "--row", "17", "--json").stdout)
+    assert answer["query"]["damping"] == {"blocks": 0.1, "head": 1.0}
+    assert "head 1" in run("query", head_index, "--row", "17").stdout
+    info = json.loads(run("info", head_index, "--json").stdout)
+    assert [s["kind"] for s in info["segments"]] == ["dense", "keyed"]
+    assert run("verify", head_index).exit_code == 0
+
+
+def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, model_dir, corpus_file):
+    config = dict(model=str(model_dir), data=(str(corpus_file),), segments=("head",), head_bits=4096)  # so many bits that codes hardly err
+    for name, damping in (("low", 0.3), ("high", 4.0)):
+        build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
+    low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
+    from whence.query.search import Metric, all_scores
+
+    examples = low.encode(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
+    changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])
+    built = np.concatenate([s.T for _, s in all_scores(high.index, high.measure(examples))])
+    assert np.corrcoef(changed.ravel(), built.ravel())[0, 1] > 0.999
+    assert np.abs(changed - built).max() < 0.05 * np.abs(built).max()
+    with pytest.raises(UsageError, match="under the build's damping alone"):
+        low.query(row=1, mode="cosine", damping=2.0)
+
+
+def test_a_resumed_head_build_and_the_command_line(tmp_path, model_dir, corpus_file):
+    options = [
+        "--model",
+        model_dir,
+        "--data",
+        corpus_file,
+        "--out",
+        tmp_path / "h",
+        "--segments",
+        "head",
+        "--head-bits",
+        "16",
+        "--head-keys",
+        "4",
+    ]
+    assert run("build", *options).exit_code == 0
+    info = json.loads(run("info", tmp_path / "h", "--json").stdout)
+    assert info["bytes_per_example"] < 200
+    assert info["segments"][0]["keys"] == "4 of largest norm"
+    assert "is already complete" in run("build", *options).stdout
+    refused = run("build", *options[:-4], "--segments", "head,tail")
+    assert (refused.exit_code, "can be blocks, head" in refused.stderr) == (2, True)
+    assert run("build", *options[:4], "--out", tmp_path / "x", "--segments", "head", "--head-bits", "0").exit_code == 2
