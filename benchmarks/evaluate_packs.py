@@ -2,8 +2,9 @@
 
     python benchmarks/evaluate_packs.py PACK... [--data IDX_DIR] [--scores PACK=NAME=FILE]... [--write docs/evaluation.md]
 
-Each pack is indexed with the defaults, at rank 64 with labels sampled from the model and, language models, by the output head. `--scores` judges a matrix of somebody
-else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts the tables between the page's two marks.
+Each pack is indexed with the defaults, at rank 64 with labels sampled from the model and, language models, by the output head. `--scores`
+judges a matrix of somebody else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts the tables between
+the page's two marks.
 """
 
 import argparse
@@ -53,9 +54,10 @@ def tables(packs, data, scores):
             methods = {name: options for name, options in _METHODS.items() if not (images and "segments" in options)}
             for number, (name, options) in enumerate(methods.items()):
                 out = Path(scratch) / str(number)
-                judged = judge_index(path, options, data=data, out=out)
-                rows.append(_row(name, judged.estimate, f"{judged.bytes_per_example:,.0f}"))
+                judgement = judge_index(path, options, data=data, out=out, controls=number == 0)
+                rows.append(_row(name, judgement.estimate, f"{judgement.bytes_per_example:,.0f}"))
                 if number == 0:
+                    judged = judgement
                     pack, client = read_pack(path, data), Client(out)
                     found = score_matrix(client, client.measure(client.encode(pack.queries)))
                     widths[judged.pack] = {n: estimate(found, pack.masks[:n], pack.losses[:n]) for n in _STEPS if n <= len(pack.masks)}

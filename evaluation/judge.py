@@ -89,6 +89,7 @@ def judge_index(
     half: Half = "all",
     mode: Any = "influence",
     out: Path | None = None,
+    controls: bool = True,
     reporter: Reporter | None = None,
 ) -> Judgement:
     """Build an index over a pack's training examples, score its queries, and judge both the scores and the controls.
@@ -100,6 +101,7 @@ def judge_index(
         half: which queries are asked.
         mode: "influence" or "cosine".
         out: where the index is kept; by default it is thrown away.
+        controls: whether they are judged too, which may take longer than the index.
 
     Raises:
         NotFoundError, IntegrityError: see `read_pack`.
@@ -125,10 +127,12 @@ def judge_index(
             _refuse_other_model(pack, client.task, client.encoder.model, asked)
         queries = client.measure(asked)
         scores = score_matrix(client, queries, Metric(mode))
-        controls = content_controls(train, asked) | gradient_controls(client, train, asked)
-        controls["hidden"] = hidden_control(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
+        beside = {}
+        if controls:
+            beside = content_controls(train, asked) | gradient_controls(client, train, asked)
+            beside["hidden"] = hidden_control(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
         summary = client.index.summary()
-        judged = _judge(pack, half, scores, controls)
+        judged = _judge(pack, half, scores, beside)
         defaults = BuildConfig(model="-", data=("x",), out="-")
         ours = {"model", "data", "out", "task", "workers", "address", *pack.build}
         method = {k: v for k, v in asdict(config).items() if k not in ours and v != asdict(defaults)[k]}
