@@ -15,16 +15,23 @@ import time
 from pathlib import Path
 
 import torch
-from whence.indexer.encoder import Encoder, EncoderPlan, batches
+from whence import BuildConfig
+from whence.indexer.encoder import Encoder, batches
 from whence.indexer.examples import TextEncoder
-from whence.indexer.fit import Fit
-from whence.indexer.models import ModelSource, find_layers, load_tokenizer, plan_layers
+from whence.indexer.fit import Fit, with_known_sample
+from whence.indexer.models import ModelSource, load_tokenizer
 from whence.indexer.tasks import CausalLM
-from whence.ray_jobs.worker import keep_freed_memory
+from whence.ray_jobs.worker import Worker, keep_freed_memory, segment_writers
 from whence.store.corpus import read_corpus
 from whence.store.documents import Example
-from whence.store.manifest import Curvature, Projection
 from whence.store.rows import write_shard
+
+_CONFIGURATIONS = {
+    "rank 16": {"rank": 16},
+    "rank 64": {"rank": 64},
+    "head": {"segments": ("head",)},
+    "rank 16 int8 and head": {"segments": ("blocks", "head"), "row_dtype": "int8"},
+}
 
 
 def plain_step(model, batch):
@@ -39,7 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--examples", type=int, default=48, help="examples of a round")
     parser.add_argument("--rounds", type=int, default=7)
@@ -55,12 +62,12 @@ def main():
         frozen, trained, tokenizer = task.load(source), task.load(source).requires_grad_(True), load_tokenizer(source)
         stream = TextEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
         examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
-        for rank in args.ranks:
-            layers = plan_layers(task, frozen, find_layers(frozen), rank, "auto", 2048, explicit=False)
-            curvature = Curvature(kind="auto", labels="data", examples=0, tokens=0, damping=0.1)
-            plan = EncoderPlan(layers, Projection(kind="random", rank=rank, seed=0), curvature, args.batch_tokens)
+        for name in args.configurations:
+            options = {"model": args.model, "data": (args.data,), "out": "-", "dtype": dtype, "batch_tokens": args.batch_tokens}
+            _, plan, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
+            plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(plan), {}
-            for step in range(fit.passes):
+            for step in range(len(fit.steps)):
                 arrays = fit.finish(step, arrays, fit.measure(Encoder(task, frozen, plan, arrays), step, examples))
             encoder = Encoder(task, frozen, plan, arrays)
             planned = [b for _, b in batches(task, examples, args.batch_tokens, torch.device("cpu"))]
@@ -69,22 +76,22 @@ def main():
             ratios = []
             for round_ in range(args.rounds + 1):
                 times = {}
-                for name in ("plain", "whence") if round_ % 2 else ("whence", "plain"):
+                for side in ("plain", "whence") if round_ % 2 else ("whence", "plain"):
                     started = time.process_time()
-                    if name == "plain":
+                    if side == "plain":
                         for batch in planned:
                             plain_step(trained, batch)
                     else:
-                        write_shard(folder / "shard.zarr", {"blocks": (encoder.rows(examples), "float32")}, {})
-                    times[name] = time.process_time() - started
+                        write_shard(folder / "shard.zarr", segment_writers(encoder, examples), {})
+                    times[side] = time.process_time() - started
                 if round_:  # the first warms both up
                     ratios.append(times["plain"] / times["whence"])
             shutil.rmtree(folder)
-            result = {"dtype": dtype, "rank": rank, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+            result = {"dtype": dtype, "configuration": name, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
             results.append(result | {"tokens": tokens})
             if not args.json:
                 spread = "{ratio:.2f} of plain forward+backward ({low:.2f} to {high:.2f})".format(**result)
-                print(f"{dtype:>9} rank {rank:>3}: {spread}, {tokens} tokens a round")
+                print(f"{dtype:>9} {name:>21}: {spread}, {tokens} tokens a round")
     if args.json:
         print(json.dumps(results))
 

@@ -6,7 +6,8 @@ Only safetensors weights are loaded (a pickle can run code), and no code that co
 import fnmatch
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -151,13 +152,28 @@ def _load(factory: Any, source: ModelSource, what: str, **options: Any) -> Any:
     if local and not (path / "config.json").is_file():
         raise NotFoundError(f"there is no model at {source.id} (no config.json in it); give a model's directory or hub id")
     try:
-        return factory.from_pretrained(
-            source.id, revision=source.revision, trust_remote_code=source.trust_remote_code, local_files_only=local, **options
-        )
+        with _without_bars():
+            return factory.from_pretrained(
+                source.id, revision=source.revision, trust_remote_code=source.trust_remote_code, local_files_only=local, **options
+            )
     except Exception as error:  # the hub, safetensors and configuration code raise what they like; say which model, and why
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         known = IncompatibleError if local else NotFoundError
         raise known(f"the {what} of {source.id} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every model that is loaded."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -146,7 +146,8 @@ class Worker:
         final = out / "rows" / f"{shard.id}.zarr"
         if not self._is_whole(final, plan, shard):
             shutil.rmtree(final, ignore_errors=True)
-            segments = self._rows(plan, arrays, shard, progress)
+            examples = self._examples(shard.id, shard.rows, range(shard.rows))
+            segments = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
             about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
             write_shard(staged, segments, about)
@@ -175,32 +176,6 @@ class Worker:
             return False
         return True
 
-    def _rows(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress) -> dict[str, Callable[[Any], None]]:
-        """What writes each segment of a shard; keyed rows are coded batch by batch, so that their vectors never pile up."""
-        examples = self._examples(shard.id, shard.rows, range(shard.rows))
-        dense = {s.name: np.zeros((shard.rows, s.dim), np.float32) for s in plan.segments if isinstance(s, DenseSegment)}
-        coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in plan.segments if isinstance(s, KeyedSegment)}
-        for chosen, rows in self._encoder(plan, arrays, "rows").batches(examples, progress):
-            for segment in plan.segments:
-                block = rows[segment.name]
-                if isinstance(segment, KeyedSegment):
-                    assert isinstance(block, KeyedVectors)
-                    coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
-                else:
-                    assert isinstance(block, np.ndarray)
-                    if dense[segment.name].dtype != block.dtype:
-                        dense[segment.name] = dense[segment.name].astype(block.dtype)
-                    dense[segment.name][chosen] = block
-        writers: dict[str, Callable[[Any], None]] = {}
-        for segment in plan.segments:
-            if isinstance(segment, KeyedSegment):
-                writers[segment.name] = partial(
-                    write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits
-                )
-            else:
-                writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
-        return writers
-
     def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
         return [documents[i] for i in chosen]
@@ -209,6 +184,36 @@ class Worker:
         if stage not in self._encoders:
             self._encoders = {stage: Encoder(self.task, self.model, plan, arrays)}
         return self._encoders[stage]
+
+
+def segment_writers(
+    encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
+) -> dict[str, Callable[[Any], None]]:
+    """What writes each segment of a shard of these examples (see `write_shard`).
+
+    Keyed rows are coded batch by batch, so that their vectors never pile up.
+    """
+    segments = encoder.plan.segments
+    dense = {s.name: np.zeros((len(examples), s.dim), np.float32) for s in segments if isinstance(s, DenseSegment)}
+    coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
+    for chosen, rows in encoder.batches(examples, progress):
+        for segment in segments:
+            block = rows[segment.name]
+            if isinstance(segment, KeyedSegment):
+                assert isinstance(block, KeyedVectors)
+                coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
+            else:
+                assert isinstance(block, np.ndarray)
+                if dense[segment.name].dtype != block.dtype:
+                    dense[segment.name] = dense[segment.name].astype(block.dtype)
+                dense[segment.name][chosen] = block
+    writers: dict[str, Callable[[Any], None]] = {}
+    for segment in segments:
+        if isinstance(segment, KeyedSegment):
+            writers[segment.name] = partial(write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits)
+        else:
+            writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
+    return writers
 
 
 def model_source(config: BuildConfig) -> models.ModelSource:
