@@ -245,6 +245,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
 @click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
+@click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.")
 @click.option("--model", help="Where the model lies now, if it was moved.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
@@ -261,6 +262,7 @@ def query(
     opponents: bool,
     mode: Any,
     damping: float | None,
+    weights: str | None,
     model: str | None,
     device: str,
     trust_remote_code: bool,
@@ -285,7 +287,7 @@ def query(
     if any(q.row is None for q in questions):
         _quiet_libraries()
     client = Client(index, model=model, device=device, trust_remote_code=trust_remote_code, task=task)
-    answers = client.query_many(questions, k=k, opponents=opponents, mode=mode, damping=damping)
+    answers = client.query_many(questions, k=k, opponents=opponents, mode=mode, damping=damping, weights=_weights(weights))
     for answer in answers:
         if as_json:
             click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, default=str))
@@ -564,6 +566,17 @@ def demo(out: str, workers: int) -> None:
     from .demo.run import run
 
     run(Path(out), workers)
+
+
+def _weights(given: str | None) -> dict[str, float]:
+    weights = {}
+    for part in given.split(",") if given else ():
+        name, _, number = part.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError as error:
+            raise UsageError(f"--weights is {given!r}; it is written as head=1,blocks=0.5") from error
+    return weights
 
 
 def _as_config(options: dict[str, Any]) -> dict[str, Any]:

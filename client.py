@@ -4,7 +4,7 @@ This is where the query side meets the models: the `query` room is handed rows a
 model at all, and none is loaded for it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,7 @@ class Client:
         opponents: bool = True,
         mode: Mode = "influence",
         damping: float | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> Answer:
         """The k strongest proponents and opponents of one question.
 
@@ -85,12 +86,13 @@ class Client:
             opponents: whether to return opponents.
             mode: "influence" (self-influential examples weigh more) or "cosine".
             damping: relative to the mean eigenvalue; None keeps the build's.
+            weights: by segment, times the index's own; 0 leaves a segment out.
 
         Raises:
             UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
         """
         question = Question(prompt, completion, text, row)
-        return self.query_many([question], k=k, opponents=opponents, mode=mode, damping=damping)[0]
+        return self.query_many([question], k=k, opponents=opponents, mode=mode, damping=damping, weights=weights)[0]
 
     def query_many(
         self,
@@ -100,9 +102,10 @@ class Client:
         opponents: bool = True,
         mode: Mode = "influence",
         damping: float | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> list[Answer]:
         """Many questions in shared passes over the model and the rows; answers in the same order."""
-        metric = Metric(mode, damping)
+        metric = Metric(mode, damping, weights=weights or {})
         if not questions:
             return []
         hits = search(self.index, self.rows(questions), min(_DEFAULT_K, len(self.index)) if k is None else k, metric)

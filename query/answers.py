@@ -116,6 +116,8 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
             "mode": metric.mode,
             "damping": metric.damping or (built if len(built) > 1 else next(iter(built.values()))),
         }
+        if metric.weights:
+            settings["weights"] = dict(metric.weights)
         answers.append(
             Answer(
                 query={**question.to_dict(), **settings},

@@ -13,7 +13,7 @@ by memory bandwidth; for float32 rows it multiplies straight from the memory map
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,11 +36,13 @@ class Metric:
         mode: "influence" or "cosine".
         damping: relative to each layer's mean eigenvalue; None keeps the build's.
         curvature: False undoes the whitening: plain products of projected gradients, and their cosine.
+        weights: by segment, times the index's own, which make the segments' spreads comparable; 0 leaves a segment out.
     """
 
     mode: Mode = "influence"
     damping: float | None = None
     curvature: bool = True
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in ("influence", "cosine"):
@@ -49,6 +51,9 @@ class Metric:
             check_damping(self.damping)
             if not self.curvature:
                 raise UsageError("a damping means nothing without curvature; give one or the other")
+        wrong = [name for name, weight in self.weights.items() if not 0 <= weight < np.inf]
+        if wrong:
+            raise UsageError(f"the weight of {wrong[0]} is {self.weights[wrong[0]]}; it must be a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,14 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
 
 def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
     """Every score, as (first row, scores of a shard's rows), in row order."""
+    unknown = sorted(metric.weights.keys() - {s.name for s in index.manifest.segments})
+    if unknown:
+        raise UsageError(f"there is no segment {unknown[0]!r}; this index has {', '.join(s.name for s in index.manifest.segments)}")
+    weights = {s.name: s.weight * metric.weights.get(s.name, 1.0) for s in index.manifest.segments}
+    if not any(weights.values()):
+        raise UsageError("every segment has the weight 0; leave at least one")
     prepared: list[_Dense | _Keyed] = []
-    for segment in index.manifest.segments:
+    for segment in (s for s in index.manifest.segments if weights[s.name]):
         rows = queries[segment.name]
         if isinstance(segment, KeyedSegment):
             assert isinstance(rows, KeyedVectors)
@@ -105,9 +116,9 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
         else:
             assert isinstance(rows, np.ndarray)
             prepared.append(_Dense.make(index, segment, rows, metric))
-    query_norms = np.sqrt(sum((p.segment.weight * p.squared_norms for p in prepared), np.zeros(_count(queries))))
+    query_norms = np.sqrt(sum((weights[p.segment.name] * p.squared_norms for p in prepared), np.zeros(_count(queries))))
     for shard in index.manifest.shards:
-        yield shard.first, _shard_scores(index, shard, prepared, query_norms, metric.mode)
+        yield shard.first, _shard_scores(index, shard, prepared, weights, query_norms, metric.mode)
 
 
 def _count(queries: QueryRows) -> int:
@@ -194,14 +205,19 @@ class _Keyed:
 
 
 def _shard_scores(
-    index: Index, shard: Shard, prepared: Sequence[_Dense | _Keyed], query_norms: Float64[np.ndarray, " queries"], mode: Mode
+    index: Index,
+    shard: Shard,
+    prepared: Sequence[_Dense | _Keyed],
+    weights: Mapping[str, float],
+    query_norms: Float64[np.ndarray, " queries"],
+    mode: Mode,
 ) -> Float32[np.ndarray, "queries rows"]:
     scores = np.zeros((len(query_norms), shard.rows), np.float32)
     squared = np.zeros(shard.rows)
     for p in prepared:
         found, lengths = p.scores(index, shard, mode == "cosine")
-        scores += found * np.float32(p.segment.weight)
-        squared += lengths * p.segment.weight
+        scores += found * np.float32(weights[p.segment.name])
+        squared += lengths * weights[p.segment.name]
     if mode == "cosine":
         norms = query_norms[:, None] * np.sqrt(squared)[None]
         scores = np.divide(scores, norms, out=np.zeros(scores.shape), where=norms > 0).astype(np.float32)

@@ -303,6 +303,29 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
         assert found[i] == pytest.approx(score, rel=1e-4, abs=1e-4)
 
 
+def test_weights_of_a_question_multiply_those_of_the_index(head_index):
+    from whence.query.search import Metric, all_scores
+
+    client = Client(head_index)
+    rows = client.measure(client.encode(_documents(words(3, 9, 9, 30, 41))))
+
+    def scores(**weights):
+        return np.concatenate([s[0] for _, s in all_scores(client.index, rows, Metric(weights=weights))])
+
+    np.testing.assert_allclose(scores(head=0) + scores(blocks=0), scores(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(3 * scores(head=0) + scores(blocks=0), scores(blocks=3), rtol=1e-4, atol=1e-5)
+    answer = json.loads(run("query", head_index, "--row", "3", "--weights", "head=2, blocks=0", "--json").stdout)
+    assert answer["query"]["weights"] == {"head": 2.0, "blocks": 0.0}
+    for given, message in (
+        ("tail=1", "no segment 'tail'"),
+        ("head", "is written as"),
+        ("head=-1", "at least 0"),
+        ("head=0,blocks=0", "every segment"),
+    ):
+        refused = run("query", head_index, "--row", "3", "--weights", weights)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
+
+
 def _documents(*texts):
     from whence.store.corpus import Document
 
