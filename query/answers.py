@@ -63,11 +63,13 @@ class Attribution:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How the answer was found: the method, the rows searched, the certified recall and the wall time (seconds) of the pass."""
+    """How the answer was found: the method, the rows searched, the certified recall (None where scores are estimates, from 1-bit codes) and
+    the wall time (seconds) of the pass.
+    """
 
     method: str
     rows: int
-    recall: float
+    recall: float | None
     seconds: float
 
 
@@ -109,6 +111,8 @@ class Answer:
 def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hits], metric: Metric, opponents: bool) -> list[Answer]:
     """Put ids, texts and metadata to the rows that a search found."""
     about = describe_index(index)
+    estimated = any(s.kind == "keyed" and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
+    found_by = ("scan of 1-bit codes", len(index), None) if estimated else ("exact", len(index), 1.0)
     answers = []
     for question, hit in zip(questions, hits, strict=True):
         built = {s.name: s.curvature.damping for s in index.manifest.segments}
@@ -123,7 +127,7 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
                 query={**question.to_dict(), **settings},
                 proponents=_attributions(index, hit.proponents, hit.proponent_scores),
                 opponents=_attributions(index, hit.opponents, hit.opponent_scores) if opponents else (),
-                search=SearchReport("exact", len(index), 1.0, hit.seconds),
+                search=SearchReport(*found_by, hit.seconds),
                 index=about,
             )
         )

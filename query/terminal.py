@@ -44,10 +44,11 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         if found:
             yield table
     s = answer.search
+    searched = f"exact search of {s.rows:,} rows" if s.recall == 1.0 else f"{s.method} of {s.rows:,} rows, scores are estimates,"
     given = q["damping"]
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     yield Text(
-        f"{s.method} search of {s.rows:,} rows in {s.seconds * 1000:.1f} ms, recall {s.recall:g}; {q['mode']}, damping {damping}",
+        f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, damping {damping}",
         style="dim",
     )
 

@@ -316,7 +316,7 @@ def test_weights_of_a_question_multiply_those_of_the_index(head_index):
     np.testing.assert_allclose(3 * scores(head=0) + scores(blocks=0), scores(blocks=3), rtol=1e-4, atol=1e-5)
     answer = json.loads(run("query", head_index, "--row", "3", "--weights", "head=2, blocks=0", "--json").stdout)
     assert answer["query"]["weights"] == {"head": 2.0, "blocks": 0.0}
-    for given, message in (
+    for weights, message in (
         ("tail=1", "no segment 'tail'"),
         ("head", "is written as"),
         ("head=-1", "at least 0"),
@@ -339,7 +339,11 @@ def test_a_text_asked_back_finds_itself_and_rows_need_no_model(head_index, corpu
     assert client.query(row=17, mode="cosine", k=1).proponents[0].row == 17
     answer = json.loads(run("query", head_index, "--row", "17", "--json").stdout)
     assert answer["query"]["damping"] == {"blocks": 0.1, "head": 1.0}
-    assert "head 1" in run("query", head_index, "--row", "17").stdout
+    assert answer["search"]["method"] == "scan of 1-bit codes"
+    assert answer["search"]["recall"] is None
+    shown = " ".join(run("query", head_index, "--row", "17").stdout.split())
+    assert "head 1" in shown
+    assert "scores are estimates" in shown
     info = json.loads(run("info", head_index, "--json").stdout)
     assert [s["kind"] for s in info["segments"]] == ["dense", "keyed"]
     assert run("verify", head_index).exit_code == 0
