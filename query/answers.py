@@ -112,7 +112,7 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
     """Put ids, texts and metadata to the rows that a search found."""
     about = describe_index(index)
     estimated = any(s.kind == "keyed" and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
-    found_by = ("scan of 1-bit codes", len(index), None) if estimated else ("exact", len(index), 1.0)
+    method, recall = ("scan of 1-bit codes", None) if estimated else ("exact", 1.0)
     answers = []
     for question, hit in zip(questions, hits, strict=True):
         built = {s.name: s.curvature.damping for s in index.manifest.segments}
@@ -127,7 +127,7 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
                 query={**question.to_dict(), **settings},
                 proponents=_attributions(index, hit.proponents, hit.proponent_scores),
                 opponents=_attributions(index, hit.opponents, hit.opponent_scores) if opponents else (),
-                search=SearchReport(*found_by, hit.seconds),
+                search=SearchReport(method, len(index), recall, hit.seconds),
                 index=about,
             )
         )

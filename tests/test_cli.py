@@ -52,7 +52,7 @@ def test_query_prints_tables_for_people(index):
     assert "proponents" in done.stdout
     assert "opponents" in done.stdout
     assert "d7" in done.stdout
-    assert "recall 1" in done.stdout
+    assert "exact search of" in done.stdout
 
 
 def test_questions_from_a_file_give_one_line_each(index, tmp_path):
