@@ -25,7 +25,7 @@ from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import measure_losses
 
-_FEW_SUBSETS = 40
+_FEW_SUBSETS = 20
 _SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay within it
 
 
@@ -77,7 +77,7 @@ class Judgement:
         return (
             f"Spearman's correlation over {self.subsets} retrained subsets (mean of {self.seeds} seed{'s' if self.seeds > 1 else ''}) of "
             f"{self.examples:,} examples, mean over {which} {self.queries} queries; 95 % intervals by bootstrap over subsets and queries"
-            + ("; so few subsets rank hardly anything" if self.subsets < _FEW_SUBSETS else "")
+            + ("; so few subsets say hardly anything: look at the interval" if self.subsets < _FEW_SUBSETS else "")
         )
 
 
