@@ -149,19 +149,27 @@ _index_options = _together(
     click.option(
         "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
     ),
-    click.option("--segments", default="blocks", show_default=True, help="Parts of a row: blocks, head, or blocks,head."),
+    click.option("--segments", default="blocks", show_default=True, help="Parts of a row: blocks, head, embeddings; several with commas."),
     click.option("--projection", default="random", show_default=True, help="random or pca."),
     click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each."),
     click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
     click.option(
         "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
     ),
-    click.option("--labels", help="Labels of the curvature: data, or sampled from the model.  [default: data; for the head sampled]"),
+    click.option(
+        "--labels",
+        help="Labels of the curvature: data, sampled from the model, or expected (all classes).",
+    ),
     click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on."),
-    click.option("--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1; for the head 1]"),
-    click.option("--row-dtype", default="float32", show_default=True, help="Stored coordinates of blocks: float32, float16 or int8."),
+    click.option(
+        "--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1, for vocabularies 1]"
+    ),
+    click.option("--row-dtype", default="float32", show_default=True, help="Coordinates of blocks: float32, float16, int8 or 1bit."),
+    click.option("--coordinates", type=int, help="Stored of the blocks; fewer than there are, are kept or mixed.  [default: all]"),
     click.option("--head-bits", type=int, default=64, show_default=True, help="Bits of each token of the head."),
     click.option("--head-keys", type=int, help="Tokens of the head kept of an example.  [default: all that it predicts]"),
+    click.option("--embedding-bits", type=int, default=64, show_default=True, help="Bits of each token of the embeddings."),
+    click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
     click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),

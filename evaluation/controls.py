@@ -77,6 +77,7 @@ def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
     return DenseSegment(
         name="plain",
         kind="dense",
+        coordinates=None,
         weight=1.0,
         dtype="float32",
         layers=layers,

@@ -42,7 +42,7 @@ def capture(
             project it once.
         shape: examples and padded tokens of the batch; layers may see them as one list, or with dimensions of size one between.
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients [batch, tokens, out_rank] in float32 (float64 for a
-            float64 model); padding tokens have zero output gradients.
+            float64 model); padding tokens have zero output gradients. Embeddings have token ids as inputs.
 
     Raises:
         UsageError: a tracked layer sees something that is not one vector for each token of each example.
@@ -74,7 +74,7 @@ def capture(
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = by_example(module, project_input(module, args[0], input_map), layer)
+            x = args[0] if isinstance(module, nn.Embedding) else by_example(module, project_input(module, args[0], input_map), layer)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True).clone()  # a copy, since models may write into it
 

@@ -13,18 +13,18 @@ from typing import Protocol
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
 from ..store.manifest import DenseSegment, KeyedSegment, Layer
 from . import keyed
 from .capture import GradientSum, Map
-from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums
+from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, whitening_scale
 from .dense import DensePart, key
-from .encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
+from .encoder import Encoder, EncoderPlan, Objective, Progress, backward, batches, ignore_progress
 from .projection import principal_projection
-from .tasks import Batch
+from .tasks import Batch, Task
 
 _PCA = ("input_covariance", "output_covariance")
 Segment = DenseSegment | KeyedSegment
@@ -56,11 +56,12 @@ class Fit:
     @property
     def steps(self) -> list[list[tuple[Segment, int]]]:
         """The segments of each step, and the pass that each is in."""
-        steps: dict[tuple[int, int | None], list[tuple[Segment, int]]] = {}
+        steps: dict[tuple[int, int | None, bool], list[tuple[Segment, int]]] = {}
         for segment in self.plan.segments:
             for number in range(_passes(segment)):
-                steps.setdefault((number, _label_seed(segment)), []).append((segment, number))
-        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1] is not None))]
+                at = (number, _label_seed(segment), segment.curvature.labels == "expected")
+                steps.setdefault(at, []).append((segment, number))
+        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1] is not None, at[2]))]
 
     def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
         """The sums of a step over some examples.
@@ -73,14 +74,19 @@ class Fit:
         """
         members = self.steps[step]
         meters: dict[str, Meter] = {s.name: _meter(s, number, encoder) for s, number in members}
-        objective = partial(encoder.task.loss, sample_seed=_label_seed(members[0][0]))
+        labels, seed = members[0][0].curvature.labels, _label_seed(members[0][0])
+        classes = encoder.task.classes(encoder.model) if labels == "expected" else None
+        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=seed)]
+        if classes is not None:
+            objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
         for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, next(encoder.model.parameters()).device):
-            for meter in meters.values():
-                meter.begin(batch)
-            backward(encoder.model, batch, list(meters.values()), objective)
-            for meter in meters.values():
-                meter.end()
+            for objective in objectives:
+                for meter in meters.values():
+                    meter.begin(batch)
+                backward(encoder.model, batch, list(meters.values()), objective)
+                for meter in meters.values():
+                    meter.end()
             tokens = int(batch.valid.sum())
             counts = {"examples": counts["examples"] + len(chosen), "tokens": counts["tokens"] + tokens}
             progress(len(chosen), tokens)
@@ -102,7 +108,17 @@ class Fit:
             else:
                 found = _finish_dense(segment, number, own, examples)
             made |= {f"{segment.name}/{name}": array for name, array in found.items()}
+            if isinstance(segment, DenseSegment) and segment.coordinates and number == _passes(segment) - 1:
+                made |= _kept(segment, made)
         return made
+
+
+def _weighted_loss(task: Task, model: nn.Module, batch: Batch, label: int) -> Float[Tensor, " batch"]:
+    """The loss for a label, times the square root of the probability that the model gives it: squares of gradients, summed over all labels,
+    are then their expectation under the model.
+    """
+    losses = task.loss(model, replace(batch, targets=torch.full_like(batch.targets, label)))
+    return losses * torch.exp(-losses.detach() / 2)
 
 
 def _passes(segment: Segment) -> int:
@@ -113,7 +129,7 @@ def _passes(segment: Segment) -> int:
 
 def _label_seed(segment: Segment) -> int | None:
     """The seed of sampled labels; None where the data's are used, or a closed form needs none."""
-    if segment.curvature.labels == "data" or (isinstance(segment, KeyedSegment) and not segment.tail):
+    if segment.curvature.labels != "sampled" or (isinstance(segment, KeyedSegment) and segment.role == "head" and not segment.tail):
         return None
     return segment.seed if isinstance(segment, KeyedSegment) else segment.projection.seed
 
@@ -178,6 +194,28 @@ def _finish_dense(segment: DenseSegment, number: int, totals: Mapping[str, np.nd
             arrays = STRATEGIES[layer.curvature].finish[number - _pca(segment)](Sums(statistics, examples))
             made |= {key(_owner(layer, name), name): array for name, array in arrays.items()}
     return made
+
+
+def _kept(segment: DenseSegment, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Which coordinates a reduced segment keeps: those of most energy, as many as make the best estimate of all scores.
+
+    A coordinate of eigenvalue l has the energy e = l / (l + a). Were coordinates independent, the scores between rows would have the
+    variance sum e^2, and those of the kept ones, from m random projections (or their signs: c = pi / 2, without them c = 1), the variance
+    sum e^2 + c (sum e)^2 / m about zero. What is kept maximises the correlation of the two. Where energy is spread out that is everything,
+    where it falls off steeply it is less than could be stored.
+    """
+    spectra = [arrays.get(f"{segment.name}/{key(layer.name, 'eigenvalues')}") for layer in segment.layers]
+    if any(values is None for values in spectra):
+        return {}
+    whitened = [values * whitening_scale(values, segment.curvature.damping) ** 2 for values in spectra if values is not None]
+    energy = np.concatenate(whitened)
+    order = np.argsort(-energy, kind="stable")
+    signal, total = np.cumsum(energy[order] ** 2), np.cumsum(energy[order])
+    count, one_bit = np.arange(1, len(energy) + 1), segment.dtype == "1bit"
+    loss = np.where(count > segment.stored, np.pi / 2 if one_bit else 1.0, np.pi / 2 if one_bit else 0.0)
+    fidelity = signal**2 / np.maximum(signal + loss * total**2 / segment.stored, np.finfo(np.float64).tiny)
+    best = max(int(np.argmax(fidelity)) + 1, 1 if one_bit else segment.stored)
+    return {} if best == len(energy) else {f"{segment.name}/kept": np.sort(order[:best])}
 
 
 def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Keyed segments: the output head's whitened gradient, one row for each vocabulary entry that an example predicts.
+"""Keyed segments: the whitened gradients of the output head and of the input embeddings, a vector for each of an example's tokens.
 
-With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the head; whatever
-autograd makes of a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in Kronecker form with a
-diagonal on the vocabulary side:
+**The head.** With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the
+head; whatever autograd makes of a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in
+Kronecker form with a diagonal on the vocabulary side:
 
     q_v = E sum_t p_t(v) (1 - p_t(v))      the closed form of E d_t(v)^2 under the model's own labels; where something follows the head,
                                             or for the data's labels, d_t(v)^2 itself
@@ -10,6 +10,10 @@ diagonal on the vocabulary side:
 
 Only the tokens that an example predicts are kept: they hold most of the energy, and the vocabulary x width gradient is never formed. With
 weights frozen below, autograd's graph begins at the head's output, so a forward pass is all that the model is asked for.
+
+**The embeddings** are the same with the roles exchanged: with d_t the gradient that arrives where token x_t was read, G[v] is the sum of
+d_t over the positions that read v, q_v the number of times that an example reads v, and E sum_t d_t d_t^T takes the place of the
+inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both segments, as if it were two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +30,22 @@ from .curvature import Arrays
 from .projection import symmetric_eigen
 from .tasks import IGNORED, Batch
 
-STATISTICS = ("input_moment", "vocabulary_variance", "loss_tokens")
+STATISTICS = ("moment", "vocabulary", "tokens")
 
 
-def head_layer(segment: KeyedSegment) -> Layer:
-    """The head as a layer that the capture can track."""
-    v, d = segment.vocabulary, segment.width
+def vocabulary_layer(segment: KeyedSegment) -> Layer:
+    """The head or the embeddings as a layer that the capture can track."""
+    sizes = (segment.vocabulary, segment.width)
+    outputs, inputs = sizes if segment.role == "head" else sizes[::-1]
     return Layer(
-        name=segment.layer, outputs=v, inputs=d, output_rank=v, input_rank=d, input_group=segment.layer, offset=0, curvature="kfac"
+        name=segment.layer,
+        outputs=outputs,
+        inputs=inputs,
+        output_rank=outputs,
+        input_rank=inputs,
+        input_group=segment.layer,
+        offset=0,
+        curvature="kfac",
     )
 
 
@@ -41,19 +53,19 @@ class KeyedPart:
     """Makes the rows of a keyed segment.
 
     Args:
-        segment: the head, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
-        arrays: `input_basis` [width, width], `input_eigenvalues` [width], `vocabulary` [vocabulary].
+        segment: the layer, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
+        arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary].
         device, dtype: the model's.
     """
 
     def __init__(self, segment: KeyedSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
-        self.segment, self.layer = segment, head_layer(segment)
+        self.segment, self.layer = segment, vocabulary_layer(segment)
         if arrays:
-            self.basis, self.inputs, self.vocabulary = (
+            self.basis, self.eigenvalues, self.vocabulary = (
                 torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
-                for name in ("input_basis", "input_eigenvalues", "vocabulary")
+                for name in ("basis", "eigenvalues", "vocabulary")
             )
-            self.damping = segment.curvature.damping * float(arrays["vocabulary"].mean() * arrays["input_eigenvalues"].mean())
+            self.damping = segment.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
     def collector(self, batch: Batch) -> "KeyedCollector":
         """What is visited for one batch."""
@@ -61,26 +73,35 @@ class KeyedPart:
 
 
 class KeyedCollector:
-    """A batch's head gradients on their way to rows."""
+    """A batch's gradients of the head or the embeddings on their way to rows."""
 
     def __init__(self, part: KeyedPart, batch: Batch) -> None:
         self._part, self._batch = part, batch
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        self._keys = [torch.unique(targets[targets != IGNORED]) for targets in batch.targets]
+        tokens = batch.targets if part.segment.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
+        self._keys = [torch.unique(row[row != IGNORED]) for row in tokens]
         self._sums: list[Tensor] | None = None
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: Float[Tensor, "batch tokens vocabulary"]) -> None:
-        """Add the head's call; a `Visit`."""
-        found = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+        """Add the layer's call; a `Visit`."""
+        if self._part.segment.role == "head":
+            found = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
+        else:
+            found = [self._by_token(d[i], i) for i in range(len(self._keys))]
         self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+
+    def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
+        keys, valid = self._keys[example], self._batch.valid[example]
+        at = torch.searchsorted(keys, self._batch.inputs[example][valid])
+        return d.new_zeros(len(keys), d.shape[1]).index_add_(0, at, d[valid])
 
     def rows(self) -> KeyedVectors:
         """The batch's whitened rows, by token."""
         part, limit = self._part, self._part.segment.keys
         keys, vectors, counts = [], [], []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
-            eigenvalues = part.vocabulary[tokens][:, None] * part.inputs + part.damping
+            eigenvalues = part.vocabulary[tokens][:, None] * part.eigenvalues + part.damping
             z = (gradient @ part.basis) * eigenvalues.rsqrt()
             if limit is not None and len(tokens) > limit:
                 kept = torch.sort(torch.topk(z.square().sum(1), limit).indices).values
@@ -95,7 +116,8 @@ class KeyedMeter:
     """Sums a keyed segment's statistics over batches."""
 
     def __init__(self, segment: KeyedSegment) -> None:
-        self._closed_form, layer = segment.curvature.labels == "sampled" and not segment.tail, head_layer(segment)
+        self._closed_form, layer = segment.curvature.labels == "sampled" and not segment.tail, vocabulary_layer(segment)
+        self._segment = segment
         self.layers: Sequence[Layer] = (layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
@@ -105,15 +127,21 @@ class KeyedMeter:
         """The batch that comes next."""
         self._batch = batch
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: Float[Tensor, "batch tokens vocabulary"]) -> None:
-        """Add the head's call; a `Visit`."""
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+        """Add the layer's call; a `Visit`."""
         assert self._batch is not None
+        if self._segment.role == "embeddings":
+            g = d[self._batch.valid]
+            self._add("moment", g.T @ g)
+            self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._segment.vocabulary))
+            self._add("tokens", torch.tensor(float(len(g)), dtype=torch.float64))
+            return
         for i, targets in enumerate(self._batch.targets):
             at = (targets != IGNORED).nonzero()[:, 0]
             h, g = x[i, at], d[i, at]
-            self._add("input_moment", h.T @ h)
-            self._add("vocabulary_variance", _variance(g, targets[at]) if self._closed_form else g.square().sum(0))
-            self._add("loss_tokens", torch.tensor(float(len(at)), dtype=torch.float64))
+            self._add("moment", h.T @ h)
+            self._add("vocabulary", _variance(g, targets[at]) if self._closed_form else g.square().sum(0))
+            self._add("tokens", torch.tensor(float(len(at)), dtype=torch.float64))
 
     def end(self) -> None:
         """The batch is over."""
@@ -131,6 +159,6 @@ def _variance(g: Float[Tensor, "tokens vocabulary"], targets: Tensor) -> Float[T
 
 def finish(totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
     """The arrays of a keyed segment from the sums of its only pass."""
-    values, vectors = symmetric_eigen(totals["input_moment"] / examples)
-    vocabulary: Float64[np.ndarray, " vocabulary"] = np.maximum(totals["vocabulary_variance"], 0.0) / examples
-    return {"input_basis": vectors, "input_eigenvalues": values / (totals["loss_tokens"] / examples), "vocabulary": vocabulary}
+    values, vectors = symmetric_eigen(totals["moment"] / examples)
+    vocabulary: Float64[np.ndarray, " vocabulary"] = np.maximum(totals["vocabulary"], 0.0) / examples
+    return {"basis": vectors, "eigenvalues": values / (totals["tokens"] / examples), "vocabulary": vocabulary}

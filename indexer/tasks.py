@@ -100,12 +100,20 @@ class Task(ABC):
         """The longest input, in tokens; None where nothing bounds it."""
         return None
 
+    def classes(self, model: nn.Module) -> int | None:
+        """How many classes there are, where each example has one label among them; None for texts, which predict many tokens."""
+        return None
+
     def head(self, model: nn.Module) -> nn.Module:
         """The layer that makes the predictions; its input is the model's last hidden state."""
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
     def keyed_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
         """Name, vocabulary and width of an output head whose rows can be keyed by token, and whether something follows it; None without."""
+        return None
+
+    def keyed_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
+        """Name, vocabulary and width of the embeddings of the batch's inputs; None where these are no tokens."""
         return None
 
 
@@ -192,6 +200,14 @@ class CausalLM(Task):
             handle.remove()
         return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0], logits)
 
+    def keyed_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
+        """See `Task`."""
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        names = [name for name, module in model.named_modules() if module is embeddings]
+        if not names or not isinstance(embeddings, nn.Embedding):
+            return None
+        return names[0], embeddings.num_embeddings, embeddings.embedding_dim
+
 
 class VectorTask(Task):
     """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy.
@@ -232,6 +248,12 @@ class VectorTask(Task):
                 f"example {batch.ids[at]!r} has the label {int(batch.targets[at])}, the model knows 0 to {logits.shape[-1] - 1}"
             )
         return cross_entropies(logits[:, None], batch, sample_seed)
+
+    @torch.no_grad()
+    def classes(self, model: nn.Module) -> int:
+        """See `Task`."""
+        weight = next(model.parameters())
+        return int(model(self.probe(model, weight.device).inputs.to(weight.dtype)).shape[-1])
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """Two vectors of the size that the first layer takes.

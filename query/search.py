@@ -19,9 +19,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from ..store.bits import rotate
 from ..store.errors import UsageError
 from ..store.index import Index
-from ..store.keyed import KeyedVectors, rotate
+from ..store.keyed import KeyedVectors
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 
 Mode = Literal["influence", "cosine"]
@@ -134,9 +135,9 @@ class _Dense:
     """A dense segment's queries with the change of damping in them."""
 
     segment: DenseSegment
-    queries: Float32[np.ndarray, "queries dim"]
+    queries: Float32[np.ndarray, "queries stored"]
     squared_norms: Float64[np.ndarray, " queries"]
-    change: Float32[np.ndarray, " dim"] | None
+    change: Float32[np.ndarray, " stored"] | None
 
     @classmethod
     def make(cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric) -> "_Dense":
@@ -150,10 +151,17 @@ class _Dense:
         elif not metric.curvature and any(layer.curvature != "identity" for layer in segment.layers):
             eigenvalues, means = index.spectrum(segment)
             change = eigenvalues + segment.curvature.damping * means
+        reduction = index.reduction(segment)
         if change is not None:
+            if metric.mode == "cosine" and reduction.mixes:
+                raise UsageError(
+                    f"the rows of {segment.name} are a random projection, whose lengths are known under the build's damping alone; ask for "
+                    "influence, or without a damping"
+                )
             scaled = scaled * change
+            change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
-        return cls(segment, scaled.astype(np.float32), squared, None if change is None else change.astype(np.float32))
+        return cls(segment, reduction.apply(scaled.astype(np.float32)), squared, change)
 
     def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
         """Inner products with a shard's rows and, for cosines, the rows' squared norms in the same metric."""
@@ -161,7 +169,7 @@ class _Dense:
         scores, squared = np.zeros((len(self.queries), shard.rows), np.float32), np.zeros(shard.rows)
         lengths = rows.norms * rows.factors()
         for first, codes in rows.blocks():
-            values = codes if codes.dtype == np.float32 else codes.astype(np.float32)
+            values = rows.values(codes)
             part = slice(first, first + len(codes))
             scores[:, part] = (self.queries @ values.T) * lengths[part]
             if cosine:

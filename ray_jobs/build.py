@@ -21,10 +21,11 @@ from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderPlan
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.tasks import find_task
+from ..store.bits import rotate
 from ..store.corpus import describe_sources
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
-from ..store.keyed import KeyedRows, rotate
+from ..store.keyed import KeyedRows
 from ..store.manifest import (
     DenseSegment,
     FileRecord,
@@ -36,7 +37,7 @@ from ..store.manifest import (
     publish_manifest,
     read_manifest,
 )
-from ..store.rows import DTYPES, DenseRows, chunk_rows
+from ..store.rows import DenseRows, chunk_rows, row_bytes
 from .config import BuildConfig
 from .corpus import CorpusPlan, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
@@ -48,7 +49,7 @@ _SHARD_ROWS = 8192
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
 _SPREAD_ROWS = 256
-_SHARES = {"head": 1.0, "blocks": 0.5}
+_SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,8 @@ def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
 
 
 def _shard_rows(segment: DenseSegment) -> int:
-    whole_chunks = chunk_rows(segment.dim, segment.dtype)
-    fitting = _SHARD_BYTES // (segment.dim * DTYPES[segment.dtype].itemsize) // whole_chunks * whole_chunks
+    whole_chunks = chunk_rows(segment.stored, segment.dtype)
+    fitting = _SHARD_BYTES // row_bytes(segment.stored, segment.dtype) // whole_chunks * whole_chunks
     return max(whole_chunks, fitting)
 
 
@@ -242,9 +243,9 @@ def _weighted(job: _Job, plan: EncoderPlan, shards: tuple[Shard, ...]) -> tuple[
             rotated = rotate(np.concatenate([v for _, v in entries]), segment.bits, segment.seed)
             scores = keyed.scores(np.concatenate([keys for keys, _ in entries]), owners, rotated, rows)[:, :rows] * (np.pi / 2)
         else:
-            dense = DenseRows(directory, shards[0].rows, segment.dim, segment.dtype)
+            dense = DenseRows(directory, shards[0].rows, segment.stored, segment.dtype)
             block = np.stack([dense.row(row) for row in range(rows)])
-            scores = block @ block.T
+            scores = block @ block.T * (np.pi / 2 if segment.dtype == "1bit" else 1.0)  # as search scores rows that it holds in floats
         spreads[segment.name] = float(scores[~np.eye(rows, dtype=bool)].std()) if rows > 1 else 1.0
     first = spreads.get("head", 1.0)
     weights = {name: _SHARES[name] * first / spread if spread > 0 else 1.0 for name, spread in spreads.items()}

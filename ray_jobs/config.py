@@ -5,19 +5,32 @@ from typing import Any, Literal
 
 from ..store.corpus import Fields
 from ..store.errors import UsageError
-from ..store.manifest import CurvatureKind, ModelDtype, RowDtype, check_damping
+from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype, check_damping
 
-_POSITIVE = ("rank", "head_bits", "head_keys", "max_tokens", "batch_tokens", "shard_rows", "fit_examples", "workers", "threads")
+_POSITIVE = (
+    "rank",
+    "head_bits",
+    "head_keys",
+    "embedding_bits",
+    "embedding_keys",
+    "coordinates",
+    "max_tokens",
+    "batch_tokens",
+    "shard_rows",
+    "fit_examples",
+    "workers",
+    "threads",
+)
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
     "long": ("split", "truncate"),
     "bad_documents": ("error", "skip"),
     "projection": ("random", "pca"),
     "curvature": ("auto", "fisher", "ekfac", "kfac", "diagonal", "identity"),
-    "labels": ("data", "sampled", None),
-    "row_dtype": ("float32", "float16", "int8"),
+    "labels": ("data", "sampled", "expected", None),
+    "row_dtype": ("float32", "float16", "int8", "1bit"),
 }
-_SEGMENTS = ("blocks", "head")
+_SEGMENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
 
@@ -35,13 +48,15 @@ class BuildConfig:
         fields: which columns hold text, prompt and completion, messages, id and source.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        segments: parts of a row: "blocks" (dense rows of linear layers) and "head" (the output head, keyed by token).
+        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token).
         layers: globs over layer names of the blocks; by default every linear layer inside them.
         projection, rank, seed: how gradients are projected.
         curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels
-            are the data's and damping 0.1 for the blocks, the model's and 1 for the head.
-        row_dtype: how the blocks' coordinates are stored.
-        head_bits, head_keys: bits of each of an example's tokens, and how many tokens are kept (those of largest norm; None keeps all).
+            are the data's and damping 0.1 for the blocks, the model's and 1 for head and embeddings. "expected" labels are all
+            classes, each by its probability under the model, for tasks with one label an example.
+        coordinates, row_dtype: how many of the blocks' coordinates are stored (None stores all), and how.
+        head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
+            largest norm; None keeps all).
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -66,12 +81,15 @@ class BuildConfig:
     rank: int = 16
     seed: int = 0
     curvature: CurvatureKind = "auto"
-    labels: Literal["data", "sampled"] | None = None
+    labels: LabelKind | None = None
     fit_examples: int = 2048
     damping: float | None = None
+    coordinates: int | None = None
     row_dtype: RowDtype = "float32"
     head_bits: int = 64
     head_keys: int | None = None
+    embedding_bits: int = 64
+    embedding_keys: int | None = None
     shard_rows: int | None = None
     batch_tokens: int | None = None
     workers: int = 1

@@ -24,8 +24,9 @@ from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import publish, sha256
+from ..store.index import dense_reduction
 from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
-from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, Model, Projection, Shard
+from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
 from ..store.rows import DenseRows, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
@@ -86,7 +87,7 @@ class Worker:
             context=self.task.context(model),
         )
         plan = EncoderPlan(
-            tuple(self._blocks() if name == "blocks" else self._head() for name in c.segments),
+            tuple(self._blocks() if name == "blocks" else self._keyed(name) for name in c.segments),
             c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
         return description, plan, tuple(self._left_out)
@@ -96,32 +97,44 @@ class Worker:
         names = models.find_layers(self.model, c.layers, self.task.within_blocks)
         layers = models.plan_layers(self.task, self.model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         self._left_out = [name for name in names if name not in {layer.name for layer in layers}]
-        projection = Projection(kind=c.projection, rank=c.rank, seed=c.seed)
-        curvature = Curvature(kind=c.curvature, labels=c.labels or "data", examples=0, tokens=0, damping=c.damping or 0.1)
         return DenseSegment(
-            name="blocks", kind="dense", weight=1.0, dtype=c.row_dtype, layers=layers, projection=projection, curvature=curvature
+            name="blocks",
+            kind="dense",
+            weight=1.0,
+            coordinates=c.coordinates,
+            dtype=c.row_dtype,
+            layers=layers,
+            projection=Projection(kind=c.projection, rank=c.rank, seed=c.seed),
+            curvature=Curvature(kind=c.curvature, labels=self._labels("data"), examples=0, tokens=0, damping=c.damping or 0.1),
         )
 
-    def _head(self) -> KeyedSegment:
-        c, found = self._config, self.task.keyed_head(self.model)
+    def _labels(self, default: LabelKind) -> LabelKind:
+        chosen = self._config.labels or default
+        if chosen == "expected" and self.task.classes(self.model) is None:
+            raise UsageError(f"--labels expected sums over the classes of an example's one label, which task {self._config.task} has not")
+        return chosen
+
+    def _keyed(self, role: Any) -> KeyedSegment:
+        c, task = self._config, self.task
+        found = task.keyed_head(self.model) if role == "head" else task.keyed_embeddings(self.model)
         if found is None:
-            raise UsageError(
-                f"the model has no output head whose rows could be keyed by token (task {c.task}); leave head out of --segments"
-            )
-        layer, vocabulary, width, tail = found
-        curvature = Curvature(kind="kfac", labels=c.labels or "sampled", examples=0, tokens=0, damping=c.damping or 1.0)
+            what = "output head whose rows" if role == "head" else "embeddings that"
+            raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of --segments")
+        layer, vocabulary, width, *tail = found
+        head = role == "head"
         return KeyedSegment(
-            name="head",
+            name=role,
             kind="keyed",
             weight=1.0,
+            role=role,
             layer=layer,
             vocabulary=vocabulary,
             width=width,
-            bits=c.head_bits,
-            keys=c.head_keys,
-            tail=tail,
+            bits=c.head_bits if head else c.embedding_bits,
+            keys=c.head_keys if head else c.embedding_keys,
+            tail=any(tail),
             seed=c.seed,
-            curvature=curvature,
+            curvature=Curvature(kind="kfac", labels=self._labels("sampled"), examples=0, tokens=0, damping=c.damping or 1.0),
         )
 
     def measure(
@@ -170,7 +183,7 @@ class Worker:
                 if isinstance(segment, KeyedSegment):
                     KeyedRows(path / segment.name, shard.rows, segment.vocabulary, segment.bits)
                 else:
-                    for _ in DenseRows(path / segment.name, shard.rows, segment.dim, segment.dtype).blocks():
+                    for _ in DenseRows(path / segment.name, shard.rows, segment.stored, segment.dtype).blocks():
                         pass
         except IntegrityError:
             return False
@@ -191,10 +204,11 @@ def segment_writers(
 ) -> dict[str, Callable[[Any], None]]:
     """What writes each segment of a shard of these examples (see `write_shard`).
 
-    Keyed rows are coded batch by batch, so that their vectors never pile up.
+    Rows are reduced and keyed rows coded batch by batch, so that whole vectors never pile up.
     """
     segments = encoder.plan.segments
-    dense = {s.name: np.zeros((len(examples), s.dim), np.float32) for s in segments if isinstance(s, DenseSegment)}
+    reductions = {s.name: dense_reduction(s, encoder.arrays) for s in segments if isinstance(s, DenseSegment)}
+    dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in segments if isinstance(s, DenseSegment)}
     coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
     for chosen, rows in encoder.batches(examples, progress):
         for segment in segments:
@@ -203,10 +217,10 @@ def segment_writers(
                 assert isinstance(block, KeyedVectors)
                 coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
             else:
-                assert isinstance(block, np.ndarray)
-                if dense[segment.name].dtype != block.dtype:
-                    dense[segment.name] = dense[segment.name].astype(block.dtype)
-                dense[segment.name][chosen] = block
+                reduced = reductions[segment.name].apply(block)  # type: ignore[arg-type]
+                if dense[segment.name].dtype != reduced.dtype:
+                    dense[segment.name] = dense[segment.name].astype(reduced.dtype)
+                dense[segment.name][chosen] = reduced
     writers: dict[str, Callable[[Any], None]] = {}
     for segment in segments:
         if isinstance(segment, KeyedSegment):

@@ -1,6 +1,6 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from .errors import IntegrityError, UsageError
 from .files import sha256
 from .keyed import KeyedRows, KeyedVectors
 from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
-from .rows import DenseRows
+from .rows import DenseRows, Reduction
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Index:
             group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
             # What describes the arrays is small and compared whole; their values are compared chunk by chunk when they are touched.
             self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-            self._rows[key] = DenseRows(group, shard.rows, segment.dim, segment.dtype)
+            self._rows[key] = DenseRows(group, shard.rows, segment.stored, segment.dtype)
         return self._rows[key]
 
     def keyed(self, shard: Shard, segment: KeyedSegment) -> KeyedRows:
@@ -96,9 +96,13 @@ class Index:
                 yield Block(shard.first + first, codes, factors[part], rows.norms[part])
 
     def row(self, row: int, segment: DenseSegment) -> Float32[np.ndarray, " dim"]:
-        """One row of a segment, whole (with its norm)."""
+        """One row of a segment, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
         shard, offset = self._locate(row)
-        return self.dense(shard, segment).row(offset)
+        return self.reduction(segment).undo(self.dense(shard, segment).row(offset)[None])[0]
+
+    def reduction(self, segment: DenseSegment) -> Reduction:
+        """What brings a segment's whitened rows to the stored coordinates."""
+        return dense_reduction(segment, self.arrays if segment.coordinates else {})
 
     def entries(self, row: int, segment: KeyedSegment) -> KeyedVectors:
         """One row of a keyed segment, its vectors estimated from their codes (see `KeyedRows.vectors`)."""
@@ -144,7 +148,7 @@ class Index:
 
     def keyed_spectrum(self, segment: KeyedSegment) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
         """A keyed segment's eigenvalues are the products of these two."""
-        return self.arrays[f"{segment.name}/vocabulary"], self.arrays[f"{segment.name}/input_eigenvalues"]
+        return self.arrays[f"{segment.name}/vocabulary"], self.arrays[f"{segment.name}/eigenvalues"]
 
     def summary(self) -> dict[str, Any]:
         """What the index holds, JSON-ready: model, rows, bytes, and each segment's layers, projection and curvature."""
@@ -213,7 +217,8 @@ def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
         "name": s.name,
         "kind": s.kind,
         "weight": s.weight,
-        "coordinates": s.dim,
+        "coordinates": s.stored,
+        "of_coordinates": s.dim,
         "stored_as": s.dtype,
         "layers": len(s.layers),
         "parameters": sum(layer.outputs * layer.inputs for layer in s.layers),
@@ -221,6 +226,12 @@ def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
         "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
         **about,
     }
+
+
+def dense_reduction(segment: DenseSegment, arrays: Mapping[str, np.ndarray]) -> Reduction:
+    """A dense segment's reduction; `arrays` are the encoder's."""
+    kept = arrays.get(f"{segment.name}/kept")
+    return Reduction(segment.dim, kept, segment.stored, segment.dtype == "1bit", segment.projection.seed)
 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:

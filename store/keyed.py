@@ -8,13 +8,10 @@ A keyed segment of a shard is a Zarr group in the form of a sparse matrix whose 
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
-With R a seeded rotation (see `rotate`) and v a token's vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner
-product is <v, q> ~ f <s, R q>: exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign
-(RaBitQ, Gao and Long, arXiv 2405.12497). Fewer bits than coordinates take the first ones of the rotated vector: a random projection,
-unbiased likewise.
+How a vector becomes bits, and an inner product an estimate, is told in bits.py. Fewer bits than coordinates take the first ones of the
+rotated vector: a random projection, unbiased likewise.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8, UInt32
 
+from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
 from .rows import map_array, write_array
 
 _FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -83,51 +80,6 @@ class Coded:
     codes: UInt8[np.ndarray, "entries bytes"]
     factors: Float32[np.ndarray, " entries"]
     norms: Float32[np.ndarray, " rows"]
-
-
-def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) -> Float32[np.ndarray, "entries bits"]:
-    """The first `bits` coordinates of the vectors after a seeded rotation: three rounds of random signs and a Hadamard transform.
-
-    The width is padded with zeros to a power of two. The signs are the raw bits of a Philox generator, the transform is a fixed sequence of
-    additions: the same bits for the same vectors, everywhere.
-    """
-    width = padded_width(vectors.shape[1], bits)
-    x = np.zeros((len(vectors), width), np.float32)
-    x[:, : vectors.shape[1]] = vectors
-    for signs in _signs(width, seed):
-        x = _hadamard(x * signs)
-    return np.ascontiguousarray(x[:, :bits])
-
-
-def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int) -> Float32[np.ndarray, "entries width"]:
-    """The transpose of `rotate`: its inverse when all coordinates were kept."""
-    padded = padded_width(width, rotated.shape[1])
-    x = np.zeros((len(rotated), padded), np.float32)
-    x[:, : rotated.shape[1]] = rotated
-    for signs in reversed(_signs(padded, seed)):
-        x = _hadamard(x) * signs
-    return np.ascontiguousarray(x[:, :width])
-
-
-def padded_width(width: int, bits: int) -> int:
-    """The power of two in which vectors of `width` coordinates are rotated to give `bits` bits."""
-    return 1 << (max(width, bits) - 1).bit_length()
-
-
-def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "entries width"]:
-    width, step = x.shape[1], 1
-    while step < width:
-        pairs = x.reshape(len(x), -1, 2, step)
-        x = np.concatenate([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2).reshape(len(x), width)
-        step *= 2
-    return x * np.float32(1 / np.sqrt(width))
-
-
-def _signs(width: int, seed: int) -> list[Float32[np.ndarray, " width"]]:
-    key = int.from_bytes(hashlib.sha256(f"whence rotation {seed} {width}".encode()).digest()[:16], "little")
-    words = np.random.Philox(key=key).random_raw(-(-_ROUNDS * width // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
-    return list((2.0 * bits - 1.0).astype(np.float32))
 
 
 def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
@@ -211,7 +163,7 @@ class KeyedRows:
         """
         part = slice(self.indptr[row], self.indptr[row + 1])
         share = self.bits / padded_width(width, self.bits)
-        signs = self._signs(part) * (self.factors[part, None] * np.float32(2 / np.pi * share))
+        signs = signs_of(self.codes[part], self.bits) * (self.factors[part, None] * np.float32(2 / np.pi * share))
         return self.keys[part].astype(np.int64), unrotate(signs, width, seed)
 
     def scores(
@@ -228,7 +180,7 @@ class KeyedRows:
             key = int(keys[at[0]])
             posting = self._by_key[slice(*np.searchsorted(self._sorted_keys, [key, key + 1]))]
             if len(posting):
-                values = self._signs(posting) * self.factors[posting, None]
+                values = signs_of(self.codes[posting], self.bits) * self.factors[posting, None]
                 scores[owners[at][:, None], self._row_of[posting][None]] += rotated[at] @ values.T
         return scores
 
@@ -243,6 +195,3 @@ class KeyedRows:
     @cached_property
     def _row_of(self) -> np.ndarray:
         return np.repeat(np.arange(self.rows), np.diff(self.indptr))
-
-    def _signs(self, at: Any) -> Float32[np.ndarray, "entries bits"]:
-        return np.unpackbits(self.codes[at], axis=1, count=self.bits).astype(np.float32) * 2 - 1

@@ -16,7 +16,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only
 
 FORMAT_VERSION = 1
-FEATURES = frozenset({"dense", "keyed", "vectors"})
+FEATURES = frozenset({"dense", "keyed", "reduced", "vectors"})
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -32,8 +32,9 @@ Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
 CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
+LabelKind = Literal["data", "sampled", "expected"]
 ModelDtype = Literal["float32", "bfloat16", "float64"]
-RowDtype = Literal["float32", "float16", "int8"]
+RowDtype = Literal["float32", "float16", "int8", "1bit"]
 
 
 class _Model(BaseModel):
@@ -78,18 +79,24 @@ class Curvature(_Model):
     """What whitens a row, and on how much it was fitted."""
 
     kind: CurvatureKind
-    labels: Literal["data", "sampled"]
+    labels: LabelKind
     examples: Count
     tokens: Count
     damping: Annotated[float, Field(gt=0)]
 
 
 class DenseSegment(_Model):
-    """A part of a row with its own layers, curvature and code; scores of segments add, times their weights."""
+    """A part of a row with its own layers, curvature and code; scores of segments add, times their weights.
+
+    Attributes:
+        coordinates: stored of a row; None stores all. Fewer are a selection of the encoder's (its array `kept`) or a random projection.
+        dtype: of a stored coordinate.
+    """
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
     kind: Literal["dense"]
     weight: float
+    coordinates: Size | None
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
@@ -97,26 +104,33 @@ class DenseSegment(_Model):
 
     @property
     def dim(self) -> int:
-        """Coordinates of this segment in a row."""
+        """Coordinates of a whitened row, before its reduction."""
         return self.layers[-1].offset + self.layers[-1].size
+
+    @property
+    def stored(self) -> int:
+        """Coordinates of a stored row; one bit each may be more than the row's own, which makes the estimate better."""
+        return (self.coordinates or self.dim) if self.dtype == "1bit" else min(self.coordinates or self.dim, self.dim)
 
 
 class KeyedSegment(_Model):
-    """The output head: a vector of `width` coordinates for each token that an example predicts, at `bits` bits.
+    """A vocabulary layer: a vector of `width` coordinates for each token of an example, at `bits` bits.
 
     Attributes:
-        layer: the head's name.
-        vocabulary, width: its outputs and inputs.
+        role: "head", the output head keyed by the tokens that an example predicts, or "embeddings", keyed by those that it reads.
+        layer: the module's name.
+        vocabulary, width: its size.
         bits: of a vector's code.
         keys: tokens kept of an example, those of largest norm; None keeps all.
         tail: whether something follows the head's output (a soft-cap, a scale), so that curvature has no closed form.
         seed: of the rotation.
-        curvature: of Kronecker form: a variance for each token, and the second moment of the head's inputs.
+        curvature: of Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
 
     name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
     kind: Literal["keyed"]
     weight: float
+    role: Literal["head", "embeddings"]
     layer: str
     vocabulary: Size
     width: Size

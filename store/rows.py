@@ -2,8 +2,9 @@
 
 A dense segment of a shard is a Zarr group with
 
-    codes   [rows, dim]  float32, float16 or int8: the row's unit direction (int8: rounded to 127 / its largest coordinate)
-    scales  [rows]       float32, only beside int8: what a code is multiplied with
+    codes   [rows, dim]  float32, float16 or int8: the row's unit direction (int8: rounded to 127 / its largest coordinate);
+                         1bit, as uint8 [rows, bytes]: signs of the direction, folded and rotated (see bits.py)
+    scales  [rows]       float32, only beside int8 and 1bit: what a code is multiplied with
     norms   [rows]       float32: the row's length; the row is norm * scale * code
 
 `codes` is one sharded chunk whose inner chunks of some rows lie in order, each followed by its CRC-32C. Without compressors
@@ -19,17 +20,20 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 
+from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IncompatibleError, IntegrityError, NumericalError
 from .files import storage_errors
 
-DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "1bit": np.dtype("u1")}
+_FLOATS = ("float32", "float16")
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _TARGET_CHUNK_BYTES = 1 << 20
@@ -40,20 +44,25 @@ RowsArray = Float32[np.ndarray, "rows dim"]
 
 def chunk_rows(dim: int, dtype: str) -> int:
     """Rows of an inner chunk: the power of two from 16 to 4,096 that comes nearest below a mebibyte of codes."""
-    rows = _TARGET_CHUNK_BYTES // max(1, dim * DTYPES[dtype].itemsize)
+    rows = _TARGET_CHUNK_BYTES // row_bytes(dim, dtype)
     return min(4096, max(16, 1 << max(0, rows.bit_length() - 1)))
+
+
+def row_bytes(dim: int, dtype: str) -> int:
+    """Bytes of a row's codes."""
+    return -(-dim // 8) if dtype == "1bit" else dim * DTYPES[dtype].itemsize
 
 
 def quantise(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.ndarray]:
     """Split rows into the arrays of a dense segment.
 
     Args:
-        rows: whitened rows, finite.
-        dtype: "float32", "float16" or "int8".
+        rows: whitened rows, finite; for 1bit folded and rotated.
+        dtype: "float32", "float16", "int8" or "1bit".
 
     Returns:
-        `codes` [rows, dim], `norms` [rows] (float32) and, for int8, `scales` [rows] (float32). An all-zero row keeps
-        zero codes and a zero norm.
+        `codes` [rows, dim] (1bit: [rows, ceil(dim / 8)]), `norms` [rows] (float32) and, but for floats, `scales` [rows] (float32). An
+        all-zero row keeps zero codes and a zero norm.
 
     Raises:
         NumericalError: a row is not finite, or its norm overflows float32.
@@ -68,10 +77,58 @@ def quantise(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.nd
     if dtype == "int8":
         scales = np.abs(directions).max(axis=1, initial=0.0) / 127.0
         arrays["codes"] = np.rint(directions / np.where(scales > 0, scales, 1.0)[:, None]).astype(np.int8)
-        arrays["scales"] = scales.astype(np.float32)
+    elif dtype == "1bit":
+        sums = np.abs(directions).sum(axis=1, dtype=np.float64)
+        scales = np.divide(1.0, sums, out=np.zeros_like(sums), where=sums > 0)
+        arrays["codes"] = np.packbits(directions > 0, axis=1)
     else:
         arrays["codes"] = directions.astype(DTYPES[dtype])
+    if dtype not in _FLOATS:
+        arrays["scales"] = scales.astype(np.float32)
     return arrays
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a whitened row becomes the coordinates that are stored: some are kept, folded to fewer and, for one bit each, rotated.
+
+    Attributes:
+        width: coordinates of a whitened row.
+        kept: which of them are stored; None keeps all.
+        coordinates: stored; fewer than are kept are folded (see `bits.fold`).
+        rotated: whether the last step is a rotation.
+        seed: of folding and rotation.
+    """
+
+    width: int
+    kept: Int64[np.ndarray, " kept"] | None
+    coordinates: int
+    rotated: bool
+    seed: int
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a stored coordinate is a mixture of the encoder's."""
+        return self.rotated or self.coordinates < (self.width if self.kept is None else len(self.kept))
+
+    def apply(self, rows: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows coordinates"]:
+        """Inner products of what comes out are unbiased estimates of those of what goes in (its kept coordinates)."""
+        kept = rows if self.kept is None else rows[:, self.kept]
+        if self.coordinates < kept.shape[1]:
+            kept = fold(kept.astype(np.float32), self.coordinates, self.seed)
+        return rotate(kept.astype(np.float32), self.coordinates, self.seed) if self.rotated else kept
+
+    def undo(self, stored: Float32[np.ndarray, "rows coordinates"]) -> Float32[np.ndarray, "rows width"]:
+        """Rows in the encoder's coordinates; `apply` makes the same of them again (all but what a rotation's padding held)."""
+        kept = self.width if self.kept is None else len(self.kept)
+        rows = unrotate(stored, min(kept, self.coordinates), self.seed) if self.rotated else stored
+        if self.coordinates < kept:
+            rows = unfold(rows, kept, self.seed)
+        if self.kept is None:
+            return rows
+        whole = np.zeros((len(stored), self.width), np.float32)
+        whole[:, self.kept] = rows
+        return whole
 
 
 def write_shard(directory: Path, segments: Mapping[str, Callable[[Any], None]], attributes: dict) -> None:
@@ -99,7 +156,7 @@ def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> 
     group.attrs.update({"kind": "dense", "dtype": dtype})
     arrays = quantise(rows, dtype)
     codes = arrays.pop("codes")
-    inner = (min(chunk_rows(codes.shape[1], dtype), len(codes)), codes.shape[1])  # a small shard is not padded
+    inner = (min(chunk_rows(rows.shape[1], dtype), len(codes)), codes.shape[1])  # a small shard is not padded
     chunks = (math.ceil(len(codes) / inner[0]) * inner[0], codes.shape[1])
     serializer = ShardingCodec(chunk_shape=inner, codecs=(BytesCodec(), Crc32cCodec()))
     layout: dict[str, Any] = {"chunks": chunks, "serializer": serializer, "compressors": None, "config": _WRITE_ALL}
@@ -145,11 +202,13 @@ class DenseRows:
     """
 
     def __init__(self, directory: Path, rows: int, dim: int, dtype: str) -> None:
-        self.directory, self.rows, self.dim, self.dtype = directory, rows, dim, DTYPES[dtype]
+        self.directory, self.rows, self.coordinates, self.dtype = directory, rows, dim, DTYPES[dtype]
+        self.dim = row_bytes(dim, dtype) // self.dtype.itemsize
+        self.one_bit = dtype == "1bit"
         self.chunk_rows, self.chunks = self._map_codes()
         self._verified = np.zeros(self.chunks, dtype=bool)
         self.norms = self._read_vector("norms")
-        self.scales = self._read_vector("scales") if dtype == "int8" else None
+        self.scales = None if dtype in _FLOATS else self._read_vector("scales")
 
     def __len__(self) -> int:
         return self.rows
@@ -165,10 +224,16 @@ class DenseRows:
         return self.scales if self.scales is not None else np.ones(self.rows, np.float32)
 
     def row(self, row: int) -> Float32[np.ndarray, " dim"]:
-        """One whole row: norm * scale * code."""
+        """One whole row: norm * scale * code. Of one-bit codes, as long as the row is: along its signs."""
         chunk, offset = divmod(row, self.chunk_rows)
-        scale = self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1))
-        return self._chunk(chunk)[offset].astype(np.float32) * scale
+        values = self.values(self._chunk(chunk)[offset : offset + 1])[0]
+        if self.one_bit:
+            return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
+        return values * (self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1)))
+
+    def values(self, codes: np.ndarray) -> Float32[np.ndarray, "rows coordinates"]:
+        """Stored codes as numbers to multiply with; float32 ones are not copied."""
+        return signs_of(codes, self.coordinates) if self.one_bit else codes.astype(np.float32, copy=False)
 
     def _chunk(self, chunk: int) -> np.ndarray:
         start = chunk * self._stride

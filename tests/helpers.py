@@ -87,6 +87,7 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
     segment = DenseSegment(
         name="blocks",
         kind="dense",
+        coordinates=None,
         weight=1.0,
         dtype="float32",
         layers=layers,

@@ -18,8 +18,9 @@ from whence.indexer.curvature import add_sums
 from whence.indexer.encoder import Encoder, EncoderPlan
 from whence.indexer.fit import Fit
 from whence.indexer.tasks import CausalLM
+from whence.store.bits import padded_width, rotate, unrotate
 from whence.store.errors import IntegrityError, UsageError
-from whence.store.keyed import KeyedRows, KeyedVectors, code, join, padded_width, rotate, unrotate, write_keyed
+from whence.store.keyed import KeyedRows, KeyedVectors, code, join, write_keyed
 from whence.store.manifest import Curvature, KeyedSegment
 from whence.store.rows import write_shard
 
@@ -32,6 +33,7 @@ def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_to
         name="head",
         kind="keyed",
         weight=1.0,
+        role="head",
         layer=layer,
         vocabulary=vocabulary,
         width=width,
@@ -95,7 +97,7 @@ def test_vectors_equal_the_whitened_dense_head_gradient(name, labels, monkeypatc
     assert tail == (name == "with a soft-cap")
     if labels == "sampled" and not tail:
         np.testing.assert_allclose(q, sum((p * (1 - p)).sum(0) for _, _, p in truth) / len(truth), rtol=1e-8)
-    np.testing.assert_allclose(encoder.arrays["head/input_eigenvalues"], np.maximum(e, 0) / tokens, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(encoder.arrays["head/eigenvalues"], np.maximum(e, 0) / tokens, rtol=1e-6, atol=1e-12)
     eigenvalues = q[:, None] * np.maximum(e, 0)[None] / tokens
     rows = encoder.rows(examples)["head"]
     for i, (gradient, _, _) in enumerate(truth):
@@ -128,7 +130,7 @@ def test_fits_of_any_split_and_any_batching_agree():
     model, examples = make_model(), make_examples(14)
     whole = fitted(model, head_plan(model), examples)
     split = fitted(model, head_plan(model, batch_tokens=17), examples, parts=3)
-    for name in ("head/vocabulary", "head/input_eigenvalues"):
+    for name in ("head/vocabulary", "head/eigenvalues"):
         np.testing.assert_allclose(split.arrays[name], whole.arrays[name], rtol=1e-9, atol=1e-15)
     other = Encoder(TASK, model, head_plan(model, batch_tokens=5), whole.arrays)
     order = np.random.default_rng(0).permutation(14)

@@ -1,0 +1,110 @@
+"""One-bit codes of vectors: a seeded rotation, the signs of what comes out, and a factor.
+
+With R a rotation and v a vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner product is <v, q> ~ f <s, R q>:
+exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign (RaBitQ, Gao and Long, arXiv
+2405.12497). Its variance is about (pi / 2) |v|^2 |q_|^2 / b for b bits and the part q_ of q that is orthogonal to v (pi / 2 - 1 where no
+coordinate is left out). A vector of more coordinates than bits is folded first: permuted, given random signs and cut into pieces that are
+added up, a sparse random projection with one entry a coordinate (Johnson-Lindenstrauss in expectation: <fold v, fold q> is unbiased).
+
+Everything random is the raw output of a Philox generator, everything added is added in a fixed order: the same bits for the same vectors,
+everywhere.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+_ROUNDS = 3
+_KEPT_FOLDS = 4
+
+
+def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) -> Float32[np.ndarray, "entries bits"]:
+    """The first `bits` coordinates of the vectors after a seeded rotation: three rounds of random signs and a Hadamard transform.
+
+    The width is padded with zeros to a power of two.
+    """
+    width = padded_width(vectors.shape[1], bits)
+    x = np.zeros((len(vectors), width), np.float32)
+    x[:, : vectors.shape[1]] = vectors
+    for signs in _signs(width, seed):
+        x = _hadamard(x * signs)
+    return np.ascontiguousarray(x[:, :bits])
+
+
+def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int) -> Float32[np.ndarray, "entries width"]:
+    """The transpose of `rotate`: its inverse when all coordinates were kept."""
+    padded = padded_width(width, rotated.shape[1])
+    x = np.zeros((len(rotated), padded), np.float32)
+    x[:, : rotated.shape[1]] = rotated
+    for signs in reversed(_signs(padded, seed)):
+        x = _hadamard(x) * signs
+    return np.ascontiguousarray(x[:, :width])
+
+
+def padded_width(width: int, bits: int) -> int:
+    """The power of two in which vectors of `width` coordinates are rotated to give `bits` bits."""
+    return 1 << (max(width, bits) - 1).bit_length()
+
+
+def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "entries width"]:
+    width, step = x.shape[1], 1
+    while step < width:
+        pairs = x.reshape(len(x), -1, 2, step)
+        x = np.concatenate([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2).reshape(len(x), width)
+        step *= 2
+    return x * np.float32(1 / np.sqrt(width))
+
+
+def _signs(width: int, seed: int) -> list[Float32[np.ndarray, " width"]]:
+    words = _words(f"whence rotation {seed} {width}", -(-_ROUNDS * width // 64))
+    bits = np.unpackbits(words.view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
+    return list((2.0 * bits - 1.0).astype(np.float32))
+
+
+def _words(purpose: str, count: int) -> np.ndarray:
+    key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:16], "little")
+    return np.random.Philox(key=key).random_raw(count).astype("<u8")
+
+
+def fold(vectors: Float32[np.ndarray, "rows width"], bits: int, seed: int) -> Float32[np.ndarray, "rows folded"]:
+    """Vectors of more than `bits` coordinates brought to so many; shorter ones as they are.
+
+    Coordinates are put in a random order (by sorting one 64-bit word each), multiplied with signs (the words' lowest bits), and cut into
+    pieces of `bits`, the last padded with zeros; the pieces are added, first to last.
+    """
+    width = vectors.shape[1]
+    if width <= bits:
+        return vectors
+    order, signs = _folding(width, bits, seed)
+    folded = np.zeros((len(vectors), bits), np.float32)
+    for first in range(0, width, bits):
+        piece = order[first : first + bits]
+        folded[:, : len(piece)] += vectors[:, piece] * signs[first : first + bits]
+    return folded
+
+
+def unfold(folded: Float32[np.ndarray, "rows folded"], width: int, seed: int) -> Float32[np.ndarray, "rows width"]:
+    """The shortest vectors that `fold` makes `folded` of."""
+    bits = folded.shape[1]
+    if width <= bits:
+        return folded
+    order, signs = _folding(width, bits, seed)
+    full, rest = divmod(width, bits)
+    shares = np.where(np.arange(bits) < rest, full + 1, full).astype(np.float32)
+    vectors = np.empty((len(folded), width), np.float32)
+    vectors[:, order] = np.tile(folded / shares, (1, full + 1))[:, :width] * signs
+    return vectors
+
+
+@lru_cache(_KEPT_FOLDS)
+def _folding(width: int, bits: int, seed: int) -> tuple[Int64[np.ndarray, " width"], Float32[np.ndarray, " width"]]:
+    words = _words(f"whence fold {seed} {width} {bits}", width)
+    order = np.argsort(words, kind="stable")
+    return order, np.where(words[order] & np.uint64(1), np.float32(1), np.float32(-1))
+
+
+def signs_of(codes: UInt8[np.ndarray, "rows bytes"], bits: int) -> Float32[np.ndarray, "rows bits"]:
+    """Stored bits as -1 and 1."""
+    return np.unpackbits(codes, axis=1, count=bits).astype(np.float32) * 2 - 1
