@@ -149,9 +149,10 @@ _index_options = _together(
     click.option(
         "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
     ),
-    click.option("--segments", default="blocks", show_default=True, help="Parts of a row: blocks, head, embeddings; several with commas."),
-    click.option("--projection", default="random", show_default=True, help="random or pca."),
-    click.option("--rank", type=int, default=16, show_default=True, help="Coordinates kept of a layer's inputs and outputs each."),
+    click.option("--bytes-per-example", type=int, help="Of a row: segments and their sizes follow from it."),
+    click.option("--segments", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: blocks]"),
+    click.option("--projection", help="random or pca.  [default: random]"),
+    click.option("--rank", type=int, help="Coordinates kept of a layer's inputs and outputs each.  [default: 16]"),
     click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
     click.option(
         "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
@@ -164,11 +165,11 @@ _index_options = _together(
     click.option(
         "--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1, for vocabularies 1]"
     ),
-    click.option("--row-dtype", default="float32", show_default=True, help="Coordinates of blocks: float32, float16, int8 or 1bit."),
+    click.option("--row-dtype", help="Coordinates of blocks: float32, float16, int8 or 1bit.  [default: float32]"),
     click.option("--coordinates", type=int, help="Stored of the blocks; fewer than there are, are kept or mixed.  [default: all]"),
-    click.option("--head-bits", type=int, default=64, show_default=True, help="Bits of each token of the head."),
+    click.option("--head-bits", type=int, help="Bits of each token of the head.  [default: 64]"),
     click.option("--head-keys", type=int, help="Tokens of the head kept of an example.  [default: all that it predicts]"),
-    click.option("--embedding-bits", type=int, default=64, show_default=True, help="Bits of each token of the embeddings."),
+    click.option("--embedding-bits", type=int, help="Bits of each token of the embeddings.  [default: 64]"),
     click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
@@ -590,7 +591,7 @@ def _weights(given: str | None) -> dict[str, float]:
 def _as_config(options: dict[str, Any]) -> dict[str, Any]:
     """A build's options as the configuration has them: several values as a tuple, segments split at their commas."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
-    return plain | {"segments": tuple(part.strip() for part in plain["segments"].split(","))}
+    return plain | {"segments": plain["segments"] and tuple(part.strip() for part in plain["segments"].split(","))}
 
 
 def _read_questions(file: str) -> Iterable["Question"]:

@@ -24,6 +24,7 @@ from .curvature import choose_curvature
 if TYPE_CHECKING:
     from .tasks import Task
 
+NARROWING = "@narrowing"
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -233,7 +234,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
 
     Without patterns, every layer that can be tracked; `within_blocks` those inside the transformer blocks (the outermost ModuleLists), so
     that the output head and the embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or
-    its end.
+    its end; "@narrowing" stands for the default layers that have more inputs than outputs, such as the second half of an MLP (all of them
+    where there are none).
 
     Raises:
         UsageError: a pattern, or the default, matches no layer.
@@ -241,6 +243,12 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     candidates = {name: module for name, module in candidates.items() if module is not head}
+    if NARROWING in patterns:
+        if len(patterns) > 1:
+            raise UsageError(f"--layers {NARROWING} stands alone; give it or patterns")
+        names = find_layers(model, (), within_blocks)
+        narrowing = [name for name in names if (sizes := layer_sizes(candidates[name])) and sizes[1] > sizes[0]]
+        return narrowing or names
     if not patterns and not within_blocks:
         patterns = ("*",)
     if not patterns:

@@ -23,6 +23,7 @@ from ..indexer.fit import Fit, with_known_sample
 from ..indexer.tasks import find_task
 from ..store.bits import rotate
 from ..store.corpus import describe_sources
+from ..store.documents import Documents
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
 from ..store.keyed import KeyedRows
@@ -38,8 +39,9 @@ from ..store.manifest import (
     read_manifest,
 )
 from ..store.rows import DenseRows, chunk_rows, row_bytes
+from .budget import count_tokens, spend
 from .config import BuildConfig
-from .corpus import CorpusPlan, plan_corpus, shard_id
+from .corpus import CorpusPlan, documents_path, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
 from .worker import Worker, absolute, file_record, model_source
@@ -49,6 +51,7 @@ _SHARD_ROWS = 8192
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
 _SPREAD_ROWS = 256
+_COUNTED = 1024
 _SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 
 
@@ -101,6 +104,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, model, plan)
+            plan = _afforded(job, plan, corpus)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
             return _publish(job, {"what": what, "left_out": list(left_out)}, model, plan, file, corpus, shards)
@@ -174,11 +178,27 @@ def _write_corpus(job: _Job, model: Model, plan: EncoderPlan) -> CorpusPlan:
     if c.max_tokens and limit and c.max_tokens > limit:
         raise UsageError(f"--max-tokens is {c.max_tokens}, the model's context is {limit}; it can be at most that")
     max_tokens = c.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
-    shard_rows = c.shard_rows or min([_SHARD_ROWS, *(_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment))])
+    fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
+    if c.bytes_per_example is not None:
+        fitting = [max(1, _SHARD_BYTES // c.bytes_per_example)]
+    shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
     task = find_task(c.task)
     encoder = task.encoder(model_source(c), max_tokens, c.long, c.append_eos)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
     return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
+
+
+def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:
+    """The plan with the segments that the bytes asked for pay, sized by the tokens of a sample of the examples."""
+    c = job.config
+    if c.bytes_per_example is None:
+        return plan
+    examples = []
+    for part in _sample(corpus, min(_COUNTED, corpus.rows), c.seed):
+        for id, rows, chosen in part:
+            documents = Documents(documents_path(job.out, id), rows)
+            examples += [documents[i] for i in chosen]
+    return replace(plan, segments=spend(c.bytes_per_example, plan.segments, count_tokens(examples)))
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:

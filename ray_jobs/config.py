@@ -8,6 +8,7 @@ from ..store.errors import UsageError
 from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype, check_damping
 
 _POSITIVE = (
+    "bytes_per_example",
     "rank",
     "head_bits",
     "head_keys",
@@ -25,10 +26,10 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float64"),
     "long": ("split", "truncate"),
     "bad_documents": ("error", "skip"),
-    "projection": ("random", "pca"),
+    "projection": ("random", "pca", None),
     "curvature": ("auto", "fisher", "ekfac", "kfac", "diagonal", "identity"),
     "labels": ("data", "sampled", "expected", None),
-    "row_dtype": ("float32", "float16", "int8", "1bit"),
+    "row_dtype": ("float32", "float16", "int8", "1bit", None),
 }
 _SEGMENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
@@ -48,15 +49,19 @@ class BuildConfig:
         fields: which columns hold text, prompt and completion, messages, id and source.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token).
-        layers: globs over layer names of the blocks; by default every linear layer inside them.
-        projection, rank, seed: how gradients are projected.
+        bytes_per_example: of a row, from which segments and their sizes follow (see `ray_jobs.budget`).
+        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default the blocks,
+            or what the bytes afford.
+        layers: globs over layer names of the blocks; by default every linear layer inside them, or, for a number of bytes, those that
+            narrow ("@narrowing").
+        projection, rank, seed: how gradients are projected; by default at random to rank 16, or, for a number of bytes, by PCA to 128.
         curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels
-            are the data's and damping 0.1 for the blocks, the model's and 1 for head and embeddings. "expected" labels are all
-            classes, each by its probability under the model, for tasks with one label an example.
+            are the data's and damping 0.1 for the blocks, the model's and 1 for head and embeddings; for a number of bytes all labels are
+            the model's and all dampings 1. "expected" labels are all classes by their probability under the model, where an example has
+            one label.
         coordinates, row_dtype: how many of the blocks' coordinates are stored (None stores all), and how.
         head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
-            largest norm; None keeps all).
+            largest norm; None keeps all); 64 bits by default.
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -75,20 +80,21 @@ class BuildConfig:
     long: Literal["split", "truncate"] = "split"
     append_eos: bool = True
     bad_documents: Literal["error", "skip"] = "error"
-    segments: tuple[str, ...] = ("blocks",)
+    bytes_per_example: int | None = None
+    segments: tuple[str, ...] | None = None
     layers: tuple[str, ...] = ()
-    projection: Literal["random", "pca"] = "random"
-    rank: int = 16
+    projection: Literal["random", "pca"] | None = None
+    rank: int | None = None
     seed: int = 0
     curvature: CurvatureKind = "auto"
     labels: LabelKind | None = None
     fit_examples: int = 2048
     damping: float | None = None
     coordinates: int | None = None
-    row_dtype: RowDtype = "float32"
-    head_bits: int = 64
+    row_dtype: RowDtype | None = None
+    head_bits: int | None = None
     head_keys: int | None = None
-    embedding_bits: int = 64
+    embedding_bits: int | None = None
     embedding_keys: int | None = None
     shard_rows: int | None = None
     batch_tokens: int | None = None
@@ -106,7 +112,14 @@ class BuildConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
-        if not self.segments or len(set(self.segments)) < len(self.segments) or set(self.segments) - set(_SEGMENTS):
+        if self.bytes_per_example is not None:
+            sizes = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
+            given = [name for name in sizes if getattr(self, name) is not None]
+            if given:
+                raise UsageError(f"--bytes-per-example chooses --{given[0].replace('_', '-')}; give one or the other")
+        if self.segments is not None and not self.segments:
+            raise UsageError("--segments names nothing; leave it out, or name at least one")
+        if self.segments is not None and (len(set(self.segments)) < len(self.segments) or set(self.segments) - set(_SEGMENTS)):
             raise UsageError(f"--segments is {','.join(self.segments)!r}; it can be {', '.join(_SEGMENTS)}, or several with commas between")
         if self.damping is not None:
             check_damping(self.damping)

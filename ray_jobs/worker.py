@@ -87,25 +87,36 @@ class Worker:
             context=self.task.context(model),
         )
         plan = EncoderPlan(
-            tuple(self._blocks() if name == "blocks" else self._keyed(name) for name in c.segments),
+            tuple(self._blocks() if name == "blocks" else self._keyed(name) for name in c.segments or self._available()),
             c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
         )
         return description, plan, tuple(self._left_out)
 
+    def _available(self) -> tuple[str, ...]:
+        """The segments of a build that names none."""
+        if self._config.bytes_per_example is None:
+            return ("blocks",)
+        found = {"head": self.task.keyed_head(self.model), "embeddings": self.task.keyed_embeddings(self.model)}
+        return (*(name for name, layer in found.items() if layer is not None), "blocks")
+
     def _blocks(self) -> DenseSegment:
-        c = self._config
-        names = models.find_layers(self.model, c.layers, self.task.within_blocks)
-        layers = models.plan_layers(self.task, self.model, names, c.rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        c, small = self._config, self._config.bytes_per_example is not None
+        names = models.find_layers(self.model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
+        rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
+        layers = models.plan_layers(self.task, self.model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        labels: LabelKind = "data" if not small else "sampled" if self.task.classes(self.model) is None else "expected"
         self._left_out = [name for name in names if name not in {layer.name for layer in layers}]
         return DenseSegment(
             name="blocks",
             kind="dense",
             weight=1.0,
             coordinates=c.coordinates,
-            dtype=c.row_dtype,
+            dtype=c.row_dtype or "float32",
             layers=layers,
-            projection=Projection(kind=c.projection, rank=c.rank, seed=c.seed),
-            curvature=Curvature(kind=c.curvature, labels=self._labels("data"), examples=0, tokens=0, damping=c.damping or 0.1),
+            projection=Projection(kind=kind, rank=rank, seed=c.seed),
+            curvature=Curvature(
+                kind=c.curvature, labels=self._labels(labels), examples=0, tokens=0, damping=c.damping or (1.0 if small else 0.1)
+            ),
         )
 
     def _labels(self, default: LabelKind) -> LabelKind:
@@ -130,7 +141,7 @@ class Worker:
             layer=layer,
             vocabulary=vocabulary,
             width=width,
-            bits=c.head_bits if head else c.embedding_bits,
+            bits=(c.head_bits if head else c.embedding_bits) or 64,
             keys=c.head_keys if head else c.embedding_keys,
             tail=any(tail),
             seed=c.seed,

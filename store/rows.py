@@ -156,7 +156,8 @@ def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> 
     group.attrs.update({"kind": "dense", "dtype": dtype})
     arrays = quantise(rows, dtype)
     codes = arrays.pop("codes")
-    inner = (min(chunk_rows(rows.shape[1], dtype), len(codes)), codes.shape[1])  # a small shard is not padded
+    pieces = math.ceil(len(codes) / chunk_rows(rows.shape[1], dtype))  # of one size, so that the last is hardly padded
+    inner = (math.ceil(len(codes) / pieces), codes.shape[1])
     chunks = (math.ceil(len(codes) / inner[0]) * inner[0], codes.shape[1])
     serializer = ShardingCodec(chunk_shape=inner, codecs=(BytesCodec(), Crc32cCodec()))
     layout: dict[str, Any] = {"chunks": chunks, "serializer": serializer, "compressors": None, "config": _WRITE_ALL}

@@ -69,6 +69,38 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
 
 
+def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_path):
+    from whence.indexer.encoder import Encoder
+    from whence.indexer.fit import Fit
+    from whence.indexer.models import ModelSource
+    from whence.indexer.tasks import MLP
+    from whence.ray_jobs.config import BuildConfig
+    from whence.ray_jobs.worker import Worker
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    records = vectors(11, 7, 3)
+    data = write_jsonl(tmp_path / "v.jsonl", records)
+    source = {"model": str(tmp_path / "m.safetensors"), "data": (str(data),), "task": "mlp", "dtype": "float64"}
+    config = BuildConfig(out="x", curvature="diagonal", labels="expected", **source)
+    worker = Worker(config)
+    _, plan, _ = worker.describe()
+    examples = list(MLP().encoder(ModelSource("x")).documents(read_corpus([str(data)], training_fields())))
+    fit = Fit(plan)
+    assert len(fit.steps) == 1
+    arrays = fit.finish(0, {}, fit.measure(Encoder(MLP(), worker.model, plan, {}), 0, examples))
+    model = worker.model.requires_grad_(True)
+    for at in (0, 2):
+        expected = 0
+        for record in records:
+            log_p = model(torch.tensor([record["features"]], dtype=torch.float64)).log_softmax(-1)[0]
+            for label in range(3):
+                (g,) = torch.autograd.grad(-log_p[label], model[at].weight, retain_graph=True)
+                expected = expected + log_p[label].exp().item() * g.square().flatten() / len(records)
+        np.testing.assert_allclose(arrays[f"blocks/{at}/eigenvalues"], expected.numpy(), rtol=1e-6)
+
+
 def training_fields():
     from whence.store.corpus import Fields
 

@@ -1,0 +1,107 @@
+"""What a number of bytes an example buys: which segments it affords, and with how many tokens, bits and coordinates.
+
+The rule was chosen on ground-truth packs (docs/segments.md has the figures) and knows nothing of a model but its sizes and how many
+distinct tokens its examples have:
+
+- The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
+- Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all.
+- A vocabulary layer keeps its tokens of largest norm, at the largest power of two of bits under which nearly half of the tokens fit.
+- What a layer cannot use, since all its tokens fit at full width, goes to the blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from ..store.bits import padded_width
+from ..store.documents import Example
+from ..store.errors import UsageError
+from ..store.manifest import DenseSegment, KeyedSegment
+from ..store.rows import row_bytes
+
+Segment = DenseSegment | KeyedSegment
+Counts = Mapping[str, Int64[np.ndarray, " examples"]]
+"""By segment, how many distinct tokens each example of a sample has there."""
+
+_FIXED = 8  # of a row: a keyed segment's start and norm, a dense one's scale and norm
+_FACTOR = 2
+_BLOCKS_FROM, _BLOCKS_SHARE = 1200, 0.4
+_EMBEDDINGS_FROM, _HEAD_SHARE = 600, 0.6
+_LEAST_BITS, _LEAST_TOKENS = 16, 0.45
+
+
+def row_cost(segment: Segment, counts: Counts) -> float:
+    """Bytes of a row in a segment, on average over the sample."""
+    if isinstance(segment, DenseSegment):
+        return row_bytes(segment.stored, segment.dtype) + (_FIXED if segment.dtype in ("1bit", "int8") else _FIXED // 2)
+    kept = np.minimum(counts[segment.name], segment.keys or np.iinfo(np.int64).max)
+    return _FIXED + float(kept.mean()) * _entry(segment, segment.bits)
+
+
+def spend(budget: int, segments: Sequence[Segment], counts: Counts) -> tuple[Segment, ...]:
+    """The segments with their sizes set to cost at most `budget` bytes an example; those that it does not afford are not among them.
+
+    Args:
+        segments: what there is to choose from: "head", "embeddings" and "blocks".
+
+    Raises:
+        UsageError: the budget does not pay for anything.
+    """
+    named = {segment.name: segment for segment in segments}
+    vocabulary = [named[name] for name in ("head", "embeddings") if name in named]
+    blocks = named.get("blocks")
+    left = float(budget)
+    for_blocks = 0.0
+    if isinstance(blocks, DenseSegment):
+        for_blocks = left if not vocabulary else _BLOCKS_SHARE * left if left >= _BLOCKS_FROM else 0.0
+    left -= for_blocks
+    if len(vocabulary) == 2 and left < _EMBEDDINGS_FROM:
+        vocabulary = vocabulary[:1]
+    shares = [_HEAD_SHARE * left, (1 - _HEAD_SHARE) * left] if len(vocabulary) == 2 else [left] * len(vocabulary)
+    chosen: list[Segment] = []
+    spare = 0.0
+    for segment, share in zip(vocabulary, shares, strict=True):
+        assert isinstance(segment, KeyedSegment)
+        sized = _keyed(segment, share + (0.0 if for_blocks else spare), counts)
+        if sized is None:
+            raise UsageError(f"--bytes-per-example {budget} does not pay for one token of the {segment.name}; give some hundreds")
+        chosen.append(sized)
+        spare += share - row_cost(sized, counts)
+    if isinstance(blocks, DenseSegment) and for_blocks:
+        bits = int(for_blocks + max(0.0, spare) - _FIXED) * 8
+        if bits < 1:
+            raise UsageError(f"--bytes-per-example {budget} does not pay for one coordinate; give some hundreds")
+        chosen.append(blocks.model_copy(update={"coordinates": bits, "dtype": "1bit"}))
+    return tuple(chosen)
+
+
+def _keyed(segment: KeyedSegment, budget: float, counts: Counts) -> KeyedSegment | None:
+    tokens = counts[segment.name]
+    bits = padded_width(segment.width, 1)
+    while True:
+        affordable = _affordable((budget - _FIXED) / _entry(segment, bits), tokens)
+        if affordable is None or affordable >= _LEAST_TOKENS * tokens.mean() or bits <= _LEAST_BITS:
+            return None if affordable == 0 else segment.model_copy(update={"bits": bits, "keys": affordable})
+        bits //= 2
+
+
+def _affordable(entries: float, tokens: Int64[np.ndarray, " examples"]) -> int | None:
+    """The largest bound on an example's tokens under which they are at most `entries` on average; None where no bound is needed."""
+    if tokens.mean() <= entries:
+        return None
+    bounds = np.arange(1, tokens.max() + 1)
+    means = np.minimum(tokens[None], bounds[:, None]).mean(axis=1)
+    return int(np.searchsorted(means, entries, side="right"))
+
+
+def _entry(segment: KeyedSegment, bits: int) -> int:
+    return (2 if segment.vocabulary <= 1 << 16 else 4) + _FACTOR + -(-bits // 8)
+
+
+def count_tokens(examples: Sequence[Example]) -> dict[str, Int64[np.ndarray, " examples"]]:
+    """Of texts, the distinct tokens that each predicts (head) and reads (embeddings); the last token is only predicted."""
+    texts = [e for e in examples if e.features is None]
+    predicted = [len(np.unique(e.token_ids[1:][e.loss_mask[1:]])) for e in texts]
+    read = [len(np.unique(e.token_ids[:-1])) for e in texts]
+    return {"head": np.array(predicted, np.int64), "embeddings": np.array(read, np.int64)}

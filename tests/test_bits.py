@@ -1,0 +1,165 @@
+"""One-bit codes and reduced dense rows: what folding and rotating promise, the same bits everywhere, the estimator against its theory."""
+
+import hashlib
+from functools import partial
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence.indexer.fit import _kept
+from whence.store.bits import fold, padded_width, rotate, unfold, unrotate
+from whence.store.manifest import Curvature, DenseSegment, Layer, Projection
+from whence.store.rows import DenseRows, Reduction, row_bytes, write_dense, write_shard
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 130), st.integers(0, 5))
+def test_a_rotation_keeps_lengths_and_is_undone_by_its_transpose(width, bits, seed):
+    x = gaussian(3, width)
+    whole = rotate(x, padded_width(width, bits), seed)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    assert np.array_equal(rotate(x, bits, seed), rotate(x, padded_width(width, bits), seed)[:, :bits])
+    np.testing.assert_allclose(unrotate(whole, width, seed), x, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 5))
+def test_folding_adds_up_every_coordinate_once_and_is_undone_as_far_as_it_can_be(width, bits, seed):
+    folded = fold(np.eye(width, dtype=np.float32), bits, seed)
+    if width <= bits:
+        assert np.array_equal(folded, np.eye(width))
+        return
+    assert folded.shape == (width, bits)
+    assert np.array_equal(np.abs(folded).sum(1), np.ones(width))  # one place and one sign each
+    held = np.abs(folded).sum(0)
+    assert held.max() - held.min() <= 1  # places hold alike many
+    y = gaussian(4, bits)
+    shortest = unfold(y, width, seed)
+    np.testing.assert_allclose(fold(shortest, bits, seed), y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(shortest, y @ np.linalg.pinv(folded), rtol=1e-3, atol=1e-5)
+
+
+def test_foldings_and_rotations_are_fixed_bits():
+    x = np.arange(-300, 300, dtype=np.float32).reshape(2, 300)
+    made = fold(x, 64, 3).tobytes() + np.packbits(rotate(fold(x, 64, 3), 48, 3) > 0).tobytes()
+    assert hashlib.sha256(made).hexdigest() == "c1684a9570daee8169956c193302adb997e3a3fbcfcb83eacaaeb091814d42dd"
+    assert not np.array_equal(rotate(x, 64, 1), rotate(x, 64, 2))
+    assert not np.array_equal(fold(x, 64, 1), fold(x, 64, 2))
+
+
+def test_folded_products_are_unbiased():
+    v, q = gaussian(2, 90)
+    found = np.array([fold(v[None], 30, seed)[0] @ fold(q[None], 30, seed)[0] for seed in range(4000)])
+    together = (90 / 30 - 1) / (90 - 1)  # the probability that two coordinates come to the same place
+    expected = np.sqrt(((v @ v) * (q @ q) + (v @ q) ** 2 - 2 * (v**2 @ q**2)) * together)
+    assert abs(found.mean() - v @ q) < 4 * expected / np.sqrt(len(found))
+    assert found.std() == pytest.approx(expected, rel=0.1)
+
+
+def estimates(tmp_path, v, queries, coordinates, seed):
+    """Scores of one row with queries, through a one-bit shard as search computes them."""
+    reduction = Reduction(v.shape[1], None, coordinates, True, seed)
+    directory = tmp_path / f"{seed}.zarr"
+    write_shard(directory, {"blocks": partial(write_dense, rows=reduction.apply(v), dtype="1bit")}, {})
+    rows = DenseRows(directory / "blocks", len(v), coordinates, "1bit")
+    values = np.concatenate([rows.values(codes) for _, codes in rows.blocks()])
+    return reduction.apply(queries) @ (values * (rows.norms * rows.factors())[:, None]).T
+
+
+@pytest.mark.parametrize(("width", "coordinates"), [(64, 64), (64, 256), (64, 16), (300, 64)])
+def test_one_bit_rows_estimate_products_without_bias_and_with_the_variance_of_theory(tmp_path, width, coordinates):
+    v, q = gaussian(2, width)
+    v, q = v / np.linalg.norm(v), q / np.linalg.norm(q)
+    found = np.array([estimates(tmp_path, v[None], q[None], coordinates, seed)[0, 0] for seed in range(400)])
+    cosine, padded = float(v @ q), padded_width(min(width, coordinates), coordinates)
+    theory = np.sqrt((1 - cosine**2) * (np.pi / 2 * padded / coordinates - 1) / padded)
+    if width > coordinates:  # the projection's variance comes on top
+        full, rest = divmod(width, coordinates)
+        together = (rest * (full + 1) * full + (coordinates - rest) * full * (full - 1)) / (width * (width - 1))
+        theory = np.hypot(theory, np.sqrt((1 + cosine**2 - 2 * (v**2 @ q**2)) * together))
+    share = coordinates / padded  # the factor belongs to what was kept of the vector
+    if share == 1:
+        assert abs(found.mean() - cosine) < 4 * theory / np.sqrt(len(found))
+    assert found.std() == pytest.approx(theory, rel=0.15)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 100), st.sampled_from(["float32", "float16", "int8", "1bit"]), st.booleans())
+def test_reduced_rows_are_made_again_of_what_is_read_back(rows, width, coordinates, dtype, some):
+    kept = np.sort(np.random.default_rng(0).permutation(width)[: (width + 1) // 2]) if some else None
+    count = width if kept is None else len(kept)
+    if dtype != "1bit":
+        coordinates = min(coordinates, count)
+    reduction = Reduction(width, kept, coordinates, dtype == "1bit", 4)
+    stored = reduction.apply(gaussian(rows, width))
+    assert stored.shape == (rows, coordinates)
+    undone = reduction.undo(stored)
+    assert undone.shape == (rows, width)
+    again = reduction.apply(undone)
+    if dtype != "1bit" or coordinates == padded_width(min(count, coordinates), coordinates) <= count:
+        np.testing.assert_allclose(again, stored, rtol=1e-4, atol=1e-5)
+    if not reduction.mixes:
+        np.testing.assert_allclose(undone[:, slice(None) if kept is None else kept], stored)
+
+
+def test_one_bit_shards_are_what_zarr_reads_and_are_hardly_padded(tmp_path):
+    rows, dim = 2500, 4100
+    written = gaussian(rows, dim)
+    written[7] = 0
+    write_shard(tmp_path / "a.zarr", {"blocks": partial(write_dense, rows=written, dtype="1bit")}, {})
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r")["blocks"]
+    assert np.array_equal(group["codes"][:], np.packbits(written > 0, axis=1))
+    norms = np.linalg.norm(written, axis=1)
+    np.testing.assert_allclose(group["norms"][:], norms, rtol=1e-5)
+    np.testing.assert_allclose(
+        group["scales"][:] * norms, np.divide(norms**2, np.abs(written).sum(1), out=np.zeros(rows), where=norms > 0), rtol=1e-4
+    )
+    read = DenseRows(tmp_path / "a.zarr/blocks", rows, dim, "1bit")
+    np.testing.assert_allclose(np.linalg.norm(read.row(3)), norms[3], rtol=1e-5)
+    assert not read.row(7).any()
+    size = (tmp_path / "a.zarr/blocks/codes/c/0/0").stat().st_size
+    assert rows * row_bytes(dim, "1bit") <= size < 1.01 * rows * row_bytes(dim, "1bit")
+
+
+def segment(size, coordinates, dtype, damping=0.1):
+    layer = Layer(name="a", outputs=1, inputs=size, output_rank=1, input_rank=size, input_group="a", offset=0, curvature="diagonal")
+    curvature = Curvature(kind="diagonal", labels="data", examples=9, tokens=9, damping=damping)
+    return DenseSegment(
+        name="blocks",
+        kind="dense",
+        weight=1.0,
+        coordinates=coordinates,
+        dtype=dtype,
+        layers=(layer,),
+        projection=Projection(kind="random", rank=1, seed=0),
+        curvature=curvature,
+    )
+
+
+def test_what_is_kept_follows_the_spectrum():
+    flat, steep = np.ones(400), np.exp(-np.arange(400.0) / 10)[np.random.default_rng(0).permutation(400)]
+    assert _kept(segment(400, 50, "1bit"), {"blocks/a/eigenvalues": flat}) == {}
+    few = _kept(segment(400, 50, "1bit"), {"blocks/a/eigenvalues": steep})["blocks/kept"]
+    assert len(few) < 100
+    assert set(few) == set(np.argsort(-steep)[: len(few)])
+    assert len(_kept(segment(400, 50, "float32"), {"blocks/a/eigenvalues": steep})["blocks/kept"]) >= 50
+    # By simulation: independent coordinates of these energies, one-bit rows of them; no other number of kept ones is clearly better.
+    energy = steep / (steep + 0.1 * steep.mean())
+    order = np.argsort(-energy)
+    x, q = gaussian(600, 400, seed=1) * np.sqrt(energy), gaussian(40, 400, seed=2) * np.sqrt(energy)
+    exact = (q @ x.T).ravel().astype(np.float32)
+
+    def fidelity(count):
+        reduction = Reduction(400, np.sort(order[:count]), 50, True, 0)
+        rows = reduction.apply(x)
+        factors = (rows**2).sum(1) / np.abs(rows).sum(1)
+        return np.corrcoef(exact, (reduction.apply(q) @ (np.sign(rows) * factors[:, None]).T).ravel())[0, 1]
+
+    best = max(fidelity(count) for count in (5, 10, 20, 40, 80, 160, 400))
+    assert fidelity(len(few)) > 0.95 * best

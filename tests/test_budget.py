@@ -1,0 +1,129 @@
+"""A number of bytes an example: what it buys, what it costs in a real index, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import make_examples, random_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_bits import segment
+from test_keyed import head_plan, make_model
+from whence import BuildConfig, Client, build
+from whence.cli import main
+from whence.query.answers import Question
+from whence.query.search import Metric, all_scores
+from whence.ray_jobs.budget import count_tokens, row_cost, spend
+from whence.store.errors import UsageError
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def segments(width=256, vocabulary=50_000):
+    sizes = {"width": width, "vocabulary": vocabulary}
+    keyed = [head_plan(make_model(), role=role).segments[0].model_copy(update=sizes) for role in ("head", "embeddings")]
+    return [*keyed, segment(100_000, None, "float32")]
+
+
+SEGMENTS = segments()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(150, 40_000), st.integers(1, 200), st.integers(0, 9), st.sampled_from([64, 256, 4096]), st.sampled_from([6, 3, 7, 4, 1]))
+def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, seed, width, which):
+    generator = np.random.default_rng(seed)
+    counts = {name: generator.integers(1, longest + 1, 300) for name in ("head", "embeddings")}
+    offered = [s for i, s in enumerate(SEGMENTS) if which & (4 >> i)]
+    offered = [s.model_copy(update={"width": width}) if s.kind == "keyed" else s for s in offered]
+    bought = spend(budget, offered, counts)
+    cost = sum(row_cost(s, counts) for s in bought)
+    assert cost <= budget
+    whole = [s for s in bought if s.kind == "dense" or s.keys is not None]
+    if whole and budget > 1000:  # else everything there is fits
+        assert cost > 0.75 * budget
+    assert [s.name for s in bought] == [s.name for s in offered if s.name in {b.name for b in bought}]
+    if budget < 1200 and any(s.kind == "keyed" for s in offered):
+        assert "blocks" not in {s.name for s in bought}
+
+
+def test_more_bytes_never_take_a_segment_or_a_bit_away():
+    counts = {name: np.random.default_rng(0).integers(40, 90, 300) for name in ("head", "embeddings")}
+    held = [{s.name: s for s in spend(budget, SEGMENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
+    assert [sorted(h) for h in held] == [["head"], ["embeddings", "head"], *[["blocks", "embeddings", "head"]] * 3]
+    assert [h["head"].bits for h in held[2:]] == sorted(h["head"].bits for h in held[2:])
+    assert held[-1]["head"].bits == 256  # as many as coordinates, of all tokens
+    assert held[-1]["head"].keys is None
+
+
+def test_tokens_are_counted_as_the_rows_hold_them():
+    from test_keyed import fitted
+
+    model, examples = make_model(), make_examples(12)
+    counts = count_tokens(examples)
+    for role in ("head", "embeddings"):
+        rows = fitted(model, head_plan(model, role=role), examples).rows(examples)[role]
+        assert counts[role].tolist() == np.diff(rows.indptr).tolist()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, model_dir, corpus_file):
+    out = tmp_path_factory.mktemp("bytes") / "all.whence"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), bytes_per_example=1500, shard_rows=120))
+    return out
+
+
+def test_an_index_of_so_many_bytes(index):
+    client = Client(index)
+    head, embeddings, blocks = client.index.manifest.segments
+    assert (head.name, embeddings.name, blocks.name, blocks.dtype) == ("head", "embeddings", "blocks", "1bit")
+    assert (head.curvature.damping, blocks.curvature.damping, blocks.curvature.labels) == (1.0, 1.0, "sampled")
+    assert all(layer.inputs > layer.outputs for layer in blocks.layers)
+    assert embeddings.weight > 0
+    counts = count_tokens([client.index.example(i) for i in range(len(client.index))])
+    cost = sum(row_cost(s, counts) for s in client.index.manifest.segments)
+    assert 1200 < cost <= 1500
+    arrays = [p for p in (index / "rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert sum(p.stat().st_size for p in arrays) == pytest.approx(cost * 120, rel=0.03)
+    assert run("verify", index).exit_code == 0
+    for row in (0, 17, 63):
+        assert client.query(row=row, mode="cosine", k=1).proponents[0].row == row
+        assert client.query(text=client.index.example(row).text, mode="cosine", k=1).proponents[0].row == row
+
+
+def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, model_dir, corpus_file):
+    config = {"model": str(model_dir), "data": (str(corpus_file),), "rank": 64, "curvature": "ekfac"}
+    build(BuildConfig(out=str(tmp_path / "whole"), **config))
+    build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=1 << 15, **config))
+    build(BuildConfig(out=str(tmp_path / "few"), row_dtype="1bit", coordinates=1 << 11, **config))
+    whole, bits, few = (Client(tmp_path / name) for name in ("whole", "bits", "few"))
+    questions = [Question(text=t) for t in random_texts(6, seed=9)]
+
+    def scores(client, metric):
+        return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+
+    for metric in (Metric(), Metric("cosine"), Metric(damping=2.0), Metric(curvature=False)):
+        exact = scores(whole, metric)
+        assert np.corrcoef(exact.ravel(), scores(bits, metric).ravel())[0, 1] > 0.98, metric
+        if metric.mode == "influence" and metric.curvature:
+            assert np.corrcoef(exact.ravel(), scores(few, metric).ravel())[0, 1] > 0.8, metric
+    with pytest.raises(UsageError, match="a random projection"):
+        few.query(row=1, mode="cosine", damping=2.0)
+
+
+def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
+    options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
+    for more, message in (
+        (["--bytes-per-example", "9"], "does not pay for one token of the head"),
+        (["--bytes-per-example", "800", "--head-bits", "64"], "--bytes-per-example chooses --head-bits"),
+        (["--bytes-per-example", "0"], "must be at least 1"),
+        (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "stands alone"),
+        (["--labels", "expected"], "sums over the classes"),
+    ):
+        refused = run(*options, *more)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
+    assert not (tmp_path / "i/manifests").exists()
+    info = json.loads(run(*options, "--bytes-per-example", "300", "--json").stdout)
+    assert [s["name"] for s in info["segments"]] == ["head"]
