@@ -161,7 +161,7 @@ _index_options = _together(
         "--labels",
         help="Labels of the curvature: data, sampled from the model, or expected (all classes).",
     ),
-    click.option("--fit-examples", type=int, default=2048, show_default=True, help="Examples that the curvature is fitted on."),
+    click.option("--fit-examples", type=int, default=5000, show_default=True, help="Examples that the curvature is fitted on."),
     click.option(
         "--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1, for vocabularies 1]"
     ),
@@ -234,7 +234,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     left_out = manifest.build["left_out"]
     if left_out:
         some = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
-        click.echo(f"left out {len(left_out):,} layers that do not see a vector for each token: {some}")
+        click.echo(f"left out {len(left_out):,} parts of the model: {some}")
     skipped = manifest.build["skipped"]
     if skipped:
         click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
@@ -325,7 +325,9 @@ def info(index: str, as_json: bool) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in summary.items():
-        if name != "segments":
+        if name == "left_out":
+            table.add_row("left out", f"{', '.join(value[:4])}{' ...' if len(value) > 4 else ''}" or "nothing")
+        elif name != "segments":
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     for segment in summary["segments"]:
         table.add_row("", "")

@@ -99,17 +99,20 @@ class KeyedCollector:
     def rows(self) -> KeyedVectors:
         """The batch's whitened rows, by token."""
         part, limit = self._part, self._part.segment.keys
-        keys, vectors, counts = [], [], []
+        keys, vectors, counts, whole = [], [], [], []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
             eigenvalues = part.vocabulary[tokens][:, None] * part.eigenvalues + part.damping
             z = (gradient @ part.basis) * eigenvalues.rsqrt()
+            energy = z.square().sum(1)
+            whole.append(float(energy.double().sum()))
             if limit is not None and len(tokens) > limit:
-                kept = torch.sort(torch.topk(z.square().sum(1), limit).indices).values
+                kept = torch.sort(torch.topk(energy, limit).indices).values
                 tokens, z = tokens[kept], z[kept]  # noqa: PLW2901
             keys.append(tokens.cpu().numpy())
             vectors.append(z.float().cpu().numpy())
             counts.append(len(tokens))
-        return KeyedVectors(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(keys), np.concatenate(vectors))
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        return KeyedVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(whole))
 
 
 class KeyedMeter:

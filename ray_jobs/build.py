@@ -104,7 +104,9 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, model, plan)
-            plan = _afforded(job, plan, corpus)
+            offered, plan = plan, _afforded(job, plan, corpus)
+            left_out = left_out if any(s.name == "blocks" for s in plan.segments) else ()
+            left_out = (*(s.name for s in offered.segments if s.name not in {p.name for p in plan.segments}), *left_out)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
             return _publish(job, {"what": what, "left_out": list(left_out)}, model, plan, file, corpus, shards)
@@ -297,7 +299,8 @@ def _publish(
 ) -> Manifest:
     c = job.config
     segments = _weighted(job, plan, shards)
-    features = {s.kind for s in segments} | ({"vectors"} if find_task(c.task).form == "vector" else set())
+    reduced = {"reduced" for s in segments if isinstance(s, DenseSegment) and (s.coordinates or s.dtype == "1bit")}
+    features = {s.kind for s in segments} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
     manifest = Manifest(
         features=tuple(sorted(features)),
         number=1,

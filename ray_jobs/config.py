@@ -88,7 +88,7 @@ class BuildConfig:
     seed: int = 0
     curvature: CurvatureKind = "auto"
     labels: LabelKind | None = None
-    fit_examples: int = 2048
+    fit_examples: int = 5000
     damping: float | None = None
     coordinates: int | None = None
     row_dtype: RowDtype | None = None

@@ -71,7 +71,8 @@ class Worker:
         return self.task.load(model_source(self._config)).requires_grad_(False)
 
     def describe(self) -> tuple[Model, EncoderPlan, tuple[str, ...]]:
-        """What the model is, the plan of its encoder before any fit, and the layers that cannot be tracked and are left out.
+        """What the model is, the plan of its encoder before any fit, and the layers that are left out: those that cannot be tracked, or
+        that are not of the default kind.
 
         Raises:
             UsageError: no layer matches, or one of the matching ones does not run.
@@ -104,8 +105,10 @@ class Worker:
         names = models.find_layers(self.model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
         rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
         layers = models.plan_layers(self.task, self.model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        damping = c.damping or (1.0 if small else 0.1)
         labels: LabelKind = "data" if not small else "sampled" if self.task.classes(self.model) is None else "expected"
-        self._left_out = [name for name in names if name not in {layer.name for layer in layers}]
+        every = names if c.layers else models.find_layers(self.model, (), self.task.within_blocks)
+        self._left_out = [name for name in every if name not in {layer.name for layer in layers}]
         return DenseSegment(
             name="blocks",
             kind="dense",
@@ -114,9 +117,7 @@ class Worker:
             dtype=c.row_dtype or "float32",
             layers=layers,
             projection=Projection(kind=kind, rank=rank, seed=c.seed),
-            curvature=Curvature(
-                kind=c.curvature, labels=self._labels(labels), examples=0, tokens=0, damping=c.damping or (1.0 if small else 0.1)
-            ),
+            curvature=Curvature(kind=c.curvature, labels=self._labels(labels), examples=0, tokens=0, damping=damping),
         )
 
     def _labels(self, default: LabelKind) -> LabelKind:

@@ -172,8 +172,30 @@ class Index:
             "bytes": sum(f.bytes for f in files),
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
-            "segments": [_describe(s) for s in m.segments],
+            "segments": [
+                _describe(s) | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)} for s in m.segments
+            ],
+            "left_out": m.build["left_out"],
         }
+
+    def energy_held(self, segment: DenseSegment | KeyedSegment) -> float:
+        """The share of the rows' squared length that is left after tokens or coordinates were left out, before any code.
+
+        Of keyed rows it is counted, of dense ones it is what their eigenvalues say.
+        """
+        if isinstance(segment, KeyedSegment):
+            sums = np.sum([self.keyed(shard, segment).energy for shard in self.manifest.shards], axis=0)
+            return float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
+        kept = self.reduction(segment).kept
+        if kept is None:
+            return 1.0
+        eigenvalues, means = self.spectrum(segment)
+        energy = eigenvalues / (eigenvalues + segment.curvature.damping * means)
+        return float(energy[kept].sum() / energy.sum())
+
+    def _bytes(self, segment: DenseSegment | KeyedSegment) -> float:
+        files = (f for s in self.manifest.shards for f in s.files if f.path.startswith(f"rows/{s.id}.zarr/{segment.name}/"))
+        return round(sum(f.bytes for f in files) / self.manifest.rows, 1)
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read every byte that the manifest names and yield (relative path, what is wrong with it or None)."""

@@ -8,6 +8,8 @@ A keyed segment of a shard is a Zarr group in the form of a sparse matrix whose 
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
+and the attribute `energy`: the sum of the rows' squared lengths, and what it was before tokens were left out.
+
 How a vector becomes bits, and an inner product an estimate, is told in bits.py. Fewer bits than coordinates take the first ones of the
 rotated vector: a random projection, unbiased likewise.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt32
+from jaxtyping import Float32, Float64, Int64, UInt8, UInt32
 
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
@@ -36,11 +38,13 @@ class KeyedVectors:
         indptr: row i's entries are indptr[i] to indptr[i + 1].
         keys: tokens, ascending within a row.
         vectors: one for each entry.
+        whole: each row's squared length before entries were left out; None where none was.
     """
 
     indptr: Int64[np.ndarray, " rows_and_one"]
     keys: Int64[np.ndarray, " entries"]
     vectors: Float32[np.ndarray, "entries width"]
+    whole: Float64[np.ndarray, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -49,7 +53,8 @@ class KeyedVectors:
         """Rows `first` to `last`, not included."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
         entries = slice(int(indptr[0]), int(indptr[-1]))
-        return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries])
+        whole = None if self.whole is None else self.whole[first:last]
+        return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
 
     @property
     def squared_norms(self) -> Float32[np.ndarray, " rows"]:
@@ -80,6 +85,7 @@ class Coded:
     codes: UInt8[np.ndarray, "entries bytes"]
     factors: Float32[np.ndarray, " entries"]
     norms: Float32[np.ndarray, " rows"]
+    whole: Float64[np.ndarray, " rows"]
 
 
 def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
@@ -90,7 +96,7 @@ def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
     """
     squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
     if not np.isfinite(squares).all():
-        raise NumericalError("a row of the head is not finite; look at its document and at the model's precision")
+        raise NumericalError("a keyed row is not finite; look at its document and at the model's precision")
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
@@ -101,23 +107,25 @@ def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
         np.packbits(rotated > 0, axis=1),
         factors.astype(np.float32),
         np.sqrt(lengths).astype(np.float32),
+        lengths if rows.whole is None else rows.whole,
     )
 
 
 def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
     """Batches of coded rows, each with the positions of its rows, as one in the order of the positions."""
-    counts, norms = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms"))
+    counts, norms, whole = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
     order = np.argsort(np.concatenate([np.asarray(at) for at, _ in parts]))
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     entries = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
     keys, codes, factors = (np.concatenate([getattr(c, name) for _, c in parts])[entries] for name in ("keys", "codes", "factors"))
-    return Coded(counts[order], keys, codes, factors, norms[order])
+    return Coded(counts[order], keys, codes, factors, norms[order], whole[order])
 
 
 def write_keyed(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
     """Write coded rows into an empty Zarr group."""
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
-    group.attrs.update({"kind": "keyed", "bits": bits, "factor_scale": scale})
+    energy = [float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.whole.sum())]
+    group.attrs.update({"kind": "keyed", "bits": bits, "factor_scale": scale, "energy": energy})
     write_array(group, "indptr", np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32))
     write_array(group, "keys", rows.keys.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32))
     write_array(group, "codes", rows.codes)
@@ -146,9 +154,13 @@ class KeyedRows:
         self.codes = map_array(directory, "codes", (entries, -(-bits // 8)), "uint8")
         self.norms = np.array(map_array(directory, "norms", (rows,), "float32"))
         try:
-            scale = float(json.loads((directory / "zarr.json").read_bytes())["attributes"]["factor_scale"])
+            attributes = json.loads((directory / "zarr.json").read_bytes())["attributes"]
+            scale = float(attributes["factor_scale"])
+            self.energy = tuple(map(float, attributes["energy"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{directory}/zarr.json tells no factor_scale; restore the file or build the index again") from error
+            raise IntegrityError(
+                f"{directory}/zarr.json does not tell its factor_scale and energy; restore the file or build the index again"
+            ) from error
         self.factors = np.array(map_array(directory, "factors", (entries,), "float16")).astype(np.float32) * np.float32(scale)
         whole = np.isfinite(self.factors).all() and np.isfinite(self.norms).all() and np.isfinite(scale)
         if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any() or (entries and int(self.keys.max()) >= vocabulary) or not whole:

@@ -1,6 +1,7 @@
 """A number of bytes an example: what it buys, what it costs in a real index, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_bits import segment
 from test_keyed import head_plan, make_model
 from whence import BuildConfig, Client, build
 from whence.cli import main
+from whence.indexer.encoder import Encoder
 from whence.query.answers import Question
 from whence.query.search import Metric, all_scores
 from whence.ray_jobs.budget import count_tokens, row_cost, spend
@@ -127,3 +129,28 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     assert not (tmp_path / "i/manifests").exists()
     info = json.loads(run(*options, "--bytes-per-example", "300", "--json").stdout)
     assert [s["name"] for s in info["segments"]] == ["head"]
+
+
+def test_an_index_says_what_each_segment_costs_and_holds(index):
+    info = json.loads(run("info", index, "--json").stdout)
+    client = Client(index)
+    sizes = {s["name"]: s["bytes_per_example"] for s in info["segments"]}
+    assert sum(sizes.values()) == pytest.approx(info["bytes_per_example"], rel=0.02)
+    whole = client.encoder.rows([client.index.example(i) for i in range(len(client.index))])  # tokens bounded as in the index
+    for part in info["segments"][:2]:
+        entry = client.index.segment(part["name"])
+        kept = float(np.square(client.index.norms(entry).astype(float)).sum())
+
+        plan = replace(client.encoder.plan, segments=(entry.model_copy(update={"keys": None}),))
+        every = Encoder(client.task, client.encoder.model, plan, client.encoder.arrays)
+        total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
+        assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
+        assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
+    assert info["left_out"] == [n for n in _linear_layers(client) if n not in {x.name for x in client.index.segment("blocks").layers}]
+    assert "left out" in run("info", index).stdout
+
+
+def _linear_layers(client):
+    from whence.indexer.models import find_layers
+
+    return find_layers(client.encoder.model)

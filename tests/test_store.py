@@ -52,13 +52,13 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
 
 
 def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
-    rows = np.tile(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32), (1366, 1))
+    rows = np.tile(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32), (1367, 1))
     write_shard(tmp_path / "a.zarr", {"blocks": partial(write_dense, rows=rows, dtype="float32")}, {"format": 1})
     assert chunk_rows(2, "float32") == 4096
     raw = (tmp_path / "a.zarr/blocks/codes/c/0/0").read_bytes()
-    inner = np.zeros((8192, 2), "<f4")
-    inner[:4098] = np.tile(np.array([[0.6, 0.8], [0, 0], [0, -1]], "<f4"), (1366, 1))
-    bodies = [inner[:4096].tobytes(), inner[4096:].tobytes()]
+    inner = np.zeros((4102, 2), "<f4")  # 4,101 rows in two chunks of 2,051
+    inner[:4101] = np.tile(np.array([[0.6, 0.8], [0, 0], [0, -1]], "<f4"), (1367, 1))
+    bodies = [inner[:2051].tobytes(), inner[2051:].tobytes()]
     stride = len(bodies[0]) + 4
     for i, body in enumerate(bodies):
         assert raw[i * stride : (i + 1) * stride] == body + google_crc32c.value(body).to_bytes(4, "little")
@@ -66,7 +66,7 @@ def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
     assert raw[2 * stride :] == index + google_crc32c.value(index).to_bytes(4, "little")
     write_shard(tmp_path / "b.zarr", {"blocks": partial(write_dense, rows=rows[:3], dtype="float32")}, {"format": 1})
     assert (tmp_path / "b.zarr/blocks/codes/c/0/0").stat().st_size == 3 * 8 + 4 + 16 + 4  # a small shard is not padded
-    norms = np.array([5, 0, 2] * 1366, "<f4").tobytes()
+    norms = np.array([5, 0, 2] * 1367, "<f4").tobytes()
     assert (tmp_path / "a.zarr/blocks/norms/c/0").read_bytes() == norms + google_crc32c.value(norms).to_bytes(4, "little")
 
 
