@@ -20,6 +20,7 @@ from .store.errors import UsageError, WhenceError
 if TYPE_CHECKING:
     from .evaluation.checks import Report
     from .query.answers import Question
+    from .store.corpus import Fields
 
 
 class _Group(click.Group):
@@ -180,27 +181,16 @@ _index_options = _together(
 )
 
 
-@main.command()
-@click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors).")
-@click.option(
-    "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
+_corpus_options = _together(
+    click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors)."),
+    click.option(
+        "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
+    ),
 )
-@click.option("--out", required=True, help="Index directory to make.")
-@_task_option
-@_model_options
-@_document_options
-@_index_options
-@_json_option
-def build(as_json: bool, out: str, **options: Any) -> None:
-    """Index a corpus.
 
-    \b
-      whence build --model gpt2 --data corpus.jsonl --out my.whence
-      whence build --model ./sft --data chats.parquet --out sft.whence --rank 32 --workers 4
-      whence build --model ./lm --data books/ --out b.whence --row-dtype int8 --layers '*.mlp.*'
 
-    A build that was interrupted goes on when the same command is given again.
-    """
+def _fields_of(options: dict[str, Any]) -> "Fields":
+    """Takes the columns' names out of a build's options."""
     from .store.corpus import Fields, Form
 
     names = {form: options.pop(f"{form}_field") for form in ("text", "prompt", "completion", "messages")}
@@ -213,7 +203,28 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     if len(named) > 1:
         raise UsageError("name one form of document: --text-field, --prompt-field with --completion-field, or --messages-field")
     given = {form: name for form, name in names.items() if name is not None}
-    fields = Fields(form=named[0] if named else "auto", id=options.pop("id_field"), source=options.pop("source_field"), **given)
+    return Fields(form=named[0] if named else "auto", id=options.pop("id_field"), source=options.pop("source_field"), **given)
+
+
+@main.command()
+@_corpus_options
+@click.option("--out", required=True, help="Index directory to make.")
+@_task_option
+@_model_options
+@_document_options
+@_index_options
+@_json_option
+def build(as_json: bool, out: str, **options: Any) -> None:
+    """Index a corpus.
+
+    \b
+      whence build --model gpt2 --data corpus.jsonl --out my.whence --bytes-per-example 800
+      whence build --model ./sft --data chats.parquet --out sft.whence --rank 32 --workers 4
+      whence build --model ./lm --data books/ --out b.whence --row-dtype int8 --layers '*.mlp.*'
+
+    A build that was interrupted goes on when the same command is given again.
+    """
+    fields = _fields_of(options)
     _quiet_libraries()
     from .ray_jobs.build import build as run
     from .ray_jobs.config import BuildConfig
@@ -241,6 +252,38 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     if manifest.build["truncated"]:
         click.echo(f"kept only the beginning of {manifest.build['truncated']:,} documents that are longer than an example may be")
     click.echo(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+
+
+@main.command()
+@_corpus_options
+@_task_option
+@_model_options
+@_document_options
+@_index_options
+@_json_option
+def plan(as_json: bool, **options: Any) -> None:
+    """Say what a build would cost: rows, bytes, memory and time, from a sample and a few measured batches.
+
+    \b
+      whence plan --model gpt2 --data corpus.jsonl --bytes-per-example 800
+      whence plan --model ./sft --data chats.parquet --rank 32 --workers 4 --json
+    """
+    fields = _fields_of(options)
+    _quiet_libraries()
+    from .ray_jobs.config import BuildConfig
+    from .ray_jobs.plan import estimate
+
+    cost = estimate(BuildConfig(out="(nothing)", fields=fields, **_as_config(options)))
+    if as_json:
+        click.echo(json.dumps(cost.to_dict()))
+        return
+    click.echo(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
+    for segment in cost.segments:
+        about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in segment.items() if k != "name" and v is not None)
+        click.echo(f"  {segment['name']}: {about}")
+    click.echo(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
+    click.echo(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
+    click.echo(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
 
 
 @main.command()

@@ -174,12 +174,21 @@ def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> N
         )
 
 
+def longest_example(config: BuildConfig, model: Model) -> int:
+    """Tokens of the longest example: what was asked for, else the model's context, at most 2,048.
+
+    Raises:
+        UsageError: more was asked for than the model's context.
+    """
+    limit = model.context
+    if config.max_tokens and limit and config.max_tokens > limit:
+        raise UsageError(f"--max-tokens is {config.max_tokens}, the model's context is {limit}; it can be at most that")
+    return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
+
+
 def _write_corpus(job: _Job, model: Model, plan: EncoderPlan) -> CorpusPlan:
     c = job.config
-    limit = model.context
-    if c.max_tokens and limit and c.max_tokens > limit:
-        raise UsageError(f"--max-tokens is {c.max_tokens}, the model's context is {limit}; it can be at most that")
-    max_tokens = c.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
+    max_tokens = longest_example(c, model)
     fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
     if c.bytes_per_example is not None:
         fitting = [max(1, _SHARD_BYTES // c.bytes_per_example)]
