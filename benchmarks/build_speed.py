@@ -12,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from whence.indexer.examples import TextEncoder
 from whence.indexer.fit import Fit, with_known_sample
 from whence.indexer.models import ModelSource, load_tokenizer
 from whence.indexer.tasks import CausalLM
+from whence.ray_jobs.budget import count_tokens, spend
 from whence.ray_jobs.worker import Worker, keep_freed_memory, segment_writers
 from whence.store.corpus import read_corpus
 from whence.store.documents import Example
@@ -31,6 +33,8 @@ _CONFIGURATIONS = {
     "rank 64": {"rank": 64},
     "head": {"segments": ("head",)},
     "rank 16 int8 and head": {"segments": ("blocks", "head"), "row_dtype": "int8"},
+    "800 bytes": {"bytes_per_example": 800},
+    "2,400 bytes": {"bytes_per_example": 2400},
 }
 
 
@@ -65,6 +69,9 @@ def main():
         for name in args.configurations:
             options = {"model": args.model, "data": (args.data,), "out": "-", "dtype": dtype, "batch_tokens": args.batch_tokens}
             _, plan, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
+            size = _CONFIGURATIONS[name].get("bytes_per_example")
+            if size is not None:
+                plan = replace(plan, segments=spend(size, plan.segments, count_tokens(examples)))
             plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(plan), {}
             for step in range(len(fit.steps)):

@@ -22,7 +22,7 @@ from whence.evaluation.controls import content_controls, score_matrix
 from whence.evaluation.lds import estimate
 from whence.evaluation.packs import read_pack, write_documents_file
 from whence.indexer.encoder import Encoder
-from whence.store.keyed import KeyedVectors
+from whence.store.keyed import KeyedVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
 _MARKS = "<!-- frontier: benchmarks/frontier.py -->", "<!-- end of frontier -->"
@@ -39,15 +39,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 def _products(a, b):
     """Inner products of rows [rows of a, rows of b], dense or keyed."""
-    if not isinstance(a, KeyedVectors):
-        return a.astype(np.float32) @ b.T.astype(np.float32)
-    scores = np.zeros((len(a), len(b)), np.float32)
-    owners = [np.repeat(np.arange(len(v)), np.diff(v.indptr)) for v in (a, b)]
-    orders = [np.argsort(v.keys, kind="stable") for v in (a, b)]
-    for key in np.intersect1d(a.keys, b.keys):
-        at, other = (o[slice(*np.searchsorted(v.keys, [key, key + 1], sorter=o))] for v, o in zip((a, b), orders, strict=True))
-        scores[np.ix_(owners[0][at], owners[1][other])] += a.vectors[at] @ b.vectors[other].T
-    return scores
+    return inner_products(a, b) if isinstance(a, KeyedVectors) else a.astype(np.float32) @ b.T.astype(np.float32)
 
 
 def _exact(client, train, queries):

@@ -115,6 +115,37 @@ class KeyedCollector:
         return KeyedVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(whole))
 
 
+class HeadMean:
+    """Sums the head's whole whitened gradients over examples, for the tokens of largest variance: whether they cancel (a `Visitor`).
+
+    Rows hold predicted tokens alone, whose gradients never cancel; over all tokens they do where training has moved the head to where the
+    loss is stationary.
+    """
+
+    def __init__(self, part: KeyedPart, tokens: int) -> None:
+        self._part = part
+        self.layers: Sequence[Layer] = (part.layer,)
+        self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
+        self._tokens = torch.topk(part.vocabulary, min(tokens, len(part.vocabulary))).indices
+        self._scale = (part.vocabulary[self._tokens][:, None] * part.eigenvalues + part.damping).rsqrt()
+        self._sum, self._squares, self._examples = torch.zeros_like(self._scale, dtype=torch.float64), 0.0, 0
+
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+        """Add the head's call."""
+        for i in range(len(x)):
+            z = (d[i][:, self._tokens].T @ x[i] @ self._part.basis) * self._scale
+            self._sum += z
+            self._squares += float(z.square().sum(dtype=torch.float64))
+            self._examples += 1
+
+    @property
+    def mean_share(self) -> float:
+        """The mean score between different examples over an example's mean score with itself."""
+        n = self._examples
+        between = (float(self._sum.square().sum()) - self._squares) / max(1, n * (n - 1))
+        return between * n / self._squares if self._squares > 0 else 0.0
+
+
 class KeyedMeter:
     """Sums a keyed segment's statistics over batches."""
 

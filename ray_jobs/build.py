@@ -26,7 +26,8 @@ from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
-from ..store.keyed import KeyedRows
+from ..store.index import dense_reduction
+from ..store.keyed import KeyedRows, inner_products
 from ..store.manifest import (
     DenseSegment,
     FileRecord,
@@ -50,9 +51,11 @@ _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
-_SPREAD_ROWS = 256
+_COMPARED_ROWS = 256
+_COMPARED_COORDINATES = 1 << 26
 _COUNTED = 1024
 _SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
+_SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             left_out = (*(s.name for s in offered.segments if s.name not in {p.name for p in plan.segments}), *left_out)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            return _publish(job, {"what": what, "left_out": list(left_out)}, model, plan, file, corpus, shards)
+            segments, weighed = _weighted(job, executor, plan, arrays, corpus)
+            about = {"what": what, "left_out": list(left_out), "weighed": weighed}
+            return _publish(job, about, model, replace(plan, segments=segments), file, corpus, shards)
     finally:
         if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
             shutil.rmtree(out)  # nothing was begun
@@ -257,30 +262,56 @@ def _shard_rows(segment: DenseSegment) -> int:
     return max(whole_chunks, fitting)
 
 
-def _weighted(job: _Job, plan: EncoderPlan, shards: tuple[Shard, ...]) -> tuple[DenseSegment | KeyedSegment, ...]:
-    """The segments with weights that make their scores comparable: the blocks' spread is half the head's (docs/segments.md says why).
+def _weighted(
+    job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan
+) -> tuple[tuple[DenseSegment | KeyedSegment, ...], dict[str, dict[str, float]]]:
+    """The segments with weights that make their scores comparable, and by segment what they rest on: `fidelity` and `mean_share`.
 
-    The spread is the standard deviation of scores between different rows of the first shard.
+    Between the first rows, exact scores are compared with those that the stored codes give. A segment's weight is its share (head 1,
+    embeddings 0.3, blocks 0.5: docs/segments.md says why) over the exact scores' standard deviation, times the squared correlation of the
+    two: of a noisy estimate, that part is what is known (Wiener's shrinkage). The head's weight is 1, else the first segment's.
+
+    Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If
+    the head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the
+    blocks, and the shares are those of `_SHARES_FROZEN`.
     """
-    if len(plan.segments) == 1:
-        return plan.segments
-    spreads = {}
+    if len(plan.segments) == 1 and isinstance(plan.segments[0], DenseSegment) and not plan.segments[0].coordinates:
+        return plan.segments, {}
+    shard = corpus.shards[0]
+    width = sum(s.dim for s in plan.segments if isinstance(s, DenseSegment))
+    rows = max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width)))
+    if shard.rows < rows and shard.rows < 2:
+        return plan.segments, {}
+    rows = min(rows, shard.rows)
+    job.reporter.stage("weighing segments", rows)
+    ((exact, head_mean),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
+    other = ~np.eye(rows, dtype=bool)
+    known, spreads, means = dict[str, float](), dict[str, float](), dict[str, float]()
     for segment in plan.segments:
-        rows, directory = min(_SPREAD_ROWS, shards[0].rows), job.out / "rows" / f"{shards[0].id}.zarr" / segment.name
+        directory, block = job.out / "rows" / f"{shard.id}.zarr" / segment.name, exact[segment.name]
         if isinstance(segment, KeyedSegment):
-            keyed = KeyedRows(directory, shards[0].rows, segment.vocabulary, segment.bits)
-            entries = [keyed.vectors(row, segment.width, segment.seed) for row in range(rows)]
-            owners = np.repeat(np.arange(rows), [len(keys) for keys, _ in entries])
-            rotated = rotate(np.concatenate([v for _, v in entries]), segment.bits, segment.seed)
-            scores = keyed.scores(np.concatenate([keys for keys, _ in entries]), owners, rotated, rows)[:, :rows] * (np.pi / 2)
+            keyed = KeyedRows(directory, shard.rows, segment.vocabulary, segment.bits)
+            owners = np.repeat(np.arange(rows), np.diff(block.indptr))
+            found = keyed.scores(block.keys, owners, rotate(block.vectors, segment.bits, segment.seed), rows)[:, :rows]
+            truth = inner_products(block, block)
         else:
-            dense = DenseRows(directory, shards[0].rows, segment.stored, segment.dtype)
-            block = np.stack([dense.row(row) for row in range(rows)])
-            scores = block @ block.T * (np.pi / 2 if segment.dtype == "1bit" else 1.0)  # as search scores rows that it holds in floats
-        spreads[segment.name] = float(scores[~np.eye(rows, dtype=bool)].std()) if rows > 1 else 1.0
-    first = spreads.get("head", 1.0)
-    weights = {name: _SHARES[name] * first / spread if spread > 0 else 1.0 for name, spread in spreads.items()}
-    return tuple(s.model_copy(update={"weight": weights[s.name]}) for s in plan.segments)
+            dense = DenseRows(directory, shard.rows, segment.stored, segment.dtype)
+            values = np.concatenate([dense.values(codes) for _, codes in dense.blocks()])[:rows]
+            asked = dense_reduction(segment, arrays).apply(block.astype(np.float32))
+            found = (asked @ values.T) * (dense.norms * dense.factors())[:rows]
+            truth = block @ block.T
+        spreads[segment.name] = float(truth[other].std())
+        own = float(np.diag(truth).mean())
+        means[segment.name] = float(truth[other].mean()) / own if own > 0 else 0.0
+        varied = spreads[segment.name] > 0 and found[other].std() > 0
+        known[segment.name] = float(np.corrcoef(truth[other], found[other])[0, 1]) if varied else 0.0
+    if head_mean is not None:
+        means["head"] = head_mean
+    shares = _SHARES_FROZEN if means.get("head", 0.0) > max(0.0, means.get("blocks", np.inf)) else _SHARES
+    weights = {n: shares[n] * known[n] ** 2 / spread if spread > 0 and known[n] > 0 else 0.0 for n, spread in spreads.items()}
+    first = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
+    segments = tuple(s.model_copy(update={"weight": weights[s.name] / first if any(weights.values()) else 1.0}) for s in plan.segments)
+    return segments, {n: {"fidelity": round(known[n], 4), "mean_share": round(means[n], 6)} for n in known}
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
@@ -306,8 +337,7 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 def _publish(
     job: _Job, asked: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
-    c = job.config
-    segments = _weighted(job, plan, shards)
+    c, segments = job.config, plan.segments
     reduced = {"reduced" for s in segments if isinstance(s, DenseSegment) and (s.coordinates or s.dtype == "1bit")}
     features = {s.kind for s in segments} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
     manifest = Manifest(

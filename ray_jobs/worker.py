@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import nn
 
 from ..indexer import models
 from ..indexer.curvature import Arrays
-from ..indexer.encoder import Encoder, EncoderPlan, Progress, ignore_progress
+from ..indexer.encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
 from ..indexer.fit import Fit
+from ..indexer.keyed import HeadMean, KeyedPart
 from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
 from ..store.errors import IntegrityError, UsageError
@@ -31,6 +33,7 @@ from ..store.rows import DenseRows, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
+_MEAN_TOKENS = 4096
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -182,6 +185,23 @@ class Worker:
         paths = [documents_path(out, shard.id), *sorted(p for p in final.rglob("*") if p.is_file())]
         files = tuple(file_record(out, path) for path in paths)
         return Shard(id=shard.id, first=shard.first, rows=shard.rows, tokens=shard.tokens, files=files).model_dump()
+
+    def exact_rows(
+        self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
+    ) -> tuple[dict[str, np.ndarray | KeyedVectors], float | None]:
+        """The first rows of a shard as they were before tokens or coordinates were left out and coded, by segment; and the share of a mean
+        in the head's whole gradients (see `HeadMean`).
+        """
+        whole = tuple(s.model_copy(update={"keys": None}) if isinstance(s, KeyedSegment) else s for s in plan.segments)
+        encoder = Encoder(self.task, self.model, replace(plan, segments=whole), arrays)
+        examples = self._examples(shard.id, shard.rows, range(count))
+        head = encoder.parts.get("head")
+        if not isinstance(head, KeyedPart):
+            return encoder.rows(examples), None
+        mean = HeadMean(head, _MEAN_TOKENS)
+        for _, batch in batches(self.task, examples, plan.batch_tokens, next(self.model.parameters()).device):
+            backward(self.model, batch, [mean], self.task.loss)
+        return encoder.rows(examples), mean.mean_share
 
     def pid(self) -> int:
         """The process that this worker runs in."""

@@ -173,7 +173,10 @@ class Index:
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
             "segments": [
-                _describe(s) | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)} for s in m.segments
+                _describe(s)
+                | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)}
+                | m.build["weighed"].get(s.name, {})
+                for s in m.segments
             ],
             "left_out": m.build["left_out"],
         }

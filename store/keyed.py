@@ -76,6 +76,17 @@ def concatenate(blocks: Sequence[tuple[Sequence[int], KeyedVectors]], width: int
     return KeyedVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
 
 
+def inner_products(a: KeyedVectors, b: KeyedVectors) -> Float32[np.ndarray, "rows_of_a rows_of_b"]:
+    """Exact scores between two lists of rows: sums over the tokens that both hold."""
+    scores = np.zeros((len(a), len(b)), np.float32)
+    owners = [np.repeat(np.arange(len(rows)), np.diff(rows.indptr)) for rows in (a, b)]
+    orders = [np.argsort(rows.keys, kind="stable") for rows in (a, b)]
+    for key in np.intersect1d(a.keys, b.keys):
+        at, other = (o[slice(*np.searchsorted(rows.keys, [key, key + 1], sorter=o))] for rows, o in zip((a, b), orders, strict=True))
+        scores[np.ix_(owners[0][at], owners[1][other])] += a.vectors[at] @ b.vectors[other].T
+    return scores
+
+
 @dataclass(frozen=True)
 class Coded:
     """Coded rows in memory, as they are written."""

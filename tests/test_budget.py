@@ -154,3 +154,81 @@ def _linear_layers(client):
     from whence.indexer.models import find_layers
 
     return find_layers(client.encoder.model)
+
+
+def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
+    client = Client(index)
+    rows = [client.index.example(i) for i in range(120)]
+    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "keyed" else s for s in client.encoder.plan.segments)
+    exact = Encoder(client.task, client.encoder.model, replace(client.encoder.plan, segments=whole), client.encoder.arrays).rows(rows)
+    other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
+    for one in whole:
+        a = exact[one.name]
+        if one.kind == "keyed":
+            dense = np.zeros((120, one.vocabulary, one.width))
+            for i in range(120):
+                part = slice(a.indptr[i], a.indptr[i + 1])
+                dense[i, a.keys[part]] = a.vectors[part]
+            a = dense.reshape(120, -1)
+        truth = a.astype(float) @ a.T
+        alone = Metric(weights={s.name: float(s.name == one.name) for s in whole})
+        found = np.concatenate([s for _, s in all_scores(client.index, exact, alone)], axis=1)
+        correlations[one.name] = np.corrcoef(truth[other], found[other])[0, 1]
+        expected[one.name] = correlations[one.name] ** 2 / truth[other].std()
+    info = {s["name"]: s for s in json.loads(run("info", index, "--json").stdout)["segments"]}
+    frozen = info["head"]["mean_share"] > info["blocks"]["mean_share"]
+    shares = {"head": 1.0, "embeddings": 0.5 if frozen else 0.3, "blocks": 1.5 if frozen else 0.5}
+    for name, weight in expected.items():
+        assert info[name]["weight"] == pytest.approx(shares[name] * weight / expected["head"], rel=1e-3)
+        assert info[name]["fidelity"] == pytest.approx(correlations[name], abs=1e-3)
+
+
+def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
+    options = ["--model", model_dir, "--data", corpus_file, "--bytes-per-example", "1500"]
+    plan = json.loads(run("plan", *options, "--json").stdout)
+    info = json.loads(run("build", *options, "--out", tmp_path / "i", "--json").stdout)
+    assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
+    assert [s["name"] for s in plan["segments"]] == [s["name"] for s in info["segments"]]
+    assert [s.get("bits_a_token") for s in plan["segments"]] == [s.get("bits_a_key") for s in info["segments"]]
+    arrays = [p for p in (tmp_path / "i/rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert sum(p.stat().st_size for p in arrays) == pytest.approx(plan["bytes_of_rows"], rel=0.03)
+    assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
+    assert plan["row_seconds"] > 0
+    assert plan["memory_per_worker"] > 1 << 20
+    assert "about 120 rows" in run("plan", *options).stdout
+    assert not list(tmp_path.glob("(nothing)"))
+    missing = run("plan", "--model", model_dir, "--data", tmp_path / "none.jsonl")
+    assert missing.exit_code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_gradient(tmp_path, corpus_file, frozen):
+    import torch
+    from helpers import make_tokenizer
+    from whence.indexer.tasks import CausalLM
+    from whence.store.corpus import read_corpus
+
+    model, task = make_model("gpt2", "float32"), CausalLM()
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
+    from whence.indexer.models import ModelSource
+
+    examples = list(task.encoder(ModelSource(str(tmp_path / "m"))).documents(read_corpus([str(corpus_file)])))
+    model.requires_grad_(True)
+    if frozen:
+        model.get_input_embeddings().weight.requires_grad_(False)  # the head is tied to it
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    torch.manual_seed(0)
+    for step in range(240):
+        batch = task.collate([examples[i] for i in torch.randperm(len(examples))[:40].tolist()], torch.device("cpu"))
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / 240)
+        optimizer.zero_grad()
+        (task.loss(model, batch).sum() / (batch.targets >= 0).sum()).backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "m")
+    options = {"model": str(tmp_path / "m"), "data": (str(corpus_file),), "bytes_per_example": 1500}
+    manifest = build(BuildConfig(out=str(tmp_path / "i"), **options))
+    means = {name: found["mean_share"] for name, found in manifest.build["weighed"].items()}
+    assert (means["head"] > max(0.0, means["blocks"])) == frozen, means

@@ -177,6 +177,31 @@ def test_a_head_alone_asks_for_no_backward_pass_and_with_blocks_it_is_the_same(m
     assert seen == []
 
 
+@pytest.mark.parametrize("role", ["head", "embeddings"])
+def test_nothing_of_the_size_of_vocabulary_times_width_is_ever_formed(role):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary, width = 3000, 256
+    config = AutoConfig.for_model("gpt2", vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=2, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    examples, plan = make_examples(6), head_plan(model, role=role, batch_tokens=32)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, (tuple, list)) else (made,):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != model.lm_head.weight.data_ptr():
+                    sizes.append(tensor.numel())
+            return made
+
+    with Sizes():
+        fitted(model, plan, examples).rows(examples)
+    assert len(sizes) > 100
+    assert max(sizes) < vocabulary * width / 2  # the logits of a batch of 32 tokens; the weight itself is not counted
+
+
 def test_fits_of_any_split_and_any_batching_agree():
     model, examples = make_model(), make_examples(14)
     whole = fitted(model, head_plan(model), examples)
