@@ -170,6 +170,7 @@ _index_options = _together(
     click.option("--coordinates", type=int, help="Stored of the blocks; fewer than there are, are kept or mixed.  [default: all]"),
     click.option("--head-bits", type=int, help="Bits of each token of the head.  [default: 64]"),
     click.option("--head-keys", type=int, help="Tokens of the head kept of an example.  [default: all that it predicts]"),
+    click.option("--head-others", type=int, default=0, help="Tokens of the head beside those: the most probable.  [default: 0]"),
     click.option("--embedding-bits", type=int, help="Bits of each token of the embeddings.  [default: 64]"),
     click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),

@@ -8,7 +8,8 @@ Kronecker form with a diagonal on the vocabulary side:
                                             or for the data's labels, d_t(v)^2 itself
     E sum_t h_t h_t^T = U diag(e) U^T,      l_vj = q_v e_j / E[loss tokens],      z[v, j] = (G U)[v, j] / sqrt(l_vj + a)
 
-Only the tokens that an example predicts are kept: they hold most of the energy, and the vocabulary x width gradient is never formed. With
+Only the tokens that an example predicts are kept, and where asked for the most probable others: they hold most of the energy, and the
+vocabulary x width gradient is never formed. With
 weights frozen below, autograd's graph begins at the head's output, so a forward pass is all that the model is asked for.
 
 **The embeddings** are the same with the roles exchanged: with d_t the gradient that arrives where token x_t was read, G[v] is the sum of
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ..store.keyed import KeyedVectors
@@ -86,10 +87,18 @@ class KeyedCollector:
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
         if self._part.segment.role == "head":
+            if self._part.segment.others and self._sums is None:
+                self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
             found = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
         else:
             found = [self._by_token(d[i], i) for i in range(len(self._keys))]
         self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+
+    def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
+        """The predicted tokens and so many of the others as are most probable (whose gradients, summed over positions, are largest)."""
+        mass = d.sum(0).index_fill(0, keys, -torch.inf)
+        others = torch.topk(mass, min(self._part.segment.others, len(mass) - len(keys))).indices
+        return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
         keys, valid = self._keys[example], self._batch.valid[example]

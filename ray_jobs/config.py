@@ -61,7 +61,8 @@ class BuildConfig:
             one label.
         coordinates, row_dtype: how many of the blocks' coordinates are stored (None stores all), and how.
         head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
-            largest norm; None keeps all); 64 bits by default.
+            largest norm; None keeps all); 64 bits by default. `head_others`: how many tokens of the head are stored beside those that the
+            example predicts, the most probable ones.
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -94,6 +95,7 @@ class BuildConfig:
     row_dtype: RowDtype | None = None
     head_bits: int | None = None
     head_keys: int | None = None
+    head_others: int = 0
     embedding_bits: int | None = None
     embedding_keys: int | None = None
     shard_rows: int | None = None
@@ -114,7 +116,7 @@ class BuildConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
         if self.bytes_per_example is not None:
             sizes = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
-            given = [name for name in sizes if getattr(self, name) is not None]
+            given = [name for name in sizes if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
             if given:
                 raise UsageError(f"--bytes-per-example chooses --{given[0].replace('_', '-')}; give one or the other")
         if self.segments is not None and not self.segments:
@@ -127,8 +129,9 @@ class BuildConfig:
             raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
         if not self.model or not self.out or "" in self.data:
             raise UsageError("--model, --data or --out is empty; is a variable of your shell not set?")
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}; it must be at least 0")
+        for name in ("seed", "head_others"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
         if not self.data:
             raise UsageError("no --data given; name at least one file, folder or dataset")
         if "-" in self.data:

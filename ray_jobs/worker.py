@@ -146,6 +146,7 @@ class Worker:
             vocabulary=vocabulary,
             width=width,
             bits=(c.head_bits if head else c.embedding_bits) or 64,
+            others=c.head_others if head else 0,
             keys=c.head_keys if head else c.embedding_keys,
             tail=any(tail),
             seed=c.seed,

@@ -235,7 +235,8 @@ class Index:
 def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
     about = {"labels": s.curvature.labels, "fitted_on": s.curvature.examples, "damping": s.curvature.damping}
     if isinstance(s, KeyedSegment):
-        kept = "all that are predicted" if s.keys is None else f"{s.keys} of largest norm"
+        every = ("all that are predicted" if s.role == "head" else "all that are read") + (f", {s.others} others" if s.others else "")
+        kept = every if s.keys is None else f"{s.keys} of largest norm"
         sizes = {"layer": s.layer, "vocabulary": s.vocabulary, "width": s.width, "keys": kept, "bits_a_key": s.bits}
         return {"name": s.name, "kind": s.kind, "weight": s.weight, **sizes, "parameters": s.vocabulary * s.width, **about}
     return {

@@ -121,6 +121,7 @@ class KeyedSegment(_Model):
         layer: the module's name.
         vocabulary, width: its size.
         bits: of a vector's code.
+        others: tokens beside those that an example predicts, the most probable ones.
         keys: tokens kept of an example, those of largest norm; None keeps all.
         tail: whether something follows the head's output (a soft-cap, a scale), so that curvature has no closed form.
         seed: of the rotation.
@@ -135,6 +136,7 @@ class KeyedSegment(_Model):
     vocabulary: Size
     width: Size
     bits: Size
+    others: Count
     keys: Size | None
     tail: bool
     seed: Count

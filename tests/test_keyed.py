@@ -24,7 +24,7 @@ from whence.store.rows import write_shard
 TASK = CausalLM()
 
 
-def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None, role="head"):
+def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None, role="head", others=0):
     layer, vocabulary, width, *tail = TASK.keyed_head(model) if role == "head" else TASK.keyed_embeddings(model)
     head = KeyedSegment(
         name=role,
@@ -35,6 +35,7 @@ def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_to
         vocabulary=vocabulary,
         width=width,
         bits=bits,
+        others=others,
         keys=keys,
         tail=any(tail),
         seed=3,
@@ -224,6 +225,23 @@ def test_only_the_largest_keys_are_kept_when_asked():
         whole = every.part(i, i + 1)
         largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
         assert few.part(i, i + 1).keys.tolist() == largest.tolist()
+
+
+def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
+    model, examples = make_model(), make_examples(6)
+    encoder = fitted(model, head_plan(model), examples)
+    more = Encoder(TASK, model, head_plan(model, others=3), encoder.arrays).rows(examples)["head"]
+    every = Encoder(TASK, model, head_plan(model, others=1000), encoder.arrays).rows(examples)["head"]
+    for i, example in enumerate(examples):
+        gradient, _, p = dense_head_gradient(model, example)
+        targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}
+        others = [int(v) for v in np.argsort(-p.sum(0)) if int(v) not in targets][:3]
+        assert more.part(i, i + 1).keys.tolist() == sorted(targets | set(others))
+        whole = every.part(i, i + 1)
+        assert whole.keys.tolist() == list(range(len(gradient)))
+        assert set(more.part(i, i + 1).keys) <= set(whole.keys)
+        found = more.part(i, i + 1)
+        np.testing.assert_allclose(found.vectors, whole.vectors[found.keys], rtol=1e-6, atol=1e-9)
 
 
 # --- codes
