@@ -129,7 +129,7 @@ _task_option = click.option(
     "--task", default="causal-lm", show_default=True, help="causal-lm, mlp (vectors with labels), or module:Class of your own."
 )
 _model_options = _together(
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--revision", multiple=True, help="Branch, tag or commit of a hub model; repeat it for several checkpoints of one."),
     click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
@@ -183,7 +183,12 @@ _index_options = _together(
 
 
 _corpus_options = _together(
-    click.option("--model", required=True, help="Directory or hub id of a causal language model (safetensors)."),
+    click.option(
+        "--model",
+        required=True,
+        multiple=True,
+        help="Directory or hub id of a causal language model (safetensors); repeat it for checkpoints or an ensemble.",
+    ),
     click.option(
         "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
     ),
@@ -299,7 +304,7 @@ def plan(as_json: bool, **options: Any) -> None:
 @click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
 @click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
 @click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.")
-@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
@@ -316,7 +321,7 @@ def query(
     mode: Any,
     damping: float | None,
     weights: str | None,
-    model: str | None,
+    model: tuple[str, ...],
     device: str,
     trust_remote_code: bool,
     task: str | None,
@@ -371,6 +376,9 @@ def info(index: str, as_json: bool) -> None:
     for name, value in summary.items():
         if name == "left_out":
             table.add_row("left out", f"{', '.join(value[:4])}{' ...' if len(value) > 4 else ''}" or "nothing")
+        elif name == "models":
+            for model in value:
+                table.add_row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")
         elif name != "segments":
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     for segment in summary["segments"]:
@@ -418,7 +426,7 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.argument("pack")
-@click.option("--model", help="Another model than the pack's: directory, hub id, or safetensors file.")
+@click.option("--model", multiple=True, help="Another model than the pack's: directory, hub id, or safetensors file; repeatable.")
 @click.option("--data", help="Where an image pack's IDX files lie.  [default: in the pack, or ../../data from there]")
 @click.option("--queries", default="all", show_default=True, help="all, even or odd: choose on one half, report on the other.")
 @click.option("--out", help="Keep the index here.  [default: it is thrown away]")
@@ -429,7 +437,7 @@ def evaluate() -> None:
 @_json_option
 def lds(
     pack: str,
-    model: str | None,
+    model: tuple[str, ...],
     data: str | None,
     queries: Any,
     out: str | None,
@@ -462,9 +470,11 @@ def lds(
         idle = [name for name in click.get_current_context().params if name not in ours and given(name) is ParameterSource.COMMANDLINE]
         if idle:
             raise UsageError(f"--{idle[0].replace('_', '-')} means nothing beside --scores, for which no index is built")
-        judgement = judge_scores(Path(pack), Path(scores), model=model, data=place, half=queries, device=options["device"])
+        judgement = judge_scores(
+            Path(pack), Path(scores), model=model[-1] if model else None, data=place, half=queries, device=options["device"]
+        )
     else:
-        options = {"model": model, **_as_config(options)}
+        options = {"model": model or None, **_as_config(options)}
         with Console() as reporter:
             judgement = judge_index(
                 Path(pack), options, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
@@ -482,11 +492,11 @@ def lds(
 @click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
 @click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
-@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
 @_json_option
-def tailpatch(index: str, file: str, model: str | None, device: str, task: str | None, as_json: bool, **options: Any) -> None:
+def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
     """Take one optimizer step on each of the top proponents: does the question's loss fall?
 
     \b
@@ -510,7 +520,7 @@ def tailpatch(index: str, file: str, model: str | None, device: str, task: str |
 @click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
 @click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
-@click.option("--model", help="Where the model lies now, if it was moved.")
+@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
@@ -637,7 +647,8 @@ def _weights(given: str | None) -> dict[str, float]:
 def _as_config(options: dict[str, Any]) -> dict[str, Any]:
     """A build's options as the configuration has them: several values as a tuple, segments split at their commas."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
-    return plain | {"segments": plain["segments"] and tuple(part.strip() for part in plain["segments"].split(","))}
+    segments = plain["segments"] and tuple(part.strip() for part in plain["segments"].split(","))
+    return plain | {"segments": segments, "revision": plain["revision"] or None}
 
 
 def _read_questions(file: str) -> Iterable["Question"]:

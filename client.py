@@ -35,7 +35,8 @@ class Client:
 
     Args:
         index: its directory.
-        model: where the model lies now, if not where the index was built from; it must be the very same weights.
+        model: where the model lies now, if not where the index was built from (of several, all in their order); it must be the very
+            same weights.
         device: where to run it: "auto", "cpu", "cuda", "cuda:1".
         trust_remote_code: run code that comes with the model.
         task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
@@ -52,14 +53,14 @@ class Client:
         self,
         index: str | Path,
         *,
-        model: str | None = None,
+        model: str | Sequence[str] | None = None,
         device: str = "auto",
         trust_remote_code: bool = False,
         task: str | None = None,
     ) -> None:
         self.index = Index(index)
         self._task_name = task
-        self._model = model
+        self._models = [model] if isinstance(model, str) else list(model or [])
         self._device = device
         self._trust_remote_code = trust_remote_code
 
@@ -176,12 +177,12 @@ class Client:
     @cached_property
     def _documents(self) -> "DocumentEncoder":
         options = self.index.manifest.build["what"]["options"]
-        longest = options["max_tokens"] or self.index.manifest.model.context
-        encoder = self.task.encoder(self._source(), longest, options["long"], options["append_eos"])
+        longest = options["max_tokens"] or self._context
+        encoder = self.task.encoder(self._sources[0], longest, options["long"], options["append_eos"])
         recorded = self.index.manifest.tokenizer
         if encoder.fingerprint != (recorded.fingerprint if recorded else None):
             raise IncompatibleError(
-                f"the tokenizer of {self._source().id} is not the one that {self.index.path} was built with; "
+                f"the tokenizer of {self._sources[0].id} is not the one that {self.index.path} was built with; "
                 "point --model at the original, or build the index again"
             )
         return encoder
@@ -192,12 +193,15 @@ class Client:
         if not isinstance(self._documents, TextEncoder):
             raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
         where = f"question {question.id}" if question.id else "the question"
-        context = self.index.manifest.model.context
-        return self._documents.question(question.prompt, question.completion, question.text, context=context, where=where)
+        return self._documents.question(question.prompt, question.completion, question.text, context=self._context, where=where)
+
+    @property
+    def _context(self) -> int | None:
+        return min((model.context for model in self.index.manifest.models if model.context), default=None)
 
     @cached_property
     def encoder(self) -> "Encoder":
-        """The encoder that made the rows, with its model.
+        """The encoder that made the rows, with its models.
 
         Raises:
             IncompatibleError: the model is not the one that the index was built with.
@@ -206,28 +210,33 @@ class Client:
         from .indexer.models import model_fingerprint
 
         manifest = self.index.manifest
-        model = self.task.load(self._source()).requires_grad_(False)
-        if model_fingerprint(model) != manifest.model.fingerprint:
-            raise IncompatibleError(
-                f"the weights at {self._source().id} are not those that {self.index.path} was built with (another model, or trained "
-                "since); point --model at the original, or build the index again"
-            )
+        models = []
+        for source, recorded in zip(self._sources, manifest.models, strict=True):
+            model = self.task.load(source).requires_grad_(False)
+            if model_fingerprint(model) != recorded.fingerprint:
+                raise IncompatibleError(
+                    f"the weights at {source.id} are not those that {self.index.path} was built with (another model, or trained "
+                    "since); point --model at the original, or build the index again"
+                )
+            models.append(model)
         plan = EncoderPlan(manifest.segments, _QUESTION_BATCH_TOKENS)
-        return Encoder(self.task, model, plan, self.index.arrays)
+        return Encoder(self.task, tuple(models), plan, self.index.arrays)
 
     @property
     def model_id(self) -> str:
-        """Directory or hub id of the model that questions are asked of."""
-        return self._model or self.index.manifest.model.id
+        """Directory or hub id of the model that questions are asked of; of several, the last."""
+        return self._sources[-1].id
 
-    def _source(self) -> "ModelSource":
+    @cached_property
+    def _sources(self) -> "list[ModelSource]":
         from .indexer.models import ModelSource
 
-        recorded = self.index.manifest.model
-        return ModelSource(
-            self.model_id,
-            None if self._model else recorded.revision,
-            recorded.dtype,
-            self._device,
-            self._trust_remote_code,
-        )
+        recorded = self.index.manifest.models
+        if self._models and len(self._models) != len(recorded):
+            raise UsageError(
+                f"{self.index.path} was built with {len(recorded)} models, --model names {len(self._models)}; name all in order"
+            )
+        how = self._device, self._trust_remote_code
+        if self._models:
+            return [ModelSource(id, None, model.dtype, *how) for id, model in zip(self._models, recorded, strict=True)]
+        return [ModelSource(model.id, model.revision, model.dtype, *how) for model in recorded]

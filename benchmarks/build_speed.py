@@ -75,8 +75,8 @@ def main():
             plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(plan), {}
             for step in range(len(fit.steps)):
-                arrays = fit.finish(step, arrays, fit.measure(Encoder(task, frozen, plan, arrays), step, examples))
-            encoder = Encoder(task, frozen, plan, arrays)
+                arrays = fit.finish(step, arrays, fit.measure(Encoder(task, (frozen,), plan, arrays), step, examples))
+            encoder = Encoder(task, (frozen,), plan, arrays)
             planned = [b for _, b in batches(task, examples, args.batch_tokens, torch.device("cpu"))]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())

@@ -45,7 +45,7 @@ def _products(a, b):
 def _exact(client, train, queries):
     """Scores [examples, queries] of the index's segments without codes, reduction or bound on tokens."""
     whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "keyed" else s for s in client.encoder.plan.segments)
-    encoder = Encoder(client.task, client.encoder.model, replace(client.encoder.plan, segments=whole), client.encoder.arrays)
+    encoder = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, segments=whole), client.encoder.arrays)
     rows, asked = encoder.rows(train), encoder.rows(queries, questions=True)
     return sum(s.weight * _products(rows[s.name], asked[s.name]) for s in whole)
 
@@ -67,8 +67,8 @@ def _measured(pack, options, scratch, recall):
     if pack.train_file is None and not data.exists():
         write_documents_file(pack.train, data)
     out = Path(tempfile.mkdtemp(dir=scratch)) / "index"
-    given = {**pack.build, **options}
-    build(BuildConfig(model=str(pack.model), task=pack.task, data=(str(data),), out=str(out), **given))
+    given = {"model": str(pack.model), **pack.build, **options}
+    build(BuildConfig(task=pack.task, data=(str(data),), out=str(out), **given))
     client = Client(out)
     queries = client.encode(pack.queries)
     scores = score_matrix(client, client.measure(queries))

@@ -156,7 +156,7 @@ def brittleness(
     k: int = 50,
     draws: int = 5,
     mode: Mode = "influence",
-    model: str | None = None,
+    model: Sequence[str] = (),
     device: str = "auto",
     workers: int = 1,
     threads: int = 1,
@@ -184,7 +184,7 @@ def brittleness(
     best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores.T]
     removed = [[], *best, *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
     factory = partial(
-        Remover, train, absolute(base), str(Path(index).resolve()), tuple(questions), model and absolute(model), device, threads
+        Remover, train, absolute(base), str(Path(index).resolve()), tuple(questions), tuple(map(absolute, model)), device, threads
     )
     reporter.stage("retraining", sum(rows - len(r) for r in removed))
     with open_executor(factory, Resources(workers, threads, address, device, own_code=True)) as executor:
@@ -214,7 +214,7 @@ class Remover:
     """A worker that trains without some of an index's examples and measures the questions."""
 
     def __init__(
-        self, train: str, base: str, index: str, questions: Sequence[Question], model: str | None, device: str, threads: int
+        self, train: str, base: str, index: str, questions: Sequence[Question], model: Sequence[str], device: str, threads: int
     ) -> None:
         keep_freed_memory()
         torch.set_num_threads(threads)
@@ -273,7 +273,7 @@ def recall(
     if ids[0] != ids[1]:
         raise UsageError(f"{index} and {reference} do not hold the same examples in the same order; build both from the same corpus")
     rows = len(ours.index)
-    if ours.index.manifest.model.fingerprint != theirs.index.manifest.model.fingerprint or any(
+    if [m.fingerprint for m in ours.index.manifest.models] != [m.fingerprint for m in theirs.index.manifest.models] or any(
         ours.index.example(row).text != theirs.index.example(row).text for row in range(rows)
     ):
         raise UsageError(f"{index} and {reference} are of different models, or of different texts under the same ids; build both alike")

@@ -48,12 +48,12 @@ def gradient_controls(client: Client, train: Sequence[Example], queries: Sequenc
     norms = row_norms(client.index)
     encoder = client.encoder
     dense = [s for s in client.index.manifest.segments if isinstance(s, DenseSegment)]
-    names = [n.name for n in dense[0].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
+    names = [n.name for n in dense[-1].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
     asked = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
         layers = plan_layers(client.task, encoder.model, names, rank, "identity", 0, explicit=bool(dense))
         segment = _plain_segment(layers, rank)
-        plain = Encoder(client.task, encoder.model, replace(encoder.plan, segments=(segment,)), {})
+        plain = Encoder(client.task, (encoder.model,), replace(encoder.plan, segments=(segment,)), {})
         if len(queries) * segment.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
             asked = plain.rows(queries, questions=True)["plain"].astype(np.float32)
             break
@@ -77,6 +77,7 @@ def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
     return DenseSegment(
         name="plain",
         kind="dense",
+        model=0,
         coordinates=None,
         weight=1.0,
         dtype="float32",

@@ -17,6 +17,7 @@ from ..query.search import Metric
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
+from ..ray_jobs.worker import model_sources
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
@@ -215,7 +216,7 @@ def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
         return
     from ..indexer.models import load_tokenizer
 
-    eos = load_tokenizer(ModelSource(config.model, config.revision, trust_remote_code=config.trust_remote_code)).eos_token_id
+    eos = load_tokenizer(model_sources(config)[0]).eos_token_id
     if eos != pack.append_token:
         raise IncompatibleError(
             f"the pack's documents end with token {pack.append_token}, this tokenizer's with {eos}; is --model the right one?"

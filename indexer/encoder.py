@@ -1,4 +1,4 @@
-"""The encoder: a frozen model with what each segment of a row needs, from examples to whitened rows, in one pass for all segments.
+"""The encoder: frozen models with what each segment of a row needs, from examples to whitened rows, in one pass of each model.
 
 A segment's part (dense.py, keyed.py) says which layers it tracks and through which maps, and gets a collector for every batch, which is
 visited with their inputs and output gradients and then gives the batch's rows. An encoder's state is a flat dictionary of arrays (`Arrays`)
@@ -63,26 +63,31 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Whitened rows of examples under one model.
+    """Whitened rows of examples under one model, or under several (checkpoints, an ensemble), each with segments of its own.
 
     Attributes:
-        task: what the model is asked.
-        model: frozen, on its device.
+        task: what the models are asked.
+        models: frozen, on their device.
         plan: which segments, and how each is projected, whitened and keyed.
         arrays: the state; rows need every pass of the fit in it.
     """
 
     task: Task
-    model: nn.Module
+    models: tuple[nn.Module, ...]
     plan: EncoderPlan
     arrays: Mapping[str, np.ndarray]
+
+    @property
+    def model(self) -> nn.Module:
+        """The last of the models, which of several checkpoints is the final one."""
+        return self.models[-1]
 
     @cached_property
     def parts(self) -> dict[str, DensePart | KeyedPart]:
         """What makes each segment's rows."""
-        weight = next(self.model.parameters())
         found: dict[str, DensePart | KeyedPart] = {}
         for segment in self.plan.segments:
+            weight = next(self.models[segment.model].parameters())
             own = {at.removeprefix(f"{segment.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{segment.name}/")}
             if isinstance(segment, KeyedSegment):
                 found[segment.name] = KeyedPart(segment, own, weight.device, weight.dtype)
@@ -106,7 +111,10 @@ class Encoder:
         objective = self.task.measurement if questions else self.task.loss
         for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, next(self.model.parameters()).device):
             collectors = {name: part.collector(batch) for name, part in self.parts.items()}
-            backward(self.model, batch, list(collectors.values()), objective)
+            for number, model in enumerate(self.models):
+                own = [collectors[s.name] for s in self.plan.segments if s.model == number]
+                if own:
+                    backward(model, batch, own, objective)
             rows = {name: collector.rows() for name, collector in collectors.items()}
             for block in rows.values():
                 check_finite(torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None]), batch, "gradient")

@@ -1,8 +1,8 @@
 """Fitting projections and curvature: passes over a sample, each a sum that any split of the sample adds up to.
 
 A step is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. A segment
-needs one step or more (PCA where it is asked for, then the passes that its curvature declares); segments whose steps ask the same labels
-share them.
+needs one step or more (PCA where it is asked for, then the passes that its curvature declares); segments of one model whose
+steps ask the same labels share them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,12 +56,12 @@ class Fit:
     @property
     def steps(self) -> list[list[tuple[Segment, int]]]:
         """The segments of each step, and the pass that each is in."""
-        steps: dict[tuple[int, int | None, bool], list[tuple[Segment, int]]] = {}
+        steps: dict[tuple[int, int, int | None, bool], list[tuple[Segment, int]]] = {}
         for segment in self.plan.segments:
             for number in range(_passes(segment)):
-                at = (number, _label_seed(segment), segment.curvature.labels == "expected")
+                at = (number, segment.model, _label_seed(segment), segment.curvature.labels == "expected")
                 steps.setdefault(at, []).append((segment, number))
-        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1] is not None, at[2]))]
+        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1], at[2] is not None, at[3]))]
 
     def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
         """The sums of a step over some examples.
@@ -75,16 +75,17 @@ class Fit:
         members = self.steps[step]
         meters: dict[str, Meter] = {s.name: _meter(s, number, encoder) for s, number in members}
         labels, seed = members[0][0].curvature.labels, _label_seed(members[0][0])
-        classes = encoder.task.classes(encoder.model) if labels == "expected" else None
+        model = encoder.models[members[0][0].model]
+        classes = encoder.task.classes(model) if labels == "expected" else None
         objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=seed)]
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
-        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, next(encoder.model.parameters()).device):
+        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, next(model.parameters()).device):
             for objective in objectives:
                 for meter in meters.values():
                     meter.begin(batch)
-                backward(encoder.model, batch, list(meters.values()), objective)
+                backward(model, batch, list(meters.values()), objective)
                 for meter in meters.values():
                     meter.end()
             tokens = int(batch.valid.sum())

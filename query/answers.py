@@ -137,7 +137,13 @@ def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hit
 def describe_index(index: Index) -> dict[str, Any]:
     """What an answer says of the index that it came from."""
     m = index.manifest
-    return {"path": str(index.path), "manifest": m.number, "model": m.model.id, "rows": m.rows, "segments": [s.name for s in m.segments]}
+    return {
+        "path": str(index.path),
+        "manifest": m.number,
+        "models": [model.id for model in m.models],
+        "rows": m.rows,
+        "segments": [s.name for s in m.segments],
+    }
 
 
 def _attributions(index: Index, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:

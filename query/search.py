@@ -37,7 +37,8 @@ class Metric:
         mode: "influence" or "cosine".
         damping: relative to each layer's mean eigenvalue; None keeps the build's.
         curvature: False undoes the whitening: plain products of projected gradients, and their cosine.
-        weights: by segment, times the index's own, which make the segments' spreads comparable; 0 leaves a segment out.
+        weights: by segment ("head-2") or part ("head": that of every model), times the index's own, which make the segments' spreads
+            comparable; 0 leaves a segment out.
     """
 
     mode: Mode = "influence"
@@ -102,10 +103,14 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
 
 def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
     """Every score, as (first row, scores of a shard's rows), in row order."""
-    unknown = sorted(metric.weights.keys() - {s.name for s in index.manifest.segments})
+    names = {s.name for s in index.manifest.segments}
+    unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.segments})
     if unknown:
         raise UsageError(f"there is no segment {unknown[0]!r}; this index has {', '.join(s.name for s in index.manifest.segments)}")
-    weights = {s.name: s.weight * metric.weights.get(s.name, 1.0) for s in index.manifest.segments}
+    weights = {s.name: s.weight for s in index.manifest.segments}
+    for s in index.manifest.segments:
+        for name in {s.part, s.name} & metric.weights.keys():
+            weights[s.name] *= metric.weights[name]
     if not any(weights.values()):
         raise UsageError("every segment has the weight 0; leave at least one")
     prepared: list[_Dense | _Keyed] = []

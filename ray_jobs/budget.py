@@ -22,7 +22,7 @@ from ..store.rows import row_bytes
 
 Segment = DenseSegment | KeyedSegment
 Counts = Mapping[str, Int64[np.ndarray, " examples"]]
-"""By segment, how many distinct tokens each example of a sample has there."""
+"""By part, how many distinct tokens each example of a sample has there."""
 
 _FIXED = 8  # of a row: a keyed segment's start and norm, a dense one's scale and norm
 _FACTOR = 2
@@ -35,7 +35,7 @@ def row_cost(segment: Segment, counts: Counts) -> float:
     """Bytes of a row in a segment, on average over the sample."""
     if isinstance(segment, DenseSegment):
         return row_bytes(segment.stored, segment.dtype) + (_FIXED if segment.dtype in ("1bit", "int8") else _FIXED // 2)
-    kept = np.minimum(counts[segment.name], segment.keys or np.iinfo(np.int64).max)
+    kept = np.minimum(counts[segment.part], segment.keys or np.iinfo(np.int64).max)
     return _FIXED + float(kept.mean()) * _entry(segment, segment.bits)
 
 
@@ -43,12 +43,16 @@ def spend(budget: int, segments: Sequence[Segment], counts: Counts) -> tuple[Seg
     """The segments with their sizes set to cost at most `budget` bytes an example; those that it does not afford are not among them.
 
     Args:
-        segments: what there is to choose from: "head", "embeddings" and "blocks".
+        segments: what there is to choose from: "head", "embeddings" and "blocks", of one model or of several, which share alike.
 
     Raises:
         UsageError: the budget does not pay for anything.
     """
-    named = {segment.name: segment for segment in segments}
+    numbers = sorted({segment.model for segment in segments})
+    if len(numbers) > 1:
+        own = [[segment for segment in segments if segment.model == number] for number in numbers]
+        return tuple(chosen for some in own for chosen in spend(budget // len(numbers), some, counts))
+    named = {segment.part: segment for segment in segments}
     vocabulary = [named[name] for name in ("head", "embeddings") if name in named]
     blocks = named.get("blocks")
     left = float(budget)
@@ -77,7 +81,7 @@ def spend(budget: int, segments: Sequence[Segment], counts: Counts) -> tuple[Seg
 
 
 def _keyed(segment: KeyedSegment, budget: float, counts: Counts) -> KeyedSegment | None:
-    tokens = counts[segment.name]
+    tokens = counts[segment.part]
     bits = padded_width(segment.width, 1)
     while True:
         affordable = _affordable((budget - _FIXED) / _entry(segment, bits), tokens)

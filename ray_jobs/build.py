@@ -7,6 +7,7 @@ The manifest is written last; until then there is no index.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -45,7 +46,7 @@ from .config import BuildConfig
 from .corpus import CorpusPlan, documents_path, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import Worker, absolute, file_record, model_source
+from .worker import Worker, absolute, document_encoder, file_record
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
@@ -87,17 +88,19 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
     out = Path(config.out)
     refuse_occupied(out)
     sources = describe_sources(config.data)
-    encoder = find_task(config.task).encoder(model_source(config))
+    encoder = document_encoder(config)
     fresh = not out.exists()
     try:
-        own = replace(config, model=absolute(config.model), out=str(out.resolve()))  # a worker's working directory may be its own
+        own = replace(
+            config, model=tuple(map(absolute, config.models)), out=str(out.resolve())
+        )  # a worker's working directory may be its own
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-            model, plan, left_out = executor.call("describe")
+            models, plan, left_out = executor.call("describe")
             what = {
                 "format": 1,
                 "options": config.what(),
-                "model": model.fingerprint,
+                "models": [model.fingerprint for model in models],
                 "tokenizer": encoder.fingerprint,
                 "corpus": sources,
             }
@@ -106,7 +109,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             if finished is not None:
                 return finished
             _claim(job, what)
-            corpus = _write_corpus(job, model, plan)
+            corpus = _write_corpus(job, models, plan)
             offered, plan = plan, _afforded(job, plan, corpus)
             left_out = left_out if any(s.name == "blocks" for s in plan.segments) else ()
             left_out = (*(s.name for s in offered.segments if s.name not in {p.name for p in plan.segments}), *left_out)
@@ -114,7 +117,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             shards = _build_shards(job, executor, plan, arrays, corpus)
             segments, weighed = _weighted(job, executor, plan, arrays, corpus)
             about = {"what": what, "left_out": list(left_out), "weighed": weighed}
-            return _publish(job, about, model, replace(plan, segments=segments), file, corpus, shards)
+            return _publish(job, about, models, replace(plan, segments=segments), file, corpus, shards)
     finally:
         if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
             shutil.rmtree(out)  # nothing was begun
@@ -172,34 +175,33 @@ def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> N
     # Through JSON, as the known one came.
     different = [k for k in wanted if known.get(k) != json.loads(json.dumps(wanted[k]))]
     if different:
-        short = {"model": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
+        short = {"models": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
         listed = ", ".join(short.get(k) or f"{k} {known.get(k)!r}, now {wanted[k]!r}" for k in different)
         raise UsageError(
             f"--out {out} holds a build that differs from this one ({listed}); choose another --out, or remove that directory first"
         )
 
 
-def longest_example(config: BuildConfig, model: Model) -> int:
-    """Tokens of the longest example: what was asked for, else the model's context, at most 2,048.
+def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
+    """Tokens of the longest example: what was asked for, else the models' shortest context, at most 2,048.
 
     Raises:
         UsageError: more was asked for than the model's context.
     """
-    limit = model.context
+    limit = min((model.context for model in models if model.context), default=None)
     if config.max_tokens and limit and config.max_tokens > limit:
         raise UsageError(f"--max-tokens is {config.max_tokens}, the model's context is {limit}; it can be at most that")
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
-def _write_corpus(job: _Job, model: Model, plan: EncoderPlan) -> CorpusPlan:
+def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> CorpusPlan:
     c = job.config
-    max_tokens = longest_example(c, model)
+    encoder = document_encoder(c, longest_example(c, models))
     fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
     if c.bytes_per_example is not None:
         fitting = [max(1, _SHARD_BYTES // c.bytes_per_example)]
     shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
     task = find_task(c.task)
-    encoder = task.encoder(model_source(c), max_tokens, c.long, c.append_eos)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
     return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
 
@@ -273,7 +275,7 @@ def _weighted(
 
     Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If
     the head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the
-    blocks, and the shares are those of `_SHARES_FROZEN`.
+    blocks, and the shares are those of `_SHARES_FROZEN`. Of several models the last decides this, since earlier ones have not arrived.
     """
     if len(plan.segments) == 1 and isinstance(plan.segments[0], DenseSegment) and not plan.segments[0].coordinates:
         return plan.segments, {}
@@ -305,10 +307,13 @@ def _weighted(
         means[segment.name] = float(truth[other].mean()) / own if own > 0 else 0.0
         varied = spreads[segment.name] > 0 and found[other].std() > 0
         known[segment.name] = float(np.corrcoef(truth[other], found[other])[0, 1]) if varied else 0.0
+    last = {s.part: s.name for s in plan.segments if s.model == plan.segments[-1].model}
     if head_mean is not None:
-        means["head"] = head_mean
-    shares = _SHARES_FROZEN if means.get("head", 0.0) > max(0.0, means.get("blocks", np.inf)) else _SHARES
-    weights = {n: shares[n] * known[n] ** 2 / spread if spread > 0 and known[n] > 0 else 0.0 for n, spread in spreads.items()}
+        means[last["head"]] = head_mean
+    of_head, of_blocks = means.get(last.get("head", ""), 0.0), means.get(last.get("blocks", ""), np.inf)
+    shares = _SHARES_FROZEN if of_head > max(0.0, of_blocks) else _SHARES
+    known_parts = {s.name: shares[s.part] * known[s.name] ** 2 for s in plan.segments}
+    weights = {n: known_parts[n] / spread if spread > 0 and known[n] > 0 else 0.0 for n, spread in spreads.items()}
     first = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
     segments = tuple(s.model_copy(update={"weight": weights[s.name] / first if any(weights.values()) else 1.0}) for s in plan.segments)
     return segments, {n: {"fidelity": round(known[n], 4), "mean_share": round(means[n], 6)} for n in known}
@@ -335,7 +340,13 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 
 
 def _publish(
-    job: _Job, asked: dict[str, Any], model: Model, plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
+    job: _Job,
+    asked: dict[str, Any],
+    models: tuple[Model, ...],
+    plan: EncoderPlan,
+    file: FileRecord,
+    corpus: CorpusPlan,
+    shards: tuple[Shard, ...],
 ) -> Manifest:
     c, segments = job.config, plan.segments
     reduced = {"reduced" for s in segments if isinstance(s, DenseSegment) and (s.coordinates or s.dtype == "1bit")}
@@ -346,7 +357,7 @@ def _publish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         whence=installed_version(),
         task=c.task,
-        model=model,
+        models=models,
         tokenizer=Tokenizer(fingerprint=asked["what"]["tokenizer"]) if asked["what"]["tokenizer"] else None,
         segments=segments,
         encoder=file,

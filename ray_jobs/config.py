@@ -41,7 +41,9 @@ class BuildConfig:
     """A build's options; None means a default that depends on the model, the data or the machine.
 
     Attributes:
-        model: a directory or hub id of a causal language model; `revision` for a hub id.
+        model: a directory or hub id of a causal language model, or several: checkpoints of one run in their order, or models trained
+            apart, which read the same tokens. Each has segments of its own, and scores are their mean.
+        revision: of a hub id, or several: one for each model, or several of one model.
         task: "causal-lm", "mlp" (a perceptron of vectors with labels), or one's own as `module:Class`.
         data: files, folders or hub datasets (see `store.corpus.read_corpus`).
         out: the index directory to make.
@@ -68,11 +70,11 @@ class BuildConfig:
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
     """
 
-    model: str
+    model: str | tuple[str, ...]
     data: tuple[str, ...]
     out: str
     task: str = "causal-lm"
-    revision: str | None = None
+    revision: str | tuple[str, ...] | None = None
     dtype: ModelDtype = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -127,7 +129,7 @@ class BuildConfig:
             check_damping(self.damping)
         if self.threads > _MAX_THREADS:
             raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
-        if not self.model or not self.out or "" in self.data:
+        if not self.model or "" in self.models or not self.out or "" in self.data:
             raise UsageError("--model, --data or --out is empty; is a variable of your shell not set?")
         for name in ("seed", "head_others"):
             if getattr(self, name) < 0:
@@ -138,6 +140,26 @@ class BuildConfig:
             raise UsageError(
                 "--data cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
             )
+
+        revisions = () if self.revision is None else (self.revision,) if isinstance(self.revision, str) else self.revision
+        named = (self.model,) if isinstance(self.model, str) else self.model
+        if min(len(revisions), len(named)) > 1 and len(revisions) != len(named):
+            raise UsageError(f"there are {len(named)} models and {len(revisions)} revisions; give one for each model, or one for all")
+        if len(set(zip(self.models, self.revisions, strict=True))) < len(self.models):
+            raise UsageError("a model is named twice; its rows would only count double")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Directories or hub ids, one for each model."""
+        named = (self.model,) if isinstance(self.model, str) else self.model
+        return named * len(self.revision) if len(named) == 1 and isinstance(self.revision, tuple) else named
+
+    @property
+    def revisions(self) -> tuple[str | None, ...]:
+        """Revisions, one for each model."""
+        if not isinstance(self.revision, tuple) or len(self.revision) == 1:
+            return (self.revision[0] if isinstance(self.revision, tuple) else self.revision,) * len(self.models)
+        return self.revision
 
     def what(self) -> dict[str, Any]:
         """The options that decide what the index holds (not how or where it is made), JSON-ready."""

@@ -23,7 +23,7 @@ from ..store.manifest import DenseSegment
 from .budget import count_tokens, row_cost, spend
 from .build import longest_example
 from .config import BuildConfig
-from .worker import Worker, model_source, segment_writers
+from .worker import Worker, document_encoder, segment_writers
 
 _SAMPLED = 512
 _MEASURED_BATCHES = 6
@@ -65,8 +65,8 @@ def estimate(config: BuildConfig) -> Cost:
         UsageError, DataError, NotFoundError, ...: what the build would raise, as far as the sample shows it.
     """
     task, worker = find_task(config.task), Worker(config)
-    model, plan, _ = worker.describe()
-    encoder = task.encoder(model_source(config), longest_example(config, model), config.long, config.append_eos)
+    models, plan, _ = worker.describe()
+    encoder = document_encoder(config, longest_example(config, models))
     fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
     documents, sample = _sampled(config, fields)
     examples: list[Example] = []
@@ -90,7 +90,7 @@ def estimate(config: BuildConfig) -> Cost:
     fit = Fit(plan)
     fit_rate = measured_tokens = sum(e.tokens for e in measured)
     for step in range(len(fit.steps)):
-        worker_encoder = Encoder(task, worker.model, plan, arrays)
+        worker_encoder = Encoder(task, worker.models, plan, arrays)
         if step == 0:
             fit.measure(worker_encoder, step, measured[:1])  # the first pass pays for what is made once
         started = time.perf_counter()
@@ -99,7 +99,7 @@ def estimate(config: BuildConfig) -> Cost:
         started = time.perf_counter()
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
-    worker_encoder = Encoder(task, worker.model, plan, arrays)
+    worker_encoder = Encoder(task, worker.models, plan, arrays)
     segment_writers(worker_encoder, measured[:1])
     started = time.perf_counter()
     segment_writers(worker_encoder, measured)

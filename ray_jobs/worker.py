@@ -1,6 +1,6 @@
-"""A worker: loads the model once, then measures parts of the fitting sample and builds whole shards.
+"""A worker: loads its models once, then measures parts of the fitting sample and builds whole shards.
 
-Every method is a function of its arguments and the model alone, so that a task can be given again to any worker after one died, and gives
+Every method is a function of its arguments and the models alone, so that a task can be given again to any worker after one died, and gives
 the same bytes. The same class runs in the driver's process (`--workers 1`) and as a Ray actor.
 """
 
@@ -20,11 +20,12 @@ from torch import nn
 from ..indexer import models
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
+from ..indexer.examples import DocumentEncoder
 from ..indexer.fit import Fit
 from ..indexer.keyed import HeadMean, KeyedPart
 from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
-from ..store.errors import IntegrityError, UsageError
+from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import publish, sha256
 from ..store.index import dense_reduction
 from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
@@ -61,85 +62,96 @@ class Worker:
 
     @cached_property
     def task(self) -> Task:
-        """What the model is asked."""
+        """What the models are asked."""
         return find_task(self._config.task)
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The model, loaded when first needed (so that failing to load is this task's error)."""
+    def models(self) -> tuple[nn.Module, ...]:
+        """The models, loaded when first needed (so that failing to load is this task's error)."""
         import torch
 
         keep_freed_memory()
         torch.set_num_threads(self._config.threads)
-        return self.task.load(model_source(self._config)).requires_grad_(False)
+        return tuple(self.task.load(source).requires_grad_(False) for source in model_sources(self._config))
 
-    def describe(self) -> tuple[Model, EncoderPlan, tuple[str, ...]]:
-        """What the model is, the plan of its encoder before any fit, and the layers that are left out: those that cannot be tracked, or
-        that are not of the default kind.
+    def describe(self) -> tuple[tuple[Model, ...], EncoderPlan, tuple[str, ...]]:
+        """What the models are, the plan of their encoder before any fit, and the layers that are left out: those that cannot be tracked,
+        or that are not of the default kind.
 
         Raises:
             UsageError: no layer matches, or one of the matching ones does not run.
+            IncompatibleError: one of several models does not read the same tokens.
         """
-        c, model = self._config, self.model
-        description = Model(
-            id=absolute(c.model),
-            revision=getattr(getattr(model, "config", None), "_commit_hash", None) or c.revision,
-            dtype=c.dtype,
-            fingerprint=models.model_fingerprint(model),
-            architecture=type(model).__name__,
-            parameters=sum(p.numel() for p in model.parameters()),
-            context=self.task.context(model),
-        )
-        plan = EncoderPlan(
-            tuple(self._blocks() if name == "blocks" else self._keyed(name) for name in c.segments or self._available()),
-            c.batch_tokens or self.task.batch_tokens.get(next(model.parameters()).device.type, self.task.batch_tokens["cpu"]),
-        )
-        return description, plan, tuple(self._left_out)
+        c, descriptions, segments = self._config, list[Model](), list[DenseSegment | KeyedSegment]()
+        sizes = [(self.task.keyed_embeddings(model) or ("", 0))[1] for model in self.models]
+        for number, (source, model) in enumerate(zip(model_sources(c), self.models, strict=True)):
+            if sizes[number] != sizes[0]:
+                raise IncompatibleError(
+                    f"{source.id} embeds {sizes[number]} tokens, {c.models[0]} {sizes[0]}; models of an index read the same"
+                )
+            descriptions.append(
+                Model(
+                    id=absolute(source.id),
+                    revision=getattr(getattr(model, "config", None), "_commit_hash", None) or source.revision,
+                    dtype=c.dtype,
+                    fingerprint=models.model_fingerprint(model),
+                    architecture=type(model).__name__,
+                    parameters=sum(p.numel() for p in model.parameters()),
+                    context=self.task.context(model),
+                )
+            )
+            names = c.segments or self._available(model)
+            segments += [self._blocks(number) if name == "blocks" else self._keyed(name, number) for name in names]
+        device = next(self.models[0].parameters()).device.type
+        plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]))
+        return tuple(descriptions), plan, tuple(self._left_out)
 
-    def _available(self) -> tuple[str, ...]:
+    def _available(self, model: nn.Module) -> tuple[str, ...]:
         """The segments of a build that names none."""
         if self._config.bytes_per_example is None:
             return ("blocks",)
-        found = {"head": self.task.keyed_head(self.model), "embeddings": self.task.keyed_embeddings(self.model)}
+        found = {"head": self.task.keyed_head(model), "embeddings": self.task.keyed_embeddings(model)}
         return (*(name for name, layer in found.items() if layer is not None), "blocks")
 
-    def _blocks(self) -> DenseSegment:
-        c, small = self._config, self._config.bytes_per_example is not None
-        names = models.find_layers(self.model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
+    def _blocks(self, number: int) -> DenseSegment:
+        c, small, model = self._config, self._config.bytes_per_example is not None, self.models[number]
+        names = models.find_layers(model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
         rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
-        layers = models.plan_layers(self.task, self.model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        layers = models.plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         damping = c.damping or (1.0 if small else 0.1)
-        labels: LabelKind = "data" if not small else "sampled" if self.task.classes(self.model) is None else "expected"
-        every = names if c.layers else models.find_layers(self.model, (), self.task.within_blocks)
+        labels: LabelKind = "data" if not small else "sampled" if self.task.classes(model) is None else "expected"
+        every = names if c.layers else models.find_layers(model, (), self.task.within_blocks)
         self._left_out = [name for name in every if name not in {layer.name for layer in layers}]
         return DenseSegment(
-            name="blocks",
+            name=self._name("blocks", number),
             kind="dense",
+            model=number,
             weight=1.0,
             coordinates=c.coordinates,
             dtype=c.row_dtype or "float32",
             layers=layers,
-            projection=Projection(kind=kind, rank=rank, seed=c.seed),
+            projection=Projection(kind=kind, rank=rank, seed=c.seed + number),
             curvature=Curvature(kind=c.curvature, labels=self._labels(labels), examples=0, tokens=0, damping=damping),
         )
 
     def _labels(self, default: LabelKind) -> LabelKind:
         chosen = self._config.labels or default
-        if chosen == "expected" and self.task.classes(self.model) is None:
+        if chosen == "expected" and self.task.classes(self.models[0]) is None:
             raise UsageError(f"--labels expected sums over the classes of an example's one label, which task {self._config.task} has not")
         return chosen
 
-    def _keyed(self, role: Any) -> KeyedSegment:
-        c, task = self._config, self.task
-        found = task.keyed_head(self.model) if role == "head" else task.keyed_embeddings(self.model)
+    def _keyed(self, role: Any, number: int) -> KeyedSegment:
+        c, task, model = self._config, self.task, self.models[number]
+        found = task.keyed_head(model) if role == "head" else task.keyed_embeddings(model)
         if found is None:
             what = "output head whose rows" if role == "head" else "embeddings that"
             raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of --segments")
         layer, vocabulary, width, *tail = found
         head = role == "head"
         return KeyedSegment(
-            name=role,
+            name=self._name(role, number),
             kind="keyed",
+            model=number,
             weight=1.0,
             role=role,
             layer=layer,
@@ -149,7 +161,7 @@ class Worker:
             others=c.head_others if head else 0,
             keys=c.head_keys if head else c.embedding_keys,
             tail=any(tail),
-            seed=c.seed,
+            seed=c.seed + number,
             curvature=Curvature(kind="kfac", labels=self._labels("sampled"), examples=0, tokens=0, damping=c.damping or 1.0),
         )
 
@@ -191,18 +203,22 @@ class Worker:
         self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
     ) -> tuple[dict[str, np.ndarray | KeyedVectors], float | None]:
         """The first rows of a shard as they were before tokens or coordinates were left out and coded, by segment; and the share of a mean
-        in the head's whole gradients (see `HeadMean`).
+        in the last model's head's whole gradients (see `HeadMean`).
         """
         whole = tuple(s.model_copy(update={"keys": None}) if isinstance(s, KeyedSegment) else s for s in plan.segments)
-        encoder = Encoder(self.task, self.model, replace(plan, segments=whole), arrays)
+        encoder = Encoder(self.task, self.models, replace(plan, segments=whole), arrays)
         examples = self._examples(shard.id, shard.rows, range(count))
-        head = encoder.parts.get("head")
+        head = encoder.parts.get(self._name("head", len(self.models) - 1))
         if not isinstance(head, KeyedPart):
             return encoder.rows(examples), None
         mean = HeadMean(head, _MEAN_TOKENS)
-        for _, batch in batches(self.task, examples, plan.batch_tokens, next(self.model.parameters()).device):
-            backward(self.model, batch, [mean], self.task.loss)
+        for _, batch in batches(self.task, examples, plan.batch_tokens, next(encoder.model.parameters()).device):
+            backward(encoder.model, batch, [mean], self.task.loss)
         return encoder.rows(examples), mean.mean_share
+
+    def _name(self, part: str, number: int) -> str:
+        """A segment's name: its part and, of several models, which one."""
+        return part if len(self._config.models) == 1 else f"{part}-{number + 1}"
 
     def pid(self) -> int:
         """The process that this worker runs in."""
@@ -228,7 +244,7 @@ class Worker:
 
     def _encoder(self, plan: EncoderPlan, arrays: Arrays, stage: str) -> Encoder:
         if stage not in self._encoders:
-            self._encoders = {stage: Encoder(self.task, self.model, plan, arrays)}
+            self._encoders = {stage: Encoder(self.task, self.models, plan, arrays)}
         return self._encoders[stage]
 
 
@@ -263,9 +279,28 @@ def segment_writers(
     return writers
 
 
-def model_source(config: BuildConfig) -> models.ModelSource:
-    """Which model a build loads, and how."""
-    return models.ModelSource(config.model, config.revision, config.dtype, config.device, config.trust_remote_code)
+def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:
+    """Which models a build loads, and how."""
+    how = config.dtype, config.device, config.trust_remote_code
+    return tuple(models.ModelSource(id, revision, *how) for id, revision in zip(config.models, config.revisions, strict=True))
+
+
+def document_encoder(config: BuildConfig, max_tokens: int | None = None) -> DocumentEncoder:
+    """What turns the corpus into examples: the first model's tokenizer, which must be that of the others too, where these have one.
+
+    Raises:
+        IncompatibleError: two models have tokenizers that differ.
+    """
+    task, (first, *others) = find_task(config.task), model_sources(config)
+    encoder = task.encoder(first, max_tokens, config.long, config.append_eos)
+    for other in others:
+        try:
+            differs = task.encoder(other).fingerprint != encoder.fingerprint
+        except NotFoundError:
+            continue  # checkpoints are often saved without one; the size of the vocabulary is compared when they are loaded
+        if differs:
+            raise IncompatibleError(f"the tokenizer of {other.id} is not that of {first.id}; the models of an index read the same tokens")
+    return encoder
 
 
 def file_record(out: Path, path: Path) -> FileRecord:

@@ -28,6 +28,7 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
+SegmentName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*(-[0-9]+)?$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
@@ -85,16 +86,26 @@ class Curvature(_Model):
     damping: Annotated[float, Field(gt=0)]
 
 
-class DenseSegment(_Model):
+class _Segment(_Model):
+    name: SegmentName
+
+    @property
+    def part(self) -> str:
+        """The name without the model's number: "blocks", "head" or "embeddings"."""
+        return self.name.partition("-")[0]
+
+
+class DenseSegment(_Segment):
     """A part of a row with its own layers, curvature and code; scores of segments add, times their weights.
 
     Attributes:
+        model: which of the index's models, from 0.
         coordinates: stored of a row; None stores all. Fewer are a selection of the encoder's (its array `kept`) or a random projection.
         dtype: of a stored coordinate.
     """
 
-    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
     kind: Literal["dense"]
+    model: Count
     weight: float
     coordinates: Size | None
     dtype: RowDtype
@@ -113,10 +124,11 @@ class DenseSegment(_Model):
         return (self.coordinates or self.dim) if self.dtype == "1bit" else min(self.coordinates or self.dim, self.dim)
 
 
-class KeyedSegment(_Model):
+class KeyedSegment(_Segment):
     """A vocabulary layer: a vector of `width` coordinates for each token of an example, at `bits` bits.
 
     Attributes:
+        model: which of the index's models, from 0.
         role: "head", the output head keyed by the tokens that an example predicts, or "embeddings", keyed by those that it reads.
         layer: the module's name.
         vocabulary, width: its size.
@@ -128,8 +140,8 @@ class KeyedSegment(_Model):
         curvature: of Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
 
-    name: Annotated[str, Field(pattern="^[a-z][a-z0-9_-]*$")]
     kind: Literal["keyed"]
+    model: Count
     weight: float
     role: Literal["head", "embeddings"]
     layer: str
@@ -184,7 +196,7 @@ class Manifest(_Model):
     created: str
     whence: str
     task: str
-    model: Model
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
     tokenizer: Tokenizer | None
     segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
     encoder: FileRecord
@@ -296,6 +308,8 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     if first != manifest.rows:
         raise IntegrityError(f"{path} is damaged: its shards hold {first} rows, not {manifest.rows}; build the index again")
     for segment in manifest.segments:
+        if segment.model >= len(manifest.models):
+            raise IntegrityError(f"{path} is damaged: segment {segment.name} is of a model that it does not name; build the index again")
         offset = 0
         for layer in segment.layers if segment.kind == "dense" else ():
             if layer.offset != offset:

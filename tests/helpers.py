@@ -87,6 +87,7 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
     segment = DenseSegment(
         name="blocks",
         kind="dense",
+        model=0,
         coordinates=None,
         weight=1.0,
         dtype="float32",
@@ -107,9 +108,9 @@ def fit(model, plan, examples, parts=1):
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.measure(Encoder(CausalLM(), model, plan, arrays), step, examples[part::parts]))
+            totals = add_sums(totals, fitting.measure(Encoder(CausalLM(), (model,), plan, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
-    return Encoder(CausalLM(), model, plan, arrays)
+    return Encoder(CausalLM(), (model,), plan, arrays)
 
 
 def write_jsonl(path, records):

@@ -133,6 +133,7 @@ def segment(size, coordinates, dtype, damping=0.1):
     return DenseSegment(
         name="blocks",
         kind="dense",
+        model=0,
         weight=1.0,
         coordinates=coordinates,
         dtype=dtype,

@@ -142,7 +142,7 @@ def test_an_index_says_what_each_segment_costs_and_holds(index):
         kept = float(np.square(client.index.norms(entry).astype(float)).sum())
 
         plan = replace(client.encoder.plan, segments=(entry.model_copy(update={"keys": None}),))
-        every = Encoder(client.task, client.encoder.model, plan, client.encoder.arrays)
+        every = Encoder(client.task, (client.encoder.model,), plan, client.encoder.arrays)
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
         assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
         assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
@@ -160,7 +160,7 @@ def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(in
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
     whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "keyed" else s for s in client.encoder.plan.segments)
-    exact = Encoder(client.task, client.encoder.model, replace(client.encoder.plan, segments=whole), client.encoder.arrays).rows(rows)
+    exact = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, segments=whole), client.encoder.arrays).rows(rows)
     other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
     for one in whole:
         a = exact[one.name]

@@ -62,7 +62,7 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
     assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, None)
     assert manifest.segments[0].curvature.damping == 0.1
     assert manifest.build["what"]["corpus"][0]["path"] == str(corpus_file)
-    assert manifest.model.id == str(Path(model_dir).resolve())
+    assert manifest.models[0].id == str(Path(model_dir).resolve())
     assert manifest.segments[0].curvature.examples == 120
     assert manifest.rows == 120
     assert manifest.tokens == sum(len(Index(index_dir).example(i).token_ids) - 1 for i in range(120))

@@ -65,7 +65,7 @@ def test_questions_from_a_file_give_one_line_each(index, tmp_path):
 
 def test_info_and_verify(index):
     info = json.loads(whence("info", index, "--json").stdout)
-    assert (info["rows"], info["architecture"], info["segments"][0]["stored_as"]) == (120, "GPT2LMHeadModel", "float32")
+    assert (info["rows"], info["models"][0]["architecture"], info["segments"][0]["stored_as"]) == (120, "GPT2LMHeadModel", "float32")
     assert info["segments"][0]["coordinates"] == 8 * 16
     assert "GPT2LMHeadModel" in whence("info", index).stdout
     verified = whence("verify", index, "--json")
@@ -150,7 +150,7 @@ def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     manifest = latest_manifest(here / "moved")
     content = json.loads(manifest.read_text())
-    content["model"]["id"] = str(here / "gone")
+    content["models"][0]["id"] = str(here / "gone")
     del content["checksum"]
     manifest.write_bytes(seal(content))
     return here

@@ -64,7 +64,7 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     model = make_model(architecture, dtype)
     plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
     examples = make_examples(7)
-    rows = Encoder(TASK, model, plan, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
@@ -76,7 +76,7 @@ def test_projected_rows_equal_projected_autograd(architecture):
     model = make_model(architecture)
     plan = make_plan(model, rank=5, curvature="identity")
     examples = make_examples(4)
-    rows = Encoder(TASK, model, plan, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
         parts = []
@@ -99,7 +99,7 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
 def whole_gradients(model, plan, examples):
     """Projected gradients by layer, from an encoder without curvature."""
     plain = make_plan(model, rank=plan.segments[0].projection.rank, curvature="identity")
-    rows = Encoder(TASK, model, plain, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plain, {}).rows(examples)["blocks"]
     return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.segments[0].layers}
 
 
@@ -140,7 +140,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     examples, queries = make_examples(30), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
     influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
-    plain = Encoder(TASK, model, make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
+    plain = Encoder(TASK, (model,), make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
     pairs = token_pairs(model, plan, examples, plain.parts["blocks"].maps)
     train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     expected = 0
@@ -162,7 +162,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
 def test_diagonal_and_identity_influence():
     model = make_model()
     examples, queries = make_examples(30), make_examples(3, seed=1)
-    plain = Encoder(TASK, model, make_plan(model, curvature="identity"), {})
+    plain = Encoder(TASK, (model,), make_plan(model, curvature="identity"), {})
     train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
@@ -218,7 +218,7 @@ def test_sums_of_any_split_add_up():
     model = make_model("qwen2")
     plan = make_plan(model, curvature="fisher")
     examples = make_examples(15)
-    encoder = Encoder(TASK, model, plan, {})
+    encoder = Encoder(TASK, (model,), plan, {})
     whole = Fit(plan).measure(encoder, 0, examples)
     halves = [Fit(plan).measure(encoder, 0, part) for part in (examples[:4], examples[4:])]
     assert whole.keys() == halves[0].keys()
@@ -230,9 +230,9 @@ def test_sums_of_any_split_add_up():
 @given(order=st.permutations(range(9)), budget=st.integers(1, 200), longest=st.integers(3, 30))
 def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
     model, examples = _MODEL_AND_EXAMPLES
-    encoder = Encoder(TASK, model, make_plan(model, batch_tokens=10_000), _ARRAYS)
+    encoder = Encoder(TASK, (model,), make_plan(model, batch_tokens=10_000), _ARRAYS)
     alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
-    other = Encoder(TASK, model, make_plan(model, batch_tokens=budget), _ARRAYS)
+    other = Encoder(TASK, (model,), make_plan(model, batch_tokens=budget), _ARRAYS)
     padding = make_examples(1, seed=5, longest=longest)
     rows = other.rows([examples[i] for i in order] + padding)["blocks"][: len(order)]
     assert relative_error(rows, alone[list(order)]) < 1e-10
@@ -247,13 +247,13 @@ def test_float32_rows_agree_across_batchings_to_1e_5():
     examples = make_examples(30)
     encoder = fit(model, make_plan(model), examples)
     alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
-    together = Encoder(TASK, model, make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)["blocks"]
+    together = Encoder(TASK, (model,), make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)["blocks"]
     np.testing.assert_array_less(np.linalg.norm(together - alone, axis=1), 1e-5 * np.linalg.norm(alone, axis=1))
 
 
 def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
-    exact = Encoder(TASK, make_model(dtype="float32"), make_plan(make_model(dtype="float32"), curvature="identity"), {})
-    rough = Encoder(TASK, make_model(dtype="bfloat16"), exact.plan, {})
+    exact = Encoder(TASK, (make_model(dtype="float32"),), make_plan(make_model(dtype="float32"), curvature="identity"), {})
+    rough = Encoder(TASK, (make_model(dtype="bfloat16"),), exact.plan, {})
     examples = make_examples(10)
     a, b = exact.rows(examples)["blocks"], rough.rows(examples)["blocks"]
     assert b.dtype == np.float32
@@ -271,7 +271,7 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     plan = make_plan(model, patterns=("h.1.*",))
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
-    Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))["blocks"]
+    Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))["blocks"]
     assert {layer.name.split(".")[2] for layer in plan.segments[0].layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
@@ -283,7 +283,7 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch):
     groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.segments[0].layers}
     assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
     assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
-    encoder = Encoder(TASK, model, plan, {})
+    encoder = Encoder(TASK, (model,), plan, {})
     assert len({id(encoder.parts["blocks"].maps[layer.name][0]) for layer in plan.segments[0].layers}) == len(
         {layer.input_group for layer in plan.segments[0].layers}
     )
@@ -304,7 +304,8 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     example = make_examples(1)[0]
     gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
     assert (
-        relative_error(Encoder(TASK, model, plan, {}).rows([example])["blocks"][0], np.concatenate([g.ravel() for g in gradients])) < 1e-10
+        relative_error(Encoder(TASK, (model,), plan, {}).rows([example])["blocks"][0], np.concatenate([g.ravel() for g in gradients]))
+        < 1e-10
     )
 
 
@@ -354,7 +355,7 @@ class Odd(torch.nn.Module):
 def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
     model = Odd(habit)
     plan = make_plan(model, rank=rank, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
-    rows = Encoder(TASK, model, plan, {}).rows(make_examples(5))["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(make_examples(5))["blocks"]
     if habit == "writes into an input":  # which autograd of the weights does not survive
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
@@ -371,7 +372,7 @@ def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
     with pytest.raises(UsageError, match=r"layer h\.0 does not see a vector for each token"):
         make_plan(Odd(habit), patterns=("h.0",))
     model = Odd("")
-    encoder = Encoder(TASK, model, make_plan(model, curvature="identity", patterns=("h.0",)), {})
+    encoder = Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.0",)), {})
     model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
         encoder.rows(make_examples(3))["blocks"]
@@ -408,7 +409,7 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
         relabelled.append((example, drawn))
     (layer,) = plan.segments[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
-    plain = Encoder(TASK, model, make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
+    plain = Encoder(TASK, (model,), make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
     A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
     for example, drawn in relabelled:
         batch = replace(TASK.collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
@@ -451,7 +452,7 @@ def test_nan_weights_are_named_not_hidden():
     plan = make_plan(model, curvature="identity")
     model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="of example 'e"):
-        Encoder(TASK, model, plan, {}).rows(make_examples(3))["blocks"]
+        Encoder(TASK, (model,), plan, {}).rows(make_examples(3))["blocks"]
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
@@ -516,7 +517,7 @@ def test_sampled_labels_make_the_true_fisher():
             mask[t] = True
             for label in range(p.shape[1]):
                 token_ids = np.append(example.token_ids[:t], label).astype(np.int32)
-                row = Encoder(TASK, model, plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])["blocks"][0]
+                row = Encoder(TASK, (model,), plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])["blocks"][0]
                 square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
         expected.append(square)
     assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()

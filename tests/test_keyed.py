@@ -29,6 +29,7 @@ def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_to
     head = KeyedSegment(
         name=role,
         kind="keyed",
+        model=0,
         weight=1.0,
         role=role,
         layer=layer,
@@ -49,9 +50,9 @@ def fitted(model, plan, examples, parts=1):
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.measure(Encoder(TASK, model, plan, arrays), step, examples[part::parts]))
+            totals = add_sums(totals, fitting.measure(Encoder(TASK, (model,), plan, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
-    return Encoder(TASK, model, plan, arrays)
+    return Encoder(TASK, (model,), plan, arrays)
 
 
 def dense_head_gradient(model, example):
@@ -158,7 +159,7 @@ def test_embeddings_do_not_depend_on_the_batch_or_on_other_segments():
     )
     together = fitted(model, every, examples, parts=3)
     np.testing.assert_allclose(together.arrays["embeddings/eigenvalues"], alone.arrays["embeddings/eigenvalues"], rtol=1e-5)
-    a, b = alone.rows(examples)["embeddings"], Encoder(TASK, model, every, together.arrays | alone.arrays).rows(examples)["embeddings"]
+    a, b = alone.rows(examples)["embeddings"], Encoder(TASK, (model,), every, together.arrays | alone.arrays).rows(examples)["embeddings"]
     assert np.array_equal(a.keys, b.keys)
     np.testing.assert_allclose(a.vectors, b.vectors, rtol=1e-3, atol=1e-5)
 
@@ -209,7 +210,7 @@ def test_fits_of_any_split_and_any_batching_agree():
     split = fitted(model, head_plan(model, batch_tokens=17), examples, parts=3)
     for name in ("head/vocabulary", "head/eigenvalues"):
         np.testing.assert_allclose(split.arrays[name], whole.arrays[name], rtol=1e-9, atol=1e-15)
-    other = Encoder(TASK, model, head_plan(model, batch_tokens=5), whole.arrays)
+    other = Encoder(TASK, (model,), head_plan(model, batch_tokens=5), whole.arrays)
     order = np.random.default_rng(0).permutation(14)
     a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
     for at, i in enumerate(order):
@@ -219,7 +220,7 @@ def test_fits_of_any_split_and_any_batching_agree():
 def test_only_the_largest_keys_are_kept_when_asked():
     model, examples = make_model(), make_examples(6)
     encoder = fitted(model, head_plan(model), examples)
-    few = Encoder(TASK, model, head_plan(model, keys=2), encoder.arrays).rows(examples)["head"]
+    few = Encoder(TASK, (model,), head_plan(model, keys=2), encoder.arrays).rows(examples)["head"]
     every = encoder.rows(examples)["head"]
     for i in range(6):
         whole = every.part(i, i + 1)
@@ -230,8 +231,8 @@ def test_only_the_largest_keys_are_kept_when_asked():
 def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
     model, examples = make_model(), make_examples(6)
     encoder = fitted(model, head_plan(model), examples)
-    more = Encoder(TASK, model, head_plan(model, others=3), encoder.arrays).rows(examples)["head"]
-    every = Encoder(TASK, model, head_plan(model, others=1000), encoder.arrays).rows(examples)["head"]
+    more = Encoder(TASK, (model,), head_plan(model, others=3), encoder.arrays).rows(examples)["head"]
+    every = Encoder(TASK, (model,), head_plan(model, others=1000), encoder.arrays).rows(examples)["head"]
     for i, example in enumerate(examples):
         gradient, _, p = dense_head_gradient(model, example)
         targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}

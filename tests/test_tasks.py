@@ -89,8 +89,8 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
     examples = list(MLP().encoder(ModelSource("x")).documents(read_corpus([str(data)], training_fields())))
     fit = Fit(plan)
     assert len(fit.steps) == 1
-    arrays = fit.finish(0, {}, fit.measure(Encoder(MLP(), worker.model, plan, {}), 0, examples))
-    model = worker.model.requires_grad_(True)
+    arrays = fit.finish(0, {}, fit.measure(Encoder(MLP(), worker.models, plan, {}), 0, examples))
+    model = worker.models[0].requires_grad_(True)
     for at in (0, 2):
         expected = 0
         for record in records:

@@ -1,0 +1,118 @@
+"""Several models in one index: each has the segments that it would have alone, and scores are their weighted sum."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import make_model, make_tokenizer, random_texts, words
+from whence import BuildConfig, Client, build
+from whence.cli import main
+from whence.query.answers import Question
+from whence.query.search import Metric, all_scores
+from whence.store.errors import IncompatibleError, UsageError
+
+OPTIONS = dict(rank=4, segments=("head", "embeddings", "blocks"), head_bits=32, shard_rows=50)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two models; the first is saved without a tokenizer, as checkpoints often are."""
+    here = tmp_path_factory.mktemp("checkpoints")
+    for number in (1, 2):
+        make_model("gpt2", "float32", seed=number).save_pretrained(here / f"c{number}")
+        make_tokenizer().save_pretrained(here / f"c{number}")
+    return [str(here / "c1"), str(here / "c2")]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, checkpoints, corpus_file):
+    out = tmp_path_factory.mktemp("both") / "both.whence"
+    build(BuildConfig(model=tuple(checkpoints), data=(str(corpus_file),), out=str(out), **OPTIONS))
+    return out
+
+
+def scores(client, questions, metric=Metric()):
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+
+
+def test_each_model_has_the_segments_that_it_has_alone(tmp_path, checkpoints, corpus_file, index):
+    both, questions = Client(index), [Question(text=t) for t in random_texts(5, seed=8)]
+    names = [s.name for s in both.index.manifest.segments]
+    assert names == [f"{part}-{number}" for number in (1, 2) for part in ("head", "embeddings", "blocks")]
+    total = 0
+    for number, path in enumerate(checkpoints, 1):
+        # the seed of a further model's projections and rotations is its own, so that errors do not add up
+        build(BuildConfig(model=path, data=(str(corpus_file),), out=str(tmp_path / str(number)), seed=number - 1, **OPTIONS))
+        alone, own = Client(tmp_path / str(number)), {}
+        for segment in alone.index.manifest.segments:
+            name = f"{segment.name}-{number}"
+            assert both.index.segment(name) == segment.model_copy(
+                update={"name": name, "model": number - 1, "weight": both.index.segment(name).weight, "curvature": segment.curvature}
+            )
+            for shard, other in zip(both.index.manifest.shards, alone.index.manifest.shards, strict=True):
+                files = [
+                    {f.path.split("/", 3)[-1]: f.sha256 for f in s.files if f"/{at}/" in f.path}
+                    for s, at in ((shard, name), (other, segment.name))
+                ]
+                assert files[0] == files[1]
+                assert files[0]
+            own[segment.name] = both.index.segment(name).weight / segment.weight
+        metric = Metric(weights=own)
+        total = total + scores(alone, questions, metric)
+    np.testing.assert_allclose(scores(both, questions), total, rtol=1e-4, atol=1e-4 * np.abs(total).max())
+
+
+def test_weights_by_part_and_by_segment(index):
+    client, questions = Client(index), [Question(text=words(3, 4, 5))]
+    heads = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0}))
+    first = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-2": 0}))
+    second = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-1": 0}))
+    np.testing.assert_allclose(first + second, heads, rtol=1e-5, atol=1e-5)
+    twice = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head": 2, "head-1": 0.5}))
+    np.testing.assert_allclose(twice, first + 2 * second, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="no segment 'head-3'"):
+        scores(client, questions, Metric(weights={"head-3": 1}))
+
+
+def test_a_number_of_bytes_is_shared_by_the_models(tmp_path, checkpoints, corpus_file):
+    out = tmp_path / "i"
+    arguments = ["build", "--model", checkpoints[0], "--model", checkpoints[1], "--data", corpus_file, "--out", out]
+    result = CliRunner().invoke(main, [str(a) for a in [*arguments, "--bytes-per-example", "2600", "--json"]])
+    assert result.exit_code == 0, result.output
+    info = json.loads(result.stdout)
+    own = {n: sum(s["bytes_per_example"] for s in info["segments"] if s["name"].endswith(f"-{n}")) for n in (1, 2)}
+    assert own[1] == pytest.approx(own[2], rel=0.02)
+    arrays = [p for p in (out / "rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert 2000 < sum(p.stat().st_size for p in arrays) / 120 <= 2600 * 1.03
+    assert [m["id"] for m in info["models"]] == checkpoints
+    client = Client(out)
+    for row in (0, 40, 119):
+        assert client.query(row=row, mode="cosine", k=1).proponents[0].row == row
+        assert client.query(text=client.index.example(row).text, mode="cosine", k=1).proponents[0].row == row
+
+
+def test_models_that_do_not_belong_together_are_refused(tmp_path, checkpoints, corpus_file, index):
+    config = BuildConfig(model=tuple(checkpoints), data=(str(corpus_file),), out=str(tmp_path / "i"), **OPTIONS)
+    with pytest.raises(UsageError, match="named twice"):
+        replace(config, model=(checkpoints[0], checkpoints[0]))
+    with pytest.raises(UsageError, match="2 models and 3 revisions"):
+        replace(config, revision=("a", "b", "c"))
+    assert replace(config, model="hub/model", revision=("a", "b")).models == ("hub/model", "hub/model")
+    assert replace(config, revision=("a",)).revisions == ("a", "a")
+    other = tmp_path / "other"
+    model = make_model("gpt2", "float32")
+    model.resize_token_embeddings(70)
+    model.save_pretrained(other)
+    with pytest.raises(IncompatibleError, match="embeds 70 tokens"):
+        build(replace(config, model=(checkpoints[0], str(other))))
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "w1"
+    tokenizer.save_pretrained(other)
+    with pytest.raises(IncompatibleError, match="the tokenizer of"):
+        build(replace(config, model=(checkpoints[0], str(other))))
+    with pytest.raises(UsageError, match="built with 2 models"):
+        Client(index, model=checkpoints[0]).query(text="w1 w2")
+    with pytest.raises(IncompatibleError, match="weights at"):
+        _ = Client(index, model=checkpoints[::-1]).encoder
