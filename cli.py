@@ -148,12 +148,21 @@ _document_options = _together(
 )
 _index_options = _together(
     click.option(
-        "--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks]"
+        "--layers",
+        multiple=True,
+        help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks; for a number of bytes, "
+        "those with more inputs than outputs]",
     ),
-    click.option("--bytes-per-example", type=int, help="Of a row: segments and their sizes follow from it."),
-    click.option("--segments", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: blocks]"),
-    click.option("--projection", help="random or pca.  [default: random]"),
-    click.option("--rank", type=int, help="Coordinates kept of a layer's inputs and outputs each.  [default: 16]"),
+    click.option(
+        "--bytes-per-example",
+        type=int,
+        help="Of a row: segments and their sizes follow from it.  [default: 800 where nothing below says what a row is made of]",
+    ),
+    click.option("--segments", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: by bytes, else blocks]"),
+    click.option("--projection", help="random or pca.  [default: random; for a number of bytes pca]"),
+    click.option(
+        "--rank", type=int, help="Coordinates kept of a layer's inputs and outputs each.  [default: 16; for a number of bytes 128]"
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
     click.option(
         "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
@@ -224,7 +233,9 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     """Index a corpus.
 
     \b
-      whence build --model gpt2 --data corpus.jsonl --out my.whence --bytes-per-example 800
+      whence build --model gpt2 --data corpus.jsonl --out my.whence
+      whence build --model gpt2 --data corpus.jsonl --out big.whence --bytes-per-example 2400
+      whence build --model run/checkpoint-500 --model run/checkpoint-1000 --data corpus.jsonl --out run.whence
       whence build --model ./sft --data chats.parquet --out sft.whence --rank 32 --workers 4
       whence build --model ./lm --data books/ --out b.whence --row-dtype int8 --layers '*.mlp.*'
 
@@ -271,7 +282,7 @@ def plan(as_json: bool, **options: Any) -> None:
     """Say what a build would cost: rows, bytes, memory and time, from a sample and a few measured batches.
 
     \b
-      whence plan --model gpt2 --data corpus.jsonl --bytes-per-example 800
+      whence plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
       whence plan --model ./sft --data chats.parquet --rank 32 --workers 4 --json
     """
     fields = _fields_of(options)

@@ -198,8 +198,8 @@ def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> Corp
     c = job.config
     encoder = document_encoder(c, longest_example(c, models))
     fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
-    if c.bytes_per_example is not None:
-        fitting = [max(1, _SHARD_BYTES // c.bytes_per_example)]
+    if c.budget is not None:
+        fitting = [max(1, _SHARD_BYTES // c.budget)]
     shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
     task = find_task(c.task)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
@@ -209,14 +209,14 @@ def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> Corp
 def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:
     """The plan with the segments that the bytes asked for pay, sized by the tokens of a sample of the examples."""
     c = job.config
-    if c.bytes_per_example is None:
+    if c.budget is None:
         return plan
     examples = []
     for part in _sample(corpus, min(_COUNTED, corpus.rows), c.seed):
         for id, rows, chosen in part:
             documents = Documents(documents_path(job.out, id), rows)
             examples += [documents[i] for i in chosen]
-    return replace(plan, segments=spend(c.bytes_per_example, plan.segments, count_tokens(examples)))
+    return replace(plan, segments=spend(c.budget, plan.segments, count_tokens(examples)))
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:

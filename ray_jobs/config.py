@@ -31,6 +31,9 @@ _CHOICES = {
     "labels": ("data", "sampled", "expected", None),
     "row_dtype": ("float32", "float16", "int8", "1bit", None),
 }
+_SIZES = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
+_OF_ROWS = (*_SIZES, "head_others", "segments", "layers", "projection", "rank", "curvature", "labels")
+_DEFAULT_BYTES = 800
 _SEGMENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
@@ -51,9 +54,10 @@ class BuildConfig:
         fields: which columns hold text, prompt and completion, messages, id and source.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        bytes_per_example: of a row, from which segments and their sizes follow (see `ray_jobs.budget`).
-        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default the blocks,
-            or what the bytes afford.
+        bytes_per_example: of a row, from which segments and their sizes follow (see `ray_jobs.budget`); 800 where none of the options
+            that say what a row is made of is given (`_OF_ROWS`).
+        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default what the
+            bytes afford, and without a number of bytes the blocks.
         layers: globs over layer names of the blocks; by default every linear layer inside them, or, for a number of bytes, those that
             narrow ("@narrowing").
         projection, rank, seed: how gradients are projected; by default at random to rank 16, or, for a number of bytes, by PCA to 128.
@@ -117,8 +121,7 @@ class BuildConfig:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
         if self.bytes_per_example is not None:
-            sizes = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
-            given = [name for name in sizes if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
+            given = [name for name in _SIZES if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
             if given:
                 raise UsageError(f"--bytes-per-example chooses --{given[0].replace('_', '-')}; give one or the other")
         if self.segments is not None and not self.segments:
@@ -149,6 +152,12 @@ class BuildConfig:
             raise UsageError("a model is named twice; its rows would only count double")
 
     @property
+    def budget(self) -> int | None:
+        """Bytes of a row to be spent; None where what a row is made of was named."""
+        named = any(getattr(self, name) != _DEFAULTS[name] for name in _OF_ROWS)
+        return self.bytes_per_example or (None if named else _DEFAULT_BYTES)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Directories or hub ids, one for each model."""
         named = (self.model,) if isinstance(self.model, str) else self.model
@@ -163,8 +172,12 @@ class BuildConfig:
 
     def what(self) -> dict[str, Any]:
         """The options that decide what the index holds (not how or where it is made), JSON-ready."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW_NOT_WHAT}
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW_NOT_WHAT}
+        return options | {"bytes_per_example": self.budget}
 
     def how(self) -> dict[str, Any]:
         """The other options, which may differ when a build is taken up again."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _HOW_NOT_WHAT}
+
+
+_DEFAULTS = {f.name: f.default for f in fields(BuildConfig)}

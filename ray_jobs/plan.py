@@ -80,8 +80,8 @@ def estimate(config: BuildConfig) -> Cost:
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
-    if config.bytes_per_example is not None:
-        plan = replace(plan, segments=spend(config.bytes_per_example, plan.segments, counts))
+    if config.budget is not None:
+        plan = replace(plan, segments=spend(config.budget, plan.segments, counts))
     fitted = min(config.fit_examples, rows)
     plan = with_known_sample(plan, fitted)
     measured = _some(examples, plan.batch_tokens * _MEASURED_BATCHES)

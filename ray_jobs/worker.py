@@ -108,13 +108,13 @@ class Worker:
 
     def _available(self, model: nn.Module) -> tuple[str, ...]:
         """The segments of a build that names none."""
-        if self._config.bytes_per_example is None:
+        if self._config.budget is None:
             return ("blocks",)
         found = {"head": self.task.keyed_head(model), "embeddings": self.task.keyed_embeddings(model)}
         return (*(name for name, layer in found.items() if layer is not None), "blocks")
 
     def _blocks(self, number: int) -> DenseSegment:
-        c, small, model = self._config, self._config.bytes_per_example is not None, self.models[number]
+        c, small, model = self._config, self._config.budget is not None, self.models[number]
         names = models.find_layers(model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
         rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
         layers = models.plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))

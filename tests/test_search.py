@@ -125,7 +125,7 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
 
 def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
     client = Client(index_dir)
-    monkeypatch.setattr(type(client), "_source", None)
+    monkeypatch.setattr(type(client), "_sources", None)
     answer = client.query(row=5, k=3)
     assert answer.query["row"] == 5
     assert answer.search.recall == 1.0
