@@ -12,6 +12,7 @@ of a perceptron without projection). `--results` keeps finished lines, so that a
 import argparse
 import json
 import math
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from whence.indexer.encoder import Encoder
 from whence.store.keyed import KeyedVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
+_SEVERAL_BYTES = (2400, 10_000)
 _MARKS = "<!-- frontier: benchmarks/frontier.py -->", "<!-- end of frontier -->"
 _PEERS = {
     "LoGra, rank 16, float32": {"rank": 16},
@@ -82,11 +84,29 @@ def _measured(pack, options, scratch, recall):
     return found
 
 
+def _several(path):
+    """A pack's further models: up to four checkpoints of the indexed one's run, in order, and as many models trained apart."""
+    epochs = {
+        int(found[1]): str(file)
+        for file in path.iterdir()
+        if (found := re.fullmatch(r"model-(?:0-)?epoch(\d+)(?:\.safetensors)?", file.name))
+    }
+    chosen = np.unique(np.linspace(0, len(epochs) - 1, min(4, len(epochs))).round().astype(int)) if len(epochs) > 1 else []
+    apart = sorted(str(file) for file in path.glob("model-[0-3].safetensors"))
+    return {
+        **({"checkpoints": tuple(epochs[sorted(epochs)[i]] for i in chosen)} if len(chosen) else {}),
+        **({"models": tuple(apart)} if len(apart) > 1 else {}),
+    }
+
+
 def measure(path, data, sizes, results):
     """Every line of a pack, those that are known already taken from `results`; calls `results(name, line)` for new ones."""
     pack = read_pack(path, data)
     with tempfile.TemporaryDirectory() as scratch:
         lines = {f"{size} bytes": ({"bytes_per_example": size}, True) for size in sizes}
+        for what, models in _several(path).items():
+            for size in _SEVERAL_BYTES:
+                lines[f"{len(models)} {what}, {size} bytes"] = ({"bytes_per_example": size, "model": models}, False)
         exact, options = _EXACT[pack.task]
         peers = {**_PEERS, exact: {"row_dtype": "float16", "curvature": "ekfac", **options}}
         for name, (given, recall) in (lines | {name: (options, False) for name, options in peers.items()}).items():
@@ -112,6 +132,14 @@ def _encoded(pack, documents):
     return [list(encoder.documents(part)) for part in documents.values()]
 
 
+def _one(name):
+    return re.fullmatch(r"\d+ bytes", name)
+
+
+def _checkpoints(name):
+    return re.fullmatch(r"\d+ checkpoints, .*", name)
+
+
 def _size(value):
     return "" if value is None else f"{value:,.0f}"
 
@@ -127,7 +155,7 @@ def table(known):
         ]
         lines += ["|---|---|---|---|---|---|---|"]
         for name, line in found.items():
-            shown = f"`--bytes-per-example {name.split()[0]}`" if name.endswith(" bytes") else name
+            shown = f"`--bytes-per-example {name.split()[0]}`" if _one(name) else name
             value, low, high = line["all"]
             recall = f"{line['recall']:.2f}" if "recall" in line else ""
             halves = f"{line['even'][0]:.3f}, {line['odd'][0]:.3f}"
@@ -160,14 +188,19 @@ def plot(known, file):
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(tenth / 10):.0f}" y2="{y(tenth / 10):.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y(tenth / 10) + 4:.0f}" text-anchor="end">{tenth / 10}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">bytes an example</text>')
-    parts.append(f'<text x="{left}" y="14">LDS; lines: --bytes-per-example, crosses: float rows of the layers</text>')
+    parts.append(
+        f'<text x="{left}" y="14">LDS; lines: --bytes-per-example, rings: so many bytes over several checkpoints, crosses: float rows of the layers</text>'
+    )
     for number, (pack, found) in enumerate(known.items()):
         colour = _COLOURS[number % len(_COLOURS)]
-        ours = sorted((line["bytes"], line["all"][0]) for name, line in found.items() if name.endswith(" bytes"))
+        ours = sorted((line["bytes"], line["all"][0]) for name, line in found.items() if _one(name))
         points = " ".join(f"{x(size):.1f},{y(value):.1f}" for size, value in ours)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(size):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>' for size, value in ours]
-        others = [line for name, line in found.items() if line["bytes"] and not name.endswith(" bytes")]
+        others = [line for name, line in found.items() if line["bytes"] and not _one(name) and not _checkpoints(name)]
+        for line in (line for name, line in found.items() if _checkpoints(name)):
+            at, over = x(line["bytes"]), y(line["all"][0])
+            parts.append(f'<circle cx="{at:.1f}" cy="{over:.1f}" r="4" fill="none" stroke="{colour}" stroke-width="2"/>')
         for line in others:
             at, over = x(line["bytes"]), y(line["all"][0])
             parts.append(f'<path d="M{at - 5:.1f} {over - 5:.1f}l10 10m0 -10l-10 10" stroke="{colour}" stroke-width="2"/>')
