@@ -26,7 +26,7 @@ from whence.indexer.encoder import Encoder
 from whence.store.keyed import KeyedVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
-_SEVERAL_BYTES = (2400, 10_000)
+_SEVERAL_BYTES = (2400, 4096, 10_000)
 _MARKS = "<!-- frontier: benchmarks/frontier.py -->", "<!-- end of frontier -->"
 _PEERS = {
     "LoGra, rank 16, float32": {"rank": 16},
