@@ -188,9 +188,7 @@ def plot(known, file):
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(tenth / 10):.0f}" y2="{y(tenth / 10):.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y(tenth / 10) + 4:.0f}" text-anchor="end">{tenth / 10}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">bytes an example</text>')
-    parts.append(
-        f'<text x="{left}" y="14">LDS; lines: --bytes-per-example, rings: so many bytes over several checkpoints, crosses: float rows of the layers</text>'
-    )
+    parts.append(f'<text x="{left}" y="14">LDS; lines: --bytes-per-example, rings: over several checkpoints, crosses: float rows</text>')
     for number, (pack, found) in enumerate(known.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         ours = sorted((line["bytes"], line["all"][0]) for name, line in found.items() if _one(name))
