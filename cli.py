@@ -8,7 +8,7 @@ Every room is imported inside the command that needs it, so that `whence --help`
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from .store.errors import UsageError, WhenceError
 
 if TYPE_CHECKING:
+    from .client import Client
     from .evaluation.checks import Report
     from .query.answers import Question
     from .store.corpus import Fields
@@ -303,65 +304,113 @@ def plan(as_json: bool, **options: Any) -> None:
     click.echo(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
 
 
+_question_options = _together(
+    click.option("--prompt", default="", help="What comes before the completion."),
+    click.option("--completion", help="What the model said: the loss is on it alone."),
+    click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index)."),
+    click.option("--row", type=int, help="A training example, by its row; needs no model."),
+    click.option("--against", help="Another completion: what made the model say the one rather than the other."),
+    click.option("--span", help="A part of the completion or text, as it stands there: the loss is on its tokens alone."),
+)
+_score_options = _together(
+    click.option("--mode", default="influence", show_default=True, help="influence, cosine (all weigh the same), or per-nat of loss."),
+    click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact."),
+    click.option("--curvature/--no-curvature", default=True, show_default=True, help="Plain products of gradients without it."),
+    click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out."),
+    click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].*'; the others count nothing; repeatable."),
+)
+_where_model_lies = _together(
+    click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    click.option("--task", help="Of an index that was built with a task of your own: its module:Class again."),
+)
+
+
 @main.command()
 @click.argument("index")
-@click.option("--prompt", default="", help="What comes before the completion.")
-@click.option("--completion", help="What the model said: the loss is on it alone.")
-@click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index).")
-@click.option("--row", type=int, help="A training example, by its row; needs no model.")
+@_question_options
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
+@click.option("--mean", is_flag=True, help="Answer the mean of a file's questions (times each one's weight) as one question.")
 @click.option("-k", type=int, help="So many proponents, and opponents; not more than the index has rows.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
-@click.option("--mode", default="influence", show_default=True, help="influence, or cosine (every example weighs the same).")
-@click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact.")
-@click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.")
-@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
+@click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
+@click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
+@_score_options
+@_where_model_lies
 @_json_option
-def query(
-    index: str,
-    prompt: str,
-    completion: str | None,
-    text: str | None,
-    row: int | None,
-    file: str | None,
-    k: int | None,
-    opponents: bool,
-    mode: Any,
-    damping: float | None,
-    weights: str | None,
-    model: tuple[str, ...],
-    device: str,
-    trust_remote_code: bool,
-    task: str | None,
-    as_json: bool,
-) -> None:
+def query(index: str, file: str | None, weights: str | None, as_json: bool, **options: Any) -> None:
     """Ask which training examples made the model say this.
 
     \b
-      whence query my.whence --prompt "The capital of France is" --completion " Paris"
+      whence query my.whence --prompt "The capital of France is" --completion " Paris" --against " Lyon"
       whence query my.whence --text "Once upon a time" -k 5 --mode cosine
-      whence query my.whence --row 123 --no-opponents
+      whence query my.whence --row 123 --no-opponents --where 'source != "wiki" and not title == None'
+      whence query my.whence --file questions.jsonl --mean --group-by source
       whence query my.whence --file questions.jsonl --json > answers.jsonl
+
+    A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
+    and text columns' .startswith("..."), .endswith and .contains.
     """
-    from .client import Client
-    from .query.answers import Question
     from .query.terminal import show
 
-    if file is not None and (prompt or completion is not None or text is not None or row is not None):
-        raise UsageError("--file brings its own questions; give it without --prompt, --completion, --text and --row")
-    questions = list(_read_questions(file)) if file is not None else [Question(prompt, completion, text, row)]
-    if any(q.row is None for q in questions):
-        _quiet_libraries()
-    client = Client(index, model=model, device=device, trust_remote_code=trust_remote_code, task=task)
-    answers = client.query_many(questions, k=k, opponents=opponents, mode=mode, damping=damping, weights=_weights(weights))
+    questions = _questions(file, options)
+    client = _client(index, options, questions)
+    answers = client.query_many(questions, weights=_weights(weights), **options)
     for answer in answers:
         if as_json:
             click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, default=str))
         else:
             show(answer)
+
+
+@main.command()
+@click.argument("index")
+@click.option("--file", required=True, help="JSON lines with prompt and completion, text, or row; - reads standard input.")
+@click.option("--out", required=True, help="Name of what is to be made: scores.zarr or scores.parquet.")
+@_score_options
+@_where_model_lies
+def scores(index: str, file: str, out: str, weights: str | None, **options: Any) -> None:
+    """Write every row's score for every question: a matrix.
+
+    \b
+      whence scores my.whence --file questions.jsonl --out scores.zarr
+      whence scores my.whence --file questions.jsonl --out scores.parquet --mode cosine
+
+    Zarr: an array scores [questions, rows] beside ids of rows and questions. Parquet: a line for each row, with its id and a column for
+    each question. Rows that were deleted have no score (NaN).
+    """
+    from .query.matrix import write_scores
+    from .ray_jobs.progress import Console
+
+    questions = list(_read_questions(file))
+    client = _client(index, options, questions)
+    with Console() as reporter:
+        shape = write_scores(client, questions, Path(out), reporter, weights=_weights(weights), **options)
+    click.echo(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
+
+
+def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client":
+    """A client, from the options that say where the model lies, which are taken out."""
+    from .client import Client
+
+    if any(q.row is None for q in questions):
+        _quiet_libraries()
+    return Client(index, **{name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")})
+
+
+def _questions(file: str | None, options: dict[str, Any]) -> list["Question"]:
+    """The questions of a file, or the one that the options ask, which are taken out."""
+    from .query.answers import Question
+
+    given = {name: options.pop(name) for name in ("prompt", "completion", "text", "row", "against", "span")}
+    if file is None:
+        if options["mean"]:
+            raise UsageError("--mean is over the questions of a file; give it with --file")
+        return [Question(**given)]
+    if any(given.values()):
+        raise UsageError("--file brings its own questions; give it without --prompt, --completion, --text, --row, --against and --span")
+    return list(_read_questions(file))
 
 
 @main.command()

@@ -4,15 +4,18 @@ This is where the query side meets the models: the `query` room is handed rows a
 model at all, and none is loaded for it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
+from jaxtyping import Float32
 
 from .query.answers import Answer, Question, make_answers
-from .query.search import Metric, Mode, QueryRows, search
+from .query.groups import group_scores
+from .query.search import Metric, Mode, QueryRows, all_scores, combine, search
 from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
@@ -28,6 +31,44 @@ if TYPE_CHECKING:
 
 _QUESTION_BATCH_TOKENS = 2048
 _DEFAULT_K = 10
+
+
+class Options(TypedDict, total=False):
+    """How questions are answered; what is not given has its default.
+
+    Attributes:
+        k: at most so many proponents, and opponents; by default 10, or all rows where there are fewer.
+        opponents: whether to return opponents.
+        mode: "influence" (self-influential examples weigh more), "cosine", or "per-nat" (over the example's own loss).
+        damping: relative to the mean eigenvalue; None keeps the build's.
+        curvature: False takes plain products of gradients.
+        weights: by segment or part, times the index's own; 0 leaves a segment out.
+        layers: globs over layer names; the others count nothing.
+        where: a filter over the examples' columns, such as `source == "web" and year >= 2020`; other rows are not searched.
+        group_by: a column; the answer has the influence of each of its values.
+        mean: answer the questions' weighted mean as one question.
+    """
+
+    k: int | None
+    opponents: bool
+    mode: Mode
+    damping: float | None
+    curvature: bool
+    weights: Mapping[str, float] | None
+    layers: Sequence[str]
+    where: str | None
+    group_by: str | None
+    mean: bool
+
+
+def _metric(options: Options) -> Metric:
+    return Metric(
+        options.get("mode", "influence"),
+        options.get("damping"),
+        options.get("curvature", True),
+        options.get("weights") or {},
+        tuple(options.get("layers", ())),
+    )
 
 
 class Client:
@@ -71,11 +112,9 @@ class Client:
         completion: str | None = None,
         text: str | None = None,
         row: int | None = None,
-        k: int | None = None,
-        opponents: bool = True,
-        mode: Mode = "influence",
-        damping: float | None = None,
-        weights: Mapping[str, float] | None = None,
+        against: str | None = None,
+        span: str | None = None,
+        **options: Unpack[Options],
     ) -> Answer:
         """The k strongest proponents and opponents of one question.
 
@@ -83,37 +122,55 @@ class Client:
             prompt, completion: the loss is taken on the completion alone.
             text: the loss is taken on all of it; encoded as the documents were, with the end-of-text token unless the build left it out.
             row: a training example, as it lies in the index.
-            k: at most so many of each; by default 10, or all rows where there are fewer.
-            opponents: whether to return opponents.
-            mode: "influence" (self-influential examples weigh more) or "cosine".
-            damping: relative to the mean eigenvalue; None keeps the build's.
-            weights: by segment, times the index's own; 0 leaves a segment out.
+            against: another completion: proponents made the model prefer `completion` to it.
+            span: a part of the completion or text; the loss is taken on its tokens alone.
+            options: see `Options`.
 
         Raises:
             UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
         """
-        question = Question(prompt, completion, text, row)
-        return self.query_many([question], k=k, opponents=opponents, mode=mode, damping=damping, weights=weights)[0]
+        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]
 
-    def query_many(
-        self,
-        questions: Sequence[Question],
-        *,
-        k: int | None = None,
-        opponents: bool = True,
-        mode: Mode = "influence",
-        damping: float | None = None,
-        weights: Mapping[str, float] | None = None,
-    ) -> list[Answer]:
-        """Many questions in shared passes over the model and the rows; answers in the same order."""
-        metric = Metric(mode, damping, weights=weights or {})
+    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
+        """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
+        metric, k = _metric(options), options.get("k")
         if not questions:
             return []
-        hits = search(self.index, self.rows(questions), min(_DEFAULT_K, len(self.index)) if k is None else k, metric)
-        return make_answers(self.index, questions, hits, metric, opponents)
+        rows: QueryRows = self.rows(questions)
+        asked = [question.to_dict() for question in questions]
+        if options.get("mean"):
+            weights = np.array([[1.0 if q.weight is None else q.weight for q in questions]])
+            rows, asked = combine(rows, weights / len(questions)), [{"mean_of": len(questions)}]
+        where, column = options.get("where"), options.get("group_by")
+        allowed = None if where is None else self.index.matching(where)
+        searched = int((self.index.alive if allowed is None else self.index.alive & allowed).sum())
+        if searched == 0:
+            raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
+        hits = search(self.index, rows, min(_DEFAULT_K, len(self.index)) if k is None else k, metric, allowed)
+        groups = None if column is None else group_scores(self.index, rows, column, metric, allowed)
+        return make_answers(
+            self.index, asked, hits, metric, opponents=options.get("opponents", True), where=where, searched=searched, groups=groups
+        )
+
+    def scores(
+        self, questions: Sequence[Question], **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Float32[np.ndarray, "questions rows"]]]:
+        """Every row's score for every question, as (first row, scores of a shard's rows); those of deleted rows too.
+
+        Args:
+            options: those that concern scores: mode, damping, curvature, weights, layers.
+        """
+        return all_scores(self.index, self.rows(questions), _metric(options))
 
     def rows(self, questions: Sequence[Question]) -> QueryRows:
-        """The questions' whitened rows, by segment."""
+        """The questions' whitened rows, by segment; of a question with `against`, the difference of two."""
+        contrasts = [i for i, question in enumerate(questions) if question.against is not None]
+        if contrasts:
+            others = [replace(questions[i], completion=questions[i].against, against=None) for i in contrasts]
+            both = self.rows([*(replace(question, against=None) for question in questions), *others])
+            matrix = np.eye(len(questions), len(questions) + len(others))
+            matrix[contrasts, np.arange(len(questions), matrix.shape[1])] = -1.0
+            return combine(both, matrix)
         worded = [i for i, question in enumerate(questions) if question.row is None]
         measured = self.measure(self.examples([questions[i] for i in worded])) if worded else {}
         result: dict[str, np.ndarray | KeyedVectors] = {}
@@ -193,7 +250,9 @@ class Client:
         if not isinstance(self._documents, TextEncoder):
             raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
         where = f"question {question.id}" if question.id else "the question"
-        return self._documents.question(question.prompt, question.completion, question.text, context=self._context, where=where)
+        return self._documents.question(
+            question.prompt, question.completion, question.text, span=question.span, context=self._context, where=where
+        )
 
     @property
     def _context(self) -> int | None:

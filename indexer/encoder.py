@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
 BatchRows = Mapping[str, np.ndarray | KeyedVectors]
-"""A batch's rows, by segment."""
+"""A batch's rows, by segment, and under "losses" its examples' losses (or measurements) under the last model."""
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
@@ -114,11 +114,11 @@ class Encoder:
             for number, model in enumerate(self.models):
                 own = [collectors[s.name] for s in self.plan.segments if s.model == number]
                 if own:
-                    backward(model, batch, own, objective)
+                    losses = backward(model, batch, own, objective)
             rows = {name: collector.rows() for name, collector in collectors.items()}
             for block in rows.values():
                 check_finite(torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None]), batch, "gradient")
-            yield chosen, rows
+            yield chosen, {**rows, "losses": losses.float().cpu().numpy()}
             progress(len(chosen), int(batch.valid.sum()))
 
     def rows(self, examples: Sequence[Example], questions: bool = False) -> dict[str, Any]:

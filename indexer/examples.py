@@ -8,7 +8,7 @@ Split documents overlap by one token, which is context in the later chunk: every
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -96,21 +96,36 @@ class TextEncoder:
                     yield from self._cut(document, text, *next(encoded))
 
     def question(
-        self, prompt: str = "", completion: str | None = None, text: str | None = None, context: int | None = None, where: str = "the query"
+        self,
+        prompt: str = "",
+        completion: str | None = None,
+        text: str | None = None,
+        *,
+        span: str | None = None,
+        context: int | None = None,
+        where: str = "the query",
     ) -> Example:
-        """Encode one question whole: the loss is on the completion, or on all of the text.
+        """Encode one question whole: the loss is on the completion, or on all of the text, or on a `span` of it.
 
-        A text is encoded as a document is, with its end where `append_eos` says so; a completion is never ended.
+        A text is encoded as a document is, with its end where `append_eos` says so (unless a span is asked about); a completion is never
+        ended.
 
         Raises:
-            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens).
+            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens); the span is not there, or twice.
         """
         document = Document(id="query", source="query", where=where, text=text, prompt=prompt, completion=completion)
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
+        if span is not None:
+            ((start, _),) = rendered.spans
+            found = rendered.text[start:].count(span) if span else 0
+            if found != 1:
+                raise UsageError(f"{where}: the span {span[:80]!r} stands {found} times in what is asked about; it must stand there once")
+            start = rendered.text.index(span, start)
+            rendered = replace(rendered, spans=((start, start + len(span)),))
         ids, mask, at = self._tokenize([rendered])[0]
-        if text is not None:
+        if text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, at)
         if context is not None and len(ids) - 1 > context:  # the last token is only predicted
             raise UsageError(f"{where} is {len(ids)} tokens long, the model's context is {context}; shorten it")

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..store.errors import UsageError
 from ..store.index import Index
+from .groups import Group
 from .search import Hits, Metric
 
 if TYPE_CHECKING:
@@ -16,27 +17,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What to attribute: a completion after a prompt, a whole text, or a row of the index; exactly one of them."""
+    """What to attribute: a completion after a prompt, a whole text, or a row of the index; exactly one of them.
+
+    Attributes:
+        against: another completion after the same prompt: what made the model say the one rather than the other.
+        span: a part of the completion or the text, as it stands there: its tokens alone are asked about.
+        weight: in a mean of questions.
+    """
 
     prompt: str = ""
     completion: str | None = None
     text: str | None = None
     row: int | None = None
     id: str | None = None
+    against: str | None = None
+    span: str | None = None
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("completion", "text", "row") if getattr(self, name) is not None]
         if len(given) != 1 or (self.prompt and given != ["completion"]):
             raise UsageError("a question is a prompt with a completion, or a text, or a row: give exactly one of them")
+        if self.against is not None and self.completion is None:
+            raise UsageError("another completion to hold against needs a completion; give both")
+        if self.span is not None and (self.row is not None or self.against is not None):
+            raise UsageError("a span is a part of one completion or text; give it without a row and without another completion")
+        if self.weight is not None and not np.isfinite(self.weight):
+            raise UsageError(f"a question's weight is {self.weight}; it must be a number")
         try:
-            f"{self.prompt}{self.completion}{self.text}{self.id}".encode()
+            f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
         except UnicodeEncodeError as error:
             raise UsageError("the question holds bytes that are not UTF-8 text; mend its encoding") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set."""
         asked = {"prompt": self.prompt, "completion": self.completion} if self.completion is not None else {}
-        return {k: v for k, v in {"id": self.id, **asked, "text": self.text, "row": self.row}.items() if v is not None}
+        more = {"text": self.text, "row": self.row, "against": self.against, "span": self.span, "weight": self.weight}
+        return {k: v for k, v in {"id": self.id, **asked, **more}.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,7 @@ class Answer:
     opponents: tuple[Attribution, ...]
     search: SearchReport
     index: Mapping[str, Any]
+    groups: tuple[Group, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready dictionaries and lists, keys as in `whence query --json`."""
@@ -89,6 +107,7 @@ class Answer:
             "query": dict(self.query),
             "proponents": [asdict(a) for a in self.proponents],
             "opponents": [asdict(a) for a in self.opponents],
+            **({"groups": [asdict(g) for g in self.groups]} if self.groups is not None else {}),
             "search": asdict(self.search),
             "index": dict(self.index),
         }
@@ -108,27 +127,43 @@ class Answer:
         return pd.DataFrame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns=columns)
 
 
-def make_answers(index: Index, questions: Sequence[Question], hits: Sequence[Hits], metric: Metric, opponents: bool) -> list[Answer]:
-    """Put ids, texts and metadata to the rows that a search found."""
+def make_answers(
+    index: Index,
+    asked: Sequence[Mapping[str, Any]],
+    hits: Sequence[Hits],
+    metric: Metric,
+    *,
+    opponents: bool = True,
+    where: str | None = None,
+    searched: int | None = None,
+    groups: Sequence[Sequence[Group]] | None = None,
+) -> list[Answer]:
+    """Put ids, texts and metadata to the rows that a search found.
+
+    Args:
+        asked: what each question was.
+        where, searched: the filter, and how many rows it left.
+        groups: of each question.
+    """
     about = describe_index(index)
-    estimated = any(s.kind == "keyed" and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
+    estimated = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
     method, recall = ("scan of 1-bit codes", None) if estimated else ("exact", 1.0)
+    built = {s.name: s.curvature.damping for s in index.manifest.segments}
+    dampings = metric.damping or (built if len(set(built.values())) > 1 else next(iter(built.values())))
+    settings: dict[str, Any] = {"mode": metric.mode, **({"damping": dampings} if metric.curvature else {"curvature": False})}
+    settings |= {"weights": dict(metric.weights)} if metric.weights else {}
+    settings |= {"layers": list(metric.layers)} if metric.layers else {}
+    settings |= {"where": where} if where is not None else {}
     answers = []
-    for question, hit in zip(questions, hits, strict=True):
-        built = {s.name: s.curvature.damping for s in index.manifest.segments}
-        settings: dict[str, Any] = {
-            "mode": metric.mode,
-            "damping": metric.damping or (built if len(built) > 1 else next(iter(built.values()))),
-        }
-        if metric.weights:
-            settings["weights"] = dict(metric.weights)
+    for number, (question, hit) in enumerate(zip(asked, hits, strict=True)):
         answers.append(
             Answer(
-                query={**question.to_dict(), **settings},
+                query={**question, **settings},
                 proponents=_attributions(index, hit.proponents, hit.proponent_scores),
                 opponents=_attributions(index, hit.opponents, hit.opponent_scores) if opponents else (),
-                search=SearchReport(method, len(index), recall, hit.seconds),
+                search=SearchReport(method, len(index) if searched is None else searched, recall, hit.seconds),
                 index=about,
+                groups=tuple(groups[number]) if groups is not None else None,
             )
         )
     return answers

@@ -2,22 +2,25 @@
 
     influence   <z_q, z_i>
     cosine      <z_q, z_i> / (|z_q| |z_i|)
+    per-nat     <z_q, z_i> / L_i, with the example's own loss: what a nat of it is worth, so that long and surprising texts do not lead
 
 Another damping a' than the build's a is exact and changes only the query: coordinates are whitened with (l + a)^(-1/2), so
 
     g_q^T (H + a' I)^(-1) g_i = sum_j  z_qj (l_j + a_j) / (l_j + a'_j) z_ij
 
-and under cosine the norms are taken in the same metric, in the same pass. Without curvature the factor is (l_j + a_j). A scan is bound
-by memory bandwidth; for float32 rows it multiplies straight from the memory map.
+and under cosine the norms are taken in the same metric, in the same pass. Without curvature the factor is (l_j + a_j); of layers that are
+left out it is 0. Scores are linear in the question, so that contrasts and means of questions are questions too (`combine`). A scan is
+bound by memory bandwidth; for float32 rows it multiplies straight from the memory map.
 """
 
+import fnmatch
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from ..store.bits import rotate
 from ..store.errors import UsageError
@@ -25,7 +28,7 @@ from ..store.index import Index
 from ..store.keyed import KeyedVectors
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 
-Mode = Literal["influence", "cosine"]
+Mode = Literal["influence", "cosine", "per-nat"]
 _QUERIES_A_PASS = 256
 
 
@@ -34,21 +37,23 @@ class Metric:
     """How rows are compared.
 
     Attributes:
-        mode: "influence" or "cosine".
+        mode: "influence", "cosine" or "per-nat".
         damping: relative to each layer's mean eigenvalue; None keeps the build's.
         curvature: False undoes the whitening: plain products of projected gradients, and their cosine.
         weights: by segment ("head-2") or part ("head": that of every model), times the index's own, which make the segments' spreads
             comparable; 0 leaves a segment out.
+        layers: globs over layer names (the head's and the embeddings' too) or their ends; the others count nothing. All by default.
     """
 
     mode: Mode = "influence"
     damping: float | None = None
     curvature: bool = True
     weights: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mode not in ("influence", "cosine"):
-            raise UsageError(f"the mode is {self.mode!r}; it can be influence or cosine")
+        if self.mode not in get_args(Mode):
+            raise UsageError(f"the mode is {self.mode!r}; it can be {', '.join(get_args(Mode))}")
         if self.damping is not None:
             check_damping(self.damping)
             if not self.curvature:
@@ -78,12 +83,23 @@ class Hits:
 QueryRows = Mapping[str, Float32[np.ndarray, "queries dim"] | KeyedVectors]
 
 
-def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) -> list[Hits]:
-    """The k rows of highest and of lowest score for each query, by an exact scan.
+def combine(queries: QueryRows, matrix: Float64[np.ndarray, "combinations queries"]) -> QueryRows:
+    """Linear combinations of queries, which score what the same combinations of their scores would."""
+    return {
+        name: rows.combined(matrix) if isinstance(rows, KeyedVectors) else (matrix @ rows).astype(np.float32)
+        for name, rows in queries.items()
+    }
+
+
+def search(
+    index: Index, queries: QueryRows, k: int, metric: Metric = Metric(), allowed: Bool[np.ndarray, " rows"] | None = None
+) -> list[Hits]:
+    """The k rows of highest and of lowest score for each query, by an exact scan of the rows that are not deleted.
 
     Args:
         queries: segment name -> whitened query rows.
         k: from 1 to the number of rows.
+        allowed: which rows may be found; None allows all.
 
     Raises:
         UsageError: k is out of range, or a damping is asked of an index without curvature.
@@ -95,14 +111,14 @@ def search(index: Index, queries: QueryRows, k: int, metric: Metric = Metric()) 
     for first in range(0, count, _QUERIES_A_PASS):
         part = _part(queries, first, first + _QUERIES_A_PASS)
         started = time.perf_counter()
-        found = _scan(index, part, k, metric)
+        found = _scan(index, part, k, metric, index.alive if allowed is None else index.alive & allowed)
         seconds = time.perf_counter() - started
         hits.extend(Hits(best[0], best[1], worst[0], worst[1], seconds) for best, worst in found)
     return hits
 
 
 def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-    """Every score, as (first row, scores of a shard's rows), in row order."""
+    """Every score, as (first row, scores of a shard's rows), in row order; those of deleted rows too."""
     names = {s.name for s in index.manifest.segments}
     unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.segments})
     if unknown:
@@ -113,6 +129,10 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
             weights[s.name] *= metric.weights[name]
     if not any(weights.values()):
         raise UsageError("every segment has the weight 0; leave at least one")
+    if metric.layers:
+        weights = {s.name: weights[s.name] if _matched(s, metric.layers).any() else 0.0 for s in index.manifest.segments}
+        if not any(weights.values()):
+            raise UsageError(f"no layer of this index matches {', '.join(metric.layers)}; whence info names the layers")
     prepared: list[_Dense | _Keyed] = []
     for segment in (s for s in index.manifest.segments if weights[s.name]):
         rows = queries[segment.name]
@@ -125,6 +145,12 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
     query_norms = np.sqrt(sum((weights[p.segment.name] * p.squared_norms for p in prepared), np.zeros(_count(queries))))
     for shard in index.manifest.shards:
         yield shard.first, _shard_scores(index, shard, prepared, weights, query_norms, metric.mode)
+
+
+def _matched(segment: DenseSegment | KeyedSegment, patterns: Sequence[str]) -> Bool[np.ndarray, " layers"]:
+    """Which of a segment's layers match a pattern, as in `--layers` of a build."""
+    names = [segment.layer] if isinstance(segment, KeyedSegment) else [layer.name for layer in segment.layers]
+    return np.array([any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in patterns) for n in names])
 
 
 def _count(queries: QueryRows) -> int:
@@ -156,12 +182,14 @@ class _Dense:
         elif not metric.curvature and any(layer.curvature != "identity" for layer in segment.layers):
             eigenvalues, means = index.spectrum(segment)
             change = eigenvalues + segment.curvature.damping * means
+        if metric.layers and not (matched := _matched(segment, metric.layers)).all():
+            change = np.repeat(matched, [layer.size for layer in segment.layers]) * (1.0 if change is None else change)
         reduction = index.reduction(segment)
         if change is not None:
             if metric.mode == "cosine" and reduction.mixes:
                 raise UsageError(
-                    f"the rows of {segment.name} are a random projection, whose lengths are known under the build's damping alone; ask for "
-                    "influence, or without a damping"
+                    f"the rows of {segment.name} are a random projection, whose lengths are known under the build's damping and over all "
+                    "layers alone; ask for influence, or without a change of these"
                 )
             scaled = scaled * change
             change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
@@ -231,18 +259,23 @@ def _shard_scores(
         found, lengths = p.scores(index, shard, mode == "cosine")
         scores += found * np.float32(weights[p.segment.name])
         squared += lengths * weights[p.segment.name]
+    if mode == "per-nat":
+        losses = index.losses(shard)[None]
+        scores = np.divide(scores, losses, out=np.zeros_like(scores), where=losses > 0)
     if mode == "cosine":
         norms = query_norms[:, None] * np.sqrt(squared)[None]
         scores = np.divide(scores, norms, out=np.zeros(scores.shape), where=norms > 0).astype(np.float32)
     return scores
 
 
-def _scan(index: Index, queries: QueryRows, k: int, metric: Metric) -> list[tuple[tuple, tuple]]:
+def _scan(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Bool[np.ndarray, " rows"]) -> list[tuple[tuple, tuple]]:
     count = _count(queries)
     empty = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     best, worst = [empty] * count, [empty] * count
     for first, scores in all_scores(index, queries, metric):
         rows = np.arange(first, first + scores.shape[1])
+        if not (own := allowed[first : first + len(rows)]).all():
+            rows, scores = rows[own], scores[:, own]  # noqa: PLW2901
         for q in range(count):
             best[q] = _merge(best[q], rows, scores[q], k, 1)
             worst[q] = _merge(worst[q], rows, scores[q], k, -1)

@@ -1,7 +1,7 @@
 """Answers on a terminal: the question, a table of proponents and one of opponents, and how they were found."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
@@ -9,9 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .answers import Answer
+from .groups import Group
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
+_SHOWN_GROUPS = 10
 
 
 def show(answer: Answer) -> None:
@@ -28,8 +30,13 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if "completion" in q:
         asked.append(_printable(q["prompt"]))
         asked.append(_printable(q["completion"]).plain, style="bold underline")
+        if "against" in q:
+            asked.append(" rather than ", style="dim")
+            asked.append(_printable(q["against"]).plain, style="underline")
     else:
-        asked.append(_printable(q.get("text") or f"row {q['row']}"))
+        asked.append(_printable(q.get("text") or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} questions")))
+    if "span" in q:
+        asked.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
     yield Text("\n") + asked
     for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
         table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
@@ -43,14 +50,35 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
             table.add_row(str(a.rank), f"{a.score:.4g}", *(() if narrow else (_printable(a.id),)), shown)
         if found:
             yield table
+    if answer.groups is not None:
+        yield _groups(answer.groups)
     s = answer.search
     searched = f"exact search of {s.rows:,} rows" if s.recall == 1.0 else f"{s.method} of {s.rows:,} rows, scores are estimates,"
-    given = q["damping"]
+    given = q.get("damping", 0)
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
-    yield Text(
-        f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, damping {damping}",
-        style="dim",
-    )
+    how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
+    more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
+    yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
+
+
+def _groups(groups: Sequence[Group]) -> Table:
+    table = Table(title="groups", title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table.add_column("group", ratio=1, min_width=8, overflow="ellipsis", no_wrap=True)
+    for name in ("rows", "of all for", "against", "influence", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = [*groups[:_SHOWN_GROUPS], *groups[max(_SHOWN_GROUPS, len(groups) - _SHOWN_GROUPS) :]]
+    for g in shown:
+        table.add_row(
+            _printable("(none)" if g.value is None else str(g.value)),
+            f"{g.rows:,}",
+            f"{g.positive_share:.1%}",
+            f"{g.negative_share:.1%}",
+            f"{g.total:.4g}",
+            f"{g.low:.4g} to {g.high:.4g}",
+        )
+    if len(shown) < len(groups):
+        table.caption = f"the {_SHOWN_GROUPS} of highest and of lowest influence, of {len(groups):,}"
+    return table
 
 
 def _printable(text: str) -> Text:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from torch import nn
 
 from ..indexer import models
@@ -30,7 +31,7 @@ from ..store.files import publish, sha256
 from ..store.index import dense_reduction
 from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
 from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
-from ..store.rows import DenseRows, write_dense, write_shard
+from ..store.rows import DenseRows, map_array, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
@@ -188,10 +189,10 @@ class Worker:
         if not self._is_whole(final, plan, shard):
             shutil.rmtree(final, ignore_errors=True)
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            segments = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
+            segments, losses = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
             about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
-            write_shard(staged, segments, about)
+            write_shard(staged, segments, about, losses)
             publish(staged, final)
         else:
             progress(shard.rows, shard.tokens)
@@ -228,6 +229,7 @@ class Worker:
         if not path.is_dir():
             return False
         try:
+            map_array(path, "losses", (shard.rows,), "float32")
             for segment in plan.segments:
                 if isinstance(segment, KeyedSegment):
                     KeyedRows(path / segment.name, shard.rows, segment.vocabulary, segment.bits)
@@ -250,8 +252,8 @@ class Worker:
 
 def segment_writers(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
-) -> dict[str, Callable[[Any], None]]:
-    """What writes each segment of a shard of these examples (see `write_shard`).
+) -> tuple[dict[str, Callable[[Any], None]], Float32[np.ndarray, " examples"]]:
+    """What writes each segment of a shard of these examples (see `write_shard`), and their losses.
 
     Rows are reduced and keyed rows coded batch by batch, so that whole vectors never pile up.
     """
@@ -259,7 +261,9 @@ def segment_writers(
     reductions = {s.name: dense_reduction(s, encoder.arrays) for s in segments if isinstance(s, DenseSegment)}
     dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in segments if isinstance(s, DenseSegment)}
     coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
+    losses = np.zeros(len(examples), np.float32)
     for chosen, rows in encoder.batches(examples, progress):
+        losses[chosen] = np.asarray(rows["losses"])
         for segment in segments:
             block = rows[segment.name]
             if isinstance(segment, KeyedSegment):
@@ -276,7 +280,7 @@ def segment_writers(
             writers[segment.name] = partial(write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits)
         else:
             writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
-    return writers
+    return writers, losses
 
 
 def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:

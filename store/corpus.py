@@ -349,8 +349,12 @@ def _display_names(names: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else names
 
 
+_QUESTION = ("prompt", "completion", "text", "row", "against", "span", "weight")
+
+
 def read_questions(file: str) -> Iterator[dict[str, Any]]:
-    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, or row, and an optional id.
+    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, or row; optional are an id, another
+    completion `against` which to hold it, a `span` that alone is asked about, and a `weight` for a mean of questions.
 
     Raises:
         NotFoundError: no such file.
@@ -365,20 +369,23 @@ def read_questions(file: str) -> Iterator[dict[str, Any]]:
         wrong = _question_problem(record)
         if wrong:
             raise DataError(f"{where}: {wrong}")
-        question = {k: record[k] for k in ("prompt", "completion", "text", "row") if record.get(k) is not None}
+        question = {k: record[k] for k in _QUESTION if record.get(k) is not None}
         yield question | {"id": str(where if record.get("id") is None else record["id"])}
 
 
 def _question_problem(record: Mapping[str, Any]) -> str | None:
-    options = sorted({"k", "mode", "damping", "opponents"} & record.keys())
+    options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
     if options:
         return f"{options[0]} is an option of the command, the same for all questions of a file, not a field of a question"
     given = [k for k in ("completion", "text", "row") if record.get(k) is not None]
     if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
         return "a question is a prompt with a completion, or a text, or a row: give exactly one of them"
-    for key in ("prompt", "completion", "text"):
+    for key in ("prompt", "completion", "text", "against", "span"):
         if record.get(key) is not None and not isinstance(record[key], str):
             return f"{key} holds {type(record[key]).__name__}, not text"
     if "row" in given and (not isinstance(record["row"], int) or isinstance(record["row"], bool)):
         return f"row is {record['row']!r}, not a whole number"
+    weight = record.get("weight")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+        return f"weight is {weight!r}, not a number"
     return None

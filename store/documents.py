@@ -7,7 +7,7 @@ text and says so in its field's metadata, so that nothing is lost and nothing is
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,29 @@ class Documents:
             label=record.get("label"),
         )
 
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
+        schema = self._file.schema
+        kinds = {name: schema.field(name).type for name in ("id", "document", "chunk", "text", "source")}
+        if "label" in schema.names:
+            kinds["label"] = schema.field("label").type
+        return {f.name: f.type for f in (schema.field("metadata").type if "metadata" in schema.names else ())} | kinds
+
     def ids(self) -> list[str]:
         """All ids, in row order."""
-        return [v for i in range(self._file.num_record_batches) for v in self._file.get_batch(i).column("id").to_pylist()]
+        return self.table(["id"])["id"].to_pylist()
+
+    def table(self, names: Iterable[str]) -> pa.Table:
+        """Some columns of all rows, those of the corpus beside the others; names that are not there are left out, `id` never is."""
+        import pyarrow.compute as pc
+
+        whole, own = pa.Table.from_batches([self._file.get_batch(i) for i in range(self._file.num_record_batches)], self._file.schema), {}
+        for name in {"id", *names}:
+            if name in self.columns:
+                direct = name in ("id", "document", "chunk", "text", "source", "label")
+                own[name] = whole[name] if direct else pc.struct_field(whole["metadata"], name)
+        return pa.table(own)
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1

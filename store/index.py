@@ -4,17 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Bool, Float32, Float64
 
 from .documents import Documents, Example
 from .errors import IntegrityError, UsageError
 from .files import sha256
 from .keyed import KeyedRows, KeyedVectors
 from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
-from .rows import DenseRows, Reduction
+from .rows import DenseRows, Reduction, map_array
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Index:
         self._documents: dict[str, Documents] = {}
 
     def __len__(self) -> int:
+        """Rows, deleted ones too."""
         return self.manifest.rows
 
     def segment(self, name: str) -> DenseSegment | KeyedSegment:
@@ -78,6 +82,11 @@ class Index:
         if isinstance(segment, KeyedSegment):
             return np.concatenate([self.keyed(shard, segment).norms for shard in self.manifest.shards])
         return np.concatenate([self.dense(shard, segment).norms for shard in self.manifest.shards])
+
+    def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
+        """The examples' own losses under the (last) model, in nats."""
+        self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
+        return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
 
     def documents(self, shard: Shard) -> Documents:
         """A shard's examples."""
@@ -118,6 +127,60 @@ class Index:
         """
         shard, offset = self._locate(row)
         return self.documents(shard)[offset]
+
+    @cached_property
+    def columns(self) -> "dict[str, pa.DataType]":
+        """What rows can be filtered and grouped by, with its Arrow type.
+
+        Raises:
+            IntegrityError: two shards have different types for one.
+        """
+        found: dict[str, pa.DataType] = {}
+        for shard in self.manifest.shards:
+            for name, kind in self.documents(shard).columns.items():
+                found[name] = kind if found.get(name, kind) == kind else _common(found[name], kind)
+        return found
+
+    def matching(self, expression: str) -> Bool[np.ndarray, " rows"]:
+        """Which rows a filter matches (see filters.py).
+
+        Raises:
+            UsageError: no such column, or values that cannot be compared.
+        """
+        from .filters import matching, names_in, parse_filter
+
+        tree = parse_filter(expression)
+        return np.concatenate([matching(tree, self._table(shard, names_in(tree)), self.columns) for shard in self.manifest.shards])
+
+    def column(self, name: str) -> "pa.ChunkedArray":
+        """A column of all rows.
+
+        Raises:
+            UsageError: there is no such column.
+        """
+        import pyarrow as pa
+
+        if name not in self.columns:
+            raise UsageError(f"there is no column {name!r}; this index has {', '.join(sorted(self.columns))}")
+        parts = []
+        for shard in self.manifest.shards:
+            table = self._table(shard, [name])
+            parts.append(table[name] if name in table.column_names else pa.chunked_array([pa.nulls(shard.rows, self.columns[name])]))
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], self.columns[name])
+
+    def _table(self, shard: Shard, names: Iterable[str]) -> "pa.Table":
+        """Some columns of a shard, in the index's types."""
+        table = self.documents(shard).table(names)
+        for i, name in enumerate(table.column_names):
+            table = table.set_column(i, name, table[name].cast(self.columns[name]))
+        return table
+
+    @cached_property
+    def alive(self) -> Bool[np.ndarray, " rows"]:
+        """Which rows were not deleted."""
+        alive = np.ones(self.manifest.rows, bool)
+        alive[list(self.manifest.tombstones)] = False
+        return alive
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -227,6 +290,16 @@ class Index:
             raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
         shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+def _common(a: "pa.DataType", b: "pa.DataType") -> "pa.DataType":
+    """The type in which both can be compared; text where there is no other."""
+    import pyarrow as pa
+
+    try:
+        return pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive").field("x").type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.string()
 
 
 def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:

@@ -56,6 +56,19 @@ class KeyedVectors:
         whole = None if self.whole is None else self.whole[first:last]
         return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
 
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "KeyedVectors":
+        """Linear combinations of the rows."""
+        made = []
+        for row in matrix:
+            weights = np.repeat(row, np.diff(self.indptr))
+            at = np.flatnonzero(weights)
+            keys, inverse = np.unique(self.keys[at], return_inverse=True)
+            vectors = np.zeros((len(keys), self.vectors.shape[1]))
+            np.add.at(vectors, inverse, self.vectors[at] * weights[at, None])
+            made.append((keys, vectors.astype(np.float32)))
+        indptr = np.concatenate([[0], np.cumsum([len(keys) for keys, _ in made])]).astype(np.int64)
+        return KeyedVectors(indptr, np.concatenate([keys for keys, _ in made]), np.concatenate([v for _, v in made]))
+
     @property
     def squared_norms(self) -> Float32[np.ndarray, " rows"]:
         """Each row's squared length."""

@@ -217,7 +217,7 @@ BAD_INPUTS = {
     "row beyond": ((*QUERY, "--row", "120"), 2, "the rows 0 to 119"),
     "k 0": ((*QUERY, "--row", "1", "-k", "0"), 2, "k is 0"),
     "k beyond": ((*QUERY, "--row", "1", "-k", "121"), 2, "120 rows"),
-    "unknown mode": ((*QUERY, "--row", "1", "--mode", "dot"), 2, "influence or cosine"),
+    "unknown mode": ((*QUERY, "--row", "1", "--mode", "dot"), 2, "influence, cosine"),
     "query damping 0": ((*QUERY, "--row", "1", "--damping", "0"), 2, "from 1e-6"),
     "no question file": ((*QUERY, "--file", "{bad}/none.jsonl"), 3, "there is no file"),
     "bad question": ((*QUERY, "--file", "{bad}/questions.jsonl"), 1, "questions.jsonl line 2"),

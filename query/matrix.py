@@ -1,0 +1,102 @@
+"""The whole matrix of scores of many questions, streamed to Zarr or Parquet: what the score of every example is for every question.
+
+Scores come shard by shard for as many questions as fit into memory at a time, and are written as they come; the finished matrix is
+renamed to its name, so that a half-written one is never taken for whole.
+"""
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..store.errors import UsageError
+from ..store.files import storage_errors
+from .answers import Question
+
+if TYPE_CHECKING:
+    from ..client import Client
+
+_BLOCK_BYTES = 256 << 20
+
+
+class _Reporter(Protocol):
+    def stage(self, name: str, examples: int | None) -> None: ...
+    def update(self, examples: int, tokens: int) -> None: ...
+
+
+def write_scores(client: "Client", questions: Sequence[Question], out: Path, reporter: _Reporter, **options: Any) -> tuple[int, int]:
+    """Write scores [questions, rows] as float32; a deleted row's are NaN.
+
+    Args:
+        out: ends in `.zarr` (arrays `scores`, `rows`, `questions`) or `.parquet` (a line for each row, a column for each question).
+
+    Returns:
+        The matrix's shape.
+
+    Raises:
+        UsageError: another ending, `out` exists, or there are no questions.
+    """
+    if out.suffix not in (".zarr", ".parquet"):
+        raise UsageError(f"--out {out} must end in .zarr or .parquet")
+    if out.exists():
+        raise UsageError(f"--out {out} exists; choose another name, or remove it first")
+    if not questions:
+        raise UsageError("there is no question in the file")
+    names = [question.id or str(i) for i, question in enumerate(questions)]
+    if out.suffix == ".parquet" and len({*names, "id"}) <= len(names):
+        raise UsageError("two questions have the same id (or one is called id), and a column needs a name of its own; mend them")
+    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        with storage_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            (_write_zarr if out.suffix == ".zarr" else _write_parquet)(client, questions, names, staged, reporter, options)
+            staged.rename(out)
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged)
+        staged.unlink(missing_ok=True)
+    return len(questions), len(client.index)
+
+
+def _write_zarr(
+    client: "Client", questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter, options: dict[str, Any]
+) -> None:
+    import zarr
+
+    index = client.index
+    step = max(1, _BLOCK_BYTES // (4 * max(shard.rows for shard in index.manifest.shards)))
+    group = zarr.create_group(path, zarr_format=3)
+    shape, chunks = (len(questions), len(index)), (min(step, len(questions)), min(1 << 16, len(index)))
+    matrix = group.create_array("scores", shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan)
+    ids = np.array(index.column("id").to_pylist())
+    group.create_array("rows", shape=ids.shape, dtype=ids.dtype)[...] = ids
+    group.create_array("questions", shape=(len(names),), dtype=np.array(names).dtype)[...] = np.array(names)
+    reporter.stage("writing scores", len(questions) * len(index.manifest.shards))
+    for at in range(0, len(questions), step):
+        part = questions[at : at + step]
+        for first, block in client.scores(part, **options):
+            matrix[at : at + len(part), first : first + block.shape[1]] = _without_deleted(client, first, block)
+            reporter.update(len(part), 0)
+
+
+def _write_parquet(
+    client: "Client", questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter, options: dict[str, Any]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = client.index
+    schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in names)])
+    reporter.stage("writing scores", len(index))
+    with pq.ParquetWriter(path, schema) as writer:
+        for shard, (first, block) in zip(index.manifest.shards, client.scores(questions, **options), strict=True):
+            columns = [index.documents(shard).ids(), *_without_deleted(client, first, block)]
+            writer.write_table(pa.table(columns, schema=schema))
+            reporter.update(shard.rows, 0)
+
+
+def _without_deleted(client: "Client", first: int, block: np.ndarray) -> np.ndarray:
+    return np.where(client.index.alive[first : first + block.shape[1]], block, np.float32(np.nan))

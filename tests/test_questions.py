@@ -1,0 +1,308 @@
+"""What a question may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from click.testing import CliRunner
+from helpers import make_tokenizer, random_texts, words, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence import BuildConfig, Client, Question, build
+from whence.cli import main
+from whence.query.groups import _POISSON, group_scores
+from whence.query.search import Metric, all_scores
+from whence.store.errors import UsageError
+from whence.store.index import Index
+
+COLORS = ("red", "green", None)
+
+
+def record(i, text):
+    extra = {"day": f"2020-01-{1 + i % 28:02d}", "a b": i % 3} if i >= 60 else {}
+    return {"id": f"d{i}", "text": text, "year": 1900 + i, "color": COLORS[i % 3], "good": i % 2 == 0, **extra}
+
+
+RECORDS = [record(i, t) for i, t in enumerate(random_texts(120, seed=3))]
+
+
+@pytest.fixture(scope="module")
+def index_path(tmp_path_factory, model_dir):
+    """Dense float32 rows and a head; four shards, of which the first two lack two columns."""
+    here = tmp_path_factory.mktemp("questions")
+    data = write_jsonl(here / "c.jsonl", RECORDS)
+    options = dict(segments=("blocks", "head"), rank=4, head_bits=32, shard_rows=30)
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(here / "i"), **options))
+    return here / "i"
+
+
+@pytest.fixture(scope="module")
+def client(index_path):
+    return Client(index_path)
+
+
+def matrix(client, questions, metric=Metric()):
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+
+
+# --- filters
+
+FILTERS = {
+    "year >= 1950": lambda r: r["year"] >= 1950,
+    "1950 <= year < 1960 or year == 1901": lambda r: 1950 <= r["year"] < 1960 or r["year"] == 1901,
+    'color == "red"': lambda r: r["color"] == "red",
+    'color != "red"': lambda r: r["color"] is not None and r["color"] != "red",
+    "color == None": lambda r: r["color"] is None,
+    "color is not None": lambda r: r["color"] is not None,
+    'not (color == "red" or good == True)': lambda r: r["color"] == "green" and not r["good"],
+    'color in ["red", "blue"]': lambda r: r["color"] == "red",
+    'color not in ["red"]': lambda r: r["color"] == "green",
+    "good == False and year > 1910.5": lambda r: not r["good"] and r["year"] > 1910.5,
+    'day > "2020-01-20"': lambda r: r.get("day", "") > "2020-01-20",
+    'column("a b") == 2': lambda r: r.get("a b") == 2,
+    'id.startswith("d1") and text.contains("w1 ")': lambda r: r["id"].startswith("d1") and "w1 " in r["text"],
+    "-1 < chunk": lambda r: True,
+    "document == id": lambda r: True,
+    "year == -5": lambda r: False,
+}
+
+
+@pytest.mark.parametrize("text", FILTERS)
+def test_a_filter_matches_what_python_would(client, text):
+    assert client.index.matching(text).tolist() == [FILTERS[text](r) for r in RECORDS]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.tuples(st.sampled_from(["<", "<=", "==", "!=", ">", ">="]), st.integers(1895, 2025)),
+        lambda e: st.tuples(e, st.sampled_from(["and", "or"]), e),
+    )
+)
+def test_any_combination_of_comparisons(client, tree):
+    def text(node):
+        return f"year {node[0]} {node[1]}" if len(node) == 2 else f"({text(node[0])} {node[1]} {text(node[2])})"
+
+    assert client.index.matching(text(tree)).tolist() == [bool(eval(text(tree), {"year": r["year"]})) for r in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("yaer > 3", "there is no column 'yaer'; this index has"),
+        ("year > 'x'", "cannot be compared with 'x'"),
+        ("color > 3", "cannot be compared with 3"),
+        ("good == 1", "cannot be compared with 1"),
+        ("year", "cannot be compared"),
+        ("year >", "is no expression"),
+        ("", "is no expression"),
+        ("(" * 5000 + ")" * 5000, "is no expression"),
+        ("__import__('os').system('true')", "a filter cannot hold"),
+        ("year.__class__ == 3", "is no column's name"),
+        ("[y for y in [1]] == year", "is neither"),
+        ("year > None", "None can only be compared"),
+        ("3 > 2", "is no column's name"),
+        ("year in id", "needs a list"),
+        ("year in [year]", "is neither"),
+        ("day + 3 > 2", "is no column's name"),
+        ("year == (lambda: 3)()", "is neither"),
+        ("year if good else good", "a filter cannot hold"),
+    ],
+)
+def test_what_a_filter_refuses(client, text, message):
+    with pytest.raises(UsageError) as error:
+        client.index.matching(text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+def test_only_matching_rows_are_ranked(client, mode):
+    question = Question(text=words(3, 9, 27, 41))
+    scores = matrix(client, [question], Metric(mode))[0]
+    allowed = np.array([r["year"] >= 1960 and r["good"] for r in RECORDS])
+    answer = client.query_many([question], mode=mode, where="year >= 1960 and good == True", k=5)[0]
+    assert answer.search.rows == allowed.sum()
+    assert answer.query["where"] == "year >= 1960 and good == True"
+    order = [i for i in np.argsort(-scores, kind="stable") if allowed[i] and scores[i] > 0]
+    assert [a.row for a in answer.proponents] == order[:5]
+    order = [i for i in np.argsort(scores, kind="stable") if allowed[i] and scores[i] < 0]
+    assert [a.row for a in answer.opponents] == order[:5]
+    with pytest.raises(UsageError, match="no row matches"):
+        client.query(text="w1 w2", where="year > 3000")
+
+
+# --- groups
+
+
+def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
+    question = Question(text=words(3, 9, 27, 41))
+    scores = matrix(client, [question])[0].astype(float)
+    (groups,) = group_scores(client.index, client.rows([question]), "color")
+    assert {g.value for g in groups} == set(COLORS)
+    generator = np.random.default_rng(5)
+    for g in groups:
+        own = np.array([r["color"] == g.value for r in RECORDS])
+        assert (g.rows, g.positive, g.negative) == (own.sum(), (scores[own] > 0).sum(), (scores[own] < 0).sum())
+        assert g.total == pytest.approx(scores[own].sum(), rel=1e-4)
+        assert g.positive_share == pytest.approx(scores[own & (scores > 0)].sum() / scores[scores > 0].sum(), rel=1e-4)
+        assert g.negative_share == pytest.approx(scores[own & (scores < 0)].sum() / scores[scores < 0].sum(), rel=1e-4)
+        draws = [(scores * own)[generator.integers(0, 120, 120)].sum() for _ in range(4000)]
+        width = np.quantile(draws, 0.975) - np.quantile(draws, 0.025)
+        assert g.high - g.low == pytest.approx(width, rel=0.35)
+        assert g.low < g.total < g.high
+    assert [g.total for g in groups] == sorted((g.total for g in groups), reverse=True)
+    assert _POISSON.mean() == pytest.approx(1, abs=1e-6)
+    assert _POISSON.var() == pytest.approx(1, abs=0.03)
+    (some,) = group_scores(client.index, client.rows([question]), "color", allowed=np.arange(120) < 10)
+    assert sum(g.rows for g in some) == 10
+    with pytest.raises(UsageError, match="there is no column 'colour'"):
+        client.query(text="w1 w2", group_by="colour")
+
+
+# --- what is asked
+
+
+def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(client):
+    prompt, one, other = "w1 w2", " w3 w4", " w9"
+    scores = matrix(client, [Question(prompt, one, against=other), Question(prompt, one), Question(prompt, other)])
+    np.testing.assert_allclose(scores[0], scores[1] - scores[2], rtol=1e-3, atol=1e-4 * np.abs(scores).max())
+    # and against autograd: rows of the blocks are whitened projections of the gradient, which is linear
+    tokenizer, model = make_tokenizer(), client.encoder.model
+    model.requires_grad_(True)
+
+    def log_probability(completion):
+        ids = torch.tensor([tokenizer(prompt + completion).input_ids])
+        log_p = model(ids).logits.log_softmax(-1)
+        return sum(log_p[0, t - 1, ids[0, t]] for t in range(2, ids.shape[1]))
+
+    layer = client.index.segment("blocks").layers[0]
+    weight = model.get_submodule(layer.name).weight
+    (gradient,) = torch.autograd.grad(-(log_probability(one) - log_probability(other)), weight)
+    model.requires_grad_(False)
+    maps = client.encoder.parts["blocks"].maps[layer.name]
+    projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
+    whitened = client.encoder.parts["blocks"]._whiten(layer, projected)[0].numpy()
+    found = client.rows([Question(prompt, one, against=other)])["blocks"][0][: layer.size]
+    np.testing.assert_allclose(found, whitened, rtol=1e-3, atol=1e-3 * np.abs(whitened).max())
+
+
+def test_spans_of_a_completion_add_up_to_the_whole(client):
+    whole = Question("w1 w2", " w3 w4 w5")
+    parts = [Question("w1 w2", " w3 w4 w5", span=span) for span in ("w3", "w4 w5")]
+    scores = matrix(client, [whole, *parts], Metric(weights={"head": 0}))  # the head's rows hold the tokens that are asked about alone
+    np.testing.assert_allclose(scores[0], scores[1] + scores[2], rtol=1e-3, atol=1e-4 * np.abs(scores).max())
+    in_text = matrix(client, [Question(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
+    np.testing.assert_allclose(in_text[0], in_text[1], rtol=1e-4, atol=1e-5 * np.abs(scores).max())
+    for question in (Question("w1", " w3 w3", span="w3"), Question("w1", " w3", span="w1"), Question(text="w1 w2", span="")):
+        with pytest.raises(UsageError, match="times in what is asked about"):
+            client.rows([question])
+    with pytest.raises(UsageError, match="needs a completion"):
+        Question(text="w1 w2", against="w3")
+
+
+def test_a_mean_of_questions_scores_the_mean_of_their_scores(client):
+    questions = [
+        Question(text=words(4, 5, 6), weight=2.0),
+        Question("w1", " w2"),
+        Question(row=7, weight=-0.5),
+        Question("w1", " w2", against=" w8"),
+    ]
+    scores = matrix(client, questions)
+    expected = np.array([2.0, 1.0, -0.5, 1.0]) @ scores / 4
+    (answer,) = client.query_many(questions, mean=True, k=120)
+    found = np.zeros(120)
+    for a in (*answer.proponents, *answer.opponents):
+        found[a.row] = a.score
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert answer.query["mean_of"] == 4
+
+
+def test_layers_left_out_equal_an_index_without_them(tmp_path, client, model_dir):
+    data = write_jsonl(tmp_path / "c.jsonl", RECORDS)
+    options = dict(rank=4, shard_rows=30, layers=("h.0.mlp.*", "h.1.attn.c_attn"))
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(tmp_path / "i"), **options))
+    scratch, questions = Client(tmp_path / "i"), [Question(text=t) for t in random_texts(3, seed=9)]
+    for mode in ("influence", "cosine"):
+        few = matrix(client, questions, Metric(mode, layers=options["layers"]))
+        own = matrix(scratch, questions, Metric(mode))
+        np.testing.assert_allclose(few / np.abs(few).max(), own / np.abs(own).max(), rtol=1e-3, atol=1e-4)
+    head = matrix(client, questions, Metric(layers=("lm_head",)))
+    np.testing.assert_allclose(head, matrix(client, questions, Metric(weights={"blocks": 0})), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="no layer of this index matches"):
+        client.query(text="w1 w2", layers=("x.*",))
+
+
+def test_without_curvature_scores_are_those_of_plain_projected_gradients(tmp_path, client, model_dir):
+    data = write_jsonl(tmp_path / "c.jsonl", RECORDS)
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(tmp_path / "i"), rank=4, curvature="identity"))
+    plain, questions = Client(tmp_path / "i"), [Question(text=t) for t in random_texts(3, seed=9)]
+    for mode in ("influence", "cosine"):
+        metric = Metric(mode, curvature=False, weights={"head": 0})
+        found, expected = matrix(client, questions, metric), matrix(plain, questions, Metric(mode))
+        scale = 1 if mode == "cosine" else client.index.segment("blocks").weight
+        np.testing.assert_allclose(found, expected * scale, rtol=2e-3, atol=1e-3 * np.abs(expected * scale).max())
+    assert client.query(row=3, curvature=False).query["curvature"] is False
+
+
+def test_per_nat_divides_by_the_examples_own_losses(client):
+    examples = [client.index.example(i) for i in range(120)]
+    from whence.evaluation.retrain import measure_losses
+
+    losses = measure_losses(client.task, client.encoder.model, examples)
+    stored = np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
+    np.testing.assert_allclose(stored, losses, rtol=1e-4)
+    question = [Question(text=words(1, 2, 3))]
+    np.testing.assert_allclose(matrix(client, question, Metric("per-nat")), matrix(client, question) / stored, rtol=1e-4)
+
+
+# --- the whole matrix
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_matrix_of_scores_in_zarr_and_parquet(tmp_path, client, index_path, monkeypatch):
+    asked = [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(7, seed=2))]
+    file = write_jsonl(tmp_path / "q.jsonl", asked)
+    expected = matrix(client, [Question(text=a["text"]) for a in asked])
+    monkeypatch.setattr("whence.query.matrix._BLOCK_BYTES", 4 * 30 * 3)  # three questions at a time
+    done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
+    assert done.exit_code == 0, done.output
+    group = zarr.open_group(tmp_path / "s.zarr", mode="r")
+    np.testing.assert_allclose(group["scores"][:], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert list(group["rows"][:]) == [r["id"] for r in RECORDS]
+    assert list(group["questions"][:]) == [a["id"] for a in asked]
+    done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.parquet", "--mode", "cosine")
+    assert done.exit_code == 0, done.output
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table["id"].to_pylist() == [r["id"] for r in RECORDS]
+    cosines = matrix(client, [Question(text=a["text"]) for a in asked], Metric("cosine"))
+    np.testing.assert_allclose(np.stack([table[a["id"]] for a in asked]), cosines, rtol=1e-4, atol=1e-5)
+    again = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
+    assert (again.exit_code, "exists" in again.stderr) == (2, True)
+    assert run("scores", index_path, "--file", file, "--out", tmp_path / "s.csv").exit_code == 2
+    twice = write_jsonl(tmp_path / "t.jsonl", [asked[0], asked[0]])
+    assert "the same id" in run("scores", index_path, "--file", twice, "--out", tmp_path / "t.parquet").stderr
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".s") or p.name.startswith(".t")]
+
+
+def test_everything_from_the_command_line(tmp_path, index_path):
+    options = ["--where", 'color == "red"', "--group-by", "year", "--layers", "h.0.*", "--no-curvature", "-k", "3", "--json"]
+    done = run("query", index_path, "--prompt", "w1", "--completion", " w2", "--against", " w3", *options)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["query"]["against"] == " w3"
+    assert answer["query"]["layers"] == ["h.0.*"]
+    assert {a["metadata"]["color"] for a in answer["proponents"] + answer["opponents"]} == {"red"}
+    assert sum(g["rows"] for g in answer["groups"]) == 40
+    file = write_jsonl(tmp_path / "q.jsonl", [{"text": "w1 w2 w3", "weight": 2}, {"prompt": "w1", "completion": " w5", "against": " w6"}])
+    shown = run("query", index_path, "--file", file, "--mean", "--group-by", "color", "--mode", "per-nat")
+    assert shown.exit_code == 0, shown.output
+    assert "the mean of 2 questions" in shown.stdout
+    assert "(none)" in shown.stdout
+    assert "with --file" in run("query", index_path, "--text", "w1 w2", "--mean").stderr
+    assert Index(index_path).manifest.number == 1
