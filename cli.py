@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .store.errors import UsageError, WhenceError
+from .store.errors import NotFoundError, UsageError, WhenceError
 
 if TYPE_CHECKING:
     from .client import Client
@@ -304,6 +304,88 @@ def plan(as_json: bool, **options: Any) -> None:
     click.echo(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
 
 
+@main.command()
+@click.argument("index")
+@click.option("--data", required=True, multiple=True, help="Documents to add, as for build; repeatable.")
+@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
+@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@_json_option
+def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool, **how: Any) -> None:
+    """Add documents to an index, under the encoder that it has.
+
+    \b
+      whence add my.whence --data more.jsonl
+      whence add my.whence --data 2026/ --workers 4
+
+    The columns are those that the index was built with. Each segment's drift is said: how much longer rows are on average than those of the
+    build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
+    """
+    _quiet_libraries()
+    from .ray_jobs.change import add as run
+    from .ray_jobs.change import drifted
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        manifest = run(Path(index), data, how, model, reporter)
+    added = manifest.build["added"][-1]
+    if as_json:
+        click.echo(json.dumps({"rows": added["rows"], "drift": added["drift"], "refit": drifted(added["drift"])}))
+        return
+    drift = ", ".join(f"{name} {ratio:g}" for name, ratio in added["drift"].items())
+    click.echo(f"{index} has {added['rows']:,} rows more, {manifest.rows:,} in all; drift: {drift}")
+    for name in drifted(added["drift"]):
+        click.echo(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
+
+
+@main.command()
+@click.argument("index")
+@click.option("--ids", help="File with an id a line, of examples or of whole documents; - reads standard input.")
+@click.option("--where", help="Delete the rows that match, such as 'source == \"web\"'.")
+@_json_option
+def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> None:
+    """Take examples out of every answer, at once; their bytes go with whence compact.
+
+    \b
+      whence delete my.whence --ids removed.txt
+      whence delete my.whence --where 'source == "web" and year < 2010'
+    """
+    from .ray_jobs.change import delete as run
+
+    if (ids is None) == (where is None):
+        raise UsageError("say what is to be deleted: --ids FILE or --where FILTER, one of them")
+    listed: list[str] = []
+    if ids is not None:
+        if ids != "-" and not Path(ids).is_file():
+            raise NotFoundError(f"there is no file {ids}")
+        listed = [line for line in (sys.stdin.read() if ids == "-" else Path(ids).read_text(encoding="utf-8")).splitlines() if line.strip()]
+    gone = run(Path(index), listed, where)
+    click.echo(json.dumps({"deleted": gone}) if as_json else f"{gone:,} rows were deleted from {index}")
+
+
+@main.command()
+@click.argument("index")
+@click.option("--prune", is_flag=True, help="Also remove the files of older states; whoever is reading these loses them.")
+@_json_option
+def compact(index: str, prune: bool, as_json: bool) -> None:
+    """Write shards with deleted rows again without them; rows behind them move up.
+
+    \b
+      whence compact my.whence --prune
+    """
+    from .ray_jobs.change import compact as run
+    from .ray_jobs.change import prune as run_prune
+
+    dropped = run(Path(index))
+    freed = run_prune(Path(index)) if prune else 0
+    if as_json:
+        click.echo(json.dumps({"dropped": dropped, "freed_bytes": freed}))
+    else:
+        click.echo(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
+
+
 _question_options = _together(
     click.option("--prompt", default="", help="What comes before the completion."),
     click.option("--completion", help="What the model said: the loss is on it alone."),
@@ -386,7 +468,9 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
     questions = list(_read_questions(file))
     client = _client(index, options, questions)
     with Console() as reporter:
-        shape = write_scores(client, questions, Path(out), reporter, weights=_weights(weights), **options)
+        shape = write_scores(
+            client.index, lambda part: client.scores(part, weights=_weights(weights), **options), questions, Path(out), reporter
+        )
     click.echo(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
 
 
@@ -434,7 +518,10 @@ def info(index: str, as_json: bool) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in summary.items():
-        if name == "left_out":
+        if name == "added":
+            drifts = ", ".join(f"{part['rows']:,} rows (drift {part['drift']})" for part in value)
+            table.add_row("added", drifts or "nothing")
+        elif name == "left_out":
             table.add_row("left out", f"{', '.join(value[:4])}{' ...' if len(value) > 4 else ''}" or "nothing")
         elif name == "models":
             for model in value:

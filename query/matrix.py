@@ -6,20 +6,21 @@ renamed to its name, so that a half-written one is never taken for whole.
 
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float32
 
 from ..store.errors import UsageError
 from ..store.files import storage_errors
+from ..store.index import Index
 from .answers import Question
 
-if TYPE_CHECKING:
-    from ..client import Client
-
 _BLOCK_BYTES = 256 << 20
+Scores = Callable[[Sequence[Question]], Iterator[tuple[int, Float32[np.ndarray, "questions rows"]]]]
+"""Every row's score for some questions, shard by shard: the first row, and the scores."""
 
 
 class _Reporter(Protocol):
@@ -27,7 +28,7 @@ class _Reporter(Protocol):
     def update(self, examples: int, tokens: int) -> None: ...
 
 
-def write_scores(client: "Client", questions: Sequence[Question], out: Path, reporter: _Reporter, **options: Any) -> tuple[int, int]:
+def write_scores(index: Index, scores: Scores, questions: Sequence[Question], out: Path, reporter: _Reporter) -> tuple[int, int]:
     """Write scores [questions, rows] as float32; a deleted row's are NaN.
 
     Args:
@@ -52,21 +53,18 @@ def write_scores(client: "Client", questions: Sequence[Question], out: Path, rep
     try:
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            (_write_zarr if out.suffix == ".zarr" else _write_parquet)(client, questions, names, staged, reporter, options)
+            (_write_zarr if out.suffix == ".zarr" else _write_parquet)(index, scores, questions, names, staged, reporter)
             staged.rename(out)
     finally:
         if staged.is_dir():
             shutil.rmtree(staged)
         staged.unlink(missing_ok=True)
-    return len(questions), len(client.index)
+    return len(questions), len(index)
 
 
-def _write_zarr(
-    client: "Client", questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter, options: dict[str, Any]
-) -> None:
+def _write_zarr(index: Index, scores: Scores, questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter) -> None:
     import zarr
 
-    index = client.index
     step = max(1, _BLOCK_BYTES // (4 * max(shard.rows for shard in index.manifest.shards)))
     group = zarr.create_group(path, zarr_format=3)
     shape, chunks = (len(questions), len(index)), (min(step, len(questions)), min(1 << 16, len(index)))
@@ -77,26 +75,23 @@ def _write_zarr(
     reporter.stage("writing scores", len(questions) * len(index.manifest.shards))
     for at in range(0, len(questions), step):
         part = questions[at : at + step]
-        for first, block in client.scores(part, **options):
-            matrix[at : at + len(part), first : first + block.shape[1]] = _without_deleted(client, first, block)
+        for first, block in scores(part):
+            matrix[at : at + len(part), first : first + block.shape[1]] = _without_deleted(index, first, block)
             reporter.update(len(part), 0)
 
 
-def _write_parquet(
-    client: "Client", questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter, options: dict[str, Any]
-) -> None:
+def _write_parquet(index: Index, scores: Scores, questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    index = client.index
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in names)])
     reporter.stage("writing scores", len(index))
     with pq.ParquetWriter(path, schema) as writer:
-        for shard, (first, block) in zip(index.manifest.shards, client.scores(questions, **options), strict=True):
-            columns = [index.documents(shard).ids(), *_without_deleted(client, first, block)]
+        for shard, (first, block) in zip(index.manifest.shards, scores(questions), strict=True):
+            columns = [index.documents(shard).ids(), *_without_deleted(index, first, block)]
             writer.write_table(pa.table(columns, schema=schema))
             reporter.update(shard.rows, 0)
 
 
-def _without_deleted(client: "Client", first: int, block: np.ndarray) -> np.ndarray:
-    return np.where(client.index.alive[first : first + block.shape[1]], block, np.float32(np.nan))
+def _without_deleted(index: Index, first: int, block: np.ndarray) -> np.ndarray:
+    return np.where(index.alive[first : first + block.shape[1]], block, np.float32(np.nan))

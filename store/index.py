@@ -226,6 +226,7 @@ class Index:
             "whence": m.whence,
             "models": [{n: getattr(model, n) for n in ("id", "revision", "architecture", "parameters", "dtype")} for model in m.models],
             "rows": m.rows,
+            "deleted": len(m.tombstones),
             "tokens": m.tokens,
             **{name: m.build[name] for name in ("documents", "split", "truncated", "skipped")},
             "shards": len(m.shards),
@@ -239,6 +240,7 @@ class Index:
                 for s in m.segments
             ],
             "left_out": m.build["left_out"],
+            "added": [{name: part[name] for name in ("rows", "drift")} for part in m.build.get("added", ())],
         }
 
     def energy_held(self, segment: DenseSegment | KeyedSegment) -> float:
@@ -288,6 +290,8 @@ class Index:
     def _locate(self, row: int) -> tuple[Shard, int]:
         if not 0 <= row < len(self):
             raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
+        if not self.alive[row]:
+            raise UsageError(f"row {row} was deleted")
         shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
 

@@ -157,6 +157,19 @@ def write_keyed(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
     write_array(group, "norms", rows.norms)
 
 
+def copy_keyed(group: Any, rows: "KeyedRows", kept: Int64[np.ndarray, " kept"]) -> None:
+    """Write some rows of a shard into an empty Zarr group, to the bit as they are."""
+    entries = np.concatenate([np.arange(*rows.indptr[i : i + 2]) for i in kept])
+    held = float(np.square(rows.norms[kept], dtype=np.float64).sum())
+    energy = [held, held * rows.energy[1] / rows.energy[0] if rows.energy[0] > 0 else held]
+    group.attrs.update({"kind": "keyed", "bits": rows.bits, "factor_scale": rows.factor_scale, "energy": energy})
+    write_array(group, "indptr", np.concatenate([[0], np.cumsum(np.diff(rows.indptr)[kept])]).astype(np.uint32))
+    write_array(group, "keys", rows.keys[entries])
+    write_array(group, "codes", rows.codes[entries])
+    write_array(group, "factors", (rows.factors[entries] / np.float32(rows.factor_scale)).astype(np.float16))
+    write_array(group, "norms", rows.norms[kept])
+
+
 class KeyedRows:
     """A keyed segment of one shard, read through memory maps; every array's checksum is compared when it is opened.
 
@@ -179,7 +192,7 @@ class KeyedRows:
         self.norms = np.array(map_array(directory, "norms", (rows,), "float32"))
         try:
             attributes = json.loads((directory / "zarr.json").read_bytes())["attributes"]
-            scale = float(attributes["factor_scale"])
+            self.factor_scale = scale = float(attributes["factor_scale"])
             self.energy = tuple(map(float, attributes["energy"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(

@@ -7,6 +7,7 @@ is a damaged manifest, an unknown version or feature is one that a newer Whence 
 import hashlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only
 
 FORMAT_VERSION = 1
-FEATURES = frozenset({"dense", "keyed", "reduced", "vectors"})
+FEATURES = frozenset({"deleted", "dense", "keyed", "reduced", "vectors"})
 _NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -293,8 +294,9 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
     """Refuse a manifest whose parts contradict one another: row ranges that leave gaps, layers that overlap."""
-    if manifest.tombstones:
-        raise IncompatibleError(f"{path} has deleted rows, which this Whence cannot leave out of an answer; use a newer Whence")
+    gone = manifest.tombstones
+    if bool(gone) != ("deleted" in manifest.features) or any(b <= a for a, b in pairwise(gone)) or (gone and gone[-1] >= manifest.rows):
+        raise IntegrityError(f"{path} is damaged: its deleted rows are not in order, or not rows of the index; build the index again")
     first = 0
     if len({shard.id for shard in manifest.shards}) != len(manifest.shards):
         raise IntegrityError(f"{path} is damaged: a shard stands in it twice; build the index again")

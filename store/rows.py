@@ -156,19 +156,32 @@ def write_shard(
 
 def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> None:
     """Write whitened rows into an empty Zarr group."""
+    arrays = quantise(rows, dtype)
+    _write_codes(group, arrays.pop("codes"), rows.shape[1], dtype)
+    for name, array in arrays.items():
+        write_array(group, name, array)
+
+
+def copy_dense(group: Any, rows: "DenseRows", kept: Int64[np.ndarray, " kept"]) -> None:
+    """Write some rows of a shard into an empty Zarr group, to the bit as they are."""
+    codes = np.concatenate([codes for _, codes in rows.blocks()])[kept]
+    dtype = "1bit" if rows.one_bit else rows.dtype.name
+    _write_codes(group, codes, rows.coordinates, dtype)
+    write_array(group, "norms", rows.norms[kept])
+    if rows.scales is not None:
+        write_array(group, "scales", rows.scales[kept])
+
+
+def _write_codes(group: Any, codes: np.ndarray, coordinates: int, dtype: str) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
     group.attrs.update({"kind": "dense", "dtype": dtype})
-    arrays = quantise(rows, dtype)
-    codes = arrays.pop("codes")
-    pieces = math.ceil(len(codes) / chunk_rows(rows.shape[1], dtype))  # of one size, so that the last is hardly padded
+    pieces = math.ceil(len(codes) / chunk_rows(coordinates, dtype))  # of one size, so that the last is hardly padded
     inner = (math.ceil(len(codes) / pieces), codes.shape[1])
     chunks = (math.ceil(len(codes) / inner[0]) * inner[0], codes.shape[1])
     serializer = ShardingCodec(chunk_shape=inner, codecs=(BytesCodec(), Crc32cCodec()))
     layout: dict[str, Any] = {"chunks": chunks, "serializer": serializer, "compressors": None, "config": _WRITE_ALL}
     group.create_array("codes", shape=codes.shape, dtype=codes.dtype, fill_value=0, **layout)[...] = codes
-    for name, array in arrays.items():
-        write_array(group, name, array)
 
 
 def write_array(group: Any, name: str, array: np.ndarray) -> None:

@@ -219,7 +219,7 @@ MANIFEST_DAMAGE = {
     "missing field": (lambda m: m.pop("encoder"), IntegrityError, "encoder"),
     "wrong type": (lambda m: m.update(rows="many"), IntegrityError, "rows"),
     "gap between shards": (lambda m: m["shards"][1].update(first=40), IntegrityError, "begins at row 40"),
-    "deleted rows": (lambda m: m.update(tombstones=[3]), IncompatibleError, "deleted rows"),
+    "deleted rows": (lambda m: m.update(tombstones=[3]), IntegrityError, "deleted rows"),
     "row count": (lambda m: m.update(rows=7), IntegrityError, "not 7"),
     "path outside": (lambda m: m["encoder"].update(path="../../etc/passwd"), IntegrityError, "inside the index"),
     "absolute path": (lambda m: m["shards"][0]["files"][0].update(path="/etc/passwd"), IntegrityError, "inside the index"),

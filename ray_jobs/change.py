@@ -1,0 +1,260 @@
+"""An index that lives: examples are added under the encoder that there is, taken out, and the room that they took given back.
+
+Every change publishes a new manifest and leaves the files of the one before, so that a reader keeps the snapshot that it opened; `prune`
+removes what the newest manifest does not name.
+
+Added rows are whitened with the curvature of the build. With H its second moment and H' that of the new examples, the mean squared length
+of their rows is tr((H + a)^-1 H'): its ratio to that of the first rows is the *drift*, 1 where nothing has changed.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256 as digest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..indexer.encoder import EncoderPlan
+from ..indexer.tasks import find_task
+from ..store.corpus import Fields, describe_sources
+from ..store.documents import Documents, write_documents
+from ..store.errors import DataError, IncompatibleError, UsageError
+from ..store.files import exclusive, publish, read_json, write_whole
+from ..store.index import Index
+from ..store.keyed import copy_keyed
+from ..store.manifest import KeyedSegment, Manifest, Shard, publish_manifest
+from ..store.rows import copy_dense, write_shard
+from .build import longest_example
+from .config import BuildConfig
+from .corpus import documents_path, plan_corpus, shard_id
+from .executor import Resources, open_executor
+from .progress import Reporter, Silent
+from .worker import Worker, absolute, document_encoder, file_record
+
+_DRIFTED = 1.5
+
+
+def add(
+    out: Path, data: Sequence[str], how: dict[str, Any] | None = None, models: Sequence[str] = (), reporter: Reporter | None = None
+) -> Manifest:
+    """Add documents to an index.
+
+    An interrupted call is taken up by the same call.
+
+    Args:
+        data: files, folders or hub datasets, of the same columns as the build's.
+        how: options of `BuildConfig` that say how, not what: workers, threads, address, device.
+        models: where the models lie now, if they were moved.
+
+    Raises:
+        IncompatibleError: a model or its tokenizer is not the one that the index was built with.
+        DataError: an id is in the index already.
+        BusyError: another process is writing there.
+    """
+    reporter = reporter or Silent()
+    known = Index(out).manifest  # an error before the lock is made
+    options = known.build["what"]["options"]
+    fields = Fields(**options["fields"])
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name not in ("fields", "model", "revision")}
+    moved = {"model": tuple(models), "revision": None} if models else {}
+    recorded = {"model": tuple(m.id for m in known.models), "revision": _revisions(known)}
+    own = BuildConfig(**{**plain, **recorded, **moved, "data": tuple(data), "out": str(out.resolve()), "fields": fields, **(how or {})})
+    own = replace(own, model=tuple(map(absolute, own.models)))
+    if len(own.models) != len(known.models):
+        raise UsageError(f"{out} was built with {len(known.models)} models, --model names {len(own.models)}; name all in order")
+    resources = Resources(own.workers, own.threads, own.address, own.device, ":" in own.task)
+    with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
+        index = Index(out)
+        known = index.manifest
+        described, _, _ = executor.call("describe")
+        if [m.fingerprint for m in described] != [m.fingerprint for m in known.models]:
+            raise IncompatibleError(f"the model at {', '.join(own.models)} is not the one that {out} was built with; name the original")
+        encoder = document_encoder(own, longest_example(own, described))
+        if encoder.fingerprint != (known.tokenizer.fingerprint if known.tokenizer else None):
+            raise IncompatibleError(f"the tokenizer at {own.models[0]} is not the one that {out} was built with; name the original")
+        what = {"adds_to": known.number, "checksum": known.encoder.sha256, "corpus": describe_sources(data)}
+        fingerprint = digest(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        _claim(out, what)
+        task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
+        form = fields if task.form == "auto" else replace(fields, form=task.form)
+        corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
+        _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
+        plan = EncoderPlan(known.segments, known.build["batch_tokens"])
+        shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
+        reporter.stage("building rows", corpus.rows)
+        entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
+        added = tuple(Shard(**entry) for entry in entries)
+        about = {"corpus": what["corpus"], "rows": corpus.rows, "drift": _drift(index, added)}
+        grown = known.model_copy(
+            update={
+                "number": known.number + 1,
+                "rows": known.rows + corpus.rows,
+                "tokens": known.tokens + corpus.tokens,
+                "shards": (*known.shards, *added),
+                "build": {
+                    **known.build,
+                    **{name: known.build[name] + getattr(corpus, name) for name in ("documents", "split", "truncated", "skipped")},
+                    "added": [*known.build.get("added", []), about],
+                },
+            }
+        )
+        publish_manifest(out, grown)
+        shutil.rmtree(out / "staging", ignore_errors=True)
+    return grown
+
+
+def _revisions(manifest: Manifest) -> tuple[str, ...] | None:
+    found = [m.revision for m in manifest.models if m.revision is not None]
+    return tuple(found) if len(found) == len(manifest.models) else None
+
+
+def _claim(out: Path, what: dict[str, Any]) -> None:
+    """See whether an interrupted call was this one; if not, forget it."""
+    plan = out / "staging" / "plan.json"
+    if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)):
+        shutil.rmtree(out / "staging")
+    write_whole(plan, json.dumps(what).encode())
+
+
+def _refuse_known_ids(index: Index, added: Iterable[Documents]) -> None:
+    ids = np.array(index.column("id").to_pylist(), object)[index.alive]
+    known = set(ids.tolist())
+    for documents in added:
+        for id in documents.ids():
+            if id in known:
+                raise DataError(f"the id {id!r} is in the index already; mend it, or delete that example first (whence delete)")
+
+
+def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
+    """By segment, the mean squared length of the added rows over that of the build's (those of earlier additions left out)."""
+    first = index.manifest.rows - sum(part["rows"] for part in index.manifest.build.get("added", ()))
+    found = {}
+    for segment in index.manifest.segments:
+        old = np.square(index.norms(segment)[: max(1, first)], dtype=np.float64).mean()
+        rows = (index.keyed(s, segment) if isinstance(segment, KeyedSegment) else index.dense(s, segment) for s in added)
+        new = np.square(np.concatenate([r.norms for r in rows]), dtype=np.float64).mean()
+        found[segment.name] = round(float(new / old), 4) if old > 0 else 1.0
+    return found
+
+
+def drifted(drift: dict[str, float]) -> list[str]:
+    """The segments whose curvature should be fitted anew (that is, the index built again): drift beyond 1.5 or below its inverse."""
+    return [name for name, ratio in drift.items() if not 1 / _DRIFTED <= ratio <= _DRIFTED]
+
+
+def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
+    """Take examples out of all answers from now on.
+
+    Args:
+        ids: of examples, or of documents with all their chunks.
+        where: a filter (see store/filters.py).
+
+    Returns:
+        How many rows were deleted that were not before.
+
+    Raises:
+        UsageError: an id is not in the index; or every row would be deleted.
+    """
+    Index(out)
+    with exclusive(out):
+        index = Index(out)
+        wanted, manifest = set(ids), index.manifest
+        own, documents = (np.array(index.column(name).to_pylist(), object) for name in ("id", "document"))
+        chosen = np.isin(own, list(wanted)) | np.isin(documents, list(wanted))
+        unknown = wanted - set(own[chosen].tolist()) - set(documents[chosen].tolist())
+        if unknown:
+            raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted")
+        if where is not None:
+            chosen |= index.matching(where)
+        gone = chosen & index.alive
+        left = index.alive & ~chosen
+        if not left.any():
+            raise UsageError(f"that would delete every example of {out}; remove the directory instead")
+        if gone.any():
+            features = tuple(sorted({*manifest.features, "deleted"}))
+            update = {"number": manifest.number + 1, "tombstones": tuple(np.flatnonzero(~left).tolist()), "features": features}
+            publish_manifest(out, manifest.model_copy(update=update))
+    return int(gone.sum())
+
+
+def compact(out: Path) -> int:
+    """Write the shards that hold deleted rows again without them; rows behind them move up. Files of older manifests stay: see `prune`.
+
+    Returns:
+        How many rows were dropped.
+    """
+    Index(out)
+    with exclusive(out):
+        index = Index(out)
+        manifest, shards, first = index.manifest, [], 0
+        for shard in manifest.shards:
+            kept = np.flatnonzero(index.alive[shard.first : shard.first + shard.rows])
+            if len(kept) == shard.rows:
+                shards.append(shard.model_copy(update={"first": first}))
+            elif len(kept):
+                shards.append(_without(index, shard, kept, first))
+            first += len(kept)
+        dropped = manifest.rows - first
+        if dropped:
+            update = {
+                "number": manifest.number + 1,
+                "rows": first,
+                "tokens": sum(shard.tokens for shard in shards),
+                "shards": tuple(shards),
+                "tombstones": (),
+                "features": tuple(name for name in manifest.features if name != "deleted"),
+            }
+            publish_manifest(out, manifest.model_copy(update=update))
+        shutil.rmtree(out / "staging", ignore_errors=True)
+    return dropped
+
+
+def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
+    """A shard's kept rows as a shard of its own, their codes to the bit as they were."""
+    out = index.path
+    id = shard_id(f"{shard.id}:{digest(kept.tobytes()).hexdigest()}", 0)
+    examples = [index.documents(shard)[int(i)] for i in kept]
+    final, documents = out / "rows" / f"{id}.zarr", documents_path(out, id)
+    staged = out / "staging" / f"{id}.arrow"
+    write_documents(staged, examples)
+    documents.unlink(missing_ok=True)
+    publish(staged, documents)
+    writers = {
+        s.name: partial(copy_keyed, rows=index.keyed(shard, s), kept=kept)
+        if isinstance(s, KeyedSegment)
+        else partial(copy_dense, rows=index.dense(shard, s), kept=kept)
+        for s in index.manifest.segments
+    }
+    about = {"format": 1, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
+    staged = out / "staging" / f"{id}.zarr"
+    write_shard(staged, writers, about, index.losses(shard)[kept])
+    shutil.rmtree(final, ignore_errors=True)
+    publish(staged, final)
+    files = tuple(file_record(out, path) for path in (documents, *sorted(p for p in final.rglob("*") if p.is_file())))
+    return Shard(id=id, first=first, rows=len(kept), tokens=sum(e.tokens for e in examples), files=files)
+
+
+def prune(out: Path) -> int:
+    """Remove files that the newest manifest does not name, and older manifests; readers that opened these lose them.
+
+    Returns:
+        Bytes given back.
+    """
+    Index(out)
+    with exclusive(out):
+        manifest = Index(out).manifest
+        named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
+        folders = [out / name for name in ("rows", "documents", "encoder", "manifests")]
+        newest = out / "manifests" / f"{manifest.number:06d}.json"
+        freed = 0
+        for path in sorted((p for folder in folders for p in folder.rglob("*")), reverse=True):
+            if path.is_file() and path not in named and path != newest:
+                freed += path.stat().st_size
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    return freed
