@@ -27,9 +27,10 @@ from ..store.errors import UsageError
 from ..store.index import Index
 from ..store.keyed import KeyedVectors
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
+from ..store.postings import byte_tables
 
 Mode = Literal["influence", "cosine", "per-nat"]
-_QUERIES_A_PASS = 256
+_QUERIES_A_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class _Keyed:
     segment: KeyedSegment
     keys: Int64[np.ndarray, " entries"]
     owners: Int64[np.ndarray, " entries"]
-    rotated: Float32[np.ndarray, "entries bits"]
+    tables: Float32[np.ndarray, "entries bytes 256"]
     squared_norms: Float64[np.ndarray, " queries"]
 
     @classmethod
@@ -237,12 +238,13 @@ class _Keyed:
                 vectors = vectors / (eigenvalues + metric.damping * mean)
         owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
         squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
-        return cls(segment, rows.keys, owners, rotate(vectors.astype(np.float32), segment.bits, segment.seed), squared)
+        return cls(segment, rows.keys, owners, byte_tables(rotate(vectors.astype(np.float32), segment.bits, segment.seed)), squared)
 
     def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
         """See `_Dense`; the products are unbiased estimates."""
-        rows = index.keyed(shard, self.segment)
-        return rows.scores(self.keys, self.owners, self.rotated, len(self.squared_norms)), rows.norms.astype(np.float64) ** 2
+        shape = len(self.squared_norms), shard.rows
+        scores = index.postings(shard, self.segment).scores(self.keys, self.owners, self.tables, shape)
+        return scores, index.keyed(shard, self.segment).norms.astype(np.float64) ** 2 if cosine else np.zeros(shard.rows)
 
 
 def _shard_scores(

@@ -27,7 +27,7 @@ from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import IntegrityError, UsageError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
-from ..store.index import dense_reduction
+from ..store.index import Index, dense_reduction
 from ..store.keyed import KeyedRows, inner_products
 from ..store.manifest import (
     DenseSegment,
@@ -40,6 +40,7 @@ from ..store.manifest import (
     publish_manifest,
     read_manifest,
 )
+from ..store.postings import Postings, byte_tables
 from ..store.rows import DenseRows, chunk_rows, row_bytes
 from .budget import count_tokens, spend
 from .config import BuildConfig
@@ -294,7 +295,8 @@ def _weighted(
         if isinstance(segment, KeyedSegment):
             keyed = KeyedRows(directory, shard.rows, segment.vocabulary, segment.bits)
             owners = np.repeat(np.arange(rows), np.diff(block.indptr))
-            found = keyed.scores(block.keys, owners, rotate(block.vectors, segment.bits, segment.seed), rows)[:, :rows]
+            tables = byte_tables(rotate(block.vectors, segment.bits, segment.seed))
+            found = Postings.of(keyed).scores(block.keys, owners, tables, (rows, shard.rows))[:, :rows]
             truth = inner_products(block, block)
         else:
             dense = DenseRows(directory, shard.rows, segment.stored, segment.dtype)
@@ -376,6 +378,7 @@ def _publish(
         },
     )
     publish_manifest(job.out, manifest)
+    Index(job.out).reindex()
     shutil.rmtree(job.staging, ignore_errors=True)
     return manifest
 

@@ -103,6 +103,7 @@ def add(
             }
         )
         publish_manifest(out, grown)
+        Index(out).reindex()
         shutil.rmtree(out / "staging", ignore_errors=True)
     return grown
 
@@ -209,6 +210,7 @@ def compact(out: Path) -> int:
                 "features": tuple(name for name in manifest.features if name != "deleted"),
             }
             publish_manifest(out, manifest.model_copy(update=update))
+            Index(out).reindex()
         shutil.rmtree(out / "staging", ignore_errors=True)
     return dropped
 
@@ -248,11 +250,13 @@ def prune(out: Path) -> int:
     with exclusive(out):
         manifest = Index(out).manifest
         named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
-        folders = [out / name for name in ("rows", "documents", "encoder", "manifests")]
+        folders = [out / name for name in ("rows", "documents", "encoder", "manifests", "search")]
+        alive = {f"{shard.id}.zarr" for shard in manifest.shards}
         newest = out / "manifests" / f"{manifest.number:06d}.json"
         freed = 0
         for path in sorted((p for folder in folders for p in folder.rglob("*")), reverse=True):
-            if path.is_file() and path not in named and path != newest:
+            lists = path.is_relative_to(out / "search") and path.relative_to(out / "search").parts[0] in alive
+            if path.is_file() and path not in named and path != newest and not lists:
                 freed += path.stat().st_size
                 path.unlink()
             elif path.is_dir() and not any(path.iterdir()):

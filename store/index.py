@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256 as digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from .errors import IntegrityError, UsageError
 from .files import sha256
 from .keyed import KeyedRows, KeyedVectors
 from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
+from .postings import Postings
 from .rows import DenseRows, Reduction, map_array
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Index:
         self._firsts = np.array([shard.first for shard in self.manifest.shards])
         self._rows: dict[tuple[str, str], DenseRows] = {}
         self._keyed: dict[tuple[str, str], KeyedRows] = {}
+        self._postings: dict[tuple[str, str], Postings] = {}
         self._documents: dict[str, Documents] = {}
 
     def __len__(self) -> int:
@@ -76,6 +79,39 @@ class Index:
             self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
             self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits)
         return self._keyed[key]
+
+    def postings(self, shard: Shard, segment: KeyedSegment) -> Postings:
+        """The posting lists of a keyed segment's rows in one shard: those that lie beside them, else made here."""
+        key = (shard.id, segment.name)
+        if key not in self._postings:
+            rows, source = self.keyed(shard, segment), self._source(shard, segment)
+            kept = Postings.read(self._lists(shard, segment), source, rows.codes.shape[1])
+            self._postings[key] = kept or Postings.of(rows)
+        return self._postings[key]
+
+    def reindex(self) -> int:
+        """Write what the search can read beside the rows: posting lists where they are missing, damaged or of other rows.
+
+        Returns:
+            How many lists of segments in shards were written.
+        """
+        written = 0
+        for shard in self.manifest.shards:
+            for segment in self.manifest.segments:
+                if isinstance(segment, KeyedSegment):
+                    rows, source, place = self.keyed(shard, segment), self._source(shard, segment), self._lists(shard, segment)
+                    if Postings.read(place, source, rows.codes.shape[1]) is None:
+                        Postings.of(rows).write(place, source, self.path / "staging")
+                        written += 1
+        return written
+
+    def _lists(self, shard: Shard, segment: KeyedSegment) -> Path:
+        return self.path / "search" / f"{shard.id}.zarr" / segment.name
+
+    def _source(self, shard: Shard, segment: KeyedSegment) -> str:
+        """What posting lists are made of: the checksums of the rows' files."""
+        own = f"rows/{shard.id}.zarr/{segment.name}/"
+        return digest("".join(record.sha256 for record in shard.files if record.path.startswith(own)).encode()).hexdigest()
 
     def norms(self, segment: DenseSegment | KeyedSegment) -> Float32[np.ndarray, " rows"]:
         """The lengths of a segment's rows."""

@@ -16,7 +16,6 @@ rotated vector: a random projection, unbiased likewise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -214,33 +213,3 @@ class KeyedRows:
         share = self.bits / padded_width(width, self.bits)
         signs = signs_of(self.codes[part], self.bits) * (self.factors[part, None] * np.float32(2 / np.pi * share))
         return self.keys[part].astype(np.int64), unrotate(signs, width, seed)
-
-    def scores(
-        self,
-        keys: Int64[np.ndarray, " entries"],
-        owners: Int64[np.ndarray, " entries"],
-        rotated: Float32[np.ndarray, "entries bits"],
-        queries: int,
-    ) -> Float32[np.ndarray, "queries rows"]:
-        """Estimated inner products with some queries, given by their entries: keys, which query each is of, and rotated vectors."""
-        scores = np.zeros((queries, self.rows), np.float32)
-        order = np.argsort(keys, kind="stable")
-        for at in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(keys) else []:
-            key = int(keys[at[0]])
-            posting = self._by_key[slice(*np.searchsorted(self._sorted_keys, [key, key + 1]))]
-            if len(posting):
-                values = signs_of(self.codes[posting], self.bits) * self.factors[posting, None]
-                scores[owners[at][:, None], self._row_of[posting][None]] += rotated[at] @ values.T
-        return scores
-
-    @cached_property
-    def _by_key(self) -> np.ndarray:
-        return np.argsort(self.keys, kind="stable")
-
-    @cached_property
-    def _sorted_keys(self) -> np.ndarray:
-        return self.keys[self._by_key].astype(np.int64)
-
-    @cached_property
-    def _row_of(self) -> np.ndarray:
-        return np.repeat(np.arange(self.rows), np.diff(self.indptr))

@@ -1,0 +1,159 @@
+"""Posting lists: a shard's keyed rows in the order of their tokens, by which a question touches the lists of its own tokens and no others.
+
+    tokens   [lists]            ascending
+    starts   [lists + 1]        list i holds the postings starts[i] to starts[i + 1], ascending by row
+    rows     [postings]         of the shard
+    codes    [postings, bytes]  as in the rows
+    factors  [postings]         float32
+
+An exact score costs one table look-up for each byte of a shared token's code: the question's vector is turned into a table of what each of
+the 256 values of a byte adds. A shard's scores fit into a core's cache, so that adding to them costs little, and shards are independent.
+
+Early termination (MaxScore, block-max WAND) was measured and left out. A one-bit estimate is bounded by the sum of |coordinates| times the
+largest factor of a list, some twenty times what it typically is: on real rows of 800 bytes the lists that cannot be skipped hold six to
+nine tenths of the postings that a question touches, and the rest would need random access. Rows keep their longest vectors alone, and the
+tokens that every example has are seldom among them: a question touches one in twenty-five of the entries to begin with.
+
+The lists are a cache beside the rows, `search/<shard>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
+"""
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+from .bits import signs_of
+from .errors import IncompatibleError, IntegrityError
+from .files import publish
+from .keyed import KeyedRows
+from .rows import map_array, write_array, write_shard
+
+_FEW = 1 << 19
+_BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
+
+
+@dataclass(frozen=True)
+class Postings:
+    """A keyed segment of one shard, by token; see above."""
+
+    tokens: np.ndarray
+    starts: Int64[np.ndarray, " lists_and_one"]
+    rows: np.ndarray
+    codes: UInt8[np.ndarray, "postings bytes"]
+    factors: Float32[np.ndarray, " postings"]
+
+    @classmethod
+    def of(cls, rows: KeyedRows) -> "Postings":
+        """The lists of a shard's rows."""
+        order = np.argsort(rows.keys, kind="stable")
+        tokens, starts = np.unique(rows.keys[order], return_index=True)
+        owners = np.repeat(np.arange(rows.rows, dtype=np.uint32), np.diff(rows.indptr))
+        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], rows.codes[order], rows.factors[order])]
+        return cls(tokens.astype(np.uint32), *plain)
+
+    def scores(
+        self,
+        keys: Int64[np.ndarray, " entries"],
+        owners: Int64[np.ndarray, " entries"],
+        tables: Float32[np.ndarray, "entries bytes 256"],
+        shape: tuple[int, int],
+    ) -> Float32[np.ndarray, "queries rows"]:
+        """Estimated inner products of some questions with all rows.
+
+        Args:
+            keys, owners: the tokens of all questions, and which question each is of, ascending.
+            tables: of each token, what `byte_tables` makes of its rotated vector.
+            shape: (questions, rows).
+        """
+        scores = np.zeros(shape, np.float32)
+        if not len(self.tokens):
+            return scores
+        at = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
+        known = self.tokens[at] == keys
+        bounds = np.searchsorted(owners, np.arange(shape[0] + 1))
+        add_lists = _loops(int((self.starts[at + 1] - self.starts[at])[known].sum()))
+        for question in range(shape[0]):
+            part = slice(bounds[question], bounds[question + 1])
+            lists, own = at[part], tables[part]
+            add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[question])
+        return scores
+
+    def write(self, directory: Path, source: str, staging: Path) -> None:
+        """Keep the lists at `search/<shard>.zarr/<segment>`, marked with what they were made of."""
+
+        def write(group: object) -> None:
+            for name in ("tokens", "starts", "rows", "codes", "factors"):
+                write_array(group, name, getattr(self, name))
+
+        staged = staging / f"{uuid.uuid4().hex}.zarr"
+        write_shard(staged, {"lists": write}, {"source": source, "lists": len(self.tokens), "postings": len(self.rows)})
+        shutil.rmtree(directory, ignore_errors=True)
+        publish(staged, directory)
+
+    @classmethod
+    def read(cls, directory: Path, source: str, width: int) -> "Postings | None":
+        """The lists that lie there, through memory maps; None where they are missing, damaged, or of other rows."""
+        try:
+            about = json.loads((directory / "zarr.json").read_bytes())["attributes"]["whence"]
+            if about["source"] != source:
+                return None
+            lists, postings = int(about["lists"]), int(about["postings"])
+            shapes = {
+                "tokens": ((lists,), "uint32"),
+                "starts": ((lists + 1,), "int64"),
+                "rows": ((postings,), "uint32"),
+                "codes": ((postings, width), "uint8"),
+                "factors": ((postings,), "float32"),
+            }
+            return cls(**{name: _plain(map_array(directory / "lists", name, *shape)) for name, shape in shapes.items()})
+        except (OSError, ValueError, KeyError, TypeError, IntegrityError, IncompatibleError):
+            return None
+
+
+def _loops(postings: int) -> Callable[..., None]:
+    """Compiled loops for many postings; for few, in a process that has not needed them yet, numpy: compiled code takes 0.4 s to load."""
+    if postings <= _FEW and f"{__package__}.kernels" not in sys.modules:
+        return add_lists_plainly
+    from .kernels import add_lists
+
+    return add_lists
+
+
+def add_lists_plainly(
+    lists: np.ndarray,
+    known: np.ndarray,
+    tables: np.ndarray,
+    starts: np.ndarray,
+    rows: np.ndarray,
+    codes: np.ndarray,
+    factors: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """What `kernels.add_lists` does, to the bit."""
+    for at, table in zip(lists[known], tables[known], strict=True):
+        part = slice(int(starts[at]), int(starts[at + 1]))
+        values = np.zeros(part.stop - part.start, np.float32)
+        for b in range(codes.shape[1]):
+            values += table[b, codes[part, b]]
+        scores[rows[part]] += factors[part] * values
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """An array as the compiled loops know it: no subclass, not to be written."""
+    plain = np.asarray(array).view(np.ndarray)
+    plain.flags.writeable = False
+    return plain
+
+
+def byte_tables(rotated: Float32[np.ndarray, "entries bits"]) -> Float32[np.ndarray, "entries bytes 256"]:
+    """What each value of each byte of a code adds to the inner product of its signs with a rotated vector."""
+    entries, bits = rotated.shape
+    padded = np.zeros((entries, -(-bits // 8) * 8), np.float32)
+    padded[:, :bits] = rotated
+    return np.ascontiguousarray(padded.reshape(entries, -1, 8) @ _BYTE_SIGNS.T)
