@@ -386,6 +386,23 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
         click.echo(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
 
 
+@main.command()
+@click.argument("index")
+def reindex(index: str) -> None:
+    """Make anew what searches read beside the rows, where it is missing, damaged or of other rows.
+
+    \b
+      whence reindex my.whence
+    """
+    from .store.files import exclusive
+    from .store.index import Index
+
+    Index(index)
+    with exclusive(Path(index)):
+        written = Index(index).reindex()
+    click.echo(f"{written:,} posting lists' files were made" if written else "all there, and of these rows")
+
+
 _question_options = _together(
     click.option("--prompt", default="", help="What comes before the completion."),
     click.option("--completion", help="What the model said: the loss is on it alone."),

@@ -51,7 +51,7 @@ def padded_width(width: int, bits: int) -> int:
 def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "entries width"]:
     width, step = x.shape[1], 1
     while step < width:
-        pairs = x.reshape(len(x), -1, 2, step)
+        pairs = x.reshape(len(x), width // (2 * step), 2, step)
         x = np.concatenate([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2).reshape(len(x), width)
         step *= 2
     return x * np.float32(1 / np.sqrt(width))

@@ -1,5 +1,6 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,8 @@ class Index:
                     if Postings.read(place, source, rows.codes.shape[1]) is None:
                         Postings.of(rows).write(place, source, self.path / "staging")
                         written += 1
+        with contextlib.suppress(OSError):
+            (self.path / "staging").rmdir()
         return written
 
     def _lists(self, shard: Shard, segment: KeyedSegment) -> Path:

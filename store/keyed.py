@@ -71,11 +71,13 @@ class KeyedVectors:
     @property
     def squared_norms(self) -> Float32[np.ndarray, " rows"]:
         """Each row's squared length."""
-        return (
-            np.add.reduceat(np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64), self.indptr[:-1])
-            if len(self)
-            else np.zeros(0)
-        )
+        return _by_row(self.indptr, np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64))
+
+
+def _by_row(indptr: np.ndarray, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
+    """Sums of the entries' values, row by row."""
+    rows = len(indptr) - 1
+    return np.bincount(np.repeat(np.arange(rows), np.diff(indptr)), values, rows)
 
 
 def concatenate(blocks: Sequence[tuple[Sequence[int], KeyedVectors]], width: int) -> KeyedVectors:
@@ -123,7 +125,7 @@ def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
-    lengths = np.add.reduceat(squares, rows.indptr[:-1]) if len(rows) else np.zeros(0)
+    lengths = _by_row(rows.indptr, squares)
     return Coded(
         np.diff(rows.indptr),
         rows.keys.astype(np.uint32),

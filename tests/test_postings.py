@@ -1,0 +1,124 @@
+"""Posting lists: scores are plain sums over shared tokens, by either loop to the bit; what lies on disk is right, or made anew."""
+
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import random_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whence import BuildConfig, Client, Question, build
+from whence.cli import main
+from whence.query.search import all_scores
+from whence.store import postings as module
+from whence.store.bits import rotate, signs_of
+from whence.store.index import Index
+from whence.store.kernels import add_lists
+from whence.store.keyed import KeyedRows, KeyedVectors, code, write_keyed
+from whence.store.postings import Postings, add_lists_plainly, byte_tables
+from whence.store.rows import write_shard
+
+
+def random_rows(rows, vocabulary, width, seed):
+    generator = np.random.default_rng(seed)
+    keys = [np.sort(generator.choice(vocabulary, generator.integers(i == 0, min(9, vocabulary) + 1), replace=False)) for i in range(rows)]
+    indptr = np.concatenate([[0], np.cumsum([len(k) for k in keys])]).astype(np.int64)
+    return KeyedVectors(indptr, np.concatenate(keys).astype(np.int64), generator.standard_normal((indptr[-1], width)).astype(np.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([8, 12, 20, 64]), st.integers(0, 10**6), st.integers(1, 4))
+def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows, vocabulary, bits, seed, queries):
+    path = tmp_path_factory.mktemp("postings")
+    known, asked = random_rows(rows, vocabulary, bits, seed), random_rows(queries, vocabulary, bits, seed + 1)
+    write_shard(path / "a.zarr", {"head": partial(write_keyed, rows=code(known, bits, 5), vocabulary=vocabulary, bits=bits)}, {})
+    read = KeyedRows(path / "a.zarr/head", rows, vocabulary, bits)
+    rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(queries), np.diff(asked.indptr))
+    expected = np.zeros((queries, rows))
+    for i in range(rows):
+        for e in range(read.indptr[i], read.indptr[i + 1]):
+            for j in np.flatnonzero(asked.keys == read.keys[e]):
+                expected[owners[j], i] += read.factors[e] * (signs_of(read.codes[e : e + 1], bits)[0].astype(float) @ rotated[j])
+    lists = Postings.of(read)
+    assert (np.diff(lists.tokens.astype(int)) > 0).all()
+    compiled = lists.scores(asked.keys, owners, byte_tables(rotated), (queries, rows))
+    np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-4)
+    lists.write(path / "kept", "source", path / "staging")
+    back = Postings.read(path / "kept", "source", read.codes.shape[1])
+    assert np.array_equal(back.scores(asked.keys, owners, byte_tables(rotated), (queries, rows)), compiled)
+    assert Postings.read(path / "kept", "another", read.codes.shape[1]) is None
+    if len(lists.tokens):
+        at = np.arange(len(lists.tokens))
+        tables = byte_tables(np.random.default_rng(seed).standard_normal((len(at), bits)).astype(np.float32))
+        both = [np.zeros(rows, np.float32) for _ in range(2)]
+        for loop, scores in zip((add_lists, add_lists_plainly), both, strict=True):
+            loop(at, at % 3 != 1, tables, lists.starts, lists.rows, lists.codes, lists.factors, scores)
+        assert np.array_equal(*both)
+
+
+@pytest.fixture
+def index(tmp_path, model_dir, corpus_file):
+    options = dict(segments=("head", "embeddings"), head_bits=32, shard_rows=40)
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(tmp_path / "i"), **options))
+    return tmp_path / "i"
+
+
+def scores(path):
+    client = Client(path)
+    rows = client.rows([Question(text=t) for t in random_texts(3, seed=4)])
+    return np.concatenate([s for _, s in all_scores(client.index, rows)], axis=1)
+
+
+def files(path):
+    return sorted(p for p in (path / "search").rglob("*") if p.is_file())
+
+
+def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatch):
+    before = scores(index)
+    made = []
+    monkeypatch.setattr(module.Postings, "of", classmethod(lambda cls, rows, of=Postings.of: made.append(1) or of(rows)))
+    assert np.array_equal(scores(index), before)
+    assert made == []  # a build leaves them
+    for damage in ("flip", "cut", "remove", "json", "swap"):
+        for path in files(index):
+            raw = path.read_bytes()
+            if path.name == "zarr.json" and damage not in ("remove", "json"):
+                continue
+            if damage == "flip":
+                path.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+            elif damage == "cut":
+                path.write_bytes(raw[:-1])
+            elif damage == "remove":
+                path.unlink()
+            elif damage == "json" and path.name == "zarr.json":
+                path.write_bytes(b"[]")
+        if damage == "swap":
+            first, second = sorted((index / "search").iterdir())[:2]
+            for name, place in ((first, "x"), (second, first.name), (index / "search/x", second.name)):
+                name.rename(index / "search" / place)
+        made.clear()
+        assert np.array_equal(scores(index), before), damage
+        assert made, damage
+        done = CliRunner().invoke(main, ["reindex", str(index)])
+        assert done.exit_code == 0, done.output
+        made.clear()
+        assert np.array_equal(scores(index), before)
+        assert made == []
+    shutil.rmtree(index / "search")
+    assert np.array_equal(scores(index), before)
+    assert Index(index).reindex() == 6
+    assert Index(index).reindex() == 0
+    assert not (index / "staging").exists()
+
+
+def test_one_question_of_a_small_index_loads_no_compiled_code(index):
+    import subprocess
+    import sys
+
+    command = (
+        "import sys; from whence import Client; Client(sys.argv[1]).query(row=3); print('numba' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", command, str(index)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
