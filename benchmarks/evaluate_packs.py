@@ -2,9 +2,9 @@
 
     python benchmarks/evaluate_packs.py PACK... [--data IDX_DIR] [--scores PACK=NAME=FILE]... [--write docs/evaluation.md]
 
-Each pack is indexed with the defaults, at rank 64 with labels sampled from the model and, language models, by the output head. `--scores`
-judges a matrix of somebody else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts the tables between
-the page's two marks.
+Each pack is indexed with the defaults, by float32 rows of the blocks at ranks 16 and 64 and, language models, by the output head
+alone. `--scores` judges a matrix of somebody else's (benchmarks/peer_kronfluence.py makes one) on the pack of that name. `--write` puts
+the tables between the page's two marks.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from whence.evaluation.lds import estimate
 from whence.evaluation.packs import read_pack
 
 _METHODS = {
-    "Whence, defaults (rank 16, float32)": {},
+    "Whence, defaults (800 bytes)": {},
+    "Whence, `--rank 16`": {"rank": 16},
     "Whence, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
     "Whence, `--segments head` (64 bits a token)": {"segments": ("head",)},
     "Whence, `--segments head --head-bits 256`": {"segments": ("head",), "head_bits": 256},

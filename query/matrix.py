@@ -65,14 +65,14 @@ def write_scores(index: Index, scores: Scores, questions: Sequence[Question], ou
 def _write_zarr(index: Index, scores: Scores, questions: Sequence[Question], names: list[str], path: Path, reporter: _Reporter) -> None:
     import zarr
 
-    step = max(1, _BLOCK_BYTES // (4 * max(shard.rows for shard in index.manifest.shards)))
+    step = max(1, _BLOCK_BYTES // (4 * max(group.rows for group in index.groups)))
     group = zarr.create_group(path, zarr_format=3)
     shape, chunks = (len(questions), len(index)), (min(step, len(questions)), min(1 << 16, len(index)))
     matrix = group.create_array("scores", shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan)
     ids = np.array(index.column("id").to_pylist())
     group.create_array("rows", shape=ids.shape, dtype=ids.dtype)[...] = ids
     group.create_array("questions", shape=(len(names),), dtype=np.array(names).dtype)[...] = np.array(names)
-    reporter.stage("writing scores", len(questions) * len(index.manifest.shards))
+    reporter.stage("writing scores", len(questions) * len(index.groups))
     for at in range(0, len(questions), step):
         part = questions[at : at + step]
         for first, block in scores(part):
@@ -87,10 +87,10 @@ def _write_parquet(index: Index, scores: Scores, questions: Sequence[Question], 
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in names)])
     reporter.stage("writing scores", len(index))
     with pq.ParquetWriter(path, schema) as writer:
-        for shard, (first, block) in zip(index.manifest.shards, scores(questions), strict=True):
-            columns = [index.documents(shard).ids(), *_without_deleted(index, first, block)]
-            writer.write_table(pa.table(columns, schema=schema))
-            reporter.update(shard.rows, 0)
+        for group, (first, block) in zip(index.groups, scores(questions), strict=True):
+            ids = [id for shard in group.shards for id in index.documents(shard).ids()]
+            writer.write_table(pa.table([ids, *_without_deleted(index, first, block)], schema=schema))
+            reporter.update(group.rows, 0)
 
 
 def _without_deleted(index: Index, first: int, block: np.ndarray) -> np.ndarray:

@@ -14,8 +14,11 @@ bound by memory bandwidth; for float32 rows it multiplies straight from the memo
 """
 
 import fnmatch
+import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -24,9 +27,9 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from ..store.bits import rotate
 from ..store.errors import UsageError
-from ..store.index import Index
+from ..store.index import Group, Index
 from ..store.keyed import KeyedVectors
-from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
+from ..store.manifest import DenseSegment, KeyedSegment, check_damping
 from ..store.postings import byte_tables
 
 Mode = Literal["influence", "cosine", "per-nat"]
@@ -119,7 +122,10 @@ def search(
 
 
 def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-    """Every score, as (first row, scores of a shard's rows), in row order; those of deleted rows too."""
+    """Every score, as (first row, scores of a group's rows), in row order; those of deleted rows too.
+
+    Groups are scored by as many threads as there are cores to run on.
+    """
     names = {s.name for s in index.manifest.segments}
     unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.segments})
     if unknown:
@@ -144,8 +150,24 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
             assert isinstance(rows, np.ndarray)
             prepared.append(_Dense.make(index, segment, rows, metric))
     query_norms = np.sqrt(sum((weights[p.segment.name] * p.squared_norms for p in prepared), np.zeros(_count(queries))))
-    for shard in index.manifest.shards:
-        yield shard.first, _shard_scores(index, shard, prepared, weights, query_norms, metric.mode)
+
+    def scored(group: Group) -> Float32[np.ndarray, "queries rows"]:
+        return _group_scores(index, group, prepared, weights, query_norms, metric.mode)
+
+    threads = min(len(os.sched_getaffinity(0)), len(index.groups))
+    if threads == 1:
+        for group in index.groups:
+            yield group.first, scored(group)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[Group, Future]] = deque()
+        for group in index.groups:
+            begun.append((group, pool.submit(scored, group)))
+            if len(begun) > 2 * threads:  # no more in memory than is being read
+                group, made = begun.popleft()  # noqa: PLW2901
+                yield group.first, made.result()
+        for group, made in begun:
+            yield group.first, made.result()
 
 
 def _matched(segment: DenseSegment | KeyedSegment, patterns: Sequence[str]) -> Bool[np.ndarray, " layers"]:
@@ -197,19 +219,20 @@ class _Dense:
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
         return cls(segment, reduction.apply(scaled.astype(np.float32)), squared, change)
 
-    def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
-        """Inner products with a shard's rows and, for cosines, the rows' squared norms in the same metric."""
-        rows = index.dense(shard, self.segment)
-        scores, squared = np.zeros((len(self.queries), shard.rows), np.float32), np.zeros(shard.rows)
-        lengths = rows.norms * rows.factors()
-        for first, codes in rows.blocks():
-            values = rows.values(codes)
-            part = slice(first, first + len(codes))
-            scores[:, part] = (self.queries @ values.T) * lengths[part]
-            if cosine:
-                # Codes are unit directions, up to rounding; under another damping their length is measured anew.
-                change = self.change if self.change is not None else np.float32(1)
-                squared[part] = ((values * values * change).sum(axis=1) * rows.factors()[part] ** 2) * rows.norms[part] ** 2
+    def scores(self, index: Index, group: Group, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
+        """Inner products with a group's rows and, for cosines, the rows' squared norms in the same metric."""
+        scores, squared = np.zeros((len(self.queries), group.rows), np.float32), np.zeros(group.rows)
+        for shard in group.shards:
+            rows, at = index.dense(shard, self.segment), shard.first - group.first
+            factors = rows.factors()
+            for first, codes in rows.blocks():
+                values = rows.values(codes)
+                own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
+                scores[:, part] = (self.queries @ values.T) * (rows.norms[own] * factors[own])
+                if cosine:
+                    # Codes are unit directions, up to rounding; under another damping their length is measured anew.
+                    change = self.change if self.change is not None else np.float32(1)
+                    squared[part] = ((values * values * change).sum(axis=1) * factors[own] ** 2) * rows.norms[own] ** 2
         return scores, squared
 
 
@@ -240,29 +263,31 @@ class _Keyed:
         squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
         return cls(segment, rows.keys, owners, byte_tables(rotate(vectors.astype(np.float32), segment.bits, segment.seed)), squared)
 
-    def scores(self, index: Index, shard: Shard, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
+    def scores(self, index: Index, group: Group, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
         """See `_Dense`; the products are unbiased estimates."""
-        shape = len(self.squared_norms), shard.rows
-        scores = index.postings(shard, self.segment).scores(self.keys, self.owners, self.tables, shape)
-        return scores, index.keyed(shard, self.segment).norms.astype(np.float64) ** 2 if cosine else np.zeros(shard.rows)
+        shape = len(self.squared_norms), group.rows
+        scores = index.postings(group, self.segment).scores(self.keys, self.owners, self.tables, shape)
+        if not cosine:
+            return scores, np.zeros(group.rows)
+        return scores, np.concatenate([index.keyed(shard, self.segment).norms for shard in group.shards]).astype(np.float64) ** 2
 
 
-def _shard_scores(
+def _group_scores(
     index: Index,
-    shard: Shard,
+    group: Group,
     prepared: Sequence[_Dense | _Keyed],
     weights: Mapping[str, float],
     query_norms: Float64[np.ndarray, " queries"],
     mode: Mode,
 ) -> Float32[np.ndarray, "queries rows"]:
-    scores = np.zeros((len(query_norms), shard.rows), np.float32)
-    squared = np.zeros(shard.rows)
+    scores = np.zeros((len(query_norms), group.rows), np.float32)
+    squared = np.zeros(group.rows)
     for p in prepared:
-        found, lengths = p.scores(index, shard, mode == "cosine")
+        found, lengths = p.scores(index, group, mode == "cosine")
         scores += found * np.float32(weights[p.segment.name])
         squared += lengths * weights[p.segment.name]
     if mode == "per-nat":
-        losses = index.losses(shard)[None]
+        losses = np.concatenate([index.losses(shard) for shard in group.shards])[None]
         scores = np.divide(scores, losses, out=np.zeros_like(scores), where=losses > 0)
     if mode == "cosine":
         norms = query_norms[:, None] * np.sqrt(squared)[None]

@@ -296,7 +296,7 @@ def _weighted(
             keyed = KeyedRows(directory, shard.rows, segment.vocabulary, segment.bits)
             owners = np.repeat(np.arange(rows), np.diff(block.indptr))
             tables = byte_tables(rotate(block.vectors, segment.bits, segment.seed))
-            found = Postings.of(keyed).scores(block.keys, owners, tables, (rows, shard.rows))[:, :rows]
+            found = Postings.of([keyed]).scores(block.keys, owners, tables, (rows, shard.rows))[:, :rows]
             truth = inner_products(block, block)
         else:
             dense = DenseRows(directory, shard.rows, segment.stored, segment.dtype)

@@ -251,7 +251,7 @@ def prune(out: Path) -> int:
         manifest = Index(out).manifest
         named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
         folders = [out / name for name in ("rows", "documents", "encoder", "manifests", "search")]
-        alive = {f"{shard.id}.zarr" for shard in manifest.shards}
+        alive = {f"{group.id}.zarr" for group in Index(out).groups}
         newest = out / "manifests" / f"{manifest.number:06d}.json"
         freed = 0
         for path in sorted((p for folder in folders for p in folder.rglob("*")), reverse=True):

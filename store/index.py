@@ -1,6 +1,7 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
 import contextlib
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_GROUP_ROWS = 1 << 16
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive rows of a segment: row r is `norms[r] * factors[r] * codes[r]`, its unit direction `factors[r] * codes[r]`."""
@@ -31,6 +35,20 @@ class Block:
     codes: np.ndarray
     factors: Float32[np.ndarray, " rows"]
     norms: Float32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive shards that are searched as one: rows `first` to `first + rows`."""
+
+    shards: tuple[Shard, ...]
+    first: int
+    rows: int
+
+    @property
+    def id(self) -> str:
+        """A name that depends on the shards alone."""
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, "".join(shard.id for shard in self.shards)))
 
 
 class Index:
@@ -81,40 +99,50 @@ class Index:
             self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits)
         return self._keyed[key]
 
-    def postings(self, shard: Shard, segment: KeyedSegment) -> Postings:
-        """The posting lists of a keyed segment's rows in one shard: those that lie beside them, else made here."""
-        key = (shard.id, segment.name)
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All shards, in groups that are large enough to be searched in one go, small enough for scores to stay in cache."""
+        groups: list[list[Shard]] = []
+        for shard in self.manifest.shards:
+            if groups and shard.first + shard.rows - groups[-1][0].first <= _GROUP_ROWS:
+                groups[-1].append(shard)
+            else:
+                groups.append([shard])
+        return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
+
+    def postings(self, group: Group, segment: KeyedSegment) -> Postings:
+        """The posting lists of a keyed segment's rows in a group: those that lie beside them, else made here."""
+        key = (group.id, segment.name)
         if key not in self._postings:
-            rows, source = self.keyed(shard, segment), self._source(shard, segment)
-            kept = Postings.read(self._lists(shard, segment), source, rows.codes.shape[1])
-            self._postings[key] = kept or Postings.of(rows)
+            kept = Postings.read(self._lists(group, segment), self._source(group, segment), -(-segment.bits // 8))
+            self._postings[key] = kept or Postings.of([self.keyed(shard, segment) for shard in group.shards])
         return self._postings[key]
 
     def reindex(self) -> int:
         """Write what the search can read beside the rows: posting lists where they are missing, damaged or of other rows.
 
         Returns:
-            How many lists of segments in shards were written.
+            How many were written.
         """
         written = 0
-        for shard in self.manifest.shards:
+        for group in self.groups:
             for segment in self.manifest.segments:
                 if isinstance(segment, KeyedSegment):
-                    rows, source, place = self.keyed(shard, segment), self._source(shard, segment), self._lists(shard, segment)
-                    if Postings.read(place, source, rows.codes.shape[1]) is None:
-                        Postings.of(rows).write(place, source, self.path / "staging")
+                    source, place = self._source(group, segment), self._lists(group, segment)
+                    if Postings.read(place, source, -(-segment.bits // 8)) is None:
+                        Postings.of([self.keyed(shard, segment) for shard in group.shards]).write(place, source, self.path / "staging")
                         written += 1
         with contextlib.suppress(OSError):
             (self.path / "staging").rmdir()
         return written
 
-    def _lists(self, shard: Shard, segment: KeyedSegment) -> Path:
-        return self.path / "search" / f"{shard.id}.zarr" / segment.name
+    def _lists(self, group: Group, segment: KeyedSegment) -> Path:
+        return self.path / "search" / f"{group.id}.zarr" / segment.name
 
-    def _source(self, shard: Shard, segment: KeyedSegment) -> str:
+    def _source(self, group: Group, segment: KeyedSegment) -> str:
         """What posting lists are made of: the checksums of the rows' files."""
-        own = f"rows/{shard.id}.zarr/{segment.name}/"
-        return digest("".join(record.sha256 for record in shard.files if record.path.startswith(own)).encode()).hexdigest()
+        parts = [f.sha256 for shard in group.shards for f in shard.files if f.path.startswith(f"rows/{shard.id}.zarr/{segment.name}/")]
+        return digest("".join(parts).encode()).hexdigest()
 
     def norms(self, segment: DenseSegment | KeyedSegment) -> Float32[np.ndarray, " rows"]:
         """The lengths of a segment's rows."""

@@ -1,27 +1,27 @@
-"""Posting lists: a shard's keyed rows in the order of their tokens, by which a question touches the lists of its own tokens and no others.
+"""Posting lists: keyed rows of a group of shards in the order of their tokens. A question touches the lists of its own tokens alone.
 
     tokens   [lists]            ascending
     starts   [lists + 1]        list i holds the postings starts[i] to starts[i + 1], ascending by row
-    rows     [postings]         of the shard
+    rows     [postings]         of the group
     codes    [postings, bytes]  as in the rows
     factors  [postings]         float32
 
 An exact score costs one table look-up for each byte of a shared token's code: the question's vector is turned into a table of what each of
-the 256 values of a byte adds. A shard's scores fit into a core's cache, so that adding to them costs little, and shards are independent.
+the 256 values of a byte adds. A group's scores fit into a core's cache, so that adding to them costs little, and groups are independent.
 
 Early termination (MaxScore, block-max WAND) was measured and left out. A one-bit estimate is bounded by the sum of |coordinates| times the
 largest factor of a list, some twenty times what it typically is: on real rows of 800 bytes the lists that cannot be skipped hold six to
 nine tenths of the postings that a question touches, and the rest would need random access. Rows keep their longest vectors alone, and the
 tokens that every example has are seldom among them: a question touches one in twenty-five of the entries to begin with.
 
-The lists are a cache beside the rows, `search/<shard>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
+The lists are a cache beside the rows, `search/<group>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
 """
 
 import json
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 @dataclass(frozen=True)
 class Postings:
-    """A keyed segment of one shard, by token; see above."""
+    """A keyed segment of a group of shards, by token; see above."""
 
     tokens: np.ndarray
     starts: Int64[np.ndarray, " lists_and_one"]
@@ -49,12 +49,14 @@ class Postings:
     factors: Float32[np.ndarray, " postings"]
 
     @classmethod
-    def of(cls, rows: KeyedRows) -> "Postings":
-        """The lists of a shard's rows."""
-        order = np.argsort(rows.keys, kind="stable")
-        tokens, starts = np.unique(rows.keys[order], return_index=True)
-        owners = np.repeat(np.arange(rows.rows, dtype=np.uint32), np.diff(rows.indptr))
-        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], rows.codes[order], rows.factors[order])]
+    def of(cls, shards: Sequence[KeyedRows]) -> "Postings":
+        """The lists of shards' rows, one shard after the other."""
+        keys, codes, factors = (np.concatenate([getattr(rows, name) for rows in shards]) for name in ("keys", "codes", "factors"))
+        order = np.argsort(keys, kind="stable")
+        tokens, starts = np.unique(keys[order], return_index=True)
+        counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
+        owners = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
+        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], codes[order], factors[order])]
         return cls(tokens.astype(np.uint32), *plain)
 
     def scores(
@@ -85,7 +87,7 @@ class Postings:
         return scores
 
     def write(self, directory: Path, source: str, staging: Path) -> None:
-        """Keep the lists at `search/<shard>.zarr/<segment>`, marked with what they were made of."""
+        """Keep the lists in a directory, marked with what they were made of."""
 
         def write(group: object) -> None:
             for name in ("tokens", "starts", "rows", "codes", "factors"):
