@@ -145,14 +145,14 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
         rows = queries[segment.name]
         if isinstance(segment, KeyedSegment):
             assert isinstance(rows, KeyedVectors)
-            prepared.append(_Keyed.make(index, segment, rows, metric))
+            prepared.append(_Keyed.make(index, segment, rows, metric, weights[segment.name]))
         else:
             assert isinstance(rows, np.ndarray)
-            prepared.append(_Dense.make(index, segment, rows, metric))
-    query_norms = np.sqrt(sum((weights[p.segment.name] * p.squared_norms for p in prepared), np.zeros(_count(queries))))
+            prepared.append(_Dense.make(index, segment, rows, metric, weights[segment.name]))
+    query_norms = np.sqrt(sum((p.weight * p.squared_norms for p in prepared), np.zeros(_count(queries))))
 
     def scored(group: Group) -> Float32[np.ndarray, "queries rows"]:
-        return _group_scores(index, group, prepared, weights, query_norms, metric.mode)
+        return _group_scores(index, group, prepared, query_norms, metric.mode)
 
     threads = min(len(os.sched_getaffinity(0)), len(index.groups))
     if threads == 1:
@@ -186,15 +186,16 @@ def _part(queries: QueryRows, first: int, last: int) -> QueryRows:
 
 @dataclass(frozen=True)
 class _Dense:
-    """A dense segment's queries with the change of damping in them."""
+    """A dense segment's queries with its weight and the change of damping in them."""
 
     segment: DenseSegment
+    weight: float
     queries: Float32[np.ndarray, "queries stored"]
     squared_norms: Float64[np.ndarray, " queries"]
     change: Float32[np.ndarray, " stored"] | None
 
     @classmethod
-    def make(cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric) -> "_Dense":
+    def make(cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric, weight: float) -> "_Dense":
         change = None
         scaled = rows.astype(np.float64)
         if metric.damping is not None:
@@ -217,37 +218,39 @@ class _Dense:
             scaled = scaled * change
             change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
-        return cls(segment, reduction.apply(scaled.astype(np.float32)), squared, change)
+        return cls(segment, weight, reduction.apply((scaled * weight).astype(np.float32)), squared, change)
 
-    def scores(self, index: Index, group: Group, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
-        """Inner products with a group's rows and, for cosines, the rows' squared norms in the same metric."""
-        scores, squared = np.zeros((len(self.queries), group.rows), np.float32), np.zeros(group.rows)
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """Add weighted inner products with a group's rows and, for cosines, the rows' weighted squared norms in the same metric."""
         for shard in group.shards:
             rows, at = index.dense(shard, self.segment), shard.first - group.first
             factors = rows.factors()
             for first, codes in rows.blocks():
                 values = rows.values(codes)
                 own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
-                scores[:, part] = (self.queries @ values.T) * (rows.norms[own] * factors[own])
-                if cosine:
+                scores[:, part] += (self.queries @ values.T) * (rows.norms[own] * factors[own])
+                if squared is not None:
                     # Codes are unit directions, up to rounding; under another damping their length is measured anew.
                     change = self.change if self.change is not None else np.float32(1)
-                    squared[part] = ((values * values * change).sum(axis=1) * factors[own] ** 2) * rows.norms[own] ** 2
-        return scores, squared
+                    lengths = ((values * values * change).sum(axis=1) * factors[own] ** 2) * rows.norms[own] ** 2
+                    squared[part] += self.weight * lengths
 
 
 @dataclass(frozen=True)
 class _Keyed:
-    """A keyed segment's queries: their entries, rotated as the rows were, with the change of damping in them."""
+    """A keyed segment's queries: their entries, rotated as the rows were, with its weight and the change of damping in them."""
 
     segment: KeyedSegment
+    weight: float
     keys: Int64[np.ndarray, " entries"]
     owners: Int64[np.ndarray, " entries"]
     tables: Float32[np.ndarray, "entries bytes 256"]
     squared_norms: Float64[np.ndarray, " queries"]
 
     @classmethod
-    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric) -> "_Keyed":
+    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric, weight: float) -> "_Keyed":
         vectors = rows.vectors.astype(np.float64)
         if metric.damping is not None or not metric.curvature:
             if metric.mode == "cosine":
@@ -261,35 +264,34 @@ class _Keyed:
                 vectors = vectors / (eigenvalues + metric.damping * mean)
         owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
         squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
-        return cls(segment, rows.keys, owners, byte_tables(rotate(vectors.astype(np.float32), segment.bits, segment.seed)), squared)
+        rotated = rotate((vectors * weight).astype(np.float32), segment.bits, segment.seed)
+        return cls(segment, weight, rows.keys, owners, byte_tables(rotated), squared)
 
-    def scores(self, index: Index, group: Group, cosine: bool) -> tuple[Float32[np.ndarray, "queries rows"], Float64[np.ndarray, " rows"]]:
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
         """See `_Dense`; the products are unbiased estimates."""
-        shape = len(self.squared_norms), group.rows
-        scores = index.postings(group, self.segment).scores(self.keys, self.owners, self.tables, shape)
-        if not cosine:
-            return scores, np.zeros(group.rows)
-        return scores, np.concatenate([index.keyed(shard, self.segment).norms for shard in group.shards]).astype(np.float64) ** 2
+        index.postings(group, self.segment).add_scores(self.keys, self.owners, self.tables, scores)
+        if squared is not None:
+            norms = np.concatenate([index.keyed(shard, self.segment).norms for shard in group.shards])
+            squared += self.weight * np.square(norms, dtype=np.float64)
 
 
 def _group_scores(
     index: Index,
     group: Group,
     prepared: Sequence[_Dense | _Keyed],
-    weights: Mapping[str, float],
     query_norms: Float64[np.ndarray, " queries"],
     mode: Mode,
 ) -> Float32[np.ndarray, "queries rows"]:
     scores = np.zeros((len(query_norms), group.rows), np.float32)
-    squared = np.zeros(group.rows)
+    squared = np.zeros(group.rows) if mode == "cosine" else None
     for p in prepared:
-        found, lengths = p.scores(index, group, mode == "cosine")
-        scores += found * np.float32(weights[p.segment.name])
-        squared += lengths * weights[p.segment.name]
+        p.add(index, group, scores, squared)
     if mode == "per-nat":
         losses = np.concatenate([index.losses(shard) for shard in group.shards])[None]
         scores = np.divide(scores, losses, out=np.zeros_like(scores), where=losses > 0)
-    if mode == "cosine":
+    if squared is not None:
         norms = query_norms[:, None] * np.sqrt(squared)[None]
         scores = np.divide(scores, norms, out=np.zeros(scores.shape), where=norms > 0).astype(np.float32)
     return scores
@@ -311,11 +313,13 @@ def _scan(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Boo
 
 def _merge(known: tuple[np.ndarray, np.ndarray], rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
     """The k entries of largest positive sign * score among the known and the new; equal scores in row order."""
-    signed = sign * scores
-    threshold = sign * known[1][-1] if len(known[0]) == k else 0.0
-    chosen = signed > threshold
-    if not chosen.any():
+    threshold = known[1][-1] if len(known[0]) == k else np.float32(0)
+    chosen = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
+    if not len(chosen):
         return known
+    if len(chosen) > 4 * k:  # sort those alone that may stay, equal ones among them
+        costs = -sign * scores[chosen]
+        chosen = chosen[costs <= np.partition(costs, k - 1)[k - 1]]
     rows = np.concatenate([known[0], rows[chosen]])
     scores = np.concatenate([known[1], scores[chosen]])
     order = np.lexsort((rows, -sign * scores))[:k]

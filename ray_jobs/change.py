@@ -250,13 +250,11 @@ def prune(out: Path) -> int:
     with exclusive(out):
         manifest = Index(out).manifest
         named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
-        folders = [out / name for name in ("rows", "documents", "encoder", "manifests", "search")]
-        alive = {f"{group.id}.zarr" for group in Index(out).groups}
+        folders = [out / name for name in ("rows", "documents", "encoder", "manifests")]
         newest = out / "manifests" / f"{manifest.number:06d}.json"
         freed = 0
         for path in sorted((p for folder in folders for p in folder.rglob("*")), reverse=True):
-            lists = path.is_relative_to(out / "search") and path.relative_to(out / "search").parts[0] in alive
-            if path.is_file() and path not in named and path != newest and not lists:
+            if path.is_file() and path not in named and path != newest:
                 freed += path.stat().st_size
                 path.unlink()
             elif path.is_dir() and not any(path.iterdir()):

@@ -1,6 +1,7 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
 import contextlib
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -114,12 +115,13 @@ class Index:
         """The posting lists of a keyed segment's rows in a group: those that lie beside them, else made here."""
         key = (group.id, segment.name)
         if key not in self._postings:
-            kept = Postings.read(self._lists(group, segment), self._source(group, segment), -(-segment.bits // 8))
+            kept = Postings.read(self._lists(group, segment), self._source(group, segment), group.rows, -(-segment.bits // 8))
             self._postings[key] = kept or Postings.of([self.keyed(shard, segment) for shard in group.shards])
         return self._postings[key]
 
     def reindex(self) -> int:
-        """Write what the search can read beside the rows: posting lists where they are missing, damaged or of other rows.
+        """Write what the search can read beside the rows: posting lists where they are missing, damaged or of other rows; and remove those
+        of groups that are no more.
 
         Returns:
             How many were written.
@@ -129,9 +131,12 @@ class Index:
             for segment in self.manifest.segments:
                 if isinstance(segment, KeyedSegment):
                     source, place = self._source(group, segment), self._lists(group, segment)
-                    if Postings.read(place, source, -(-segment.bits // 8)) is None:
+                    if Postings.read(place, source, group.rows, -(-segment.bits // 8)) is None:
                         Postings.of([self.keyed(shard, segment) for shard in group.shards]).write(place, source, self.path / "staging")
                         written += 1
+        for place in (self.path / "search").glob("*.zarr"):
+            if place.stem not in {group.id for group in self.groups}:
+                shutil.rmtree(place)
         with contextlib.suppress(OSError):
             (self.path / "staging").rmdir()
         return written

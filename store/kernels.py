@@ -24,17 +24,20 @@ def add_lists(
 
     Args:
         lists: which list each of the question's tokens has (int64 [n]); `known`: whether it has one (bool [n]).
-        tables: of each token, what every byte of a code adds: float32 [n, bytes, 256].
+        tables: of each token, what every byte of a code adds: float32 [n, 4 * words, 256].
         starts, rows, codes, factors: the postings (see postings.py).
         scores: float32 [rows], added to in place.
     """
-    width = codes.shape[1]
+    words = codes.shape[1]
+    byte = np.uint32(255)
     for i in range(len(lists)):
         if not known[i]:
             continue
         table = tables[i]
         for j in range(starts[lists[i]], starts[lists[i] + 1]):
             value = np.float32(0.0)
-            for b in range(width):
-                value += table[b, codes[j, b]]
+            for w in range(words):
+                code, b = codes[j, w], 4 * w
+                low = table[b, code & byte] + table[b + 1, (code >> np.uint32(8)) & byte]
+                value += low + (table[b + 2, (code >> np.uint32(16)) & byte] + table[b + 3, code >> np.uint32(24)])
             scores[rows[j]] += factors[j] * value

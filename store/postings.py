@@ -2,8 +2,8 @@
 
     tokens   [lists]            ascending
     starts   [lists + 1]        list i holds the postings starts[i] to starts[i + 1], ascending by row
-    rows     [postings]         of the group
-    codes    [postings, bytes]  as in the rows
+    rows     [postings]         of the group, in 16 bits where these suffice
+    codes    [postings, words]  as in the rows, four bytes to a little-endian word (zeros behind the last)
     factors  [postings]         float32
 
 An exact score costs one table look-up for each byte of a shared token's code: the question's vector is turned into a table of what each of
@@ -19,14 +19,13 @@ The lists are a cache beside the rows, `search/<group>.zarr/<segment>`: rebuilt 
 
 import json
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8, UInt32
 
 from .bits import signs_of
 from .errors import IncompatibleError, IntegrityError
@@ -35,6 +34,7 @@ from .keyed import KeyedRows
 from .rows import map_array, write_array, write_shard
 
 _FEW = 1 << 19
+_met = [0]
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 
@@ -45,7 +45,7 @@ class Postings:
     tokens: np.ndarray
     starts: Int64[np.ndarray, " lists_and_one"]
     rows: np.ndarray
-    codes: UInt8[np.ndarray, "postings bytes"]
+    codes: UInt32[np.ndarray, "postings words"]
     factors: Float32[np.ndarray, " postings"]
 
     @classmethod
@@ -55,36 +55,31 @@ class Postings:
         order = np.argsort(keys, kind="stable")
         tokens, starts = np.unique(keys[order], return_index=True)
         counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
-        owners = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
-        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], codes[order], factors[order])]
+        owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
+        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], _words(codes[order]), factors[order])]
         return cls(tokens.astype(np.uint32), *plain)
 
-    def scores(
+    def add_scores(
         self,
         keys: Int64[np.ndarray, " entries"],
         owners: Int64[np.ndarray, " entries"],
         tables: Float32[np.ndarray, "entries bytes 256"],
-        shape: tuple[int, int],
-    ) -> Float32[np.ndarray, "queries rows"]:
-        """Estimated inner products of some questions with all rows.
+        scores: Float32[np.ndarray, "queries rows"],
+    ) -> None:
+        """Add estimated inner products of some questions with all rows to their scores.
 
         Args:
             keys, owners: the tokens of all questions, and which question each is of, ascending.
             tables: of each token, what `byte_tables` makes of its rotated vector.
-            shape: (questions, rows).
         """
-        scores = np.zeros(shape, np.float32)
-        if not len(self.tokens):
-            return scores
         at = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
         known = self.tokens[at] == keys
-        bounds = np.searchsorted(owners, np.arange(shape[0] + 1))
+        bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
         add_lists = _loops(int((self.starts[at + 1] - self.starts[at])[known].sum()))
-        for question in range(shape[0]):
+        for question in range(len(scores)):
             part = slice(bounds[question], bounds[question + 1])
             lists, own = at[part], tables[part]
             add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[question])
-        return scores
 
     def write(self, directory: Path, source: str, staging: Path) -> None:
         """Keep the lists in a directory, marked with what they were made of."""
@@ -99,8 +94,8 @@ class Postings:
         publish(staged, directory)
 
     @classmethod
-    def read(cls, directory: Path, source: str, width: int) -> "Postings | None":
-        """The lists that lie there, through memory maps; None where they are missing, damaged, or of other rows."""
+    def read(cls, directory: Path, source: str, rows: int, width: int) -> "Postings | None":
+        """The lists that lie there, of so many rows with codes of so many bytes; None where they are missing, damaged, or of other rows."""
         try:
             about = json.loads((directory / "zarr.json").read_bytes())["attributes"]["whence"]
             if about["source"] != source:
@@ -109,8 +104,8 @@ class Postings:
             shapes = {
                 "tokens": ((lists,), "uint32"),
                 "starts": ((lists + 1,), "int64"),
-                "rows": ((postings,), "uint32"),
-                "codes": ((postings, width), "uint8"),
+                "rows": ((postings,), _row_dtype(rows)),
+                "codes": ((postings, -(-width // 4)), "uint32"),
                 "factors": ((postings,), "float32"),
             }
             return cls(**{name: _plain(map_array(directory / "lists", name, *shape)) for name, shape in shapes.items()})
@@ -119,8 +114,9 @@ class Postings:
 
 
 def _loops(postings: int) -> Callable[..., None]:
-    """Compiled loops for many postings; for few, in a process that has not needed them yet, numpy: compiled code takes 0.4 s to load."""
-    if postings <= _FEW and f"{__package__}.kernels" not in sys.modules:
+    """Compiled loops; but until a process has met many postings, numpy: compiled code takes 0.4 s to load."""
+    _met[0] += postings
+    if _met[0] <= _FEW:
         return add_lists_plainly
     from .kernels import add_lists
 
@@ -141,8 +137,10 @@ def add_lists_plainly(
     for at, table in zip(lists[known], tables[known], strict=True):
         part = slice(int(starts[at]), int(starts[at + 1]))
         values = np.zeros(part.stop - part.start, np.float32)
-        for b in range(codes.shape[1]):
-            values += table[b, codes[part, b]]
+        for word in range(codes.shape[1]):
+            code, b = codes[part, word], 4 * word
+            low = table[b, code & 255] + table[b + 1, (code >> 8) & 255]
+            values += low + (table[b + 2, (code >> 16) & 255] + table[b + 3, code >> 24])
         scores[rows[part]] += factors[part] * values
 
 
@@ -153,9 +151,19 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return plain
 
 
+def _row_dtype(rows: int) -> str:
+    return "uint16" if rows <= 1 << 16 else "uint32"
+
+
+def _words(codes: UInt8[np.ndarray, "postings bytes"]) -> UInt32[np.ndarray, "postings words"]:
+    padded = np.zeros((len(codes), -(-codes.shape[1] // 4) * 4), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    return padded.view("<u4")
+
+
 def byte_tables(rotated: Float32[np.ndarray, "entries bits"]) -> Float32[np.ndarray, "entries bytes 256"]:
-    """What each value of each byte of a code adds to the inner product of its signs with a rotated vector."""
+    """What each value of each byte of a code, in whole words of four, adds to the inner product of its signs with a rotated vector."""
     entries, bits = rotated.shape
-    padded = np.zeros((entries, -(-bits // 8) * 8), np.float32)
+    padded = np.zeros((entries, -(-bits // 32) * 32), np.float32)
     padded[:, :bits] = rotated
     return np.ascontiguousarray(padded.reshape(entries, -1, 8) @ _BYTE_SIGNS.T)

@@ -302,7 +302,8 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
             signs = np.where(rotate(rows.vectors[e : e + 1], bits, 5)[0] > 0, 1.0, -1.0)
             for j in np.flatnonzero(asked.keys == rows.keys[e]):
                 expected[owners[j], i] += factors[e] * (signs @ rotated[j])
-    found = Postings.of([read]).scores(asked.keys, owners, byte_tables(rotated), (4, 30))
+    found = np.zeros((4, 30), np.float32)
+    Postings.of([read]).add_scores(asked.keys, owners, byte_tables(rotated), found)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -315,8 +316,9 @@ def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
         for i in range(20):
             keys, vectors = read.vectors(i, width, 5)
             tables = byte_tables(rotate(vectors, bits, 5))
-            score = Postings.of([read]).scores(keys, np.zeros(len(keys), int), tables, (1, 20))[0, i]
-            own.append(score / read.norms[i] ** 2)
+            scores = np.zeros((1, 20), np.float32)
+            Postings.of([read]).add_scores(keys, np.zeros(len(keys), int), tables, scores)
+            own.append(scores[0, i] / read.norms[i] ** 2)
         if padded_width(width, bits) == width:  # else what the padding held is lost
             assert np.mean(own) == pytest.approx(1.0, abs=0.4 if bits < width else 0.1)
 

@@ -43,12 +43,14 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
                 expected[owners[j], i] += read.factors[e] * (signs_of(read.codes[e : e + 1], bits)[0].astype(float) @ rotated[j])
     lists = Postings.of([read])
     assert (np.diff(lists.tokens.astype(int)) > 0).all()
-    compiled = lists.scores(asked.keys, owners, byte_tables(rotated), (queries, rows))
-    np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-4)
+    found = np.zeros((2, queries, rows), np.float32)
+    lists.add_scores(asked.keys, owners, byte_tables(rotated), found[0])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
     lists.write(path / "kept", "source", path / "staging")
-    back = Postings.read(path / "kept", "source", read.codes.shape[1])
-    assert np.array_equal(back.scores(asked.keys, owners, byte_tables(rotated), (queries, rows)), compiled)
-    assert Postings.read(path / "kept", "another", read.codes.shape[1]) is None
+    back = Postings.read(path / "kept", "source", rows, read.codes.shape[1])
+    back.add_scores(asked.keys, owners, byte_tables(rotated), found[1])
+    assert np.array_equal(*found)
+    assert Postings.read(path / "kept", "another", rows, read.codes.shape[1]) is None
     if len(lists.tokens):
         at = np.arange(len(lists.tokens))
         tables = byte_tables(np.random.default_rng(seed).standard_normal((len(at), bits)).astype(np.float32))
