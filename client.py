@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from .query.answers import Answer, Question, make_answers
 from .query.groups import group_scores
-from .query.search import Metric, Mode, QueryRows, all_scores, combine, search
+from .query.search import Metric, Mode, QueryRows, all_scores, combine, search, standard_errors
 from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
@@ -147,9 +147,20 @@ class Client:
         if searched == 0:
             raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
         hits = search(self.index, rows, min(_DEFAULT_K, len(self.index)) if k is None else k, metric, allowed)
+        own_row = [any(q.row is not None for q in questions)] * len(hits) if options.get("mean") else [q.row is not None for q in questions]
+        both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])
+        errors = [None if row else (e[: len(h.proponents)], e[len(h.proponents) :]) for h, e, row in zip(hits, both, own_row, strict=True)]
         groups = None if column is None else group_scores(self.index, rows, column, metric, allowed)
         return make_answers(
-            self.index, asked, hits, metric, opponents=options.get("opponents", True), where=where, searched=searched, groups=groups
+            self.index,
+            asked,
+            hits,
+            metric,
+            opponents=options.get("opponents", True),
+            where=where,
+            searched=searched,
+            groups=groups,
+            errors=errors,
         )
 
     def scores(

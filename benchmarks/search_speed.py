@@ -95,12 +95,14 @@ def measure(index, asked, repeats):
                 at = np.flatnonzero(np.isin(lists.tokens, part[s.name].keys))
                 total += int((lists.starts[at + 1] - lists.starts[at]).sum())
         touched.append(total)
+    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.segments)
     lists = sum(p.stat().st_size for p in (index.path / "search").rglob("*") if p.is_file())
     return {
         "rows": len(index),
         "median_ms": round(float(np.median(seconds)) * 1e3, 2),
         "p95_ms": round(float(np.quantile(seconds, 0.95)) * 1e3, 2),
         "postings_touched": int(np.median(touched)),
+        "of_all": round(float(np.median(touched)) / entries, 4),
         "ns_a_posting": round(float(np.median(seconds)) / max(1, np.median(touched)) * 1e9, 2),
         "list_bytes_a_row": round(lists / len(index), 1),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,

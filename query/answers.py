@@ -66,6 +66,7 @@ class Attribution:
         score: positive for a proponent (training on it lowered the question's loss), negative for an opponent. Under
             "influence" in nats per unit of example weight, up to the damped curvature's scale; under "cosine" from -1 to 1.
         document: the id of the document that the example was cut from; its own id when it is whole.
+        error: the score's standard error, from one-bit codes (see `search.standard_errors`); None where the question is itself such a row.
     """
 
     rank: int
@@ -76,6 +77,7 @@ class Attribution:
     source: str
     document: str
     metadata: Mapping[str, Any]
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def make_answers(
     where: str | None = None,
     searched: int | None = None,
     groups: Sequence[Sequence[Group]] | None = None,
+    errors: Sequence[tuple[np.ndarray, np.ndarray] | None],
 ) -> list[Answer]:
     """Put ids, texts and metadata to the rows that a search found.
 
@@ -144,6 +147,7 @@ def make_answers(
         asked: what each question was.
         where, searched: the filter, and how many rows it left.
         groups: of each question.
+        errors: of each question the standard errors of its proponents' and its opponents' scores, where they are known.
     """
     about = describe_index(index)
     estimated = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
@@ -155,12 +159,12 @@ def make_answers(
     settings |= {"layers": list(metric.layers)} if metric.layers else {}
     settings |= {"where": where} if where is not None else {}
     answers = []
-    for number, (question, hit) in enumerate(zip(asked, hits, strict=True)):
+    for number, (question, hit, known) in enumerate(zip(asked, hits, errors, strict=True)):
         answers.append(
             Answer(
                 query={**question, **settings},
-                proponents=_attributions(index, hit.proponents, hit.proponent_scores),
-                opponents=_attributions(index, hit.opponents, hit.opponent_scores) if opponents else (),
+                proponents=_attributions(index, hit.proponents, hit.proponent_scores, known and known[0]),
+                opponents=_attributions(index, hit.opponents, hit.opponent_scores, known and known[1]) if opponents else (),
                 search=SearchReport(method, len(index) if searched is None else searched, recall, hit.seconds),
                 index=about,
                 groups=tuple(groups[number]) if groups is not None else None,
@@ -181,9 +185,10 @@ def describe_index(index: Index) -> dict[str, Any]:
     }
 
 
-def _attributions(index: Index, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:
+def _attributions(index: Index, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray | None) -> tuple[Attribution, ...]:
     found = []
-    for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1):
+    known = [None] * len(rows) if errors is None else errors.tolist()
+    for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), known, strict=True), 1):
         e = index.example(row)
-        found.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata))
+        found.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata, error))
     return tuple(found)

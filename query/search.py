@@ -25,11 +25,11 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from ..store.bits import rotate
+from ..store.bits import padded_width, rotate
 from ..store.errors import UsageError
 from ..store.index import Group, Index
 from ..store.keyed import KeyedVectors
-from ..store.manifest import DenseSegment, KeyedSegment, check_damping
+from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 from ..store.postings import byte_tables
 
 Mode = Literal["influence", "cosine", "per-nat"]
@@ -126,6 +126,67 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
 
     Groups are scored by as many threads as there are cores to run on.
     """
+    prepared, query_norms = _prepare(index, queries, metric)
+
+    def scored(group: Group) -> Float32[np.ndarray, "queries rows"]:
+        return _group_scores(index, group, prepared, query_norms, metric.mode)
+
+    threads = min(len(os.sched_getaffinity(0)), len(index.groups))
+    if threads == 1:
+        for group in index.groups:
+            yield group.first, scored(group)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[Group, Future]] = deque()
+        for group in index.groups:
+            begun.append((group, pool.submit(scored, group)))
+            if len(begun) > 2 * threads:  # no more in memory than is being read
+                group, made = begun.popleft()  # noqa: PLW2901
+                yield group.first, made.result()
+        for group, made in begun:
+            yield group.first, made.result()
+
+
+def standard_errors(
+    index: Index, queries: QueryRows, metric: Metric, rows: Sequence[Int64[np.ndarray, " found"]]
+) -> list[Float64[np.ndarray, " found"]]:
+    """Standard errors of each query's scores with some rows: what coding rows in one bit a coordinate adds to them; 0 for other codes.
+
+    With D coordinates rotated, of which b are kept, the estimate of <v, q> from one bit each has the variance
+    (|v|^2 |q|^2 - <v, q>^2) (pi/2 D/b - 1) / D (RaBitQ, arXiv 2405.12497, for b = D); <v, q> is taken as 0 here, which errs upwards. What
+    was left out of the rows altogether, tokens or coordinates, is not in it.
+
+    Args:
+        rows: of each query.
+    """
+    prepared, query_norms = _prepare(index, queries, metric)
+    found = []
+    for query, own in enumerate(rows):
+        variances = np.zeros(len(own))
+        for i, row in enumerate(own.tolist()):
+            shard, offset = index.locate(row)
+            variances[i] = sum(p.variance(index, shard, offset, query) for p in prepared)
+            if metric.mode == "cosine":
+                squared = sum(p.weight * p.squared_length(index, shard, offset) for p in prepared) * query_norms[query] ** 2
+                variances[i] = variances[i] / squared if squared > 0 else 0.0
+            elif metric.mode == "per-nat":
+                loss = float(index.losses(shard)[offset])
+                variances[i] = variances[i] / loss**2 if loss > 0 else 0.0
+        found.append(np.sqrt(variances))
+    return found
+
+
+def _one_bit_variance(coordinates: int, bits: int) -> float:
+    """Of the estimate of an inner product of orthogonal unit vectors."""
+    return (np.pi / 2 * coordinates / bits - 1) / coordinates
+
+
+def _prepare(index: Index, queries: QueryRows, metric: Metric) -> tuple[list["_Dense | _Keyed"], Float64[np.ndarray, " queries"]]:
+    """The queries of every segment that counts, and their lengths.
+
+    Raises:
+        UsageError: no segment is left, or none is called so.
+    """
     names = {s.name for s in index.manifest.segments}
     unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.segments})
     if unknown:
@@ -150,24 +211,7 @@ def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> I
             assert isinstance(rows, np.ndarray)
             prepared.append(_Dense.make(index, segment, rows, metric, weights[segment.name]))
     query_norms = np.sqrt(sum((p.weight * p.squared_norms for p in prepared), np.zeros(_count(queries))))
-
-    def scored(group: Group) -> Float32[np.ndarray, "queries rows"]:
-        return _group_scores(index, group, prepared, query_norms, metric.mode)
-
-    threads = min(len(os.sched_getaffinity(0)), len(index.groups))
-    if threads == 1:
-        for group in index.groups:
-            yield group.first, scored(group)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        begun: deque[tuple[Group, Future]] = deque()
-        for group in index.groups:
-            begun.append((group, pool.submit(scored, group)))
-            if len(begun) > 2 * threads:  # no more in memory than is being read
-                group, made = begun.popleft()  # noqa: PLW2901
-                yield group.first, made.result()
-        for group, made in begun:
-            yield group.first, made.result()
+    return prepared, query_norms
 
 
 def _matched(segment: DenseSegment | KeyedSegment, patterns: Sequence[str]) -> Bool[np.ndarray, " layers"]:
@@ -192,6 +236,7 @@ class _Dense:
     weight: float
     queries: Float32[np.ndarray, "queries stored"]
     squared_norms: Float64[np.ndarray, " queries"]
+    one_bit_variance: float
     change: Float32[np.ndarray, " stored"] | None
 
     @classmethod
@@ -218,7 +263,21 @@ class _Dense:
             scaled = scaled * change
             change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
-        return cls(segment, weight, reduction.apply((scaled * weight).astype(np.float32)), squared, change)
+        asked = (scaled * weight).astype(np.float32)
+        kept = segment.dim if reduction.kept is None else len(reduction.kept)
+        variance = 0.0
+        if segment.dtype == "1bit":
+            variance = _one_bit_variance(max(kept, padded_width(kept, segment.stored)), segment.stored)
+        return cls(segment, weight, reduction.apply(asked), squared, variance, change)
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """Of a score with one row."""
+        asked = self.queries[query].astype(np.float64)
+        return self.one_bit_variance * float(asked @ asked) * self.squared_length(index, shard, offset)
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """A row's squared length."""
+        return float(index.dense(shard, self.segment).norms[offset]) ** 2
 
     def add(
         self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
@@ -247,6 +306,7 @@ class _Keyed:
     keys: Int64[np.ndarray, " entries"]
     owners: Int64[np.ndarray, " entries"]
     tables: Float32[np.ndarray, "entries bytes 256"]
+    squares: Float64[np.ndarray, " entries"]
     squared_norms: Float64[np.ndarray, " queries"]
 
     @classmethod
@@ -265,7 +325,22 @@ class _Keyed:
         owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
         squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
         rotated = rotate((vectors * weight).astype(np.float32), segment.bits, segment.seed)
-        return cls(segment, weight, rows.keys, owners, byte_tables(rotated), squared)
+        squares = np.square(vectors * weight).sum(axis=1)
+        return cls(segment, weight, rows.keys, owners, byte_tables(rotated), squares, squared)
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """Of a score with one row: the sum over shared tokens."""
+        rows, width = index.keyed(shard, self.segment), padded_width(self.segment.width, self.segment.bits)
+        part = slice(*rows.indptr[offset : offset + 2])
+        own = self.owners == query
+        _, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
+        # A factor is |v|^2 over the sum of |coordinates|, which in expectation is |v| times bits sqrt(2 / (pi width)).
+        lengths = rows.factors[part][at].astype(np.float64) * self.segment.bits * np.sqrt(2 / (np.pi * width))
+        return float(_one_bit_variance(width, self.segment.bits) * (np.square(lengths) * self.squares[own][asked]).sum())
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """A row's squared length."""
+        return float(index.keyed(shard, self.segment).norms[offset]) ** 2
 
     def add(
         self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None

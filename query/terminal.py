@@ -47,7 +47,9 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         table.add_column("text", ratio=1)
         for a in found:
             shown = _printable(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …"))
-            table.add_row(str(a.rank), f"{a.score:.4g}", *(() if narrow else (_printable(a.id),)), shown)
+            table.add_row(
+                str(a.rank), f"{a.score:.4g}" + (f" ± {a.error:.2g}" if a.error else ""), *(() if narrow else (_printable(a.id),)), shown
+            )
         if found:
             yield table
     if answer.groups is not None:

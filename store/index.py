@@ -178,7 +178,7 @@ class Index:
 
     def row(self, row: int, segment: DenseSegment) -> Float32[np.ndarray, " dim"]:
         """One row of a segment, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
-        shard, offset = self._locate(row)
+        shard, offset = self.locate(row)
         return self.reduction(segment).undo(self.dense(shard, segment).row(offset)[None])[0]
 
     def reduction(self, segment: DenseSegment) -> Reduction:
@@ -187,7 +187,7 @@ class Index:
 
     def entries(self, row: int, segment: KeyedSegment) -> KeyedVectors:
         """One row of a keyed segment, its vectors estimated from their codes (see `KeyedRows.vectors`)."""
-        shard, offset = self._locate(row)
+        shard, offset = self.locate(row)
         keys, vectors = self.keyed(shard, segment).vectors(offset, segment.width, segment.seed)
         return KeyedVectors(np.array([0, len(keys)]), keys, vectors)
 
@@ -197,7 +197,7 @@ class Index:
         Raises:
             UsageError: the index has no such row.
         """
-        shard, offset = self._locate(row)
+        shard, offset = self.locate(row)
         return self.documents(shard)[offset]
 
     @cached_property
@@ -359,7 +359,12 @@ class Index:
             if problem:
                 raise IntegrityError(problem)
 
-    def _locate(self, row: int) -> tuple[Shard, int]:
+    def locate(self, row: int) -> tuple[Shard, int]:
+        """The shard that holds a row, and where in it.
+
+        Raises:
+            UsageError: there is no such row, or it was deleted.
+        """
         if not 0 <= row < len(self):
             raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
         if not self.alive[row]:

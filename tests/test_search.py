@@ -9,9 +9,10 @@ from helpers import random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
-from whence.query.search import Metric, _merge, all_scores, search
+from whence.query.search import Metric, _merge, all_scores, search, standard_errors
 from whence.store.errors import UsageError
 from whence.store.index import Index
+from whence.store.keyed import inner_products
 
 
 def dense_rows(index):
@@ -199,3 +200,40 @@ def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corp
         for c, q, m in ((whitened, rows, Metric(mode, curvature=False)), (plain, asked, Metric(mode)))
     )
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_file, mode):
+    """Over many rows and questions, the errors of estimates over what is stated are as wide as a standard normal, or a little narrower."""
+    options = dict(model=str(model_dir), data=(str(corpus_file),), segments=("head", "embeddings", "blocks"), rank=12, labels="data")
+    build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=512, head_bits=16, embedding_bits=32, **options))
+    client = Client(tmp_path / "bits")
+    segments = client.index.manifest.segments
+    examples = [client.index.example(i) for i in range(120)]
+    rows, questions = client.encoder.rows(examples), [Question(text=t) for t in random_texts(40, seed=77, shortest=12)]
+    asked = client.rows(questions)
+    exact, squared = 0, 0
+    for s in segments:
+        products = inner_products(asked[s.name], rows[s.name]) if s.kind == "keyed" else asked[s.name] @ rows[s.name].T
+        exact = exact + s.weight * products
+        lengths = rows[s.name].squared_norms if s.kind == "keyed" else np.square(rows[s.name]).sum(1)
+        own = asked[s.name].squared_norms if s.kind == "keyed" else np.square(asked[s.name]).sum(1)
+        squared = squared + s.weight * lengths
+        norms = s.weight * own + (0 if s is segments[0] else norms)
+    if mode == "cosine":
+        exact = exact / np.sqrt(norms[:, None] * squared[None])
+    if mode == "per-nat":
+        exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
+    metric = Metric(mode)
+    found = np.concatenate([s for _, s in all_scores(client.index, asked, metric)], axis=1)
+    errors = np.stack(standard_errors(client.index, asked, metric, [np.arange(120)] * 40))
+    z = ((found - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the question the stated error is too large
+    assert 0.8 < z.std() < 1.1
+    assert np.mean(np.abs(z) > 3) < 0.01
+    answer = client.query(text=examples[3].text, mode=mode, k=4)
+    assert all(a.error > 0 for a in answer.proponents)
+    assert client.query(row=3, mode=mode, k=4).proponents[0].error is None
+
+
+def test_float_rows_have_no_error_of_their_own(index_dir):
+    assert {a.error for a in Client(index_dir).query(text=words(1, 2, 3)).proponents} == {0.0}
