@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -364,7 +365,8 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path, 1600), tmp_path / "i"
     command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24", "--fit-examples", "64"]
     run = [sys.executable, "-c", "from whence.cli import main; main()", *map(str, command)]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 120
     while not list(out.glob("rows/*")) and time.monotonic() < deadline:
         time.sleep(0.01)

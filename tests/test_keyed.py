@@ -379,7 +379,7 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
     asked = rows["head"]
     rotated = rotate(asked.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
-        shard, at = client.index._locate(i)
+        shard, at = client.index.locate(i)
         keyed = client.index.keyed(shard, head)
         score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))
         for e in range(keyed.indptr[at], keyed.indptr[at + 1]):
