@@ -117,7 +117,8 @@ def search(
         started = time.perf_counter()
         found = _scan(index, part, k, metric, index.alive if allowed is None else index.alive & allowed)
         seconds = time.perf_counter() - started
-        hits.extend(Hits(best[0], best[1], worst[0], worst[1], seconds) for best, worst in found)
+        bound = 1.0 if metric.mode == "cosine" else np.inf  # estimates from one-bit codes may lie beyond; they rank as they are
+        hits.extend(Hits(p[0], p[1].clip(-bound, bound), o[0], o[1].clip(-bound, bound), seconds) for p, o in found)
     return hits
 
 
@@ -200,7 +201,10 @@ def _prepare(index: Index, queries: QueryRows, metric: Metric) -> tuple[list["_D
     if metric.layers:
         weights = {s.name: weights[s.name] if _matched(s, metric.layers).any() else 0.0 for s in index.manifest.segments}
         if not any(weights.values()):
-            raise UsageError(f"no layer of this index matches {', '.join(metric.layers)}; whence info names the layers")
+            layers = [n for s in index.manifest.segments for n in ([s.layer] if s.kind == "keyed" else [layer.name for layer in s.layers])]
+            raise UsageError(
+                f"no layer of this index matches {', '.join(metric.layers)}; it has {', '.join(layers[:6])}{' ...' * (len(layers) > 6)}"
+            )
     prepared: list[_Dense | _Keyed] = []
     for segment in (s for s in index.manifest.segments if weights[s.name]):
         rows = queries[segment.name]

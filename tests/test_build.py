@@ -366,7 +366,7 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24", "--fit-examples", "64"]
     run = [sys.executable, "-c", "from whence.cli import main; main()", *map(str, command)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard)  # noqa: PLW1509
     deadline = time.monotonic() + 120
     while not list(out.glob("rows/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
