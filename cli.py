@@ -400,7 +400,7 @@ def reindex(index: str) -> None:
     Index(index)
     with exclusive(Path(index)):
         written = Index(index).reindex()
-    click.echo(f"{written:,} posting lists' files were made" if written else "all there, and of these rows")
+    click.echo(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
 _question_options = _together(
@@ -434,6 +434,7 @@ _where_model_lies = _together(
 @click.option("-k", type=int, help="So many proponents, and opponents; not more than the index has rows.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
+@click.option("--recall", type=float, default=1.0, show_default=True, help="Below 1, dense rows are searched coarse to fine: see below.")
 @click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
 @_score_options
 @_where_model_lies
@@ -450,6 +451,9 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 
     A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
     and text columns' .startswith("..."), .endswith and .contains.
+
+    With --recall 0.99, one-bit codes say which dense rows must be read, and with probability 0.99 none of the best is missing; where too
+    many would have to be read, or there are no codes (whence reindex), all are, and the answer says so.
     """
     from .query.terminal import show
 

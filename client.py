@@ -15,7 +15,8 @@ from jaxtyping import Float32
 
 from .query.answers import Answer, Question, make_answers
 from .query.groups import group_scores
-from .query.search import Metric, Mode, QueryRows, all_scores, combine, search, standard_errors
+from .query.scoring import Metric, Mode, QueryRows, all_scores, combine, standard_errors
+from .query.search import search
 from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
@@ -47,6 +48,8 @@ class Options(TypedDict, total=False):
         where: a filter over the examples' columns, such as `source == "web" and year >= 2020`; other rows are not searched.
         group_by: a column; the answer has the influence of each of its values.
         mean: answer the questions' weighted mean as one question.
+        recall: 1 (the default) reads all rows; below it, dense rows are searched coarse to fine, and with this probability none of the best
+            is missing (see query/search.py).
     """
 
     k: int | None
@@ -59,6 +62,7 @@ class Options(TypedDict, total=False):
     where: str | None
     group_by: str | None
     mean: bool
+    recall: float
 
 
 def _metric(options: Options) -> Metric:
@@ -146,7 +150,8 @@ class Client:
         searched = int((self.index.alive if allowed is None else self.index.alive & allowed).sum())
         if searched == 0:
             raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
-        hits = search(self.index, rows, min(_DEFAULT_K, len(self.index)) if k is None else k, metric, allowed)
+        k = min(_DEFAULT_K, len(self.index)) if k is None else k
+        hits = search(self.index, rows, k, metric, allowed, options.get("recall", 1.0))
         own_row = [any(q.row is not None for q in questions)] * len(hits) if options.get("mean") else [q.row is not None for q in questions]
         both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])
         errors = [None if row else (e[: len(h.proponents)], e[len(h.proponents) :]) for h, e, row in zip(hits, both, own_row, strict=True)]

@@ -26,7 +26,7 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.tasks import import_object
 from ..query.answers import Question
-from ..query.search import Metric, Mode
+from ..query.scoring import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute, keep_freed_memory

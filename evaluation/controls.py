@@ -24,7 +24,7 @@ from ..client import Client
 from ..indexer.encoder import Encoder, batches
 from ..indexer.models import find_layers, plan_layers
 from ..indexer.tasks import Task
-from ..query.search import Metric, QueryRows, all_scores
+from ..query.scoring import Metric, QueryRows, all_scores
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.index import Index

@@ -13,7 +13,7 @@ from torch import nn
 from ..client import Client
 from ..indexer.models import ModelSource
 from ..indexer.tasks import Task, find_task
-from ..query.search import Metric
+from ..query.scoring import Metric
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent

@@ -9,7 +9,8 @@ import numpy as np
 from ..store.errors import UsageError
 from ..store.index import Index
 from .groups import Group
-from .search import Hits, Metric
+from .scoring import Metric
+from .search import Hits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,13 +83,23 @@ class Attribution:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How the answer was found: the method, the rows searched, the certified recall (None where scores are estimates, from 1-bit codes) and
-    the wall time (seconds) of the pass.
+    """How an answer was found.
+
+    Attributes:
+        method: "exact" (all rows, or all posting lists of the question's tokens) or "coarse to fine" (see search.py).
+        rows: those that were searched, and `candidates`: those of them that were read.
+        recall: certified: the probability that none of the best is missing.
+        estimates: whether scores come from one-bit codes and are estimates (with the standard errors beside them).
+        note: why all rows were scanned although a lower recall was asked for.
+        seconds: wall time of the pass.
     """
 
     method: str
     rows: int
-    recall: float | None
+    candidates: int
+    recall: float
+    estimates: bool
+    note: str | None
     seconds: float
 
 
@@ -150,8 +161,7 @@ def make_answers(
         errors: of each question the standard errors of its proponents' and its opponents' scores, where they are known.
     """
     about = describe_index(index)
-    estimated = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
-    method, recall = ("scan of 1-bit codes", None) if estimated else ("exact", 1.0)
+    estimates = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
     built = {s.name: s.curvature.damping for s in index.manifest.segments}
     dampings = metric.damping or (built if len(set(built.values())) > 1 else next(iter(built.values())))
     settings: dict[str, Any] = {"mode": metric.mode, **({"damping": dampings} if metric.curvature else {"curvature": False})}
@@ -165,7 +175,15 @@ def make_answers(
                 query={**question, **settings},
                 proponents=_attributions(index, hit.proponents, hit.proponent_scores, known and known[0]),
                 opponents=_attributions(index, hit.opponents, hit.opponent_scores, known and known[1]) if opponents else (),
-                search=SearchReport(method, len(index) if searched is None else searched, recall, hit.seconds),
+                search=SearchReport(
+                    method="exact" if hit.recall == 1 else "coarse to fine",
+                    rows=len(index) if searched is None else searched,
+                    candidates=hit.candidates,
+                    recall=hit.recall,
+                    estimates=estimates,
+                    note=hit.note,
+                    seconds=hit.seconds,
+                ),
                 index=about,
                 groups=tuple(groups[number]) if groups is not None else None,
             )

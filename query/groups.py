@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from ..store.index import Index
-from .search import Metric, QueryRows, all_scores
+from .scoring import Metric, QueryRows, all_scores
 
 _DRAWS, _LEVEL = 200, 0.95
 

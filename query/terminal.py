@@ -55,11 +55,16 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if answer.groups is not None:
         yield _groups(answer.groups)
     s = answer.search
-    searched = f"exact search of {s.rows:,} rows" if s.recall == 1.0 else f"{s.method} of {s.rows:,} rows, scores are estimates,"
+    searched = f"exact search of {s.rows:,} rows"
+    if s.recall < 1:
+        searched = f"search of {s.rows:,} rows, {s.candidates:,} of them read; with probability {s.recall:g} none of the best is missing;"
+    searched += " by one-bit codes, whose scores are estimates," if s.estimates else ""
     given = q.get("damping", 0)
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
+    if s.note:
+        yield Text(f"all rows were read: {s.note}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
 
 

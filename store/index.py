@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float32, Float64, Int64
 
+from .coarse import Coarse
 from .documents import Documents, Example
 from .errors import IntegrityError, UsageError
 from .files import sha256
@@ -71,6 +72,7 @@ class Index:
         self._rows: dict[tuple[str, str], DenseRows] = {}
         self._keyed: dict[tuple[str, str], KeyedRows] = {}
         self._postings: dict[tuple[str, str], Postings] = {}
+        self._coarse: dict[tuple[str, str], Coarse | None] = {}
         self._documents: dict[str, Documents] = {}
 
     def __len__(self) -> int:
@@ -115,25 +117,40 @@ class Index:
         """The posting lists of a keyed segment's rows in a group: those that lie beside them, else made here."""
         key = (group.id, segment.name)
         if key not in self._postings:
-            kept = Postings.read(self._lists(group, segment), self._source(group, segment), group.rows, -(-segment.bits // 8))
+            kept = Postings.read(self._beside(group, segment), self._source(group, segment), group.rows, -(-segment.bits // 8))
             self._postings[key] = kept or Postings.of([self.keyed(shard, segment) for shard in group.shards])
         return self._postings[key]
 
+    def coarse(self, group: Group, segment: DenseSegment) -> Coarse | None:
+        """The one-bit codes of a dense segment's rows in a group; None where they do not lie beside the rows.
+
+        Segments that hold one-bit codes themselves have none.
+        """
+        key = (group.id, segment.name)
+        if key not in self._coarse:
+            self._coarse[key] = Coarse.read(self._beside(group, segment), self._source(group, segment), group.rows, segment.stored)
+        return self._coarse[key]
+
     def reindex(self) -> int:
-        """Write what the search can read beside the rows: posting lists where they are missing, damaged or of other rows; and remove those
-        of groups that are no more.
+        """Write what the search can read beside the rows, posting lists and one-bit codes, where it is missing, damaged or of other rows;
+        and remove that of groups that are no more.
 
         Returns:
-            How many were written.
+            How many files were written.
         """
         written = 0
         for group in self.groups:
             for segment in self.manifest.segments:
+                source, place = self._source(group, segment), self._beside(group, segment)
                 if isinstance(segment, KeyedSegment):
-                    source, place = self._source(group, segment), self._lists(group, segment)
                     if Postings.read(place, source, group.rows, -(-segment.bits // 8)) is None:
                         Postings.of([self.keyed(shard, segment) for shard in group.shards]).write(place, source, self.path / "staging")
                         written += 1
+                elif segment.dtype != "1bit" and Coarse.read(place, source, group.rows, segment.stored) is None:
+                    Coarse.of([self.dense(shard, segment) for shard in group.shards], segment.projection.seed).write(
+                        place, source, self.path / "staging"
+                    )
+                    written += 1
         for place in (self.path / "search").glob("*.zarr"):
             if place.stem not in {group.id for group in self.groups}:
                 shutil.rmtree(place)
@@ -141,11 +158,22 @@ class Index:
             (self.path / "staging").rmdir()
         return written
 
-    def _lists(self, group: Group, segment: KeyedSegment) -> Path:
+    def by_shard(
+        self, rows: Int64[np.ndarray, " chosen"]
+    ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " own"], Int64[np.ndarray, " own"]]]:
+        """The shards that hold some rows: the group and the shard, which of the rows it holds, and where in it each lies."""
+        shards = np.searchsorted(self._firsts, rows, side="right") - 1
+        groups = [group for group in self.groups for _ in group.shards]
+        for number in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == number)
+            shard = self.manifest.shards[number]
+            yield groups[number], shard, chosen, rows[chosen] - shard.first
+
+    def _beside(self, group: Group, segment: DenseSegment | KeyedSegment) -> Path:
         return self.path / "search" / f"{group.id}.zarr" / segment.name
 
-    def _source(self, group: Group, segment: KeyedSegment) -> str:
-        """What posting lists are made of: the checksums of the rows' files."""
+    def _source(self, group: Group, segment: DenseSegment | KeyedSegment) -> str:
+        """What lies beside the rows is made of: the checksums of their files."""
         parts = [f.sha256 for shard in group.shards for f in shard.files if f.path.startswith(f"rows/{shard.id}.zarr/{segment.name}/")]
         return digest("".join(parts).encode()).hexdigest()
 

@@ -4,9 +4,61 @@ Compiled code is kept beside this file, or in the user's cache where that cannot
 """
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
-__all__ = ["add_lists"]
+__all__ = ["add_lists", "count_differences", "multiply_int8"]
+
+
+@intrinsic
+def _ones(typingctx, word):  # type: ignore[no-untyped-def]
+    """The number of bits that are set in a 64-bit word."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def count_differences(codes: np.ndarray, planes: np.ndarray, totals: np.ndarray) -> None:
+    """For each question and row, the sum over four bit planes of 2^plane times the bits in which row and plane differ.
+
+    Args:
+        codes: uint64 [rows, words]. planes: uint64 [questions, 4, words].
+        totals: uint32 [questions, rows], written.
+    """
+    block = 256  # rows that stay in cache from one question to the next
+    for first in range(0, len(codes), block):
+        last = min(first + block, len(codes))
+        for q in range(len(planes)):
+            p0, p1, p2, p3 = planes[q, 0], planes[q, 1], planes[q, 2], planes[q, 3]
+            for i in range(first, last):
+                row = codes[i]
+                total = np.uint64(0)
+                for w in range(codes.shape[1]):
+                    word = row[w]
+                    low = _ones(word ^ p0[w]) + (_ones(word ^ p1[w]) << np.uint64(1))
+                    total += low + (_ones(word ^ p2[w]) << np.uint64(2)) + (_ones(word ^ p3[w]) << np.uint64(3))
+                totals[q, i] = total
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})  # type: ignore[untyped-decorator]
+def multiply_int8(codes: np.ndarray, questions: np.ndarray, products: np.ndarray) -> None:
+    """Inner products of a few questions with int8 rows, as the rows lie in memory.
+
+    Args:
+        codes: int8 [rows, dim]. questions: float32 [questions, dim].
+        products: float32 [questions, rows], written.
+    """
+    for i in range(len(codes)):
+        row = codes[i]
+        for q in range(len(questions)):
+            question = questions[q]
+            total = np.float32(0.0)
+            for j in range(codes.shape[1]):
+                total += np.float32(row[j]) * question[j]
+            products[q, i] = total
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

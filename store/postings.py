@@ -17,21 +17,16 @@ tokens that every example has are seldom among them: a question touches one in t
 The lists are a cache beside the rows, `search/<group>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
 """
 
-import json
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8, UInt32
 
 from .bits import signs_of
-from .errors import IncompatibleError, IntegrityError
-from .files import publish
+from .cache import plain, read_cache, write_cache
 from .keyed import KeyedRows
-from .rows import map_array, write_array, write_shard
 
 _FEW = 1 << 19
 _met = [0]
@@ -56,8 +51,14 @@ class Postings:
         tokens, starts = np.unique(keys[order], return_index=True)
         counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
         owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
-        plain = [_plain(a) for a in (np.append(starts, len(order)).astype(np.int64), owners[order], _words(codes[order]), factors[order])]
-        return cls(tokens.astype(np.uint32), *plain)
+        arrays = (
+            tokens.astype(np.uint32),
+            np.append(starts, len(order)).astype(np.int64),
+            owners[order],
+            _words(codes[order]),
+            factors[order],
+        )
+        return cls(*(plain(array) for array in arrays))
 
     def add_scores(
         self,
@@ -83,34 +84,28 @@ class Postings:
 
     def write(self, directory: Path, source: str, staging: Path) -> None:
         """Keep the lists in a directory, marked with what they were made of."""
-
-        def write(group: object) -> None:
-            for name in ("tokens", "starts", "rows", "codes", "factors"):
-                write_array(group, name, getattr(self, name))
-
-        staged = staging / f"{uuid.uuid4().hex}.zarr"
-        write_shard(staged, {"lists": write}, {"source": source, "lists": len(self.tokens), "postings": len(self.rows)})
-        shutil.rmtree(directory, ignore_errors=True)
-        publish(staged, directory)
+        write_cache(directory, {f.name: getattr(self, f.name) for f in fields(self)}, source, staging)
 
     @classmethod
     def read(cls, directory: Path, source: str, rows: int, width: int) -> "Postings | None":
         """The lists that lie there, of so many rows with codes of so many bytes; None where they are missing, damaged, or of other rows."""
-        try:
-            about = json.loads((directory / "zarr.json").read_bytes())["attributes"]["whence"]
-            if about["source"] != source:
-                return None
-            lists, postings = int(about["lists"]), int(about["postings"])
-            shapes = {
-                "tokens": ((lists,), "uint32"),
-                "starts": ((lists + 1,), "int64"),
-                "rows": ((postings,), _row_dtype(rows)),
-                "codes": ((postings, -(-width // 4)), "uint32"),
-                "factors": ((postings,), "float32"),
-            }
-            return cls(**{name: _plain(map_array(directory / "lists", name, *shape)) for name, shape in shapes.items()})
-        except (OSError, ValueError, KeyError, TypeError, IntegrityError, IncompatibleError):
+        arrays = read_cache(directory, source)
+        if arrays is None or arrays.keys() != {f.name for f in fields(cls)}:
             return None
+        lists = cls(**arrays)
+        counts, postings = lists.starts[1:] - lists.starts[:-1], len(lists.rows)
+        # Compiled loops check no bounds: what they would step over is looked at here.
+        fits = (
+            lists.codes.shape == (postings, -(-width // 4))
+            and lists.factors.shape == (postings,)
+            and lists.starts.shape == (len(lists.tokens) + 1,)
+            and [lists.rows.dtype.name, lists.codes.dtype.name, lists.factors.dtype.name] == [_row_dtype(rows), "uint32", "float32"]
+            and lists.starts[0] == 0
+            and lists.starts[-1] == postings
+            and (counts >= 0).all()
+            and int(lists.rows.max(initial=0)) < rows
+        )
+        return lists if fits else None
 
 
 def _loops(postings: int) -> Callable[..., None]:
@@ -142,13 +137,6 @@ def add_lists_plainly(
             low = table[b, code & 255] + table[b + 1, (code >> 8) & 255]
             values += low + (table[b + 2, (code >> 16) & 255] + table[b + 3, code >> 24])
         scores[rows[part]] += factors[part] * values
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """An array as the compiled loops know it: no subclass, not to be written."""
-    plain = np.asarray(array).view(np.ndarray)
-    plain.flags.writeable = False
-    return plain
 
 
 def _row_dtype(rows: int) -> str:

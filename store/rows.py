@@ -26,7 +26,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt32
 
 from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IncompatibleError, IntegrityError, NumericalError
@@ -242,13 +242,36 @@ class DenseRows:
         """What a row's codes are multiplied with to give the row's unit direction (1 where codes are floats)."""
         return self.scales if self.scales is not None else np.ones(self.rows, np.float32)
 
+    def code(self, row: int) -> np.ndarray:
+        """One row's codes as they are stored."""
+        chunk, offset = divmod(row, self.chunk_rows)
+        return self._chunk(chunk)[offset]
+
     def row(self, row: int) -> Float32[np.ndarray, " dim"]:
         """One whole row: norm * scale * code. Of one-bit codes, as long as the row is: along its signs."""
-        chunk, offset = divmod(row, self.chunk_rows)
-        values = self.values(self._chunk(chunk)[offset : offset + 1])[0]
+        values = self.values(self.code(row)[None])[0]
         if self.one_bit:
             return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
         return values * (self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1)))
+
+    def take(self, offsets: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"]) -> np.ndarray:
+        """The codes of some rows, read one by one from the file and not from its map, so that they take no memory when they are done with.
+
+        Args:
+            checks: CRC-32C of each.
+
+        Raises:
+            IntegrityError: a row is not the one that was written.
+        """
+        codes = np.empty((len(offsets), self.dim), self.dtype)
+        chunks, within = np.divmod(offsets, self.chunk_rows)
+        with storage_errors(self._codes_path), self._codes_path.open("rb", buffering=0) as file:
+            starts = (chunks * self._stride + within * self.dim * self.dtype.itemsize).tolist()
+            for row, start, check in zip(codes, starts, checks.tolist(), strict=True):
+                os.preadv(file.fileno(), [row.data], start)
+                if google_crc32c.value(row.tobytes()) != check:
+                    raise IntegrityError(f"{self._codes_path}: a row fails its checksum; restore the file or build the index again")
+        return codes
 
     def values(self, codes: np.ndarray) -> Float32[np.ndarray, "rows coordinates"]:
         """Stored codes as numbers to multiply with; float32 ones are not copied."""

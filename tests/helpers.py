@@ -116,3 +116,33 @@ def fit(model, plan, examples, parts=1):
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
+
+
+def dense_index(path, like, rows, dtype="float32", shard_rows=500):
+    """An index whose dense rows are given, with the model of `like` (an index directory) and no documents."""
+    import uuid
+    from functools import partial
+
+    import numpy as np
+    from whence.ray_jobs.worker import file_record
+    from whence.store.bits import rotate
+    from whence.store.index import Index
+    from whence.store.manifest import Layer, publish_manifest
+    from whence.store.rows import write_dense, write_shard
+
+    known, dim = Index(like).manifest, rows.shape[1]
+    sizes = dict(outputs=1, inputs=dim, output_rank=1, input_rank=dim, input_group="a", offset=0, curvature="identity")
+    (segment,) = known.segments
+    segment = segment.model_copy(update={"layers": (Layer(name="a", **sizes),), "dtype": dtype})
+    shards = []
+    for first in range(0, len(rows), shard_rows):
+        own, id = rows[first : first + shard_rows].astype(np.float32), str(uuid.UUID(int=first + 1))
+        own = rotate(own, dim, segment.projection.seed) if dtype == "1bit" else own
+        place = path / "rows" / f"{id}.zarr"
+        write_shard(place, {segment.name: partial(write_dense, rows=own, dtype=dtype)}, {}, np.ones(len(own), np.float32))
+        files = tuple(file_record(path, p) for p in sorted(p for p in place.rglob("*") if p.is_file()))
+        shards.append(known.shards[0].model_copy(update={"id": id, "first": first, "rows": len(own), "files": files}))
+    changes = {"segments": (segment,), "shards": tuple(shards), "rows": len(rows), "number": 1, "tombstones": ()}
+    publish_manifest(path, known.model_copy(update=changes))
+    Index(path).reindex()
+    return Index(path)

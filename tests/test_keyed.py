@@ -373,7 +373,7 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
     assert blocks.weight > 0
     (example,) = client.encode(_documents(words(3, 9, 9, 30, 41)))
     rows = client.measure([example])
-    from whence.query.search import all_scores
+    from whence.query.scoring import all_scores
 
     found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
     asked = rows["head"]
@@ -389,7 +389,7 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
 
 
 def test_weights_of_a_question_multiply_those_of_the_index(head_index):
-    from whence.query.search import Metric, all_scores
+    from whence.query.scoring import Metric, all_scores
 
     client = Client(head_index)
     rows = client.measure(client.encode(_documents(words(3, 9, 9, 30, 41))))
@@ -424,8 +424,8 @@ def test_a_text_asked_back_finds_itself_and_rows_need_no_model(head_index, corpu
     assert client.query(row=17, mode="cosine", k=1).proponents[0].row == 17
     answer = json.loads(run("query", head_index, "--row", "17", "--json").stdout)
     assert answer["query"]["damping"] == {"blocks": 0.1, "head": 1.0}
-    assert answer["search"]["method"] == "scan of 1-bit codes"
-    assert answer["search"]["recall"] is None
+    assert answer["search"]["method"] == "exact"
+    assert answer["search"]["estimates"] is True
     shown = " ".join(run("query", head_index, "--row", "17").stdout.split())
     assert "head 1" in shown
     assert "scores are estimates" in shown
@@ -439,7 +439,7 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
     for name, damping in (("low", 0.3), ("high", 4.0)):
         build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
     low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
-    from whence.query.search import Metric, all_scores
+    from whence.query.scoring import Metric, all_scores
 
     examples = low.encode(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
     changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
-from whence.query.search import all_scores
+from whence.query.scoring import all_scores
 from whence.store import postings as module
 from whence.store.bits import rotate, signs_of
 from whence.store.index import Index

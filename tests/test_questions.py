@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.query.groups import _POISSON, group_scores
-from whence.query.search import Metric, all_scores
+from whence.query.scoring import Metric, all_scores
 from whence.store.errors import UsageError
 from whence.store.index import Index
 

@@ -9,7 +9,8 @@ from helpers import random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
-from whence.query.search import Metric, _merge, all_scores, search, standard_errors
+from whence.query.scoring import Metric, all_scores, standard_errors
+from whence.query.search import _merge, search
 from whence.store.errors import UsageError
 from whence.store.index import Index
 from whence.store.keyed import inner_products
@@ -130,7 +131,7 @@ def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
     answer = client.query(row=5, k=3)
     assert answer.query["row"] == 5
     assert answer.search.recall == 1.0
-    assert (answer.search.method, answer.search.rows) == ("exact", 120)
+    assert (answer.search.method, answer.search.rows, answer.search.candidates) == ("exact", 120, 120)
 
 
 def test_answers_as_dictionaries_and_tables(index_dir):
@@ -190,7 +191,7 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 @pytest.mark.parametrize("curvature", ["fisher", "ekfac", "diagonal", "identity"])
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
-    from whence.query.search import Metric, all_scores
+    from whence.query.scoring import Metric, all_scores
 
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
     rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.segment("blocks")) for r in (3, 50)])}

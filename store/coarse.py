@@ -1,0 +1,142 @@
+"""One-bit codes of dense rows, beside these: all scores are estimated in one light pass, each with its standard deviation.
+
+    codes    [rows, words]  uint64: signs of the rotated unit direction (see bits.py), 8 a byte, most significant first
+    factors  [rows]         float32: |v| / A, with A the sum of the rotated direction's |coordinates|
+    noises   [rows]         float32: |v| sqrt((b / A^2 - 1) / (w - 1)) for b bits of w coordinates
+    norms    [rows]         float32: |v|
+    checks   [rows]         uint32: CRC-32C of the row's stored codes, by which single rows can be read and trusted
+
+With s the signs, u the rotated direction and q a rotated question, s = A u + r, and r, which is orthogonal to u, has |r|^2 = b - A^2 and
+no preferred direction: |v| <s, q> / A = <v, q> + e with e of mean 0 and standard deviation at most noise * |q| (RaBitQ, Gao and Long,
+arXiv 2405.12497, here with each row's own A). The question is rounded to four bits a coordinate, so that an estimate is four exclusive ors
+and bit counts; what rounding leaves over, of length p, adds the standard deviation factor * p.
+
+FAISS has RaBitQ too, but returns the best of a list alone: neither all estimates, which filters, opponents and other segments need, nor
+their deviations, from which it follows which rows must be read (benchmarks/dense_search.py has its speed beside this one's).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
+
+from .bits import padded_width, rotate
+from .cache import plain, read_cache, write_cache
+from .rows import DenseRows
+
+PLANES = 4
+_LEVELS = (1 << PLANES) - 1
+_MOST_BITS = 8192
+_CLIPS = np.arange(1.8, 4.1, 0.2)
+_FEW = 1 << 22
+_met = [0]
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """The codes of a dense segment's rows in a group of shards; see above."""
+
+    codes: UInt64[np.ndarray, "rows words"]
+    factors: Float32[np.ndarray, " rows"]
+    noises: Float32[np.ndarray, " rows"]
+    norms: Float32[np.ndarray, " rows"]
+    checks: UInt32[np.ndarray, " rows"]
+
+    @classmethod
+    def of(cls, shards: Sequence[DenseRows], seed: int) -> "Coarse":
+        """Codes of shards' rows, one shard after the other."""
+        width = padded_width(shards[0].coordinates, 1)
+        bits = coarse_bits(shards[0].coordinates)
+        codes, sums, checks = [], [], []
+        for rows in shards:
+            factors = rows.factors()
+            for first, block in rows.blocks():
+                directions = rows.values(block) * factors[first : first + len(block), None]
+                rotated = rotate(directions, bits, seed)
+                codes.append(words(np.packbits(rotated > 0, axis=1)))
+                sums.append(np.abs(rotated).sum(axis=1, dtype=np.float64))
+                checks.append(np.array([google_crc32c.value(row.tobytes()) for row in block], np.uint32))
+        norms, a = np.concatenate([rows.norms for rows in shards]), np.concatenate(sums)
+        over = np.divide(1.0, a, out=np.zeros_like(a), where=a > 0)
+        noises = norms * np.sqrt(np.maximum(bits * over**2 - 1, 0) / max(1, width - 1))
+        arrays = np.concatenate(codes), (norms * over).astype(np.float32), noises.astype(np.float32), norms, np.concatenate(checks)
+        return cls(*(plain(array) for array in arrays))
+
+    def write(self, directory: Path, source: str, staging: Path) -> None:
+        """Keep the codes in a directory, marked with what they were made of."""
+        write_cache(directory, {f.name: getattr(self, f.name) for f in fields(self)}, source, staging)
+
+    @classmethod
+    def read(cls, directory: Path, source: str, rows: int, coordinates: int) -> "Coarse | None":
+        """The codes that lie there, of so many rows; None where they are missing, damaged, or of other rows."""
+        arrays = read_cache(directory, source)
+        vectors = ("factors", "noises", "norms", "checks")
+        shapes = {"codes": (rows, -(-coarse_bits(coordinates) // 64)), **dict.fromkeys(vectors, (rows,))}
+        if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
+            return None
+        return cls(**arrays)
+
+
+def coarse_bits(coordinates: int) -> int:
+    """Bits of a code: as many as coordinates after the rotation, at most 8,192."""
+    return min(padded_width(coordinates, 1), _MOST_BITS)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rotated questions in four bits a coordinate.
+
+    Attributes:
+        planes: [questions, 4, words]: the coordinates' first to fourth bits.
+        steps: half of what two neighbouring levels differ by.
+        rests: lengths of what rounding left over.
+        bits: coordinates.
+    """
+
+    planes: UInt64[np.ndarray, "questions planes words"]
+    steps: Float64[np.ndarray, " questions"]
+    rests: Float64[np.ndarray, " questions"]
+    bits: int
+
+    @classmethod
+    def of(cls, rotated: Float32[np.ndarray, "questions bits"]) -> "Rounded":
+        """Round each question to evenly spaced levels, cut off where that costs it least."""
+        bits = rotated.shape[1]
+        planes = np.zeros((len(rotated), PLANES, -(-bits // 64)), np.uint64)
+        steps, rests = np.zeros(len(rotated)), np.zeros(len(rotated))
+        for i, question in enumerate(rotated.astype(np.float64)):
+            spread, best = np.sqrt(np.mean(question**2)), np.inf
+            if spread == 0:
+                continue
+            for step in _CLIPS * spread / _LEVELS:
+                levels = np.clip(np.rint((question / step + _LEVELS) / 2), 0, _LEVELS)
+                rest = float(np.linalg.norm(question - step * (2 * levels - _LEVELS)))
+                if rest < best:
+                    best, steps[i], chosen = rest, step, levels.astype(np.uint8)
+            rests[i] = best
+            planes[i] = [words(np.packbits((chosen >> p) & 1)[None])[0] for p in range(PLANES)]
+        return cls(planes, steps, rests, bits)
+
+    def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "questions rows"]:
+        """Inner products of the rounded questions with the signs of some codes."""
+        totals = np.zeros((len(self.planes), len(codes)), np.uint32)
+        _met[0] += codes.size * len(self.planes)
+        if _met[0] > _FEW:  # compiled code takes 0.4 s to load
+            from .kernels import count_differences
+
+            count_differences(codes, self.planes, totals)
+        else:
+            for question, planes in enumerate(self.planes):
+                for p, plane in enumerate(planes):
+                    totals[question] += np.bitwise_count(codes ^ plane).sum(axis=1, dtype=np.uint32) << np.uint32(p)
+        return (self.steps[:, None].astype(np.float32)) * (np.float32(_LEVELS * self.bits) - 2 * totals.astype(np.float32))
+
+
+def words(codes: UInt8[np.ndarray, "rows bytes"]) -> UInt64[np.ndarray, "rows words"]:
+    """Codes as 64-bit words, zeros behind the last byte."""
+    padded = np.zeros((len(codes), -(-codes.shape[1] // 8) * 8), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    return padded.view("<u8")

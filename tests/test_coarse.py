@@ -1,0 +1,239 @@
+"""Coarse to fine: estimates are what theory says, certificates are kept over thousands of questions, and nothing is trusted that is not whole."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import dense_index, random_texts
+from whence import BuildConfig, Client, Question, build
+from whence.query.scoring import Metric, Scorer
+from whence.query.search import search
+from whence.store import coarse as module
+from whence.store import index as index_module
+from whence.store.coarse import Coarse, Rounded
+from whence.store.errors import IntegrityError, UsageError
+from whence.store.index import Index
+from whence.store.kernels import count_differences, multiply_int8
+from whence.store.rows import DenseRows
+
+DIM = 256
+
+
+def kinds_of_rows(count, seed=0):
+    """Rows that are easy and rows that are not: (name, rows)."""
+    generator = np.random.default_rng(seed)
+    gauss = generator.standard_normal((count, DIM))
+    yield "gauss", gauss
+    yield "uneven", gauss * np.exp(generator.standard_normal((count, 1)) * 1.5) * np.linspace(0.05, 3, DIM)
+    sparse = np.zeros((count, DIM))
+    sparse[np.arange(count), generator.integers(0, DIM, count)] = 1
+    sparse[np.arange(count), generator.integers(0, DIM, count)] += generator.choice([-1, 1], count)
+    yield "sparse", sparse
+    yield "clustered", gauss[:1] + gauss
+
+
+def questions_for(rows, count, seed):
+    """Half are near some row, half are not; sparse ones among both."""
+    generator = np.random.default_rng(seed)
+    asked = generator.standard_normal((count, DIM)) * np.linalg.norm(rows, axis=1).mean() / 16
+    asked[::2] += rows[generator.integers(0, len(rows), len(asked[::2]))]
+    asked[::5] *= generator.random((len(asked[::5]), DIM)) < 0.02
+    asked[:, 0] += 1e-3
+    return {"blocks": asked.astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype"),
+    [
+        *((name, rows, "float32") for name, rows in kinds_of_rows(2000)),
+        *(("gauss", next(kinds_of_rows(2000))[1], dtype) for dtype in ("float16", "int8", "1bit")),
+    ],
+)
+def test_estimates_err_as_theory_says(tmp_path, index_dir, name, rows, dtype):
+    index = dense_index(tmp_path / "i", index_dir, rows, dtype)
+    queries = questions_for(rows, 60, 1)
+    scorer = Scorer.of(index, queries, Metric())
+    (group,) = index.groups
+    exact, e = scorer.scores(group), scorer.estimates(group)
+    assert not e.sure.any()
+    empty = e.deviations == 0
+    assert empty.any() == (name == "sparse")  # a row of zeros
+    assert not e.guess[empty].any()
+    errors = ((e.guess - exact)[~empty] / e.deviations[~empty]).astype(float)
+    # Standard deviations are upper bounds, and within 15 % of the truth where question and row are not alike.
+    assert abs(errors.mean()) < (0.3 if name == "clustered" else 0.05)  # errors of rows that are alike are alike
+    assert np.square(errors).mean() < 1.1
+    if name == "gauss":
+        assert np.square(errors).mean() > 0.7
+    for z, tail in ((2.0, 0.0228), (3.0, 0.00135)):
+        assert (errors > z).mean() < 1.3 * tail + 2e-4
+        assert (errors < -z).mean() < 1.3 * tail + 2e-4
+
+
+def complete(index, queries, k, recall):
+    """Of questions that were answered coarse to fine: the share that miss nothing, of proponents and of opponents; and rows read."""
+    whole, rows_read = [], []
+    for exact, hit in zip(search(index, queries, k), search(index, queries, k, recall=recall), strict=True):
+        if hit.recall == 1:
+            continue
+        rows_read.append(hit.candidates)
+        whole += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
+    return np.mean(whole), len(whole), np.mean(rows_read)
+
+
+@pytest.mark.parametrize(("name", "rows"), list(kinds_of_rows(3000, 4)))
+@pytest.mark.parametrize(("k", "recall"), [(1, 0.9), (10, 0.9), (10, 0.99)])
+def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, rows, k, recall):
+    monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
+    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
+    index = dense_index(tmp_path / "i", index_dir, rows)
+    assert len(index.groups) == 3
+    share, asked, rows_read = complete(index, questions_for(rows, 500, 5), k, recall)
+    assert asked > 500
+    assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / asked)
+    assert rows_read < (1 if name == "gauss" else 2) * len(rows)  # of proponents and opponents
+
+
+@pytest.mark.parametrize("fault", ["too sure", "biased", "one group's codes are another's"])
+def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch, fault):
+    monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
+    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
+    rows = dict(kinds_of_rows(3000, 4))["gauss"]
+    index = dense_index(tmp_path / "i", index_dir, rows)
+    for number, group in enumerate(index.groups):
+        codes = index.coarse(group, index.manifest.segments[0])
+        if fault == "too sure":
+            broken = Coarse(codes.codes, codes.factors, codes.noises * 0.1, codes.norms, codes.checks)
+        elif fault == "biased":
+            broken = Coarse(codes.codes, codes.factors * 0.5, codes.noises, codes.norms, codes.checks)
+        else:
+            broken = Coarse(np.roll(codes.codes, number, axis=0), codes.factors, codes.noises, codes.norms, codes.checks)
+        index._coarse[(group.id, "blocks")] = broken
+    share, _, _ = complete(index, questions_for(rows, 300, 5), 10, 0.9)
+    assert share < 0.8
+
+
+def test_both_loops_count_alike_and_products_are_those_of_the_rounded_question():
+    generator = np.random.default_rng(0)
+    for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
+        vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
+        codes, rounded = module.words(np.packbits(vectors > 0, axis=1)), Rounded.of(asked)
+        module._met[0] = 0
+        plain = rounded.products(codes)
+        module._met[0] = module._FEW
+        assert np.array_equal(rounded.products(codes), plain)
+        totals = np.zeros((count, rows), np.uint32)
+        count_differences(codes, rounded.planes, totals)
+        levels = [[np.unpackbits(plane.view(np.uint8), count=bits) for plane in planes] for planes in rounded.planes]
+        whole = np.array([[2.0 * sum(int(2**p) * plane for p, plane in enumerate(planes)) - 15] for planes in levels])[:, 0]
+        whole *= rounded.steps[:, None]
+        np.testing.assert_allclose(plain, whole @ np.where(vectors > 0, 1, -1).T, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(asked - whole, axis=1), rounded.rests, rtol=1e-4)
+        assert (rounded.rests < 0.2 * np.linalg.norm(asked, axis=1)).all()
+    assert not Rounded.of(np.zeros((1, 64), np.float32)).products(codes[:1, :1]).any()
+
+
+def test_int8_products_are_numpys():
+    generator = np.random.default_rng(0)
+    codes, asked = generator.integers(-127, 128, (50, 333), dtype=np.int8), generator.standard_normal((3, 333)).astype(np.float32)
+    found = np.zeros((3, 50), np.float32)
+    multiply_int8(codes, asked, found)
+    np.testing.assert_allclose(found, asked.astype(float) @ codes.T, rtol=1e-5, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory, model_dir, corpus_file):
+    """Of one corpus: dense rows of every dtype, and with keyed segments beside them."""
+    made = {}
+    for name, options in {
+        "float32": {},
+        "int8": {"row_dtype": "int8"},
+        "1bit": {"row_dtype": "1bit"},
+        "mixed": {"segments": ("head", "blocks")},
+        "mixed-1bit": {"segments": ("head", "blocks"), "row_dtype": "1bit"},
+        "head": {"segments": ("head",)},
+    }.items():
+        made[name] = tmp_path_factory.mktemp("coarse") / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(index_module, "_GROUP_ROWS", 40)
+            build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(made[name]), rank=4, shard_rows=32, **options))
+    return made
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "1bit", "mixed", "mixed-1bit", "head"])
+@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+def test_answers_are_those_of_the_exact_search(indexes, name, mode, monkeypatch):
+    monkeypatch.setattr(index_module, "_GROUP_ROWS", 40)
+    assert len(Index(indexes[name]).groups) > 1
+    client = Client(indexes[name])
+    questions = [Question(row=3), *(Question(text=t) for t in random_texts(9, seed=8))]
+    for options in ({}, {"where": "year >= 1960"}, {"weights": {"blocks": 2.0} if name != "head" else {}}):
+        exact = client.query_many(questions, k=5, mode=mode, **options)
+        found = client.query_many(questions, k=5, mode=mode, recall=0.99999, **options)
+        for a, b in zip(exact, found, strict=True):
+            assert b.search.method == ("exact" if name == "head" else "coarse to fine"), b.search.note
+            assert b.search.recall == (1.0 if name == "head" else 0.99999)
+            assert b.search.candidates <= b.search.rows * 2
+            for x, y in ((a.proponents, b.proponents), (a.opponents, b.opponents)):
+                assert [h.row for h in x] == [h.row for h in y]
+                np.testing.assert_allclose([h.score for h in x], [h.score for h in y], rtol=1e-3, atol=1e-4 * abs(x[0].score) if x else 0)
+
+
+def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monkeypatch):
+    path = tmp_path / "i"
+    shutil.copytree(indexes["float32"], path)
+    Index(path).reindex()
+    assert "damping" in Client(path).query(row=1, recall=0.9, mode="cosine", damping=1.0).search.note
+    assert Client(path).query(row=1, recall=0.9, damping=1.0).search.method == "coarse to fine"
+    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 5)
+    answer = Client(path).query(row=1, recall=0.9)
+    assert (answer.search.method, answer.search.recall, answer.search.candidates) == ("exact", 1.0, 120)
+    assert "more rows" in answer.search.note
+    monkeypatch.undo()
+    for wrong in (0.2, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="recall"):
+            Client(path).query(row=1, recall=wrong)
+    before = Client(path).query(row=1, recall=0.9)
+    (files,) = {p.parent for p in (path / "search").rglob("arrays")}
+    for damaged in sorted(p for p in files.rglob("*") if p.is_file()):
+        raw = damaged.read_bytes()
+        for change in (bytes([raw[0] ^ 1]) + raw[1:], raw[:-1], b""):
+            damaged.write_bytes(change)
+            answer = Client(path).query(row=1, recall=0.9)
+            if answer.search.recall == 1:
+                assert "whence reindex" in answer.search.note
+                assert [a.row for a in answer.proponents] == [a.row for a in Client(path).query(row=1).proponents]
+            else:  # what was damaged describes a group, not an array
+                assert damaged.name == "zarr.json"
+                assert answer.proponents == before.proponents
+        damaged.write_bytes(raw)
+    shutil.rmtree(path / "search")
+    assert "whence reindex" in Client(path).query(row=1, recall=0.9).search.note
+    assert Index(path).reindex() == 1
+    assert Client(path).query(row=1, recall=0.9).proponents == before.proponents
+
+
+def test_codes_of_other_rows_are_not_used(indexes, tmp_path, index_dir):
+    shutil.copytree(indexes["float32"], tmp_path / "a")
+    shutil.copytree(indexes["int8"], tmp_path / "b")
+    assert Index(tmp_path / "a").reindex() == Index(tmp_path / "b").reindex() == 1
+    (a,), (b,) = ((tmp_path / n / "search").iterdir() for n in "ab")
+    shutil.rmtree(a)
+    shutil.copytree(b, a)
+    assert "whence reindex" in Client(tmp_path / "a").query(row=1, recall=0.9).search.note
+
+
+def test_a_damaged_row_is_an_error_when_it_is_read(indexes, tmp_path):
+    shutil.copytree(indexes["float32"], tmp_path / "i")
+    Index(tmp_path / "i").reindex()
+    client = Client(tmp_path / "i")
+    row = client.query(row=1, recall=0.9).proponents[0].row
+    shard, offset = client.index.locate(row)
+    (segment,) = client.index.manifest.segments
+    rows = DenseRows(tmp_path / "i/rows" / f"{shard.id}.zarr/blocks", shard.rows, segment.stored, segment.dtype)
+    path = tmp_path / "i/rows" / f"{shard.id}.zarr/blocks/codes/c/0/0"
+    raw = bytearray(path.read_bytes())
+    raw[offset * rows.dim * 4 + 2] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(IntegrityError, match="checksum"):
+        search(Index(tmp_path / "i"), client.rows([Question(text="w1 w2 w3")]), 120, recall=0.9)
