@@ -183,6 +183,7 @@ _index_options = _together(
     click.option("--head-others", type=int, default=0, help="Tokens of the head beside those: the most probable.  [default: 0]"),
     click.option("--embedding-bits", type=int, help="Bits of each token of the embeddings.  [default: 64]"),
     click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
+    click.option("--hidden", is_flag=True, help="Keep mean hidden states (2 bytes a coordinate), for the control beside answers."),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
     click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
@@ -435,6 +436,7 @@ _where_model_lies = _together(
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
 @click.option("--recall", type=float, default=1.0, show_default=True, help="Below 1, dense rows are searched coarse to fine: see below.")
+@click.option("--controls", is_flag=True, help="Beside the answer: what BM25, mean hidden states and the norm alone would find.")
 @click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
 @_score_options
 @_where_model_lies

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from .query.answers import Answer, Question, make_answers
+from .query.controls import Scores, Words, compare, cosines, row_norms
 from .query.groups import group_scores
 from .query.scoring import Metric, Mode, QueryRows, all_scores, combine, standard_errors
 from .query.search import search
@@ -50,6 +51,8 @@ class Options(TypedDict, total=False):
         mean: answer the questions' weighted mean as one question.
         recall: 1 (the default) reads all rows; below it, dense rows are searched coarse to fine, and with this probability none of the best
             is missing (see query/search.py).
+        controls: say beside each answer what BM25, the mean hidden state (where the build kept it) and the norm alone would have found;
+            needs scipy and bm25s.
     """
 
     k: int | None
@@ -63,6 +66,7 @@ class Options(TypedDict, total=False):
     group_by: str | None
     mean: bool
     recall: float
+    controls: bool
 
 
 def _metric(options: Options) -> Metric:
@@ -156,6 +160,11 @@ class Client:
         both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])
         errors = [None if row else (e[: len(h.proponents)], e[len(h.proponents) :]) for h, e, row in zip(hits, both, own_row, strict=True)]
         groups = None if column is None else group_scores(self.index, rows, column, metric, allowed)
+        beside = None
+        if options.get("controls"):
+            scores = self._controls(questions, options.get("mean", False))
+            kept = self.index.alive if allowed is None else self.index.alive & allowed
+            beside = compare(self.index, rows, scores, metric, kept, [h.proponents.tolist() for h in hits], k)
         return make_answers(
             self.index,
             asked,
@@ -165,6 +174,7 @@ class Client:
             where=where,
             searched=searched,
             groups=groups,
+            controls=beside,
             errors=errors,
         )
 
@@ -232,6 +242,29 @@ class Client:
         """The whitened rows, by segment, of the task's measurement of some examples."""
         rows = self.encoder.rows(examples, questions=True)
         return {name: block.astype(np.float32) if isinstance(block, np.ndarray) else block for name, block in rows.items()}
+
+    def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
+        """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""
+        examples, shards = self.examples(questions), self.index.manifest.shards
+        found = {"norm": np.repeat(row_norms(self.index)[:, None], len(questions), axis=1)}
+        if self.index.manifest.tokenizer:
+            found["bm25"] = self._words.scores([example.text for example in examples])
+        hidden = [self.index.hidden(shard) for shard in shards]
+        if all(part is not None for part in hidden):
+            states = np.concatenate([part for part in hidden if part is not None]).astype(np.float32)
+            asked = np.stack([states[q.row or 0] for q in questions])
+            worded = [i for i, q in enumerate(questions) if q.row is None]
+            if worded:
+                from .indexer.hidden import mean_hidden
+
+                asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUESTION_BATCH_TOKENS)
+            found["hidden"] = cosines(states, asked)
+        weights = np.array([1.0 if q.weight is None else q.weight for q in questions]) / len(questions)
+        return {name: (scores @ weights)[:, None] if mean else scores for name, scores in found.items()}
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self.index.column("text").to_pylist())
 
     @cached_property
     def task(self) -> "Task":

@@ -67,7 +67,7 @@ def grow(index, rows, out):
             )
             writers[s.name] = partial(write_keyed, rows=coded, vocabulary=s.vocabulary, bits=s.bits)
         place = out / "rows" / f"{id}.zarr"
-        write_shard(place, writers, {}, np.ones(count, np.float32))
+        write_shard(place, writers, {}, {"losses": np.ones(count, np.float32)})
         files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
         shards.append(index.manifest.shards[0].model_copy(update={"id": id, "first": first, "rows": count, "files": files}))
     publish_manifest(out, index.manifest.model_copy(update={"rows": rows, "shards": tuple(shards), "number": 1}))

@@ -26,6 +26,7 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.tasks import import_object
 from ..query.answers import Question
+from ..query.controls import row_norms
 from ..query.scoring import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
@@ -33,7 +34,7 @@ from ..ray_jobs.worker import absolute, keep_freed_memory
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.index import Index
-from .controls import row_norms, score_matrix
+from .controls import score_matrix
 from .lds import columns_correlation, interval
 from .retrain import Train, measure_losses, trained
 

@@ -11,26 +11,23 @@
 All give a matrix [examples, queries]. Texts are what the model saw of them (cut to the longest example).
 """
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from ..client import Client
-from ..indexer.encoder import Encoder, batches
+from ..indexer.encoder import Encoder
+from ..indexer.hidden import mean_hidden
 from ..indexer.models import find_layers, plan_layers
 from ..indexer.tasks import Task
+from ..query.controls import Scores, Words, cosines, library, row_norms
 from ..query.scoring import Metric, QueryRows, all_scores
 from ..store.documents import Example
-from ..store.errors import UsageError
-from ..store.index import Index
 from ..store.manifest import Curvature, DenseSegment, Layer, Projection
 
-Scores = Float[np.ndarray, "examples queries"]
 _RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
 _QUERY_BYTES = 1 << 30
 _BLOCK = 32
@@ -68,11 +65,6 @@ def gradient_controls(client: Client, train: Sequence[Example], queries: Sequenc
     return {"norm": np.repeat(norms[:, None], len(queries), axis=1), "dot": dot, "cosine": cosine}
 
 
-def row_norms(index: Index) -> Float[np.ndarray, " examples"]:
-    """The rows' lengths over all segments, with their weights: the square root of self-influence."""
-    return np.sqrt(sum((s.weight * index.norms(s).astype(np.float64) ** 2 for s in index.manifest.segments), np.zeros(len(index))))
-
-
 def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
     return DenseSegment(
         name="plain",
@@ -92,60 +84,27 @@ def content_controls(train: Sequence[Example], queries: Sequence[Example]) -> di
     controls = {"random": np.random.default_rng(0).standard_normal((len(train), len(queries)))}
     if train[0].features is not None:
         return controls | {
-            "pixels": _cosines(*(np.stack([e.features for e in part if e.features is not None]) for part in (train, queries)))
+            "pixels": cosines(*(np.stack([e.features for e in part if e.features is not None]) for part in (train, queries)))
         }
     documents, asked = ([e.text for e in part] for part in (train, queries))
     return controls | {
         "tfidf": _tfidf(documents, asked),
         "chars": _tfidf(documents, asked, analyzer="char", ngram_range=(3, 5)),
-        "bm25": _bm25(documents, asked),
+        "bm25": Words(documents).scores(asked),
     }
 
 
 def hidden_control(task: Task, model: torch.nn.Module, train: Sequence[Example], queries: Sequence[Example], batch_tokens: int) -> Scores:
     """Cosine of the mean, over an example's tokens, of what the output layer is given."""
-    return _cosines(*(_hidden_states(task, model, part, batch_tokens) for part in (train, queries)))
-
-
-def _hidden_states(
-    task: Task, model: torch.nn.Module, examples: Sequence[Example], batch_tokens: int
-) -> Float32[np.ndarray, "examples width"]:
-    found: dict[int, np.ndarray] = {}
-    seen: list[torch.Tensor] = []
-    handle = task.head(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        with torch.no_grad():
-            for chosen, batch in batches(task, examples, batch_tokens, next(model.parameters()).device):
-                seen.clear()
-                task.loss(model, batch)
-                states = seen[-1].reshape(*batch.valid.shape, -1).float() * batch.valid[..., None]
-                means = (states.sum(1) / batch.valid.sum(1, keepdim=True)).cpu().numpy()
-                found.update(zip(chosen, means, strict=True))
-    finally:
-        handle.remove()
-    return np.stack([found[i] for i in range(len(examples))])
-
-
-def _cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries size"]) -> Scores:
-    a, b = (v.astype(np.float64) / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (a, b))
-    return a @ b.T
+    return cosines(*(mean_hidden(task, model, part, batch_tokens) for part in (train, queries)))
 
 
 def _tfidf(documents: Sequence[str], asked: Sequence[str], **options: object) -> Scores:
-    vectorizer = _library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
+    vectorizer = library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in documents):
         return np.zeros((len(documents), len(asked)))  # not a word in any of them
     return (vectorizer.fit_transform(documents) @ vectorizer.transform(asked).T).toarray()
-
-
-def _bm25(documents: Sequence[str], asked: Sequence[str]) -> Scores:
-    bm25s = _library("bm25s")
-    options: Mapping[str, object] = {"stopwords": None, "show_progress": False, "return_ids": False}
-    engine = bm25s.BM25()
-    engine.index(bm25s.tokenize(list(documents), **options), show_progress=False)
-    nothing = np.zeros(len(documents))  # of a query without a word
-    return np.stack([engine.get_scores(tokens) if tokens else nothing for tokens in bm25s.tokenize(list(asked), **options)], axis=1)
 
 
 def require_libraries() -> None:
@@ -155,13 +114,4 @@ def require_libraries() -> None:
         UsageError: scikit-learn, scipy or bm25s is not installed.
     """
     for name in ("sklearn.feature_extraction.text", "scipy.stats", "bm25s"):
-        _library(name)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(
-            f"evaluation needs {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s"
-        ) from error
+        library(name)

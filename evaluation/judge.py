@@ -13,6 +13,7 @@ from torch import nn
 from ..client import Client
 from ..indexer.models import ModelSource
 from ..indexer.tasks import Task, find_task
+from ..query.controls import Scores
 from ..query.scoring import Metric
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
@@ -21,7 +22,7 @@ from ..ray_jobs.worker import model_sources
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
-from .controls import Scores, content_controls, gradient_controls, hidden_control, require_libraries, score_matrix
+from .controls import content_controls, gradient_controls, hidden_control, require_libraries, score_matrix
 from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import measure_losses

@@ -8,6 +8,7 @@ When only the output head is tracked, autograd's graph starts at the head's outp
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from ..store.keyed import KeyedVectors, concatenate
 from ..store.manifest import DenseSegment, KeyedSegment, Layer
 from .capture import Map, capture
 from .dense import DensePart
+from .hidden import HiddenMeans
 from .keyed import KeyedPart
 from .tasks import Batch, Task, plan_batches
 
@@ -31,7 +33,8 @@ Progress = Callable[[int, int], None]
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
 BatchRows = Mapping[str, np.ndarray | KeyedVectors]
-"""A batch's rows, by segment, and under "losses" its examples' losses (or measurements) under the last model."""
+"""A batch's rows, by segment; under "losses" its examples' losses (or measurements) under the last model, and under "hidden" their mean
+hidden states, where these are kept."""
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
@@ -55,10 +58,12 @@ class EncoderPlan:
     Attributes:
         segments: of a row, as in the manifest.
         batch_tokens: padded tokens in a batch, at most (but one example may exceed it alone).
+        hidden: whether the last model's mean hidden states are kept too.
     """
 
     segments: tuple[DenseSegment | KeyedSegment, ...]
     batch_tokens: int
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,16 @@ class Encoder:
         objective = self.task.measurement if questions else self.task.loss
         for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, next(self.model.parameters()).device):
             collectors = {name: part.collector(batch) for name, part in self.parts.items()}
-            for number, model in enumerate(self.models):
-                own = [collectors[s.name] for s in self.plan.segments if s.model == number]
-                if own:
-                    losses = backward(model, batch, own, objective)
+            with HiddenMeans(self.task, self.model) if self.plan.hidden else nullcontext() as means:
+                for number, model in enumerate(self.models):
+                    own = [collectors[s.name] for s in self.plan.segments if s.model == number]
+                    if own:
+                        losses = backward(model, batch, own, objective)
             rows = {name: collector.rows() for name, collector in collectors.items()}
+            beside = {"hidden": means.of(batch)} if means else {}
             for block in rows.values():
                 check_finite(torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None]), batch, "gradient")
-            yield chosen, {**rows, "losses": losses.float().cpu().numpy()}
+            yield chosen, {**rows, **beside, "losses": losses.float().cpu().numpy()}
             progress(len(chosen), int(batch.valid.sum()))
 
     def rows(self, examples: Sequence[Example], questions: bool = False) -> dict[str, Any]:

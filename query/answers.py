@@ -8,6 +8,7 @@ import numpy as np
 
 from ..store.errors import UsageError
 from ..store.index import Index
+from .controls import Control
 from .groups import Group
 from .scoring import Metric
 from .search import Hits
@@ -113,6 +114,7 @@ class Answer:
     search: SearchReport
     index: Mapping[str, Any]
     groups: tuple[Group, ...] | None = None
+    controls: tuple[Control, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready dictionaries and lists, keys as in `whence query --json`."""
@@ -121,6 +123,7 @@ class Answer:
             "proponents": [asdict(a) for a in self.proponents],
             "opponents": [asdict(a) for a in self.opponents],
             **({"groups": [asdict(g) for g in self.groups]} if self.groups is not None else {}),
+            **({"controls": [asdict(c) for c in self.controls]} if self.controls is not None else {}),
             "search": asdict(self.search),
             "index": dict(self.index),
         }
@@ -150,6 +153,7 @@ def make_answers(
     where: str | None = None,
     searched: int | None = None,
     groups: Sequence[Sequence[Group]] | None = None,
+    controls: Sequence[tuple[Control, ...]] | None = None,
     errors: Sequence[tuple[np.ndarray, np.ndarray] | None],
 ) -> list[Answer]:
     """Put ids, texts and metadata to the rows that a search found.
@@ -157,7 +161,7 @@ def make_answers(
     Args:
         asked: what each question was.
         where, searched: the filter, and how many rows it left.
-        groups: of each question.
+        groups, controls: of each question.
         errors: of each question the standard errors of its proponents' and its opponents' scores, where they are known.
     """
     about = describe_index(index)
@@ -186,6 +190,7 @@ def make_answers(
                 ),
                 index=about,
                 groups=tuple(groups[number]) if groups is not None else None,
+                controls=controls[number] if controls is not None else None,
             )
         )
     return answers

@@ -14,6 +14,7 @@ from .groups import Group
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
 _SHOWN_GROUPS = 10
+_SHOWN_IDS = 5
 
 
 def show(answer: Answer) -> None:
@@ -54,6 +55,8 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
             yield table
     if answer.groups is not None:
         yield _groups(answer.groups)
+    if answer.controls is not None:
+        yield _controls(answer)
     s = answer.search
     searched = f"exact search of {s.rows:,} rows"
     if s.recall < 1:
@@ -85,6 +88,18 @@ def _groups(groups: Sequence[Group]) -> Table:
         )
     if len(shown) < len(groups):
         table.caption = f"the {_SHOWN_GROUPS} of highest and of lowest influence, of {len(groups):,}"
+    return table
+
+
+def _controls(answer: Answer) -> Table:
+    table = Table(title="what else would have said", title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table.add_column("control", no_wrap=True)
+    for name in ("rank correlation", f"of our {len(answer.proponents)}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("its best", ratio=1)
+    for c in answer.controls or ():
+        correlation = "-" if c.correlation is None else f"{c.correlation:.2f}"
+        table.add_row(c.name, correlation, str(c.shared), _printable(", ".join(c.ids[:_SHOWN_IDS])))
     return table
 
 

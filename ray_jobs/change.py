@@ -83,7 +83,7 @@ def add(
         form = fields if task.form == "auto" else replace(fields, form=task.form)
         corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
         _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
-        plan = EncoderPlan(known.segments, known.build["batch_tokens"])
+        plan = EncoderPlan(known.segments, known.build["batch_tokens"], own.hidden)
         shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
         reporter.stage("building rows", corpus.rows)
         entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
@@ -233,7 +233,10 @@ def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
     }
     about = {"format": 1, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
     staged = out / "staging" / f"{id}.zarr"
-    write_shard(staged, writers, about, index.losses(shard)[kept])
+    beside, hidden = {"losses": index.losses(shard)[kept]}, index.hidden(shard)
+    if hidden is not None:
+        beside["hidden"] = hidden[kept]
+    write_shard(staged, writers, about, beside)
     shutil.rmtree(final, ignore_errors=True)
     publish(staged, final)
     files = tuple(file_record(out, path) for path in (documents, *sorted(p for p in final.rglob("*") if p.is_file())))

@@ -69,6 +69,7 @@ class BuildConfig:
         head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
             largest norm; None keeps all); 64 bits by default. `head_others`: how many tokens of the head are stored beside those that the
             example predicts, the most probable ones.
+        hidden: keep each example's mean last hidden state (float16), for the control beside answers.
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -104,6 +105,7 @@ class BuildConfig:
     head_others: int = 0
     embedding_bits: int | None = None
     embedding_keys: int | None = None
+    hidden: bool = False
     shard_rows: int | None = None
     batch_tokens: int | None = None
     workers: int = 1

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 from torch import nn
 
 from ..indexer import models
@@ -36,6 +35,7 @@ from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
 _MEAN_TOKENS = 4096
+_LARGEST_HALF = 65504.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -104,7 +104,7 @@ class Worker:
             names = c.segments or self._available(model)
             segments += [self._blocks(number) if name == "blocks" else self._keyed(name, number) for name in names]
         device = next(self.models[0].parameters()).device.type
-        plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]))
+        plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]), c.hidden)
         return tuple(descriptions), plan, tuple(self._left_out)
 
     def _available(self, model: nn.Module) -> tuple[str, ...]:
@@ -189,10 +189,10 @@ class Worker:
         if not self._is_whole(final, plan, shard):
             shutil.rmtree(final, ignore_errors=True)
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            segments, losses = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
+            segments, beside = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
             about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
-            write_shard(staged, segments, about, losses)
+            write_shard(staged, segments, about, beside)
             publish(staged, final)
         else:
             progress(shard.rows, shard.tokens)
@@ -252,8 +252,8 @@ class Worker:
 
 def segment_writers(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
-) -> tuple[dict[str, Callable[[Any], None]], Float32[np.ndarray, " examples"]]:
-    """What writes each segment of a shard of these examples (see `write_shard`), and their losses.
+) -> tuple[dict[str, Callable[[Any], None]], dict[str, np.ndarray]]:
+    """What writes each segment of a shard of these examples, and what is kept beside the segments (see `write_shard`).
 
     Rows are reduced and keyed rows coded batch by batch, so that whole vectors never pile up.
     """
@@ -261,9 +261,12 @@ def segment_writers(
     reductions = {s.name: dense_reduction(s, encoder.arrays) for s in segments if isinstance(s, DenseSegment)}
     dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in segments if isinstance(s, DenseSegment)}
     coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
-    losses = np.zeros(len(examples), np.float32)
+    beside = {"losses": np.zeros(len(examples), np.float32)}
     for chosen, rows in encoder.batches(examples, progress):
-        losses[chosen] = np.asarray(rows["losses"])
+        beside["losses"][chosen] = np.asarray(rows["losses"])
+        if encoder.plan.hidden:
+            means = np.asarray(rows["hidden"]).clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
+            beside.setdefault("hidden", np.zeros((len(examples), means.shape[1]), np.float16))[chosen] = means
         for segment in segments:
             block = rows[segment.name]
             if isinstance(segment, KeyedSegment):
@@ -280,7 +283,7 @@ def segment_writers(
             writers[segment.name] = partial(write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits)
         else:
             writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
-    return writers, losses
+    return writers, beside
 
 
 def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
 from .coarse import Coarse
 from .documents import Documents, Example
 from .errors import IntegrityError, UsageError
-from .files import sha256
+from .files import read_json, sha256
 from .keyed import KeyedRows, KeyedVectors
 from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
 from .postings import Postings
@@ -187,6 +187,15 @@ class Index:
         """The examples' own losses under the (last) model, in nats."""
         self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
         return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
+
+    def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
+        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
+        group = self.path / "rows" / f"{shard.id}.zarr"
+        if not any(f.path == f"rows/{shard.id}.zarr/hidden/zarr.json" for f in shard.files):
+            return None
+        self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
+        width = read_json(group / "hidden/zarr.json")["shape"][1]
+        return map_array(group, "hidden", (shard.rows, width), "float16")
 
     def documents(self, shard: Shard) -> Documents:
         """A shard's examples."""

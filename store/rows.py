@@ -132,7 +132,7 @@ class Reduction:
 
 
 def write_shard(
-    directory: Path, segments: Mapping[str, Callable[[Any], None]], attributes: dict, losses: Float32[np.ndarray, " rows"] | None = None
+    directory: Path, segments: Mapping[str, Callable[[Any], None]], attributes: dict, beside: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """Write one shard as a Zarr v3 group with a subgroup for each segment.
 
@@ -140,7 +140,7 @@ def write_shard(
         directory: a staging path that does not exist yet, or is left over from a killed build.
         segments: name -> what writes the segment into its empty group (`write_dense`, `keyed.write_keyed`).
         attributes: JSON that describes the shard to a stranger; kept on the outer group under `whence`.
-        losses: of the examples, nats; kept beside the segments.
+        beside: arrays that are kept beside the segments: `losses` of the examples (nats), perhaps their `hidden` states.
     """
     import zarr
 
@@ -150,8 +150,8 @@ def write_shard(
         group = zarr.create_group(directory, zarr_format=3, attributes={"whence": attributes})
         for name, write in segments.items():
             write(group.create_group(name))
-        if losses is not None:
-            write_array(group, "losses", losses)
+        for name, array in (beside or {}).items():
+            write_array(group, name, array)
 
 
 def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> None:

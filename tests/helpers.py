@@ -139,7 +139,7 @@ def dense_index(path, like, rows, dtype="float32", shard_rows=500):
         own, id = rows[first : first + shard_rows].astype(np.float32), str(uuid.UUID(int=first + 1))
         own = rotate(own, dim, segment.projection.seed) if dtype == "1bit" else own
         place = path / "rows" / f"{id}.zarr"
-        write_shard(place, {segment.name: partial(write_dense, rows=own, dtype=dtype)}, {}, np.ones(len(own), np.float32))
+        write_shard(place, {segment.name: partial(write_dense, rows=own, dtype=dtype)}, {}, {"losses": np.ones(len(own), np.float32)})
         files = tuple(file_record(path, p) for p in sorted(p for p in place.rglob("*") if p.is_file()))
         shards.append(known.shards[0].model_copy(update={"id": id, "first": first, "rows": len(own), "files": files}))
     changes = {"segments": (segment,), "shards": tuple(shards), "rows": len(rows), "number": 1, "tombstones": ()}

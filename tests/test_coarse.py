@@ -1,4 +1,4 @@
-"""Coarse to fine: estimates are what theory says, certificates are kept over thousands of questions, and nothing is trusted that is not whole."""
+"""Coarse to fine: estimates are what theory says, certificates hold over thousands of questions, and only what is whole is trusted."""
 
 import shutil
 

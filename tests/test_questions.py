@@ -306,3 +306,93 @@ def test_everything_from_the_command_line(tmp_path, index_path):
     assert "(none)" in shown.stdout
     assert "with --file" in run("query", index_path, "--text", "w1 w2", "--mean").stderr
     assert Index(index_path).manifest.number == 1
+
+
+# --- controls
+
+
+@pytest.fixture(scope="module")
+def hidden_path(tmp_path_factory, model_dir):
+    here = tmp_path_factory.mktemp("controls")
+    data = write_jsonl(here / "c.jsonl", RECORDS)
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(here / "i"), segments=("head",), shard_rows=50, hidden=True))
+    return here / "i"
+
+
+def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
+    from bm25s import BM25, tokenize
+    from scipy.stats import spearmanr
+    from transformers import AutoModelForCausalLM
+
+    client = Client(hidden_path)
+    texts = [r["text"] for r in RECORDS]
+    asked = [words(5, 9, 11, 5), RECORDS[7]["text"]]
+    questions = [Question(text=asked[0]), Question(row=7)]
+    answers = client.query_many(questions, k=6, controls=True, where="year >= 1905")
+    kept = np.arange(120) >= 5
+    ours = matrix(client, questions)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), make_tokenizer()
+
+    def state(text):
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [0]])
+        with torch.no_grad():
+            return model(ids, output_hidden_states=True).hidden_states[-1][0, :-1].mean(0).double().numpy()
+
+    states = np.stack([state(t) for t in texts])
+    engine = BM25()
+    engine.index(tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
+    for number, answer in enumerate(answers):
+        own = state(asked[number])
+        expected = {
+            "bm25": engine.get_scores(tokenize([asked[number]], stopwords=None, show_progress=False, return_ids=False)[0]),
+            "hidden": states @ own / np.linalg.norm(states, axis=1) / np.linalg.norm(own),
+            "norm": client.index.norms(client.index.manifest.segments[0]),
+        }
+        assert {c.name for c in answer.controls} == set(expected)
+        for control in answer.controls:
+            scores = expected[control.name]
+            np.testing.assert_allclose(control.scores, np.sort(scores[kept])[::-1][:6], rtol=2e-3)
+            assert control.correlation == pytest.approx(spearmanr(scores[kept], ours[number][kept]).statistic, abs=0.02)
+            assert all(kept[list(control.rows)])
+            assert control.ids == tuple(RECORDS[row]["id"] for row in control.rows)
+            assert control.shared == len(set(control.rows) & {a.row for a in answer.proponents})
+    (mean,) = client.query_many(questions, k=6, controls=True, mean=True)
+    single = client.query_many(questions, k=120, controls=True)
+    for control in mean.controls:
+        parts = [next(c for c in a.controls if c.name == control.name) for a in single]
+        both = np.mean([np.array(p.scores)[np.argsort(p.rows)] for p in parts], axis=0)
+        np.testing.assert_allclose(control.scores, np.sort(both)[::-1][:6], rtol=1e-5)
+
+
+def test_controls_on_the_command_line_and_without_hidden_states(hidden_path, index_path, monkeypatch, tmp_path):
+    shown = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--controls"])
+    assert shown.exit_code == 0, shown.output
+    for name in ("what else would have said", "bm25", "hidden", "norm"):
+        assert name in shown.output
+    found = json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--controls", "--json"]).stdout)
+    assert [c["name"] for c in found["controls"]] == ["norm", "bm25"]
+    assert "controls" not in json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--json"]).stdout)
+    import whence.query.controls as module
+
+    monkeypatch.setattr(module.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    refused = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--controls"])
+    assert refused.exit_code == 2
+    assert "pip install" in refused.output
+
+
+def test_hidden_states_follow_additions_and_compaction(hidden_path, tmp_path):
+    import shutil
+
+    path = tmp_path / "i"
+    shutil.copytree(hidden_path, path)
+    data = write_jsonl(tmp_path / "more.jsonl", [{**record(i, t), "id": f"m{i}"} for i, t in enumerate(random_texts(8, seed=77))])
+    for command in (["add", str(path), "--data", str(data)], ["delete", str(path), "--where", "year < 1904"], ["compact", str(path)]):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    index = Index(path)
+    states = np.concatenate([index.hidden(shard) for shard in index.manifest.shards])
+    from whence.indexer.hidden import mean_hidden
+
+    client = Client(path)
+    fresh = mean_hidden(client.task, client.encoder.model, [index.example(i) for i in range(len(index))], 500)
+    np.testing.assert_allclose(states, fresh, rtol=2e-3, atol=1e-3)

@@ -1,0 +1,210 @@
+"""How fast is the search of dense rows, exact and coarse to fine, beside FAISS, on rows grown from real ones?
+
+    whence build --model MODEL_DIR --data corpus.jsonl --out dense.whence --rank 16
+    python benchmarks/dense_search.py --index dense.whence --questions questions.jsonl [--rows 1000000] [--compare 100000]
+
+Real rows and questions are folded to 4,096 coordinates; a grown row's direction is nine parts of one real row's and four of another's, its
+length the first one's. Quantiles of the questions' cosines with real and with grown rows stand side by side in the output. Grown rows are
+stored in int8. Each search runs in a process of its own: questions one at a time, top 10 proponents and opponents, all cores; wall time,
+how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that of the files that it maps).
+FAISS (top 10 of inner products, one question at a time) searches the first `--compare` of the same rows, and so do we beside it: flat,
+SQ8, RaBitQ, HNSW and IVF-PQ, each timed with the settings that it prints.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from whence import Client, Question
+from whence.query.search import search
+from whence.ray_jobs.worker import file_record, keep_freed_memory
+from whence.store.bits import fold
+from whence.store.corpus import read_questions
+from whence.store.errors import UsageError
+from whence.store.index import Index
+from whence.store.manifest import Layer, publish_manifest
+from whence.store.rows import write_dense, write_shard
+
+_DIM, _SHARD_ROWS, _K = 4096, 8192, 10
+_RECALLS = (1.0, 0.9, 0.99, 0.999)
+
+
+def folded(rows):
+    """Rows in 4,096 coordinates."""
+    return fold(rows.astype(np.float32), _DIM, 0)
+
+
+def grow(index, rows, out):
+    """An index of so many rows like those of `index`, at `out`."""
+    generator, shards = np.random.default_rng(0), []
+    (segment,) = index.manifest.segments
+    real = np.concatenate([folded(b.codes * b.factors[:, None]) for b in index.blocks(segment)])
+    norms = index.norms(segment)
+    sizes = dict(outputs=1, inputs=_DIM, output_rank=1, input_rank=_DIM, input_group="all", offset=0, curvature="identity")
+    grown = segment.model_copy(update={"layers": (Layer(name="all", **sizes),), "dtype": "int8"})
+    for first in range(0, rows, _SHARD_ROWS):
+        count, id = min(_SHARD_ROWS, rows - first), str(uuid.UUID(int=first + 1))
+        one, other = generator.integers(0, len(real), (2, count))
+        made = 0.9 * real[one] + 0.4 * real[other]
+        made *= (norms[one] / np.linalg.norm(made, axis=1))[:, None]
+        place = out / "rows" / f"{id}.zarr"
+        write_shard(place, {grown.name: partial(write_dense, rows=made, dtype="int8")}, {}, {"losses": np.ones(count, np.float32)})
+        files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
+        shards.append(index.manifest.shards[0].model_copy(update={"id": id, "first": first, "rows": count, "files": files}))
+    changes = {"segments": (grown,), "rows": rows, "shards": tuple(shards), "number": 1, "tombstones": ()}
+    publish_manifest(out, index.manifest.model_copy(update=changes))
+    Index(out).reindex()
+    return Index(out), real
+
+
+def cosines(questions, rows):
+    """Quantiles of cosines."""
+    directions = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (questions, rows)]
+    return [round(float(q), 4) for q in np.quantile(directions[0] @ directions[1].T, (0.01, 0.5, 0.99, 0.999, 0.9999))]
+
+
+def memory():
+    """This process's own memory and that of the files it maps, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) >> 10 for line in lines if line.startswith("Rss")}
+    return {"own_mib": found["RssAnon"], "mapped_mib": found["RssFile"]}
+
+
+def measure(place, questions, recall, repeats):
+    """Search with one recall; prints a line of JSON and keeps what was found beside the questions."""
+    keep_freed_memory()
+    index, asked = Index(place), np.load(questions)
+    (segment,) = index.manifest.segments
+    parts = [{segment.name: row[None]} for row in asked]
+    for part in parts[:2]:
+        search(index, part, _K, recall=recall)
+    seconds, hits = [], []
+    for part in parts * repeats:
+        started = time.perf_counter()
+        hits.append(search(index, part, _K, recall=recall)[0])
+        seconds.append(time.perf_counter() - started)
+    found = np.stack([np.concatenate([h.proponents, h.opponents]) for h in hits[: len(parts)]])
+    kept = questions.with_name(f"{place.name}-exact.npy")
+    if recall == 1:
+        np.save(kept, found)
+    right = [len(set(a) & set(b)) / len(a) for a, b in zip(np.load(kept).tolist(), found.tolist(), strict=True)]
+    stored = sum(f.bytes for s in index.manifest.shards for f in s.files if "/codes/" in f.path)
+    beside = sum(p.stat().st_size for p in (place / "search").rglob("*") if p.is_file())
+    return {
+        "rows": len(index),
+        "recall_asked": recall,
+        "recall_certified": min(h.recall for h in hits),
+        "recall_found": round(float(np.mean(right)), 4),
+        **milliseconds(seconds),
+        "read_median": int(np.median([h.candidates for h in hits])),
+        "gigabytes_a_second": round((stored if recall == 1 else beside) / np.median(seconds) / 1e9, 1),
+        "row_bytes": round(stored / len(index)),
+        "code_bytes_a_row": round(beside / len(index)),
+        **memory(),
+    }
+
+
+def milliseconds(seconds):
+    """Median and 95th percentile."""
+    return {"p50_ms": round(float(np.median(seconds)) * 1e3, 2), "p95_ms": round(float(np.quantile(seconds, 0.95)) * 1e3, 2)}
+
+
+def compare(place, questions):
+    """FAISS on an index's rows: a line of JSON for each of its indexes."""
+    import faiss
+
+    index, asked = Index(place), np.load(questions)
+    (segment,) = index.manifest.segments
+    exact = np.load(questions.with_name(f"{place.name}-exact.npy"))[:, :_K]
+    rows = np.concatenate([b.codes * (b.factors * b.norms)[:, None] for b in index.blocks(segment)]).astype(np.float32)
+    product = faiss.METRIC_INNER_PRODUCT
+    makers = {
+        "Flat": lambda: faiss.IndexFlatIP(_DIM),
+        "SQ8": lambda: faiss.IndexScalarQuantizer(_DIM, faiss.ScalarQuantizer.QT_8bit, product),
+        "RaBitQ": lambda: faiss.IndexRaBitQ(_DIM, product),
+        "IVF256,PQ512x4fs": lambda: faiss.index_factory(_DIM, "IVF256,PQ512x4fs", product),
+        "HNSW32": lambda: faiss.IndexHNSWFlat(_DIM, 32, product),
+    }
+    for name, make in makers.items():
+        engine, started = make(), time.perf_counter()
+        if not engine.is_trained:
+            engine.train(rows[:20_000])
+        engine.add(rows)
+        built = time.perf_counter() - started
+        settings = {"IVF256,PQ512x4fs": ("nprobe", (16, 64, 256)), "HNSW32": ("efSearch", (64, 256, 1024)), "RaBitQ": ("qb", (4, 8))}
+        option, values = settings.get(name, ("", (0,)))
+        for value in values:
+            if option:
+                setattr(engine.hnsw if option == "efSearch" else engine, option, value)
+            found, seconds = [], []
+            for row in asked[:2]:
+                engine.search(row[None], _K)
+            for row in asked:
+                started = time.perf_counter()
+                found.append(engine.search(row[None], _K)[1][0])
+                seconds.append(time.perf_counter() - started)
+            right = [len(set(a) & set(b)) / _K for a, b in zip(exact.tolist(), np.array(found).tolist(), strict=True)]
+            size = len(faiss.serialize_index(engine)) if name != "Flat" else rows.nbytes
+            setting = f"{name}{f' {option} {value}' if option else ''}"
+            about = {"faiss": setting, "rows": len(rows), "recall_found": round(float(np.mean(right)), 4), **milliseconds(seconds)}
+            print(json.dumps({**about, "bytes_a_row": round(size / len(rows)), "build_seconds": round(built, 1)}), flush=True)
+        del engine
+
+
+def main():
+    """Grow, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", type=Path)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--compare", type=int, default=100_000)
+    parser.add_argument("--count", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="where rows are grown, and found again the next time")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--recall", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        if args.recall is None:
+            compare(args.measure, args.questions)
+        else:
+            print(json.dumps(measure(args.measure, args.questions, args.recall, args.repeats)), flush=True)
+        return
+    client = Client(args.index)
+    questions = []
+    for record in read_questions(args.questions):
+        try:
+            client.examples([Question(**record)])
+            questions.append(Question(**record))
+        except UsageError:  # longer than the model's context
+            continue
+    scratch = args.scratch or Path(tempfile.mkdtemp(dir=args.index.parent))
+    (segment,) = client.index.manifest.segments
+    asked = folded(client.rows(questions[: args.count])[segment.name])
+    scratch.mkdir(exist_ok=True)
+    np.save(scratch / "questions.npy", asked)
+    again = [sys.executable, __file__, "--questions", str(scratch / "questions.npy"), "--repeats", str(args.repeats)]
+    for rows in (args.compare, args.rows):
+        place = scratch / str(rows)
+        if not place.exists():
+            grown, real = grow(client.index, rows, place)
+            block = next(grown.blocks(grown.manifest.segments[0]))
+            print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, block.codes.astype(np.float32))}), flush=True)
+        for recall in _RECALLS:
+            subprocess.run([*again, "--measure", str(place), "--recall", str(recall)], check=True)
+        if rows == args.compare:
+            subprocess.run([*again, "--measure", str(place)], check=True)
+    if args.scratch is None:
+        shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    main()
