@@ -51,14 +51,25 @@ def multiply_int8(codes: np.ndarray, questions: np.ndarray, products: np.ndarray
         codes: int8 [rows, dim]. questions: float32 [questions, dim].
         products: float32 [questions, rows], written.
     """
-    for i in range(len(codes)):
-        row = codes[i]
+    whole = len(codes) // 4 * 4
+    for i in range(0, whole, 4):  # four rows share each load of the question
+        a, b, c, d = codes[i], codes[i + 1], codes[i + 2], codes[i + 3]
         for q in range(len(questions)):
             question = questions[q]
-            total = np.float32(0.0)
+            e = f = g = h = np.float32(0.0)
             for j in range(codes.shape[1]):
-                total += np.float32(row[j]) * question[j]
-            products[q, i] = total
+                value = question[j]
+                e += np.float32(a[j]) * value
+                f += np.float32(b[j]) * value
+                g += np.float32(c[j]) * value
+                h += np.float32(d[j]) * value
+            products[q, i], products[q, i + 1], products[q, i + 2], products[q, i + 3] = e, f, g, h
+    for i in range(whole, len(codes)):
+        for q in range(len(questions)):
+            e = np.float32(0.0)
+            for j in range(codes.shape[1]):
+                e += np.float32(codes[i, j]) * questions[q, j]
+            products[q, i] = e
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -80,16 +91,25 @@ def add_lists(
         starts, rows, codes, factors: the postings (see postings.py).
         scores: float32 [rows], added to in place.
     """
-    words = codes.shape[1]
-    byte = np.uint32(255)
+    words, byte = codes.shape[1], np.uint32(255)
+    second, third, fourth = np.uint32(8), np.uint32(16), np.uint32(24)
     for i in range(len(lists)):
         if not known[i]:
             continue
-        table = tables[i]
-        for j in range(starts[lists[i]], starts[lists[i] + 1]):
-            value = np.float32(0.0)
-            for w in range(words):
-                code, b = codes[j, w], 4 * w
-                low = table[b, code & byte] + table[b + 1, (code >> np.uint32(8)) & byte]
-                value += low + (table[b + 2, (code >> np.uint32(16)) & byte] + table[b + 3, code >> np.uint32(24)])
-            scores[rows[j]] += factors[j] * value
+        first, last = starts[lists[i]], starts[lists[i] + 1]
+        # Two words at a time, their eight tables at hand: each pass reads the postings anew, but two passes are rarely needed.
+        for w in range(0, words - 1, 2):
+            t = tables[i, 4 * w : 4 * w + 8]
+            t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+            for j in range(first, last):
+                a, b = codes[j, w], codes[j, w + 1]
+                low = (t0[a & byte] + t1[(a >> second) & byte]) + (t2[(a >> third) & byte] + t3[a >> fourth])
+                high = (t4[b & byte] + t5[(b >> second) & byte]) + (t6[(b >> third) & byte] + t7[b >> fourth])
+                scores[rows[j]] += factors[j] * (low + high)
+        if words % 2:
+            t = tables[i, 4 * words - 4 : 4 * words]
+            t0, t1, t2, t3 = t[0], t[1], t[2], t[3]
+            for j in range(first, last):
+                a = codes[j, words - 1]
+                low = (t0[a & byte] + t1[(a >> second) & byte]) + (t2[(a >> third) & byte] + t3[a >> fourth])
+                scores[rows[j]] += factors[j] * low

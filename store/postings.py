@@ -131,12 +131,13 @@ def add_lists_plainly(
     """What `kernels.add_lists` does, to the bit."""
     for at, table in zip(lists[known], tables[known], strict=True):
         part = slice(int(starts[at]), int(starts[at + 1]))
-        values = np.zeros(part.stop - part.start, np.float32)
+        values = []
         for word in range(codes.shape[1]):
             code, b = codes[part, word], 4 * word
             low = table[b, code & 255] + table[b + 1, (code >> 8) & 255]
-            values += low + (table[b + 2, (code >> 16) & 255] + table[b + 3, code >> 24])
-        scores[rows[part]] += factors[part] * values
+            values.append(low + (table[b + 2, (code >> 16) & 255] + table[b + 3, code >> 24]))
+        for word in range(0, len(values), 2):
+            scores[rows[part]] += factors[part] * (sum(values[word + 1 : word + 2], values[word]))
 
 
 def _row_dtype(rows: int) -> str:
