@@ -471,6 +471,48 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 
 @main.command()
 @click.argument("index")
+@click.option("--row", "rows", type=int, multiple=True, help="Training example to explain, by its row; repeatable.  [default: the best 3]")
+@click.option("--prompt", default="", help="What comes before the completion.")
+@click.option("--completion", help="What the model said.")
+@click.option("--text", help="A whole text.")
+@click.option("--question-row", type=int, help="Ask with a training example, by its row.")
+@click.option("--against", help="Another completion: what made the model say the one rather than the other.")
+@click.option("--span", help="A part of the completion or text, as it stands there.")
+@click.option("--tokens/--no-tokens", default=True, show_default=True, help="Shares by token; they need the model.")
+@_score_options
+@_where_model_lies
+@_json_option
+def explain(
+    index: str, rows: tuple[int, ...], question_row: int | None, weights: str | None, tokens: bool, as_json: bool, **options: Any
+) -> None:
+    """Take the score of a training example apart: by segment, layer, shared token, and token of either text.
+
+    \b
+      whence explain my.whence --prompt "The capital of France is" --completion " Paris"
+      whence explain my.whence --row 123 --prompt "The capital of France is" --completion " Paris" --json
+      whence explain my.whence --row 123 --question-row 456 --no-tokens
+
+    Segments, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
+    """
+    from .query.answers import Question
+    from .query.terminal import show_explanation
+
+    question = Question(row=question_row, **{name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")})
+    how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
+    if tokens:
+        _quiet_libraries()
+    client = _client(index, options, [question])
+    if not rows:
+        rows = tuple(a.row for a in client.query_many([question], k=min(3, len(client.index)), **how)[0].proponents)
+    for explanation in client.explain(rows, question, tokens=tokens, **how):
+        if as_json:
+            click.echo(json.dumps(explanation.to_dict(), ensure_ascii=False))
+        else:
+            show_explanation(explanation)
+
+
+@main.command()
+@click.argument("index")
 @click.option("--file", required=True, help="JSON lines with prompt and completion, text, or row; - reads standard input.")
 @click.option("--out", required=True, help="Name of what is to be made: scores.zarr or scores.parquet.")
 @_score_options

@@ -15,8 +15,9 @@ from jaxtyping import Float32
 
 from .query.answers import Answer, Question, make_answers
 from .query.controls import Scores, Words, compare, cosines, row_norms
+from .query.explain import Explanation, TokenShares, split_score
 from .query.groups import group_scores
-from .query.scoring import Metric, Mode, QueryRows, all_scores, combine, standard_errors
+from .query.scoring import DenseQueries, Metric, Mode, QueryRows, Scorer, all_scores, combine, standard_errors
 from .query.search import search
 from .store.corpus import Document
 from .store.documents import Example
@@ -242,6 +243,66 @@ class Client:
         """The whitened rows, by segment, of the task's measurement of some examples."""
         rows = self.encoder.rows(examples, questions=True)
         return {name: block.astype(np.float32) if isinstance(block, np.ndarray) else block for name, block in rows.items()}
+
+    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
+        """The scores of some rows with one question, taken apart (see query/explain.py).
+
+        Args:
+            tokens: whether shares by token are computed, which asks the model; a row that is the question needs it then, too.
+            options: those that concern scores: mode, damping, curvature, weights, layers.
+
+        Raises:
+            UsageError: there is no such row, or the examples are vectors and tokens are asked for.
+        """
+        asked, metric = self.rows([question]), _metric(options)
+        scorer = Scorer.of(self.index, asked, metric)
+        tokens = tokens and self.index.manifest.tokenizer is not None
+        found = []
+        for row in rows:
+            segments, layers, vocabulary = split_score(scorer, 0, row)
+            example = self.index.example(row)
+            score = sum(part.score for part in segments)
+            explanation = Explanation(row, example.id, example.text, score, segments, layers, vocabulary)
+            found.append(self._with_tokens(explanation, scorer, question, asked) if tokens else explanation)
+        return found
+
+    def _with_tokens(self, explanation: Explanation, scorer: Scorer, question: Question, asked: QueryRows) -> Explanation:
+        """Name the tokens of the vocabulary, and compute shares by token."""
+        from .indexer.shares import token_shares
+
+        (asking,) = self.examples([replace(question, against=None)])
+        example, scale = self.index.example(explanation.row), scorer.scale(0, explanation.row)
+        own = self.encoder.rows([example])
+        asked = asked if question.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
+        ours: dict[str, np.ndarray | KeyedVectors] = {}
+        theirs: dict[str, np.ndarray | KeyedVectors] = {}
+        for p in scorer.parts:
+            name = p.segment.name
+            mine, its = asked[name], own[name]
+            if isinstance(p, DenseQueries):
+                assert isinstance(mine, np.ndarray)
+                ours[name], theirs[name] = (p.weighed(self.index, rows[0].astype(np.float32)) for rows in (mine, its))
+            else:
+                assert isinstance(mine, KeyedVectors)
+                shared = np.intersect1d(mine.keys, its.keys)
+                ours[name], theirs[name] = (p.weighed(self.index, rows.only(shared)) for rows in (mine, its))
+        shares = token_shares(self.encoder, example, ours) * scale
+        beside = None
+        if question.against is None:
+            beside = token_shares(self.encoder, asking, theirs, question=question.row is None) * scale
+        return replace(
+            explanation,
+            vocabulary=tuple(replace(part, name=self._token(part.token)) for part in explanation.vocabulary),
+            recomputed=float(shares.sum()),
+            example=TokenShares(self._tokens(example), tuple(shares.tolist())),
+            question=None if beside is None else TokenShares(self._tokens(asking), tuple(beside.tolist())),
+        )
+
+    def _tokens(self, example: Example) -> tuple[str, ...]:
+        return tuple(self._token(int(id)) for id in example.token_ids)
+
+    def _token(self, id: int | None) -> str:
+        return self._documents.tokenizer.decode([id])  # type: ignore[attr-defined]
 
     def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
         """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""

@@ -77,6 +77,14 @@ class DensePart:
             return gradient
         return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
 
+    def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
+        """The matrix M for which <M, sum_t d_t x_t^T> is the product of the layer's whitened block with a vector."""
+        whitener = self._whiteners[layer.name]
+        found = torch.from_numpy(vector).to(self._device, accumulation_dtype(self._dtype))
+        if whitener is not None:
+            found = found * whitener if whitener.dim() == 1 else whitener @ found
+        return found.reshape(layer.output_rank, layer.input_rank)
+
     @cached_property
     def _whiteners(self) -> dict[str, Tensor | None]:
         whiteners: dict[str, Tensor | None] = {}

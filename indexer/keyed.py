@@ -68,6 +68,11 @@ class KeyedPart:
             )
             self.damping = segment.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
+    def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
+        """The vectors M_v for which sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
+        eigenvalues = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
+        return (vectors.to(self.basis.dtype) * eigenvalues.rsqrt()) @ self.basis.T
+
     def collector(self, batch: Batch) -> "KeyedCollector":
         """What is visited for one batch."""
         return KeyedCollector(self, batch)

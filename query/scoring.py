@@ -103,7 +103,7 @@ class Scorer:
     """Some queries, ready to be compared with an index's rows."""
 
     index: Index
-    parts: "Sequence[_Dense | _Keyed]"
+    parts: "Sequence[DenseQueries | KeyedQueries]"
     norms: Float64[np.ndarray, " queries"]
     mode: Mode
 
@@ -136,7 +136,7 @@ class Scorer:
         sure, guess, variances = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         squared = np.zeros(group.rows) if self.mode == "cosine" else None
         for p in self.parts:
-            if isinstance(p, _Keyed):
+            if isinstance(p, KeyedQueries):
                 p.add(self.index, group, sure, squared)
             else:
                 p.estimate(self.index, group, guess, variances, squared)
@@ -145,10 +145,10 @@ class Scorer:
     def refusal(self) -> str | None:
         """Why rows cannot be estimated from one-bit codes, if they cannot."""
         for p in self.parts:
-            if isinstance(p, _Dense) and self.mode == "cosine" and p.change is not None:
+            if isinstance(p, DenseQueries) and self.mode == "cosine" and p.change is not None:
                 return "lengths under another damping, or of some layers, are known only of rows that are read"
             if (
-                isinstance(p, _Dense)
+                isinstance(p, DenseQueries)
                 and p.segment.dtype != "1bit"
                 and any(self.index.coarse(group, p.segment) is None for group in self.index.groups)
             ):
@@ -160,7 +160,7 @@ class Scorer:
         found = np.zeros(len(rows), np.float32)
         for group, shard, chosen, offsets in self.index.by_shard(rows):
             for p in self.parts:
-                if isinstance(p, _Dense):
+                if isinstance(p, DenseQueries):
                     found[chosen] += p.read(self.index, group, shard, offsets, query)
         return found
 
@@ -168,13 +168,21 @@ class Scorer:
         """Of a query's score with a row: see `standard_errors`."""
         shard, offset = self.index.locate(row)
         variance = sum(p.variance(self.index, shard, offset, query) for p in self.parts)
+        return variance * self.scale(query, row) ** 2
+
+    def scale(self, query: int, row: int) -> float:
+        """What the products of a query's segments with a row's are multiplied with to give its score."""
+        shard, offset = self.index.locate(row)
         if self.mode == "influence":
-            return variance
+            return 1.0
         if self.mode == "per-nat":
-            length = float(self.index.losses(shard)[offset]) ** 2
+            length = float(self.index.losses(shard)[offset])
         else:
-            length = sum(p.weight * p.squared_length(self.index, shard, offset) for p in self.parts) * self.norms[query] ** 2
-        return variance / length if length > 0 else 0.0
+            length = float(np.sqrt(self._squared_length(shard, offset)) * self.norms[query])
+        return 1.0 / length if length > 0 else 0.0
+
+    def _squared_length(self, shard: Shard, offset: int) -> float:
+        return sum(p.weight * p.squared_length(self.index, shard, offset) for p in self.parts)
 
     def _scale(self, group: Group, squared: Float64[np.ndarray, " rows"] | None) -> Float32[np.ndarray, "queries rows"]:
         """What inner products are multiplied with."""
@@ -235,7 +243,7 @@ def _one_bit_variance(coordinates: int, bits: int) -> float:
     return (np.pi / 2 * coordinates / bits - 1) / coordinates
 
 
-def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list["_Dense | _Keyed"]:
+def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list["DenseQueries | KeyedQueries"]:
     """The queries of every segment that counts.
 
     Raises:
@@ -258,15 +266,15 @@ def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list["_Dense |
             raise UsageError(
                 f"no layer of this index matches {', '.join(metric.layers)}; it has {', '.join(layers[:6])}{' ...' * (len(layers) > 6)}"
             )
-    prepared: list[_Dense | _Keyed] = []
+    prepared: list[DenseQueries | KeyedQueries] = []
     for segment in (s for s in index.manifest.segments if weights[s.name]):
         rows = queries[segment.name]
         if isinstance(segment, KeyedSegment):
             assert isinstance(rows, KeyedVectors)
-            prepared.append(_Keyed.make(index, segment, rows, metric, weights[segment.name]))
+            prepared.append(KeyedQueries.make(index, segment, rows, metric, weights[segment.name]))
         else:
             assert isinstance(rows, np.ndarray)
-            prepared.append(_Dense.make(index, segment, rows, metric, weights[segment.name]))
+            prepared.append(DenseQueries.make(index, segment, rows, metric, weights[segment.name]))
     return prepared
 
 
@@ -274,6 +282,19 @@ def _matched(segment: DenseSegment | KeyedSegment, patterns: Sequence[str]) -> B
     """Which of a segment's layers match a pattern, as in `--layers` of a build."""
     names = [segment.layer] if isinstance(segment, KeyedSegment) else [layer.name for layer in segment.layers]
     return np.array([any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in patterns) for n in names])
+
+
+def _damped(
+    index: Index, segment: KeyedSegment, keys: np.ndarray, vectors: np.ndarray, damping: float | None, curvature: bool
+) -> Float64[np.ndarray, "entries width"]:
+    """Vectors of a keyed segment whose product with whitened ones is that under another damping, or without curvature."""
+    vectors = vectors.astype(np.float64)
+    if damping is None and curvature:
+        return vectors
+    vocabulary, inputs = index.keyed_spectrum(segment)
+    eigenvalues, mean = vocabulary[keys][:, None] * inputs, vocabulary.mean() * inputs.mean()
+    vectors = vectors * (eigenvalues + segment.curvature.damping * mean)
+    return vectors if damping is None else vectors / (eigenvalues + damping * mean)
 
 
 def _count(queries: QueryRows) -> int:
@@ -294,7 +315,7 @@ def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, code
 
 
 @dataclass(frozen=True)
-class _Dense:
+class DenseQueries:
     """A dense segment's queries with its weight and the change of damping in them."""
 
     segment: DenseSegment
@@ -303,9 +324,13 @@ class _Dense:
     squared_norms: Float64[np.ndarray, " queries"]
     one_bit_variance: float
     change: Float32[np.ndarray, " stored"] | None
+    factors: Float64[np.ndarray, " dim"]
 
     @classmethod
-    def make(cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric, weight: float) -> "_Dense":
+    def make(
+        cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric, weight: float
+    ) -> "DenseQueries":
+        """A dense segment's queries under a metric, times a weight."""
         change = None
         scaled = rows.astype(np.float64)
         if metric.damping is not None:
@@ -319,6 +344,7 @@ class _Dense:
         if metric.layers and not (matched := _matched(segment, metric.layers)).all():
             change = np.repeat(matched, [layer.size for layer in segment.layers]) * (1.0 if change is None else change)
         reduction = index.reduction(segment)
+        factors = np.full(segment.dim, weight) * (1.0 if change is None else change)
         if change is not None:
             if metric.mode == "cosine" and reduction.mixes:
                 raise UsageError(
@@ -333,7 +359,7 @@ class _Dense:
         variance = 0.0
         if segment.dtype == "1bit":
             variance = _one_bit_variance(max(kept, padded_width(kept, segment.stored)), segment.stored)
-        return cls(segment, weight, reduction.apply(asked), squared, variance, change)
+        return cls(segment, weight, reduction.apply(asked), squared, variance, change, factors)
 
     def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
         """Of a score with one row."""
@@ -341,8 +367,32 @@ class _Dense:
         return self.one_bit_variance * float(asked @ asked) * self.squared_length(index, shard, offset)
 
     def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
-        """A row's squared length."""
-        return float(index.dense(shard, self.segment).norms[offset]) ** 2
+        """A row's squared length under the metric."""
+        rows = index.dense(shard, self.segment)
+        measured = 1.0
+        if self.change is not None:
+            measured = float((rows.values(rows.code(offset)[None])[0] ** 2 * self.change).sum() * rows.factors()[offset] ** 2)
+        return measured * float(rows.norms[offset]) ** 2
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> tuple[float, dict[str, float]]:
+        """The product of one query with one row; and its parts by layer, none where coordinates are mixed."""
+        rows, reduction = index.dense(shard, self.segment), index.reduction(self.segment)
+        length = float(rows.norms[offset]) * float(rows.factors()[offset])
+        products = self.queries[query].astype(np.float64) * rows.values(rows.code(offset)[None])[0] * length
+        if reduction.mixes:
+            return float(products.sum()), {}
+        coordinates = np.arange(self.segment.dim) if reduction.kept is None else reduction.kept
+        owners = np.searchsorted([layer.offset for layer in self.segment.layers], coordinates, side="right") - 1
+        sums = np.bincount(owners, products, len(self.segment.layers))
+        return float(products.sum()), {layer.name: float(s) for layer, s in zip(self.segment.layers, sums, strict=True)}
+
+    def weighed(self, index: Index, row: Float32[np.ndarray, " dim"]) -> Float32[np.ndarray, " dim"]:
+        """A whitened row as its product with a plain one is this segment's score: times weight and change, without what is not stored."""
+        scaled = row.astype(np.float64) * self.factors
+        kept = index.reduction(self.segment).kept
+        if kept is not None:
+            scaled[np.setdiff1d(np.arange(len(scaled)), kept)] = 0.0
+        return scaled.astype(np.float32)
 
     def add(
         self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
@@ -414,11 +464,12 @@ class _Dense:
 
 
 @dataclass(frozen=True)
-class _Keyed:
+class KeyedQueries:
     """A keyed segment's queries: their entries, rotated as the rows were, with its weight and the change of damping in them."""
 
     segment: KeyedSegment
     weight: float
+    damping: tuple[float | None, bool]
     keys: Int64[np.ndarray, " entries"]
     owners: Int64[np.ndarray, " entries"]
     tables: Float32[np.ndarray, "entries bytes 256"]
@@ -426,23 +477,17 @@ class _Keyed:
     squared_norms: Float64[np.ndarray, " queries"]
 
     @classmethod
-    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric, weight: float) -> "_Keyed":
-        vectors = rows.vectors.astype(np.float64)
-        if metric.damping is not None or not metric.curvature:
-            if metric.mode == "cosine":
-                raise UsageError(
-                    "the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping"
-                )
-            vocabulary, inputs = index.keyed_spectrum(segment)
-            eigenvalues, mean = vocabulary[rows.keys][:, None] * inputs, vocabulary.mean() * inputs.mean()
-            vectors = vectors * (eigenvalues + segment.curvature.damping * mean)
-            if metric.damping is not None:
-                vectors = vectors / (eigenvalues + metric.damping * mean)
+    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric, weight: float) -> "KeyedQueries":
+        """A keyed segment's queries under a metric, times a weight."""
+        damping = metric.damping, metric.curvature
+        if damping != (None, True) and metric.mode == "cosine":
+            raise UsageError("the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping")
+        vectors = _damped(index, segment, rows.keys, rows.vectors, *damping)
         owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
         squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
         rotated = rotate((vectors * weight).astype(np.float32), segment.bits, segment.seed)
         squares = np.square(vectors * weight).sum(axis=1)
-        return cls(segment, weight, rows.keys, owners, byte_tables(rotated), squares, squared)
+        return cls(segment, weight, damping, rows.keys, owners, byte_tables(rotated), squares, squared)
 
     def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
         """Of a score with one row: the sum over shared tokens."""
@@ -454,6 +499,20 @@ class _Keyed:
         lengths = rows.factors[part][at].astype(np.float64) * self.segment.bits * np.sqrt(2 / (np.pi * width))
         return float(_one_bit_variance(width, self.segment.bits) * (np.square(lengths) * self.squares[own][asked]).sum())
 
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> dict[int, float]:
+        """The product of one query with one row, by the tokens that they share."""
+        rows = index.keyed(shard, self.segment)
+        part, own = slice(*rows.indptr[offset : offset + 2].tolist()), np.flatnonzero(self.owners == query)
+        shared, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
+        codes = rows.codes[part][at]
+        values = self.tables[own[asked][:, None], np.arange(codes.shape[1]), codes].sum(axis=1, dtype=np.float64)
+        return dict(zip(shared.tolist(), (values * rows.factors[part][at]).tolist(), strict=True))
+
+    def weighed(self, index: Index, row: KeyedVectors) -> KeyedVectors:
+        """A whitened row as its product with a plain one is this segment's score: times weight and change of damping."""
+        vectors = _damped(index, self.segment, row.keys, row.vectors, *self.damping) * self.weight
+        return KeyedVectors(row.indptr, row.keys, vectors.astype(np.float32))
+
     def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
         """A row's squared length."""
         return float(index.keyed(shard, self.segment).norms[offset]) ** 2
@@ -461,7 +520,7 @@ class _Keyed:
     def add(
         self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
-        """See `_Dense`; the products are unbiased estimates."""
+        """See `DenseQueries`; the products are unbiased estimates."""
         index.postings(group, self.segment).add_scores(self.keys, self.owners, self.tables, scores)
         if squared is not None:
             norms = np.concatenate([index.keyed(shard, self.segment).norms for shard in group.shards])

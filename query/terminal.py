@@ -9,12 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .answers import Answer
+from .explain import Explanation, TokenShares
 from .groups import Group
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
 _SHOWN_GROUPS = 10
 _SHOWN_IDS = 5
+_FOR, _AGAINST, _FAINT, _DARK, _BAR = (5, 80, 160), (235, 140, 20), 0.05, 0.5, 24
 
 
 def show(answer: Answer) -> None:
@@ -88,6 +90,56 @@ def _groups(groups: Sequence[Group]) -> Table:
         )
     if len(shown) < len(groups):
         table.caption = f"the {_SHOWN_GROUPS} of highest and of lowest influence, of {len(groups):,}"
+    return table
+
+
+def show_explanation(e: Explanation, shown: int = 12) -> None:
+    """Print an explanation for people: heat maps of both texts, then the strongest parts."""
+    console = Console()
+    console.print(Text(f"\nrow {e.row}  {e.score:.4g}", style="bold") + Text(f"  {_printable(e.id).plain}", style="dim"))
+    for title, shares in (("training example", e.example), ("question", e.question)):
+        if shares is not None:
+            console.print(Text(f"\n{title}", style="bold"))
+            console.print(heat(shares))
+    if e.recomputed is not None:
+        console.print(Text(f"tokens add up to {e.recomputed:.4g}, the score of whole rows; ", style="dim"), _LEGEND)
+    else:
+        console.print(_printable(textwrap.shorten(e.text, _SHOWN_CHARACTERS, placeholder=" …")))
+    named = [(p.name, p.score) for p in e.segments], [(p.name, p.score) for p in e.layers]
+    words = [(f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}", p.score) for p in e.vocabulary]
+    for title, parts in (("segments", named[0]), ("layers", named[1]), ("shared tokens", words)):
+        if parts:
+            console.print(_bars(title, parts[:shown], len(parts)))
+
+
+_LEGEND = Text.assemble(("blue", "white on rgb(5,80,160)"), (" for, ", "dim"), ("orange", "black on rgb(235,140,20)"), (" against", "dim"))
+
+
+def heat(shares: TokenShares) -> Text:
+    """Tokens on a ground of blue where they speak for, of orange where against, the stronger the more they add."""
+    strongest = max((abs(score) for score in shares.scores), default=0.0) or 1.0
+    text = Text()
+    for token, score in zip(shares.tokens, shares.scores, strict=True):
+        strength = (abs(score) / strongest) ** 0.7
+        if strength < _FAINT:
+            text.append(_printable(token))
+            continue
+        full = _FOR if score > 0 else _AGAINST
+        ground = ",".join(str(round(255 + (c - 255) * strength)) for c in full)
+        text.append(_printable(token).plain, style=f"{'white' if score > 0 and strength > _DARK else 'black'} on rgb({ground})")
+    return text
+
+
+def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
+    more = f" (the strongest {len(parts)} of {count:,})" if len(parts) < count else ""
+    table = Table(title=title + more, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("name", overflow="ellipsis", max_width=36, no_wrap=True)
+    table.add_column("score", justify="right")
+    table.add_column("bar")
+    strongest = max(abs(score) for _, score in parts) or 1.0
+    for name, score in parts:
+        bar = Text("█" * max(1, round(_BAR * abs(score) / strongest)), style="blue" if score > 0 else "dark_orange")
+        table.add_row(_printable(name), f"{score:.4g}", bar)
     return table
 
 

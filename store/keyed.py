@@ -55,6 +55,11 @@ class KeyedVectors:
         whole = None if self.whole is None else self.whole[first:last]
         return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
 
+    def only(self, keys: Int64[np.ndarray, " some"]) -> "KeyedVectors":
+        """Of a single row, the entries of some tokens."""
+        at = np.flatnonzero(np.isin(self.keys, keys))
+        return KeyedVectors(np.array([0, len(at)]), self.keys[at], self.vectors[at])
+
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "KeyedVectors":
         """Linear combinations of the rows."""
         made = []

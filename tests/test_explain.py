@@ -1,0 +1,183 @@
+"""Explanations: parts add up to scores, and are what leaving the part out takes away."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import random_texts
+from whence import BuildConfig, Client, Question, build
+from whence.cli import main
+from whence.indexer.shares import token_shares
+from whence.query.scoring import Metric, all_scores
+from whence.store.errors import UsageError
+
+QUESTIONS = {
+    "text": Question(text=random_texts(1, seed=9, shortest=9)[0]),
+    "completion": Question(prompt="w1 w2 w3", completion=" w4 w5"),
+    "span": Question(text="w1 w2 w3 w4", span="w3"),
+    "against": Question(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
+    "row": Question(row=11),
+}
+METRICS = {
+    "plain": {},
+    "cosine": {"mode": "cosine"},
+    "per-nat": {"mode": "per-nat"},
+    "damped": {"damping": 3.0},
+    "uncurved": {"curvature": False},
+    "weights": {"weights": {"head": 0.3}},
+    "layers": {"layers": ("h.0.*", "lm_head")},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, model_dir, corpus_file):
+    """All segments, uncoded blocks; a dense segment alone; one of which only some coordinates are kept; and one bit a coordinate."""
+    made = {}
+    for name, options in {
+        "all": {"segments": ("head", "embeddings", "blocks"), "head_others": 3},
+        "blocks": {"segments": ("blocks",)},
+        "kept": {"segments": ("blocks",), "coordinates": 40, "curvature": "ekfac"},
+        "budget": {"bytes_per_example": 600},
+    }.items():
+        made[name] = tmp_path_factory.mktemp("explain") / name
+        rank = {} if name == "budget" else {"rank": 4}
+        build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(made[name]), shard_rows=50, **rank, **options))
+    return made
+
+
+def score(client, question, row, options):
+    metric = Metric(**{k: v for k, v in options.items() if k in ("mode", "damping", "curvature", "weights", "layers")})
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows([question]), metric)], axis=1)[0, row]
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [(name, metric) for name in ("all", "blocks", "kept", "budget") for metric in METRICS if metric != "weights" or name == "all"],
+)
+def test_parts_add_up_to_the_score(paths, name, metric):
+    options = METRICS[metric]
+    client = Client(paths[name])
+    segments = client.index.manifest.segments
+    for question in QUESTIONS.values():
+        try:
+            expected = [score(client, question, row, options) for row in (3, 70)]
+        except UsageError:  # cosines under another damping, of rows that cannot give them
+            with pytest.raises(UsageError):
+                client.explain([3], question, **options)
+            continue
+        found = client.explain([3, 70], question, tokens=False, **options)
+        for e, own in zip(found, expected, strict=True):
+            assert e.score == pytest.approx(own, rel=1e-4, abs=1e-6)
+            assert sum(p.score for p in e.segments) == pytest.approx(e.score, rel=1e-6)
+            dense = {s.name for s in segments if s.kind == "dense" and not client.index.reduction(s).mixes}
+            for segment in e.segments:
+                layers = [p.score for p in e.layers if p.segment == segment.name]
+                assert bool(layers) == (segment.name in dense or segment.name in ("head", "embeddings"))
+                if layers:
+                    assert sum(layers) == pytest.approx(segment.score, rel=1e-5, abs=1e-7)
+                shared = [p.score for p in e.vocabulary if p.segment == segment.name]
+                if segment.name in ("head", "embeddings"):
+                    assert sum(shared) == pytest.approx(segment.score, rel=1e-5, abs=1e-7)
+            assert [abs(p.score) for p in e.layers] == sorted((abs(p.score) for p in e.layers), reverse=True)
+            assert (e.recomputed, e.example, e.question) == (None, None, None)
+
+
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "weights"])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_token_shares_of_uncoded_rows_add_up_to_the_stored_score(paths, metric, kind):
+    for name in ("blocks", "kept"):
+        client = Client(paths[name])
+        options = METRICS[metric] | ({"layers": ("h.0.*",)} if metric == "layers" else {})
+        for e in client.explain([3, 70], QUESTIONS[kind], **options):
+            strongest = max(map(abs, e.example.scores))  # of a difference of completions, whose parts cancel
+            assert e.recomputed == pytest.approx(e.score, rel=1e-4, abs=1e-4 * strongest if kind == "against" else 0)
+            assert sum(e.example.scores) == pytest.approx(e.recomputed, rel=1e-6)
+            assert (e.question is None) == (kind == "against")
+            if e.question:
+                assert sum(e.question.scores) == pytest.approx(e.score, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["all", "budget"])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, name, kind):
+    client = Client(paths[name])
+    question = QUESTIONS[kind]
+    (asking,) = client.examples([question if kind != "against" else Question(prompt="w1 w2 w3", completion=" w4")])
+    asked = client.encoder.rows([asking]) if kind == "row" else client.rows([question])
+    for e in client.explain([3, 70], question):
+        own, total = client.encoder.rows([client.index.example(e.row)]), 0.0
+        for segment in client.index.manifest.segments:
+            a, b = asked[segment.name], own[segment.name]
+            if segment.kind == "dense":
+                kept = client.index.reduction(segment).kept
+                total += segment.weight * float((a[0] * b[0])[slice(None) if kept is None else kept].sum())
+            else:
+                products = a.vectors.astype(float) @ b.vectors.T.astype(float)
+                total += segment.weight * products[a.keys[:, None] == b.keys[None]].sum()
+        assert e.recomputed == pytest.approx(total, rel=1e-4)
+        assert sum(e.example.scores) == pytest.approx(total, rel=1e-4)
+        if e.question:
+            assert sum(e.question.scores) == pytest.approx(total, rel=1e-4)
+            assert len(e.question.tokens) == len(e.question.scores) == len(asking.token_ids)
+        assert len(e.example.tokens) == len(e.example.scores) == len(client.index.example(e.row).token_ids)
+
+
+def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
+    """Held against plain autograd: the head's gradient of single positions' losses."""
+    client = Client(paths["blocks"])
+    encoder, example = client.encoder, client.index.example(5)
+    vector = client.rows([QUESTIONS["text"]])["blocks"][0]
+    (shares,) = (token_shares(encoder, example, {"blocks": vector}),)
+    segment = client.index.manifest.segments[0]
+    model, part = encoder.model, encoder.parts["blocks"]
+    batch = encoder.task.collate([example], torch.device("cpu"))
+    seen = {}
+    modules = dict(model.named_modules())
+    handles = []
+    for layer in segment.layers:
+
+        def keep(module, args, output, name=layer.name):
+            output = output.requires_grad_(True) if not output.requires_grad else output
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output)
+            return output
+
+        handles.append(modules[layer.name].register_forward_hook(keep))
+    encoder.task.loss(model, batch).sum().backward()
+    for handle in handles:
+        handle.remove()
+    expected = np.zeros(len(example.token_ids))
+    for t in range(batch.inputs.shape[1]):
+        row = np.zeros(segment.dim)
+        for layer in segment.layers:
+            x, output = seen[layer.name]
+            inward, outward = part.maps[layer.name]
+            d = output.grad[0, t] if outward is None else outward @ output.grad[0, t]
+            x = x[0, t] if inward is None else inward @ x[0, t]
+            row[layer.offset : layer.offset + layer.size] = part._whiten(layer, torch.outer(d, x).flatten()[None])[0]
+        expected[t] = row @ vector
+    np.testing.assert_allclose(shares, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert np.count_nonzero(np.abs(shares) > 1e-3 * np.abs(shares).max()) > 3
+
+
+def test_explain_on_the_command_line(paths):
+    def run(*arguments):
+        done = CliRunner().invoke(main, ["explain", str(paths["all"]), *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    shown = run("--prompt", "w1 w2", "--completion", " w3")
+    for part in ("training example", "question", "segments", "layers", "tokens add up to"):
+        assert part in shown
+    lines = [json.loads(line) for line in run("--text", "w1 w2 w3", "--row", "5", "--row", "6", "--json").splitlines()]
+    assert [e["row"] for e in lines] == [5, 6]
+    assert lines[0]["example"]["tokens"][0].startswith("w")
+    plain = json.loads(run("--question-row", "7", "--row", "5", "--no-tokens", "--json"))
+    assert plain["example"] is None
+    assert plain["vocabulary"] == [] or plain["vocabulary"][0]["name"].isdigit()
+    wrong = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--row", "999"])
+    assert (wrong.exit_code, "row 999 is not in the index" in wrong.output) == (2, True)
+    both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--question-row", "9"])
+    assert both.exit_code == 2
