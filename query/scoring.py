@@ -157,12 +157,8 @@ class Scorer:
 
     def read(self, query: int, rows: Int64[np.ndarray, " chosen"]) -> Float32[np.ndarray, " chosen"]:
         """Dense segments' exact part of a query's scores with some rows, in the place of their guesses."""
-        found = np.zeros(len(rows), np.float32)
-        for group, shard, chosen, offsets in self.index.by_shard(rows):
-            for p in self.parts:
-                if isinstance(p, DenseQueries):
-                    found[chosen] += p.read(self.index, group, shard, offsets, query)
-        return found
+        found = [p.read(self.index, rows, query) for p in self.parts if isinstance(p, DenseQueries)]
+        return np.stack(found).sum(axis=0, dtype=np.float32)
 
     def variance(self, query: int, row: int) -> float:
         """Of a query's score with a row: see `standard_errors`."""
@@ -449,18 +445,24 @@ class DenseQueries:
             return Rounded.of(self.queries)
         return Rounded.of(rotate(self.queries, coarse_bits(self.segment.stored), self.segment.projection.seed))
 
-    def read(
-        self, index: Index, group: Group, shard: Shard, offsets: Int64[np.ndarray, " chosen"], query: int
-    ) -> Float32[np.ndarray, " chosen"]:
-        """Weighted inner products of one query with some rows of a shard."""
-        rows = index.dense(shard, self.segment)
-        if rows.one_bit:
-            codes = np.stack([rows.code(offset) for offset in offsets.tolist()])
-        else:
-            coarse = index.coarse(group, self.segment)
-            assert coarse is not None
-            codes = rows.take(offsets, coarse.checks[offsets + shard.first - group.first])
-        return _products(self.queries[query : query + 1], rows, codes)[0] * (rows.norms[offsets] * rows.factors()[offsets])
+    def read(self, index: Index, rows: Int64[np.ndarray, " chosen"], query: int) -> Float32[np.ndarray, " chosen"]:
+        """Weighted inner products of one query with some rows."""
+        lengths, codes = np.empty(len(rows), np.float32), [b""] * len(rows)
+        for group, shard, chosen, offsets in index.by_shard(rows):
+            own = index.dense(shard, self.segment)
+            lengths[chosen] = own.norms[offsets] * (1.0 if own.scales is None else own.scales[offsets])
+            if own.one_bit:
+                found = [own.code(offset).tobytes() for offset in offsets.tolist()]
+            else:
+                coarse = index.coarse(group, self.segment)
+                assert coarse is not None
+                found = own.take(offsets, coarse.checks[offsets + shard.first - group.first])
+            for at, code in zip(chosen.tolist(), found, strict=True):
+                codes[at] = code
+        if not len(rows):
+            return lengths
+        taken = np.frombuffer(b"".join(codes), own.dtype).reshape(len(rows), own.dim)
+        return _products(self.queries[query : query + 1], own, taken)[0] * lengths
 
 
 @dataclass(frozen=True)

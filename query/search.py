@@ -25,7 +25,7 @@ from ..store.manifest import DenseSegment
 from .scoring import Metric, QueryRows, Scorer, by_group
 
 _EXACT_PASS, _COARSE_PASS = 64, 8
-_READ_AT_ONCE = 256
+_READ_FIRST = 256
 _MOST_READ = 16  # one row in so many, at most; more are scanned faster
 _MOST_READ_OF_FEW = 1024
 
@@ -162,6 +162,30 @@ class _Side:
         return float(self.sign * self.found[1][-1]) if len(self.found[0]) == self.k else 0.0
 
 
+@dataclass
+class _Queue:
+    """The rows of a side that wait, highest upper bound first."""
+
+    rows: Int64[np.ndarray, " waiting"]
+    bounds: Float32[np.ndarray, " waiting"]
+    sure: Float32[np.ndarray, " waiting"]
+    scale: Float32[np.ndarray, " waiting"]
+    at: int = 0
+
+    @classmethod
+    def of(cls, side: _Side) -> "_Queue":
+        rows, bounds, sure, scale = (np.concatenate(parts) for parts in zip(*side.waiting, strict=True))
+        order = np.flatnonzero(bounds >= side.threshold)
+        order = order[np.lexsort((rows[order], -bounds[order]))]
+        return cls(rows[order], bounds[order], sure[order], scale[order])
+
+    def next(self, size: int, threshold: float) -> Int64[np.ndarray, " next"]:
+        """At most so many further rows, of those whose bounds reach the threshold."""
+        first, last = self.at, min(self.at + size, int(np.searchsorted(-self.bounds, -threshold, side="right")))
+        self.at = max(first, last)
+        return np.arange(first, self.at)
+
+
 def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
     """`_merge` of rows that come in any order: an equal score of a lower row goes first."""
     rows, scores = np.concatenate([known[0], rows]), np.concatenate([known[1], scores])
@@ -208,17 +232,19 @@ def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], 
         thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
     most = max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
     for q, both in enumerate(sides):
-        for side in both:
-            rows, bounds, sure, scale = (np.concatenate(parts) for parts in zip(*side.waiting, strict=True))
-            order = np.flatnonzero(bounds >= side.threshold)
-            order = order[np.lexsort((rows[order], -bounds[order]))]
-            for at in range(0, len(order), _READ_AT_ONCE):
-                now = order[at : at + _READ_AT_ONCE]
-                now = np.sort(now[bounds[now] >= side.threshold])
-                if not len(now):
-                    break
-                read[q] += len(now)
-                if read[q] > most:
-                    return None
-                side.found = _merge_all(side.found, rows[now], (sure[now] + scorer.read(q, rows[now])) * scale[now], k, side.sign)
+        queues = [_Queue.of(side) for side in both]
+        size = _READ_FIRST
+        while True:
+            parts = [queue.next(size, side.threshold) for queue, side in zip(queues, both, strict=True)]
+            if not any(map(len, parts)):
+                break
+            rows = np.concatenate([queue.rows[part] for queue, part in zip(queues, parts, strict=True)])
+            read[q] += len(rows)
+            if read[q] > most:
+                return None
+            products = np.split(scorer.read(q, rows), [len(parts[0])])
+            for side, queue, part, own in zip(both, queues, parts, products, strict=True):
+                scores = (queue.sure[part] + own) * queue.scale[part]
+                side.found = _merge_all(side.found, queue.rows[part], scores, k, side.sign)
+            size *= 4
     return [(best.found, worst.found, count) for (best, worst), count in zip(sides, read, strict=True)]

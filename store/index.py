@@ -47,7 +47,7 @@ class Group:
     first: int
     rows: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A name that depends on the shards alone."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, "".join(shard.id for shard in self.shards)))
@@ -163,11 +163,15 @@ class Index:
     ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " own"], Int64[np.ndarray, " own"]]]:
         """The shards that hold some rows: the group and the shard, which of the rows it holds, and where in it each lies."""
         shards = np.searchsorted(self._firsts, rows, side="right") - 1
-        groups = [group for group in self.groups for _ in group.shards]
-        for number in np.unique(shards).tolist():
-            chosen = np.flatnonzero(shards == number)
+        order = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        for number, chosen in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True):
             shard = self.manifest.shards[number]
-            yield groups[number], shard, chosen, rows[chosen] - shard.first
+            yield self._groups_of_shards[number], shard, chosen, rows[chosen] - shard.first
+
+    @cached_property
+    def _groups_of_shards(self) -> list[Group]:
+        return [group for group in self.groups for _ in group.shards]
 
     def _beside(self, group: Group, segment: DenseSegment | KeyedSegment) -> Path:
         return self.path / "search" / f"{group.id}.zarr" / segment.name

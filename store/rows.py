@@ -254,7 +254,7 @@ class DenseRows:
             return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
         return values * (self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1)))
 
-    def take(self, offsets: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"]) -> np.ndarray:
+    def take(self, offsets: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"]) -> list[bytes]:
         """The codes of some rows, read one by one from the file and not from its map, so that they take no memory when they are done with.
 
         Args:
@@ -263,15 +263,17 @@ class DenseRows:
         Raises:
             IntegrityError: a row is not the one that was written.
         """
-        codes = np.empty((len(offsets), self.dim), self.dtype)
         chunks, within = np.divmod(offsets, self.chunk_rows)
-        with storage_errors(self._codes_path), self._codes_path.open("rb", buffering=0) as file:
-            starts = (chunks * self._stride + within * self.dim * self.dtype.itemsize).tolist()
-            for row, start, check in zip(codes, starts, checks.tolist(), strict=True):
-                os.preadv(file.fileno(), [row.data], start)
-                if google_crc32c.value(row.tobytes()) != check:
-                    raise IntegrityError(f"{self._codes_path}: a row fails its checksum; restore the file or build the index again")
-        return codes
+        size = self.dim * self.dtype.itemsize
+        with storage_errors(self._codes_path):
+            file = os.open(self._codes_path, os.O_RDONLY)
+            try:
+                found = [os.pread(file, size, start) for start in (chunks * self._stride + within * size).tolist()]
+            finally:
+                os.close(file)
+        if [google_crc32c.value(row) for row in found] != checks.tolist():
+            raise IntegrityError(f"{self._codes_path}: a row fails its checksum; restore the file or build the index again")
+        return found
 
     def values(self, codes: np.ndarray) -> Float32[np.ndarray, "rows coordinates"]:
         """Stored codes as numbers to multiply with; float32 ones are not copied."""
