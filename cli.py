@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .client import Client
     from .evaluation.checks import Report
     from .query.answers import Question
+    from .remote import RemoteClient
     from .store.corpus import Fields
 
 
@@ -426,6 +427,38 @@ _where_model_lies = _together(
     click.option("--task", help="Of an index that was built with a task of your own: its module:Class again."),
 )
 
+_local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
+
+
+@main.command()
+@click.argument("indexes", nargs=-1, required=True, metavar="INDEX...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than loopback need a token.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--token-file", help="File with a token that every request must bear.")
+@click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Questions answered in one pass, at most.")
+@_where_model_lies
+def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None, batch: int, **model: Any) -> None:
+    """Answer questions over HTTP, and in a browser: models and indexes are loaded once.
+
+    \b
+      whence serve my.whence                       then open http://127.0.0.1:8787
+      whence serve base=a.whence sft=b.whence --port 9000
+      whence serve my.whence --host 0.0.0.0 --token-file token.txt
+
+    While it runs, whence query asks it and starts at once. An index that changes is picked up without a restart. The interface is described
+    at /docs.
+    """
+    _quiet_libraries()
+    from .client import Client
+    from .server.run import named, read_token
+    from .server.run import serve as run
+
+    token = read_token(token_file)
+    clients = {name: Client(path, **model) for name, path in named(list(indexes)).items()}
+    for client in clients.values():
+        client.prepare()
+    run(clients, host, port, token, batch)
+
 
 @main.command()
 @click.argument("index")
@@ -440,6 +473,7 @@ _where_model_lies = _together(
 @click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
 @_score_options
 @_where_model_lies
+@_local_option
 @_json_option
 def query(index: str, file: str | None, weights: str | None, as_json: bool, **options: Any) -> None:
     """Ask which training examples made the model say this.
@@ -454,18 +488,23 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
     A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
     and text columns' .startswith("..."), .endswith and .contains.
 
+    A running server (whence serve) that has the index is asked, unless --local is given; the answer is the same. Another machine's is
+    named by WHENCE_URL, and its token by WHENCE_TOKEN.
+
     With --recall 0.99, one-bit codes say which dense rows must be read, and with probability 0.99 none of the best is missing; where too
     many would have to be read, or there are no codes (whence reindex), all are, and the answer says so.
     """
-    from .query.terminal import show
+    from .query.answers import to_json
 
     questions = _questions(file, options)
     client = _client(index, options, questions)
     answers = client.query_many(questions, weights=_weights(weights), **options)
     for answer in answers:
         if as_json:
-            click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, default=str))
+            click.echo(to_json(answer.to_dict()))
         else:
+            from .query.terminal import show
+
             show(answer)
 
 
@@ -481,6 +520,7 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 @click.option("--tokens/--no-tokens", default=True, show_default=True, help="Shares by token; they need the model.")
 @_score_options
 @_where_model_lies
+@_local_option
 @_json_option
 def explain(
     index: str, rows: tuple[int, ...], question_row: int | None, weights: str | None, tokens: bool, as_json: bool, **options: Any
@@ -494,20 +534,21 @@ def explain(
 
     Segments, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
     """
-    from .query.answers import Question
-    from .query.terminal import show_explanation
+    from .query.answers import Question, to_json
 
     question = Question(row=question_row, **{name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")})
     how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
-    if tokens:
+    if tokens and (options["local"] or "transformers" in sys.modules):
         _quiet_libraries()
     client = _client(index, options, [question])
     if not rows:
-        rows = tuple(a.row for a in client.query_many([question], k=min(3, len(client.index)), **how)[0].proponents)
+        rows = tuple(a.row for a in client.query_many([question], **how)[0].proponents[:3])
     for explanation in client.explain(rows, question, tokens=tokens, **how):
         if as_json:
-            click.echo(json.dumps(explanation.to_dict(), ensure_ascii=False))
+            click.echo(to_json(explanation.to_dict()))
         else:
+            from .query.terminal import show_explanation
+
             show_explanation(explanation)
 
 
@@ -531,7 +572,7 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
     from .ray_jobs.progress import Console
 
     questions = list(_read_questions(file))
-    client = _client(index, options, questions)
+    client = _local_client(index, options, questions)
     with Console() as reporter:
         shape = write_scores(
             client.index, lambda part: client.scores(part, weights=_weights(weights), **options), questions, Path(out), reporter
@@ -539,8 +580,21 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
     click.echo(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
 
 
-def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client":
-    """A client, from the options that say where the model lies, which are taken out."""
+def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client | RemoteClient":
+    """A client, from the options that say where the model lies, which are taken out: of a running server where these say nothing."""
+    model = {name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
+    local = options.pop("local", True)
+    if not local and model == {"model": (), "device": "auto", "trust_remote_code": False, "task": None}:
+        from .remote import find_server
+
+        server = find_server(index)
+        if server is not None:
+            return server
+    return _local_client(index, model, questions)
+
+
+def _local_client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client":
+    """A client of an index, from the options that say where the model lies, which are taken out."""
     from .client import Client
 
     if any(q.row is None for q in questions):

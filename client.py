@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float32
 
-from .query.answers import Answer, Question, make_answers
+from .query.answers import Answer, Explanation, Question, TokenShares
+from .query.assemble import make_answers
 from .query.controls import Scores, Words, compare, cosines, row_norms
-from .query.explain import Explanation, TokenShares, split_score
+from .query.explain import split_score
 from .query.groups import group_scores
 from .query.scoring import DenseQueries, Metric, Mode, QueryRows, Scorer, all_scores, combine, standard_errors
 from .query.search import search
@@ -24,7 +25,7 @@ from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
 from .store.index import Index
 from .store.keyed import KeyedVectors, concatenate
-from .store.manifest import KeyedSegment
+from .store.manifest import KeyedSegment, latest_manifest
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -95,9 +96,19 @@ class Client:
         >>> answer = Client("my.whence").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
         >>> answer.proponents[0].text  # doctest: +SKIP
 
+    `Client("http://127.0.0.1:8787")` asks a running server instead (see remote.py) and answers the same.
+
     Raises:
         NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first question in words) its model, is not what it must be.
     """
+
+    def __new__(cls, index: str | Path, **how: Any) -> Any:
+        """A client of an index, or of a server."""
+        if isinstance(index, str) and index.startswith(("http://", "https://")):
+            from .remote import RemoteClient
+
+            return RemoteClient(index, **how)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -142,10 +153,12 @@ class Client:
 
     def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
         """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
+        _metric(options)  # an error before the model is asked
+        return self.answer(questions, self.rows(questions), **options) if questions else []
+
+    def answer(self, questions: Sequence[Question], rows: QueryRows, **options: Unpack[Options]) -> list[Answer]:
+        """The same for questions whose rows are at hand (see `rows`)."""
         metric, k = _metric(options), options.get("k")
-        if not questions:
-            return []
-        rows: QueryRows = self.rows(questions)
         asked = [question.to_dict() for question in questions]
         if options.get("mean"):
             weights = np.array([[1.0 if q.weight is None else q.weight for q in questions]])
@@ -188,6 +201,47 @@ class Client:
             options: those that concern scores: mode, damping, curvature, weights, layers.
         """
         return all_scores(self.index, self.rows(questions), _metric(options))
+
+    def prepare(self) -> None:
+        """Load the models now, and not at the first question."""
+        if self.index.manifest.tokenizer is not None:
+            self._documents  # noqa: B018
+        self.encoder  # noqa: B018
+
+    def refreshed(self) -> "Client":
+        """A client of the index's newest state, which keeps the models where the encoder is still the same; itself if nothing changed."""
+        latest = latest_manifest(self.index.path)
+        if latest is None or int(latest.stem) == self.index.manifest.number:
+            return self
+        newer = Client(
+            self.index.path, model=self._models, device=self._device, trust_remote_code=self._trust_remote_code, task=self._task_name
+        )
+        known = self.index.manifest
+        if "encoder" in self.__dict__ and (newer.index.manifest.encoder, newer.index.manifest.models) == (known.encoder, known.models):
+            newer.__dict__["encoder"] = self.encoder
+        return newer
+
+    def complete(self, prompt: str, tokens: int = 16) -> str:
+        """What the (last) model says after a prompt, greedily.
+
+        Raises:
+            UsageError: the model does not generate, or the prompt is empty or too long.
+        """
+        import torch
+
+        from .indexer.examples import TextEncoder
+
+        model: Any = self.encoder.model
+        if not isinstance(self._documents, TextEncoder) or not hasattr(model, "generate"):
+            raise UsageError(f"the model of {self.index.path} does not write text; give a completion")
+        ids = self._documents.tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+        room = (self._context or ids.shape[1] + tokens) - ids.shape[1]
+        if ids.shape[1] == 0 or room < 1:
+            raise UsageError("the prompt is empty, or leaves no room in the model's context; give another")
+        with torch.no_grad():
+            mask, pad = torch.ones_like(ids), self._documents.tokenizer.eos_token_id
+            made = model.generate(ids, attention_mask=mask, max_new_tokens=min(tokens, room), do_sample=False, pad_token_id=pad)
+        return self._documents.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
     def rows(self, questions: Sequence[Question]) -> QueryRows:
         """The questions' whitened rows, by segment; of a question with `against`, the difference of two."""

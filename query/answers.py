@@ -1,17 +1,15 @@
-"""Answers: frozen records of what was asked, what was found and how far it can be trusted."""
+"""Questions, answers and explanations: frozen records of what was asked, what was found, why, and how far it can be trusted.
 
-from collections.abc import Mapping, Sequence
+Nothing heavy is imported here, so that a command that asks a server starts at once.
+"""
+
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..store.errors import UsageError
-from ..store.index import Index
-from .controls import Control
-from .groups import Group
-from .scoring import Metric
-from .search import Hits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +42,7 @@ class Question:
             raise UsageError("another completion to hold against needs a completion; give both")
         if self.span is not None and (self.row is not None or self.against is not None):
             raise UsageError("a span is a part of one completion or text; give it without a row and without another completion")
-        if self.weight is not None and not np.isfinite(self.weight):
+        if self.weight is not None and not math.isfinite(self.weight):
             raise UsageError(f"a question's weight is {self.weight}; it must be a number")
         try:
             f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
@@ -56,6 +54,22 @@ class Question:
         asked = {"prompt": self.prompt, "completion": self.completion} if self.completion is not None else {}
         more = {"text": self.text, "row": self.row, "against": self.against, "span": self.span, "weight": self.weight}
         return {k: v for k, v in {"id": self.id, **asked, **more}.items() if v is not None}
+
+
+def to_json(value: Any) -> str:
+    """JSON as every part of Whence prints it: dates and the like as text, numbers that are not finite as null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,51 @@ class SearchReport:
 
 
 @dataclass(frozen=True)
+class Group:
+    """One group's part in the answer to one question.
+
+    Attributes:
+        value: of the column; None where examples lack it.
+        rows: its examples. `positive`, `negative`: how many of them score above and below 0.
+        total: sum of its scores; `low` and `high` hold 95 % of its bootstrap draws.
+        positive_share, negative_share: its part of all positive, and of all negative influence.
+    """
+
+    value: Any
+    rows: int
+    positive: int
+    negative: int
+    total: float
+    low: float
+    high: float
+    positive_share: float
+    negative_share: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a control says of one question.
+
+    Attributes:
+        name: "bm25", "hidden" or "norm".
+        rows, ids, scores: of its own best k, best first.
+        correlation: Spearman's rank correlation with the answer's scores, over all rows that were searched; None where either is constant.
+        shared: how many of the answer's proponents are among its best k.
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    ids: tuple[str, ...]
+    scores: tuple[float, ...]
+    correlation: float | None
+    shared: int
+
+
+def _control(record: Mapping[str, Any]) -> Control:
+    return Control(**{**record, **{name: tuple(record[name]) for name in ("rows", "ids", "scores")}})
+
+
+@dataclass(frozen=True)
 class Answer:
     """Proponents (positive, highest first) and opponents (negative, lowest first) of one question."""
 
@@ -128,6 +187,19 @@ class Answer:
             "index": dict(self.index),
         }
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Answer":
+        """An answer from what `to_dict` made of it."""
+        return cls(
+            query=record["query"],
+            proponents=tuple(Attribution(**a) for a in record["proponents"]),
+            opponents=tuple(Attribution(**a) for a in record["opponents"]),
+            search=SearchReport(**record["search"]),
+            index=record["index"],
+            groups=tuple(Group(**g) for g in record["groups"]) if "groups" in record else None,
+            controls=tuple(map(_control, record["controls"])) if "controls" in record else None,
+        )
+
     def to_pandas(self) -> "pd.DataFrame":
         """Proponents, then opponents, one a line, with a column `kind`.
 
@@ -143,75 +215,63 @@ class Answer:
         return pd.DataFrame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns=columns)
 
 
-def make_answers(
-    index: Index,
-    asked: Sequence[Mapping[str, Any]],
-    hits: Sequence[Hits],
-    metric: Metric,
-    *,
-    opponents: bool = True,
-    where: str | None = None,
-    searched: int | None = None,
-    groups: Sequence[Sequence[Group]] | None = None,
-    controls: Sequence[tuple[Control, ...]] | None = None,
-    errors: Sequence[tuple[np.ndarray, np.ndarray] | None],
-) -> list[Answer]:
-    """Put ids, texts and metadata to the rows that a search found.
+@dataclass(frozen=True)
+class Part:
+    """A part of a score.
 
-    Args:
-        asked: what each question was.
-        where, searched: the filter, and how many rows it left.
-        groups, controls: of each question.
-        errors: of each question the standard errors of its proponents' and its opponents' scores, where they are known.
+    Attributes:
+        name: of a segment, a layer, or (as text, where a tokenizer is at hand) a token.
+        score: what it adds; parts of one kind add up to the score of what they split.
+        segment: which segment a layer or token belongs to.
+        token: a token's id.
     """
-    about = describe_index(index)
-    estimates = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
-    built = {s.name: s.curvature.damping for s in index.manifest.segments}
-    dampings = metric.damping or (built if len(set(built.values())) > 1 else next(iter(built.values())))
-    settings: dict[str, Any] = {"mode": metric.mode, **({"damping": dampings} if metric.curvature else {"curvature": False})}
-    settings |= {"weights": dict(metric.weights)} if metric.weights else {}
-    settings |= {"layers": list(metric.layers)} if metric.layers else {}
-    settings |= {"where": where} if where is not None else {}
-    answers = []
-    for number, (question, hit, known) in enumerate(zip(asked, hits, errors, strict=True)):
-        answers.append(
-            Answer(
-                query={**question, **settings},
-                proponents=_attributions(index, hit.proponents, hit.proponent_scores, known and known[0]),
-                opponents=_attributions(index, hit.opponents, hit.opponent_scores, known and known[1]) if opponents else (),
-                search=SearchReport(
-                    method="exact" if hit.recall == 1 else "coarse to fine",
-                    rows=len(index) if searched is None else searched,
-                    candidates=hit.candidates,
-                    recall=hit.recall,
-                    estimates=estimates,
-                    note=hit.note,
-                    seconds=hit.seconds,
-                ),
-                index=about,
-                groups=tuple(groups[number]) if groups is not None else None,
-                controls=controls[number] if controls is not None else None,
-            )
-        )
-    return answers
+
+    name: str
+    score: float
+    segment: str | None = None
+    token: int | None = None
 
 
-def describe_index(index: Index) -> dict[str, Any]:
-    """What an answer says of the index that it came from."""
-    m = index.manifest
-    return {
-        "path": str(index.path),
-        "manifest": m.number,
-        "models": [model.id for model in m.models],
-        "rows": m.rows,
-        "segments": [s.name for s in m.segments],
-    }
+@dataclass(frozen=True)
+class TokenShares:
+    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of whole rows, not of codes."""
+
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
 
 
-def _attributions(index: Index, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray | None) -> tuple[Attribution, ...]:
-    found = []
-    known = [None] * len(rows) if errors is None else errors.tolist()
-    for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), known, strict=True), 1):
-        e = index.example(row)
-        found.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata, error))
-    return tuple(found)
+@dataclass(frozen=True)
+class Explanation:
+    """The score of one training example, taken apart.
+
+    Attributes:
+        row, id, text, score: which example, and its score, as a query gives it.
+        segments, layers, vocabulary: see above; each strongest first.
+        recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
+        example, question: shares of the training example's tokens, and of the question's; each adds up to `recomputed`.
+    """
+
+    row: int
+    id: str
+    text: str
+    score: float
+    segments: tuple[Part, ...]
+    layers: tuple[Part, ...]
+    vocabulary: tuple[Part, ...]
+    recomputed: float | None = None
+    example: TokenShares | None = None
+    question: TokenShares | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, keys as in `whence explain --json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Explanation":
+        """An explanation from what `to_dict` made of it."""
+        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("segments", "layers", "vocabulary")}
+        shares = {
+            name: None if record[name] is None else TokenShares(tuple(record[name]["tokens"]), tuple(record[name]["scores"]))
+            for name in ("example", "question")
+        }
+        return cls(**{**record, **parts, **shares})

@@ -9,7 +9,6 @@ Where a control finds the same rows, influence has told nothing that it does not
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,10 @@ from jaxtyping import Bool, Float, Float32
 
 from ..store.errors import UsageError
 from ..store.index import Index
+from .answers import Control
 from .scoring import Metric, QueryRows, all_scores
 
 Scores = Float[np.ndarray, "examples queries"]
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a control says of one question.
-
-    Attributes:
-        name: "bm25", "hidden" or "norm".
-        rows, ids, scores: of its own best k, best first.
-        correlation: Spearman's rank correlation with the answer's scores, over all rows that were searched; None where either is constant.
-        shared: how many of the answer's proponents are among its best k.
-    """
-
-    name: str
-    rows: tuple[int, ...]
-    ids: tuple[str, ...]
-    scores: tuple[float, ...]
-    correlation: float | None
-    shared: int
 
 
 class Words:

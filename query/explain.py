@@ -5,62 +5,9 @@ told apart where coordinates were mixed (folded, or rotated for one bit each).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
+from .answers import Part
 from .scoring import DenseQueries, Scorer
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a score.
-
-    Attributes:
-        name: of a segment, a layer, or (as text, where a tokenizer is at hand) a token.
-        score: what it adds; parts of one kind add up to the score of what they split.
-        segment: which segment a layer or token belongs to.
-        token: a token's id.
-    """
-
-    name: str
-    score: float
-    segment: str | None = None
-    token: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenShares:
-    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of whole rows, not of codes."""
-
-    tokens: tuple[str, ...]
-    scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The score of one training example, taken apart.
-
-    Attributes:
-        row, id, text, score: which example, and its score, as a query gives it.
-        segments, layers, vocabulary: see above; each strongest first.
-        recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
-        example, question: shares of the training example's tokens, and of the question's; each adds up to `recomputed`.
-    """
-
-    row: int
-    id: str
-    text: str
-    score: float
-    segments: tuple[Part, ...]
-    layers: tuple[Part, ...]
-    vocabulary: tuple[Part, ...]
-    recomputed: float | None = None
-    example: TokenShares | None = None
-    question: TokenShares | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, keys as in `whence explain --json`."""
-        return asdict(self)
 
 
 def split_score(scorer: Scorer, query: int, row: int) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:

@@ -6,13 +6,13 @@ Estimating uncertainty for massive data streams, 2012), from bytes, whose 256 va
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from ..store.index import Index
+from .answers import Group
 from .scoring import Metric, QueryRows, all_scores
 
 _DRAWS, _LEVEL = 200, 0.95
@@ -27,28 +27,6 @@ def _poisson_table() -> np.ndarray:
 
 
 _POISSON = _poisson_table()
-
-
-@dataclass(frozen=True)
-class Group:
-    """One group's part in the answer to one question.
-
-    Attributes:
-        value: of the column; None where examples lack it.
-        rows: its examples. `positive`, `negative`: how many of them score above and below 0.
-        total: sum of its scores; `low` and `high` hold 95 % of its bootstrap draws.
-        positive_share, negative_share: its part of all positive, and of all negative influence.
-    """
-
-    value: Any
-    rows: int
-    positive: int
-    negative: int
-    total: float
-    low: float
-    high: float
-    positive_share: float
-    negative_share: float
 
 
 def group_scores(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -29,7 +29,7 @@ from ..store.bits import padded_width, rotate
 from ..store.coarse import Rounded, coarse_bits, words
 from ..store.errors import UsageError
 from ..store.index import Group, Index
-from ..store.keyed import KeyedVectors
+from ..store.keyed import KeyedVectors, concatenate
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 from ..store.postings import byte_tables
 from ..store.rows import DenseRows
@@ -79,6 +79,20 @@ def combine(queries: QueryRows, matrix: Float64[np.ndarray, "combinations querie
         name: rows.combined(matrix) if isinstance(rows, KeyedVectors) else (matrix @ rows).astype(np.float32)
         for name, rows in queries.items()
     }
+
+
+def join(queries: Sequence[QueryRows]) -> QueryRows:
+    """Several queries as one set, in their order."""
+    joined: dict[str, np.ndarray | KeyedVectors] = {}
+    for name, first in queries[0].items():
+        parts: list[Any] = [rows[name] for rows in queries]
+        if isinstance(first, KeyedVectors):
+            ends = np.cumsum([0, *map(len, parts)]).tolist()
+            blocks = [(range(a, b), part) for a, b, part in zip(ends[:-1], ends[1:], parts, strict=True)]
+            joined[name] = concatenate(blocks, first.vectors.shape[1])
+        else:
+            joined[name] = np.concatenate(parts)
+    return joined
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .answers import Answer
-from .explain import Explanation, TokenShares
-from .groups import Group
+from .answers import Answer, Explanation, Group, TokenShares
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60

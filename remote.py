@@ -1,0 +1,195 @@
+"""Clients of a running server, and how one is found. Only the standard library is imported, so that a command starts at once.
+
+A server leaves a file that says where it listens and which indexes it serves, readable by its owner alone; `whence query` looks there
+first, and at WHENCE_URL before that.
+"""
+
+import asyncio
+import http.client
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+from urllib.parse import urlsplit
+
+from .query.answers import Answer, Explanation, Question
+from .store import errors
+from .store.errors import NotFoundError, UsageError, WhenceError
+
+if TYPE_CHECKING:
+    from .client import Options
+
+_TIMEOUT = 600.0
+_MOST_QUESTIONS = 256
+
+
+class RemoteClient:
+    """Asks a server as `Client` asks an index.
+
+    Args:
+        url: the server's address, such as "http://127.0.0.1:8787".
+        index: which of its indexes, by name or absolute path; may be left out when there is one.
+        token: its bearer token, if it asks for one.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        UsageError: that is no address.
+    """
+
+    def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is no server's address; it is written as http://127.0.0.1:8787")
+        self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout
+        self._parts = parts
+
+    def query(
+        self,
+        *,
+        prompt: str = "",
+        completion: str | None = None,
+        text: str | None = None,
+        row: int | None = None,
+        against: str | None = None,
+        span: str | None = None,
+        **options: Unpack["Options"],
+    ) -> Answer:
+        """See `Client.query`."""
+        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]
+
+    def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
+        """See `Client.query_many`."""
+        answers: list[Answer] = []
+        size = max(1, len(questions)) if options.get("mean") else _MOST_QUESTIONS
+        for first in range(0, len(questions), size):
+            body = self._query_body(questions[first : first + size], options)
+            found = self.request("POST", "/v1/query", body)
+            answers += [Answer.from_dict(record) for record in (found["answers"] if "questions" in body else [found])]
+        return answers
+
+    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack["Options"]) -> list[Explanation]:
+        """See `Client.explain`."""
+        body = {**question.to_dict(), **_given(options), "rows": list(rows), "tokens": tokens, "index": self.index}
+        return [Explanation.from_dict(record) for record in self.request("POST", "/v1/explain", body)["explanations"]]
+
+    def complete(self, prompt: str, tokens: int = 16) -> str:
+        """See `Client.complete`."""
+        return self.request("POST", "/v1/complete", {"prompt": prompt, "tokens": tokens, "index": self.index})["completion"]
+
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """One request, as JSON.
+
+        Raises:
+            NotFoundError: nobody listens there.
+            WhenceError: what the server says was wrong, as the error that the library itself would have raised.
+        """
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._token}"} if self._token else {})}
+        try:
+            connection.request(method, self._parts.path.rstrip("/") + path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            status, content = response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise NotFoundError(f"no server answers at {self.url} ({error}); start one with whence serve, or ask with --local") from error
+        finally:
+            connection.close()
+        return _checked(status, content, self.url)
+
+    def _query_body(self, questions: Sequence[Question], options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = [question.to_dict() for question in questions]
+        single = len(asked) == 1 and not options.get("mean")
+        return {**(asked[0] if single else {"questions": asked}), **_given(options), "index": self.index}
+
+
+class AsyncClient:
+    """The same for asyncio: every method of `RemoteClient` as a coroutine."""
+
+    def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
+        self._client = RemoteClient(url, index=index, token=token, timeout=timeout)
+
+    async def query(self, **question_and_options: Any) -> Answer:
+        """See `Client.query`."""
+        return await asyncio.to_thread(self._client.query, **question_and_options)
+
+    async def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
+        """See `Client.query_many`."""
+        return await asyncio.to_thread(self._client.query_many, questions, **options)
+
+    async def explain(self, rows: Sequence[int], question: Question, **options: Any) -> list[Explanation]:
+        """See `Client.explain`."""
+        return await asyncio.to_thread(self._client.explain, rows, question, **options)
+
+    async def complete(self, prompt: str, tokens: int = 16) -> str:
+        """See `Client.complete`."""
+        return await asyncio.to_thread(self._client.complete, prompt, tokens)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _checked(status: int, content: bytes, url: str) -> Any:
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise NotFoundError(f"{url} answers, but not as a Whence server does (status {status})") from error
+    if status < 400:
+        return found
+    kind = getattr(errors, str(found.get("kind")), WhenceError) if isinstance(found, dict) else WhenceError
+    if not (isinstance(kind, type) and issubclass(kind, WhenceError)):
+        kind = WhenceError
+    raise kind(str(found.get("detail") if isinstance(found, dict) else found))
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a running server left word of."""
+
+    url: str
+    pid: int
+    token: str | None
+    indexes: Mapping[str, str]
+
+
+def servers_directory() -> Path:
+    """Where servers leave word of themselves."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "whence" if runtime else Path.home() / ".cache/whence/servers"
+
+
+def announce(served: Served) -> Path:
+    """Leave word of a server; the file is the owner's alone."""
+    directory = servers_directory()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / f"{served.pid}.json"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"url": served.url, "pid": served.pid, "token": served.token, "indexes": dict(served.indexes)}, file)
+    return path
+
+
+def find_server(index: str) -> RemoteClient | None:
+    """A client of a running server that has an index: the one that WHENCE_URL names (its token in WHENCE_TOKEN), else one that left word
+    of itself on this machine.
+    """
+    where = str(Path(index).resolve()) if Path(index).exists() else index
+    url = os.environ.get("WHENCE_URL")
+    if url:
+        return RemoteClient(url, index=where, token=os.environ.get("WHENCE_TOKEN"))
+    directory = servers_directory()
+    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+        try:
+            served = Served(**json.loads(path.read_text()))
+            os.kill(served.pid, 0)
+        except (ValueError, TypeError, ProcessLookupError):
+            path.unlink(missing_ok=True)  # left by a server that was killed
+            continue
+        except OSError:
+            continue
+        if where in served.indexes.values():
+            return RemoteClient(served.url, index=where, token=served.token)
+    return None

@@ -1,0 +1,345 @@
+"""The HTTP interface: what `whence query` and the Python client ask, and what the explorer shows.
+
+Every answer is the JSON that the command line prints; every error is problem+json (RFC 9457) with one sentence. `/openapi.json` describes
+it all, `/docs` shows that.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from ..client import Client, Options
+from ..query.answers import Question, to_json
+from ..query.scoring import Metric, all_scores
+from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WhenceError
+from .engine import Engine, Metrics
+from .guard import App, Guard, problem
+
+_BINS = 60
+_MOST_QUESTIONS = 256
+_STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
+    (BusyError, 503, "Busy"),
+    (NotFoundError, 404, "Not found"),
+    (IncompatibleError, 409, "Incompatible"),
+    (UsageError, 422, "Cannot be meant"),
+)
+Text = Annotated[str, Field(max_length=200_000)]
+Name = Annotated[str, Field(max_length=200)]
+Row = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Asked(_Body):
+    """One question: a completion after a prompt, a text, or a row."""
+
+    prompt: Text = ""
+    completion: Text | None = None
+    text: Text | None = None
+    row: Row | None = None
+    id: Name | None = None
+    against: Text | None = Field(None, description="Another completion: what made the model say the one rather than the other.")
+    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens alone.")
+    weight: float | None = None
+
+    def question(self) -> Question:
+        """As the library has it."""
+        return Question(**{name: getattr(self, name) for name in Asked.model_fields})
+
+
+class How(_Body):
+    """How scores are made."""
+
+    index: Annotated[str, Field(max_length=4096)] | None = Field(
+        None, description="By name or absolute path; may be left out when there is one."
+    )
+    mode: Literal["influence", "cosine", "per-nat"] = "influence"
+    damping: float | None = Field(None, gt=0)
+    curvature: bool = True
+    weights: dict[Name, float] = Field({}, max_length=64)
+    layers: list[Name] = Field([], max_length=64)
+
+    def scoring(self) -> Options:
+        """The options that concern scores."""
+        return {"mode": self.mode, "damping": self.damping, "curvature": self.curvature, "weights": self.weights, "layers": self.layers}
+
+
+class QueryBody(Asked, How):
+    """A question, or several, and how they are answered."""
+
+    questions: list[Asked] | None = Field(None, max_length=_MOST_QUESTIONS, description="Several questions instead of one.")
+    mean: bool = False
+    k: int | None = Field(None, ge=1, le=1000)
+    opponents: bool = True
+    where: Annotated[str, Field(max_length=4000)] | None = None
+    group_by: Name | None = None
+    recall: float = Field(1.0, ge=0.5, le=1.0)
+    controls: bool = False
+
+    def options(self) -> Options:
+        """All options."""
+        names = ("k", "opponents", "where", "group_by", "recall", "controls")
+        return {**self.scoring(), **{name: getattr(self, name) for name in names}}  # type: ignore[typeddict-item]
+
+
+class ExplainBody(Asked, How):
+    """A question, and the rows whose scores are to be taken apart."""
+
+    rows: list[Row] = Field(min_length=1, max_length=20)
+    tokens: bool = True
+
+
+class ScoresBody(Asked, How):
+    """A question whose score with every row is wanted."""
+
+    where: Annotated[str, Field(max_length=4000)] | None = None
+    format: Literal["histogram", "float32"] = "histogram"
+
+
+class CompleteBody(_Body):
+    """A prompt that the model is to complete."""
+
+    index: Annotated[str, Field(max_length=4096)] | None = None
+    prompt: Text
+    tokens: int = Field(16, ge=1, le=128)
+
+
+def create_app(
+    clients: Mapping[str, Client],
+    *,
+    token: str | None = None,
+    hosts: frozenset[str] | None = None,
+    batch: int = 16,
+    queue: int = 256,
+    patience: float = 15.0,
+) -> App:
+    """The application over some open indexes, by name.
+
+    Args:
+        token: asked for as a bearer token.
+        hosts: names by which the server may be called; None admits any.
+        batch: questions in one pass over the model and the rows, at most.
+        queue: requests that may wait for an index.
+        patience: seconds that a client may take for each piece of its request.
+    """
+    metrics = Metrics()
+    engines = {name: Engine(name, client, metrics, batch, queue) for name, client in clients.items()}
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        for engine in engines.values():
+            engine.start()
+        yield
+        for engine in engines.values():
+            await engine.stop()
+
+    app = FastAPI(title="Whence", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, description=__doc__ or "")
+    _handle_errors(app)
+    _state_routes(app, engines, metrics)
+    _index_routes(app, engines)
+    _question_routes(app, engines)
+    _pages(app)
+    return Guard(app, token, hosts, patience)
+
+
+def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:
+    if name is None and len(engines) == 1:
+        return next(iter(engines.values()))
+    by_path = next((engine for engine in engines.values() if str(engine.client.index.path.resolve()) == name), None)
+    if by_path is not None:
+        return by_path
+    if name is None or name not in engines:
+        known = ", ".join(engines)
+        raise NotFoundError(f"there is no index {name!r} here; there is {known}" if name else f"name an index: {known}")
+    return engines[name]
+
+
+def _state_routes(app: FastAPI, engines: Mapping[str, Engine], metrics: Metrics) -> None:
+    @app.middleware("http")
+    async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        route = request.scope.get("route")
+        metrics.responses.labels(getattr(route, "path", "none"), str(response.status_code)).inc()
+        return response
+
+    @app.get("/healthz", tags=["state"])
+    async def healthz() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["state"])
+    async def readyz() -> dict[str, Any]:
+        """Whether questions are answered."""
+        return {"status": "ok", "indexes": list(engines)}
+
+    @app.get("/metrics", tags=["state"])
+    async def prometheus() -> Response:
+        """Counters and times, for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
+    @app.get("/v1/indexes", tags=["indexes"])
+    async def indexes() -> Response:
+        """The indexes that are served."""
+        return _json([_summary(engine) for engine in engines.values()])
+
+    @app.get("/v1/indexes/{name}", tags=["indexes"])
+    async def index(name: str) -> Response:
+        """What an index holds."""
+        engine = _engine_of(engines, name)
+        return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
+
+    @app.get("/v1/rows/{row}", tags=["indexes"])
+    async def row(row: Row, index: Name | None = None) -> Response:
+        """A training example, by its row."""
+
+        def found(client: Client) -> dict[str, Any]:
+            e = client.index.example(row)
+            shard, offset = client.index.locate(row)
+            about = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
+            return {**about, "tokens": int(e.loss_mask.sum()), "loss": float(client.index.losses(shard)[offset])}
+
+        return _json(await _engine_of(engines, index).call(found))
+
+
+def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
+    @app.post("/v1/query", tags=["questions"])
+    async def query(body: QueryBody) -> Response:
+        """Which training examples made the model say this? One answer, or for `questions` a list of them under `answers`."""
+        engine, options = _engine_of(engines, body.index), body.options()
+        if body.questions is None:
+            if body.mean:
+                raise UsageError("mean is over several questions; give them as questions")
+            return _json((await engine.ask(body.question(), options)).to_dict())
+        questions = [asked.question() for asked in body.questions]
+        if any(getattr(body, name) not in (None, "") for name in Asked.model_fields):
+            raise UsageError("give one question, or questions, not both")
+        options["mean"] = body.mean
+        answers = await engine.call(lambda client: client.query_many(questions, **options))
+        return _json({"answers": [answer.to_dict() for answer in answers]})
+
+    @app.get("/v1/query", tags=["questions"])
+    async def linked(q: Annotated[str, Query(max_length=20_000)]) -> Response:
+        """The same for a link: `q` is the body of the POST, as JSON. The explorer's address with it shows the answer."""
+        try:
+            body = QueryBody.model_validate_json(q)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        return await query(body)
+
+    @app.post("/v1/explain", tags=["questions"])
+    async def explain(body: ExplainBody) -> Response:
+        """Scores of some rows, taken apart by segment, layer, shared token, and token of either text."""
+        question = body.question()
+        found = await _engine_of(engines, body.index).call(lambda c: c.explain(body.rows, question, tokens=body.tokens, **body.scoring()))
+        return _json({"explanations": [e.to_dict() for e in found]})
+
+    @app.post("/v1/scores", tags=["questions"])
+    async def scores(body: ScoresBody) -> Response:
+        """The scores of all rows: a histogram, or little-endian float32 numbers in the rows' order (of deleted rows NaN)."""
+        question = body.question()
+
+        def made(client: Client) -> np.ndarray:
+            metric = Metric(body.mode, body.damping, body.curvature, body.weights, tuple(body.layers))
+            found = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([question]), metric)])
+            kept = client.index.alive if body.where is None else client.index.alive & client.index.matching(body.where)
+            return np.where(kept, found, np.float32(np.nan))
+
+        found = await _engine_of(engines, body.index).call(made)
+        if body.format == "float32":
+            return Response(found.astype("<f4").tobytes(), media_type="application/octet-stream")
+        return _json(_histogram(found[np.isfinite(found)]))
+
+    @app.post("/v1/complete", tags=["questions"])
+    async def complete(body: CompleteBody) -> Response:
+        """What the model itself says after a prompt."""
+        return _json({"completion": await _engine_of(engines, body.index).call(lambda client: client.complete(body.prompt, body.tokens))})
+
+
+def _pages(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def explorer() -> Response:
+        return _static("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _static("docs.html")
+
+    @app.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
+        return _static(name)
+
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+
+
+def _static(name: str) -> Response:
+    folder = resources.files(__package__) / "static"
+    known = {item.name: item for item in folder.iterdir()}
+    if name not in known:
+        raise NotFoundError(f"there is no page {name[:100]!r}")
+    return Response(known[name].read_bytes(), media_type=_TYPES.get(name.rpartition(".")[2], "application/octet-stream"))
+
+
+def _summary(engine: Engine) -> dict[str, Any]:
+    index = engine.client.index
+    about = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": len(index.manifest.tombstones)}
+    segments = [
+        {"name": s.name, "kind": s.kind, "damping": s.curvature.damping, "layers": len(s.layers) if s.kind == "dense" else 1}
+        for s in index.manifest.segments
+    ]
+    models, texts = [m.id for m in index.manifest.models], index.manifest.tokenizer is not None
+    return {**about, "path": str(index.path.resolve()), "models": models, "texts": texts, "segments": segments}
+
+
+def _histogram(scores: np.ndarray) -> dict[str, Any]:
+    if not len(scores):
+        return {"edges": [], "counts": [], "rows": 0}
+    counts, edges = np.histogram(scores.astype(np.float64), _BINS)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "rows": len(scores)}
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(to_json(value).encode(), status_code=status, media_type="application/json")
+
+
+def _handle_errors(app: FastAPI) -> None:
+    def respond(status: int, detail: str, title: str, kind: str = "UsageError") -> Response:
+        code, body = problem(status, detail, title, kind)
+        headers = {"retry-after": "1"} if code == 503 else {}
+        return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
+
+    @app.exception_handler(WhenceError)
+    async def ours(request: Request, error: WhenceError) -> Response:
+        status, title = next(((s, t) for kind, s, t in _STATUS if isinstance(error, kind)), (503, "The index cannot answer"))
+        return respond(status, str(error), title, type(error).__name__)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return respond(422, f"{where or 'the body'}: {first['msg']}"[:500], "Not a valid request")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return respond(error.status_code, str(error.detail), "Not possible")
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WhenceError")

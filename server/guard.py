@@ -1,0 +1,111 @@
+"""What every request must pass before it reaches the application: host, token, size and patience; and what every response carries.
+
+Plain ASGI, so that nothing of a body is read before it is known to be wanted.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MOST_BYTES = 1 << 20
+_PATIENCE = 15.0
+_OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")
+_CSP = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"content-security-policy", _CSP.encode()))
+
+
+def problem(status: int, detail: str, title: str, kind: str = "UsageError") -> tuple[int, bytes]:
+    """A problem+json document (RFC 9457); `kind` is the error that a client raises."""
+    return status, json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail, "kind": kind}).encode()
+
+
+class Guard:
+    """Wraps the application.
+
+    Args:
+        app: what is guarded.
+        token: a bearer token that all but the explorer's own files and the health checks ask for; None asks for none.
+        hosts: names by which the server may be called, so that no page elsewhere can reach it through a name of its own (DNS rebinding);
+            None admits any.
+        patience: seconds that a client may take for each piece of its request.
+    """
+
+    def __init__(self, app: App, token: str | None, hosts: frozenset[str] | None, patience: float = _PATIENCE) -> None:
+        self._app, self._token, self._hosts, self._patience = app, token, hosts, patience
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refused = self._refused(scope, headers)
+        if refused is not None:
+            await _respond(send, *refused)
+            return
+        body, failed = await self._body(receive)
+        if failed is not None:
+            await _respond(send, *failed)
+            return
+        sent = False
+
+        async def replay() -> MutableMapping[str, Any]:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        async def secured(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+            await send(message)
+
+        await self._app(scope, replay, secured)
+
+    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self._hosts is not None and name.lower() not in self._hosts:
+            return problem(421, f"this server is not called {name[:100]!r}; use the address that it printed", "Misdirected")
+        try:
+            length = int(headers.get(b"content-length", b"0"))
+        except ValueError:
+            return problem(400, "the content length is not a number", "Bad request")
+        if length > MOST_BYTES:
+            return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
+        if self._token is not None and scope["path"] not in _OPEN and not scope["path"].startswith("/static/"):
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
+                return problem(401, "a bearer token is asked for: Authorization: Bearer TOKEN", "Unauthorized")
+        return None
+
+    async def _body(self, receive: Receive) -> tuple[bytes, tuple[int, bytes] | None]:
+        parts, size = [], 0
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), self._patience)
+            except TimeoutError:
+                return b"", problem(408, "the request did not come to its end", "Timeout")
+            if message["type"] != "http.request":
+                return b"", problem(400, "the request was broken off", "Bad request")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > MOST_BYTES:
+                return b"", problem(413, f"at most {MOST_BYTES:,} bytes are read", "Too large")
+            if not message.get("more_body"):
+                return b"".join(parts), None
+
+
+async def _respond(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,86 @@
+"""`whence serve`: opens the indexes, binds, leaves word of itself, and stops gracefully."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import uvicorn
+
+from ..client import Client
+from ..remote import Served, announce
+from ..store.errors import NotFoundError, UsageError
+from .app import create_app
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+_MOST_CONNECTIONS = 512
+_GRACE = 10
+
+
+def named(paths: list[str]) -> dict[str, Path]:
+    """Names of indexes: NAME=PATH, or the directory's name without its ending.
+
+    Raises:
+        UsageError: two have the same name, or one has none.
+    """
+    found: dict[str, Path] = {}
+    for given in paths:
+        name, equals, path = given.partition("=")
+        place = Path(path if equals and "/" not in name else given)
+        name = name if equals and "/" not in name else place.resolve().stem
+        if not name or name in found:
+            raise UsageError(f"two indexes are called {name!r}; name them: NAME={place}" if name else f"{given!r} names no index")
+        found[name] = place
+    return found
+
+
+def read_token(file: str | None) -> str | None:
+    """The token in a file.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: it holds no token of at least 16 visible ASCII characters.
+    """
+    if file is None:
+        return None
+    if not Path(file).is_file():
+        raise NotFoundError(f"there is no token file {file}")
+    token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
+    if len(token) < 16 or not all(33 <= ord(c) < 127 for c in token):
+        raise UsageError(f"{file} must hold one token of at least 16 visible ASCII characters")
+    return token
+
+
+def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None, batch: int) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        UsageError: the address cannot be had, or is open to others without a token.
+    """
+    if host not in _LOOPBACK and token is None:
+        raise UsageError(f"{host} can be reached from elsewhere; give --token-file, or stay on 127.0.0.1")
+    hosts = _LOOPBACK if host in _LOOPBACK else None
+    config = uvicorn.Config(
+        create_app(clients, token=token, hosts=hosts, batch=batch),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=_GRACE,
+        lifespan="on",
+    )
+    try:
+        socket = config.bind_socket()
+    except (SystemExit, OSError) as error:
+        raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another --port, or 0 for any") from error
+    url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
+    word = announce(Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()}))
+    sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
+    sys.stderr.flush()
+    try:
+        uvicorn.Server(config).run(sockets=[socket])
+    finally:
+        word.unlink(missing_ok=True)

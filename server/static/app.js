@@ -1,0 +1,368 @@
+// The explorer: a form, one answer, and what explains it. State lives in the address, so that a link shows the same view again.
+
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+let answer = null;
+let asked = null;
+let kind = "completion";
+let serial = 0;
+
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key === "class") made.className = value;
+    else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else made.setAttribute(key, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function drawn(name, attributes, ...children) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+// --- the server
+
+async function request(path, body) {
+  const token = sessionStorage.getItem("whence-token");
+  const headers = { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  let response;
+  try {
+    response = await fetch(path, body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) });
+  } catch {
+    throw new Error("The server does not answer. Is it still running?");
+  }
+  if (response.status === 401) {
+    await askForToken();
+    return request(path, body);
+  }
+  const found = await response.json().catch(() => ({ detail: `The server answered with status ${response.status}.` }));
+  if (!response.ok) throw new Error(found.detail || response.statusText);
+  return found;
+}
+
+function askForToken() {
+  return new Promise((resolve) => {
+    $("token-dialog").showModal();
+    $("token-dialog").addEventListener("close", () => {
+      sessionStorage.setItem("whence-token", $("token").value.trim());
+      resolve();
+    }, { once: true });
+  });
+}
+
+// --- the question
+
+function read() {
+  const question = {};
+  if (kind === "completion") {
+    if ($("prompt").value) question.prompt = $("prompt").value;
+    question.completion = $("completion").value;
+    if ($("against").value) question.against = $("against").value;
+  } else if (kind === "text") question.text = $("text").value;
+  else question.row = Number($("row").value);
+  const how = { index: $("index").value, mode: $("mode").value };
+  if ($("damping").value.trim()) how.damping = Number($("damping").value);
+  if ($("layers").value.trim()) how.layers = $("layers").value.split(",").map((part) => part.trim());
+  const search = { k: Number($("k").value) || 10 };
+  if ($("where").value.trim()) search.where = $("where").value.trim();
+  if ($("group").value) search.group_by = $("group").value;
+  if ($("controls").checked) search.controls = true;
+  if ($("certified").checked) search.recall = 0.99;
+  return { question, how, search };
+}
+
+function write(given) {
+  show(given.text !== undefined ? "text" : given.row !== undefined ? "row" : "completion");
+  for (const name of ["prompt", "completion", "against", "text", "row", "damping", "where", "k", "mode"]) {
+    if (given[name] !== undefined) $(name).value = given[name];
+    else if (!["k", "mode"].includes(name)) $(name).value = "";
+  }
+  $("layers").value = (given.layers || []).join(", ");
+  $("controls").checked = Boolean(given.controls);
+  $("certified").checked = given.recall !== undefined && given.recall < 1;
+  if (given.index && [...$("index").options].some((option) => option.value === given.index)) $("index").value = given.index;
+}
+
+function show(name) {
+  kind = name;
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const own = tab.dataset.kind === name;
+    tab.setAttribute("aria-selected", own);
+    tab.tabIndex = own ? 0 : -1;
+    $(`pane-${tab.dataset.kind}`).hidden = !own;
+  }
+}
+
+async function ask({ keep = false } = {}) {
+  const now = read();
+  const body = { ...now.question, ...now.how, ...now.search };
+  const own = ++serial;
+  if (now.question.completion === "" || now.question.text === "" || Number.isNaN(now.question.row) || (kind === "row" && !$("row").value)) {
+    fail(new Error(kind === "row" ? "Give the number of a row." : "Write what the model said."));
+    return;
+  }
+  busy("asking …");
+  try {
+    const found = await request("/v1/query", body);
+    if (own !== serial) return;
+    [answer, asked] = [found, now];
+    if (!keep) history.pushState(body, "", `?q=${encodeURIComponent(JSON.stringify(body))}`);
+    render();
+    await explain(own, now);
+  } catch (error) {
+    if (own === serial) fail(error);
+  } finally {
+    if (own === serial) busy("");
+  }
+}
+
+function busy(text) {
+  $("state").textContent = text;
+  $("go").disabled = Boolean(text);
+  $("answer").classList.toggle("busy", Boolean(text));
+}
+
+function fail(error) {
+  $("error").hidden = false;
+  $("error").textContent = error.message;
+  $("empty").hidden = $("answer").hidden = true;
+}
+
+// --- the answer
+
+function render() {
+  $("error").hidden = $("empty").hidden = true;
+  $("answer").hidden = false;
+  const { search: s, proponents, opponents } = answer;
+  const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
+  const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
+  $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
+  $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.question, ...asked.how, ...asked.search }))}`;
+  fill($("proponents"), proponents, "Nothing spoke for it.");
+  fill($("opponents"), opponents, "Nothing spoke against it.");
+  for (const id of ["histogram", "layers-chart", "question-heat"]) $(id).replaceChildren();
+  renderGroups();
+  renderControls();
+}
+
+function fill(list, found, nothing) {
+  list.replaceChildren(...found.map(card));
+  if (!found.length) list.append(element("li", { class: "note" }, nothing));
+}
+
+const short = (number) => Number(number).toPrecision(4).replace(/\.?0+(e|$)/, "$1");
+
+function card(a) {
+  const meta = Object.entries(a.metadata).map(([name, value]) => `${name}: ${value}`).join(" · ");
+  const from = element("button", { type: "button", onclick: () => searchFrom(a.row), "aria-label": `Search from ${a.id}` }, "Search from it");
+  const top = element("div", { class: "top" }, `${a.rank}.`, element("span", { class: "score" }, short(a.score)), a.error ? `± ${short(a.error)}` : "", element("span", {}, a.id), element("span", {}, a.source), from);
+  const made = element("li", { class: "card", tabindex: "0", "data-row": a.row, "aria-label": `${a.id}, score ${short(a.score)}` }, top, element("div", { class: "text" }, a.text));
+  if (meta) made.append(element("div", { class: "meta" }, meta));
+  made.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target === made) searchFrom(a.row);
+  });
+  return made;
+}
+
+function searchFrom(row) {
+  write({ ...asked.how, ...asked.search, row });
+  ask();
+  $("results").focus();
+}
+
+function renderGroups() {
+  $("groups").hidden = !answer.groups;
+  if (!answer.groups) return;
+  const heads = [asked.search.group_by, "rows", "of all for", "of all against", "influence", "95 % interval"];
+  $("groups").querySelector("thead").replaceChildren(element("tr", {}, ...heads.map((h) => element("th", { scope: "col" }, h))));
+  const percent = (x) => `${(100 * x).toFixed(1)} %`;
+  $("groups").querySelector("tbody").replaceChildren(...answer.groups.slice(0, 50).map((g) => element("tr", {}, ...[g.value ?? "(none)", g.rows.toLocaleString(), percent(g.positive_share), percent(g.negative_share), short(g.total), `${short(g.low)} to ${short(g.high)}`].map((cell) => element("td", {}, String(cell))))));
+}
+
+function renderControls() {
+  $("controls-column").hidden = !answer.controls;
+  $("controls-list").replaceChildren(...(answer.controls || []).map((c) => element("div", { class: "card" },
+    element("div", { class: "top" }, element("span", { class: "score" }, c.name), c.correlation === null ? "" : `rank correlation ${c.correlation.toFixed(2)}`, `${c.shared} of ours`),
+    element("div", { class: "meta" }, c.ids.join(", ")))));
+}
+
+// --- what explains it
+
+async function explain(own, now) {
+  const rows = [...answer.proponents, ...answer.opponents].map((a) => a.row).slice(0, 20);
+  const histogram = request("/v1/scores", { ...now.question, ...now.how, ...(now.search.where ? { where: now.search.where } : {}) });
+  histogram.then((found) => own === serial && drawHistogram(found), () => {});
+  if (!rows.length) return;
+  busy("explaining …");
+  let found;
+  try {
+    found = (await request("/v1/explain", { ...now.question, ...now.how, rows })).explanations;
+  } catch (error) {
+    $("question-heat").textContent = `No explanation: ${error.message}`;
+    return;
+  }
+  if (own !== serial) return;
+  const sums = new Map();
+  for (const e of found) {
+    const place = document.querySelector(`[data-row="${e.row}"] .text`);
+    if (place && e.example) place.replaceChildren(...heat(e.example));
+    if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
+  }
+  drawLayers([...sums].map(([name, score]) => ({ name, score })));
+  const first = found.find((e) => e.question);
+  if (first) $("question-heat").replaceChildren(element("span", { class: "dim" }, "The question, as the first proponent sees it: "), ...heat(first.question));
+}
+
+function heat({ tokens, scores }) {
+  const strongest = Math.max(...scores.map(Math.abs), 1e-30);
+  const marked = [];
+  tokens.forEach((token, i) => {
+    const strength = (Math.abs(scores[i]) / strongest) ** 0.7;
+    if (strength < 0.05) {
+      marked.push(token);
+      return;
+    }
+    const span = element("span", { title: `${short(scores[i])}`, class: scores[i] > 0 ? "heat-for" : "heat-against" }, token);
+    span.style.backgroundColor = `rgba(var(--${scores[i] > 0 ? "for" : "against"}-heat), ${(0.6 * strength).toFixed(3)})`;
+    marked.push(span);
+  });
+  return marked;
+}
+
+function drawHistogram({ edges, counts, rows }) {
+  if (!counts.length) return;
+  const [width, height] = [480, 120];
+  const x = (score) => ((score - edges[0]) / (edges[edges.length - 1] - edges[0] || 1)) * width;
+  const y = (count) => (Math.log1p(count) / Math.log1p(Math.max(...counts))) * (height - 20);
+  const picture = drawn("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
+  counts.forEach((count, i) => picture.append(drawn("rect", { x: x(edges[i]), y: height - y(count), width: Math.max(1, x(edges[i + 1]) - x(edges[i]) - 0.5), height: y(count), class: "bar-plain" })));
+  for (const a of [...answer.proponents, ...answer.opponents]) picture.append(drawn("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: "mark" }));
+  picture.append(drawn("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), drawn("text", { x: 0, y: height + 12 }, short(edges[0])), drawn("text", { x: width, y: height + 12, "text-anchor": "end" }, short(edges[edges.length - 1])));
+  $("histogram").replaceChildren(picture);
+}
+
+function drawLayers(parts) {
+  const shown = parts.sort((a, b) => Math.abs(b.score) - Math.abs(a.score)).slice(0, 14);
+  if (!shown.length) {
+    $("layers-chart").replaceChildren(element("p", { class: "dim" }, "Layers cannot be told apart in these rows."));
+    return;
+  }
+  const [width, line] = [480, 16];
+  const most = Math.max(...shown.map((part) => Math.abs(part.score)), 1e-30);
+  const picture = drawn("svg", { viewBox: `0 0 ${width} ${shown.length * line + 4}`, role: "img", "aria-label": `Layers by their part in the score: ${shown.slice(0, 3).map((p) => p.name).join(", ")} first` });
+  shown.forEach((part, i) => picture.append(
+    drawn("text", { x: 0, y: i * line + 12 }, part.name.length > 34 ? `…${part.name.slice(-33)}` : part.name),
+    drawn("rect", { x: 215, y: i * line + 3, width: Math.max(1, (Math.abs(part.score) / most) * (width - 290)), height: line - 5, class: part.score > 0 ? "bar-for" : "bar-against" }),
+    drawn("text", { x: width, y: i * line + 12, "text-anchor": "end" }, short(part.score))));
+  $("layers-chart").replaceChildren(picture);
+}
+
+// --- taking it away
+
+function save(name, text, type) {
+  const link = element("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+function cell(value) {
+  const text = String(value ?? "");
+  const plain = /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text; // a spreadsheet must not take text for a formula
+  return /[",\n\r]/.test(plain) ? `"${plain.replaceAll('"', '""')}"` : plain;
+}
+
+function exportAs(form) {
+  const all = [...answer.proponents.map((a) => ({ kind: "proponent", ...a })), ...answer.opponents.map((a) => ({ kind: "opponent", ...a }))];
+  if (form === "jsonl") save("answer.jsonl", all.map((a) => `${JSON.stringify(a)}\n`).join(""), "application/jsonl");
+  if (form === "ids") save("removed.txt", answer.proponents.map((a) => `${a.id}\n`).join(""), "text/plain");
+  if (form === "csv") {
+    const names = ["kind", "rank", "row", "id", "score", "source", "document", "text"];
+    save("answer.csv", [names, ...all.map((a) => names.map((name) => a[name]))].map((line) => `${line.map(cell).join(",")}\r\n`).join(""), "text/csv");
+  }
+  if (form === "link") navigator.clipboard?.writeText(location.href).then(() => ($("state").textContent = "copied"), () => ($("state").textContent = location.href));
+}
+
+// --- beginning
+
+async function columns() {
+  const about = await request(`/v1/indexes/${encodeURIComponent($("index").value)}`);
+  const keep = $("group").value;
+  const skip = new Set(["id", "text", "chunk", "document"]);
+  $("group").replaceChildren(element("option", { value: "" }, "nothing"), ...Object.keys(about.columns).filter((name) => !skip.has(name)).map((name) => element("option", { value: name }, name)));
+  $("group").value = keep;
+  $("complete").hidden = !about.texts;
+}
+
+function restore(given) {
+  write(given);
+  return columns().then(() => {
+    $("group").value = given.group_by || "";
+    return ask({ keep: true });
+  });
+}
+
+function theme(dark) {
+  document.documentElement.classList.toggle("dark", dark);
+  localStorage.setItem("whence-theme", dark ? "dark" : "light");
+}
+
+async function begin() {
+  const stored = localStorage.getItem("whence-theme");
+  theme(stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+  show("completion");
+  $("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));
+  $("help").addEventListener("click", () => $("keys").showModal());
+  $("ask").addEventListener("submit", (event) => (event.preventDefault(), ask()));
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  tabs.forEach((tab, i) => {
+    tab.addEventListener("click", () => show(tab.dataset.kind));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = tabs[(i + step + tabs.length) % tabs.length];
+      show(next.dataset.kind);
+      next.focus();
+    });
+  });
+  for (const id of ["mode", "group", "controls", "certified", "damping", "layers", "where", "k"]) $(id).addEventListener("change", () => answer && ask());
+  $("index").addEventListener("change", () => columns().catch(fail));
+  $("complete").addEventListener("click", async () => {
+    busy("the model writes …");
+    try {
+      $("completion").value = (await request("/v1/complete", { index: $("index").value, prompt: $("prompt").value })).completion;
+      busy("");
+      await ask();
+    } catch (error) {
+      busy("");
+      fail(error);
+    }
+  });
+  for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => exportAs(button.dataset.export));
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) return ask();
+    if (event.target.matches("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "/") (event.preventDefault(), $(kind === "completion" ? "prompt" : kind).focus());
+    if (event.key === "?") $("keys").showModal();
+    if (event.key === "j" || event.key === "k") {
+      const cards = [...document.querySelectorAll("ol .card")];
+      cards[Math.min(cards.length - 1, Math.max(0, cards.indexOf(document.activeElement) + (event.key === "j" ? 1 : -1)))]?.focus();
+    }
+  });
+  addEventListener("popstate", (event) => event.state && restore(event.state));
+  try {
+    const indexes = await request("/v1/indexes");
+    $("index").replaceChildren(...indexes.map((i) => element("option", { value: i.name }, `${i.name} (${i.rows.toLocaleString()} examples)`)));
+    const given = new URLSearchParams(location.search).get("q");
+    if (given) await restore(JSON.parse(given));
+    else await columns();
+  } catch (error) {
+    fail(error);
+  }
+}
+
+begin();
