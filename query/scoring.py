@@ -32,7 +32,7 @@ from ..store.index import Group, Index
 from ..store.keyed import KeyedVectors, concatenate
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
 from ..store.postings import byte_tables
-from ..store.rows import DenseRows
+from ..store.rows import DenseRows, row_bytes
 
 Mode = Literal["influence", "cosine", "per-nat"]
 _FEW_QUERIES, _MANY_CODES = 4, 1 << 24
@@ -461,22 +461,25 @@ class DenseQueries:
 
     def read(self, index: Index, rows: Int64[np.ndarray, " chosen"], query: int) -> Float32[np.ndarray, " chosen"]:
         """Weighted inner products of one query with some rows."""
-        lengths, codes = np.empty(len(rows), np.float32), [b""] * len(rows)
+        scores, lengths, at = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32), 0
+        order, own, raw = (
+            np.empty(len(rows), np.int64),
+            None,
+            np.empty((len(rows), row_bytes(self.segment.stored, self.segment.dtype)), np.uint8),
+        )
         for group, shard, chosen, offsets in index.by_shard(rows):
-            own = index.dense(shard, self.segment)
-            lengths[chosen] = own.norms[offsets] * (1.0 if own.scales is None else own.scales[offsets])
+            own, part = index.dense(shard, self.segment), slice(at, at + len(chosen))
             if own.one_bit:
-                found = [own.code(offset).tobytes() for offset in offsets.tolist()]
+                raw[part] = [own.code(offset) for offset in offsets.tolist()]
             else:
                 coarse = index.coarse(group, self.segment)
                 assert coarse is not None
-                found = own.take(offsets, coarse.checks[offsets + shard.first - group.first])
-            for at, code in zip(chosen.tolist(), found, strict=True):
-                codes[at] = code
-        if not len(rows):
-            return lengths
-        taken = np.frombuffer(b"".join(codes), own.dtype).reshape(len(rows), own.dim)
-        return _products(self.queries[query : query + 1], own, taken)[0] * lengths
+                own.take(offsets, coarse.checks[offsets + (shard.first - group.first)], raw[part])
+            lengths[part] = own.norms[offsets] if own.scales is None else own.norms[offsets] * own.scales[offsets]
+            order[part], at = chosen, part.stop
+        if own is not None:
+            scores[order] = _products(self.queries[query : query + 1], own, raw.view(own.dtype))[0] * lengths
+        return scores
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ exact scan is cheaper, and is what is done.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -142,29 +143,27 @@ def _merge(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: i
     return rows[order], scores[order]
 
 
+class _TooManyError(Exception):
+    """More rows would have to be read than is worth it."""
+
+
 @dataclass
 class _Side:
-    """What is known of a query's best rows (sign 1) or worst (sign -1) while it is searched.
-
-    Attributes:
-        found: the best k of those that were read.
-        waiting: of those that were not, and may be among them: rows, upper bounds of sign * score, exact parts, scales.
-    """
+    """A query's best rows (sign 1) or worst (sign -1) while it is searched: the best k of those that were read."""
 
     k: int
     sign: int
     found: _Ranked = _NOTHING
-    waiting: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     @property
     def threshold(self) -> float:
-        """What sign * score must exceed to matter (or equal, since equal scores go by row)."""
+        """What sign * score must reach to matter."""
         return float(self.sign * self.found[1][-1]) if len(self.found[0]) == self.k else 0.0
 
 
 @dataclass
 class _Queue:
-    """The rows of a side that wait, highest upper bound first."""
+    """Rows that were not read, and may be among the best, highest upper bound of sign * score first; with their exact parts and scales."""
 
     rows: Int64[np.ndarray, " waiting"]
     bounds: Float32[np.ndarray, " waiting"]
@@ -173,10 +172,11 @@ class _Queue:
     at: int = 0
 
     @classmethod
-    def of(cls, side: _Side) -> "_Queue":
-        rows, bounds, sure, scale = (np.concatenate(parts) for parts in zip(*side.waiting, strict=True))
-        order = np.flatnonzero(bounds >= side.threshold)
-        order = order[np.lexsort((rows[order], -bounds[order]))]
+    def of(cls, parts: Sequence[tuple[np.ndarray, ...]], threshold: float) -> "_Queue":
+        """Those of some groups' rows whose bounds reach a threshold."""
+        rows, bounds, sure, scale = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        order = np.flatnonzero(bounds >= threshold)
+        order = order[np.argsort(-bounds[order], kind="stable")]  # parts come in the rows' order
         return cls(rows[order], bounds[order], sure[order], scale[order])
 
     def next(self, size: int, threshold: float) -> Int64[np.ndarray, " next"]:
@@ -184,6 +184,15 @@ class _Queue:
         first, last = self.at, min(self.at + size, int(np.searchsorted(-self.bounds, -threshold, side="right")))
         self.at = max(first, last)
         return np.arange(first, self.at)
+
+
+def _split(part: tuple[np.ndarray, ...], count: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Rows that wait, in two: so many of the highest bounds, and the others."""
+    if len(part[0]) <= count:
+        return part, tuple(array[:0] for array in part)
+    head = np.zeros(len(part[0]), bool)
+    head[np.argpartition(-part[1], count - 1)[:count]] = True
+    return tuple(array[head] for array in part), tuple(array[~head] for array in part)
 
 
 def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
@@ -198,53 +207,48 @@ def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sig
 def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], z: float) -> list[_Found] | None:
     """See above; None where more rows would have to be read than is worth it."""
     sides = [(_Side(k, 1), _Side(k, -1)) for _ in range(len(scorer))]
-    read = [0] * len(scorer)
+    read, most = [0] * len(scorer), max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
 
-    def look(group: Group) -> list[list[np.ndarray]]:
-        """Of a group, for each query and sign: the k rows of best estimate, read; and the rows that wait."""
-        e, made = scorer.estimates(group), []
-        barred = ~allowed[group.first : group.first + group.rows]
+    def look(group: Group) -> list[tuple[np.ndarray, ...]]:
+        """The rows of a group that wait, for each query and sign."""
+        made: list[tuple[np.ndarray, ...]] = []
+        e = scorer.estimates(group)
+        barred = np.flatnonzero(~allowed[group.first : group.first + group.rows])
         for q in range(len(scorer)):
             scores, reach = (e.sure[q] + e.guess[q]) * e.scale[q], z * e.deviations[q] * e.scale[q]
             for side, threshold in zip(sides[q], thresholds[q], strict=True):
                 bounds = side.sign * scores + reach
                 bounds[barred] = -np.inf
-                chosen = np.flatnonzero((bounds >= threshold) & (bounds > 0))
-                top = chosen
-                if len(chosen) > k:
-                    top = np.sort(chosen[np.argpartition(-side.sign * scores[chosen], k - 1)[:k]])
-                    chosen = np.setdiff1d(chosen, top, assume_unique=True)
-                else:
-                    chosen = chosen[:0]
-                exact = (e.sure[q, top] + scorer.read(q, group.first + top)) * e.scale[q, top]
-                made.append([group.first + top, exact, group.first + chosen, bounds[chosen], e.sure[q, chosen], e.scale[q, chosen]])
+                chosen = np.flatnonzero(bounds >= threshold) if threshold > 0 else np.flatnonzero(bounds > 0)
+                made.append((group.first + chosen, bounds[chosen], e.sure[q, chosen], e.scale[q, chosen]))
         return made
 
+    def read_on(q: int, size: int) -> bool:
+        """Read so many of the rows that wait on each of a query's sides, those of highest bounds; whether there were any."""
+        parts = [queue.next(size, side.threshold) for queue, side in zip(queues[q], sides[q], strict=True)]
+        rows = np.concatenate([queue.rows[part] for queue, part in zip(queues[q], parts, strict=True)])
+        read[q] += len(rows)
+        if read[q] > most:
+            raise _TooManyError
+        products = np.split(scorer.read(q, rows), [len(parts[0])])
+        for side, queue, part, own in zip(sides[q], queues[q], parts, products, strict=True):
+            scores = (queue.sure[part] + own) * queue.scale[part]
+            side.found = _merge_all(side.found, queue.rows[part], scores, k, side.sign)
+        return len(rows) > 0
+
     first, *others = scorer.index.groups
-    thresholds = [(0.0, 0.0)] * len(scorer)
-    for groups in ([first], others):  # what the first group gives is a threshold for the others, whatever their threads' order
-        for _, made in by_group(groups, look):
-            for number, (rows, exact, *waiting) in enumerate(made):
-                side = sides[number // 2][number % 2]
-                side.found = _merge(side.found, rows, exact, k, side.sign)
-                side.waiting.append(tuple(waiting))
-                read[number // 2] += len(rows)
+    thresholds, count = [(0.0, 0.0)] * len(scorer), max(k, _READ_FIRST)
+    begun = [_split(part, count) for part in look(first)]
+    queues = [[_Queue.of([head], 0.0) for head, _ in begun[2 * q : 2 * q + 2]] for q in range(len(scorer))]
+    try:
+        for q in range(len(scorer)):  # what the first group gives is a threshold for the others, whatever their threads' order
+            read_on(q, count)
         thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
-    most = max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
-    for q, both in enumerate(sides):
-        queues = [_Queue.of(side) for side in both]
-        size = _READ_FIRST
-        while True:
-            parts = [queue.next(size, side.threshold) for queue, side in zip(queues, both, strict=True)]
-            if not any(map(len, parts)):
-                break
-            rows = np.concatenate([queue.rows[part] for queue, part in zip(queues, parts, strict=True)])
-            read[q] += len(rows)
-            if read[q] > most:
-                return None
-            products = np.split(scorer.read(q, rows), [len(parts[0])])
-            for side, queue, part, own in zip(both, queues, parts, products, strict=True):
-                scores = (queue.sure[part] + own) * queue.scale[part]
-                side.found = _merge_all(side.found, queue.rows[part], scores, k, side.sign)
-            size *= 4
+        waiting = [[tail for _, tail in begun], *(made for _, made in by_group(others, look))]
+        for q in range(len(scorer)):
+            queues[q] = [_Queue.of([made[2 * q + n] for made in waiting], thresholds[q][n]) for n in range(2)]
+            while read_on(q, count) and read_on(q, most):
+                pass
+    except _TooManyError:
+        return None
     return [(best.found, worst.found, count) for (best, worst), count in zip(sides, read, strict=True)]

@@ -37,6 +37,7 @@ _FLOATS = ("float32", "float16")
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 _TARGET_CHUNK_BYTES = 1 << 20
+_crc = google_crc32c.value
 _WRITE_ALL = {"write_empty_chunks": True}
 
 RowsArray = Float32[np.ndarray, "rows dim"]
@@ -254,26 +255,26 @@ class DenseRows:
             return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
         return values * (self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1)))
 
-    def take(self, offsets: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"]) -> list[bytes]:
-        """The codes of some rows, read one by one from the file and not from its map, so that they take no memory when they are done with.
+    def take(self, offsets: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"], out: np.ndarray) -> None:
+        """Read the codes of some rows one by one from the file, and not from its map, whose pages would pile up in memory.
 
         Args:
             checks: CRC-32C of each.
+            out: uint8 [chosen, bytes of a row].
 
         Raises:
             IntegrityError: a row is not the one that was written.
         """
         chunks, within = np.divmod(offsets, self.chunk_rows)
-        size = self.dim * self.dtype.itemsize
-        with storage_errors(self._codes_path):
-            file = os.open(self._codes_path, os.O_RDONLY)
-            try:
-                found = [os.pread(file, size, start) for start in (chunks * self._stride + within * size).tolist()]
-            finally:
-                os.close(file)
-        if [google_crc32c.value(row) for row in found] != checks.tolist():
-            raise IntegrityError(f"{self._codes_path}: a row fails its checksum; restore the file or build the index again")
-        return found
+        starts = (chunks * self._stride + within * out.shape[1]).tolist()
+        file = os.open(self._codes_path, os.O_RDONLY)
+        try:
+            for row, start, check in zip(out, starts, checks.tolist(), strict=True):
+                os.preadv(file, (row,), start)
+                if _crc(row) != check:
+                    raise IntegrityError(f"{self._codes_path}: a row fails its checksum; restore the file or build the index again")
+        finally:
+            os.close(file)
 
     def values(self, codes: np.ndarray) -> Float32[np.ndarray, "rows coordinates"]:
         """Stored codes as numbers to multiply with; float32 ones are not copied."""

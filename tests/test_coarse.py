@@ -86,6 +86,7 @@ def complete(index, queries, k, recall):
 def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, rows, k, recall):
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
     monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
+    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
     index = dense_index(tmp_path / "i", index_dir, rows)
     assert len(index.groups) == 3
     share, asked, rows_read = complete(index, questions_for(rows, 500, 5), k, recall)
@@ -98,6 +99,7 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, rows, k, 
 def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch, fault):
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
     monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
+    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
     rows = dict(kinds_of_rows(3000, 4))["gauss"]
     index = dense_index(tmp_path / "i", index_dir, rows)
     for number, group in enumerate(index.groups):

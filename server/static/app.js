@@ -155,7 +155,7 @@ function fill(list, found, nothing) {
   if (!found.length) list.append(element("li", { class: "note" }, nothing));
 }
 
-const short = (number) => Number(number).toPrecision(4).replace(/\.?0+(e|$)/, "$1");
+const short = (number) => String(Number(Number(number).toPrecision(4)));
 
 function card(a) {
   const meta = Object.entries(a.metadata).map(([name, value]) => `${name}: ${value}`).join(" · ");
