@@ -92,7 +92,7 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, rows, k, 
     share, asked, rows_read = complete(index, questions_for(rows, 500, 5), k, recall)
     assert asked > 500
     assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / asked)
-    assert rows_read < (1 if name == "gauss" else 2) * len(rows)  # of proponents and opponents
+    assert rows_read < 2 * len(rows)  # of proponents and opponents
 
 
 @pytest.mark.parametrize("fault", ["too sure", "biased", "one group's codes are another's"])
