@@ -102,12 +102,12 @@ class Client:
         NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first question in words) its model, is not what it must be.
     """
 
-    def __new__(cls, index: str | Path, **how: Any) -> Any:
+    def __new__(cls, *where: str | Path, **how: Any) -> Any:
         """A client of an index, or of a server."""
-        if isinstance(index, str) and index.startswith(("http://", "https://")):
+        if where and str(where[0]).startswith(("http://", "https://")):
             from .remote import RemoteClient
 
-            return RemoteClient(index, **how)
+            return RemoteClient(str(where[0]), **how)
         return super().__new__(cls)
 
     def __init__(

@@ -1,6 +1,7 @@
 """`whence serve`: opens the indexes, binds, leaves word of itself, and stops gracefully."""
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,10 +77,13 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         socket = config.bind_socket()
     except (SystemExit, OSError) as error:
         raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another --port, or 0 for any") from error
+    socket.listen(_MOST_CONNECTIONS)  # so that whoever reads the word that is left can connect already
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
     word = announce(Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()}))
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
     sys.stderr.flush()
+    for number in (signal.SIGTERM, signal.SIGINT):  # which the server hands on when it has answered what it was asked
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         uvicorn.Server(config).run(sockets=[socket])
     finally:

@@ -1,0 +1,427 @@
+"""The server, as a process of its own: the same answers as without it, and one clear sentence for whatever is wrong."""
+
+import asyncio
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from click.testing import CliRunner
+from helpers import random_texts, words
+from whence import BuildConfig, Client, Question, build
+from whence.cli import main
+from whence.query.answers import Answer, to_json
+from whence.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
+from whence.server.app import create_app
+from whence.store.errors import BusyError, NotFoundError, UsageError
+
+TOKEN = "a-token-of-20-letters"
+
+
+class Server:
+    """`whence serve` in a process of its own."""
+
+    def __init__(self, arguments, environment):
+        command = [sys.executable, "-c", "from whence.cli import main; main()", "serve", *map(str, arguments), "--port", "0"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        line = self.process.stderr.readline()
+        if " at http" not in line:
+            self.process.kill()
+            raise AssertionError(line + self.process.stderr.read())
+        self.url = line.split(" at ")[1].split()[0]
+        self.port = int(self.url.rsplit(":", 1)[1])
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20), self.process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return {"XDG_RUNTIME_DIR": str(tmp_path_factory.mktemp("run"))}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, model_dir, corpus_file):
+    made = {}
+    for name, options in {"dense": {"rank": 4}, "keyed": {"segments": ("head",), "hidden": True}}.items():
+        made[name] = tmp_path_factory.mktemp("served") / f"{name}.whence"
+        build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(made[name]), shard_rows=50, **options))
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(paths, environment):
+    server = Server([paths["dense"], f"head={paths['keyed']}"], environment)
+    yield server
+    code, said = server.stop()
+    assert code in (0, -signal.SIGTERM), said
+    assert "Traceback" not in said
+    assert not list((servers_directory_of(environment)).glob("*.json"))
+
+
+def servers_directory_of(environment):
+    from pathlib import Path
+
+    return Path(environment["XDG_RUNTIME_DIR"]) / "whence"
+
+
+def raw(port, method, path, body=None, headers=None, host=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.putrequest(method, path, skip_host=host is not None)
+    if host is not None:
+        connection.putheader("Host", host)
+    body = body.encode() if isinstance(body, str) else body
+    for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+        connection.putheader(name, value)
+    if body is not None and "Content-Length" not in (headers or {}):
+        connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body)
+    response = connection.getresponse()
+    found = response.read()
+    connection.close()
+    return response.status, found, dict(response.getheaders())
+
+
+def timeless(answer):
+    answer = json.loads(to_json(answer.to_dict() if isinstance(answer, Answer) else answer))
+    answer["search"].pop("seconds")
+    return answer
+
+
+QUESTIONS = [
+    Question(prompt="w1 w2", completion=" w3"),
+    Question(text=words(4, 5, 6)),
+    Question(row=7),
+    Question(prompt="w1", completion=" w2", against=" w9"),
+]
+OPTIONS = [
+    {},
+    {"k": 3, "mode": "cosine"},
+    {"where": "year > 1950", "group_by": "source"},
+    {"damping": 2.0, "opponents": False},
+    {"recall": 0.9, "controls": True},
+]
+
+
+@pytest.mark.parametrize("name", ["dense", "keyed"])
+def test_both_clients_answer_alike(server, paths, name):
+    here, there = Client(str(paths[name])), Client(server.url, index="head" if name == "keyed" else "dense")
+    assert isinstance(there, RemoteClient)
+    for options in OPTIONS:
+        a, b = here.query_many(QUESTIONS, **options), there.query_many(QUESTIONS, **options)
+        assert [timeless(x) for x in a] == [timeless(x) for x in b]
+        assert [type(x) for x in b] == [Answer] * 4
+    single = there.query(prompt="w1 w2", completion=" w3", k=2)
+    assert timeless(single) == timeless(here.query(prompt="w1 w2", completion=" w3", k=2))
+    assert timeless(asyncio.run(AsyncClient(server.url, index=str(paths[name])).query(row=7))) == timeless(here.query(row=7))
+    (mean,) = there.query_many(QUESTIONS[:3], mean=True)
+    (own,) = here.query_many(QUESTIONS[:3], mean=True)
+    assert [(a.row, pytest.approx(a.score, rel=1e-5)) for a in mean.proponents] == [(a.row, a.score) for a in own.proponents]
+    assert there.explain([3], QUESTIONS[0]) == here.explain([3], QUESTIONS[0])
+    assert there.complete("w1 w2", 3) == here.complete("w1 w2", 3)
+
+
+def test_the_command_line_asks_a_running_server_and_prints_the_same(server, paths, environment):
+    index = str(paths["dense"])
+
+    def run(*arguments, **more):
+        done = CliRunner().invoke(main, list(arguments), env={**environment, **more})
+        return done.exit_code, done.output
+
+    arguments = ("query", index, "--prompt", "w1 w2", "--completion", " w3", "-k", "4", "--group-by", "source", "--json")
+    (code, there), (local_code, here) = run(*arguments), run(*arguments, "--local")
+    assert (code, local_code) == (0, 0), there + here
+    assert timeless(json.loads(there)) == timeless(json.loads(here))
+    shown, local = run(*arguments[:-1])[1], run(*arguments[:-1], "--local")[1]
+    assert shown.splitlines()[:20] == local.splitlines()[:20]
+    for wrong in (("--where", "nothing == 1"), ("-k", "999"), ("--damping", "-3")):
+        there, here = run(*arguments, *wrong), run(*arguments, *wrong, "--local")
+        assert there[0] == here[0] != 0
+    assert run("query", index, "--row", "999999", "--json")[0] == 2
+    explained = run("explain", index, "--row", "3", "--prompt", "w1 w2", "--completion", " w3", "--json")
+    assert json.loads(explained[1])["row"] == 3
+    assert timeless(json.loads(run(*arguments, WHENCE_URL=server.url)[1])) == timeless(json.loads(run(*arguments, "--local")[1]))
+    code, said = run(*arguments, WHENCE_URL="http://127.0.0.1:9")
+    assert code == 3
+    assert "whence serve" in said
+
+
+def test_asking_a_server_loads_nothing_heavy(server, paths, environment):
+    script = (
+        "import sys\nfrom whence.cli import main\ntry:\n"
+        f"    main(['query', {str(paths['dense'])!r}, '--prompt', 'w1 w2', '--completion', ' w3', '--json'])\n"
+        "except SystemExit:\n    pass\nprint(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    assert json.loads(done.stdout.splitlines()[0])["proponents"]
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not {"numpy", "torch", "pydantic", "fastapi", "rich", "pyarrow", "jaxtyping", "numba"} & loaded
+
+
+def test_what_the_pages_say(server, paths):
+    def get(path):
+        status, found, headers = raw(server.port, "GET", path)
+        assert status == 200, found
+        assert headers["x-content-type-options"] == "nosniff"
+        return found
+
+    assert json.loads(get("/healthz"))["status"] == "ok"
+    assert json.loads(get("/readyz"))["indexes"] == ["dense", "head"]
+    assert [i["name"] for i in json.loads(get("/v1/indexes"))] == ["dense", "head"]
+    assert json.loads(get("/v1/indexes/head"))["columns"]["year"] == "int64"
+    row = json.loads(get("/v1/rows/5?index=dense"))
+    assert (row["id"], row["metadata"]) == ("d5", {"year": 1905})
+    assert row["loss"] > 0
+    linked = json.loads(get('/v1/query?q={"index":"dense","row":7,"k":2}'.replace('"', "%22")))
+    assert len(linked["proponents"]) == 2
+    assert {"/v1/query", "/v1/explain", "/v1/scores"} <= set(json.loads(get("/openapi.json"))["paths"])
+    body = json.dumps({"index": "dense", "row": 7})
+    histogram = json.loads(raw(server.port, "POST", "/v1/scores", body)[1])
+    assert sum(histogram["counts"]) == 120 == histogram["rows"]
+    import numpy as np
+
+    numbers = np.frombuffer(raw(server.port, "POST", "/v1/scores", json.dumps({"index": "dense", "row": 7, "format": "float32"}))[1], "<f4")
+    best = Client(paths["dense"]).query(row=7, k=1).proponents[0]
+    assert (int(np.argmax(numbers)), pytest.approx(best.score)) == (best.row, float(numbers.max()))
+    metrics = get("/metrics").decode()
+    for name in ("whence_stage_seconds_bucket", "whence_candidates_total", "whence_remembered_total", "whence_responses_total"):
+        assert name in metrics
+    for page in ("/", "/docs", "/static/app.js", "/static/style.css", "/static/docs.js", "/static/icon.svg"):
+        assert get(page)
+    assert b"http" not in get("/").replace(b"http://www.w3.org", b"")  # nothing comes from elsewhere
+
+
+BAD = {
+    "no json": (b"{", 422, "JSON"),
+    "not utf-8": (b'{"text": "\xff\xfe"}', (400, 422), ""),
+    "a list": (b"[]", 422, ""),
+    "unknown field": (b'{"index": "dense", "text": "w1 w2", "whatever": 1}', 422, "whatever"),
+    "no question": (b'{"index": "dense"}', 422, "exactly one"),
+    "two questions": (b'{"index": "dense", "text": "w1 w2", "row": 1}', 422, "exactly one"),
+    "empty text": (b'{"index": "dense", "text": ""}', 422, ""),
+    "no such row": (b'{"index": "dense", "row": 100000}', 422, "row 100000"),
+    "negative row": (b'{"index": "dense", "row": -1}', 422, "row"),
+    "huge row": (b'{"index": "dense", "row": 99999999999999999999999}', 422, "row"),
+    "no such index": (b'{"index": "other", "row": 1}', 404, "dense, head"),
+    "no index": (b'{"row": 1}', 404, "name an index"),
+    "k of 0": (b'{"index": "dense", "row": 1, "k": 0}', 422, "k"),
+    "k too large": (b'{"index": "dense", "row": 1, "k": 1000}', 422, "120"),
+    "k a word": (b'{"index": "dense", "row": 1, "k": "many"}', 422, "k"),
+    "NaN": (b'{"index": "dense", "row": 1, "damping": NaN}', 422, ""),
+    "surrogate": (b'{"index": "dense", "text": "\\ud800 w1"}', 422, ""),
+    "bad filter": (b'{"index": "dense", "row": 1, "where": "__import__(1)"}', 422, ""),
+    "deep filter": (json.dumps({"index": "dense", "row": 1, "where": "(" * 1500 + "1" + ")" * 1500}).encode(), 422, ""),
+    "bad layer": (b'{"index": "dense", "row": 1, "layers": ["nothing"]}', 422, "no layer"),
+    "bad weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": -1}}', 422, "weight"),
+    "long text": (json.dumps({"index": "dense", "text": "w1 " * 5000}).encode(), 422, "context"),
+    "mean of one": (b'{"index": "dense", "row": 1, "mean": true}', 422, "mean"),
+    "deep json": (b'{"index":' * 50_000, (400, 422), ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_one_sentence(server, name):
+    body, expected, word = BAD[name]
+    status, found, headers = raw(server.port, "POST", "/v1/query", body)
+    assert status in (expected if isinstance(expected, tuple) else (expected,)), found
+    assert headers["content-type"] == "application/problem+json"
+    problem = json.loads(found)
+    assert problem["status"] == status
+    assert word in problem["detail"]
+    assert "Traceback" not in problem["detail"]
+    assert raw(server.port, "GET", "/healthz")[0] == 200
+
+
+def test_hostile_paths_sizes_hosts_and_clients(server):
+    for path in (
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/..%2fapp.py",
+        "/static/nothing.js",
+        "/v1/indexes/%2e%2e",
+        "/nothing",
+    ):
+        status, found, _ = raw(server.port, "GET", path)
+        assert status == 404, path
+        assert b"import" not in found
+    assert raw(server.port, "POST", "/v1/query", b"x" * (1 << 20 | 1))[0] == 413
+    assert raw(server.port, "POST", "/v1/query", b"{}", {"Content-Length": "99999999"})[0] == 413
+    assert raw(server.port, "POST", "/healthz", b"")[0] == 405
+    status, found, _ = raw(server.port, "GET", "/v1/indexes", host="evil.example:80")
+    assert (status, b"not called" in found) == (421, True)
+    assert raw(server.port, "GET", "/v1/indexes", host=f"localhost:{server.port}")[0] == 200
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:  # half a request, then gone
+        connection.sendall(b"POST /v1/query HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(b"\x00\xff\x00 nonsense\r\n\r\n")
+        connection.recv(1000)
+    assert raw(server.port, "GET", "/healthz")[0] == 200
+
+
+def test_many_at_once_get_their_own_answers(server, paths):
+    questions = [Question(text=t) for t in random_texts(24, seed=31)] + [Question(row=r) for r in range(8)]
+    expected = [timeless(a) for a in Client(paths["dense"]).query_many(questions, k=3)]
+    found, errors = [None] * len(questions), []
+
+    def ask(number):
+        client = RemoteClient(server.url, index="dense")
+        question = questions[number]
+        found[number] = timeless(client.query(text=question.text, row=question.row, k=3))
+        try:
+            client.query(row=10**6)
+        except UsageError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == len(questions)
+    for a, b in zip(found, expected, strict=True):  # batches change the last bits of a model's output
+        assert [p["row"] for p in a["proponents"]] == [p["row"] for p in b["proponents"]]
+        assert [p["score"] for p in a["proponents"]] == pytest.approx([p["score"] for p in b["proponents"]], rel=1e-3)
+
+
+def test_a_changed_index_is_picked_up(paths, environment, tmp_path):
+    shutil.copytree(paths["dense"], tmp_path / "i.whence")
+    server = Server([tmp_path / "i.whence"], environment)
+    try:
+        client = RemoteClient(server.url)
+        best = client.query(text=words(1, 2, 3), k=1).proponents[0].row
+        done = CliRunner().invoke(main, ["delete", str(tmp_path / "i.whence"), "--ids", "-"], input=f"d{best}\n")
+        assert done.exit_code == 0, done.output
+        again = client.query(text=words(1, 2, 3), k=1)
+        assert again.proponents[0].row != best
+        assert again.index["manifest"] == 2
+        for path in (tmp_path / "i.whence/manifests").iterdir():
+            path.unlink()
+        assert client.query(text=words(1, 2, 3), k=1).proponents  # what was opened stays open
+    finally:
+        assert server.stop()[0] in (0, -signal.SIGTERM)
+
+
+def test_a_token_is_asked_for(paths, environment, tmp_path):
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    server = Server([paths["dense"], "--token-file", tmp_path / "token"], environment)
+    try:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": "Bearer \xff"}):
+            for path in ("/v1/indexes", "/metrics", "/openapi.json", "/docs"):
+                assert raw(server.port, "GET", path, headers=headers)[0] == 401
+        assert raw(server.port, "GET", "/v1/indexes", headers={"Authorization": f"Bearer {TOKEN}"})[0] == 200
+        for path in ("/healthz", "/", "/static/app.js"):
+            assert raw(server.port, "GET", path)[0] == 200
+        assert RemoteClient(server.url, token=TOKEN).query(row=1).proponents
+        with pytest.raises(UsageError, match="token"):
+            RemoteClient(server.url).query(row=1)
+        done = CliRunner().invoke(main, ["query", str(paths["dense"]), "--row", "1", "--json"], env=environment)
+        assert done.exit_code == 0, done.output  # the owner's own command finds the token
+        word = next(servers_directory_of(environment).glob(f"{server.process.pid}.json"))
+        assert word.stat().st_mode & 0o077 == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nothing.whence"], 3, "no index"),
+        (["{dense}", "--host", "0.0.0.0"], 2, "--token-file"),
+        (["{dense}", "--token-file", "nothing"], 3, "no token file"),
+        (["{dense}", "{dense}"], 2, "two indexes"),
+        (["{dense}", "--port", "99999"], 2, "port"),
+    ],
+)
+def test_a_server_that_cannot_be_says_why(paths, arguments, code, said):
+    done = CliRunner().invoke(main, ["serve", *(a.format(dense=paths["dense"]) for a in arguments)])
+    assert done.exit_code == code, done.output
+    assert said in done.output
+
+
+def test_a_port_that_is_taken_and_a_short_token(paths, tmp_path, server):
+    done = CliRunner().invoke(main, ["serve", str(paths["dense"]), "--port", str(server.port)])
+    assert (done.exit_code, "choose another --port" in done.output) == (2, True)
+    (tmp_path / "t").write_text("short")
+    assert CliRunner().invoke(main, ["serve", str(paths["dense"]), "--token-file", str(tmp_path / "t")]).exit_code == 2
+
+
+def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("WHENCE_URL", raising=False)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    word = announce(Served("http://127.0.0.1:1", gone.pid, None, {"i": str(tmp_path / "i")}))
+    assert find_server(str(tmp_path / "i")) is None
+    assert not word.exists()
+    (servers_directory() / "x.json").write_text("{")
+    assert find_server("i") is None
+    with pytest.raises(UsageError, match="address"):
+        RemoteClient("127.0.0.1:80")
+    with pytest.raises(NotFoundError, match="whence serve"):
+        RemoteClient("http://127.0.0.1:9").query(row=1)
+
+
+def test_a_full_queue_refuses_and_a_slow_client_is_let_go(paths):
+    """In process, where the queue can be made small and patience short."""
+    from whence.server.engine import Engine, Metrics
+
+    async def scenario():
+        client = Client(paths["dense"])
+        engine = Engine("i", client, Metrics(), batch=1, queue=2)
+        waiting = [asyncio.create_task(engine.ask(Question(row=n), {})) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="2 requests wait"):
+            await engine.ask(Question(row=5), {})
+        engine.start()
+        answers = await asyncio.gather(*waiting)
+        assert [a.query["row"] for a in answers] == [0, 1]
+        last = asyncio.create_task(engine.ask(Question(row=3), {}))
+        await last
+        await engine.stop()
+
+        sent = []
+        app = create_app({"i": client}, patience=0.05)
+
+        async def send(message):
+            sent.append(message)
+
+        async def never():
+            await asyncio.sleep(10)
+
+        began = time.perf_counter()
+        await app({"type": "http", "path": "/v1/query", "headers": [(b"host", b"localhost")]}, never, send)
+        assert time.perf_counter() - began < 5
+        assert sent[0]["status"] == 408
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_500(server):
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate], database=None)
+        @given(operation.as_strategy())
+        def fuzz(case):
+            response = case.call(base_url=server.url)
+            assert response.status_code < 500, (case.formatted_path, case.body, response.text)
+            if response.status_code >= 400:
+                kinds = response.headers["content-type"]
+                assert str(kinds if isinstance(kinds, str) else kinds[0]).startswith("application/problem+json")
+
+        fuzz()
+    assert raw(server.port, "GET", "/healthz")[0] == 200
