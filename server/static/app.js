@@ -160,7 +160,7 @@ const short = (number) => String(Number(Number(number).toPrecision(4)));
 function card(a) {
   const meta = Object.entries(a.metadata).map(([name, value]) => `${name}: ${value}`).join(" · ");
   const from = element("button", { type: "button", onclick: () => searchFrom(a.row), "aria-label": `Search from ${a.id}` }, "Search from it");
-  const top = element("div", { class: "top" }, `${a.rank}.`, element("span", { class: "score" }, short(a.score)), a.error ? `± ${short(a.error)}` : "", element("span", {}, a.id), element("span", {}, a.source), from);
+  const top = element("div", { class: "top" }, `${a.rank}.`, element("span", { class: "score" }, short(a.score)), element("span", {}, a.error ? `± ${short(a.error)}` : ""), element("span", {}, a.id), element("span", {}, a.source), from);
   const made = element("li", { class: "card", tabindex: "0", "data-row": a.row, "aria-label": `${a.id}, score ${short(a.score)}` }, top, element("div", { class: "text" }, a.text));
   if (meta) made.append(element("div", { class: "meta" }, meta));
   made.addEventListener("keydown", (event) => {
@@ -187,7 +187,7 @@ function renderGroups() {
 function renderControls() {
   $("controls-column").hidden = !answer.controls;
   $("controls-list").replaceChildren(...(answer.controls || []).map((c) => element("div", { class: "card" },
-    element("div", { class: "top" }, element("span", { class: "score" }, c.name), c.correlation === null ? "" : `rank correlation ${c.correlation.toFixed(2)}`, `${c.shared} of ours`),
+    element("div", { class: "top" }, element("span", { class: "score" }, c.name), element("span", {}, c.correlation === null ? "" : `rank correlation ${c.correlation.toFixed(2)}`), element("span", {}, `has ${c.shared} of our ${answer.proponents.length}`)),
     element("div", { class: "meta" }, c.ids.join(", ")))));
 }
 
@@ -299,6 +299,7 @@ async function columns() {
 }
 
 function restore(given) {
+  busy("asking …");
   write(given);
   return columns().then(() => {
     $("group").value = given.group_by || "";
@@ -315,6 +316,7 @@ async function begin() {
   const stored = localStorage.getItem("whence-theme");
   theme(stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
   show("completion");
+  $("options").open = innerWidth > 820;
   $("theme").addEventListener("click", () => theme(!document.documentElement.classList.contains("dark")));
   $("help").addEventListener("click", () => $("keys").showModal());
   $("ask").addEventListener("submit", (event) => (event.preventDefault(), ask()));

@@ -1,0 +1,288 @@
+"""The explorer in a real browser, over a real server: ask, look, filter, re-damp, link, export; keyboard, colours, a phone."""
+
+import json
+import shutil
+from urllib.parse import quote
+
+import pytest
+from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
+from test_server import Server
+from whence import BuildConfig, Client, build
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"),
+]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    here = tmp_path_factory.mktemp("explorer")
+    make_model("gpt2", "float32").save_pretrained(here / "model")
+    make_tokenizer().save_pretrained(here / "model")
+    texts = random_texts(150, seed=6, shortest=6)
+    texts[17] = words(*range(1, 12))
+    records = [{"id": f"d{i}", "text": t, "year": 1900 + i, "color": ("red", "green")[i % 2]} for i, t in enumerate(texts)]
+    records[18]["text"] += " <script>alert(1)</script>"
+    data = write_jsonl(here / "c.jsonl", records)
+    options = dict(segments=("blocks", "head"), rank=4, hidden=True, shard_rows=60)
+    build(BuildConfig(model=str(here / "model"), data=(str(data),), out=str(here / "small.whence"), **options))
+    server = Server([here / "small.whence"], {"XDG_RUNTIME_DIR": str(here)})
+    server.client = Client(here / "small.whence")
+    yield server
+    _, said = server.stop()
+    assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    # The policy of the pages would keep the test's own polling from running; one test below does without, under it.
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, color_scheme="light", bypass_csp=True)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" and "422" not in message.text else None)
+    page.goto(server.url)
+    page.wait_for_function("document.querySelector('#group').options.length > 1")
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def ask(page, **fields):
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+    page.click("#go")
+    settled(page)
+
+
+def settled(page):
+    page.wait_for_function("document.querySelector('#state').textContent === '' && !document.querySelector('#answer').hidden")
+
+
+def top(page, kind="proponents"):
+    return page.locator(f"#{kind} .card").first.get_attribute("data-row")
+
+
+def test_ask_and_the_right_document_is_on_top_with_its_heat_map(page, server):
+    assert page.is_visible("#empty")
+    page.click("#tab-text")
+    page.select_option("#mode", "cosine")
+    ask(page, text=words(*range(1, 12)))
+    assert top(page) == "17"
+    assert not page.is_visible("#empty")
+    heat = page.locator("#proponents .card").first.locator(".heat-for, .heat-against")
+    assert heat.count() > 3
+    colours = {heat.nth(i).evaluate("e => getComputedStyle(e).backgroundColor") for i in range(heat.count())}
+    assert len(colours) > 1
+    assert page.locator("#question-heat .heat-for, #question-heat .heat-against").count() > 2
+    assert page.locator("#histogram svg rect").count() == 60
+    assert page.locator("#histogram svg line.mark").count() == page.locator("ol .card").count()
+    assert page.locator("#layers-chart svg rect").count() > 2
+    assert "exact" in page.inner_text("#certificate")
+    shown = [float(s) for s in page.locator("#proponents .score").all_inner_texts()]
+    own = server.client.query(text=words(*range(1, 12)), mode="cosine")
+    assert shown == pytest.approx([a.score for a in own.proponents], rel=2e-3)
+    assert [float(s) for s in page.locator("#opponents .score").all_inner_texts()] == pytest.approx(
+        [a.score for a in own.opponents], rel=2e-3
+    )
+
+
+def test_filters_damping_groups_and_controls_rank_again_at_once(page, server):
+    ask(page, prompt="w1 w2 w3", completion=" w4 w5")
+    before = page.locator("#proponents .card").all_inner_texts()
+    page.fill("#where", 'color == "red"')
+    page.press("#where", "Enter")
+    settled(page)
+    own = server.client.query(prompt="w1 w2 w3", completion=" w4 w5", where='color == "red"')
+    assert [int(c.get_attribute("data-row")) for c in page.locator("#proponents .card").all()] == [a.row for a in own.proponents]
+    page.fill("#where", "")
+    page.fill("#damping", "30")
+    page.press("#damping", "Enter")
+    settled(page)
+    assert page.locator("#proponents .card").all_inner_texts() != before
+    page.fill("#damping", "")
+    page.select_option("#group", "color")
+    page.wait_for_selector("#groups tbody tr")
+    settled(page)
+    assert {row.split("\t")[0] for row in page.locator("#groups tbody tr").all_inner_texts()} == {"red", "green"}
+    page.check("#controls")
+    page.wait_for_selector("#controls-list .card")
+    assert {text.split()[0] for text in page.locator("#controls-list .card").all_inner_texts()} == {"bm25", "hidden", "norm"}
+    page.check("#certified")
+    page.wait_for_function("document.querySelector('#certificate').textContent.includes('with probability 0.99')")
+    page.fill("#where", "nothing == 1")
+    page.press("#where", "Enter")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "nothing" in page.inner_text("#error")
+    assert not page.is_visible("#answer")
+
+
+def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
+    page.select_option("#mode", "cosine")
+    page.select_option("#group", "color")
+    ask(page, prompt="w1 w2", completion=" w3", k="4")
+    first = page.url
+    shown = page.locator("ol .card .top").all_inner_texts()
+    page.locator("#proponents .card button").nth(1).click()
+    settled(page)
+    page.wait_for_function("document.querySelector('#tab-row').getAttribute('aria-selected') === 'true'")
+    assert page.input_value("#row") != ""
+    assert page.url != first
+    page.go_back()
+    page.wait_for_function("document.querySelector('#completion').value === ' w3'")
+    settled(page)
+    assert page.locator("ol .card .top").all_inner_texts() == shown
+    other = browser.new_page()
+    other.goto(first)
+    settled(other)
+    assert other.locator("ol .card .top").all_inner_texts() == shown
+    assert (other.input_value("#mode"), other.input_value("#group"), other.input_value("#k")) == ("cosine", "color", "4")
+    twin = other.request.get(server.url + other.get_attribute("#twin", "href")).json()
+    assert [str(a["row"]) for a in twin["proponents"]] == [c.get_attribute("data-row") for c in other.locator("#proponents .card").all()]
+    other.close()
+
+
+def test_exports(page):
+    ask(page, prompt="w1 w2", completion=" w3", k="3")
+    files = {}
+    for form in ("csv", "jsonl", "ids"):
+        with page.expect_download() as download:
+            page.click(f"[data-export={form}]")
+        files[form] = download.value.path().read_text()
+    cards = page.locator("ol .card").count()
+    assert len(files["jsonl"].splitlines()) == cards
+    assert files["csv"].splitlines()[0] == "kind,rank,row,id,score,source,document,text"
+    assert files["ids"].splitlines() == [
+        json.loads(line)["id"] for line in files["jsonl"].splitlines() if json.loads(line)["kind"] == "proponent"
+    ]
+
+
+def test_the_model_completes_and_stored_text_runs_nothing(page, server):
+    page.fill("#prompt", "w1 w2 w3")
+    page.click("#complete")
+    page.wait_for_function("document.querySelector('#completion').value !== ''")
+    settled(page)
+    assert page.input_value("#completion") == server.client.complete("w1 w2 w3")
+    page.goto(f"{server.url}/?q={quote(json.dumps({'row': 18, 'mode': 'cosine', 'index': 'small'}))}")
+    settled(page)
+    assert "<script>" in page.locator("#proponents .card .text").first.inner_text() or top(page) == "18"
+    assert page.locator(".card script").count() == 0
+
+
+def test_the_keyboard_is_enough(page):
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("w1 w2")
+    page.keyboard.press("Tab")
+    page.keyboard.type(" w3")
+    page.keyboard.press("Control+Enter")
+    settled(page)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    row = page.evaluate("document.activeElement.dataset.row")
+    assert row == page.locator("ol .card").nth(1).get_attribute("data-row")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelector('#row').value === '{row}'")
+    settled(page)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("?")
+    assert page.is_visible("#keys")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#keys")
+    page.focus("#tab-completion")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "tab-text"
+
+
+CONTRASTS = """() => {
+  const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = (c) => c.map((v) => linear(v / 255)).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const over = (top, under) => { const a = top[3] ?? 1; return top.slice(0, 3).map((v, i) => v * a + under[i] * (1 - a)); };
+  const white = [255, 255, 255];
+  const ground = (e) => over(parse(getComputedStyle(e).backgroundColor), e.parentElement ? ground(e.parentElement) : white);
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility() || e.closest("svg, option")) continue;
+    const [a, b] = [light(parse(getComputedStyle(e).color).slice(0, 3)), light(ground(e))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.tagName + "." + e.className + " " + e.textContent.slice(0, 20)]);
+  }
+  return found.sort((x, y) => x[0] - y[0]).slice(0, 3);
+}"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_everything_is_labelled_and_can_be_read(page, dark):
+    if dark:
+        page.click("#theme")
+    ask(page, prompt="w1 w2", completion=" w3")
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("input, textarea, select, button, a, [role=tab]")].filter((e) =>
+          !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim())).map((e) => e.outerHTML)"""
+    )
+    assert unnamed == []
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.evaluate("[...document.querySelectorAll('svg')].every((s) => s.getAttribute('aria-label'))")
+    for contrast, what in page.evaluate(CONTRASTS):
+        assert contrast >= 4.5, what
+    page.focus("#go")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+
+
+def test_a_phone_shows_all_of_it(page):
+    page.set_viewport_size({"width": 375, "height": 740})
+    page.select_option("#group", "color")
+    ask(page, prompt="w1 w2", completion=" w3")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    for selector in ("#go", "#proponents .card", "#opponents .card", "#histogram svg"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 375
+
+
+def test_the_interface_page_lists_every_path(page, server):
+    page.goto(f"{server.url}/docs")
+    page.wait_for_selector("h2")
+    shown = page.inner_text("main")
+    for path in ("/v1/query", "/v1/explain", "/healthz", "rows (required)"):
+        assert path in shown
+
+
+def test_the_policy_admits_what_the_page_needs_and_no_more(browser, server):
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(server.url)
+    page.fill("#prompt", "w1 w2")
+    page.fill("#completion", " w3")
+    page.click("#go")
+    page.wait_for_selector("#proponents .heat-for")
+    page.wait_for_selector("#histogram svg")
+    assert said == []
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {src: 'http://127.0.0.1:9/x.js'}))")
+    page.wait_for_timeout(200)
+    assert any("Content Security Policy" in text for text in said)
+    page.close()
