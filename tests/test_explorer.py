@@ -153,7 +153,7 @@ def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
     page.wait_for_function("document.querySelector('#completion').value === ' w3'")
     settled(page)
     assert page.locator("ol .card .top").all_inner_texts() == shown
-    other = browser.new_page()
+    other = browser.new_page(bypass_csp=True)
     other.goto(first)
     settled(other)
     assert other.locator("ol .card .top").all_inner_texts() == shown
