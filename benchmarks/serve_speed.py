@@ -1,0 +1,137 @@
+"""How fast are answers of a running server, one-shot commands in front of it, and many clients at once; does its memory stay flat?
+
+    whence build --model MODEL_DIR --data corpus.jsonl --out my.whence
+    python benchmarks/serve_speed.py --index my.whence --questions questions.jsonl
+
+Prints, as JSON lines: wall times of whole processes of `whence query` against the server, with and without `--json`; for 1, 8 and 64
+clients at once, each asking its own questions one after the other, the latency and the throughput, with micro-batching (16 questions a
+pass) and without; and the server's memory before and after `--requests` requests.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from whence import Client, Question
+from whence.remote import RemoteClient
+from whence.store.corpus import read_questions
+from whence.store.errors import UsageError
+
+_MAIN = [sys.executable, "-c", "from whence.cli import main; main()"]
+
+
+class Server:
+    """`whence serve` in a process of its own."""
+
+    def __init__(self, index, environment, batch):
+        command = [*_MAIN, "serve", str(index), "--port", "0", "--batch", str(batch)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.url = re.search(r"http://\S+", self.process.stderr.readline())[0]
+
+    def memory(self):
+        """Resident, MiB."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmRSS"))
+
+    def stop(self):
+        """End it."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+def spread(seconds):
+    """Median, 95th percentile, and how many."""
+    return {
+        "p50_ms": round(float(np.median(seconds)) * 1e3, 1),
+        "p95_ms": round(float(np.quantile(seconds, 0.95)) * 1e3, 1),
+        "n": len(seconds),
+    }
+
+
+def processes(index, question, environment, rounds):
+    """Whole processes that ask the same question over and over, with another completion each time."""
+    found = {"json": [], "table": [], "python -c pass": []}
+    for number in range(rounds):
+        asked = ["query", str(index), "--prompt", question.prompt, "--completion", f"{question.completion} {number}"]
+        for kind, command in {
+            "json": [*_MAIN, *asked, "--json"],
+            "table": [*_MAIN, *asked],
+            "python -c pass": [sys.executable, "-c", "pass"],
+        }.items():
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            found[kind].append(time.perf_counter() - started)
+    return {kind: spread(seconds) for kind, seconds in found.items()}
+
+
+def together(url, questions, clients, each):
+    """Some clients at once, each with its own questions."""
+    seconds, lock = [], threading.Lock()
+
+    def ask(number):
+        client, own = RemoteClient(url), []
+        for i in range(each):
+            question = questions[(number * each + i) % len(questions)]
+            started = time.perf_counter()
+            client.query(prompt=question.prompt, completion=f"{question.completion} {number} {i}")
+            own.append(time.perf_counter() - started)
+        with lock:
+            seconds.extend(own)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"clients": clients, **spread(seconds), "questions_a_second": round(len(seconds) / (time.perf_counter() - started), 1)}
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path)
+    parser.add_argument("--questions", required=True)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--requests", type=int, default=10_000)
+    args = parser.parse_args()
+    client, questions = Client(args.index), []
+    for record in read_questions(args.questions):
+        question = Question(**record)
+        try:
+            client.examples([Question(question.prompt, f"{question.completion} 00 00")])
+            questions.append(question)
+        except UsageError:  # longer than the model's context
+            continue
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "XDG_RUNTIME_DIR": scratch}
+        for batch in (16, 1):
+            server = Server(args.index, environment, batch)
+            try:
+                together(server.url, questions, 4, 3)  # what is compiled and loaded once
+                if batch == 16:
+                    print(json.dumps({"processes": processes(args.index, questions[0], environment, args.rounds)}), flush=True)
+                for clients, each in ((1, 40), (8, 10), (64, 4)):
+                    print(json.dumps({"batch": batch, **together(server.url, questions, clients, each)}), flush=True)
+                if batch == 16:
+                    rows, sizes = RemoteClient(server.url), []
+                    for number in range(args.requests):
+                        rows.query(row=number % len(client.index), k=3)
+                        if number % (args.requests // 10) == 0:
+                            sizes.append(server.memory())
+                    print(json.dumps({"requests": args.requests, "memory_mib": [*sizes, server.memory()]}), flush=True)
+            finally:
+                server.stop()
+
+
+if __name__ == "__main__":
+    main()
