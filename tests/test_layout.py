@@ -20,6 +20,7 @@ ROOMS = {
     "ray_jobs": {"store", "indexer"},
     "evaluation": {"store", "indexer", "query", "ray_jobs", "client"},
     "demo": {"store", "indexer", "query", "ray_jobs", "client"},
+    "server": {"store", "query", "client", "remote"},
 }
 FOREIGN = {
     "store": {"torch", "transformers", "ray", "faiss", "fastapi"},
@@ -28,6 +29,7 @@ FOREIGN = {
     "ray_jobs": {"faiss", "fastapi", "pyarrow", "zarr"},
     "evaluation": {"ray", "faiss", "fastapi", "zarr", "pyarrow"},
     "demo": {"ray", "faiss"},
+    "server": {"torch", "transformers", "ray", "faiss", "zarr", "pyarrow"},
 }
 TREE = [p for p in ROOT.rglob("*.py") if not {".venv", "build", "dist"} & set(p.relative_to(ROOT).parts)]
 
@@ -102,9 +104,17 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "store")
+    rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"whence/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
-    expected |= {"whence/__init__.py", "whence/cli.py", "whence/client.py", "whence/py.typed", "whence/demo/corpus.jsonl"}
+    expected |= {
+        "whence/__init__.py",
+        "whence/cli.py",
+        "whence/client.py",
+        "whence/remote.py",
+        "whence/py.typed",
+        "whence/demo/corpus.jsonl",
+    }
+    expected |= {f"whence/{n}" for n in tracked if n.startswith("server/static/")}
     assert shipped == expected
 
 
