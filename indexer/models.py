@@ -5,10 +5,11 @@ Only safetensors weights are loaded (a pickle can run code), and no code that co
 
 import fnmatch
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,14 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    base = adapter_base(source)
+    if base is not None:
+        own = (Path(source.id) / "tokenizer.json").is_file()
+        return load_tokenizer(base) if not own else _fast(_load(AutoTokenizer, source, "tokenizer", whole=False), source)
+    return _fast(_load(AutoTokenizer, source, "tokenizer"), source)
+
+
+def _fast(tokenizer: Any, source: ModelSource) -> Any:
     if tokenizer.vocab_size < 2:
         raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
     if not tokenizer.is_fast:
@@ -110,7 +118,7 @@ def load_mlp(source: ModelSource) -> nn.Module:
 
 
 def load_causal_lm(source: ModelSource) -> nn.Module:
-    """A causal language model in evaluation mode, in its dtype and on its device.
+    """A causal language model in evaluation mode, in its dtype and on its device; an adapter (LoRA and the like) merged into its base.
 
     Raises:
         NotFoundError: there is no such model.
@@ -119,7 +127,10 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     device = resolve_device(source.device)
-    options = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    base = adapter_base(source)
+    if base is not None:
+        return onto_device(_merged(load_causal_lm(base), source), device)
+    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
     model, loading = _load(AutoModelForCausalLM, source, "model", **options)
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading.get(problem):
@@ -130,6 +141,40 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
     if getattr(model.config, "is_encoder_decoder", False):
         raise IncompatibleError(f"{source.id} is an encoder-decoder model; give a causal language model")
     return onto_device(model, device)
+
+
+def adapter_base(source: ModelSource) -> ModelSource | None:
+    """What an adapter's directory (PEFT's layout) says it belongs to; None where it is no adapter.
+
+    Raises:
+        IncompatibleError: it does not say.
+    """
+    path = Path(source.id) / "adapter_config.json"
+    if not path.is_file() or (Path(source.id) / "config.json").is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+        base = config["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("it names no base model")
+    except (ValueError, KeyError, TypeError) as error:
+        raise IncompatibleError(f"{path} does not say which model the adapter belongs to ({error}); restore it") from error
+    return replace(source, id=base, revision=config.get("revision"))
+
+
+def _merged(model: nn.Module, source: ModelSource) -> nn.Module:
+    """A model with an adapter's change of its weights added to them."""
+    if not (Path(source.id) / "adapter_model.safetensors").is_file():
+        raise IncompatibleError(f"there is no adapter_model.safetensors at {source.id}; save the adapter with safe_serialization=True")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UsageError(f"{source.id} is an adapter, which needs peft: pip install peft") from error
+    try:
+        return PeftModel.from_pretrained(model, source.id).merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft, too, raises what it likes
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise IncompatibleError(f"the adapter at {source.id} cannot be merged into its base: {reason}") from error
 
 
 def onto_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -145,12 +190,12 @@ def onto_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _load(factory: Any, source: ModelSource, what: str, **options: Any) -> Any:
+def _load(factory: Any, source: ModelSource, what: str, whole: bool = True, **options: Any) -> Any:
     path = Path(source.id)
     local = path.exists() or source.id.startswith((".", "/", "~"))
     if local and source.revision:
         raise UsageError(f"--revision {source.revision} is for models of a hub; {source.id} is a directory")
-    if local and not (path / "config.json").is_file():
+    if local and whole and not (path / "config.json").is_file():
         raise NotFoundError(f"there is no model at {source.id} (no config.json in it); give a model's directory or hub id")
     try:
         with _without_bars():
