@@ -4,11 +4,10 @@ A server leaves a file that says where it listens and which indexes it serves, r
 first, and at WHENCE_URL before that.
 """
 
-import asyncio
 import http.client
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -112,19 +111,24 @@ class AsyncClient:
 
     async def query(self, **question_and_options: Any) -> Answer:
         """See `Client.query`."""
-        return await asyncio.to_thread(self._client.query, **question_and_options)
+        return await self._in_thread(self._client.query, **question_and_options)
 
     async def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
         """See `Client.query_many`."""
-        return await asyncio.to_thread(self._client.query_many, questions, **options)
+        return await self._in_thread(self._client.query_many, questions, **options)
 
     async def explain(self, rows: Sequence[int], question: Question, **options: Any) -> list[Explanation]:
         """See `Client.explain`."""
-        return await asyncio.to_thread(self._client.explain, rows, question, **options)
+        return await self._in_thread(self._client.explain, rows, question, **options)
 
     async def complete(self, prompt: str, tokens: int = 16) -> str:
         """See `Client.complete`."""
-        return await asyncio.to_thread(self._client.complete, prompt, tokens)
+        return await self._in_thread(self._client.complete, prompt, tokens)
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        import asyncio  # which takes as long as all else here
+
+        return await asyncio.to_thread(function, *arguments, **named)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
