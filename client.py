@@ -203,7 +203,10 @@ class Client:
         return all_scores(self.index, self.rows(questions), _metric(options))
 
     def prepare(self) -> None:
-        """Load the models now, and not at the first question."""
+        """Load the models now, and not at the first question; for a process that does nothing else."""
+        from .indexer.models import keep_freed_memory
+
+        keep_freed_memory()
         if self.index.manifest.tokenizer is not None:
             self._documents  # noqa: B018
         self.encoder  # noqa: B018

@@ -20,10 +20,10 @@ from whence import BuildConfig
 from whence.indexer.encoder import Encoder, batches
 from whence.indexer.examples import TextEncoder
 from whence.indexer.fit import Fit, with_known_sample
-from whence.indexer.models import ModelSource, load_tokenizer
+from whence.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from whence.indexer.tasks import CausalLM
 from whence.ray_jobs.budget import count_tokens, spend
-from whence.ray_jobs.worker import Worker, keep_freed_memory, segment_writers
+from whence.ray_jobs.worker import Worker, segment_writers
 from whence.store.corpus import read_corpus
 from whence.store.documents import Example
 from whence.store.rows import write_shard

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 from whence import Client, Question
+from whence.indexer.models import keep_freed_memory
 from whence.query.search import search
-from whence.ray_jobs.worker import file_record, keep_freed_memory
+from whence.ray_jobs.worker import file_record
 from whence.store.bits import fold
 from whence.store.corpus import read_questions
 from whence.store.errors import UsageError

@@ -66,8 +66,8 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from ..indexer.examples import TextEncoder
+    from ..indexer.models import keep_freed_memory
     from ..indexer.tasks import CausalLM
-    from ..ray_jobs.worker import keep_freed_memory
 
     documents = list(read_corpus([str(corpus)]))
     tokenizer = Tokenizer(models.BPE())

@@ -24,13 +24,14 @@ from torch import nn
 
 from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
+from ..indexer.models import keep_freed_memory
 from ..indexer.tasks import import_object
 from ..query.answers import Question
 from ..query.controls import row_norms
 from ..query.scoring import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
-from ..ray_jobs.worker import absolute, keep_freed_memory
+from ..ray_jobs.worker import absolute
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.index import Index

@@ -28,11 +28,11 @@ from jaxtyping import Bool, Float32
 from torch import nn
 
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import ModelSource, load_tokenizer, resolve_device
+from ..indexer.models import ModelSource, keep_freed_memory, load_tokenizer, resolve_device
 from ..indexer.tasks import CausalLM, Task, import_object, plan_batches
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
-from ..ray_jobs.worker import absolute, keep_freed_memory
+from ..ray_jobs.worker import absolute
 from ..store.corpus import Document, Fields, describe_sources, read_corpus
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError

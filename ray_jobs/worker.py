@@ -4,7 +4,6 @@ Every method is a function of its arguments and the models alone, so that a task
 the same bytes. The same class runs in the driver's process (`--workers 1`) and as a Ray actor.
 """
 
-import ctypes
 import os
 import shutil
 import uuid
@@ -36,17 +35,6 @@ from .corpus import ShardPlan, documents_path
 
 _MEAN_TOKENS = 4096
 _LARGEST_HALF = 65504.0
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of giving them back and faulting them in again at every batch; elsewhere, nothing."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc admits
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-    except (OSError, AttributeError):
-        pass
 
 
 class Worker:
@@ -71,7 +59,7 @@ class Worker:
         """The models, loaded when first needed (so that failing to load is this task's error)."""
         import torch
 
-        keep_freed_memory()
+        models.keep_freed_memory()
         torch.set_num_threads(self._config.threads)
         return tuple(self.task.load(source).requires_grad_(False) for source in model_sources(self._config))
 
