@@ -4,7 +4,7 @@
     python benchmarks/dense_search.py --index dense.whence --questions questions.jsonl [--rows 1000000] [--compare 100000]
 
 Real rows and questions are folded to 4,096 coordinates; a grown row's direction is nine parts of one real row's and four of another's, its
-length the first one's. Quantiles of the questions' cosines with real and with grown rows stand side by side in the output. Grown rows are
+length the first one's; the real rows are searched too, as they are. Quantiles of the questions' cosines with real and with grown rows stand side by side in the output. Grown rows are
 stored in int8. Each search runs in a process of its own: questions one at a time, top 10 proponents and opponents, all cores; wall time,
 how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that of the files that it maps).
 FAISS (top 10 of inner products, one question at a time) searches the first `--compare` of the same rows, and so do we beside it: flat,
@@ -192,7 +192,12 @@ def main():
     asked = folded(client.rows(questions[: args.count])[segment.name])
     scratch.mkdir(exist_ok=True)
     np.save(scratch / "questions.npy", asked)
-    again = [sys.executable, __file__, "--questions", str(scratch / "questions.npy"), "--repeats", str(args.repeats)]
+    np.save(scratch / "whole.npy", client.rows(questions[: args.count])[segment.name])
+    client.index.reindex()
+    again = [sys.executable, __file__, "--repeats", str(args.repeats), "--questions"]
+    for recall in _RECALLS:
+        subprocess.run([*again, str(scratch / "whole.npy"), "--measure", str(args.index), "--recall", str(recall)], check=True)
+    again.append(str(scratch / "questions.npy"))
     for rows in (args.compare, args.rows):
         place = scratch / str(rows)
         if not place.exists():

@@ -136,8 +136,8 @@ def _one(name):
     return re.fullmatch(r"\d+ bytes", name)
 
 
-def _checkpoints(name):
-    return re.fullmatch(r"\d+ checkpoints, .*", name)
+def _several_models(name):
+    return re.fullmatch(r"\d+ (checkpoints|models), .*", name)
 
 
 def _size(value):
@@ -188,15 +188,16 @@ def plot(known, file):
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(tenth / 10):.0f}" y2="{y(tenth / 10):.0f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{y(tenth / 10) + 4:.0f}" text-anchor="end">{tenth / 10}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">bytes an example</text>')
-    parts.append(f'<text x="{left}" y="14">LDS; lines: --bytes-per-example, rings: over several checkpoints, crosses: float rows</text>')
+    legend = "LDS; lines: --bytes-per-example, rings: several checkpoints or models, crosses: float rows"
+    parts.append(f'<text x="{left}" y="14">{legend}</text>')
     for number, (pack, found) in enumerate(known.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         ours = sorted((line["bytes"], line["all"][0]) for name, line in found.items() if _one(name))
         points = " ".join(f"{x(size):.1f},{y(value):.1f}" for size, value in ours)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(size):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>' for size, value in ours]
-        others = [line for name, line in found.items() if line["bytes"] and not _one(name) and not _checkpoints(name)]
-        for line in (line for name, line in found.items() if _checkpoints(name)):
+        others = [line for name, line in found.items() if line["bytes"] and not _one(name) and not _several_models(name)]
+        for line in (line for name, line in found.items() if _several_models(name)):
             at, over = x(line["bytes"]), y(line["all"][0])
             parts.append(f'<circle cx="{at:.1f}" cy="{over:.1f}" r="4" fill="none" stroke="{colour}" stroke-width="2"/>')
         for line in others:
