@@ -3,12 +3,12 @@
     whence build --model MODEL_DIR --data corpus.jsonl --out dense.whence --rank 16
     python benchmarks/dense_search.py --index dense.whence --questions questions.jsonl [--rows 1000000] [--compare 100000]
 
-Real rows and questions are folded to 4,096 coordinates; a grown row's direction is nine parts of one real row's and four of another's, its
-length the first one's; the real rows are searched too, as they are. Quantiles of the questions' cosines with real and with grown rows stand side by side in the output. Grown rows are
-stored in int8. Each search runs in a process of its own: questions one at a time, top 10 proponents and opponents, all cores; wall time,
-how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that of the files that it maps).
-FAISS (top 10 of inner products, one question at a time) searches the first `--compare` of the same rows, and so do we beside it: flat,
-SQ8, RaBitQ, HNSW and IVF-PQ, each timed with the settings that it prints.
+Real rows are searched as they are. For more, real rows and questions are folded to 4,096 coordinates; a grown row's direction is nine parts
+of one real row's and four of another's, its length the first one's, stored in int8; quantiles of the questions' cosines with real and with
+grown rows stand side by side in the output. Each search runs in a process of its own: questions one at a time, top 10 proponents and
+opponents, all cores; wall time, how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that
+of the files that it maps). FAISS (top 10 of inner products, one question at a time) searches the first `--compare` of the same rows, and so
+do we beside it: flat, SQ8, RaBitQ, HNSW and IVF-PQ, each timed with the settings that it prints.
 """
 
 import argparse
