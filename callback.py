@@ -1,0 +1,92 @@
+"""A callback for transformers' Trainer: keeps of a training run what an index of it needs, and builds one at the end.
+
+    from whence.callback import WhenceCallback
+
+    trainer = Trainer(..., callbacks=[WhenceCallback(data=("train.jsonl",), out="run.whence")])
+
+What is kept, in `whence.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, what decides the order of
+the data (its own fingerprint, seeds, batch sizes, epochs), and the learning rates.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .indexer.models import model_fingerprint
+from .store.errors import UsageError
+from .store.files import write_whole
+
+_OF_ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+
+
+class WhenceCallback(TrainerCallback):
+    """See above.
+
+    Args:
+        data: the training documents, as for `whence build`.
+        out: the index to build when training ends; None keeps the record alone.
+        checkpoints: how many of the saved checkpoints the index has, the last among them, spread over the run; 1 takes the last alone.
+        options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
+
+    Raises:
+        UsageError: fewer than one checkpoint is asked for, or an index without data.
+    """
+
+    def __init__(self, *, data: tuple[str, ...] = (), out: str | None = None, checkpoints: int = 1, **options: Any) -> None:
+        if checkpoints < 1:
+            raise UsageError(f"checkpoints is {checkpoints}; it must be at least 1")
+        if out is not None and not data:
+            raise UsageError("an index needs the training documents; give data")
+        self._data, self._out, self._wanted, self._options = tuple(data), out, checkpoints, options
+        self._record: dict[str, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note what decides the order of the data."""
+        path = Path(args.output_dir) / "whence.json"
+        known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        order = {name: getattr(args, name) for name in _OF_ORDER}
+        data = {"examples": len(dataset) if hasattr(dataset, "__len__") else None, "fingerprint": getattr(dataset, "_fingerprint", None)}
+        self._record = {"order": order, "data": data, "checkpoints": known.get("checkpoints", []), "rates": known.get("rates", [])}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the learning rate."""
+        rate = (kwargs.get("logs") or {}).get("learning_rate")
+        if rate is not None:
+            self._record["rates"].append([state.global_step, rate])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note a checkpoint that was saved."""
+        if state.is_world_process_zero:
+            place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            entry = {"step": state.global_step, "path": place.name, "fingerprint": model_fingerprint(kwargs["model"])}
+            self._record["checkpoints"] = [c for c in self._record["checkpoints"] if c["step"] != state.global_step] + [entry]
+            self._write(args)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Build the index, of checkpoints that are still there.
+
+        Raises:
+            UsageError: none was saved.
+        """
+        if not state.is_world_process_zero:
+            return
+        self._write(args)
+        if self._out is None:
+            return
+        from .ray_jobs.build import build
+        from .ray_jobs.config import BuildConfig
+
+        saved = [
+            str(Path(args.output_dir) / c["path"]) for c in self._record["checkpoints"] if (Path(args.output_dir) / c["path"]).is_dir()
+        ]
+        if not saved:
+            raise UsageError(f"no checkpoint was saved in {args.output_dir}; set save_strategy, or build the index from the model you save")
+        count = min(self._wanted, len(saved))
+        chosen = [saved[-1 - round(i * (len(saved) - 1) / max(1, count - 1)) if count > 1 else -1] for i in range(count)][::-1]
+        build(BuildConfig(model=tuple(dict.fromkeys(chosen)), data=self._data, out=self._out, **self._options))
+
+    def _write(self, args: TrainingArguments) -> None:
+        write_whole(Path(args.output_dir) / "whence.json", (json.dumps(self._record, indent=1) + "\n").encode())

@@ -1,0 +1,66 @@
+"""The Trainer's callback, in real trainings of a tiny model."""
+
+import json
+
+import pytest
+from datasets import load_dataset
+from helpers import make_model, make_tokenizer, random_texts, write_jsonl
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from whence import Client
+from whence.callback import WhenceCallback
+from whence.indexer.models import ModelSource, load_causal_lm, model_fingerprint
+from whence.store.errors import UsageError
+
+
+def train(path, callback, **arguments):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "<eos>"
+    data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=2))])
+    dataset = load_dataset("json", data_files=str(data), split="train", cache_dir=str(path / "cache"))
+    dataset = dataset.map(lambda r: tokenizer(r["text"]), remove_columns=["id", "text"])
+    model = make_model("gpt2", "float32").requires_grad_(True)
+    given = dict(
+        output_dir=str(path / "run"), num_train_epochs=2, per_device_train_batch_size=4, save_steps=5, logging_steps=5, report_to=[]
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**{**given, **arguments}, use_cpu=True, learning_rate=1e-3),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        callbacks=[callback],
+    )
+    trainer.train()
+    return data
+
+
+def test_a_run_is_kept_and_indexed_at_its_end(tmp_path):
+    out = str(tmp_path / "run.whence")
+    data = train(tmp_path, WhenceCallback(data=(str(tmp_path / "train.jsonl"),), out=out, checkpoints=2, bytes_per_example=500))
+    record = json.loads((tmp_path / "run/whence.json").read_text())
+    assert [c["step"] for c in record["checkpoints"]] == [5, 10, 15, 20]
+    for c in record["checkpoints"]:
+        assert model_fingerprint(load_causal_lm(ModelSource(str(tmp_path / "run" / c["path"])))) == c["fingerprint"]
+    assert record["data"]["examples"] == 40
+    assert record["data"]["fingerprint"]
+    assert record["order"]["seed"] == 42
+    assert [step for step, _ in record["rates"]] == [5, 10, 15, 20]
+    client = Client(out)
+    fingerprints = [m.fingerprint for m in client.index.manifest.models]
+    assert fingerprints == [record["checkpoints"][0]["fingerprint"], record["checkpoints"][-1]["fingerprint"]]
+    assert client.query(text=json.loads(data.read_text().splitlines()[7])["text"], mode="cosine", k=1).proponents[0].id == "d7"
+
+
+def test_checkpoints_that_are_gone_are_left_out_and_none_is_an_error(tmp_path):
+    (tmp_path / "a").mkdir()
+    train(
+        tmp_path / "a", WhenceCallback(data=(str(tmp_path / "a/train.jsonl"),), out=str(tmp_path / "i"), checkpoints=3), save_total_limit=2
+    )
+    assert [m.id.rsplit("-", 1)[1] for m in Client(tmp_path / "i").index.manifest.models] == ["15", "20"]
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UsageError, match="save_strategy"):
+        train(tmp_path / "b", WhenceCallback(data=("x",), out=str(tmp_path / "j")), save_strategy="no")
+    with pytest.raises(UsageError, match="data"):
+        WhenceCallback(out="x")
+    with pytest.raises(UsageError, match="at least 1"):
+        WhenceCallback(checkpoints=0)
