@@ -21,7 +21,7 @@ from .store.files import write_whole
 _OF_ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 
 
-class WhenceCallback(TrainerCallback):
+class WhenceCallback(TrainerCallback):  # type: ignore[misc]
     """See above.
 
     Args:
@@ -46,7 +46,7 @@ class WhenceCallback(TrainerCallback):
         """Note what decides the order of the data."""
         path = Path(args.output_dir) / "whence.json"
         known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
         order = {name: getattr(args, name) for name in _OF_ORDER}
         data = {"examples": len(dataset) if hasattr(dataset, "__len__") else None, "fingerprint": getattr(dataset, "_fingerprint", None)}
         self._record = {"order": order, "data": data, "checkpoints": known.get("checkpoints", []), "rates": known.get("rates", [])}
@@ -79,9 +79,8 @@ class WhenceCallback(TrainerCallback):
         from .ray_jobs.build import build
         from .ray_jobs.config import BuildConfig
 
-        saved = [
-            str(Path(args.output_dir) / c["path"]) for c in self._record["checkpoints"] if (Path(args.output_dir) / c["path"]).is_dir()
-        ]
+        places = [Path(args.output_dir) / c["path"] for c in self._record["checkpoints"]]
+        saved = [str(place) for place in places if place.is_dir()]
         if not saved:
             raise UsageError(f"no checkpoint was saved in {args.output_dir}; set save_strategy, or build the index from the model you save")
         count = min(self._wanted, len(saved))

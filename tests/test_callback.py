@@ -19,12 +19,11 @@ def train(path, callback, **arguments):
     dataset = load_dataset("json", data_files=str(data), split="train", cache_dir=str(path / "cache"))
     dataset = dataset.map(lambda r: tokenizer(r["text"]), remove_columns=["id", "text"])
     model = make_model("gpt2", "float32").requires_grad_(True)
-    given = dict(
-        output_dir=str(path / "run"), num_train_epochs=2, per_device_train_batch_size=4, save_steps=5, logging_steps=5, report_to=[]
-    )
+    given = dict(num_train_epochs=2, per_device_train_batch_size=4, save_steps=5, logging_steps=5, report_to=[])
+    given |= dict(output_dir=str(path / "run"), use_cpu=True, learning_rate=1e-3) | arguments
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**{**given, **arguments}, use_cpu=True, learning_rate=1e-3),
+        args=TrainingArguments(**given),
         train_dataset=dataset,
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
