@@ -111,6 +111,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
         "whence/cli.py",
         "whence/client.py",
         "whence/remote.py",
+        "whence/callback.py",
         "whence/py.typed",
         "whence/demo/corpus.jsonl",
     }
