@@ -25,7 +25,7 @@ from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
 from .store.index import Index
 from .store.keyed import KeyedVectors, concatenate
-from .store.manifest import KeyedSegment, latest_manifest
+from .store.manifest import KeyedSegment, identity, latest_manifest
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -162,6 +162,8 @@ class Client:
         asked = [question.to_dict() for question in questions]
         if options.get("mean"):
             weights = np.array([[1.0 if q.weight is None else q.weight for q in questions]])
+            if not weights.any():
+                raise UsageError("every question of the mean has the weight 0; leave at least one")
             rows, asked = combine(rows, weights / len(questions)), [{"mean_of": len(questions)}]
         where, column = options.get("where"), options.get("group_by")
         allowed = None if where is None else self.index.matching(where)
@@ -214,7 +216,7 @@ class Client:
     def refreshed(self) -> "Client":
         """A client of the index's newest state, which keeps the models where the encoder is still the same; itself if nothing changed."""
         latest = latest_manifest(self.index.path)
-        if latest is None or int(latest.stem) == self.index.manifest.number:
+        if latest is not None and identity(latest) == self.index.identity:
             return self
         newer = Client(
             self.index.path, model=self._models, device=self._device, trust_remote_code=self._trust_remote_code, task=self._task_name
@@ -305,11 +307,12 @@ class Client:
         """The scores of some rows with one question, taken apart (see query/explain.py).
 
         Args:
-            tokens: whether shares by token are computed, which asks the model; a row that is the question needs it then, too.
+            tokens: whether shares by token are computed, which asks the model; a row that is the question needs it then, too. Of vectors,
+                which have no tokens, none are.
             options: those that concern scores: mode, damping, curvature, weights, layers.
 
         Raises:
-            UsageError: there is no such row, or the examples are vectors and tokens are asked for.
+            UsageError: there is no such row.
         """
         asked, metric = self.rows([question]), _metric(options)
         scorer = Scorer.of(self.index, asked, metric)
@@ -328,7 +331,7 @@ class Client:
         from .indexer.shares import token_shares
 
         (asking,) = self.examples([replace(question, against=None)])
-        example, scale = self.index.example(explanation.row), scorer.scale(0, explanation.row)
+        example = self.index.example(explanation.row)
         own = self.encoder.rows([example])
         asked = asked if question.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
         ours: dict[str, np.ndarray | KeyedVectors] = {}
@@ -343,6 +346,10 @@ class Client:
                 assert isinstance(mine, KeyedVectors)
                 shared = np.intersect1d(mine.keys, its.keys)
                 ours[name], theirs[name] = (p.weighed(self.index, rows.only(shared)) for rows in (mine, its))
+        scale = scorer.scale(0, explanation.row)
+        if scorer.mode == "cosine":  # of whole rows, as the shares are
+            squared = scorer.squared_length(asked, stored=question.row is not None) * scorer.squared_length(own, stored=True)
+            scale = float(squared**-0.5) if squared > 0 else 0.0
         shares = token_shares(self.encoder, example, ours) * scale
         beside = None
         if question.against is None:
@@ -378,7 +385,9 @@ class Client:
                 asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUESTION_BATCH_TOKENS)
             found["hidden"] = cosines(states, asked)
         weights = np.array([1.0 if q.weight is None else q.weight for q in questions]) / len(questions)
-        return {name: (scores @ weights)[:, None] if mean else scores for name, scores in found.items()}
+        if mean:
+            return {name: scores[:, :1] if name == "norm" else (scores @ weights)[:, None] for name, scores in found.items()}
+        return found
 
     @cached_property
     def _words(self) -> Words:

@@ -4,10 +4,12 @@ A server leaves a file that says where it listens and which indexes it serves, r
 first, and at WHENCE_URL before that.
 """
 
+import glob
 import http.client
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from .client import Options
 
 _TIMEOUT = 600.0
-_MOST_QUESTIONS = 256
+_MOST_QUESTIONS, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
 
 
 class RemoteClient:
@@ -38,9 +40,16 @@ class RemoteClient:
     """
 
     def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            (parts.hostname or "").encode("idna")
+        except (ValueError, AttributeError, TypeError):
+            known = False
+        if not known or parts.query or parts.fragment or parts.username:
             raise UsageError(f"{url!r} is no server's address; it is written as http://127.0.0.1:8787")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise UsageError("a server's token holds visible ASCII characters alone; look at WHENCE_TOKEN")
         self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout
         self._parts = parts
 
@@ -61,21 +70,27 @@ class RemoteClient:
     def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
         """See `Client.query_many`."""
         answers: list[Answer] = []
-        size = max(1, len(questions)) if options.get("mean") else _MOST_QUESTIONS
-        for first in range(0, len(questions), size):
-            body = self._query_body(questions[first : first + size], options)
+        for part in [questions] if options.get("mean") else self._requests(questions, options):
+            body = self._query_body(part, options)
             found = self.request("POST", "/v1/query", body)
-            answers += [Answer.from_dict(record) for record in (found["answers"] if "questions" in body else [found])]
+            found = found if "questions" in body else {"answers": [found]}
+            answers += self._read(lambda r: list(map(Answer.from_dict, r["answers"])), found)
         return answers
 
     def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack["Options"]) -> list[Explanation]:
         """See `Client.explain`."""
-        body = {**question.to_dict(), **_given(options), "rows": list(rows), "tokens": tokens, "index": self.index}
-        return [Explanation.from_dict(record) for record in self.request("POST", "/v1/explain", body)["explanations"]]
+        explanations: list[Explanation] = []
+        for first in range(0, len(rows), _MOST_ROWS):
+            part = list(rows[first : first + _MOST_ROWS])
+            body = {**question.to_dict(), **_given(options), "rows": part, "tokens": tokens, "index": self.index}
+            found = self.request("POST", "/v1/explain", body)
+            explanations += self._read(lambda r: list(map(Explanation.from_dict, r["explanations"])), found)
+        return explanations
 
     def complete(self, prompt: str, tokens: int = 16) -> str:
         """See `Client.complete`."""
-        return self.request("POST", "/v1/complete", {"prompt": prompt, "tokens": tokens, "index": self.index})["completion"]
+        found = self.request("POST", "/v1/complete", {"prompt": prompt, "tokens": tokens, "index": self.index})
+        return self._read(lambda r: str(r["completion"]), found)
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request, as JSON.
@@ -91,11 +106,32 @@ class RemoteClient:
             connection.request(method, self._parts.path.rstrip("/") + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
             status, content = response.status, response.read()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise NotFoundError(f"no server answers at {self.url} ({error}); start one with whence serve, or ask with --local") from error
         finally:
             connection.close()
         return _checked(status, content, self.url)
+
+    def _requests(self, questions: Sequence[Question], options: Mapping[str, Any]) -> Iterator[Sequence[Question]]:
+        """Questions in parts that a server takes in one request."""
+        most = _MOST_COSTLY if options.get("group_by") or options.get("controls") else _MOST_QUESTIONS
+        most = max(1, min(most, _MOST_ANSWERS // (options.get("k") or 10)))
+        first = size = 0
+        for at, question in enumerate(questions):
+            own = len(json.dumps(question.to_dict())) + 2
+            if at > first and (at - first == most or size + own > _MOST_BYTES):
+                yield questions[first:at]
+                first, size = at, 0
+            size += own
+        if first < len(questions):
+            yield questions[first:]
+
+    def _read(self, read: Callable[[Any], Any], found: Any) -> Any:
+        """What a server's answer holds."""
+        try:
+            return read(found)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise NotFoundError(f"{self.url} answers, but not as a Whence server does") from error
 
     def _query_body(self, questions: Sequence[Question], options: Mapping[str, Any]) -> dict[str, Any]:
         asked = [question.to_dict() for question in questions]
@@ -143,10 +179,10 @@ def _checked(status: int, content: bytes, url: str) -> Any:
         raise NotFoundError(f"{url} answers, but not as a Whence server does (status {status})") from error
     if status < 400:
         return found
-    kind = getattr(errors, str(found.get("kind")), WhenceError) if isinstance(found, dict) else WhenceError
-    if not (isinstance(kind, type) and issubclass(kind, WhenceError)):
-        kind = WhenceError
-    raise kind(str(found.get("detail") if isinstance(found, dict) else found))
+    kind = getattr(errors, str(found.get("kind")), None) if isinstance(found, dict) else None
+    if not (isinstance(kind, type) and issubclass(kind, WhenceError)) or "detail" not in found:
+        raise NotFoundError(f"{url} answers, but not as a Whence server does (status {status})")
+    raise kind(str(found["detail"]))
 
 
 @dataclass(frozen=True)
@@ -169,10 +205,11 @@ def announce(served: Served) -> Path:
     """Leave word of a server; the file is the owner's alone."""
     directory = servers_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / f"{served.pid}.json"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    path, staged = (directory / f"{socket.gethostname()}-{served.pid}{ending}" for ending in (".json", ".tmp"))
+    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump({"url": served.url, "pid": served.pid, "token": served.token, "indexes": dict(served.indexes)}, file)
+    os.replace(staged, path)
     return path
 
 
@@ -185,15 +222,18 @@ def find_server(index: str) -> RemoteClient | None:
     if url:
         return RemoteClient(url, index=where, token=os.environ.get("WHENCE_TOKEN"))
     directory = servers_directory()
-    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+    for path in sorted(directory.glob(f"{glob.escape(socket.gethostname())}-*.json")) if directory.is_dir() else ():
         try:
-            served = Served(**json.loads(path.read_text()))
-            os.kill(served.pid, 0)
-        except (ValueError, TypeError, ProcessLookupError):
+            found = json.loads(path.read_text())
+            os.kill(int(found["pid"]), 0)
+            if where not in dict(found["indexes"]).values():
+                continue
+            client = RemoteClient(found["url"], index=where, token=found["token"])
+            client.request("GET", "/healthz")
+        except ProcessLookupError:
             path.unlink(missing_ok=True)  # left by a server that was killed
-            continue
-        except OSError:
-            continue
-        if where in served.indexes.values():
-            return RemoteClient(served.url, index=where, token=served.token)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, WhenceError):
+            continue  # no word of a server, or of one that does not answer
+        else:
+            return client
     return None

@@ -51,7 +51,7 @@ class KeyedShares:
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call."""
         if not len(self._keys):
-            found = torch.zeros(self._inputs.shape[1], dtype=torch.float64)
+            found = torch.zeros(self._inputs.shape[1], dtype=torch.float64, device=d.device)
         elif self._part.segment.role == "head":
             found = (d[0][:, self._keys] * (x[0] @ self._adjoint.T)).sum(1).double()
         else:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_WEIGHTS = 1e-6, 1e6
+
+
 @dataclass(frozen=True)
 class Question:
     """What to attribute: a completion after a prompt, a whole text, or a row of the index; exactly one of them.
@@ -42,8 +45,8 @@ class Question:
             raise UsageError("another completion to hold against needs a completion; give both")
         if self.span is not None and (self.row is not None or self.against is not None):
             raise UsageError("a span is a part of one completion or text; give it without a row and without another completion")
-        if self.weight is not None and not math.isfinite(self.weight):
-            raise UsageError(f"a question's weight is {self.weight}; it must be a number")
+        if self.weight is not None and not (self.weight == 0 or _WEIGHTS[0] <= abs(self.weight) <= _WEIGHTS[1]):
+            raise UsageError(f"a question's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size")
         try:
             f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
         except UnicodeEncodeError as error:
@@ -245,7 +248,7 @@ class Explanation:
     """The score of one training example, taken apart.
 
     Attributes:
-        row, id, text, score: which example, and its score, as a query gives it.
+        row, id, text, score: which example, and its score, as a query gives it (estimated cosines may lie beyond 1).
         segments, layers, vocabulary: see above; each strongest first.
         recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
         example, question: shares of the training example's tokens, and of the question's; each adds up to `recomputed`.

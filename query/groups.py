@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from ..store.errors import UsageError
 from ..store.index import Index
 from .answers import Group
 from .scoring import Metric, QueryRows, all_scores
 
-_DRAWS, _LEVEL = 200, 0.95
+_DRAWS, _LEVEL, _MOST_GROUPS = 200, 0.95, 10_000
 
 
 def _poisson_table() -> np.ndarray:
@@ -47,6 +48,8 @@ def group_scores(
     """
     encoded = index.column(column).combine_chunks().dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
+    if len(values) > _MOST_GROUPS + 1:
+        raise UsageError(f"the column {column!r} has {len(values) - 1:,} values; group by one with at most {_MOST_GROUPS:,}")
     codes = np.asarray(encoded.indices.fill_null(len(values) - 1))
     kept = index.alive if allowed is None else index.alive & allowed
     scores = np.concatenate([block for _, block in all_scores(index, queries, metric)], axis=1)[:, kept]

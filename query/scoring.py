@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from ..store.bits import padded_width, rotate
 from ..store.coarse import Rounded, coarse_bits, words
-from ..store.errors import UsageError
+from ..store.errors import NumericalError, UsageError
 from ..store.index import Group, Index
 from ..store.keyed import KeyedVectors, concatenate
 from ..store.manifest import DenseSegment, KeyedSegment, Shard, check_damping
@@ -35,7 +35,8 @@ from ..store.postings import byte_tables
 from ..store.rows import DenseRows, row_bytes
 
 Mode = Literal["influence", "cosine", "per-nat"]
-_FEW_QUERIES, _MANY_CODES = 4, 1 << 24
+_FEW_QUERIES, _MANY_CODES, _LARGEST_WEIGHT = 4, 1 << 24, 1e6
+_SHORTEST = 1e-37  # lengths whose inverse is a float32
 _met = [0]
 
 
@@ -65,9 +66,9 @@ class Metric:
             check_damping(self.damping)
             if not self.curvature:
                 raise UsageError("a damping means nothing without curvature; give one or the other")
-        wrong = [name for name, weight in self.weights.items() if not 0 <= weight < np.inf]
+        wrong = [name for name, weight in self.weights.items() if not (weight == 0 or 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT)]
         if wrong:
-            raise UsageError(f"the weight of {wrong[0]} is {self.weights[wrong[0]]}; it must be a number of at least 0")
+            raise UsageError(f"the weight of {wrong[0]} is {self.weights[wrong[0]]}; it must be 0, or between 1e-6 and 1e6")
 
 
 QueryRows = Mapping[str, Float32[np.ndarray, "queries dim"] | KeyedVectors]
@@ -142,19 +143,24 @@ class Scorer:
         squared = np.zeros(group.rows) if self.mode == "cosine" else None
         for p in self.parts:
             p.add(self.index, group, scores, squared)
-        return scores if self.mode == "influence" else scores * self._scale(group, squared)
+        scores = scores if self.mode == "influence" else scores * self._scale(group, squared)
+        if not np.isfinite(scores).all():
+            raise NumericalError("a score is not finite: the question's weights, or its gradient, are too large; ask with smaller ones")
+        return scores
 
     def estimates(self, group: Group) -> Estimates:
         """Estimated scores of a group's rows; `refusal` says when there are none."""
         shape = len(self), group.rows
-        sure, guess, variances = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        sure, guess, variances = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape)
         squared = np.zeros(group.rows) if self.mode == "cosine" else None
         for p in self.parts:
             if isinstance(p, KeyedQueries):
                 p.add(self.index, group, sure, squared)
             else:
                 p.estimate(self.index, group, guess, variances, squared)
-        return Estimates(sure, guess, np.sqrt(variances, out=variances), self._scale(group, squared))
+        if not (np.isfinite(sure).all() and np.isfinite(guess).all() and np.isfinite(variances).all()):
+            raise NumericalError("a score is not finite: the question's weights, or its gradient, are too large; ask with smaller ones")
+        return Estimates(sure, guess, np.sqrt(variances, out=variances).astype(np.float32), self._scale(group, squared))
 
     def refusal(self) -> str | None:
         """Why rows cannot be estimated from one-bit codes, if they cannot."""
@@ -191,6 +197,24 @@ class Scorer:
             length = float(np.sqrt(self._squared_length(shard, offset)) * self.norms[query])
         return 1.0 / length if length > 0 else 0.0
 
+    def squared_length(self, rows: QueryRows, stored: bool) -> float:
+        """The squared length of one row, at hand and not coded, under the metric.
+
+        Args:
+            stored: whether what is not stored of rows is left out.
+        """
+        total = 0.0
+        for p in self.parts:
+            row = rows[p.segment.name]
+            if isinstance(p, DenseQueries):
+                assert isinstance(row, np.ndarray)
+                whole = row[0].astype(np.float64)
+                total += float((p.weighed(self.index, row[0]).astype(np.float64) if stored else whole * p.factors) @ whole)
+            else:
+                assert isinstance(row, KeyedVectors)
+                total += float((p.weighed(self.index, row).vectors.astype(np.float64) * row.vectors).sum())
+        return total
+
     def _squared_length(self, shard: Shard, offset: int) -> float:
         return sum(p.weight * p.squared_length(self.index, shard, offset) for p in self.parts)
 
@@ -202,7 +226,7 @@ class Scorer:
             lengths = np.tile(np.concatenate([self.index.losses(shard) for shard in group.shards]), (len(self), 1)).astype(np.float64)
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))
-        return np.divide(1.0, lengths, out=np.zeros(lengths.shape), where=lengths > 0).astype(np.float32)
+        return np.divide(1.0, lengths, out=np.zeros(lengths.shape), where=lengths > _SHORTEST).astype(np.float32)
 
 
 Result = TypeVar("Result")
@@ -365,6 +389,8 @@ class DenseQueries:
             change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
         squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
         asked = (scaled * weight).astype(np.float32)
+        if not np.isfinite(asked).all():
+            raise NumericalError("the question's gradient, times its weights, is not finite; ask with smaller weights")
         kept = segment.dim if reduction.kept is None else len(reduction.kept)
         variance = 0.0
         if segment.dtype == "1bit":
@@ -427,7 +453,7 @@ class DenseQueries:
         index: Index,
         group: Group,
         guess: Float32[np.ndarray, "queries rows"],
-        variances: Float32[np.ndarray, "queries rows"],
+        variances: Float64[np.ndarray, "queries rows"],
         squared: Float64[np.ndarray, " rows"] | None,
     ) -> None:
         """Add estimates of the weighted inner products, and their variances, from one-bit codes."""
@@ -435,7 +461,8 @@ class DenseQueries:
         lengths, rests = np.square(self.queries, dtype=np.float64).sum(axis=1), rounded.rests**2
         for part, codes, factors, noises, norms in self._codes(index, group):
             guess[:, part] += rounded.products(codes) * factors
-            variances[:, part] += np.outer(lengths, np.square(noises)) + np.outer(rests, np.square(factors))
+            variances[:, part] += np.outer(lengths, np.square(noises, dtype=np.float64))
+            variances[:, part] += np.outer(rests, np.square(factors, dtype=np.float64))
             if squared is not None:
                 squared[part] += self.weight * norms.astype(np.float64) ** 2
 

@@ -6,9 +6,9 @@ one-bit codes estimate all scores (store/coarse.py), and rows are read, from the
 The certificate. Let s be the k-th best score among the rows that were read; it can only be below the true k-th best. A row is left unread
 when its estimate, plus z times the estimate's standard deviation, does not exceed s. A row that belongs to the true k best scores s or
 more, so that to be left out its estimate must have erred by z standard deviations, which happens with the probability 1 - Phi(z). For
-recall r, z is chosen so that this is (1 - r) / k: with a probability of at least r, over the codes' random rotation, not one of the k is
-missing (union bound). That holds for any rows and any question; what depends on them is how many rows are read. If these are too many, the
-exact scan is cheaper, and is what is done.
+recall r, z is chosen so that this is (1 - r) / k: with a probability of at least r, over the codes' random rotation, not one of the k best
+is missing (union bound), and likewise of the worst. That holds for any rows and any question; what depends on them is how many rows are
+read. If these are too many, the exact scan is cheaper, and is what is done.
 """
 
 import time
@@ -39,8 +39,8 @@ class Hits:
         proponents, proponent_scores: rows of positive score, highest first (ties: lower row first).
         opponents, opponent_scores: rows of negative score, lowest first.
         seconds: wall time of the pass that answered it.
-        candidates: rows that were read (of an exact scan, all that were searched).
-        recall: with at least this probability none of the best, and none of the worst, is missing; 1 after an exact scan.
+        candidates: rows that were read, those for both sides twice (of an exact scan, all that were searched).
+        recall: with at least this probability none of the best k is missing, and likewise none of the worst; 1 after an exact scan.
         note: why it was an exact scan although less was asked for.
     """
 
@@ -93,7 +93,7 @@ def _pass(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Boo
     if recall < 1 and any(isinstance(p.segment, DenseSegment) for p in scorer.parts):
         note = scorer.refusal()
         if note is None:
-            found = _coarse_to_fine(scorer, k, allowed, NormalDist().inv_cdf(1 - (1 - recall) / k))
+            found = _coarse_to_fine(scorer, k, allowed, -NormalDist().inv_cdf((1 - recall) / k))
             if found is None:
                 note = "more rows could be among the best than an exact scan takes time for"
     if found is None:

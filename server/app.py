@@ -4,13 +4,14 @@ Every answer is the JSON that the command line prints; every error is problem+js
 it all, `/docs` shows that.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,8 +24,9 @@ from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageErr
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem
 
-_BINS = 60
+_BINS, _LONGEST_DETAIL = 60, 600
 _MOST_QUESTIONS = 256
+_MOST_ANSWERS, _MOST_COSTLY = 20_000, 16
 _STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
     (BusyError, 503, "Busy"),
     (NotFoundError, 404, "Not found"),
@@ -33,7 +35,7 @@ _STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
 )
 Text = Annotated[str, Field(max_length=200_000)]
 Name = Annotated[str, Field(max_length=200)]
-Row = Annotated[int, Field(ge=0, le=2**53)]
+Row = Annotated[int, Field(ge=0, le=2**53, strict=True)]
 
 
 class _Body(BaseModel):
@@ -47,7 +49,7 @@ class Asked(_Body):
     completion: Text | None = None
     text: Text | None = None
     row: Row | None = None
-    id: Name | None = None
+    id: Annotated[str, Field(max_length=4096)] | None = None
     against: Text | None = Field(None, description="Another completion: what made the model say the one rather than the other.")
     span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens alone.")
     weight: float | None = None
@@ -79,7 +81,7 @@ class QueryBody(Asked, How):
 
     questions: list[Asked] | None = Field(None, max_length=_MOST_QUESTIONS, description="Several questions instead of one.")
     mean: bool = False
-    k: int | None = Field(None, ge=1, le=1000)
+    k: int | None = Field(None, ge=1, le=10_000, strict=True)
     opponents: bool = True
     where: Annotated[str, Field(max_length=4000)] | None = None
     group_by: Name | None = None
@@ -180,7 +182,10 @@ def _state_routes(app: FastAPI, engines: Mapping[str, Engine], metrics: Metrics)
     @app.get("/readyz", tags=["state"])
     async def readyz() -> dict[str, Any]:
         """Whether questions are answered."""
-        return {"status": "ok", "indexes": list(engines)}
+        idle = [name for name, engine in engines.items() if not engine.alive]
+        if idle:
+            raise BusyError(f"{len(idle)} indexes are not answered; start the server again")
+        return {"status": "ok"}
 
     @app.get("/metrics", tags=["state"])
     async def prometheus() -> Response:
@@ -201,14 +206,18 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
 
     @app.get("/v1/rows/{row}", tags=["indexes"])
-    async def row(row: Row, index: Name | None = None) -> Response:
+    async def row(row: Annotated[int, Path(ge=0, le=2**53)], index: Name | None = None) -> Response:
         """A training example, by its row."""
 
         def found(client: Client) -> dict[str, Any]:
             e = client.index.example(row)
             shard, offset = client.index.locate(row)
             about = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
-            return {**about, "tokens": int(e.loss_mask.sum()), "loss": float(client.index.losses(shard)[offset])}
+            try:
+                loss = float(client.index.losses(shard)[offset])
+            except IncompatibleError:  # an older index
+                return about
+            return {**about, "tokens": int(e.loss_mask.sum()), "loss": loss}
 
         return _json(await _engine_of(engines, index).call(found))
 
@@ -225,9 +234,13 @@ def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         questions = [asked.question() for asked in body.questions]
         if any(getattr(body, name) not in (None, "") for name in Asked.model_fields):
             raise UsageError("give one question, or questions, not both")
+        if len(questions) * (body.k or 10) > _MOST_ANSWERS:
+            raise UsageError(f"{len(questions)} questions times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
+        if (body.group_by or body.controls) and len(questions) > _MOST_COSTLY and not body.mean:
+            raise UsageError(f"groups and controls are given for at most {_MOST_COSTLY} questions at a time; ask in parts")
         options["mean"] = body.mean
         answers = await engine.call(lambda client: client.query_many(questions, **options))
-        return _json({"answers": [answer.to_dict() for answer in answers]})
+        return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
     @app.get("/v1/query", tags=["questions"])
     async def linked(q: Annotated[str, Query(max_length=20_000)]) -> Response:
@@ -321,7 +334,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _handle_errors(app: FastAPI) -> None:
     def respond(status: int, detail: str, title: str, kind: str = "UsageError") -> Response:
-        code, body = problem(status, detail, title, kind)
+        code, body = problem(status, detail if len(detail) <= _LONGEST_DETAIL else f"{detail[:_LONGEST_DETAIL]} ...", title, kind)
         headers = {"retry-after": "1"} if code == 503 else {}
         return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
 
@@ -334,7 +347,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return respond(422, f"{where or 'the body'}: {first['msg']}"[:500], "Not a valid request")
+        return respond(422, f"{where or 'the body'}: {first['msg']}", "Not a valid request")
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..client import Client, Options
 from ..query.answers import Answer, Question
 from ..query.scoring import QueryRows, join
-from ..store.errors import BusyError, WhenceError
+from ..store.errors import BusyError
 from ..store.keyed import KeyedVectors
 
 _REMEMBERED = 128
@@ -69,6 +69,12 @@ class Engine:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"whence-{name}")
         self._rows: OrderedDict[Question, QueryRows] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
+        self._running: list[_Job[Any]] = []
+
+    @property
+    def alive(self) -> bool:
+        """Whether questions are being answered."""
+        return self._task is not None and not self._task.done()
 
     def start(self) -> None:
         """Begin to answer; needs a running loop."""
@@ -79,10 +85,11 @@ class Engine:
         if self._task is not None:
             self._task.cancel()
         while not self._queue.empty():
-            job = self._queue.get_nowait()
+            self._running.append(self._queue.get_nowait())
+        for job in self._running:
             if not job.done.done():
                 job.done.set_exception(BusyError("the server is stopping; ask again later"))
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, question: Question, options: Options) -> Answer:
         """The answer to one question.
@@ -111,8 +118,12 @@ class Engine:
             while len(jobs) < self._batch and not self._queue.empty():
                 jobs.append(self._queue.get_nowait())
             self._metrics.waiting.labels(self.name).set(self._queue.qsize())
-            jobs = [job for job in jobs if not job.done.done()]  # whoever asked may have gone
-            outcomes = await loop.run_in_executor(self._pool, self._work, jobs)
+            self._running = [job for job in jobs if not job.done.done()]  # whoever asked may have gone
+            jobs = self._running
+            try:
+                outcomes = await loop.run_in_executor(self._pool, self._work, jobs)
+            except Exception as error:
+                outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
                 if job.done.done():
                     continue
@@ -127,10 +138,7 @@ class Engine:
         for job in jobs:
             self._metrics.seconds.labels(self.name, "queue").observe(started - job.since)
         outcomes: dict[int, Any] = {}
-        try:
-            self._refresh()
-        except WhenceError as error:
-            return [error] * len(jobs)
+        self._refresh()
         groups: dict[str, list[int]] = {}
         for number, job in enumerate(jobs):
             if job.call is not None:

@@ -4,6 +4,7 @@ Plain ASGI, so that nothing of a body is read before it is known to be wanted.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -34,7 +35,7 @@ class Guard:
         token: a bearer token that all but the explorer's own files and the health checks ask for; None asks for none.
         hosts: names by which the server may be called, so that no page elsewhere can reach it through a name of its own (DNS rebinding);
             None admits any.
-        patience: seconds that a client may take for each piece of its request.
+        patience: seconds that a client may take for its request.
     """
 
     def __init__(self, app: App, token: str | None, hosts: frozenset[str] | None, patience: float = _PATIENCE) -> None:
@@ -54,21 +55,33 @@ class Guard:
         if failed is not None:
             await _respond(send, *failed)
             return
-        sent = False
+        sent, gone = False, asyncio.Event()
 
         async def replay() -> MutableMapping[str, Any]:
             nonlocal sent
             if not sent:
                 sent = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
+            await gone.wait()
+            return {"type": "http.disconnect"}
 
         async def secured(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
-        await self._app(scope, replay, secured)
+        work = asyncio.ensure_future(self._app(scope, replay, secured))
+        left = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # whoever asked is gone
+                gone.set()
+                work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        finally:
+            left.cancel()
+            work.cancel()
 
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -83,15 +96,17 @@ class Guard:
             return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
         if self._token is not None and scope["path"] not in _OPEN and not scope["path"].startswith("/static/"):
             given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
+            scheme, _, token = given.partition(b" ")
+            if not hmac.compare_digest(token.strip(), self._token.encode()) or scheme.lower() != b"bearer":
                 return problem(401, "a bearer token is asked for: Authorization: Bearer TOKEN", "Unauthorized")
         return None
 
     async def _body(self, receive: Receive) -> tuple[bytes, tuple[int, bytes] | None]:
         parts, size = [], 0
+        until = asyncio.get_running_loop().time() + self._patience
         while True:
             try:
-                message = await asyncio.wait_for(receive(), self._patience)
+                message = await asyncio.wait_for(receive(), until - asyncio.get_running_loop().time())
             except TimeoutError:
                 return b"", problem(408, "the request did not come to its end", "Timeout")
             if message["type"] != "http.request":

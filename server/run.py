@@ -65,7 +65,8 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         create_app(clients, token=token, hosts=hosts, batch=batch),
         host=host,
         port=port,
-        log_level="warning",
+        log_level="error",
+        ws="none",
         access_log=False,
         server_header=False,
         limit_concurrency=_MOST_CONNECTIONS,
@@ -79,12 +80,25 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another --port, or 0 for any") from error
     socket.listen(_MOST_CONNECTIONS)  # so that whoever reads the word that is left can connect already
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
-    word = announce(Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()}))
+    served = Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()})
+    word: Path | None = None
+    try:
+        word = announce(served)
+    except OSError as error:
+        sys.stderr.write(f"commands will not find this server by themselves ({error}); set WHENCE_URL\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
     sys.stderr.flush()
-    for number in (signal.SIGTERM, signal.SIGINT):  # which the server hands on when it has answered what it was asked
-        signal.signal(number, lambda *_: sys.exit(0))
+
+    def leave(*_: object) -> None:
+        """The server hands signals on when it has answered what it was asked, or has waited long enough: no thread is waited for then."""
+        if word is not None:
+            word.unlink(missing_ok=True)
+        os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     try:
         uvicorn.Server(config).run(sockets=[socket])
     finally:
-        word.unlink(missing_ok=True)
+        if word is not None:
+            word.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from .files import publish
 from .rows import map_array, write_array, write_shard
 
 _GROUP = "arrays"
+_VERSION = 2  # of how arrays are made: those of another are made anew
 
 
 def write_cache(directory: Path, arrays: Mapping[str, np.ndarray], source: str, staging: Path) -> None:
@@ -32,7 +33,7 @@ def write_cache(directory: Path, arrays: Mapping[str, np.ndarray], source: str, 
 
     staged = staging / f"{uuid.uuid4().hex}.zarr"
     kinds = {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()}
-    write_shard(staged, {_GROUP: write}, {"source": source, "arrays": kinds})
+    write_shard(staged, {_GROUP: write}, {"version": _VERSION, "source": source, "arrays": kinds})
     shutil.rmtree(directory, ignore_errors=True)
     publish(staged, directory)
 
@@ -41,10 +42,10 @@ def read_cache(directory: Path, source: str) -> dict[str, np.ndarray] | None:
     """The arrays that lie there, as memory maps whose checksums were compared; None where they are not whole, or not of this source."""
     try:
         about = json.loads((directory / "zarr.json").read_bytes())["attributes"]["whence"]
-        if about["source"] != source:
+        if about["source"] != source or about["version"] != _VERSION:
             return None
         arrays = {name: plain(map_array(directory / _GROUP, name, tuple(shape), dtype)) for name, (shape, dtype) in about["arrays"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IntegrityError, IncompatibleError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError, IncompatibleError):
         return None
     return arrays
 

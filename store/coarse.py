@@ -1,14 +1,15 @@
 """One-bit codes of dense rows, beside these: all scores are estimated in one light pass, each with its standard deviation.
 
     codes    [rows, words]  uint64: signs of the rotated unit direction (see bits.py), 8 a byte, most significant first
-    factors  [rows]         float32: |v| / A, with A the sum of the rotated direction's |coordinates|
-    noises   [rows]         float32: |v| sqrt((b / A^2 - 1) / (w - 1)) for b bits of w coordinates
+    factors  [rows]         float32: |v| |u|^2 / A, with u the stored direction and A the sum of its |coordinates| after the rotation
+    noises   [rows]         float32: |v| |u| sqrt((b |u|^2 / A^2 - 1) / (w - 1)) for b bits of w coordinates
     norms    [rows]         float32: |v|
     checks   [rows]         uint32: CRC-32C of the row's stored codes, by which single rows can be read and trusted
 
-With s the signs, u the rotated direction and q a rotated question, s = A u + r, and r, which is orthogonal to u, has |r|^2 = b - A^2 and
-no preferred direction: |v| <s, q> / A = <v, q> + e with e of mean 0 and standard deviation at most noise * |q| (RaBitQ, Gao and Long,
-arXiv 2405.12497, here with each row's own A). The question is rounded to four bits a coordinate, so that an estimate is four exclusive ors
+With s the signs, u the rotated direction (of length 1, but for the rounding of its codes, which int8 can make felt) and q a rotated
+question, s = (A / |u|^2) u + r, and r, which is orthogonal to u, has |r|^2 = b - A^2 / |u|^2 and no preferred direction:
+factor * <s, q> = |v| <u, q> + e with e of mean 0 and standard deviation at most noise * |q| (RaBitQ, Gao and Long, arXiv 2405.12497, here
+with each row's own A). The question is rounded to four bits a coordinate, so that an estimate is four exclusive ors
 and bit counts; what rounding leaves over, of length p, adds the standard deviation factor * p.
 
 FAISS has RaBitQ too, but returns the best of a list alone: neither all estimates, which filters, opponents and other segments need, nor
@@ -50,7 +51,7 @@ class Coarse:
         """Codes of shards' rows, one shard after the other."""
         width = padded_width(shards[0].coordinates, 1)
         bits = coarse_bits(shards[0].coordinates)
-        codes, sums, checks = [], [], []
+        codes, sums, squares, checks = [], [], [], []
         for rows in shards:
             factors = rows.factors()
             for first, block in rows.blocks():
@@ -58,10 +59,11 @@ class Coarse:
                 rotated = rotate(directions, bits, seed)
                 codes.append(words(np.packbits(rotated > 0, axis=1)))
                 sums.append(np.abs(rotated).sum(axis=1, dtype=np.float64))
+                squares.append(np.einsum("rd,rd->r", directions, directions, dtype=np.float64))
                 checks.append(np.array([google_crc32c.value(row.tobytes()) for row in block], np.uint32))
-        norms, a = np.concatenate([rows.norms for rows in shards]), np.concatenate(sums)
-        over = np.divide(1.0, a, out=np.zeros_like(a), where=a > 0)
-        noises = norms * np.sqrt(np.maximum(bits * over**2 - 1, 0) / max(1, width - 1))
+        norms, a, uu = np.concatenate([rows.norms for rows in shards]), np.concatenate(sums), np.concatenate(squares)
+        over = np.divide(uu, a, out=np.zeros_like(a), where=a > 0)
+        noises = norms * np.sqrt(np.maximum(bits * over**2 - uu, 0) / max(1, width - 1))
         arrays = np.concatenate(codes), (norms * over).astype(np.float32), noises.astype(np.float32), norms, np.concatenate(checks)
         return cls(*(plain(array) for array in arrays))
 
@@ -75,9 +77,11 @@ class Coarse:
         arrays = read_cache(directory, source)
         vectors = ("factors", "noises", "norms", "checks")
         shapes = {"codes": (rows, -(-coarse_bits(coordinates) // 64)), **dict.fromkeys(vectors, (rows,))}
+        dtypes = {"codes": "uint64", **dict.fromkeys(vectors, "float32"), "checks": "uint32"}
         if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
             return None
-        return cls(**arrays)
+        whole = all(np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all() for name in vectors[:3])
+        return cls(**arrays) if whole and {name: array.dtype.name for name, array in arrays.items()} == dtypes else None
 
 
 def coarse_bits(coordinates: int) -> int:

@@ -66,8 +66,11 @@ def matching(tree: ast.expr, table: pa.Table, types: Mapping[str, pa.DataType]) 
         for name in lacking:
             table = table.append_column(name, pa.nulls(len(table), types[name]))
         kept = table.append_column("\0row", pa.array(np.arange(len(table)))).filter(expression)["\0row"].to_numpy()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OverflowError) as error:
-        raise UsageError(f"the filter {ast.unparse(tree)!r} compares what cannot be compared: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"the filter compares what cannot be compared, or is nested too deeply: {reason}") from error
     found = np.zeros(len(table), bool)
     found[kept] = True
     return found
@@ -142,7 +145,11 @@ class _Builder:
         if isinstance(op, (ast.In, ast.NotIn)):
             if not isinstance(right, (ast.List, ast.Tuple)):
                 raise UsageError(f"after `in` a filter needs a list such as ['web', 'books'], not {ast.unparse(right)[:80]!r}")
-            values = pa.array([self._value(e, kind).as_py() for e in right.elts], kind)
+            items = [self._value(e, kind) for e in right.elts]
+            values = pa.array([item.as_py() for item in items], kind)
+            changed = [item for item, value in zip(items, values, strict=True) if not item.is_valid or item.as_py() != value.as_py()]
+            if changed:
+                raise UsageError(f"the column holds {kind} values, and {changed[0].as_py()!r} in the list is none of them")
             found = field.isin(values)
             return ~found & field.is_valid() if isinstance(op, ast.NotIn) else found
         if _column(right) is not None:

@@ -1,6 +1,7 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
 import contextlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +16,10 @@ from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
 from .coarse import Coarse
 from .documents import Documents, Example
-from .errors import IntegrityError, UsageError
+from .errors import IncompatibleError, IntegrityError, UsageError
 from .files import read_json, sha256
 from .keyed import KeyedRows, KeyedVectors
-from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, read_manifest
+from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, identity, read_manifest
 from .postings import Postings
 from .rows import DenseRows, Reduction, map_array
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _GROUP_ROWS = 1 << 16
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Index:
             raise UsageError("the index's path is empty; name its directory")
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
         self._firsts = np.array([shard.first for shard in self.manifest.shards])
         self._rows: dict[tuple[str, str], DenseRows] = {}
         self._keyed: dict[tuple[str, str], KeyedRows] = {}
@@ -138,7 +141,9 @@ class Index:
         Returns:
             How many files were written.
         """
-        written = 0
+        written, beside = 0, self.path / "search"
+        if beside.is_symlink() or (beside.exists() and not beside.is_dir()):
+            raise UsageError(f"{beside} is no directory of this index (a file, or a link elsewhere); remove it")
         for group in self.groups:
             for segment in self.manifest.segments:
                 source, place = self._source(group, segment), self._beside(group, segment)
@@ -151,8 +156,8 @@ class Index:
                         place, source, self.path / "staging"
                     )
                     written += 1
-        for place in (self.path / "search").glob("*.zarr"):
-            if place.stem not in {group.id for group in self.groups}:
+        for place in beside.glob("*.zarr"):
+            if place.stem not in {group.id for group in self.groups} and _UUID.fullmatch(place.stem) and not place.is_symlink():
                 shutil.rmtree(place)
         with contextlib.suppress(OSError):
             (self.path / "staging").rmdir()
@@ -189,6 +194,8 @@ class Index:
 
     def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
         """The examples' own losses under the (last) model, in nats."""
+        if not any(f.path == f"rows/{shard.id}.zarr/losses/zarr.json" for f in shard.files):
+            raise IncompatibleError(f"{self.path} does not hold its examples' losses; build it again with this version")
         self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
         return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
 

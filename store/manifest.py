@@ -248,6 +248,12 @@ def latest_manifest(directory: Path) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
+def identity(path: Path) -> tuple[str, int, int, int]:
+    """What tells a manifest's file from another, also from one of the same number in an index that took the place of this one."""
+    found = path.stat()
+    return path.name, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The newest manifest of an index.
 

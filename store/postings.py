@@ -73,6 +73,8 @@ class Postings:
             keys, owners: the tokens of all questions, and which question each is of, ascending.
             tables: of each token, what `byte_tables` makes of its rotated vector.
         """
+        if not len(self.tokens):
+            return
         at = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
         known = self.tokens[at] == keys
         bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
@@ -93,16 +95,20 @@ class Postings:
         if arrays is None or arrays.keys() != {f.name for f in fields(cls)}:
             return None
         lists = cls(**arrays)
-        counts, postings = lists.starts[1:] - lists.starts[:-1], len(lists.rows)
+        kinds = [(array.dtype.name, array.ndim) for array in (lists.tokens, lists.starts, lists.rows, lists.codes, lists.factors)]
+        if kinds != [("uint32", 1), ("int64", 1), (_row_dtype(rows), 1), ("uint32", 2), ("float32", 1)]:
+            return None
+        counts, postings = np.diff(lists.starts), len(lists.rows)
         # Compiled loops check no bounds: what they would step over is looked at here.
         fits = (
             lists.codes.shape == (postings, -(-width // 4))
             and lists.factors.shape == (postings,)
             and lists.starts.shape == (len(lists.tokens) + 1,)
-            and [lists.rows.dtype.name, lists.codes.dtype.name, lists.factors.dtype.name] == [_row_dtype(rows), "uint32", "float32"]
             and lists.starts[0] == 0
             and lists.starts[-1] == postings
             and (counts >= 0).all()
+            and (lists.tokens[1:] > lists.tokens[:-1]).all()
+            and np.isfinite(lists.factors).all()
             and int(lists.rows.max(initial=0)) < rows
         )
         return lists if fits else None
@@ -155,4 +161,4 @@ def byte_tables(rotated: Float32[np.ndarray, "entries bits"]) -> Float32[np.ndar
     entries, bits = rotated.shape
     padded = np.zeros((entries, -(-bits // 32) * 32), np.float32)
     padded[:, :bits] = rotated
-    return np.ascontiguousarray(padded.reshape(entries, -1, 8) @ _BYTE_SIGNS.T)
+    return np.ascontiguousarray(padded.reshape(entries, padded.shape[1] // 8, 8) @ _BYTE_SIGNS.T)

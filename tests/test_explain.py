@@ -181,3 +181,12 @@ def test_explain_on_the_command_line(paths):
     assert (wrong.exit_code, "row 999 is not in the index" in wrong.output) == (2, True)
     both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--question-row", "9"])
     assert both.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["all", "blocks", "kept"])
+def test_a_row_asked_of_itself_recomputes_to_a_cosine_of_one(paths, name):
+    client = Client(paths[name])
+    for row in (3, 40):
+        (e,) = client.explain([row], Question(row=row), mode="cosine")
+        assert e.recomputed == pytest.approx(1.0, rel=1e-3)
+        assert sum(e.question.scores) == pytest.approx(e.recomputed, rel=1e-4)

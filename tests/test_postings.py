@@ -14,6 +14,7 @@ from whence.cli import main
 from whence.query.scoring import all_scores
 from whence.store import postings as module
 from whence.store.bits import rotate, signs_of
+from whence.store.cache import write_cache
 from whence.store.index import Index
 from whence.store.kernels import add_lists
 from whence.store.keyed import KeyedRows, KeyedVectors, code, write_keyed
@@ -124,3 +125,39 @@ def test_one_question_of_a_small_index_loads_no_compiled_code(index):
     )
     done = subprocess.run([sys.executable, "-c", command, str(index)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+FORGED = {
+    "starts that jump": ("starts", lambda a: np.concatenate([a[:1], np.full(len(a) - 2, 2**40), a[-1:]])),
+    "unsigned starts": ("starts", lambda a: a.astype(np.uint64)),
+    "tokens in no order": ("tokens", lambda a: a[::-1].copy()),
+    "tokens in two dimensions": ("tokens", lambda a: a[:, None]),
+    "rows beyond": ("rows", lambda a: np.full_like(a, 60_000)),
+    "rows of another type": ("rows", lambda a: a.astype(np.int64)),
+    "factors that are no numbers": ("factors", lambda a: np.full_like(a, np.nan)),
+    "too few codes": ("codes", lambda a: a[:-1]),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_lists_that_would_lead_the_loops_astray_are_not_read(index, name):
+    before, opened = scores(index), Index(index)
+    array, change = FORGED[name]
+    (group,), segment = opened.groups, opened.segment("head")
+    lists, place = opened.postings(group, segment), index / "search" / f"{group.id}.zarr" / "head"
+    arrays = {f: np.array(getattr(lists, f)) for f in ("tokens", "starts", "rows", "codes", "factors")}
+    write_cache(place, arrays | {array: change(arrays[array])}, opened._source(group, segment), index / "staging")
+    assert Postings.read(place, opened._source(group, segment), group.rows, 4) is None
+    assert np.array_equal(scores(index), before)
+
+
+def test_reindex_removes_nothing_that_is_not_its_own(index, tmp_path):
+    (index / "search/data.zarr").mkdir()
+    (index / "search/067e7efd-44ce-533c-9bb4-35e6cbf94749.zarr").mkdir()
+    Index(index).reindex()
+    assert (index / "search/data.zarr").is_dir()
+    assert not (index / "search/067e7efd-44ce-533c-9bb4-35e6cbf94749.zarr").exists()
+    shutil.move(index / "search", tmp_path / "elsewhere")
+    (index / "search").symlink_to(tmp_path / "elsewhere")
+    done = CliRunner().invoke(main, ["reindex", str(index)])
+    assert (done.exit_code, "remove it" in done.output) == (2, True)

@@ -15,7 +15,7 @@ from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.query.groups import _POISSON, group_scores
 from whence.query.scoring import Metric, all_scores
-from whence.store.errors import UsageError
+from whence.store.errors import NumericalError, UsageError
 from whence.store.index import Index
 
 COLORS = ("red", "green", None)
@@ -360,7 +360,7 @@ def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
     single = client.query_many(questions, k=120, controls=True)
     for control in mean.controls:
         parts = [next(c for c in a.controls if c.name == control.name) for a in single]
-        both = np.mean([np.array(p.scores)[np.argsort(p.rows)] for p in parts], axis=0)
+        both = np.mean([np.array(p.scores)[np.argsort(p.rows)] for p in parts], axis=0)  # of the norm, which is every question's, itself
         np.testing.assert_allclose(control.scores, np.sort(both)[::-1][:6], rtol=1e-5)
 
 
@@ -396,3 +396,46 @@ def test_hidden_states_follow_additions_and_compaction(hidden_path, tmp_path):
     client = Client(path)
     fresh = mean_hidden(client.task, client.encoder.model, [index.example(i) for i in range(len(index))], 500)
     np.testing.assert_allclose(states, fresh, rtol=2e-3, atol=1e-3)
+
+
+# --- what must not be answered
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": {"head": 1e7}},
+        {"weights": {"head": 1e-9}},
+        {"weights": {"head": float("nan")}},
+        {"where": "year in [1950.5]"},
+        {"where": "color in [None]"},
+        {"where": "not " * 2000 + "year == 1"},
+        {"where": 'id == "\\ud800"'},
+        {"group_by": "nothing"},
+    ],
+)
+def test_what_would_overflow_or_mislead_is_refused(client, options):
+    with pytest.raises(UsageError):
+        client.query(row=1, **options)
+
+
+def test_weights_of_a_mean_are_bounded_and_one_must_count(client):
+    for weight in (1e300, -1e7, 1e-300, float("inf")):
+        with pytest.raises(UsageError, match="1e6"):
+            Question(row=1, weight=weight)
+    with pytest.raises(UsageError, match="weight 0"):
+        client.query_many([Question(row=1, weight=0), Question(row=2, weight=0)], mean=True)
+
+
+def test_a_score_that_is_not_finite_is_an_error(client):
+    rows = client.rows([Question(row=3)])
+    huge = {**rows, "blocks": rows["blocks"] * np.float32(1e38)}
+    for recall in (1.0, 0.9):
+        with pytest.raises(NumericalError, match="not finite"), np.errstate(all="ignore"):
+            client.answer([Question(row=3)], huge, recall=recall)
+
+
+def test_a_column_of_too_many_values_is_not_grouped_by(client, monkeypatch):
+    monkeypatch.setattr("whence.query.groups._MOST_GROUPS", 50)
+    with pytest.raises(UsageError, match="120 values"):
+        client.query(row=1, group_by="id")

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import http.server
 import json
 import os
 import shutil
@@ -174,7 +175,7 @@ def test_what_the_pages_say(server, paths):
         return found
 
     assert json.loads(get("/healthz"))["status"] == "ok"
-    assert json.loads(get("/readyz"))["indexes"] == ["dense", "head"]
+    assert json.loads(get("/readyz"))["status"] == "ok"
     assert [i["name"] for i in json.loads(get("/v1/indexes"))] == ["dense", "head"]
     assert json.loads(get("/v1/indexes/head"))["columns"]["year"] == "int64"
     row = json.loads(get("/v1/rows/5?index=dense"))
@@ -222,6 +223,17 @@ BAD = {
     "bad layer": (b'{"index": "dense", "row": 1, "layers": ["nothing"]}', 422, "no layer"),
     "bad weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": -1}}', 422, "weight"),
     "long text": (json.dumps({"index": "dense", "text": "w1 " * 5000}).encode(), 422, "context"),
+    "surrogate in a filter": (rb'{"index": "dense", "row": 1, "where": "id == \"\\ud800\""}', 422, ""),
+    "nested filter": (json.dumps({"index": "dense", "row": 1, "where": "not " * 985 + "chunk == 0"}).encode(), 422, ""),
+    "huge number in a filter": (json.dumps({"index": "dense", "row": 1, "where": "chunk == 0x" + "F" * 3900}).encode(), 422, ""),
+    "mean of nothing": (
+        b'{"index": "dense", "mean": true, "questions": [{"row": 1, "weight": 0}, {"row": 2, "weight": 0}]}',
+        422,
+        "weight 0",
+    ),
+    "huge weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": 1e38}}', 422, "1e6"),
+    "row that is true": (b'{"index": "dense", "row": true}', 422, "row"),
+    "too many answers": (json.dumps({"index": "dense", "questions": [{"row": 1}] * 250, "k": 120}).encode(), 422, "in parts"),
     "mean of one": (b'{"index": "dense", "row": 1, "mean": true}', 422, "mean"),
     "deep json": (b'{"index":' * 50_000, (400, 422), ""),
 }
@@ -302,9 +314,11 @@ def test_a_changed_index_is_picked_up(paths, environment, tmp_path):
         again = client.query(text=words(1, 2, 3), k=1)
         assert again.proponents[0].row != best
         assert again.index["manifest"] == 2
-        for path in (tmp_path / "i.whence/manifests").iterdir():
-            path.unlink()
-        assert client.query(text=words(1, 2, 3), k=1).proponents  # what was opened stays open
+        shutil.move(tmp_path / "i.whence", tmp_path / "gone")
+        with pytest.raises(NotFoundError, match="no index"):
+            client.query(row=1)
+        shutil.copytree(paths["keyed"], tmp_path / "i.whence")  # another index in its place, its manifest of a number as the first had
+        assert client.query(row=1, k=1).index["segments"] == ["head"]
     finally:
         assert server.stop()[0] in (0, -signal.SIGTERM)
 
@@ -324,7 +338,7 @@ def test_a_token_is_asked_for(paths, environment, tmp_path):
             RemoteClient(server.url).query(row=1)
         done = CliRunner().invoke(main, ["query", str(paths["dense"]), "--row", "1", "--json"], env=environment)
         assert done.exit_code == 0, done.output  # the owner's own command finds the token
-        word = next(servers_directory_of(environment).glob(f"{server.process.pid}.json"))
+        word = next(servers_directory_of(environment).glob(f"*-{server.process.pid}.json"))
         assert word.stat().st_mode & 0o077 == 0
     finally:
         server.stop()
@@ -361,8 +375,26 @@ def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
     word = announce(Served("http://127.0.0.1:1", gone.pid, None, {"i": str(tmp_path / "i")}))
     assert find_server(str(tmp_path / "i")) is None
     assert not word.exists()
-    (servers_directory() / "x.json").write_text("{")
+    host = socket.gethostname()
+    good = {"url": "http://127.0.0.1:9", "pid": os.getpid(), "token": None, "indexes": {"i": "i"}}
+    for number, wrong in enumerate(
+        ["{", "[" * 100_000, json.dumps(good), json.dumps(good | {"pid": 10**20}), json.dumps(good | {"indexes": ["i"]})]
+        + [json.dumps(good | change) for change in ({"url": 5}, {"url": "x"}, {"token": "a\nb"}, {"pid": "me"})]
+    ):
+        (servers_directory() / f"{host}-{number}.json").write_text(wrong)
     assert find_server("i") is None
+    for address in (
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:abc",
+        "http://[::1",
+        "http://a..b",
+        "http://u:p@127.0.0.1",
+        "http://h/?x=1",
+    ):
+        with pytest.raises(UsageError, match="address"):
+            RemoteClient(address)
+    with pytest.raises(UsageError, match="ASCII"):
+        RemoteClient("http://127.0.0.1:9", token="ключ")
     with pytest.raises(UsageError, match="address"):
         RemoteClient("127.0.0.1:80")
     with pytest.raises(NotFoundError, match="whence serve"):
@@ -425,3 +457,63 @@ def test_schemathesis_finds_no_500(server):
 
         fuzz()
     assert raw(server.port, "GET", "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("said", [b"{}", b"[]", b"3", b"null", b"x", b'{"answers": [{}]}'])
+@pytest.mark.parametrize("status", [200, 500])
+def test_what_is_no_whence_server_is_said_to_be_none(said, status):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *arguments):
+            pass
+
+    other = http.server.HTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        client = RemoteClient(f"http://127.0.0.1:{other.server_port}")
+        for ask in (
+            lambda: client.query(row=1),
+            lambda: client.query_many([Question(row=1)] * 2),
+            lambda: client.explain([1], Question(row=1)),
+        ):
+            with pytest.raises(NotFoundError, match="not as a Whence server"):
+                ask()
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_an_engine_outlives_whatever_happens_and_drops_what_nobody_waits_for(paths, monkeypatch):
+    from whence.server.engine import Engine, Metrics
+
+    async def scenario():
+        engine = Engine("i", Client(paths["dense"]), Metrics(), batch=4, queue=9)
+        engine.start()
+        monkeypatch.setattr(Client, "refreshed", lambda self: (_ for _ in ()).throw(OSError("no more files")))
+        with pytest.raises(OSError, match="no more files"):
+            await engine.ask(Question(row=1), {})
+        monkeypatch.undo()
+        assert engine.alive
+        assert (await engine.ask(Question(row=1), {})).proponents
+        began = []
+        slow = asyncio.create_task(engine.call(lambda client: time.sleep(0.3)))
+        await asyncio.sleep(0.05)
+        gone = asyncio.create_task(engine.call(lambda client: began.append(1)))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await slow
+        assert (await engine.ask(Question(row=2), {})).proponents
+        assert began == []
+        waiting = asyncio.create_task(engine.call(lambda client: time.sleep(0.3)))
+        await asyncio.sleep(0.05)
+        await engine.stop()
+        with pytest.raises(BusyError, match="stopping"):
+            await waiting
+        assert not engine.alive or engine._task.cancelled() or engine._task.cancelling()
+
+    asyncio.run(scenario())
