@@ -39,7 +39,7 @@ class Hits:
         proponents, proponent_scores: rows of positive score, highest first (ties: lower row first).
         opponents, opponent_scores: rows of negative score, lowest first.
         seconds: wall time of the pass that answered it.
-        candidates: rows that were read, those for both sides twice (of an exact scan, all that were searched).
+        candidates: rows that were read (of an exact scan, all that were searched).
         recall: with at least this probability none of the best k is missing, and likewise none of the worst; 1 after an exact scan.
         note: why it was an exact scan although less was asked for.
     """
@@ -207,7 +207,8 @@ def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sig
 def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], z: float) -> list[_Found] | None:
     """See above; None where more rows would have to be read than is worth it."""
     sides = [(_Side(k, 1), _Side(k, -1)) for _ in range(len(scorer))]
-    read, most = [0] * len(scorer), max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
+    read: list[list[np.ndarray]] = [[] for _ in range(len(scorer))]
+    most = max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
 
     def look(group: Group) -> list[tuple[np.ndarray, ...]]:
         """The rows of a group that wait, for each query and sign."""
@@ -227,8 +228,8 @@ def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], 
         """Read so many of the rows that wait on each of a query's sides, those of highest bounds; whether there were any."""
         parts = [queue.next(size, side.threshold) for queue, side in zip(queues[q], sides[q], strict=True)]
         rows = np.concatenate([queue.rows[part] for queue, part in zip(queues[q], parts, strict=True)])
-        read[q] += len(rows)
-        if read[q] > most:
+        read[q].append(rows)
+        if sum(map(len, read[q])) > most:
             raise _TooManyError
         products = np.split(scorer.read(q, rows), [len(parts[0])])
         for side, queue, part, own in zip(sides[q], queues[q], parts, products, strict=True):
@@ -251,4 +252,4 @@ def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], 
                 pass
     except _TooManyError:
         return None
-    return [(best.found, worst.found, count) for (best, worst), count in zip(sides, read, strict=True)]
+    return [(best.found, worst.found, len(np.unique(np.concatenate(rows)))) for (best, worst), rows in zip(sides, read, strict=True)]
