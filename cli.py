@@ -538,9 +538,7 @@ def explain(
 
     question = Question(row=question_row, **{name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")})
     how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
-    if tokens and (options["local"] or "transformers" in sys.modules):
-        _quiet_libraries()
-    client = _client(index, options, [question])
+    client = _client(index, options, [question], with_model=tokens)
     if not rows:
         rows = tuple(a.row for a in client.query_many([question], **how)[0].proponents[:3])
     for explanation in client.explain(rows, question, tokens=tokens, **how):
@@ -580,7 +578,7 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
     click.echo(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
 
 
-def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client | RemoteClient":
+def _client(index: str, options: dict[str, Any], questions: Sequence["Question"], with_model: bool = False) -> "Client | RemoteClient":
     """A client, from the options that say where the model lies, which are taken out: of a running server where these say nothing."""
     model = {name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
     local = options.pop("local", True)
@@ -590,14 +588,14 @@ def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]
         server = find_server(index)
         if server is not None:
             return server
-    return _local_client(index, model, questions)
+    return _local_client(index, model, questions, with_model)
 
 
-def _local_client(index: str, options: dict[str, Any], questions: Sequence["Question"]) -> "Client":
+def _local_client(index: str, options: dict[str, Any], questions: Sequence["Question"], with_model: bool = False) -> "Client":
     """A client of an index, from the options that say where the model lies, which are taken out."""
     from .client import Client
 
-    if any(q.row is None for q in questions):
+    if with_model or any(q.row is None for q in questions):
         _quiet_libraries()
     return Client(index, **{name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")})
 

@@ -70,7 +70,8 @@ def processes(index, question, environment, rounds):
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True, env=environment)
             found[kind].append(time.perf_counter() - started)
-    return {kind: spread(seconds) for kind, seconds in found.items()}
+    bare = float(np.median(found["python -c pass"]))
+    return {kind: {**spread(seconds), "over_bare_python": round(float(np.median(seconds)) / bare, 1)} for kind, seconds in found.items()}
 
 
 def together(url, questions, clients, each):

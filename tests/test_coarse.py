@@ -150,7 +150,9 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, k, recall
     share, asked, rows_read = complete(index, questions_for(rows, 300, 5), k, recall)
     assert asked > 300
     assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / asked)
-    assert rows_read <= len(rows)
+    assert rows_read < len(rows)
+    if k == 1:
+        assert rows_read < len(rows) / 10
 
 
 @pytest.mark.parametrize("fault", ["too sure", "biased", "one group's codes are another's"])

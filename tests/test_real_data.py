@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 from whence import BuildConfig, Client, Question, build
+from whence.query.search import search
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -43,3 +45,18 @@ def test_school_problems_find_school_problems(client, shared):
     found = [a.source for answer in answers for a in answer.proponents]
     # Half of these documents are of that kind; over the whole corpus it is 99.9 % (benchmarks/real_data.py).
     assert found.count("gsm8k") >= 0.95 * len(found)
+
+
+@pytest.mark.parametrize("recall", [0.9, 0.99])
+def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, recall):
+    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
+    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
+    asked = client.rows([Question(row=row) for row in range(len(client.index))])
+    whole, read = [], []
+    for exact, hit in zip(search(client.index, asked, 10), search(client.index, asked, 10, recall=recall), strict=True):
+        assert hit.recall == recall
+        whole += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
+        read.append(hit.candidates)
+    assert len(whole) > 1500
+    assert np.mean(whole) >= recall - 2.5 * np.sqrt(recall * (1 - recall) / len(whole))
+    assert np.mean(read) < 0.5 * len(client.index)
