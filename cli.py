@@ -130,10 +130,16 @@ def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
 _task_option = click.option(
     "--task", default="causal-lm", show_default=True, help="causal-lm, mlp (vectors with labels), or module:Class of your own."
 )
+_device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:N, or map: a language model too large for one GPU, spread over all of them.",
+)
 _model_options = _together(
     click.option("--revision", multiple=True, help="Branch, tag or commit of a hub model; repeat it for several checkpoints of one."),
     click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    _device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
 )
 _document_options = _together(
@@ -310,7 +316,7 @@ def plan(as_json: bool, **options: Any) -> None:
 @click.argument("index")
 @click.option("--data", required=True, multiple=True, help="Documents to add, as for build; repeatable.")
 @click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_device_option
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
 @click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
@@ -422,7 +428,7 @@ _score_options = _together(
 )
 _where_model_lies = _together(
     click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    _device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
     click.option("--task", help="Of an index that was built with a task of your own: its module:Class again."),
 )
@@ -757,7 +763,7 @@ def lds(
 @click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
 @click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_device_option
 @click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:

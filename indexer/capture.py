@@ -38,11 +38,11 @@ def capture(
     Args:
         model: with frozen weights.
         layers: the tracked layers; a layer that runs several times in a pass (shared weights) is visited each time.
-        maps: layer name -> (input map, output map); None is the identity. Layers that share an input and hold the same map object
-            project it once.
+        maps: layer name -> (input map, output map), on the layer's device; None is the identity. Layers that share an input and hold
+            the same map object project it once.
         shape: examples and padded tokens of the batch; layers may see them as one list, or with dimensions of size one between.
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients [batch, tokens, out_rank] in float32 (float64 for a
-            float64 model); padding tokens have zero output gradients. Embeddings have token ids as inputs.
+            float64 model), both on the layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs.
 
     Raises:
         UsageError: a tracked layer sees something that is not one vector for each token of each example.
@@ -52,7 +52,7 @@ def capture(
 
     def project(x: Tensor, map_: Map) -> Tensor:
         x, dtype = x.detach(), accumulation_dtype(x.dtype)
-        return x.to(dtype, copy=True) if map_ is None else (x @ map_.T).to(dtype)  # a copy, since the model may write into x later
+        return x.to(dtype, copy=True) if map_ is None else (x.to(map_.device) @ map_.T).to(dtype)  # a copy, as the model may write into x
 
     def project_input(module: nn.Module, x: Tensor, map_: Map) -> Tensor:
         known = (x._version, map_, geometry(module))
@@ -80,7 +80,8 @@ def capture(
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                visit(layer, x, by_example(module, project(d, output_map), layer))
+                d = by_example(module, project(d, output_map), layer)
+                visit(layer, x.to(d.device), d)
 
             output.register_hook(backward)
             return output

@@ -33,11 +33,14 @@ class DensePart:
     Args:
         segment: its layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
         arrays: the segment's own.
-        device, dtype: the model's.
+        devices: of each layer.
+        dtype: the model's.
     """
 
-    def __init__(self, segment: DenseSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
-        self.segment, self.arrays, self._device, self._dtype = segment, arrays, device, dtype
+    def __init__(
+        self, segment: DenseSegment, arrays: Mapping[str, np.ndarray], devices: Mapping[str, torch.device], dtype: torch.dtype
+    ) -> None:
+        self.segment, self.arrays, self._devices, self._dtype = segment, arrays, devices, dtype
 
     def collector(self, batch: Batch) -> "DenseCollector":
         """What is visited for one batch."""
@@ -69,7 +72,7 @@ class DensePart:
             projection = rotation if projection is None else rotation @ projection
         if projection is None:
             return None
-        return torch.from_numpy(np.ascontiguousarray(projection)).to(self._device, self._dtype)
+        return torch.from_numpy(np.ascontiguousarray(projection)).to(self._devices[name], self._dtype)
 
     def _whiten(self, layer: Layer, gradient: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
         whitener = self._whiteners[layer.name]
@@ -80,7 +83,7 @@ class DensePart:
     def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
         """The matrix M for which <M, sum_t d_t x_t^T> is the product of the layer's whitened block with a vector."""
         whitener = self._whiteners[layer.name]
-        found = torch.from_numpy(vector).to(self._device, accumulation_dtype(self._dtype))
+        found = torch.from_numpy(vector).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         if whitener is not None:
             found = found * whitener if whitener.dim() == 1 else whitener @ found
         return found.reshape(layer.output_rank, layer.input_rank)
@@ -96,7 +99,7 @@ class DensePart:
             scale = whitening_scale(eigenvalues, self.segment.curvature.damping)
             basis = self.arrays.get(key(layer.name, "basis"))
             matrix = scale if basis is None else basis * scale
-            whiteners[layer.name] = torch.from_numpy(matrix).to(self._device, accumulation_dtype(self._dtype))
+            whiteners[layer.name] = torch.from_numpy(matrix).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         return whiteners
 
 

@@ -26,6 +26,7 @@ from .capture import Map, capture
 from .dense import DensePart
 from .hidden import HiddenMeans
 from .keyed import KeyedPart
+from .models import layer_device
 from .tasks import Batch, Task, plan_batches
 
 Progress = Callable[[int, int], None]
@@ -92,12 +93,14 @@ class Encoder:
         """What makes each segment's rows."""
         found: dict[str, DensePart | KeyedPart] = {}
         for segment in self.plan.segments:
-            weight = next(self.models[segment.model].parameters())
+            model = self.models[segment.model]
+            dtype = next(model.parameters()).dtype
             own = {at.removeprefix(f"{segment.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{segment.name}/")}
             if isinstance(segment, KeyedSegment):
-                found[segment.name] = KeyedPart(segment, own, weight.device, weight.dtype)
+                found[segment.name] = KeyedPart(segment, own, layer_device(model, segment.layer), dtype)
             else:
-                found[segment.name] = DensePart(segment, own, weight.device, weight.dtype)
+                devices = {layer.name: layer_device(model, layer.name) for layer in segment.layers}
+                found[segment.name] = DensePart(segment, own, devices, dtype)
         return found
 
     def batches(

@@ -164,7 +164,7 @@ class DenseMeter:
         """See `Meter`."""
         for statistic in self._computed[layer.name]:
             if statistic in TOKEN_STATISTICS:
-                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, self._valid.to(x.dtype)))
+                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, self._valid.to(x)))
         if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
             self._gradients(layer, x, d)
 

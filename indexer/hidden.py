@@ -37,8 +37,9 @@ class HiddenMeans:
     def of(self, batch: Batch) -> Float32[np.ndarray, "batch width"]:
         """The means of the batch that the model has just seen."""
         assert self._seen is not None
-        states = self._seen.reshape(*batch.valid.shape, -1).float() * batch.valid[..., None]
-        return (states.sum(1) / batch.valid.sum(1, keepdim=True)).cpu().numpy()
+        valid = batch.valid.to(self._seen.device)
+        states = self._seen.reshape(*valid.shape, -1).float() * valid[..., None]
+        return (states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
 
 
 @torch.no_grad()

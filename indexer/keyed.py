@@ -56,11 +56,12 @@ class KeyedPart:
     Args:
         segment: the layer, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
         arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary].
-        device, dtype: the model's.
+        device: the layer's.
+        dtype: the model's.
     """
 
     def __init__(self, segment: KeyedSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
-        self.segment, self.layer = segment, vocabulary_layer(segment)
+        self.segment, self.layer, self.device = segment, vocabulary_layer(segment), device
         if arrays:
             self.basis, self.eigenvalues, self.vocabulary = (
                 torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
@@ -86,7 +87,7 @@ class KeyedCollector:
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
         tokens = batch.targets if part.segment.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
-        self._keys = [torch.unique(row[row != IGNORED]) for row in tokens]
+        self._keys = [torch.unique(row[row != IGNORED]).to(part.device) for row in tokens]
         self._sums: list[Tensor] | None = None
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
@@ -106,8 +107,8 @@ class KeyedCollector:
         return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
-        keys, valid = self._keys[example], self._batch.valid[example]
-        at = torch.searchsorted(keys, self._batch.inputs[example][valid])
+        keys, valid = self._keys[example], self._batch.valid[example].to(d.device)
+        at = torch.searchsorted(keys, self._batch.inputs[example].to(d.device)[valid])
         return d.new_zeros(len(keys), d.shape[1]).index_add_(0, at, d[valid])
 
     def rows(self) -> KeyedVectors:
@@ -179,12 +180,12 @@ class KeyedMeter:
         """Add the layer's call; a `Visit`."""
         assert self._batch is not None
         if self._segment.role == "embeddings":
-            g = d[self._batch.valid]
+            g = d[self._batch.valid.to(d.device)]
             self._add("moment", g.T @ g)
             self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._segment.vocabulary))
             self._add("tokens", torch.tensor(float(len(g)), dtype=torch.float64))
             return
-        for i, targets in enumerate(self._batch.targets):
+        for i, targets in enumerate(self._batch.targets.to(d.device)):
             at = (targets != IGNORED).nonzero()[:, 0]
             h, g = x[i, at], d[i, at]
             self._add("moment", h.T @ h)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 NARROWING = "@narrowing"
+SPREAD = "map"  # a device: all GPUs of the machine
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -34,7 +35,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and how it is held in memory."""
+    """Which model, and how it is held in memory.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1" ..., or "map" for a language model whose layers are spread over all GPUs.
+    """
 
     id: str
     revision: str | None = None
@@ -63,7 +68,12 @@ def resolve_device(device: str) -> torch.device:
             raise RuntimeError("holds no numbers")
         return resolved
     except RuntimeError as error:
-        raise UsageError(f"{device!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+        raise UsageError(f"{device!r} is not a device here; use auto, cpu, cuda or cuda:N") from error
+
+
+def layer_device(model: nn.Module, layer: str) -> torch.device:
+    """Where a layer computes; layers of a model that is spread over several devices differ in it."""
+    return next(model.get_submodule(layer).parameters()).device
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -132,17 +142,23 @@ def load_mlp(source: ModelSource) -> nn.Module:
 def load_causal_lm(source: ModelSource) -> nn.Module:
     """A causal language model in evaluation mode, in its dtype and on its device; an adapter (LoRA and the like) merged into its base.
 
+    On the device "map" the layers are spread over all GPUs by Accelerate (`device_map="auto"`), which also carries activations from one
+    to the next; without GPUs that is the CPU.
+
     Raises:
         NotFoundError: there is no such model.
         IncompatibleError: not a causal language model, or its weights are not safetensors.
+        UsageError: it does not go onto the device.
     """
     from transformers import AutoModelForCausalLM
 
-    device = resolve_device(source.device)
+    device = None if source.device == SPREAD else resolve_device(source.device)
     base = adapter_base(source)
     if base is not None:
         return onto_device(_merged(load_causal_lm(base), source), device)
     options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    if device is None:
+        options["device_map"] = "auto"
     model, loading = _load(AutoModelForCausalLM, source, "model", **options)
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading.get(problem):
@@ -152,7 +168,27 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
             )
     if getattr(model.config, "is_encoder_decoder", False):
         raise IncompatibleError(f"{source.id} is an encoder-decoder model; give a causal language model")
+    refuse_offloaded(model, source.id)
     return onto_device(model, device)
+
+
+def refuse_offloaded(model: nn.Module, id: str) -> None:
+    """Refuse a spread model some of whose layers found no room.
+
+    Their weights come and go with every pass, but a backward pass holds all that have come until it ends: the GPU that could not hold the
+    model would have to.
+
+    Raises:
+        UsageError: names one of the layers.
+    """
+    places = {layer: str(place) for layer, place in getattr(model, "hf_device_map", {}).items()}
+    left = [(place, layer) for layer, place in places.items() if place in ("cpu", "disk")]
+    if left and len(set(places.values())) > 1:
+        place, layer = max(left)
+        raise UsageError(
+            f"{id} does not fit on this machine's GPUs: {layer} is left to the {place}; use more or larger GPUs, --dtype bfloat16, or "
+            "--device cpu"
+        )
 
 
 def adapter_base(source: ModelSource) -> ModelSource | None:
@@ -189,14 +225,14 @@ def _merged(model: nn.Module, source: ModelSource) -> nn.Module:
         raise IncompatibleError(f"the adapter at {source.id} cannot be merged into its base: {reason}") from error
 
 
-def onto_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, frozen and in evaluation mode.
+def onto_device(model: nn.Module, device: torch.device | None) -> nn.Module:
+    """The model on its device (None: where it is already), frozen and in evaluation mode.
 
     Raises:
         UsageError: the device does not take it.
     """
     try:
-        model = model.to(device)
+        model = model if device is None else model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"the model does not go onto {device}: {str(error).splitlines()[0]}") from error
     return model.requires_grad_(False).eval()

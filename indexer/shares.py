@@ -33,7 +33,7 @@ class DenseShares:
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call."""
-        found = ((d[0] @ self._adjoint[layer.name]) * x[0]).sum(1).double()
+        found = ((d[0] @ self._adjoint[layer.name]) * x[0]).sum(1).double().cpu()
         self.shares = found if self.shares is None else self.shares + found
 
 
@@ -41,11 +41,11 @@ class KeyedShares:
     """What each position adds to the product of a keyed row with vectors of some tokens (a `Visitor` of a batch of one)."""
 
     def __init__(self, part: KeyedPart, vectors: KeyedVectors, inputs: Tensor) -> None:
-        self._part, self._inputs = part, inputs
+        self._part, self._inputs = part, inputs.to(part.device)
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        self._keys = torch.from_numpy(vectors.keys.astype(np.int64)).to(inputs.device)
-        self._adjoint = part.adjoint(self._keys, torch.from_numpy(vectors.vectors).to(inputs.device))
+        self._keys = torch.from_numpy(vectors.keys.astype(np.int64)).to(part.device)
+        self._adjoint = part.adjoint(self._keys, torch.from_numpy(vectors.vectors).to(part.device))
         self.shares: Tensor | None = None
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:

@@ -159,7 +159,7 @@ class CausalLM(Task):
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """See `Task`."""
-        texts = torch.tensor([[0, 1, 2], [0, 1, 3]], device=device)
+        texts = torch.tensor([[0, 1, 2], [0, 1, 3]]).to(device)
         return Batch(("probe", "probe"), texts, texts, torch.ones_like(texts, dtype=torch.bool))
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class CausalLM(Task):
             logits = model(input_ids=self.probe(model, next(model.parameters()).device).inputs, use_cache=False).logits
         finally:
             handle.remove()
-        return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0], logits)
+        return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0].to(logits.device), logits)
 
     def keyed_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
         """See `Task`."""
@@ -347,7 +347,7 @@ def sample_targets(logits: Float[Tensor, "batch tokens vocab"], batch: Batch, se
     """Targets drawn from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
     sampled = batch.targets.clone()
     for i, id in enumerate(batch.ids):
-        positions = (batch.targets[i] != IGNORED).nonzero()[:, 0]
+        positions = (sampled[i] != IGNORED).nonzero()[:, 0]
         key = int.from_bytes(hashlib.sha256(f"whence labels {seed} {id}".encode()).digest()[:16], "little")
         uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(len(positions))).to(logits.device)
         cumulative = logits[i, positions].double().softmax(-1).cumsum(-1)

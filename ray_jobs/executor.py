@@ -4,6 +4,7 @@ A worker is whatever a factory makes, once in each process; a task is a method o
 anew and its task is given again, three times; tasks are functions of their arguments, so nothing else has to be undone.
 """
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -185,6 +186,26 @@ def _knock(address: str) -> None:
             ) from error
 
 
+def gpus_of_each(nodes: Sequence[float], wanted: Resources) -> float:
+    """How many GPUs each worker gets of nodes with so many.
+
+    One or an equal share of one; a worker that spreads its model (--device map) as many as every worker can have on one node.
+
+    Raises:
+        UsageError: there are fewer GPUs than workers that want several.
+    """
+    if wanted.device == "cpu" or not sum(nodes):
+        return 0
+    if wanted.device != "map":
+        return 1 / math.ceil(wanted.workers / sum(nodes))  # what divides a GPU without rest: workers are not spread over two
+    for each in range(int(max(nodes)), 0, -1):
+        if sum(int(node) // each for node in nodes) >= wanted.workers:
+            return each
+    raise UsageError(
+        f"{wanted.workers} workers of --device map need a GPU each at least, the cluster has {sum(nodes):.0f}; use fewer --workers"
+    )
+
+
 @contextmanager
 def _ray(factory: Factory, wanted: Resources) -> Iterator[_OnRay]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # local clusters would otherwise leave a token in the home directory
@@ -213,12 +234,12 @@ def _ray(factory: Factory, wanted: Resources) -> Iterator[_OnRay]:
         raise NotFoundError(f"{where} cannot be reached: {str(error).splitlines()[0]}") from error
     try:
         resources = ray.cluster_resources()
+        nodes = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
         if resources.get("CPU", 0) < wanted.workers * wanted.threads:
             raise UsageError(
                 f"the Ray cluster has {resources.get('CPU', 0):.0f} CPUs, {wanted.workers} workers of {wanted.threads} threads need "
                 f"{wanted.workers * wanted.threads}; ask for fewer --workers"
             )
-        on_gpu = wanted.device != "cpu" and resources.get("GPU", 0) > 0
-        yield _OnRay(ray, factory, wanted, min(1.0, resources["GPU"] / wanted.workers) if on_gpu else 0)
+        yield _OnRay(ray, factory, wanted, gpus_of_each(nodes, wanted))
     finally:
         ray.shutdown()

@@ -1,0 +1,144 @@
+"""Models spread over several devices: the same rows, questions and explanations as on one, and nothing that meets across devices."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from devices import FIRST, SECOND, Devices
+from helpers import make_model, make_tokenizer
+from whence import BuildConfig, Client, Question, build
+from whence.cli import main
+from whence.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
+from whence.ray_jobs.executor import Resources, gpus_of_each
+from whence.store.errors import UsageError
+
+ROWS = {
+    "whole": {"segments": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_others": 2, "labels": "sampled"},
+    "dense Fisher": {"segments": ("blocks",), "rank": 3, "curvature": "fisher", "projection": "pca", "hidden": True},
+    "by bytes": {"bytes_per_example": 900},
+}
+ASKED = {"text": "w1 w2 w3 w4"}, {"prompt": "w5 w6", "completion": " w7 w8"}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def place(request, tmp_path_factory):
+    """A saved model; qwen3's head and embeddings are one weight."""
+    directory = tmp_path_factory.mktemp("spread")
+    model = make_model(request.param, "float32")
+    if request.param == "qwen3":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def whole(place, corpus_file, out, rows, **options):
+    """An index of the first documents: its rows, and answers with their explanation."""
+    config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", shard_rows=50, **ROWS[rows], **options)
+    build(config)
+    client = Client(out, task=options.get("task"))
+    stored = [np.stack([client.index.row(i, s) for i in range(0, 120, 7)]) for s in client.index.manifest.segments if s.kind == "dense"]
+    answers = [client.query(k=5, **asked) for asked in ASKED]
+    scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
+    (explained,) = client.explain([answers[0].proponents[0].row], Question(**ASKED[0]))
+    shares = np.concatenate([explained.example.scores, explained.question.scores])
+    return client, stored, scores, shares
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_index_of_a_spread_model_is_that_of_the_model(place, corpus_file, tmp_path, rows):
+    plain, stored, scores, shares = whole(place, corpus_file, tmp_path / "plain", rows)
+    with Devices():
+        spread, same, others, parts = whole(place, corpus_file, tmp_path / "spread", rows, task="devices:Spread")
+        assert {p.device for p in spread.encoder.model.parameters()} == {FIRST, SECOND}
+    assert spread.index.manifest.models[0].fingerprint == plain.index.manifest.models[0].fingerprint
+    for a, b in zip(stored, same, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+    np.testing.assert_allclose(scores, others, rtol=1e-4)
+    np.testing.assert_allclose(shares, parts, rtol=1e-3, atol=1e-4 * np.abs(shares).max())
+
+
+def test_the_two_devices_do_not_mix():
+    with Devices():
+        a, b = torch.ones(3).to(FIRST), torch.ones(3).to(SECOND)
+        with pytest.raises(RuntimeError, match="lazy:0 and lazy:1"):
+            a + b
+        both = a + b.to(FIRST)
+        assert both.device == FIRST
+        assert float(both.sum()) == 6
+
+
+def test_without_gpus_a_map_is_the_cpu(place, corpus_file, tmp_path):
+    files = []
+    for device in ("map", "cpu"):
+        out = tmp_path / device
+        options = ["--model", str(place), "--data", str(corpus_file), "--out", str(out), "--rank", "3", "--device", device]
+        result = CliRunner().invoke(main, ["build", *options])
+        assert result.exit_code == 0, result.output
+        files.append([file.sha256 for shard in Client(out).index.manifest.shards for file in shard.files if "rows" in file.path])
+    assert files[0] == files[1] or torch.cuda.is_available()
+    answers = [Client(tmp_path / "cpu", device=device).query(text="w1 w2 w3").proponents[0] for device in ("map", "cpu")]
+    assert answers[0].id == answers[1].id
+    assert answers[0].score == pytest.approx(answers[1].score, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_rows_of_one(place, corpus_file, tmp_path):
+    rows = []
+    for device in ("map", "cuda:0"):
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path / device), rank=4, device=device))
+        client = Client(tmp_path / device, device=device)
+        rows.append(np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(120)]))
+        if device == SPREAD:
+            assert len({p.device for p in client.encoder.model.parameters()}) == 2
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3, atol=1e-4 * np.abs(rows[1]).max())
+
+
+def test_a_model_without_room_on_the_gpus_is_refused(place, tmp_path):
+    from accelerate import dispatch_model
+
+    model = load_causal_lm(ModelSource(str(place), device="cpu"))
+    names = [f"model.{name}" for name, _ in model.model.named_children()] + ["lm_head"]
+    offloaded = dispatch_model(model, {name: "disk" if name == "model.layers" else "cpu" for name in names}, offload_dir=str(tmp_path))
+    assert {p.device.type for p in offloaded.parameters()} == {"cpu", "meta"}
+    with pytest.raises(UsageError, match=r"model\.layers is left to the disk; use more or larger GPUs"):
+        refuse_offloaded(offloaded, "m")
+    offloaded.hf_device_map = {"": "cpu"}
+    refuse_offloaded(offloaded, "m")  # a machine without GPUs
+    offloaded.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    with pytest.raises(UsageError, match="lm_head is left to the cpu"):
+        refuse_offloaded(offloaded, "m")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "device", "each"),
+    [
+        ([], 3, "auto", 0),
+        ([0, 4], 3, "cpu", 0),
+        ([2], 1, "auto", 1),
+        ([2], 2, "cuda", 1),
+        ([2], 3, "auto", 1 / 2),
+        ([1], 3, "auto", 1 / 3),
+        ([8], 1, "map", 8),
+        ([8], 3, "map", 2),
+        ([8, 8], 2, "map", 8),
+        ([8, 4], 2, "map", 4),
+        ([8, 3], 3, "map", 3),
+        ([0, 0], 2, "map", 0),
+    ],
+)
+def test_workers_share_the_gpus(nodes, workers, device, each):
+    assert gpus_of_each(nodes, Resources(workers=workers, device=device)) == pytest.approx(each)
+
+
+def test_more_spread_models_than_gpus_are_refused():
+    with pytest.raises(UsageError, match="3 workers of --device map need a GPU each at least, the cluster has 2; use fewer --workers"):
+        gpus_of_each([1, 1], Resources(workers=3, device="map"))
+
+
+def test_other_models_are_not_spread(tmp_path):
+    from whence.indexer.models import load_mlp
+
+    with pytest.raises(UsageError, match="'map' is not a device here"):
+        load_mlp(ModelSource(str(tmp_path / "m.safetensors"), device="map"))
