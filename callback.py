@@ -4,14 +4,18 @@
 
     trainer = Trainer(..., callbacks=[WhenceCallback(data=("train.jsonl",), out="run.whence")])
 
-What is kept, in `whence.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, what decides the order of
-the data (its own fingerprint, seeds, batch sizes, epochs), and the learning rates.
+What is kept, in `whence.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, the data's own
+fingerprint, what decides its order (seeds, batch sizes, epochs), and the learning rates. The order itself is in `whence-order-<epoch>.npy`:
+positions in the training set as they were drawn (by all processes; the last batch may have been drawn and not been trained on).
 """
 
+import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .indexer.models import model_fingerprint
@@ -19,6 +23,25 @@ from .store.errors import UsageError
 from .store.files import write_whole
 
 _OF_ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+
+
+class _Recorded:
+    """A sampler that remembers what it drew since it was last begun."""
+
+    def __init__(self, sampler: Iterable[int]) -> None:
+        self._sampler, self.drawn = sampler, list[int]()
+
+    def __iter__(self) -> Iterator[int]:
+        self.drawn = []
+        for position in self._sampler:
+            self.drawn.append(position)
+            yield position
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)  # the seed of an epoch, the generator
 
 
 class WhenceCallback(TrainerCallback):  # type: ignore[misc]
@@ -41,15 +64,32 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             raise UsageError("an index needs the training documents; give data")
         self._data, self._out, self._wanted, self._options = tuple(data), out, checkpoints, options
         self._record: dict[str, Any] = {}
+        self._order: _Recorded | None = None
+        self._epoch = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note what decides the order of the data."""
+        """Note what decides the order of the data, and listen to what is drawn of it."""
         path = Path(args.output_dir) / "whence.json"
         known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
-        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        loader: Any = kwargs.get("train_dataloader")
+        dataset: Any = getattr(loader, "dataset", None)
         order = {name: getattr(args, name) for name in _OF_ORDER}
         data = {"examples": len(dataset) if hasattr(dataset, "__len__") else None, "fingerprint": getattr(dataset, "_fingerprint", None)}
+        if hasattr(dataset, "__len__") and hasattr(loader, "set_sampler"):  # Accelerate's; a stream has no positions
+            self._order = _Recorded(loader.get_sampler())
+            loader.set_sampler(self._order)
         self._record = {"order": order, "data": data, "checkpoints": known.get("checkpoints", []), "rates": known.get("rates", [])}
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note which epoch it is, of a run that goes on in its middle, too."""
+        self._epoch = int((state.epoch or 0) + 1e-6)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the epoch's order."""
+        if state.is_world_process_zero and self._order is not None:
+            file = io.BytesIO()
+            np.save(file, np.array(self._order.drawn, np.int64), allow_pickle=False)
+            write_whole(Path(args.output_dir) / f"whence-order-{self._epoch}.npy", file.getvalue())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the learning rate."""

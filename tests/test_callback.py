@@ -2,17 +2,26 @@
 
 import json
 
+import numpy as np
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from whence import Client
 from whence.callback import WhenceCallback
 from whence.indexer.models import ModelSource, load_causal_lm, model_fingerprint
 from whence.store.errors import UsageError
 
 
-def train(path, callback, **arguments):
+class Listening(DataCollatorForLanguageModeling):
+    """Remembers which texts it was given."""
+
+    def __call__(self, examples, **options):
+        self.seen.extend(tuple(e["input_ids"]) for e in examples)
+        return super().__call__(examples, **options)
+
+
+def train(path, callback, resume=None, **arguments):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<eos>"
     data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=2))])
@@ -21,21 +30,24 @@ def train(path, callback, **arguments):
     model = make_model("gpt2", "float32").requires_grad_(True)
     given = dict(num_train_epochs=2, per_device_train_batch_size=4, save_steps=5, logging_steps=5, report_to=[])
     given |= dict(output_dir=str(path / "run"), use_cpu=True, learning_rate=1e-3) | arguments
+    collator = Listening(tokenizer, mlm=False)
+    collator.seen = []
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**given),
         train_dataset=dataset,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=collator,
         callbacks=[callback],
     )
-    trainer.train()
-    return data
+    trainer.train(resume_from_checkpoint=resume)
+    positions = {tuple(dataset[i]["input_ids"]): i for i in range(len(dataset))}
+    return data, [positions[text] for text in collator.seen]
 
 
 def test_a_run_is_kept_and_indexed_at_its_end(tmp_path):
     out = str(tmp_path / "run.whence")
-    data = train(tmp_path, WhenceCallback(data=(str(tmp_path / "train.jsonl"),), out=out, checkpoints=2, bytes_per_example=500))
+    data, _ = train(tmp_path, WhenceCallback(data=(str(tmp_path / "train.jsonl"),), out=out, checkpoints=2, bytes_per_example=500))
     record = json.loads((tmp_path / "run/whence.json").read_text())
     assert [c["step"] for c in record["checkpoints"]] == [5, 10, 15, 20]
     for c in record["checkpoints"]:
@@ -63,3 +75,34 @@ def test_checkpoints_that_are_gone_are_left_out_and_none_is_an_error(tmp_path):
         WhenceCallback(out="x")
     with pytest.raises(UsageError, match="at least 1"):
         WhenceCallback(checkpoints=0)
+
+
+def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):
+    def kept():
+        return [np.load(tmp_path / f"run/whence-order-{epoch}.npy").tolist() for epoch in (0, 1)]
+
+    _, seen = train(tmp_path, WhenceCallback())
+    assert len(seen) == 80
+    assert kept() == [seen[:40], seen[40:]]
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
+    assert seen[:40] != seen[40:]
+    whole = kept()
+    for path in (tmp_path / "run").glob("whence-order-1.npy"):
+        path.unlink()
+    _, seen = train(tmp_path, WhenceCallback(), resume=str(tmp_path / "run/checkpoint-15"))
+    assert seen[-20:] == whole[1][20:]
+    assert kept() == whole
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    _, without = train(plain, TrainerCallback())
+    assert without == whole[0] + whole[1]  # listening changes nothing
+
+
+def test_a_stream_has_no_order(tmp_path):
+    tokenizer = make_tokenizer()
+    stream = Dataset.from_list([{"input_ids": tokenizer(t)["input_ids"]} for t in random_texts(8, seed=2)]).to_iterable_dataset()
+    stream = stream.map(lambda r: {**r, "labels": r["input_ids"]})
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=1, use_cpu=True, report_to=[])
+    Trainer(make_model("gpt2", "float32").requires_grad_(True), arguments, train_dataset=stream, callbacks=[WhenceCallback()]).train()
+    assert json.loads((tmp_path / "run/whence.json").read_text())["data"]["examples"] is None
+    assert not [*(tmp_path / "run").glob("*.npy")]
