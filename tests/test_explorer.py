@@ -253,6 +253,32 @@ def test_everything_is_labelled_and_can_be_read(page, dark):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong(page, server, scheme, width):
+    from axe_playwright_python.sync_playwright import Axe
+
+    def violations():
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        return [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in found]
+
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    assert violations() == []  # empty
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    page.select_option("#group", "color")
+    page.check("#controls")
+    ask(page, prompt="w1 w2", completion=" w3")
+    assert violations() == []  # answered
+    page.fill("#where", "colour ==")
+    page.click("#go")
+    page.wait_for_selector("#error:not([hidden])")
+    assert violations() == []  # an error
+    page.goto(f"{server.url}/docs")
+    page.wait_for_selector("h2")
+    assert violations() == []
+
+
 def test_a_phone_shows_all_of_it(page):
     page.set_viewport_size({"width": 375, "height": 740})
     page.select_option("#group", "color")

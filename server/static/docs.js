@@ -28,7 +28,7 @@ function fields(schema) {
 function table(rows) {
   const made = document.createElement("table");
   const head = made.createTHead().insertRow();
-  for (const name of ["field", "type", "default", ""]) head.append(Object.assign(element("th", name), { scope: "col" }));
+  for (const name of ["field", "type", "default", "meaning"]) head.append(Object.assign(element("th", name), { scope: "col" }));
   const body = made.createTBody();
   for (const [field, type, preset, about, required] of rows) {
     const row = body.insertRow();
@@ -46,7 +46,7 @@ for (const [path, methods] of Object.entries(api.paths ?? {})) {
     const given = (about.parameters ?? []).map((p) => [p.name, p.schema?.type ?? "", p.schema?.default ?? "", p.description ?? `in ${p.in}`, p.required]);
     const taken = [...given, ...fields(about.requestBody?.content?.["application/json"]?.schema)];
     if (taken.length) {
-      const scroll = element("div", "", "scroll");
+      const scroll = Object.assign(element("div", "", "scroll"), { tabIndex: 0, role: "group", ariaLabel: `What ${path} takes` });
       scroll.append(table(taken));
       section.append(scroll);
     }
