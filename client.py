@@ -4,21 +4,24 @@ This is where the query side meets the models: the `query` room is handed rows a
 model at all, and none is loaded for it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from .query.answers import Answer, Explanation, Question, TokenShares
+from .query.asking import Asks, Options
 from .query.assemble import make_answers
 from .query.controls import Scores, Words, compare, cosines, row_norms
 from .query.explain import split_score
 from .query.groups import group_scores
-from .query.scoring import DenseQueries, Metric, Mode, QueryRows, Scorer, all_scores, combine, standard_errors
+from .query.metric import Metric, QueryRows, combine
+from .query.parts import DenseQueries
+from .query.scoring import Scorer, all_scores, standard_errors
 from .query.search import search
 from .store.corpus import Document
 from .store.documents import Example
@@ -37,40 +40,6 @@ _QUESTION_BATCH_TOKENS = 2048
 _DEFAULT_K = 10
 
 
-class Options(TypedDict, total=False):
-    """How questions are answered; what is not given has its default.
-
-    Attributes:
-        k: at most so many proponents, and opponents; by default 10, or all rows where there are fewer.
-        opponents: whether to return opponents.
-        mode: "influence" (self-influential examples weigh more), "cosine", or "per-nat" (over the example's own loss).
-        damping: relative to the mean eigenvalue; None keeps the build's.
-        curvature: False takes plain products of gradients.
-        weights: by segment or part, times the index's own; 0 leaves a segment out.
-        layers: globs over layer names; the others count nothing.
-        where: a filter over the examples' columns, such as `source == "web" and year >= 2020`; other rows are not searched.
-        group_by: a column; the answer has the influence of each of its values.
-        mean: answer the questions' weighted mean as one question.
-        recall: 1 (the default) reads all rows; below it, dense rows are searched coarse to fine, and with this probability none of the best
-            is missing (see query/search.py).
-        controls: say beside each answer what BM25, the mean hidden state (where the build kept it) and the norm alone would have found;
-            needs scipy and bm25s.
-    """
-
-    k: int | None
-    opponents: bool
-    mode: Mode
-    damping: float | None
-    curvature: bool
-    weights: Mapping[str, float] | None
-    layers: Sequence[str]
-    where: str | None
-    group_by: str | None
-    mean: bool
-    recall: float
-    controls: bool
-
-
 def _metric(options: Options) -> Metric:
     return Metric(
         options.get("mode", "influence"),
@@ -81,14 +50,14 @@ def _metric(options: Options) -> Metric:
     )
 
 
-class Client:
+class Client(Asks):
     """Asks an index.
 
     Args:
         index: its directory.
         model: where the model lies now, if not where the index was built from (of several, all in their order); it must be the very
             same weights.
-        device: where to run it: "auto", "cpu", "cuda", "cuda:1".
+        device: where to run it: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
         trust_remote_code: run code that comes with the model.
         task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
 
@@ -124,32 +93,6 @@ class Client:
         self._models = [model] if isinstance(model, str) else list(model or [])
         self._device = device
         self._trust_remote_code = trust_remote_code
-
-    def query(
-        self,
-        *,
-        prompt: str = "",
-        completion: str | None = None,
-        text: str | None = None,
-        row: int | None = None,
-        against: str | None = None,
-        span: str | None = None,
-        **options: Unpack[Options],
-    ) -> Answer:
-        """The k strongest proponents and opponents of one question.
-
-        Args:
-            prompt, completion: the loss is taken on the completion alone.
-            text: the loss is taken on all of it; encoded as the documents were, with the end-of-text token unless the build left it out.
-            row: a training example, as it lies in the index.
-            against: another completion: proponents made the model prefer `completion` to it.
-            span: a part of the completion or text; the loss is taken on its tokens alone.
-            options: see `Options`.
-
-        Raises:
-            UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
-        """
-        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]
 
     def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
         """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
@@ -250,13 +193,9 @@ class Client:
 
     def rows(self, questions: Sequence[Question]) -> QueryRows:
         """The questions' whitened rows, by segment; of a question with `against`, the difference of two."""
-        contrasts = [i for i, question in enumerate(questions) if question.against is not None]
-        if contrasts:
-            others = [replace(questions[i], completion=questions[i].against, against=None) for i in contrasts]
-            both = self.rows([*(replace(question, against=None) for question in questions), *others])
-            matrix = np.eye(len(questions), len(questions) + len(others))
-            matrix[contrasts, np.arange(len(questions), matrix.shape[1])] = -1.0
-            return combine(both, matrix)
+        if any(question.against is not None for question in questions):
+            plain, matrix = _without_contrasts(questions)
+            return combine(self.rows(plain), matrix)
         worded = [i for i, question in enumerate(questions) if question.row is None]
         measured = self.measure(self.examples([questions[i] for i in worded])) if worded else {}
         result: dict[str, np.ndarray | KeyedVectors] = {}
@@ -370,8 +309,12 @@ class Client:
 
     def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
         """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""
-        examples, shards = self.examples(questions), self.index.manifest.shards
-        found = {"norm": np.repeat(row_norms(self.index)[:, None], len(questions), axis=1)}
+        questions, matrix = _without_contrasts(questions)
+        examples, shards, asked_of = self.examples(questions), self.index.manifest.shards, len(matrix)
+        if mean:
+            weights = [1.0 if q.weight is None else q.weight for q in questions[:asked_of]]
+            matrix = np.array([weights]) @ matrix / asked_of
+        found = {}
         if self.index.manifest.tokenizer:
             found["bm25"] = self._words.scores([example.text for example in examples])
         hidden = [self.index.hidden(shard) for shard in shards]
@@ -384,10 +327,8 @@ class Client:
 
                 asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUESTION_BATCH_TOKENS)
             found["hidden"] = cosines(states, asked)
-        weights = np.array([1.0 if q.weight is None else q.weight for q in questions]) / len(questions)
-        if mean:
-            return {name: scores[:, :1] if name == "norm" else (scores @ weights)[:, None] for name, scores in found.items()}
-        return found
+        norms = np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)
+        return {"norm": norms, **{name: scores @ matrix.T for name, scores in found.items()}}
 
     @cached_property
     def _words(self) -> Words:
@@ -475,3 +416,12 @@ class Client:
         if self._models:
             return [ModelSource(id, None, model.dtype, *how) for id, model in zip(self._models, recorded, strict=True)]
         return [ModelSource(model.id, model.revision, model.dtype, *how) for model in recorded]
+
+
+def _without_contrasts(questions: Sequence[Question]) -> tuple[list[Question], Float64[np.ndarray, "questions plain"]]:
+    """Questions without `against`, and of which of them those asked are the differences."""
+    contrasts = [i for i, question in enumerate(questions) if question.against is not None]
+    others = [replace(questions[i], completion=questions[i].against, against=None) for i in contrasts]
+    matrix = np.eye(len(questions), len(questions) + len(others))
+    matrix[contrasts, np.arange(len(questions), matrix.shape[1])] = -1.0
+    return [*(replace(question, against=None) for question in questions), *others], matrix

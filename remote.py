@@ -12,21 +12,19 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 from urllib.parse import urlsplit
 
 from .query.answers import Answer, Explanation, Question
+from .query.asking import Asks, Options
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WhenceError
-
-if TYPE_CHECKING:
-    from .client import Options
 
 _TIMEOUT = 600.0
 _MOST_QUESTIONS, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
 
 
-class RemoteClient:
+class RemoteClient(Asks):
     """Asks a server as `Client` asks an index.
 
     Args:
@@ -53,22 +51,8 @@ class RemoteClient:
         self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout
         self._parts = parts
 
-    def query(
-        self,
-        *,
-        prompt: str = "",
-        completion: str | None = None,
-        text: str | None = None,
-        row: int | None = None,
-        against: str | None = None,
-        span: str | None = None,
-        **options: Unpack["Options"],
-    ) -> Answer:
-        """See `Client.query`."""
-        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]
-
-    def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
-        """See `Client.query_many`."""
+    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
+        """See `Client.query_many`; so many in a request as a server takes."""
         answers: list[Answer] = []
         for part in [questions] if options.get("mean") else self._requests(questions, options):
             body = self._query_body(part, options)
@@ -77,7 +61,7 @@ class RemoteClient:
             answers += self._read(lambda r: list(map(Answer.from_dict, r["answers"])), found)
         return answers
 
-    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack["Options"]) -> list[Explanation]:
+    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
         """See `Client.explain`."""
         explanations: list[Explanation] = []
         for first in range(0, len(rows), _MOST_ROWS):
@@ -149,7 +133,7 @@ class AsyncClient:
         """See `Client.query`."""
         return await self._in_thread(self._client.query, **question_and_options)
 
-    async def query_many(self, questions: Sequence[Question], **options: Unpack["Options"]) -> list[Answer]:
+    async def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
         """See `Client.query_many`."""
         return await self._in_thread(self._client.query_many, questions, **options)
 

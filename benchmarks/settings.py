@@ -17,7 +17,7 @@ from whence import BuildConfig, Client, build
 from whence.evaluation.controls import score_matrix
 from whence.evaluation.lds import difference, estimate, lds
 from whence.evaluation.packs import read_pack, write_documents_file
-from whence.query.scoring import Metric
+from whence.query.metric import Metric
 
 _DAMPINGS = (None, 0.1, 0.3, 3.0, 10.0)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

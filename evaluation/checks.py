@@ -28,7 +28,7 @@ from ..indexer.models import keep_freed_memory
 from ..indexer.tasks import import_object
 from ..query.answers import Question
 from ..query.controls import row_norms
-from ..query.scoring import Metric, Mode
+from ..query.metric import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute

@@ -24,7 +24,8 @@ from ..indexer.hidden import mean_hidden
 from ..indexer.models import find_layers, plan_layers
 from ..indexer.tasks import Task
 from ..query.controls import Scores, Words, cosines, library, row_norms
-from ..query.scoring import Metric, QueryRows, all_scores
+from ..query.metric import Metric, QueryRows
+from ..query.scoring import all_scores
 from ..store.documents import Example
 from ..store.manifest import Curvature, DenseSegment, Layer, Projection
 

@@ -14,7 +14,7 @@ from ..client import Client
 from ..indexer.models import ModelSource
 from ..indexer.tasks import Task, find_task
 from ..query.controls import Scores
-from ..query.scoring import Metric
+from ..query.metric import Metric
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent

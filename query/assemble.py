@@ -7,7 +7,7 @@ import numpy as np
 
 from ..store.index import Index
 from .answers import Answer, Attribution, Control, Group, SearchReport
-from .scoring import Metric
+from .metric import Metric
 from .search import Hits
 
 

@@ -4,6 +4,8 @@
     hidden   cosine of the mean last hidden states, where the build kept them (--hidden)
     norm     the row's length alone, the same for every question
 
+Of a contrast of two completions, words and states say the difference of what they say of each.
+
 Where a control finds the same rows, influence has told nothing that it does not.
 """
 
@@ -17,7 +19,8 @@ from jaxtyping import Bool, Float, Float32
 from ..store.errors import UsageError
 from ..store.index import Index
 from .answers import Control
-from .scoring import Metric, QueryRows, all_scores
+from .metric import Metric, QueryRows
+from .scoring import all_scores
 
 Scores = Float[np.ndarray, "examples queries"]
 

@@ -7,7 +7,8 @@ told apart where coordinates were mixed (folded, or rotated for one bit each).
 from collections.abc import Sequence
 
 from .answers import Part
-from .scoring import DenseQueries, Scorer
+from .parts import DenseQueries
+from .scoring import Scorer
 
 
 def split_score(scorer: Scorer, query: int, row: int) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:

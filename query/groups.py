@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float32
 from ..store.errors import UsageError
 from ..store.index import Index
 from .answers import Group
-from .scoring import Metric, QueryRows, all_scores
+from .metric import Metric, QueryRows
+from .scoring import all_scores
 
 _DRAWS, _LEVEL, _MOST_GROUPS = 200, 0.95, 10_000
 

@@ -23,7 +23,8 @@ from ..store.errors import UsageError
 from ..store.index import Group, Index
 from ..store.keyed import KeyedVectors
 from ..store.manifest import DenseSegment
-from .scoring import Metric, QueryRows, Scorer, by_group
+from .metric import Metric, QueryRows
+from .scoring import Scorer, by_group
 
 _EXACT_PASS, _COARSE_PASS = 64, 8
 _READ_FIRST = 256

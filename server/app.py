@@ -17,9 +17,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from ..client import Client, Options
+from ..client import Client
 from ..query.answers import Question, to_json
-from ..query.scoring import Metric, all_scores
+from ..query.asking import Options
+from ..query.metric import Metric
+from ..query.scoring import all_scores
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WhenceError
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem

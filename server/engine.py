@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ..client import Client, Options
+from ..client import Client
 from ..query.answers import Answer, Question
-from ..query.scoring import QueryRows, join
+from ..query.asking import Options
+from ..query.metric import QueryRows, join
 from ..store.errors import BusyError
 from ..store.keyed import KeyedVectors
 

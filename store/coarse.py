@@ -26,14 +26,14 @@ from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
 
 from .bits import padded_width, rotate
 from .cache import plain, read_cache, write_cache
+from .compiled import Compiled
 from .rows import DenseRows
 
 PLANES = 4
 _LEVELS = (1 << PLANES) - 1
 _MOST_BITS = 8192
 _CLIPS = np.arange(1.8, 4.1, 0.2)
-_FEW = 1 << 22
-_met = [0]
+_count_differences = Compiled("count_differences", after=1 << 22)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,9 @@ class Rounded:
     def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "questions rows"]:
         """Inner products of the rounded questions with the signs of some codes."""
         totals = np.zeros((len(self.planes), len(codes)), np.uint32)
-        _met[0] += codes.size * len(self.planes)
-        if _met[0] > _FEW:  # compiled code takes 0.4 s to load
-            from .kernels import count_differences
-
-            count_differences(codes, self.planes, totals)
+        compiled = _count_differences.after(codes.size * len(self.planes))
+        if compiled is not None:
+            compiled(codes, self.planes, totals)
         else:
             for question, planes in enumerate(self.planes):
                 for p, plane in enumerate(planes):

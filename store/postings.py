@@ -17,7 +17,7 @@ tokens that every example has are seldom among them: a question touches one in t
 The lists are a cache beside the rows, `search/<group>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from jaxtyping import Float32, Int64, UInt8, UInt32
 
 from .bits import signs_of
 from .cache import plain, read_cache, write_cache
+from .compiled import Compiled
 from .keyed import KeyedRows
 
-_FEW = 1 << 19
-_met = [0]
+_add_lists = Compiled("add_lists", after=1 << 19)
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 
@@ -78,7 +78,7 @@ class Postings:
         at = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
         known = self.tokens[at] == keys
         bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
-        add_lists = _loops(int((self.starts[at + 1] - self.starts[at])[known].sum()))
+        add_lists = _add_lists.after(int((self.starts[at + 1] - self.starts[at])[known].sum())) or add_lists_plainly
         for question in range(len(scores)):
             part = slice(bounds[question], bounds[question + 1])
             lists, own = at[part], tables[part]
@@ -112,16 +112,6 @@ class Postings:
             and int(lists.rows.max(initial=0)) < rows
         )
         return lists if fits else None
-
-
-def _loops(postings: int) -> Callable[..., None]:
-    """Compiled loops; but until a process has met many postings, numpy: compiled code takes 0.4 s to load."""
-    _met[0] += postings
-    if _met[0] <= _FEW:
-        return add_lists_plainly
-    from .kernels import add_lists
-
-    return add_lists
 
 
 def add_lists_plainly(

@@ -15,7 +15,8 @@ from whence import BuildConfig, Client, build
 from whence.cli import main
 from whence.indexer.encoder import Encoder
 from whence.query.answers import Question
-from whence.query.scoring import Metric, all_scores
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores
 from whence.ray_jobs.budget import count_tokens, row_cost, spend
 from whence.store.errors import UsageError
 

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
-from whence.query.scoring import Metric, all_scores
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores
 from whence.ray_jobs.change import add, compact, delete, drifted, prune
 from whence.store.errors import BusyError, DataError, IncompatibleError, IntegrityError, UsageError
 from whence.store.files import exclusive

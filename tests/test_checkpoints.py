@@ -10,7 +10,8 @@ from helpers import make_model, make_tokenizer, random_texts, words
 from whence import BuildConfig, Client, build
 from whence.cli import main
 from whence.query.answers import Question
-from whence.query.scoring import Metric, all_scores
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores
 from whence.store.errors import IncompatibleError, UsageError
 
 OPTIONS = dict(rank=4, segments=("head", "embeddings", "blocks"), head_bits=32, shard_rows=50)

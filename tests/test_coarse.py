@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import dense_index, make_model, make_tokenizer, random_texts
 from whence import BuildConfig, Client, Question, build
-from whence.query.scoring import Metric, Scorer
+from whence.query.metric import Metric
+from whence.query.scoring import Scorer
 from whence.query.search import search
 from whence.store import coarse as module
 from whence.store import index as index_module
@@ -180,9 +181,9 @@ def test_both_loops_count_alike_and_products_are_those_of_the_rounded_question()
     for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
         vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
         codes, rounded = module.words(np.packbits(vectors > 0, axis=1)), Rounded.of(asked)
-        module._met[0] = 0
+        module._count_differences._met = 0
         plain = rounded.products(codes)
-        module._met[0] = module._FEW
+        module._count_differences._met = module._count_differences._enough
         assert np.array_equal(rounded.products(codes), plain)
         totals = np.zeros((count, rows), np.uint32)
         count_differences(codes, rounded.planes, totals)

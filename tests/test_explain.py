@@ -10,7 +10,8 @@ from helpers import random_texts
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.indexer.shares import token_shares
-from whence.query.scoring import Metric, all_scores
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores
 from whence.store.errors import UsageError
 
 QUESTIONS = {

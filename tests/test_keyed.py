@@ -389,7 +389,8 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
 
 
 def test_weights_of_a_question_multiply_those_of_the_index(head_index):
-    from whence.query.scoring import Metric, all_scores
+    from whence.query.metric import Metric
+    from whence.query.scoring import all_scores
 
     client = Client(head_index)
     rows = client.measure(client.encode(_documents(words(3, 9, 9, 30, 41))))
@@ -439,7 +440,8 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
     for name, damping in (("low", 0.3), ("high", 4.0)):
         build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
     low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
-    from whence.query.scoring import Metric, all_scores
+    from whence.query.metric import Metric
+    from whence.query.scoring import all_scores
 
     examples = low.encode(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
     changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.query.groups import _POISSON, group_scores
-from whence.query.scoring import Metric, all_scores
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores
 from whence.store.errors import NumericalError, UsageError
 from whence.store.index import Index
 
@@ -356,12 +357,25 @@ def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
             assert all(kept[list(control.rows)])
             assert control.ids == tuple(RECORDS[row]["id"] for row in control.rows)
             assert control.shared == len(set(control.rows) & {a.row for a in answer.proponents})
-    (mean,) = client.query_many(questions, k=6, controls=True, mean=True)
-    single = client.query_many(questions, k=120, controls=True)
-    for control in mean.controls:
-        parts = [next(c for c in a.controls if c.name == control.name) for a in single]
-        both = np.mean([np.array(p.scores)[np.argsort(p.rows)] for p in parts], axis=0)  # of the norm, which is every question's, itself
-        np.testing.assert_allclose(control.scores, np.sort(both)[::-1][:6], rtol=1e-5)
+
+
+def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
+    def said(questions, **options):
+        answers = Client(hidden_path).query_many(questions, k=120, controls=True, **options)
+        return [{c.name: np.array(c.scores)[np.argsort(c.rows)] for c in answer.controls} for answer in answers]
+
+    ends = " w9 w11", " w5"
+    plain = said([*(Question(prompt="w3 w5", completion=end) for end in ends), Question(row=7)])
+    (contrast,) = said([Question(prompt="w3 w5", completion=ends[0], against=ends[1])])
+    questions = [Question(prompt="w3 w5", completion=ends[0], against=ends[1], weight=0.5), Question(row=7, weight=-3.0)]
+    (mean,) = said(questions, mean=True)
+    for name in ("bm25", "hidden"):
+        difference = plain[0][name] - plain[1][name]
+        assert np.abs(difference).max() > 0.01
+        np.testing.assert_allclose(contrast[name], difference, atol=1e-5)
+        np.testing.assert_allclose(mean[name], (0.5 * difference - 3 * plain[2][name]) / 2, atol=1e-5)
+    assert np.array_equal(contrast["norm"], plain[0]["norm"])
+    assert np.array_equal(mean["norm"], plain[0]["norm"])
 
 
 def test_controls_on_the_command_line_and_without_hidden_states(hidden_path, index_path, monkeypatch, tmp_path):

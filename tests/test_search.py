@@ -9,7 +9,8 @@ from helpers import random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
-from whence.query.scoring import Metric, all_scores, standard_errors
+from whence.query.metric import Metric
+from whence.query.scoring import all_scores, standard_errors
 from whence.query.search import _merge, search
 from whence.store.errors import UsageError
 from whence.store.index import Index
@@ -191,7 +192,8 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 @pytest.mark.parametrize("curvature", ["fisher", "ekfac", "diagonal", "identity"])
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
-    from whence.query.scoring import Metric, all_scores
+    from whence.query.metric import Metric
+    from whence.query.scoring import all_scores
 
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
     rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.segment("blocks")) for r in (3, 50)])}

@@ -1,0 +1,78 @@
+"""How questions are asked, of an index at hand (client.py) and of a server (remote.py) alike. Nothing heavy is imported here."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+from .answers import Answer, Question
+
+if TYPE_CHECKING:
+    from .metric import Mode
+
+
+class Options(TypedDict, total=False):
+    """How questions are answered; what is not given has its default.
+
+    Attributes:
+        k: at most so many proponents, and opponents; by default 10, or all rows where there are fewer.
+        opponents: whether to return opponents.
+        mode: "influence" (self-influential examples weigh more), "cosine", or "per-nat" (over the example's own loss).
+        damping: relative to the mean eigenvalue; None keeps the build's.
+        curvature: False takes plain products of gradients.
+        weights: by segment or part, times the index's own; 0 leaves a segment out.
+        layers: globs over layer names; the others count nothing.
+        where: a filter over the examples' columns, such as `source == "web" and year >= 2020`; other rows are not searched.
+        group_by: a column; the answer has the influence of each of its values.
+        mean: answer the questions' weighted mean as one question.
+        recall: 1 (the default) reads all rows; below it, dense rows are searched coarse to fine, and with this probability none of the best
+            is missing (see query/search.py).
+        controls: say beside each answer what BM25, the mean hidden state (where the build kept it) and the norm alone would have found;
+            needs scipy and bm25s.
+    """
+
+    k: int | None
+    opponents: bool
+    mode: "Mode"
+    damping: float | None
+    curvature: bool
+    weights: Mapping[str, float] | None
+    layers: Sequence[str]
+    where: str | None
+    group_by: str | None
+    mean: bool
+    recall: float
+    controls: bool
+
+
+class Asks(ABC):
+    """Whoever answers questions."""
+
+    @abstractmethod
+    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
+        """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
+
+    def query(
+        self,
+        *,
+        prompt: str = "",
+        completion: str | None = None,
+        text: str | None = None,
+        row: int | None = None,
+        against: str | None = None,
+        span: str | None = None,
+        **options: Unpack[Options],
+    ) -> Answer:
+        """The k strongest proponents and opponents of one question.
+
+        Args:
+            prompt, completion: the loss is taken on the completion alone.
+            text: the loss is taken on all of it; encoded as the documents were, with the end-of-text token unless the build left it out.
+            row: a training example, as it lies in the index.
+            against: another completion: proponents made the model prefer `completion` to it.
+            span: a part of the completion or text; the loss is taken on its tokens alone.
+            options: see `Options`.
+
+        Raises:
+            UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
+        """
+        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]

@@ -1,0 +1,275 @@
+"""Questions of one segment, ready to be compared with its rows: their weight and the change of damping are in them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from ..store.bits import padded_width, rotate
+from ..store.coarse import Rounded, coarse_bits, words
+from ..store.compiled import Compiled
+from ..store.errors import NumericalError, UsageError
+from ..store.index import Group, Index
+from ..store.keyed import KeyedVectors
+from ..store.manifest import DenseSegment, KeyedSegment, Shard
+from ..store.postings import byte_tables
+from ..store.rows import DenseRows, row_bytes
+from .metric import Metric, matched
+
+_FEW_QUERIES = 4
+_multiply_int8 = Compiled("multiply_int8", after=1 << 24)
+
+
+@dataclass(frozen=True)
+class DenseQueries:
+    """A dense segment's queries with its weight and the change of damping in them."""
+
+    segment: DenseSegment
+    weight: float
+    queries: Float32[np.ndarray, "queries stored"]
+    squared_norms: Float64[np.ndarray, " queries"]
+    one_bit_variance: float
+    change: Float32[np.ndarray, " stored"] | None
+    factors: Float64[np.ndarray, " dim"]
+
+    @classmethod
+    def make(
+        cls, index: Index, segment: DenseSegment, rows: Float32[np.ndarray, "queries dim"], metric: Metric, weight: float
+    ) -> "DenseQueries":
+        """A dense segment's queries under a metric, times a weight."""
+        change = None
+        scaled = rows.astype(np.float64)
+        if metric.damping is not None:
+            eigenvalues, means = index.spectrum(segment)
+            built = eigenvalues + segment.curvature.damping * means
+            wanted = eigenvalues + metric.damping * means
+            change = np.divide(built, wanted, out=np.zeros_like(built), where=wanted > 0)
+        elif not metric.curvature and any(layer.curvature != "identity" for layer in segment.layers):
+            eigenvalues, means = index.spectrum(segment)
+            change = eigenvalues + segment.curvature.damping * means
+        if metric.layers and not (chosen := matched(segment, metric.layers)).all():
+            change = np.repeat(chosen, [layer.size for layer in segment.layers]) * (1.0 if change is None else change)
+        reduction = index.reduction(segment)
+        factors = np.full(segment.dim, weight) * (1.0 if change is None else change)
+        if change is not None:
+            if metric.mode == "cosine" and reduction.mixes:
+                raise UsageError(
+                    f"the rows of {segment.name} are a random projection, whose lengths are known under the build's damping and over all "
+                    "layers alone; ask for influence, or without a change of these"
+                )
+            scaled = scaled * change
+            change = (change if reduction.kept is None else change[reduction.kept]).astype(np.float32)
+        squared = np.einsum("qd,qd->q", scaled, rows, dtype=np.float64)
+        asked = (scaled * weight).astype(np.float32)
+        if not np.isfinite(asked).all():
+            raise NumericalError("the question's gradient, times its weights, is not finite; ask with smaller weights")
+        kept = segment.dim if reduction.kept is None else len(reduction.kept)
+        variance = 0.0
+        if segment.dtype == "1bit":
+            variance = _one_bit_variance(max(kept, padded_width(kept, segment.stored)), segment.stored)
+        return cls(segment, weight, reduction.apply(asked), squared, variance, change, factors)
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """Of a score with one row."""
+        asked = self.queries[query].astype(np.float64)
+        return self.one_bit_variance * float(asked @ asked) * self.squared_length(index, shard, offset)
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """A row's squared length under the metric."""
+        rows = index.dense(shard, self.segment)
+        measured = 1.0
+        if self.change is not None:
+            measured = float((rows.values(rows.code(offset)[None])[0] ** 2 * self.change).sum() * rows.factors()[offset] ** 2)
+        return measured * float(rows.norms[offset]) ** 2
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> tuple[float, dict[str, float]]:
+        """The product of one query with one row; and its parts by layer, none where coordinates are mixed."""
+        rows, reduction = index.dense(shard, self.segment), index.reduction(self.segment)
+        length = float(rows.norms[offset]) * float(rows.factors()[offset])
+        products = self.queries[query].astype(np.float64) * rows.values(rows.code(offset)[None])[0] * length
+        if reduction.mixes:
+            return float(products.sum()), {}
+        coordinates = np.arange(self.segment.dim) if reduction.kept is None else reduction.kept
+        owners = np.searchsorted([layer.offset for layer in self.segment.layers], coordinates, side="right") - 1
+        sums = np.bincount(owners, products, len(self.segment.layers))
+        return float(products.sum()), {layer.name: float(s) for layer, s in zip(self.segment.layers, sums, strict=True)}
+
+    def weighed(self, index: Index, row: Float32[np.ndarray, " dim"]) -> Float32[np.ndarray, " dim"]:
+        """A whitened row as its product with a plain one is this segment's score: times weight and change, without what is not stored."""
+        scaled = row.astype(np.float64) * self.factors
+        kept = index.reduction(self.segment).kept
+        if kept is not None:
+            scaled[np.setdiff1d(np.arange(len(scaled)), kept)] = 0.0
+        return scaled.astype(np.float32)
+
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """Add weighted inner products with a group's rows and, for cosines, the rows' weighted squared norms in the same metric."""
+        for shard in group.shards:
+            rows, at = index.dense(shard, self.segment), shard.first - group.first
+            factors = rows.factors()
+            for first, codes in rows.blocks():
+                own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
+                scores[:, part] += _products(self.queries, rows, codes) * (rows.norms[own] * factors[own])
+                if squared is not None:
+                    # Codes are unit directions, up to rounding; under another damping their length is measured anew.
+                    lengths = 1.0
+                    if self.change is not None:
+                        values = rows.values(codes)
+                        lengths = (values * values * self.change).sum(axis=1) * factors[own] ** 2
+                    squared[part] += self.weight * lengths * rows.norms[own].astype(np.float64) ** 2
+
+    def estimate(
+        self,
+        index: Index,
+        group: Group,
+        guess: Float32[np.ndarray, "queries rows"],
+        variances: Float64[np.ndarray, "queries rows"],
+        squared: Float64[np.ndarray, " rows"] | None,
+    ) -> None:
+        """Add estimates of the weighted inner products, and their variances, from one-bit codes."""
+        rounded = self._rounded
+        lengths, rests = np.square(self.queries, dtype=np.float64).sum(axis=1), rounded.rests**2
+        for part, codes, factors, noises, norms in self._codes(index, group):
+            guess[:, part] += rounded.products(codes) * factors
+            variances[:, part] += np.outer(lengths, np.square(noises, dtype=np.float64))
+            variances[:, part] += np.outer(rests, np.square(factors, dtype=np.float64))
+            if squared is not None:
+                squared[part] += self.weight * norms.astype(np.float64) ** 2
+
+    def _codes(self, index: Index, group: Group) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Which rows, and their codes, factors, noises and norms: see coarse.py. Codes of one bit are their own, without noise."""
+        if self.segment.dtype != "1bit":
+            coarse = index.coarse(group, self.segment)
+            assert coarse is not None  # Scorer.refusal
+            yield slice(0, group.rows), coarse.codes, coarse.factors, coarse.noises, coarse.norms
+            return
+        for shard in group.shards:
+            rows, at = index.dense(shard, self.segment), shard.first - group.first
+            factors = rows.norms * rows.factors()
+            for first, codes in rows.blocks():
+                own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
+                yield part, words(codes), factors[own], np.zeros(len(codes), np.float32), rows.norms[own]
+
+    @cached_property
+    def _rounded(self) -> Rounded:
+        if self.segment.dtype == "1bit":
+            return Rounded.of(self.queries)
+        return Rounded.of(rotate(self.queries, coarse_bits(self.segment.stored), self.segment.projection.seed))
+
+    def read(self, index: Index, rows: Int64[np.ndarray, " chosen"], query: int) -> Float32[np.ndarray, " chosen"]:
+        """Weighted inner products of one query with some rows."""
+        scores, lengths, at = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32), 0
+        order, own, raw = (
+            np.empty(len(rows), np.int64),
+            None,
+            np.empty((len(rows), row_bytes(self.segment.stored, self.segment.dtype)), np.uint8),
+        )
+        for group, shard, chosen, offsets in index.by_shard(rows):
+            own, part = index.dense(shard, self.segment), slice(at, at + len(chosen))
+            if own.one_bit:
+                raw[part] = [own.code(offset) for offset in offsets.tolist()]
+            else:
+                coarse = index.coarse(group, self.segment)
+                assert coarse is not None
+                own.take(offsets, coarse.checks[offsets + (shard.first - group.first)], raw[part])
+            lengths[part] = own.norms[offsets] if own.scales is None else own.norms[offsets] * own.scales[offsets]
+            order[part], at = chosen, part.stop
+        if own is not None:
+            scores[order] = _products(self.queries[query : query + 1], own, raw.view(own.dtype))[0] * lengths
+        return scores
+
+
+@dataclass(frozen=True)
+class KeyedQueries:
+    """A keyed segment's queries: their entries, rotated as the rows were, with its weight and the change of damping in them."""
+
+    segment: KeyedSegment
+    weight: float
+    damping: tuple[float | None, bool]
+    keys: Int64[np.ndarray, " entries"]
+    owners: Int64[np.ndarray, " entries"]
+    tables: Float32[np.ndarray, "entries bytes 256"]
+    squares: Float64[np.ndarray, " entries"]
+    squared_norms: Float64[np.ndarray, " queries"]
+
+    @classmethod
+    def make(cls, index: Index, segment: KeyedSegment, rows: KeyedVectors, metric: Metric, weight: float) -> "KeyedQueries":
+        """A keyed segment's queries under a metric, times a weight."""
+        damping = metric.damping, metric.curvature
+        if damping != (None, True) and metric.mode == "cosine":
+            raise UsageError("the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping")
+        vectors = _damped(index, segment, rows.keys, rows.vectors, *damping)
+        owners = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
+        squared = np.bincount(owners, np.einsum("ed,ed->e", vectors, rows.vectors, dtype=np.float64), len(rows))
+        rotated = rotate((vectors * weight).astype(np.float32), segment.bits, segment.seed)
+        squares = np.square(vectors * weight).sum(axis=1)
+        return cls(segment, weight, damping, rows.keys, owners, byte_tables(rotated), squares, squared)
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """Of a score with one row: the sum over shared tokens."""
+        rows, width = index.keyed(shard, self.segment), padded_width(self.segment.width, self.segment.bits)
+        part = slice(*rows.indptr[offset : offset + 2])
+        own = self.owners == query
+        _, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
+        # A factor is |v|^2 over the sum of |coordinates|, which in expectation is |v| times bits sqrt(2 / (pi width)).
+        lengths = rows.factors[part][at].astype(np.float64) * self.segment.bits * np.sqrt(2 / (np.pi * width))
+        return float(_one_bit_variance(width, self.segment.bits) * (np.square(lengths) * self.squares[own][asked]).sum())
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> dict[int, float]:
+        """The product of one query with one row, by the tokens that they share."""
+        rows = index.keyed(shard, self.segment)
+        part, own = slice(*rows.indptr[offset : offset + 2].tolist()), np.flatnonzero(self.owners == query)
+        shared, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
+        codes = rows.codes[part][at]
+        values = self.tables[own[asked][:, None], np.arange(codes.shape[1]), codes].sum(axis=1, dtype=np.float64)
+        return dict(zip(shared.tolist(), (values * rows.factors[part][at]).tolist(), strict=True))
+
+    def weighed(self, index: Index, row: KeyedVectors) -> KeyedVectors:
+        """A whitened row as its product with a plain one is this segment's score: times weight and change of damping."""
+        vectors = _damped(index, self.segment, row.keys, row.vectors, *self.damping) * self.weight
+        return KeyedVectors(row.indptr, row.keys, vectors.astype(np.float32))
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """A row's squared length."""
+        return float(index.keyed(shard, self.segment).norms[offset]) ** 2
+
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """See `DenseQueries`; the products are unbiased estimates."""
+        index.postings(group, self.segment).add_scores(self.keys, self.owners, self.tables, scores)
+        if squared is not None:
+            norms = np.concatenate([index.keyed(shard, self.segment).norms for shard in group.shards])
+            squared += self.weight * np.square(norms, dtype=np.float64)
+
+
+def _one_bit_variance(coordinates: int, bits: int) -> float:
+    """Of the estimate of an inner product of orthogonal unit vectors."""
+    return (np.pi / 2 * coordinates / bits - 1) / coordinates
+
+
+def _damped(
+    index: Index, segment: KeyedSegment, keys: np.ndarray, vectors: np.ndarray, damping: float | None, curvature: bool
+) -> Float64[np.ndarray, "entries width"]:
+    """Vectors of a keyed segment whose product with whitened ones is that under another damping, or without curvature."""
+    vectors = vectors.astype(np.float64)
+    if damping is None and curvature:
+        return vectors
+    vocabulary, inputs = index.keyed_spectrum(segment)
+    eigenvalues, mean = vocabulary[keys][:, None] * inputs, vocabulary.mean() * inputs.mean()
+    vectors = vectors * (eigenvalues + segment.curvature.damping * mean)
+    return vectors if damping is None else vectors / (eigenvalues + damping * mean)
+
+
+def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, codes: np.ndarray) -> Float32[np.ndarray, "queries rows"]:
+    """Inner products of queries with codes, by a matrix product; of a few queries with many int8 codes, where they lie."""
+    compiled = _multiply_int8.after(codes.size) if rows.dtype == np.int8 and len(queries) <= _FEW_QUERIES else None
+    if compiled is not None:
+        products = np.empty((len(queries), len(codes)), np.float32)
+        compiled(np.asarray(codes).view(np.ndarray), queries, products)
+        return products
+    return queries @ rows.values(codes).T
