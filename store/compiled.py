@@ -22,4 +22,4 @@ class Compiled:
             return None
         from . import kernels
 
-        return getattr(kernels, self._name)  # type: ignore[no-any-return]
+        return getattr(kernels, self._name)
