@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from ..client import Client
 from ..indexer.encoder import Encoder
 from ..indexer.hidden import mean_hidden
-from ..indexer.models import find_layers, plan_layers
+from ..indexer.layers import find_layers, plan_layers
 from ..indexer.tasks import Task
 from ..query.controls import Scores, Words, cosines, library, row_norms
 from ..query.metric import Metric, QueryRows

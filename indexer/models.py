@@ -1,32 +1,24 @@
-"""Models from a directory or a hub: loading, identity, and which layers to track.
+"""Models from a directory or a hub: loading, identity, sizes.
 
 Only safetensors weights are loaded (a pickle can run code), and no code that comes with a model unless its user asks for it by name.
 """
 
 import ctypes
-import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
-from ..store.manifest import CurvatureKind, Layer
-from .capture import geometry
-from .curvature import choose_curvature
 
-if TYPE_CHECKING:
-    from .tasks import Task
-
-NARROWING = "@narrowing"
 SPREAD = "map"  # a device: all GPUs of the machine
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
@@ -322,116 +314,6 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: bool = True) -> list[str]:
-    """Names of the layers to track, in the model's order.
-
-    Without patterns, every layer that can be tracked; `within_blocks` those inside the transformer blocks (the outermost ModuleLists), so
-    that the output head and the embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or
-    its end; "@narrowing" stands for the default layers that have more inputs than outputs, such as the second half of an MLP (all of them
-    where there are none).
-
-    Raises:
-        UsageError: a pattern, or the default, matches no layer.
-    """
-    candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    candidates = {name: module for name, module in candidates.items() if module is not head}
-    if NARROWING in patterns:
-        if len(patterns) > 1:
-            raise UsageError(f"--layers {NARROWING} stands alone; give it or patterns")
-        names = find_layers(model, (), within_blocks)
-        narrowing = [name for name in names if (sizes := layer_sizes(candidates[name])) and sizes[1] > sizes[0]]
-        return narrowing or names
-    if not patterns and not within_blocks:
-        patterns = ("*",)
-    if not patterns:
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-        outermost = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]
-        chosen = [name for name in candidates if any(name.startswith(o + ".") for o in outermost)]
-        if not chosen:
-            raise UsageError("the model has no Linear or Conv1D layers inside blocks; name the layers to track with --layers")
-        return chosen
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = {n for n in candidates if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, "*." + pattern)}
-        if not hits:
-            some = ", ".join(list(candidates)[:4])
-            raise UsageError(f"no layer matches {pattern!r}; this model has {len(candidates)} linear layers, such as {some}")
-        matched |= hits
-    return [name for name in candidates if name in matched]
-
-
-def _sees_each_token(x: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether a layer's input is one vector for each token of each of the probe's two examples, example by example."""
-    leading = [size for size in x.shape[:-1] if size != 1]
-    if shape[1] > 1 and leading == [shape[0] * shape[1]]:  # all tokens but the last are equal in both
-        by_example = x.reshape(*shape, x.shape[-1])
-        return not differ(by_example[0, :-1], by_example[1, :-1], x.dtype)
-    return leading == [size for size in shape if size != 1]
-
-
 def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Whether two computations of the same numbers differ by more than the round-off of a model of that dtype."""
     return bool((a - b).abs().max() > _SAME.get(dtype, 1e-5) * a.abs().max())
-
-
-def plan_layers(
-    task: "Task", model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
-) -> tuple[Layer, ...]:
-    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two small examples through the model.
-
-    Args:
-        task: whose probe is run.
-        names: from `find_layers`.
-        rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
-        curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
-        explicit: whether the user named the layers; one that does not run, or that does not see one vector for each token of each
-            text (routers, some experts), is then an error, else it is left out.
-
-    Raises:
-        IncompatibleError: the model does not suit the task.
-        UsageError: a named layer does not run.
-    """
-    task.check(model)
-    probe = task.probe(model, next(model.parameters()).device)
-    shape = (probe.valid.shape[0], probe.valid.shape[1])
-    modules = dict(model.named_modules())
-    inputs: dict[str, tuple[Tensor, int]] = {}  # with its version, since the model may write into it later
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and (isinstance(module, nn.Conv2d) or _sees_each_token(args[0], shape)):
-                inputs.setdefault(name, (args[0], args[0]._version))
-
-        return hook
-
-    handles = [modules[name].register_forward_hook(remember(name)) for name in names]
-    try:
-        with torch.no_grad():
-            task.loss(model, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [n for n in names if n not in inputs]
-    if idle and (explicit or len(idle) == len(names)):
-        raise UsageError(f"layer {idle[0]} does not see a vector for each token when the model reads text; leave it out with --layers")
-    groups: dict[tuple[object, ...], str] = {}
-    layers: list[Layer] = []
-    for name in names:
-        if name in inputs:
-            x, version = inputs[name]
-            outputs, width = layer_sizes(modules[name]) or (0, 0)
-            ranks = min(rank, outputs), min(rank, width)
-            layers.append(
-                Layer(
-                    name=name,
-                    outputs=outputs,
-                    inputs=width,
-                    output_rank=ranks[0],
-                    input_rank=ranks[1],
-                    input_group=groups.setdefault((id(x), version, geometry(modules[name])), name),
-                    offset=layers[-1].offset + layers[-1].size if layers else 0,
-                    curvature=choose_curvature(curvature, ranks[0] * ranks[1], examples),
-                )
-            )
-    return tuple(layers)

@@ -22,6 +22,7 @@ from ..indexer.encoder import Encoder, EncoderPlan, Progress, backward, batches,
 from ..indexer.examples import DocumentEncoder
 from ..indexer.fit import Fit
 from ..indexer.keyed import HeadMean, KeyedPart
+from ..indexer.layers import NARROWING, find_layers, plan_layers
 from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
@@ -104,12 +105,12 @@ class Worker:
 
     def _blocks(self, number: int) -> DenseSegment:
         c, small, model = self._config, self._config.budget is not None, self.models[number]
-        names = models.find_layers(model, c.layers or ((models.NARROWING,) if small else ()), self.task.within_blocks)
+        names = find_layers(model, c.layers or ((NARROWING,) if small else ()), self.task.within_blocks)
         rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
-        layers = models.plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
+        layers = plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         damping = c.damping or (1.0 if small else 0.1)
         labels: LabelKind = "data" if not small else "sampled" if self.task.classes(model) is None else "expected"
-        every = names if c.layers else models.find_layers(model, (), self.task.within_blocks)
+        every = names if c.layers else find_layers(model, (), self.task.within_blocks)
         self._left_out = [name for name in every if name not in {layer.name for layer in layers}]
         return DenseSegment(
             name=self._name("blocks", number),

@@ -79,7 +79,7 @@ def make_examples(count, seed=0, longest=20):
 
 def make_plan(model, rank=4, curvature="fisher", projection="random", labels="data", damping=0.1, batch_tokens=64, patterns=()):
     from whence.indexer.encoder import EncoderPlan
-    from whence.indexer.models import find_layers, plan_layers
+    from whence.indexer.layers import find_layers, plan_layers
     from whence.indexer.tasks import CausalLM
     from whence.store.manifest import Curvature, DenseSegment, Projection
 

@@ -152,7 +152,7 @@ def test_an_index_says_what_each_segment_costs_and_holds(index):
 
 
 def _linear_layers(client):
-    from whence.indexer.models import find_layers
+    from whence.indexer.layers import find_layers
 
     return find_layers(client.encoder.model)
 
