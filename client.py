@@ -267,6 +267,7 @@ class Client(Asks):
 
     def _with_tokens(self, explanation: Explanation, scorer: Scorer, question: Question, asked: QueryRows) -> Explanation:
         """Name the tokens of the vocabulary, and compute shares by token."""
+        from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
         (asking,) = self.examples([replace(question, against=None)])
@@ -293,19 +294,14 @@ class Client(Asks):
         beside = None
         if question.against is None:
             beside = token_shares(self.encoder, asking, theirs, question=question.row is None) * scale
+        tokenizer = self._documents.tokenizer  # type: ignore[attr-defined]
         return replace(
             explanation,
-            vocabulary=tuple(replace(part, name=self._token(part.token)) for part in explanation.vocabulary),
+            vocabulary=tuple(replace(part, name=token_name(tokenizer, part.token or 0)) for part in explanation.vocabulary),
             recomputed=float(shares.sum()),
-            example=TokenShares(self._tokens(example), tuple(shares.tolist())),
-            question=None if beside is None else TokenShares(self._tokens(asking), tuple(beside.tolist())),
+            example=TokenShares(token_texts(tokenizer, example.token_ids), tuple(shares.tolist())),
+            question=None if beside is None else TokenShares(token_texts(tokenizer, asking.token_ids), tuple(beside.tolist())),
         )
-
-    def _tokens(self, example: Example) -> tuple[str, ...]:
-        return tuple(self._token(int(id)) for id in example.token_ids)
-
-    def _token(self, id: int | None) -> str:
-        return self._documents.tokenizer.decode([id])  # type: ignore[attr-defined]
 
     def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
         """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""

@@ -9,6 +9,7 @@ Split documents overlap by one token, which is context in the later chunk: every
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -247,3 +248,25 @@ def _render_chat(tokenizer: Any, messages: Sequence[Any]) -> _Rendered:
     if not spans:
         raise DataError("no assistant turn; there is nothing to predict")
     return _Rendered(text, tuple(spans), special_tokens=False)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
+    """What each token adds to the text of those before it; joined, they are the text as the tokenizer decodes it.
+
+    A token that ends within a character adds nothing, the one that completes it adds the character. Decoded one by one, tokens would lose
+    such characters, and of many tokenizers the spaces between words.
+    """
+    decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    texts, known, read = [""] * len(ids), 0, 0  # ids[known:read] have been decoded, and stand before what comes next
+    ids = [int(id) for id in ids]
+    for i in range(len(ids)):
+        before, now = decode(ids[known:read]), decode(ids[known : i + 1])
+        if i == len(ids) - 1 or (len(now) > len(before) and not now.endswith("\ufffd")):
+            texts[i], known, read = now[len(before) :], read, i + 1
+    return tuple(texts)
+
+
+def token_name(tokenizer: Any, id: int) -> str:
+    """A token alone: its text, or where that is no whole character its name in the vocabulary."""
+    text: str = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)
+    return tokenizer.backend_tokenizer.id_to_token(id) or text if "\ufffd" in text else text

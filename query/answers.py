@@ -237,7 +237,11 @@ class Part:
 
 @dataclass(frozen=True)
 class TokenShares:
-    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of whole rows, not of codes."""
+    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of whole rows, not of codes.
+
+    Attributes:
+        tokens: their texts, which joined are the whole text; "" of a token that ends within a character.
+    """
 
     tokens: tuple[str, ...]
     scores: tuple[float, ...]

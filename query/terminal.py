@@ -116,9 +116,11 @@ _LEGEND = Text.assemble(("blue", "white on rgb(5,80,160)"), (" for, ", "dim"), (
 def heat(shares: TokenShares) -> Text:
     """Tokens on a ground of blue where they speak for, of orange where against, the stronger the more they add."""
     strongest = max((abs(score) for score in shares.scores), default=0.0) or 1.0
-    text = Text()
-    for token, score in zip(shares.tokens, shares.scores, strict=True):
-        strength = (abs(score) / strongest) ** 0.7
+    text, carried = Text(), 0.0
+    for token, own in zip(shares.tokens, shares.scores, strict=True):
+        score = own + carried
+        carried = score if not token else 0.0  # part of a character that a later token completes
+        strength = min(1.0, abs(score) / strongest) ** 0.7
         if strength < _FAINT:
             text.append(_printable(token))
             continue

@@ -7,8 +7,11 @@ import asyncio
 import contextlib
 import hmac
 import json
+from asyncio import TimerHandle, Transport
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -117,6 +120,32 @@ class Guard:
                 return b"", problem(413, f"at most {MOST_BYTES:,} bytes are read", "Too large")
             if not message.get("more_body"):
                 return b"".join(parts), None
+
+
+class Impatient(H11Protocol):
+    """uvicorn's connection, closed where the headers of a request do not come to their end; idle between requests uvicorn ends it."""
+
+    patience = _PATIENCE
+    _waits: TimerHandle | None = None
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+        elif self._waits is not None:
+            self._waits.cancel()
+            self._waits = None
+
+    def _wait(self) -> None:
+        """Seconds count from the first byte on: more bytes do not begin them anew."""
+        if self._waits is None:
+            self._waits = self.loop.call_later(self.patience, self.transport.close)
 
 
 async def _respond(send: Send, status: int, body: bytes) -> None:

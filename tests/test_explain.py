@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import random_texts
+from helpers import make_tokenizer, random_texts
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
+from whence.indexer.examples import token_name, token_texts
 from whence.indexer.shares import token_shares
+from whence.query.answers import TokenShares
 from whence.query.metric import Metric
 from whence.query.scoring import all_scores
+from whence.query.terminal import heat
 from whence.store.errors import UsageError
 
 QUESTIONS = {
@@ -191,3 +197,56 @@ def test_a_row_asked_of_itself_recomputes_to_a_cosine_of_one(paths, name):
         (e,) = client.explain([row], Question(row=row), mode="cosine")
         assert e.recomputed == pytest.approx(1.0, rel=1e-3)
         assert sum(e.question.scores) == pytest.approx(e.recomputed, rel=1e-4)
+
+
+# --- texts of tokens
+
+
+def tokenizers():
+    """Bytes with a few merges (GPT-2's kind), words with a mark before them and bytes for the unknown (Llama's kind), and plain words."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = ["the cat sat on the mat", "naïve café", "日本語の文", "a\n\nb  c"]
+    of_bytes = Tokenizer(models.BPE())
+    of_bytes.pre_tokenizer, of_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    of_bytes.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    marked = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, **{c: 257 + i for i, c in enumerate("▁abcdeghimnostuvxyz")}}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("a", "t")]
+    for a, b in merges:
+        marked[a + b] = len(marked)
+    with_bytes = Tokenizer(models.BPE(vocab=marked, merges=merges, unk_token="<unk>", byte_fallback=True))
+    with_bytes.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    with_bytes.decoder = decoders.Sequence(steps)
+    for made in (of_bytes, with_bytes):
+        made.add_special_tokens([AddedToken("<eos>", special=True)])
+    return [PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>") for made in (of_bytes, with_bytes)] + [make_tokenizer()]
+
+
+KINDS = dict(zip(("bytes", "words with bytes", "words"), tokenizers(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.one_of(st.text(max_size=30), st.text("the cat é日😀\ufffd\n", max_size=30), st.just("w1 w2 w3")))
+def test_tokens_joined_are_the_text(kind, text):
+    tokenizer = KINDS[kind]
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    pieces = token_texts(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    if kind == "bytes":
+        assert "".join(pieces) == text + "<eos>"
+
+
+def test_a_character_of_several_tokens_stands_at_its_last_and_alone_a_token_has_its_name():
+    tokenizer = KINDS["bytes"]
+    ids = tokenizer("xü😀y")["input_ids"]
+    assert [tokenizer.backend_tokenizer.id_to_token(i) for i in ids] == ["x", "Ã", "¼", "ð", "Ł", "ĺ", "Ģ", "y"]
+    assert token_texts(tokenizer, ids) == ("x", "", "ü", "", "", "", "😀", "y")
+    assert [token_name(tokenizer, i) for i in ids[:2]] == ["x", "Ã"]
+    spaced = KINDS["words with bytes"]
+    assert token_texts(spaced, spaced("the cat")["input_ids"]) == ("the", " ", "c", "at")
+    shown = heat(TokenShares(("x", "", "é", "y"), (1.0, 2.0, -1.0, -0.2)))
+    assert shown.plain == "xéy"
+    assert shown.spans[0].style == shown.spans[1].style  # what a character's tokens add, together

@@ -33,6 +33,7 @@ def server(tmp_path_factory):
     texts[17] = words(*range(1, 12))
     records = [{"id": f"d{i}", "text": t, "year": 1900 + i, "color": ("red", "green")[i % 2]} for i, t in enumerate(texts)]
     records[18]["text"] += " <script>alert(1)</script>"
+    records[21]["text"] = words(*range(1, 60))
     data = write_jsonl(here / "c.jsonl", records)
     options = dict(segments=("blocks", "head"), rank=4, hidden=True, shard_rows=60)
     build(BuildConfig(model=str(here / "model"), data=(str(data),), out=str(here / "small.whence"), **options))
@@ -253,6 +254,27 @@ def test_everything_is_labelled_and_can_be_read(page, dark):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
 
 
+def test_a_long_text_is_shown_whole_when_asked(page):
+    page.add_style_tag(content=".card .text { max-height: 2em }")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.click("#tab-row")
+    page.evaluate("document.querySelector('#options').open = true")
+    page.select_option("#mode", "cosine")
+    ask(page, row="21")
+    page.wait_for_selector("#proponents .heat-for")
+    card = page.locator("#proponents .card").first
+    text, button = card.locator(".text"), card.locator("button.all")
+    clipped = text.bounding_box()["height"]
+    assert card.get_attribute("data-row") == "21"
+    short = [c for c in page.locator("ol .card").all() if not c.locator("button.all").count()]
+    assert all(c.locator(".text").bounding_box()["height"] <= clipped for c in short)
+    button.click()
+    assert button.inner_text() == "Show less"
+    assert text.bounding_box()["height"] > 2 * clipped
+    button.press("Enter")
+    assert text.bounding_box()["height"] == clipped
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_wrong(page, server, scheme, width):
@@ -270,6 +292,11 @@ def test_axe_finds_nothing_wrong(page, server, scheme, width):
     page.check("#controls")
     ask(page, prompt="w1 w2", completion=" w3")
     assert violations() == []  # answered
+    page.add_style_tag(content=".card .text { max-height: 2em }")
+    page.click("#tab-row")
+    ask(page, row="21")
+    assert page.locator("button.all").count() > 0
+    assert violations() == []  # long texts
     page.fill("#where", "colour ==")
     page.click("#go")
     page.wait_for_selector("#error:not([hidden])")

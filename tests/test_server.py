@@ -14,6 +14,7 @@ import threading
 import time
 
 import pytest
+import uvicorn
 from click.testing import CliRunner
 from helpers import random_texts, words
 from whence import BuildConfig, Client, Question, build
@@ -21,6 +22,7 @@ from whence.cli import main
 from whence.query.answers import Answer, to_json
 from whence.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
 from whence.server.app import create_app
+from whence.server.guard import Impatient
 from whence.store.errors import BusyError, NotFoundError, UsageError
 
 TOKEN = "a-token-of-20-letters"
@@ -434,6 +436,40 @@ def test_a_full_queue_refuses_and_a_slow_client_is_let_go(paths):
         assert sent[0]["status"] == 408
 
     asyncio.run(scenario())
+
+
+def test_headers_that_do_not_end_are_not_waited_for():
+    class Hurried(Impatient):
+        patience = 0.5
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(app, port=0, http=Hurried, lifespan="off", log_level="error", timeout_keep_alive=3)
+    own, listening = uvicorn.Server(config), config.bind_socket()
+    listening.listen()
+    thread = threading.Thread(target=own.run, kwargs={"sockets": [listening]})
+    thread.start()
+    request, begun = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n", time.monotonic()
+    try:
+        half, silent, late, good = (socket.create_connection(listening.getsockname()[:2], timeout=10) for _ in range(4))
+        half.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        late.sendall(request + b"ab")
+        good.sendall(request)
+        assert late.recv(1000).endswith(b"ok")
+        late.sendall(b"GET / HTTP/1.1\r\n")  # the connection's second request
+        for connection in (half, silent, late):
+            assert connection.recv(1000) == b""
+        assert 0.4 < time.monotonic() - begun < 2.5
+        time.sleep(0.5)
+        good.sendall(b"ab")  # a body may take longer: the application waits for it
+        assert good.recv(1000).endswith(b"ok")
+    finally:
+        own.should_exit = True
+        thread.join(10)
 
 
 @pytest.mark.slow

@@ -152,7 +152,19 @@ function render() {
 
 function fill(list, found, nothing) {
   list.replaceChildren(...found.map(card));
+  for (const text of list.querySelectorAll(".text")) if (text.scrollHeight > text.clientHeight + 2) clip(text);
   if (!found.length) list.append(element("li", { class: "note" }, nothing));
+}
+
+function clip(text) {
+  text.classList.add("clipped");
+  const all = element("button", { type: "button", class: "all", "aria-expanded": "false" }, "Show all");
+  all.addEventListener("click", () => {
+    const whole = text.classList.toggle("whole");
+    all.textContent = whole ? "Show less" : "Show all";
+    all.setAttribute("aria-expanded", whole);
+  });
+  text.after(all);
 }
 
 const short = (number) => String(Number(Number(number).toPrecision(4)));
@@ -221,14 +233,17 @@ async function explain(own, now) {
 function heat({ tokens, scores }) {
   const strongest = Math.max(...scores.map(Math.abs), 1e-30);
   const marked = [];
+  let carried = 0;
   tokens.forEach((token, i) => {
-    const strength = (Math.abs(scores[i]) / strongest) ** 0.7;
+    const score = scores[i] + carried;
+    carried = token ? 0 : score; // part of a character that a later token completes
+    const strength = Math.min(1, Math.abs(score) / strongest) ** 0.7;
     if (strength < 0.05) {
       marked.push(token);
       return;
     }
-    const span = element("span", { title: `${short(scores[i])}`, class: scores[i] > 0 ? "heat-for" : "heat-against" }, token);
-    span.style.backgroundColor = `rgba(var(--${scores[i] > 0 ? "for" : "against"}-heat), ${(0.6 * strength).toFixed(3)})`;
+    const span = element("span", { title: `${short(score)}`, class: score > 0 ? "heat-for" : "heat-against" }, token);
+    span.style.backgroundColor = `rgba(var(--${score > 0 ? "for" : "against"}-heat), ${(0.6 * strength).toFixed(3)})`;
     marked.push(span);
   });
   return marked;
