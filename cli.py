@@ -130,6 +130,16 @@ def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
 _task_option = click.option(
     "--task", default="causal-lm", show_default=True, help="causal-lm, mlp (vectors with labels), or module:Class of your own."
 )
+_own_task_option = click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
+_moved_model_option = click.option(
+    "--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order."
+)
+_mode_option = click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+_worker_options = _together(
+    click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
+    click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker."),
+    click.option("--address", help="A Ray cluster's address.  [default: a local Ray]"),
+)
 _device_option = click.option(
     "--device",
     default="auto",
@@ -193,9 +203,7 @@ _index_options = _together(
     click.option("--hidden", is_flag=True, help="Keep mean hidden states (2 bytes a coordinate), for the control beside answers."),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
-    click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
-    click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker."),
-    click.option("--address", help="A Ray cluster's address.  [default: a local Ray]"),
+    _worker_options,
     click.option("--config", callback=_config_file, is_eager=True, expose_value=False, help="TOML file with any of these options."),
 )
 
@@ -315,11 +323,9 @@ def plan(as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("index")
 @click.option("--data", required=True, multiple=True, help="Documents to add, as for build; repeatable.")
-@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
+@_moved_model_option
 @_device_option
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
-@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
-@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@_worker_options
 @_json_option
 def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool, **how: Any) -> None:
     """Add documents to an index, under the encoder that it has.
@@ -427,10 +433,10 @@ _score_options = _together(
     click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].*'; the others count nothing; repeatable."),
 )
 _where_model_lies = _together(
-    click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order."),
+    _moved_model_option,
     _device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-    click.option("--task", help="Of an index that was built with a task of your own: its module:Class again."),
+    _own_task_option,
 )
 
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
@@ -701,7 +707,7 @@ def evaluate() -> None:
 @click.option("--queries", default="all", show_default=True, help="all, even or odd: choose on one half, report on the other.")
 @click.option("--out", help="Keep the index here.  [default: it is thrown away]")
 @click.option("--scores", help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
-@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@_mode_option
 @_model_options
 @_index_options
 @_json_option
@@ -759,12 +765,12 @@ def lds(
 @click.argument("index")
 @click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
 @click.option("-k", type=int, default=10, show_default=True, help="Proponents of each question, and as many random examples.")
-@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@_mode_option
 @click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
-@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
+@_moved_model_option
 @_device_option
-@click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
+@_own_task_option
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
     """Take one optimizer step on each of the top proponents: does the question's loss fall?
@@ -789,12 +795,10 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 @click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
 @click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
-@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
-@click.option("--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order.")
+@_mode_option
+@_moved_model_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
-@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
-@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
     """Train again without the top proponents: does the question's loss rise more than without random examples?
@@ -831,7 +835,7 @@ def labels(index: str, column: str, as_json: bool) -> None:
 @click.argument("reference")
 @click.option("--file", help="Questions, as for query.  [default: a sample of the index's rows]")
 @click.option("-k", type=int, default=10, show_default=True, help="How many of the best must be found again.")
-@click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
+@_mode_option
 @_json_option
 def recall(index: str, reference: str, file: str | None, as_json: bool, **options: Any) -> None:
     """How much of a float32 index's answers does a compressed index of the same corpus give?
@@ -866,9 +870,7 @@ def _show_report(report: "Report", as_json: bool) -> None:
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest example; what follows is cut off.")
 @click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the subsets.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one.")
-@click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker.")
-@click.option("--address", help="A Ray cluster's address.  [default: a local Ray]")
+@_worker_options
 @click.option("--device", default="auto", show_default=True, help="Where queries are measured: auto, cpu, cuda or cuda:N.")
 def pack(**options: Any) -> None:
     """Make ground truth for your own model: retrain on random subsets and measure.
