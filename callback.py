@@ -11,7 +11,8 @@ positions in the training set as they were drawn (by all processes; the last bat
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .indexer.models import model_fingerprint
+from .ray_jobs.config import BuildConfig
+from .store.corpus import read_corpus
 from .store.errors import UsageError
 from .store.files import write_whole
 
@@ -48,27 +51,39 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
     """See above.
 
     Args:
-        data: the training documents, as for `whence build`.
+        data: the training documents, as for `whence build`; one source or several.
         out: the index to build when training ends; None keeps the record alone.
         checkpoints: how many of the saved checkpoints the index has, the last among them, spread over the run; 1 takes the last alone.
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
 
     Raises:
-        UsageError: fewer than one checkpoint is asked for, or an index without data.
+        UsageError: fewer than one checkpoint is asked for, an index without data, or what is no option of a build.
     """
 
-    def __init__(self, *, data: tuple[str, ...] = (), out: str | None = None, checkpoints: int = 1, **options: Any) -> None:
+    def __init__(self, *, data: str | Sequence[str] = (), out: str | None = None, checkpoints: int = 1, **options: Any) -> None:
         if checkpoints < 1:
             raise UsageError(f"checkpoints is {checkpoints}; it must be at least 1")
         if out is not None and not data:
             raise UsageError("an index needs the training documents; give data")
-        self._data, self._out, self._wanted, self._options = tuple(data), out, checkpoints, options
+        self._out, self._wanted = out, checkpoints
+        try:
+            self._build = (
+                None if out is None else BuildConfig(model="-", data=(data,) if isinstance(data, str) else tuple(data), out=out, **options)
+            )
+        except TypeError as error:
+            raise UsageError(f"a build has no such option: {str(error).rpartition(' ')[2]}") from error
         self._record: dict[str, Any] = {}
         self._order: _Recorded | None = None
         self._epoch = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note what decides the order of the data, and listen to what is drawn of it."""
+        """Note what decides the order of the data, and listen to what is drawn of it.
+
+        Raises:
+            UsageError, NotFoundError: the index at the end could not be built, as is known already.
+        """
+        if self._build is not None and state.is_world_process_zero:
+            _check(self._build, args, kwargs.get("processing_class"))
         path = Path(args.output_dir) / "whence.json"
         known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
         loader: Any = kwargs.get("train_dataloader")
@@ -114,10 +129,10 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         self._write(args)
-        if self._out is None:
+        if self._build is None:
             return
         from .ray_jobs.build import build
-        from .ray_jobs.config import BuildConfig
+        from .ray_jobs.progress import Console
 
         places = [Path(args.output_dir) / c["path"] for c in self._record["checkpoints"]]
         saved = [str(place) for place in places if place.is_dir()]
@@ -125,7 +140,17 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             raise UsageError(f"no checkpoint was saved in {args.output_dir}; set save_strategy, or build the index from the model you save")
         count = min(self._wanted, len(saved))
         chosen = [saved[-1 - round(i * (len(saved) - 1) / max(1, count - 1)) if count > 1 else -1] for i in range(count)][::-1]
-        build(BuildConfig(model=tuple(dict.fromkeys(chosen)), data=self._data, out=self._out, **self._options))
+        with Console() as reporter:
+            build(replace(self._build, model=tuple(dict.fromkeys(chosen))), reporter)
 
     def _write(self, args: TrainingArguments) -> None:
         write_whole(Path(args.output_dir) / "whence.json", (json.dumps(self._record, indent=1) + "\n").encode())
+
+
+def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any) -> None:
+    """Refuse before training what the build would refuse after it."""
+    if args.save_strategy == "no":
+        raise UsageError("no checkpoint will be saved that could be indexed; set save_strategy")
+    if config.task == "causal-lm" and tokenizer is None:
+        raise UsageError("checkpoints will be saved without a tokenizer; give it to the Trainer as processing_class")
+    next(iter(read_corpus(config.data, config.fields)), None)

@@ -348,10 +348,13 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool
     if as_json:
         click.echo(json.dumps({"rows": added["rows"], "drift": added["drift"], "refit": drifted(added["drift"])}))
         return
-    drift = ", ".join(f"{name} {ratio:g}" for name, ratio in added["drift"].items())
-    click.echo(f"{index} has {added['rows']:,} rows more, {manifest.rows:,} in all; drift: {drift}")
+    click.echo(f"{index} has {added['rows']:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added['drift'])}")
     for name in drifted(added["drift"]):
         click.echo(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
+
+
+def _drifts(drift: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ratio:g}" for name, ratio in drift.items())
 
 
 @main.command()
@@ -648,7 +651,7 @@ def info(index: str, as_json: bool) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in summary.items():
         if name == "added":
-            drifts = ", ".join(f"{part['rows']:,} rows (drift {part['drift']})" for part in value)
+            drifts = "; ".join(f"{part['rows']:,} rows (drift: {_drifts(part['drift'])})" for part in value)
             table.add_row("added", drifts or "nothing")
         elif name == "left_out":
             table.add_row("left out", f"{', '.join(value[:4])}{' ...' if len(value) > 4 else ''}" or "nothing")

@@ -4,7 +4,7 @@ This is where the query side meets the models: the `query` room is handed rows a
 model at all, and none is loaded for it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from .query.answers import Answer, Explanation, Question, TokenShares
-from .query.asking import Asks, Options
+from .query.asking import Asks, Options, check_options
 from .query.assemble import make_answers
 from .query.controls import Scores, Words, compare, cosines, row_norms
 from .query.explain import split_score
 from .query.groups import group_scores
-from .query.metric import Metric, QueryRows, combine
+from .query.metric import Metric, QueryRows, combine, cut
 from .query.parts import DenseQueries
 from .query.scoring import Scorer, all_scores, standard_errors
 from .query.search import search
@@ -41,6 +41,7 @@ _DEFAULT_K = 10
 
 
 def _metric(options: Options) -> Metric:
+    check_options(options)
     return Metric(
         options.get("mode", "influence"),
         options.get("damping"),
@@ -261,47 +262,58 @@ class Client(Asks):
             segments, layers, vocabulary = split_score(scorer, 0, row)
             example = self.index.example(row)
             score = sum(part.score for part in segments)
-            explanation = Explanation(row, example.id, example.text, score, segments, layers, vocabulary)
-            found.append(self._with_tokens(explanation, scorer, question, asked) if tokens else explanation)
-        return found
+            found.append(Explanation(row, example.id, example.text, score, segments, layers, vocabulary))
+        return self._with_tokens(found, scorer, question, asked) if tokens and found else found
 
-    def _with_tokens(self, explanation: Explanation, scorer: Scorer, question: Question, asked: QueryRows) -> Explanation:
+    def _with_tokens(self, found: Sequence[Explanation], scorer: Scorer, question: Question, asked: QueryRows) -> list[Explanation]:
         """Name the tokens of the vocabulary, and compute shares by token."""
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
         (asking,) = self.examples([replace(question, against=None)])
-        example = self.index.example(explanation.row)
-        own = self.encoder.rows([example])
+        examples = [self.index.example(e.row) for e in found]
+        whole: QueryRows = self.encoder.rows(examples)
         asked = asked if question.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
-        ours: dict[str, np.ndarray | KeyedVectors] = {}
-        theirs: dict[str, np.ndarray | KeyedVectors] = {}
-        for p in scorer.parts:
-            name = p.segment.name
-            mine, its = asked[name], own[name]
-            if isinstance(p, DenseQueries):
-                assert isinstance(mine, np.ndarray)
-                ours[name], theirs[name] = (p.weighed(self.index, rows[0].astype(np.float32)) for rows in (mine, its))
-            else:
-                assert isinstance(mine, KeyedVectors)
-                shared = np.intersect1d(mine.keys, its.keys)
-                ours[name], theirs[name] = (p.weighed(self.index, rows.only(shared)) for rows in (mine, its))
-        scale = scorer.scale(0, explanation.row)
-        if scorer.mode == "cosine":  # of whole rows, as the shares are
-            squared = scorer.squared_length(asked, stored=question.row is not None) * scorer.squared_length(own, stored=True)
-            scale = float(squared**-0.5) if squared > 0 else 0.0
-        shares = token_shares(self.encoder, example, ours) * scale
+        ours: list[dict[str, np.ndarray | KeyedVectors]] = []
+        theirs: list[dict[str, np.ndarray | KeyedVectors]] = []
+        scales = []
+        for i, explanation in enumerate(found):
+            own: Mapping[str, Any] = cut(whole, i, i + 1)
+            pairs: dict[str, Any] = {}
+            for p in scorer.parts:
+                name = p.segment.name
+                mine, its = asked[name], own[name]
+                if isinstance(p, DenseQueries):
+                    assert isinstance(mine, np.ndarray)
+                    pairs[name] = [p.weighed(self.index, rows[0].astype(np.float32)) for rows in (mine, its)]
+                else:
+                    assert isinstance(mine, KeyedVectors)
+                    shared = np.intersect1d(mine.keys, its.keys)
+                    pairs[name] = [p.weighed(self.index, rows.only(shared)) for rows in (mine, its)]
+            ours.append({name: pair[0] for name, pair in pairs.items()})
+            theirs.append({name: pair[1] for name, pair in pairs.items()})
+            scales.append(scorer.scale(0, explanation.row))
+            if scorer.mode == "cosine":  # of whole rows, as the shares are
+                squared = scorer.squared_length(asked, stored=question.row is not None) * scorer.squared_length(own, stored=True)
+                scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         beside = None
         if question.against is None:
-            beside = token_shares(self.encoder, asking, theirs, question=question.row is None) * scale
-        tokenizer = self._documents.tokenizer  # type: ignore[attr-defined]
-        return replace(
-            explanation,
-            vocabulary=tuple(replace(part, name=token_name(tokenizer, part.token or 0)) for part in explanation.vocabulary),
-            recomputed=float(shares.sum()),
-            example=TokenShares(token_texts(tokenizer, example.token_ids), tuple(shares.tolist())),
-            question=None if beside is None else TokenShares(token_texts(tokenizer, asking.token_ids), tuple(beside.tolist())),
-        )
+            beside = token_shares(self.encoder, asking, theirs, question=question.row is None)
+        tokenizer, explanations = self._documents.tokenizer, []  # type: ignore[attr-defined]
+        for i, (explanation, example, scale) in enumerate(zip(found, examples, scales, strict=True)):
+            shares = token_shares(self.encoder, example, ours[i : i + 1])[0] * scale
+            explanations.append(
+                replace(
+                    explanation,
+                    vocabulary=tuple(replace(part, name=token_name(tokenizer, part.token or 0)) for part in explanation.vocabulary),
+                    recomputed=float(shares.sum()),
+                    example=TokenShares(token_texts(tokenizer, example.token_ids), tuple(shares.tolist())),
+                    question=None
+                    if beside is None
+                    else TokenShares(token_texts(tokenizer, asking.token_ids), tuple((beside[i] * scale).tolist())),
+                )
+            )
+        return explanations
 
     def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
         """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from urllib.parse import urlsplit
 
 from .query.answers import Answer, Explanation, Question
-from .query.asking import Asks, Options
+from .query.asking import Asks, Options, check_options
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WhenceError
 
@@ -53,6 +53,7 @@ class RemoteClient(Asks):
 
     def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
         """See `Client.query_many`; so many in a request as a server takes."""
+        check_options(options)
         answers: list[Answer] = []
         for part in [questions] if options.get("mean") else self._requests(questions, options):
             body = self._query_body(part, options)
@@ -63,6 +64,7 @@ class RemoteClient(Asks):
 
     def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
         """See `Client.explain`."""
+        check_options(options)
         explanations: list[Explanation] = []
         for first in range(0, len(rows), _MOST_ROWS):
             part = list(rows[first : first + _MOST_ROWS])

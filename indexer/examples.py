@@ -267,6 +267,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, .
 
 
 def token_name(tokenizer: Any, id: int) -> str:
-    """A token alone: its text, or where that is no whole character its name in the vocabulary."""
+    """A token alone: its text, or where that is no whole character its bytes, as <0xE5>."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     text: str = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)
-    return tokenizer.backend_tokenizer.id_to_token(id) or text if "\ufffd" in text else text
+    if "\ufffd" not in text:
+        return text
+    name, known = tokenizer.backend_tokenizer.id_to_token(id) or text, {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return "".join(f"<0x{known[c]:02X}>" for c in name) if all(c in known for c in name) and not name.startswith("<0x") else name

@@ -5,6 +5,7 @@ Only safetensors weights are loaded (a pickle can run code), and no code that co
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -150,6 +151,8 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
         return onto_device(_merged(load_causal_lm(base), source), device)
     options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
     if device is None:
+        if importlib.util.find_spec("accelerate") is None:
+            raise UsageError("--device map needs accelerate: pip install accelerate")
         options["device_map"] = "auto"
     model, loading = _load(AutoModelForCausalLM, source, "model", **options)
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -23,73 +23,82 @@ from .keyed import KeyedPart
 
 
 class DenseShares:
-    """What each position adds to the product of a dense row with a vector (a `Visitor` of a batch of one)."""
+    """What each position adds to the products of a dense row with some vectors (a `Visitor` of a batch of one)."""
 
-    def __init__(self, part: DensePart, vector: Float[np.ndarray, " dim"]) -> None:
+    def __init__(self, part: DensePart, vectors: Sequence[Float[np.ndarray, " dim"]]) -> None:
         self.layers: Sequence[Layer] = part.segment.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
-        self._adjoint = {layer.name: part.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for layer in self.layers}
+        self._adjoints = {
+            layer.name: torch.stack([part.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
+            for layer in self.layers
+        }
         self.shares: Tensor | None = None
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call."""
-        found = ((d[0] @ self._adjoint[layer.name]) * x[0]).sum(1).double().cpu()
+        found = ((d[0] @ self._adjoints[layer.name]) * x[0]).sum(2).double().cpu()
         self.shares = found if self.shares is None else self.shares + found
 
 
 class KeyedShares:
-    """What each position adds to the product of a keyed row with vectors of some tokens (a `Visitor` of a batch of one)."""
+    """What each position adds to the products of a keyed row with vectors of some tokens (a `Visitor` of a batch of one).
 
-    def __init__(self, part: KeyedPart, vectors: KeyedVectors, inputs: Tensor) -> None:
-        self._part, self._inputs = part, inputs.to(part.device)
+    Args:
+        vectors: each holds one row.
+        inputs: the batch's.
+    """
+
+    def __init__(self, part: KeyedPart, vectors: Sequence[KeyedVectors], inputs: Tensor) -> None:
+        self._part, self._inputs = part, inputs[0].to(part.device)
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        self._keys = torch.from_numpy(vectors.keys.astype(np.int64)).to(part.device)
-        self._adjoint = part.adjoint(self._keys, torch.from_numpy(vectors.vectors).to(part.device))
+        self._wanted: list[tuple[Tensor, Tensor]] = []
+        for row in vectors:
+            keys = torch.from_numpy(row.keys.astype(np.int64)).to(part.device)
+            self._wanted.append((keys, part.adjoint(keys, torch.from_numpy(row.vectors).to(part.device))))
         self.shares: Tensor | None = None
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call."""
-        if not len(self._keys):
-            found = torch.zeros(self._inputs.shape[1], dtype=torch.float64, device=d.device)
-        elif self._part.segment.role == "head":
-            found = (d[0][:, self._keys] * (x[0] @ self._adjoint.T)).sum(1).double()
-        else:
-            at = torch.searchsorted(self._keys, self._inputs[0]).clamp(max=len(self._keys) - 1)
-            known = self._keys[at] == self._inputs[0]
-            found = torch.where(known, (d[0] * self._adjoint[at]).sum(1), 0.0).double()
+        found = torch.stack([self._of(keys, adjoint, x[0], d[0]) for keys, adjoint in self._wanted])
         self.shares = found if self.shares is None else self.shares + found
+
+    def _of(self, keys: Tensor, adjoint: Tensor, x: Float[Tensor, "tokens inputs"], d: Float[Tensor, "tokens outputs"]) -> Tensor:
+        if not len(keys):
+            return torch.zeros(len(self._inputs), dtype=torch.float64, device=d.device)
+        if self._part.segment.role == "head":
+            return (d[:, keys] * (x @ adjoint.T)).sum(1).double()
+        at = torch.searchsorted(keys, self._inputs).clamp(max=len(keys) - 1)
+        return torch.where(keys[at] == self._inputs, (d * adjoint[at]).sum(1), 0.0).double()
 
 
 def token_shares(
-    encoder: Encoder, example: Example, vectors: Mapping[str, np.ndarray | KeyedVectors], question: bool = False
-) -> Float64[np.ndarray, " tokens"]:
-    """What each token of an example adds to the sum of its segments' products with some vectors.
+    encoder: Encoder, example: Example, vectors: Sequence[Mapping[str, np.ndarray | KeyedVectors]], question: bool = False
+) -> Float64[np.ndarray, "vectors tokens"]:
+    """What each token of an example adds to the sums of its segments' products with some vectors, all in one pass of the model.
 
     Args:
-        vectors: by segment, in the encoder's whitened coordinates: [dim], or the vectors of some tokens (ascending). Segments that are not
-            there add nothing.
+        vectors: each by segment (all by the same), in the encoder's whitened coordinates: [dim], or the vectors of some tokens (ascending).
+            Segments that are not there add nothing.
         question: whether the example is a question, whose measurement and not its loss is asked about.
     """
     task = encoder.task
     batch = task.collate([example], next(encoder.model.parameters()).device)
-    shares = np.zeros(batch.inputs.shape[1] + 1)
+    shares = np.zeros((len(vectors), batch.inputs.shape[1] + 1))
     visitors: dict[str, DenseShares | KeyedShares] = {}
-    for name, vector in vectors.items():
-        part = encoder.parts[name]
+    for name in vectors[0]:
+        part, own = encoder.parts[name], [vector[name] for vector in vectors]
         if isinstance(part, KeyedPart):
-            assert isinstance(vector, KeyedVectors)
-            visitors[name] = KeyedShares(part, vector, batch.inputs)
+            visitors[name] = KeyedShares(part, [row for row in own if isinstance(row, KeyedVectors)], batch.inputs)
         else:
-            assert isinstance(vector, np.ndarray)
-            visitors[name] = DenseShares(part, vector)
+            visitors[name] = DenseShares(part, [row for row in own if isinstance(row, np.ndarray)])
     for number, model in enumerate(encoder.models):
-        own = [visitors[s.name] for s in encoder.plan.segments if s.model == number and s.name in visitors]
-        if own:
-            backward(model, batch, own, task.measurement if question else task.loss)
+        asked = [visitors[s.name] for s in encoder.plan.segments if s.model == number and s.name in visitors]
+        if asked:
+            backward(model, batch, asked, task.measurement if question else task.loss)
     for name, visitor in visitors.items():
         assert visitor.shares is not None
         part = encoder.parts[name]
         predicted = isinstance(part, KeyedPart) and part.segment.role == "head"
-        shares[predicted : len(shares) - 1 + predicted] += visitor.shares.cpu().numpy()
+        shares[:, predicted : shares.shape[1] - 1 + predicted] += visitor.shares.cpu().numpy()
     return shares

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from ..store.errors import UsageError
 from .answers import Answer, Question
 
 if TYPE_CHECKING:
@@ -42,6 +43,17 @@ class Options(TypedDict, total=False):
     mean: bool
     recall: float
     controls: bool
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Refuse what is no option.
+
+    Raises:
+        UsageError: names it.
+    """
+    unknown = sorted(options.keys() - Options.__annotations__.keys())
+    if unknown:
+        raise UsageError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
 
 
 class Asks(ABC):

@@ -58,6 +58,11 @@ def combine(queries: QueryRows, matrix: Float64[np.ndarray, "combinations querie
     }
 
 
+def cut(queries: QueryRows, first: int, last: int) -> QueryRows:
+    """Queries `first` to `last`, not included; dense rows as a copy, which does not keep all of them in memory."""
+    return {name: rows.part(first, last) if isinstance(rows, KeyedVectors) else rows[first:last].copy() for name, rows in queries.items()}
+
+
 def join(queries: Sequence[QueryRows]) -> QueryRows:
     """Several queries as one set, in their order."""
     joined: dict[str, np.ndarray | KeyedVectors] = {}

@@ -21,9 +21,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Group, Index
-from ..store.keyed import KeyedVectors
 from ..store.manifest import DenseSegment
-from .metric import Metric, QueryRows
+from .metric import Metric, QueryRows, cut
 from .scoring import Scorer, by_group
 
 _EXACT_PASS, _COARSE_PASS = 64, 8
@@ -82,16 +81,16 @@ def search(
     searched = index.alive if allowed is None else index.alive & allowed
     count = len(next(iter(queries.values())))
     size = _EXACT_PASS if recall == 1 else _COARSE_PASS
-    return [
-        hit for first in range(0, count, size) for hit in _pass(index, _part(queries, first, first + size), k, metric, searched, recall)
-    ]
+    return [hit for first in range(0, count, size) for hit in _pass(index, cut(queries, first, first + size), k, metric, searched, recall)]
 
 
 def _pass(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Bool[np.ndarray, " rows"], recall: float) -> list[Hits]:
     started, note = time.perf_counter(), None
     scorer = Scorer.of(index, queries, metric)
     found: list[_Found] | None = None
-    if recall < 1 and any(isinstance(p.segment, DenseSegment) for p in scorer.parts):
+    if recall < 1 and not any(isinstance(p.segment, DenseSegment) for p in scorer.parts):
+        note = "these are all keyed by token, and the lists of a question's tokens are short"
+    elif recall < 1:
         note = scorer.refusal()
         if note is None:
             found = _coarse_to_fine(scorer, k, allowed, -NormalDist().inv_cdf((1 - recall) / k))
@@ -106,10 +105,6 @@ def _pass(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Boo
         scores = best[1].clip(-bound, bound), worst[1].clip(-bound, bound)
         hits.append(Hits(best[0], scores[0], worst[0], scores[1], seconds, read, recall, note))
     return hits
-
-
-def _part(queries: QueryRows, first: int, last: int) -> QueryRows:
-    return {name: rows.part(first, last) if isinstance(rows, KeyedVectors) else rows[first:last] for name, rows in queries.items()}
 
 
 _Ranked = tuple[Int64[np.ndarray, " found"], Float32[np.ndarray, " found"]]

@@ -1,6 +1,6 @@
 """Answers on a terminal: the question, a table of proponents and one of opponents, and how they were found."""
 
-import textwrap
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -42,15 +42,14 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
         table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
         table.add_column("#", justify="right", style="dim")
+        table.add_column("row", justify="right", style="dim", no_wrap=True)
         table.add_column("score", justify="right", style=colour, no_wrap=True)
         if not narrow:
             table.add_column("id", no_wrap=True, max_width=28)
         table.add_column("text", ratio=1)
         for a in found:
-            shown = _printable(textwrap.shorten(a.text, _SHOWN_CHARACTERS, placeholder=" …"))
-            table.add_row(
-                str(a.rank), f"{a.score:.4g}" + (f" ± {a.error:.2g}" if a.error else ""), *(() if narrow else (_printable(a.id),)), shown
-            )
+            score = f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")
+            table.add_row(str(a.rank), str(a.row), score, *(() if narrow else (_printable(a.id),)), _printable(shortened(a.text)))
         if found:
             yield table
     if answer.groups is not None:
@@ -100,11 +99,19 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
             console.print(Text(f"\n{title}", style="bold"))
             console.print(heat(shares))
     if e.recomputed is not None:
-        console.print(Text(f"tokens add up to {e.recomputed:.4g}, the score of whole rows; ", style="dim"), _LEGEND)
+        kept = f"tokens add up to {e.recomputed:.4g}, the score of whole rows; {e.score:.4g} is that of what the index keeps of them; "
+        console.print(Text(kept, style="dim"), _LEGEND)
     else:
-        console.print(_printable(textwrap.shorten(e.text, _SHOWN_CHARACTERS, placeholder=" …")))
-    named = [(p.name, p.score) for p in e.segments], [(p.name, p.score) for p in e.layers]
-    words = [(f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}", p.score) for p in e.vocabulary]
+        console.print(_printable(shortened(e.text)))
+    several = {part: len({p.segment for p in parts}) > 1 for part, parts in (("layers", e.layers), ("words", e.vocabulary))}
+    named = [(p.name, p.score) for p in e.segments], [(p.name + f" ({p.segment})" * several["layers"], p.score) for p in e.layers]
+    words = [
+        (
+            (f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}") + f" ({p.segment})" * several["words"],
+            p.score,
+        )
+        for p in e.vocabulary
+    ]
     for title, parts in (("segments", named[0]), ("layers", named[1]), ("shared tokens", words)):
         if parts:
             console.print(_bars(title, parts[:shown], len(parts)))
@@ -138,7 +145,7 @@ def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
     table.add_column("bar")
     strongest = max(abs(score) for _, score in parts) or 1.0
     for name, score in parts:
-        bar = Text("█" * max(1, round(_BAR * abs(score) / strongest)), style="blue" if score > 0 else "dark_orange")
+        bar = Text("█" * math.ceil(_BAR * abs(score) / strongest), style="blue" if score > 0 else "dark_orange")
         table.add_row(_printable(name), f"{score:.4g}", bar)
     return table
 
@@ -153,6 +160,12 @@ def _controls(answer: Answer) -> Table:
         correlation = "-" if c.correlation is None else f"{c.correlation:.2f}"
         table.add_row(c.name, correlation, str(c.shared), _printable(", ".join(c.ids[:_SHOWN_IDS])))
     return table
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 2].rstrip() + " …"
 
 
 def _printable(text: str) -> Text:

@@ -164,7 +164,7 @@ def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:
         return by_path
     if name is None or name not in engines:
         known = ", ".join(engines)
-        raise NotFoundError(f"there is no index {name!r} here; there is {known}" if name else f"name an index: {known}")
+        raise NotFoundError(f"there is no index {name!r} here; there is {known}" if name else f"name an index (index=...): {known}")
     return engines[name]
 
 

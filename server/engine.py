@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..client import Client
 from ..query.answers import Answer, Question
 from ..query.asking import Options
-from ..query.metric import QueryRows, join
+from ..query.metric import QueryRows, cut, join
 from ..store.errors import BusyError
-from ..store.keyed import KeyedVectors
 
 _REMEMBERED = 128
 _SIZES = (1, 2, 4, 8, 16, 32)
@@ -172,7 +170,7 @@ class Engine:
                 if isinstance(together, BaseException):
                     made[question] = _outcome(partial(_rows_of, question=question), self.client)
                 else:
-                    made[question] = {name: _one(rows, number) for name, rows in together.items()}
+                    made[question] = cut(together, number, number + 1)
             self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - started)
         result = [made[q] if q in made else self._rows[q] for q in questions]
         for question, rows in made.items():
@@ -208,10 +206,6 @@ class Engine:
 
 def _rows_of(client: Client, question: Question) -> QueryRows:
     return client.rows([question])
-
-
-def _one(rows: np.ndarray | KeyedVectors, number: int) -> np.ndarray | KeyedVectors:
-    return rows.part(number, number + 1) if isinstance(rows, KeyedVectors) else rows[number : number + 1].copy()
 
 
 def _outcome(function: Callable[[Client], Result], client: Client) -> Result | Exception:

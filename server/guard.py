@@ -97,6 +97,9 @@ class Guard:
             return problem(400, "the content length is not a number", "Bad request")
         if length > MOST_BYTES:
             return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
+        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
+            return problem(415, "the body is JSON, which its sender must say: Content-Type: application/json", "Unsupported media type")
         if self._token is not None and scope["path"] not in _OPEN and not scope["path"].startswith("/static/"):
             given = headers.get(b"authorization", b"")
             scheme, _, token = given.partition(b" ")

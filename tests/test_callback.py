@@ -10,7 +10,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from whence import Client
 from whence.callback import WhenceCallback
 from whence.indexer.models import ModelSource, load_causal_lm, model_fingerprint
-from whence.store.errors import UsageError
+from whence.store.errors import NotFoundError, UsageError
 
 
 class Listening(DataCollatorForLanguageModeling):
@@ -21,7 +21,8 @@ class Listening(DataCollatorForLanguageModeling):
         return super().__call__(examples, **options)
 
 
-def train(path, callback, resume=None, **arguments):
+def train(path, callback, resume=None, tokenizer=True, **arguments):
+    known = tokenizer
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<eos>"
     data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=2))])
@@ -36,7 +37,7 @@ def train(path, callback, resume=None, **arguments):
         model=model,
         args=TrainingArguments(**given),
         train_dataset=dataset,
-        processing_class=tokenizer,
+        processing_class=tokenizer if known else None,
         data_collator=collator,
         callbacks=[callback],
     )
@@ -68,13 +69,26 @@ def test_checkpoints_that_are_gone_are_left_out_and_none_is_an_error(tmp_path):
         tmp_path / "a", WhenceCallback(data=(str(tmp_path / "a/train.jsonl"),), out=str(tmp_path / "i"), checkpoints=3), save_total_limit=2
     )
     assert [m.id.rsplit("-", 1)[1] for m in Client(tmp_path / "i").index.manifest.models] == ["15", "20"]
-    (tmp_path / "b").mkdir()
-    with pytest.raises(UsageError, match="save_strategy"):
-        train(tmp_path / "b", WhenceCallback(data=("x",), out=str(tmp_path / "j")), save_strategy="no")
+
+
+def test_what_could_not_be_built_is_said_before_training(tmp_path):
+    def refused(match, kind=UsageError, data=None, resume=None, **arguments):
+        callback = WhenceCallback(data=data or str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+        with pytest.raises(kind, match=match):
+            train(tmp_path, callback, **arguments)
+        assert not (tmp_path / "run/whence.json").exists()
+
+    refused("save_strategy", save_strategy="no")
+    refused("there is no file or folder", NotFoundError, data=("nothere.jsonl",))
+    refused("processing_class", tokenizer=False)
     with pytest.raises(UsageError, match="data"):
         WhenceCallback(out="x")
     with pytest.raises(UsageError, match="at least 1"):
         WhenceCallback(checkpoints=0)
+    with pytest.raises(UsageError, match="no such option: 'bytes'"):
+        WhenceCallback(out="x", data="y", bytes=400)
+    with pytest.raises(UsageError, match="--rank is 0"):
+        WhenceCallback(out="x", data="y", rank=0)
 
 
 def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):

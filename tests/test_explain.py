@@ -14,10 +14,10 @@ from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.indexer.examples import token_name, token_texts
 from whence.indexer.shares import token_shares
-from whence.query.answers import TokenShares
+from whence.query.answers import Answer, Attribution, Explanation, Part, SearchReport, TokenShares
 from whence.query.metric import Metric
 from whence.query.scoring import all_scores
-from whence.query.terminal import heat
+from whence.query.terminal import heat, shortened, show, show_explanation
 from whence.store.errors import UsageError
 
 QUESTIONS = {
@@ -136,7 +136,8 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
     client = Client(paths["blocks"])
     encoder, example = client.encoder, client.index.example(5)
     vector = client.rows([QUESTIONS["text"]])["blocks"][0]
-    (shares,) = (token_shares(encoder, example, {"blocks": vector}),)
+    shares, opposite = token_shares(encoder, example, [{"blocks": vector}, {"blocks": -vector}])
+    np.testing.assert_allclose(opposite, -shares)
     segment = client.index.manifest.segments[0]
     model, part = encoder.model, encoder.parts["blocks"]
     batch = encoder.task.collate([example], torch.device("cpu"))
@@ -244,9 +245,30 @@ def test_a_character_of_several_tokens_stands_at_its_last_and_alone_a_token_has_
     ids = tokenizer("xü😀y")["input_ids"]
     assert [tokenizer.backend_tokenizer.id_to_token(i) for i in ids] == ["x", "Ã", "¼", "ð", "Ł", "ĺ", "Ģ", "y"]
     assert token_texts(tokenizer, ids) == ("x", "", "ü", "", "", "", "😀", "y")
-    assert [token_name(tokenizer, i) for i in ids[:2]] == ["x", "Ã"]
+    assert [token_name(tokenizer, i) for i in ids[:2]] == ["x", "<0xC3>"]
     spaced = KINDS["words with bytes"]
     assert token_texts(spaced, spaced("the cat")["input_ids"]) == ("the", " ", "c", "at")
     shown = heat(TokenShares(("x", "", "é", "y"), (1.0, 2.0, -1.0, -0.2)))
     assert shown.plain == "xéy"
     assert shown.spans[0].style == shown.spans[1].style  # what a character's tokens add, together
+
+
+def test_answers_are_printed_with_rows_and_texts_of_any_script(capsys):
+    attribution = Attribution(1, 4711, "a", 1528.0, "山上有一座庙" * 60, "s", "a", {}, 310.4)
+    report = SearchReport("exact", 9, 9, 1.0, True, None, 0.1)
+    show(Answer({"row": 3, "mode": "influence", "damping": 1.0}, (attribution,), (), report, {}))
+    shown = capsys.readouterr().out
+    assert "4711" in shown
+    assert "1528 ± 310" in shown
+    assert 270 <= sum(shown.count(c) for c in "山上有一座庙") <= 280
+    assert shortened("a  b\nc") == "a b c"
+    assert len(shortened("庙" * 999)) <= 280
+
+
+def test_bars_and_names_tell_parts_apart(capsys):
+    parts = (Part("lm_head", 3.0, "head"), Part("lm_head", -2.0, "head-2"), Part("wte", 0.0, "embeddings"))
+    show_explanation(Explanation(1, "a", "text", 1.0, (Part("head", 1.0), Part("embeddings", 0.0)), parts, ()))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("lm_head (head)") and "█" in line for line in lines)
+    assert any(line.startswith("lm_head (head-2)") for line in lines)
+    assert [line for line in lines if line.startswith("embeddings")] == ["embeddings      0"]

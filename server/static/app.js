@@ -251,7 +251,7 @@ function heat({ tokens, scores }) {
 
 function drawHistogram({ edges, counts, rows }) {
   if (!counts.length) return;
-  const [width, height] = [480, 120];
+  const [width, height] = [480, 84];
   const x = (score) => ((score - edges[0]) / (edges[edges.length - 1] - edges[0] || 1)) * width;
   const y = (count) => (Math.log1p(count) / Math.log1p(Math.max(...counts))) * (height - 20);
   const picture = drawn("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
