@@ -46,7 +46,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         table.add_column("score", justify="right", style=colour, no_wrap=True)
         if not narrow:
             table.add_column("id", no_wrap=True, max_width=28)
-        table.add_column("text", ratio=1)
+        table.add_column("text", ratio=1, overflow="fold")
         for a in found:
             score = f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")
             table.add_row(str(a.rank), str(a.row), score, *(() if narrow else (_printable(a.id),)), _printable(shortened(a.text)))
