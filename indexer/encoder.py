@@ -131,9 +131,9 @@ class Encoder:
             yield chosen, {**rows, **beside, "losses": losses.float().cpu().numpy()}
             progress(len(chosen), int(batch.valid.sum()))
 
-    def rows(self, examples: Sequence[Example], questions: bool = False) -> dict[str, Any]:
+    def rows(self, examples: Sequence[Example], questions: bool = False, progress: Progress = ignore_progress) -> dict[str, Any]:
         """All rows at once, by segment, in the examples' order: an array [rows, dim], or `KeyedVectors`."""
-        made = list(self.batches(examples, questions=questions))
+        made = list(self.batches(examples, progress, questions))
         result: dict[str, Any] = {}
         for segment in self.plan.segments:
             blocks = [(chosen, rows[segment.name]) for chosen, rows in made]

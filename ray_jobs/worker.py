@@ -200,11 +200,11 @@ class Worker:
         examples = self._examples(shard.id, shard.rows, range(count))
         head = encoder.parts.get(self._name("head", len(self.models) - 1))
         if not isinstance(head, KeyedPart):
-            return encoder.rows(examples), None
+            return encoder.rows(examples, progress=progress), None
         mean = HeadMean(head, _MEAN_TOKENS)
         for _, batch in batches(self.task, examples, plan.batch_tokens, next(encoder.model.parameters()).device):
             backward(encoder.model, batch, [mean], self.task.loss)
-        return encoder.rows(examples), mean.mean_share
+        return encoder.rows(examples, progress=progress), mean.mean_share
 
     def _name(self, part: str, number: int) -> str:
         """A segment's name: its part and, of several models, which one."""
