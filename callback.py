@@ -6,7 +6,8 @@
 
 What is kept, in `whence.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, the data's own
 fingerprint, what decides its order (seeds, batch sizes, epochs), and the learning rates. The order itself is in `whence-order-<epoch>.npy`:
-positions in the training set as they were drawn (by all processes; the last batch may have been drawn and not been trained on).
+positions in the training set as they were drawn by all processes. Loaders draw ahead: where training stopped within an epoch, the last of
+them were not trained on (the checkpoints' steps say how many were).
 """
 
 import io
@@ -44,6 +45,8 @@ class _Recorded:
         return len(self._sampler)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._sampler, name)  # the seed of an epoch, the generator
 
 
@@ -90,9 +93,15 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         dataset: Any = getattr(loader, "dataset", None)
         order = {name: getattr(args, name) for name in _OF_ORDER}
         data = {"examples": len(dataset) if hasattr(dataset, "__len__") else None, "fingerprint": getattr(dataset, "_fingerprint", None)}
-        if hasattr(dataset, "__len__") and hasattr(loader, "set_sampler"):  # Accelerate's; a stream has no positions
-            self._order = _Recorded(loader.get_sampler())
-            loader.set_sampler(self._order)
+        batches: Any = getattr(loader, "batch_sampler", None)
+        while hasattr(batches, "batch_sampler"):  # Accelerate's, of several processes or of a run that goes on
+            batches = batches.batch_sampler
+        self._order = None
+        if hasattr(dataset, "__len__") and getattr(batches, "sampler", None) is not None:  # a stream has no positions
+            self._order = batches.sampler = _Recorded(batches.sampler)
+        if not state.global_step and state.is_world_process_zero:
+            for stale in Path(args.output_dir).glob("whence-order-*.npy"):
+                stale.unlink()
         self._record = {"order": order, "data": data, "checkpoints": known.get("checkpoints", []), "rates": known.get("rates", [])}
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -101,7 +110,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the epoch's order."""
-        if state.is_world_process_zero and self._order is not None:
+        if state.is_world_process_zero and self._order is not None and self._order.drawn:
             file = io.BytesIO()
             np.save(file, np.array(self._order.drawn, np.int64), allow_pickle=False)
             write_whole(Path(args.output_dir) / f"whence-order-{self._epoch}.npy", file.getvalue())

@@ -110,6 +110,8 @@ def main() -> None:
       whence build --model DIR --data FILE --out INDEX
       whence query INDEX --prompt "The capital of France is" --completion " Paris"
     """
+    # Threads that spin while they wait for one another take ten times as long where other programs want the cores, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import keep_freed_memory
+from ..indexer.models import keep_freed_memory, resolve_device
 from ..indexer.tasks import import_object
 from ..query.answers import Question
 from ..query.controls import row_norms
@@ -175,6 +175,7 @@ def brittleness(
         UsageError: k leaves nothing to train on.
     """
     import_object(train, "training function")
+    resolve_device(device)  # a model that is trained lies on one
     client = Client(index, model=model, device=device)
     rows = len(client.index)
     if not 1 <= k < rows:

@@ -73,6 +73,8 @@ def capture(
         )
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:
+        place = next(modules[layer.name].parameters()).device
+
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0] if isinstance(module, nn.Embedding) else by_example(module, project_input(module, args[0], input_map), layer)
             if not output.requires_grad:
@@ -80,8 +82,7 @@ def capture(
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                d = by_example(module, project(d, output_map), layer)
-                visit(layer, x.to(d.device), d)
+                visit(layer, x.to(place), by_example(module, project(d, output_map), layer).to(place))
 
             output.register_hook(backward)
             return output

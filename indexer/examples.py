@@ -20,7 +20,7 @@ from ..store.documents import Example
 from ..store.errors import DataError, UsageError
 from .models import tokenizer_fingerprint
 
-_TOKENIZE_BATCH = 256
+_TOKENIZE_BATCH, _MOST_PENDING = 256, 48
 _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
@@ -251,17 +251,19 @@ def _render_chat(tokenizer: Any, messages: Sequence[Any]) -> _Rendered:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """What each token adds to the text of those before it; joined, they are the text as the tokenizer decodes it.
+    """What each token adds to the text of those before it; joined, they are the text.
 
     A token that ends within a character adds nothing, the one that completes it adds the character. Decoded one by one, tokens would lose
-    such characters, and of many tokenizers the spaces between words.
+    such characters, and of many tokenizers the spaces between words. (Where bytes that are no characters run on and on, joints between
+    pieces of 48 tokens may be off by one of the signs that stand for them.)
     """
     decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
     texts, known, read = [""] * len(ids), 0, 0  # ids[known:read] have been decoded, and stand before what comes next
     ids = [int(id) for id in ids]
     for i in range(len(ids)):
         before, now = decode(ids[known:read]), decode(ids[known : i + 1])
-        if i == len(ids) - 1 or (len(now) > len(before) and not now.endswith("\ufffd")):
+        waits = len(now) <= len(before) or now.endswith("\ufffd")
+        if i == len(ids) - 1 or not waits or i - read == _MOST_PENDING - 1:
             texts[i], known, read = now[len(before) :], read, i + 1
     return tuple(texts)
 

@@ -178,7 +178,7 @@ def refuse_offloaded(model: nn.Module, id: str) -> None:
     """
     places = {layer: str(place) for layer, place in getattr(model, "hf_device_map", {}).items()}
     left = [(place, layer) for layer, place in places.items() if place in ("cpu", "disk")]
-    if left and len(set(places.values())) > 1:
+    if left and (torch.cuda.is_available() or len(set(places.values())) > 1):
         place, layer = max(left)
         raise UsageError(
             f"{id} does not fit on this machine's GPUs: {layer} is left to the {place}; use more or larger GPUs, --dtype bfloat16, or "

@@ -20,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_BYTES = 1 << 20
 _PATIENCE = 15.0
-_OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")
+_OPEN = ("/", "/docs", "/healthz", "/readyz", "/favicon.ico")
 _CSP = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"content-security-policy", _CSP.encode()))
 
@@ -126,15 +126,29 @@ class Guard:
 
 
 class Impatient(H11Protocol):
-    """uvicorn's connection, closed where the headers of a request do not come to their end; idle between requests uvicorn ends it."""
+    """uvicorn's connection, closed where the headers of a request do not come to their end, or an answer is not read; idle between requests
+    uvicorn ends it.
+    """
 
     patience = _PATIENCE
     _waits: TimerHandle | None = None
+    _unread: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         self._wait()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`: whoever does not read what was asked for is let go."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""

@@ -1,6 +1,7 @@
 """Explanations: parts add up to scores, and are what leaving the part out takes away."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -238,6 +239,16 @@ def test_tokens_joined_are_the_text(kind, text):
     assert "".join(pieces) == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     if kind == "bytes":
         assert "".join(pieces) == text + "<eos>"
+
+
+def test_what_is_no_character_is_not_gathered_without_end():
+    tokenizer = KINDS["bytes"]
+    ids = tokenizer("\ufffd" * 3000)["input_ids"]
+    began = time.perf_counter()
+    texts = token_texts(tokenizer, ids)
+    assert time.perf_counter() - began < 2
+    assert 3000 <= len("".join(texts)) < 3300
+    assert max(map(len, texts)) <= 48
 
 
 def test_a_character_of_several_tokens_stands_at_its_last_and_alone_a_token_has_its_name():

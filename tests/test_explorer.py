@@ -164,6 +164,39 @@ def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("link", "word"),
+    [
+        ("{}", "Write what the model said"),
+        ("[]", "no question"),
+        ("null", "no question"),
+        ('{"text":"w1 w2","span":"w2"}', "span"),
+        ('{"text":"w1 w2","index":"retired"}', "retired"),
+        ('{"text":"w1 w2","group_by":"nothing"}', "nothing"),
+    ],
+)
+def test_a_link_that_cannot_be_shown_is_said_and_the_page_can_be_used(page, server, link, word):
+    page.goto(f"{server.url}/?q={quote(link)}")
+    page.wait_for_selector("#error:not([hidden])")
+    assert word in page.inner_text("#error")
+    ask(page, prompt="w1 w2", completion=" w3") if page.is_visible("#prompt") else page.click("#tab-completion")
+    assert page.is_enabled("#go")
+
+
+def test_numbers_that_are_none_and_other_indexes(page):
+    page.fill("#damping", "abc")
+    page.fill("#completion", " w3")
+    page.click("#go")
+    assert "is a number" in page.inner_text("#error")
+    ask(page, prompt="w1 w2", damping="0,5")
+    assert "whole row" in page.inner_text("#proponents")  # of one-bit rows: what they were before
+    page.fill("#k", "20")
+    page.press("#k", "Tab")
+    page.wait_for_function("document.querySelectorAll('#opponents .heat-for, #opponents .heat-against').length > 30")
+    settled(page)
+    assert page.locator("ol .card").count() == page.locator("ol .card:has(.heat-for, .heat-against)").count() == 40
+
+
 def test_exports(page):
     ask(page, prompt="w1 w2", completion=" w3", k="3")
     files = {}

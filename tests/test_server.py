@@ -1,6 +1,7 @@
 """The server, as a process of its own: the same answers as without it, and one clear sentence for whatever is wrong."""
 
 import asyncio
+import contextlib
 import http.client
 import http.server
 import json
@@ -460,8 +461,9 @@ def test_headers_that_do_not_end_are_not_waited_for():
     async def app(scope, receive, send):
         while (await receive()).get("more_body"):
             pass
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
+        body = b"ok" if scope["path"] == "/" else bytes(1 << 26)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]})
+        await send({"type": "http.response.body", "body": body})
 
     def all_of(connection):
         answer = b""
@@ -469,25 +471,39 @@ def test_headers_that_do_not_end_are_not_waited_for():
             answer += connection.recv(1000) or b"closed ok"
         return answer.replace(b"closed ok", b"")
 
+    def until_closed(connection):
+        found = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1 << 20):
+                found += part
+        return found
+
     config = uvicorn.Config(app, port=0, http=Hurried, lifespan="off", log_level="error", timeout_keep_alive=3)
     own, listening = uvicorn.Server(config), config.bind_socket()
     listening.listen()
-    thread = threading.Thread(target=own.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=own.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     request, begun = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n", time.monotonic()
     try:
-        half, silent, late, good = (socket.create_connection(listening.getsockname()[:2], timeout=10) for _ in range(4))
+        half, silent, late, good, deaf = (socket.create_connection(listening.getsockname()[:2], timeout=10) for _ in range(5))
+        deaf.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
         half.sendall(b"GET / HTTP/1.1\r\nHost: ")
         late.sendall(request + b"ab")
         good.sendall(request)
         assert all_of(late).endswith(b"ok")
         late.sendall(b"GET / HTTP/1.1\r\n")  # the connection's second request
-        for connection in (half, silent, late):
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < begun + 2:
+                half.sendall(b"x")  # bytes that drip win no time
+                time.sleep(0.05)
+        assert time.monotonic() < begun + 1.5
+        for connection in (silent, late):
             assert connection.recv(1000) == b""
         assert 0.4 < time.monotonic() - begun < 2.5
         time.sleep(0.5)
         good.sendall(b"ab")  # a body may take longer: the application waits for it
         assert all_of(good).endswith(b"ok")
+        assert len(until_closed(deaf)) < 1 << 26  # it was let go before it began to read
     finally:
         own.should_exit = True
         thread.join(10)

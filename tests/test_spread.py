@@ -95,6 +95,45 @@ def test_two_gpus_give_the_rows_of_one(place, corpus_file, tmp_path):
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3, atol=1e-4 * np.abs(rows[1]).max())
 
 
+def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def loaded(*arguments, **options):
+        asked.append(options.get("device_map"))
+        model = make_model("llama", "float32")
+        model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+        return model, {}
+
+    asked = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(UsageError, match="lm_head is left to the cpu"):
+        load_causal_lm(ModelSource(str(place), device="map"))
+    assert asked == ["auto"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install accelerate"):
+        load_causal_lm(ModelSource(str(place), device="map"))
+
+
+def test_layers_without_maps_see_both_sides_on_their_own_device(place, corpus_file, tmp_path):
+    rows = {}
+    for task in ("causal-lm", "devices:Spread"):
+        with Devices():
+            build(
+                BuildConfig(
+                    str(place),
+                    (str(corpus_file),),
+                    str(tmp_path / task[:3]),
+                    task,
+                    rank=10_000,
+                    curvature="diagonal",
+                    layers=("*.0.*", "*_proj"),
+                )
+            )
+        client = Client(tmp_path / task[:3], task=task)
+        rows[task] = np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(0, 120, 9)])
+    np.testing.assert_allclose(*rows.values(), rtol=1e-4, atol=1e-4 * np.abs(rows["causal-lm"]).max())
+
+
 def test_a_model_without_room_on_the_gpus_is_refused(place, tmp_path):
     from accelerate import dispatch_model
 

@@ -37,7 +37,7 @@ async function request(path, body) {
     throw new Error("The server does not answer. Is it still running?");
   }
   if (response.status === 401) {
-    await askForToken();
+    await askForToken(Boolean(token));
     return request(path, body);
   }
   const found = await response.json().catch(() => ({ detail: `The server answered with status ${response.status}.` }));
@@ -45,17 +45,24 @@ async function request(path, body) {
   return found;
 }
 
-function askForToken() {
+function askForToken(refused) {
   return new Promise((resolve) => {
-    $("token-dialog").showModal();
+    $("token-refused").hidden = !refused;
+    if (!$("token-dialog").open) $("token-dialog").showModal();
     $("token-dialog").addEventListener("close", () => {
-      sessionStorage.setItem("whence-token", $("token").value.trim());
+      sessionStorage.setItem("whence-token", $("token").value.trim().replace(/[^!-~]/g, "?")); // what no header can hold is refused, too
       resolve();
     }, { once: true });
   });
 }
 
 // --- the question
+
+function number(name, what) {
+  const value = Number($(name).value.trim().replace(",", "."));
+  if (!Number.isFinite(value)) throw new Error(`${what} is a number, such as 0.1; this is ${$(name).value}.`);
+  return value;
+}
 
 function read() {
   const question = {};
@@ -66,9 +73,9 @@ function read() {
   } else if (kind === "text") question.text = $("text").value;
   else question.row = Number($("row").value);
   const how = { index: $("index").value, mode: $("mode").value };
-  if ($("damping").value.trim()) how.damping = Number($("damping").value);
+  if ($("damping").value.trim()) how.damping = number("damping", "The damping");
   if ($("layers").value.trim()) how.layers = $("layers").value.split(",").map((part) => part.trim());
-  const search = { k: Number($("k").value) || 10 };
+  const search = { k: $("k").value.trim() ? number("k", "How many") : 10 };
   if ($("where").value.trim()) search.where = $("where").value.trim();
   if ($("group").value) search.group_by = $("group").value;
   if ($("controls").checked) search.controls = true;
@@ -76,16 +83,26 @@ function read() {
   return { question, how, search };
 }
 
+const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "controls", "recall"];
+
 function write(given) {
+  if (typeof given !== "object" || given === null || Array.isArray(given)) throw new Error("This link holds no question.");
+  const other = Object.keys(given).find((name) => !SHOWN.includes(name));
+  if (other) throw new Error(`This link asks with ${other}, which this page does not show; its answer is at /v1/query${location.search}`);
   show(given.text !== undefined ? "text" : given.row !== undefined ? "row" : "completion");
   for (const name of ["prompt", "completion", "against", "text", "row", "damping", "where", "k", "mode"]) {
     if (given[name] !== undefined) $(name).value = given[name];
     else if (!["k", "mode"].includes(name)) $(name).value = "";
   }
-  $("layers").value = (given.layers || []).join(", ");
+  $("layers").value = [given.layers ?? []].flat().join(", ");
   $("controls").checked = Boolean(given.controls);
   $("certified").checked = given.recall !== undefined && given.recall < 1;
-  if (given.index && [...$("index").options].some((option) => option.value === given.index)) $("index").value = given.index;
+  if (given.index !== undefined) choose("index", given.index);
+}
+
+function choose(id, value) {
+  if (![...$(id).options].some((option) => option.value === value)) throw new Error(`This link names ${value}, which is not here.`);
+  $(id).value = value;
 }
 
 function show(name) {
@@ -99,7 +116,12 @@ function show(name) {
 }
 
 async function ask({ keep = false } = {}) {
-  const now = read();
+  let now;
+  try {
+    now = read();
+  } catch (error) {
+    return fail(error);
+  }
   const body = { ...now.question, ...now.how, ...now.search };
   const own = ++serial;
   if (now.question.completion === "" || now.question.text === "" || Number.isNaN(now.question.row) || (kind === "row" && !$("row").value)) {
@@ -123,11 +145,12 @@ async function ask({ keep = false } = {}) {
 
 function busy(text) {
   $("state").textContent = text;
-  $("go").disabled = Boolean(text);
+  $("go").disabled = $("complete").disabled = Boolean(text);
   $("answer").classList.toggle("busy", Boolean(text));
 }
 
 function fail(error) {
+  busy("");
   $("error").hidden = false;
   $("error").textContent = error.message;
   $("empty").hidden = $("answer").hidden = true;
@@ -148,12 +171,20 @@ function render() {
   for (const id of ["histogram", "layers-chart", "question-heat"]) $(id).replaceChildren();
   renderGroups();
   renderControls();
+  clipTexts();
 }
 
 function fill(list, found, nothing) {
   list.replaceChildren(...found.map(card));
-  for (const text of list.querySelectorAll(".text")) if (text.scrollHeight > text.clientHeight + 2) clip(text);
   if (!found.length) list.append(element("li", { class: "note" }, nothing));
+}
+
+function clipTexts() {
+  for (const button of document.querySelectorAll("button.all")) button.remove();
+  for (const text of document.querySelectorAll(".card .text")) {
+    text.classList.remove("clipped", "whole");
+    if (text.scrollHeight > text.clientHeight + 2) clip(text);
+  }
 }
 
 function clip(text) {
@@ -205,29 +236,42 @@ function renderControls() {
 
 // --- what explains it
 
+function whole(e) {
+  const turned = Math.sign(e.recomputed) !== Math.sign(e.score);
+  const said = `whole row ${short(e.recomputed)}${turned ? ": of the other sign, doubtful" : ""}`;
+  return element("span", { class: turned ? "turned" : "", title: "The score of the row before it was cut to its bytes; the tokens' shares add up to it" }, said);
+}
+
+const AT_ONCE = 5; // explanations, so that the first are seen soon
+
 async function explain(own, now) {
-  const rows = [...answer.proponents, ...answer.opponents].map((a) => a.row).slice(0, 20);
+  const { proponents, opponents } = answer, rows = [];
+  for (let i = 0; i < Math.max(proponents.length, opponents.length); i += AT_ONCE) rows.push(...[...proponents.slice(i, i + AT_ONCE), ...opponents.slice(i, i + AT_ONCE)].map((a) => a.row));
   const histogram = request("/v1/scores", { ...now.question, ...now.how, ...(now.search.where ? { where: now.search.where } : {}) });
   histogram.then((found) => own === serial && drawHistogram(found), () => {});
   if (!rows.length) return;
-  busy("explaining …");
-  let found;
-  try {
-    found = (await request("/v1/explain", { ...now.question, ...now.how, rows })).explanations;
-  } catch (error) {
-    $("question-heat").textContent = `No explanation: ${error.message}`;
-    return;
-  }
-  if (own !== serial) return;
+  if (now.question.against) $("question-heat").textContent = "A contrast is the difference of two completions: it has no tokens of its own to colour.";
   const sums = new Map();
-  for (const e of found) {
-    const place = document.querySelector(`[data-row="${e.row}"] .text`);
-    if (place && e.example) place.replaceChildren(...heat(e.example));
-    if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
+  for (let i = 0; i < rows.length; i += AT_ONCE) {
+    busy("");
+    $("state").textContent = `explaining ${i + 1} to ${Math.min(i + AT_ONCE, rows.length)} of ${rows.length} …`;
+    let found;
+    try {
+      found = (await request("/v1/explain", { ...now.question, ...now.how, rows: rows.slice(i, i + AT_ONCE) })).explanations;
+    } catch (error) {
+      if (own === serial) $("question-heat").textContent = `No explanation: ${error.message}`;
+      return;
+    }
+    if (own !== serial) return;
+    for (const e of found) {
+      const place = document.querySelector(`ol [data-row="${e.row}"]`);
+      if (place && e.example) place.querySelector(".text").replaceChildren(...heat(e.example));
+      if (place && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top button").before(whole(e));
+      if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
+    }
+    drawLayers([...sums].map(([name, score]) => ({ name, score })));
+    if (i === 0 && found[0]?.question) $("question-heat").replaceChildren(element("span", { class: "dim" }, "The question, as the first proponent sees it: "), ...heat(found[0].question));
   }
-  drawLayers([...sums].map(([name, score]) => ({ name, score })));
-  const first = found.find((e) => e.question);
-  if (first) $("question-heat").replaceChildren(element("span", { class: "dim" }, "The question, as the first proponent sees it: "), ...heat(first.question));
 }
 
 function heat({ tokens, scores }) {
@@ -252,11 +296,12 @@ function heat({ tokens, scores }) {
 function drawHistogram({ edges, counts, rows }) {
   if (!counts.length) return;
   const [width, height] = [480, 84];
-  const x = (score) => ((score - edges[0]) / (edges[edges.length - 1] - edges[0] || 1)) * width;
+  const x = (score) => 1 + ((score - edges[0]) / (edges[edges.length - 1] - edges[0] || 1)) * (width - 2);
   const y = (count) => (Math.log1p(count) / Math.log1p(Math.max(...counts))) * (height - 20);
   const picture = drawn("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
   counts.forEach((count, i) => picture.append(drawn("rect", { x: x(edges[i]), y: height - y(count), width: Math.max(1, x(edges[i + 1]) - x(edges[i]) - 0.5), height: y(count), class: "bar-plain" })));
-  for (const a of [...answer.proponents, ...answer.opponents]) picture.append(drawn("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: "mark" }));
+  for (const a of [...answer.proponents, ...answer.opponents]) picture.append(drawn("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: `mark ${a.score > 0 ? "for" : "against"}` }));
+  if (edges[0] < 0 && edges[edges.length - 1] > 0) picture.append(drawn("line", { x1: x(0), x2: x(0), y1: 0, y2: height, class: "zero" }), drawn("text", { x: x(0), y: height + 12, "text-anchor": "middle" }, "0"));
   picture.append(drawn("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), drawn("text", { x: 0, y: height + 12 }, short(edges[0])), drawn("text", { x: width, y: height + 12, "text-anchor": "end" }, short(edges[edges.length - 1])));
   $("histogram").replaceChildren(picture);
 }
@@ -299,7 +344,12 @@ function exportAs(form) {
     const names = ["kind", "rank", "row", "id", "score", "source", "document", "text"];
     save("answer.csv", [names, ...all.map((a) => names.map((name) => a[name]))].map((line) => `${line.map(cell).join(",")}\r\n`).join(""), "text/csv");
   }
-  if (form === "link") navigator.clipboard?.writeText(location.href).then(() => ($("state").textContent = "copied"), () => ($("state").textContent = location.href));
+  if (form === "link") (navigator.clipboard ? navigator.clipboard.writeText(location.href) : Promise.reject()).then(() => said("The link is copied."), () => said(location.href));
+}
+
+function said(text) {
+  $("state").textContent = text;
+  setTimeout(() => $("state").textContent === text && ($("state").textContent = ""), 6000);
 }
 
 // --- beginning
@@ -313,13 +363,16 @@ async function columns() {
   $("complete").hidden = !about.texts;
 }
 
-function restore(given) {
+async function restore(given) {
   busy("asking …");
-  write(given);
-  return columns().then(() => {
-    $("group").value = given.group_by || "";
-    return ask({ keep: true });
-  });
+  try {
+    write(given);
+    await columns();
+    choose("group", given.group_by || "");
+    await ask({ keep: true });
+  } catch (error) {
+    fail(error);
+  }
 }
 
 function theme(dark) {
@@ -347,7 +400,14 @@ async function begin() {
     });
   });
   for (const id of ["mode", "group", "controls", "certified", "damping", "layers", "where", "k"]) $(id).addEventListener("change", () => answer && ask());
-  $("index").addEventListener("change", () => columns().catch(fail));
+  $("index").addEventListener("change", () => columns().then(() => answer && ask(), fail));
+  addEventListener("resize", () => requestAnimationFrame(clipTexts));
+  $("twin").addEventListener("click", async (event) => {
+    if (!sessionStorage.getItem("whence-token")) return;
+    event.preventDefault(); // a plain link carries no token
+    const found = await request($("twin").getAttribute("href"));
+    open(URL.createObjectURL(new Blob([JSON.stringify(found, null, 1)], { type: "application/json" })));
+  });
   $("complete").addEventListener("click", async () => {
     busy("the model writes …");
     try {
@@ -370,7 +430,12 @@ async function begin() {
       cards[Math.min(cards.length - 1, Math.max(0, cards.indexOf(document.activeElement) + (event.key === "j" ? 1 : -1)))]?.focus();
     }
   });
-  addEventListener("popstate", (event) => event.state && restore(event.state));
+  addEventListener("popstate", (event) => {
+    if (event.state) return restore(event.state);
+    [answer, serial] = [null, serial + 1];
+    $("answer").hidden = $("error").hidden = true;
+    $("empty").hidden = false;
+  });
   try {
     const indexes = await request("/v1/indexes");
     $("index").replaceChildren(...indexes.map((i) => element("option", { value: i.name }, `${i.name} (${i.rows.toLocaleString()} examples)`)));
