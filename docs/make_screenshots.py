@@ -36,6 +36,7 @@ def main():
         page.click("#go")
         page.wait_for_selector("#proponents .heat-for")
         page.wait_for_selector("#histogram svg")
+        page.wait_for_selector("#state:empty", state="attached")  # all is explained
         page.evaluate("document.querySelector('#results').scrollIntoView()")
         page.screenshot(path=here / "explorer.png")
         page.set_viewport_size({"width": 390, "height": 844})
