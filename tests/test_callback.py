@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, load_dataset
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from whence import Client
 from whence.callback import WhenceCallback
 from whence.indexer.models import ModelSource, load_causal_lm, model_fingerprint
@@ -110,6 +112,40 @@ def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):
     plain.mkdir()
     _, without = train(plain, TrainerCallback())
     assert without == whole[0] + whole[1]  # listening changes nothing
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "sequential"},
+        {"accelerator_config": {"use_seedable_sampler": False}},
+        {"gradient_accumulation_steps": 3, "dataloader_num_workers": 1},
+    ],
+)
+def test_any_samplers_order_is_kept_and_a_new_run_forgets_the_old(tmp_path, how):
+    (tmp_path / "run").mkdir()
+    np.save(tmp_path / "run/whence-order-5.npy", np.arange(3))  # of a longer run, earlier
+    _, seen = train(tmp_path, WhenceCallback(), num_train_epochs=1, **how)
+    (kept,) = (tmp_path / "run").glob("whence-order-*.npy")
+    order = np.load(kept).tolist()
+    assert sorted(order) == list(range(40))
+    assert order == seen or how.get("dataloader_num_workers")  # whose collator is in another process
+
+
+def test_the_order_of_two_processes_is_kept(tmp_path):
+    """Batches are dealt out to the processes in turn; the sampler draws for both."""
+    dataset = [{"x": torch.tensor([i])} for i in range(12)]
+    loader = torch.utils.data.DataLoader(dataset, sampler=torch.utils.data.SequentialSampler(dataset), batch_size=2)
+    shards = [prepare_data_loader(loader, num_processes=2, process_index=i, put_on_device=False) for i in range(2)]
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
+    callback, state = WhenceCallback(), TrainerState(epoch=0.0)
+    callback.on_train_begin(arguments, state, TrainerControl(), train_dataloader=shards[0])
+    callback.on_epoch_begin(arguments, state, TrainerControl())
+    mine = [int(x) for batch in shards[0] for x in batch["x"]]
+    callback.on_epoch_end(arguments, state, TrainerControl())
+    assert mine == [0, 1, 4, 5, 8, 9]
+    assert np.load(tmp_path / "run/whence-order-0.npy").tolist() == list(range(12))
 
 
 def test_a_stream_has_no_order(tmp_path):
