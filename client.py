@@ -17,7 +17,7 @@ from .query.answers import Answer, Explanation, Question, TokenShares
 from .query.asking import Asks, Options, check_options
 from .query.assemble import make_answers
 from .query.controls import Scores, Words, compare, cosines, row_norms
-from .query.explain import split_score
+from .query.explain import by_block, split_score
 from .query.groups import group_scores
 from .query.metric import Metric, QueryRows, combine, cut
 from .query.parts import DenseQueries
@@ -262,7 +262,7 @@ class Client(Asks):
             segments, layers, vocabulary = split_score(scorer, 0, row)
             example = self.index.example(row)
             score = sum(part.score for part in segments)
-            found.append(Explanation(row, example.id, example.text, score, segments, layers, vocabulary))
+            found.append(Explanation(row, example.id, example.text, score, segments, layers, vocabulary, blocks=by_block(layers)))
         return self._with_tokens(found, scorer, question, asked) if tokens and found else found
 
     def _with_tokens(self, found: Sequence[Explanation], scorer: Scorer, question: Question, asked: QueryRows) -> list[Explanation]:

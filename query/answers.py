@@ -253,7 +253,7 @@ class Explanation:
 
     Attributes:
         row, id, text, score: which example, and its score, as a query gives it (estimated cosines may lie beyond 1).
-        segments, layers, vocabulary: see above; each strongest first.
+        segments, layers, vocabulary: see above; each strongest first; `blocks` are sums over the layers of a transformer block.
         recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
         example, question: shares of the training example's tokens, and of the question's; each adds up to `recomputed`.
     """
@@ -268,6 +268,7 @@ class Explanation:
     recomputed: float | None = None
     example: TokenShares | None = None
     question: TokenShares | None = None
+    blocks: tuple[Part, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, keys as in `whence explain --json`."""
@@ -276,7 +277,7 @@ class Explanation:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Explanation":
         """An explanation from what `to_dict` made of it."""
-        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("segments", "layers", "vocabulary")}
+        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("segments", "layers", "vocabulary", "blocks")}
         shares = {
             name: None if record[name] is None else TokenShares(tuple(record[name]["tokens"]), tuple(record[name]["scores"]))
             for name in ("example", "question")

@@ -112,7 +112,8 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
         )
         for p in e.vocabulary
     ]
-    for title, parts in (("segments", named[0]), ("layers", named[1]), ("shared tokens", words)):
+    blocks = [(p.name + f" ({p.segment})" * several["layers"], p.score) for p in e.blocks] if len(e.blocks) < len(e.layers) else []
+    for title, parts in (("segments", named[0]), ("blocks of layers", blocks), ("layers", named[1]), ("shared tokens", words)):
         if parts:
             console.print(_bars(title, parts[:shown], len(parts)))
 

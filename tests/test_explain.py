@@ -283,3 +283,16 @@ def test_bars_and_names_tell_parts_apart(capsys):
     assert any(line.startswith("lm_head (head)") and "█" in line for line in lines)
     assert any(line.startswith("lm_head (head-2)") for line in lines)
     assert [line for line in lines if line.startswith("embeddings")] == ["embeddings      0"]
+
+
+def test_blocks_are_the_sums_of_their_layers(paths):
+    client = Client(paths["all"])
+    question = QUESTIONS["completion"]
+    (found,) = client.explain([7], question, tokens=False)
+    assert sum(p.score for p in found.blocks) == pytest.approx(found.score, rel=1e-4)
+    own = {p.name: p.score for p in found.blocks}
+    assert own.keys() == {"transformer.h.0", "transformer.h.1", "lm_head", "transformer.wte"}
+    for number in "01":
+        alone = score(client, question, 7, {"layers": (f"*.h.{number}.*",)})
+        assert own[f"transformer.h.{number}"] == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    assert Explanation.from_dict(json.loads(json.dumps(found.to_dict()))) == found

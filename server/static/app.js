@@ -242,6 +242,7 @@ function whole(e) {
   return element("span", { class: turned ? "turned" : "", title: "The score of the row before it was cut to its bytes; the tokens' shares add up to it" }, said);
 }
 
+const MOST_BARS = 14; // layers, or else their blocks
 const AT_ONCE = 5; // explanations, so that the first are seen soon
 
 async function explain(own, now) {
@@ -267,7 +268,7 @@ async function explain(own, now) {
       const place = document.querySelector(`ol [data-row="${e.row}"]`);
       if (place && e.example) place.querySelector(".text").replaceChildren(...heat(e.example));
       if (place && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top button").before(whole(e));
-      if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
+      if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers.length > MOST_BARS ? e.blocks : e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
     }
     drawLayers([...sums].map(([name, score]) => ({ name, score })));
     if (i === 0 && found[0]?.question) $("question-heat").replaceChildren(element("span", { class: "dim" }, "The question, as the first proponent sees it: "), ...heat(found[0].question));
@@ -307,7 +308,7 @@ function drawHistogram({ edges, counts, rows }) {
 }
 
 function drawLayers(parts) {
-  const shown = parts.sort((a, b) => Math.abs(b.score) - Math.abs(a.score)).slice(0, 14);
+  const shown = parts.sort((a, b) => Math.abs(b.score) - Math.abs(a.score)).slice(0, MOST_BARS);
   if (!shown.length) {
     $("layers-chart").replaceChildren(element("p", { class: "dim" }, "Layers cannot be told apart in these rows."));
     return;
