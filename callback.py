@@ -13,7 +13,7 @@ them were not trained on (the checkpoints' steps say how many were).
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,11 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         if out is not None and not data:
             raise UsageError("an index needs the training documents; give data")
         self._out, self._wanted = out, checkpoints
-        try:
-            self._build = (
-                None if out is None else BuildConfig(model="-", data=(data,) if isinstance(data, str) else tuple(data), out=out, **options)
-            )
-        except TypeError as error:
-            raise UsageError(f"a build has no such option: {str(error).rpartition(' ')[2]}") from error
+        unknown = options.keys() - ({option.name for option in fields(BuildConfig)} - {"model"})
+        if unknown:
+            raise UsageError(f"a build at the end of training has no such option: {min(unknown)!r}")
+        sources = (data,) if isinstance(data, str) else tuple(data)
+        self._build = None if out is None else BuildConfig(model="-", data=sources, out=out, **options)
         self._record: dict[str, Any] = {}
         self._order: _Recorded | None = None
         self._epoch = 0

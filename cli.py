@@ -110,7 +110,7 @@ def main() -> None:
       whence build --model DIR --data FILE --out INDEX
       whence query INDEX --prompt "The capital of France is" --completion " Paris"
     """
-    # Threads that spin while they wait for one another take ten times as long where other programs want the cores, too.
+    # Threads that spin while they wait for one another take several times as long where other programs want the cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -7,6 +7,7 @@ to the token that is read. The sums over tokens are the score, up to rounding.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -89,9 +90,9 @@ def token_shares(
     for name in vectors[0]:
         part, own = encoder.parts[name], [vector[name] for vector in vectors]
         if isinstance(part, KeyedPart):
-            visitors[name] = KeyedShares(part, [row for row in own if isinstance(row, KeyedVectors)], batch.inputs)
+            visitors[name] = KeyedShares(part, cast("list[KeyedVectors]", own), batch.inputs)
         else:
-            visitors[name] = DenseShares(part, [row for row in own if isinstance(row, np.ndarray)])
+            visitors[name] = DenseShares(part, cast("list[np.ndarray]", own))
     for number, model in enumerate(encoder.models):
         asked = [visitors[s.name] for s in encoder.plan.segments if s.model == number and s.name in visitors]
         if asked:

@@ -347,7 +347,7 @@ def sample_targets(logits: Float[Tensor, "batch tokens vocab"], batch: Batch, se
     """Targets drawn from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
     sampled = batch.targets.clone()
     for i, id in enumerate(batch.ids):
-        positions = (sampled[i] != IGNORED).nonzero()[:, 0]
+        positions = (batch.targets[i] != IGNORED).nonzero()[:, 0]
         key = int.from_bytes(hashlib.sha256(f"whence labels {seed} {id}".encode()).digest()[:16], "little")
         uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(len(positions))).to(logits.device)
         cumulative = logits[i, positions].double().softmax(-1).cumsum(-1)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .answers import Answer, Explanation, Group, TokenShares
+from .answers import Answer, Explanation, Group, Part, TokenShares
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
@@ -103,17 +104,10 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
         console.print(Text(kept, style="dim"), _LEGEND)
     else:
         console.print(_printable(shortened(e.text)))
-    several = {part: len({p.segment for p in parts}) > 1 for part, parts in (("layers", e.layers), ("words", e.vocabulary))}
-    named = [(p.name, p.score) for p in e.segments], [(p.name + f" ({p.segment})" * several["layers"], p.score) for p in e.layers]
-    words = [
-        (
-            (f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}") + f" ({p.segment})" * several["words"],
-            p.score,
-        )
-        for p in e.vocabulary
-    ]
-    blocks = [(p.name + f" ({p.segment})" * several["layers"], p.score) for p in e.blocks] if len(e.blocks) < len(e.layers) else []
-    for title, parts in (("segments", named[0]), ("blocks of layers", blocks), ("layers", named[1]), ("shared tokens", words)):
+    words = [replace(p, name=f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}") for p in e.vocabulary]
+    blocks = e.blocks if len(e.blocks) < len(e.layers) else ()
+    kinds = (("segments", e.segments), ("blocks of layers", blocks), ("layers", e.layers), ("shared tokens", words))
+    for title, parts in ((title, _told_apart(parts)) for title, parts in kinds):
         if parts:
             console.print(_bars(title, parts[:shown], len(parts)))
 
@@ -136,6 +130,12 @@ def heat(shares: TokenShares) -> Text:
         ground = ",".join(str(round(255 + (c - 255) * strength)) for c in full)
         text.append(_printable(token).plain, style=f"{'white' if score > 0 and strength > _DARK else 'black'} on rgb({ground})")
     return text
+
+
+def _told_apart(parts: Sequence[Part]) -> list[tuple[str, float]]:
+    """Names and scores; with the segment where parts of several have the same kind of name."""
+    several = len({p.segment for p in parts}) > 1
+    return [(f"{p.name} ({p.segment})" if several else p.name, p.score) for p in parts]
 
 
 def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
