@@ -5,7 +5,6 @@ Every room is imported inside the command that needs it, so that `whence --help`
 (WHENCE_BUILD_RANK for `whence build --rank`), else from the file given with --config, else it has its default.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from .store.errors import NotFoundError, UsageError, WhenceError
+from .store.printable import printable, printable_line, to_json
 
 if TYPE_CHECKING:
     from .client import Client
@@ -29,15 +29,18 @@ class _Group(click.Group):
     """Turns the library's errors into one sentence on stderr and their exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is spelled out
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as signal:
             sys.exit(signal.exit_code)
         except click.ClickException as error:
-            error.show()
-            sys.exit(error.exit_code)
+            _say(error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "", err=True)
+            _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("Interrupted. What a build has finished is kept; the same command goes on from there.", err=True)
+            _say("Interrupted. What a build has finished is kept; the same command goes on from there.", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -66,8 +69,19 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    _say(f"Error: {message}", err=True)
     sys.exit(code)
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Print a line; file names and stored strings in it cannot command the terminal."""
+    click.echo(printable(line), err=err)
+
+
+def _print_json(value: Any) -> None:
+    """Print JSON on one line."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "")
+    click.echo(to_json(value, ascii_only=encoding != "utf8"))
 
 
 def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -148,6 +162,13 @@ _device_option = click.option(
     show_default=True,
     help="auto, cpu, cuda, cuda:N, or map: a language model too large for one GPU, spread over all of them.",
 )
+_where_model_lies = _together(
+    _moved_model_option,
+    _device_option,
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    _own_task_option,
+)
+
 _model_options = _together(
     click.option("--revision", multiple=True, help="Branch, tag or commit of a hub model; repeat it for several checkpoints of one."),
     click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64."),
@@ -274,20 +295,18 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     if as_json:
         from .store.index import Index
 
-        click.echo(json.dumps(Index(out).summary()))
+        _print_json(Index(out).summary())
         return
     done = "is already complete" if known else "is complete"
-    click.echo(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.segments)}")
-    left_out = manifest.build["left_out"]
-    if left_out:
-        some = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
-        click.echo(f"left out {len(left_out):,} parts of the model: {some}")
-    skipped = manifest.build["skipped"]
-    if skipped:
-        click.echo(f"left out {skipped:,} documents that could not be used; the first: {manifest.build['skipped_first'][0]}")
-    if manifest.build["truncated"]:
-        click.echo(f"kept only the beginning of {manifest.build['truncated']:,} documents that are longer than an example may be")
-    click.echo(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+    _say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.segments)}")
+    made = manifest.build
+    for tracked in made.tracked:
+        _say(f"the rows measure {_tracked({**tracked.model_dump(), 'share': tracked.share})}")
+    if made.skipped:
+        _say(f"left out {made.skipped:,} documents that could not be used; the first: {made.skipped_first[0]}")
+    if made.truncated:
+        _say(f"kept only the beginning of {made.truncated:,} documents that are longer than an example may be")
+    _say(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
 
 
 @main.command()
@@ -311,25 +330,25 @@ def plan(as_json: bool, **options: Any) -> None:
 
     cost = estimate(BuildConfig(out="(nothing)", fields=fields, **_as_config(options)))
     if as_json:
-        click.echo(json.dumps(cost.to_dict()))
+        _print_json(cost.to_dict())
         return
-    click.echo(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
+    _say(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
     for segment in cost.segments:
         about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in segment.items() if k != "name" and v is not None)
-        click.echo(f"  {segment['name']}: {about}")
-    click.echo(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
-    click.echo(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
-    click.echo(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
+        _say(f"  {segment['name']}: {about}")
+    _say(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
+    _say(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
+    _say(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
 
 
 @main.command()
 @click.argument("index")
 @click.option("--data", required=True, multiple=True, help="Documents to add, as for build; repeatable.")
-@_moved_model_option
-@_device_option
+@_where_model_lies
+@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: the build's]")
 @_worker_options
 @_json_option
-def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool, **how: Any) -> None:
+def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | None, as_json: bool, **how: Any) -> None:
     """Add documents to an index, under the encoder that it has.
 
     \b
@@ -345,14 +364,14 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        manifest = run(Path(index), data, how, model, reporter)
-    added = manifest.build["added"][-1]
+        manifest = run(Path(index), data, how, model, reporter, task)
+    added = manifest.build.added[-1]
     if as_json:
-        click.echo(json.dumps({"rows": added["rows"], "drift": added["drift"], "refit": drifted(added["drift"])}))
+        _print_json({"rows": added.rows, "drift": added.drift, "refit": drifted(added.drift)})
         return
-    click.echo(f"{index} has {added['rows']:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added['drift'])}")
-    for name in drifted(added["drift"]):
-        click.echo(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
+    _say(f"{index} has {added.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added.drift)}")
+    for name in drifted(added.drift):
+        _say(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
 
 
 def _drifts(drift: dict[str, float]) -> str:
@@ -381,7 +400,10 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
             raise NotFoundError(f"there is no file {ids}")
         listed = [line for line in (sys.stdin.read() if ids == "-" else Path(ids).read_text(encoding="utf-8")).splitlines() if line.strip()]
     gone = run(Path(index), listed, where)
-    click.echo(json.dumps({"deleted": gone}) if as_json else f"{gone:,} rows were deleted from {index}")
+    if as_json:
+        _print_json({"deleted": gone})
+    else:
+        _say(f"{gone:,} rows were deleted from {index}")
 
 
 @main.command()
@@ -400,15 +422,15 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
     dropped = run(Path(index))
     freed = run_prune(Path(index)) if prune else 0
     if as_json:
-        click.echo(json.dumps({"dropped": dropped, "freed_bytes": freed}))
+        _print_json({"dropped": dropped, "freed_bytes": freed})
     else:
-        click.echo(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
+        _say(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
 
 
 @main.command()
 @click.argument("index")
 def reindex(index: str) -> None:
-    """Make anew what searches read beside the rows, where it is missing, damaged or of other rows.
+    """Make anew what searches read beside the rows, and write it where it is missing, damaged or not what the rows give.
 
     \b
       whence reindex my.whence
@@ -418,8 +440,8 @@ def reindex(index: str) -> None:
 
     Index(index)
     with exclusive(Path(index)):
-        written = Index(index).reindex()
-    click.echo(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
+        written = Index(index).reindex(compare=True)
+    _say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
 _question_options = _together(
@@ -437,13 +459,6 @@ _score_options = _together(
     click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out."),
     click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].*'; the others count nothing; repeatable."),
 )
-_where_model_lies = _together(
-    _moved_model_option,
-    _device_option,
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-    _own_task_option,
-)
-
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
 
 
@@ -511,14 +526,12 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
     With --recall 0.99, one-bit codes say which dense rows must be read, and with probability 0.99 none of the best is missing; where too
     many would have to be read, or there are no codes (whence reindex), all are, and the answer says so.
     """
-    from .query.answers import to_json
-
     questions = _questions(file, options)
     client = _client(index, options, questions)
     answers = client.query_many(questions, weights=_weights(weights), **options)
     for answer in answers:
         if as_json:
-            click.echo(to_json(answer.to_dict()))
+            _print_json(answer.to_dict())
         else:
             from .query.terminal import show
 
@@ -551,7 +564,7 @@ def explain(
 
     Segments, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
     """
-    from .query.answers import Question, to_json
+    from .query.answers import Question
 
     question = Question(row=question_row, **{name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")})
     how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
@@ -560,7 +573,7 @@ def explain(
         rows = tuple(a.row for a in client.query_many([question], **how)[0].proponents[:3])
     for explanation in client.explain(rows, question, tokens=tokens, **how):
         if as_json:
-            click.echo(to_json(explanation.to_dict()))
+            _print_json(explanation.to_dict())
         else:
             from .query.terminal import show_explanation
 
@@ -592,7 +605,7 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
         shape = write_scores(
             client.index, lambda part: client.scores(part, weights=_weights(weights), **options), questions, Path(out), reporter
         )
-    click.echo(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
+    _say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
 
 
 def _client(index: str, options: dict[str, Any], questions: Sequence["Question"], with_model: bool = False) -> "Client | RemoteClient":
@@ -645,30 +658,45 @@ def info(index: str, as_json: bool) -> None:
 
     summary = Index(index).summary()
     if as_json:
-        click.echo(json.dumps(summary))
+        _print_json(summary)
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, pad_edge=False)
+
+    def row(name: str, value: object) -> None:
+        table.add_row(name.replace("_", " "), Text(printable_line(f"{value:,}" if isinstance(value, int) else str(value))))
+
     for name, value in summary.items():
         if name == "added":
-            drifts = "; ".join(f"{part['rows']:,} rows (drift: {_drifts(part['drift'])})" for part in value)
-            table.add_row("added", drifts or "nothing")
-        elif name == "left_out":
-            table.add_row("left out", f"{', '.join(value[:4])}{' ...' if len(value) > 4 else ''}" or "nothing")
+            row("added", "; ".join(f"{part['rows']:,} rows (drift: {_drifts(part['drift'])})" for part in value) or "nothing")
+        elif name == "tracked":
+            for number, part in enumerate(value):
+                row("measured", _tracked(part) if len(value) == 1 else f"{_tracked(part)} (model {number + 1})")
+        elif name == "notes":
+            for note in value:
+                row("note", note)
         elif name == "models":
             for model in value:
-                table.add_row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")
+                row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")
         elif name != "segments":
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            row(name, value)
     for segment in summary["segments"]:
-        table.add_row("", "")
+        row("", "")
+        row(f"segment {segment['name']}", "")
         for name, value in segment.items():
-            table.add_row(
-                f"segment {segment['name']}" if name == "name" else "  " + name.replace("_", " "), str(value) if name != "name" else ""
-            )
+            if name != "name":
+                row("  " + name, value)
     Console().print(table)
+
+
+def _tracked(part: dict[str, Any]) -> str:
+    """How much of a model an index's rows measure."""
+    left_out = part["left_out"]
+    some = f"; not {', '.join(left_out[:4])}{' ...' if len(left_out) > 4 else ''}" if left_out else ""
+    return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){some}"
 
 
 @main.command()
@@ -688,11 +716,11 @@ def verify(index: str, as_json: bool) -> None:
         if problem:
             problems.append({"path": path, "problem": problem})
     if as_json:
-        click.echo(json.dumps({"index": index, "files": checked, "whole": not problems, "problems": problems}))
+        _print_json({"index": index, "files": checked, "whole": not problems, "problems": problems})
     else:
         for found in problems:
-            click.echo(found["problem"])
-        click.echo(f"{index}: {checked} files read, {len(problems) or 'none'} damaged")
+            _say(found["problem"])
+        _say(f"{index}: {checked} files read, {len(problems) or 'none'} damaged")
     if problems:
         sys.exit(4)
 
@@ -761,7 +789,7 @@ def lds(
                 Path(pack), options, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
             )
     if as_json:
-        click.echo(json.dumps(judgement.to_dict()))
+        _print_json(judgement.to_dict())
     else:
         show(judgement)
 
@@ -858,7 +886,7 @@ def _show_report(report: "Report", as_json: bool) -> None:
     from .evaluation.checks import show
 
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        _print_json(report.to_dict())
     else:
         show(report)
 
@@ -893,7 +921,7 @@ def pack(**options: Any) -> None:
 
     with Console() as reporter:
         made = make_pack(PackConfig(**options), reporter)
-    click.echo(f"judge an index on it:  whence evaluate lds {made}")
+    _say(f"judge an index on it:  whence evaluate lds {made}")
 
 
 @main.command()

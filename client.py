@@ -358,9 +358,8 @@ class Client(Asks):
 
     @cached_property
     def _documents(self) -> "DocumentEncoder":
-        options = self.index.manifest.build["what"]["options"]
-        longest = options["max_tokens"] or self._context
-        encoder = self.task.encoder(self._sources[0], longest, options["long"], options["append_eos"])
+        options = self.index.manifest.build.what.options
+        encoder = self.task.encoder(self._sources[0], options.max_tokens or self._context, options.long, options.append_eos)
         recorded = self.index.manifest.tokenizer
         if encoder.fingerprint != (recorded.fingerprint if recorded else None):
             raise IncompatibleError(
@@ -423,7 +422,7 @@ class Client(Asks):
         how = self._device, self._trust_remote_code
         if self._models:
             return [ModelSource(id, None, model.dtype, *how) for id, model in zip(self._models, recorded, strict=True)]
-        return [ModelSource(model.id, model.revision, model.dtype, *how) for model in recorded]
+        return [ModelSource(model.id, model.revision, model.dtype, *how, model.base) for model in recorded]
 
 
 def _without_contrasts(questions: Sequence[Question]) -> tuple[list[Question], Float64[np.ndarray, "questions plain"]]:

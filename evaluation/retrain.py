@@ -29,7 +29,7 @@ from torch import nn
 
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.models import ModelSource, keep_freed_memory, load_tokenizer, resolve_device
-from ..indexer.tasks import CausalLM, Task, import_object, plan_batches
+from ..indexer.tasks import CausalLM, Task, import_object
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
@@ -282,7 +282,7 @@ def measure_losses(task: Task, model: nn.Module, examples: Sequence[Example]) ->
         NumericalError: one is not finite; names the example.
     """
     losses = np.zeros(len(examples), np.float32)
-    for chosen in plan_batches([e.tokens for e in examples], _MEASURE_TOKENS):
+    for chosen in task.group((model,), [e.tokens for e in examples], _MEASURE_TOKENS):
         batch = task.collate([examples[i] for i in chosen], next(model.parameters()).device)
         losses[chosen] = task.measurement(model, batch).float().cpu().numpy()
     if not np.isfinite(losses).all():

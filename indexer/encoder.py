@@ -27,7 +27,7 @@ from .dense import DensePart
 from .hidden import HiddenMeans
 from .keyed import KeyedPart
 from .models import layer_device
-from .tasks import Batch, Task, plan_batches
+from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
@@ -104,7 +104,7 @@ class Encoder:
         return found
 
     def batches(
-        self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False
+        self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False, tolerant: bool = False
     ) -> Iterator[tuple[list[int], BatchRows]]:
         """Whitened rows, batch by batch, with the positions of their examples; float32 (dense rows of a float64 model: float64).
 
@@ -112,28 +112,40 @@ class Encoder:
 
         Args:
             questions: whether these are of the task's measurement, to be compared with rows of its loss.
+            tolerant: whether an example whose loss or gradient is not finite gets rows of zeros, and NaN as its loss.
 
         Raises:
-            NumericalError: a loss or a row is not finite; names the example.
+            NumericalError: a loss or a row is not finite and that is not tolerated; names the example.
         """
         objective = self.task.measurement if questions else self.task.loss
-        for chosen, batch in batches(self.task, examples, self.plan.batch_tokens, next(self.model.parameters()).device):
+        for chosen, batch in batches(self.task, self.models, examples, self.plan.batch_tokens):
+            broken = torch.zeros(len(chosen), dtype=torch.bool)
             collectors = {name: part.collector(batch) for name, part in self.parts.items()}
             with HiddenMeans(self.task, self.model) if self.plan.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
                     own = [collectors[s.name] for s in self.plan.segments if s.model == number]
                     if own:
-                        losses = backward(model, batch, own, objective)
+                        losses = backward(model, batch, own, objective, tolerant)
+                        broken |= ~torch.isfinite(losses.cpu())
             rows = {name: collector.rows() for name, collector in collectors.items()}
             beside = {"hidden": means.of(batch)} if means else {}
             for block in rows.values():
-                check_finite(torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None]), batch, "gradient")
+                squares = torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None])
+                if not tolerant:
+                    check_finite(squares, batch, "gradient")
+                broken |= ~torch.isfinite(squares).all(dim=1)
+            if broken.any():
+                losses = losses.masked_fill(broken.to(losses.device), torch.nan)
+                for block in (*rows.values(), *beside.values()):
+                    _clear(block, broken.numpy())
             yield chosen, {**rows, **beside, "losses": losses.float().cpu().numpy()}
             progress(len(chosen), int(batch.valid.sum()))
 
-    def rows(self, examples: Sequence[Example], questions: bool = False, progress: Progress = ignore_progress) -> dict[str, Any]:
-        """All rows at once, by segment, in the examples' order: an array [rows, dim], or `KeyedVectors`."""
-        made = list(self.batches(examples, progress, questions))
+    def rows(
+        self, examples: Sequence[Example], questions: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
+    ) -> dict[str, Any]:
+        """All rows at once, by segment, in the examples' order: an array [rows, dim], or `KeyedVectors`; see `batches`."""
+        made = list(self.batches(examples, progress, questions, tolerant))
         result: dict[str, Any] = {}
         for segment in self.plan.segments:
             blocks = [(chosen, rows[segment.name]) for chosen, rows in made]
@@ -147,30 +159,55 @@ class Encoder:
         return result
 
 
-def batches(task: Task, examples: Sequence[Example], token_budget: int, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
-    """Length-bucketed batches with the positions of their examples."""
-    for chosen in plan_batches([e.tokens for e in examples], token_budget):
+def _clear(rows: np.ndarray | KeyedVectors, broken: np.ndarray) -> None:
+    """Set some of a batch's rows to zero."""
+    if isinstance(rows, KeyedVectors):
+        rows.vectors[np.repeat(broken, np.diff(rows.indptr))] = 0.0
+        if rows.whole is not None:
+            rows.whole[broken] = 0.0
+    else:
+        rows[broken] = 0.0
+
+
+def batches(task: Task, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:
+    """Length-bucketed batches with the positions of their examples, on the last model's device."""
+    device = next(models[-1].parameters()).device
+    for chosen in task.group(models, [e.tokens for e in examples], token_budget):
         yield chosen, task.collate([examples[i] for i in chosen], device)
 
 
-def backward(model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective) -> Float[Tensor, " batch"]:
+def backward(
+    model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective, tolerant: bool = False
+) -> Float[Tensor, " batch"]:
     """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
+    Args:
+        tolerant: whether what is not finite of an example is visited as zeros, and its value is NaN then.
+
     Raises:
-        NumericalError: a loss is not finite; names the example.
+        NumericalError: a loss is not finite and that is not tolerated; names the example.
     """
+    broken = torch.zeros(len(batch.ids), dtype=torch.bool)
     owners = {layer.name: visitor for visitor in visitors for layer in visitor.layers}
     layers = [layer for visitor in visitors for layer in visitor.layers]
     maps = {name: pair for visitor in visitors for name, pair in visitor.maps.items()}
+    tokens_in = {layer.name for layer in layers if isinstance(model.get_submodule(layer.name), nn.Embedding)}
 
     def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
+        if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not, or their sum is too large
+            bad = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
+            broken.logical_or_(bad.cpu())
+            d = d.masked_fill(bad[:, None, None], 0)
+            x = x if layer.name in tokens_in else x.masked_fill(bad[:, None, None], 0)
         owners[layer.name](layer, x, d)
 
     with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
         losses = objective(model, batch)
-        check_finite(losses.detach()[:, None], batch, "loss")
+        if not tolerant:
+            check_finite(losses.detach()[:, None], batch, "loss")
         losses.sum().backward()
-    return losses.detach()
+    losses = losses.detach()
+    return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses
 
 
 def check_finite(values: Float[Tensor, "batch n"], batch: Batch, what: str) -> None:

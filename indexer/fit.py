@@ -81,16 +81,17 @@ class Fit:
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
-        for chosen, batch in batches(encoder.task, examples, self.plan.batch_tokens, next(model.parameters()).device):
+        for chosen, batch in batches(encoder.task, (model,), examples, self.plan.batch_tokens):
+            whole = torch.ones(len(chosen), dtype=torch.bool)
             for objective in objectives:
                 for meter in meters.values():
                     meter.begin(batch)
-                backward(model, batch, list(meters.values()), objective)
+                whole &= torch.isfinite(backward(model, batch, list(meters.values()), objective, tolerant=True).cpu())
                 for meter in meters.values():
                     meter.end()
-            tokens = int(batch.valid.sum())
-            counts = {"examples": counts["examples"] + len(chosen), "tokens": counts["tokens"] + tokens}
-            progress(len(chosen), tokens)
+            counts["examples"] += int(whole.sum())
+            counts["tokens"] += int(batch.valid[whole.to(batch.valid.device)].sum())
+            progress(len(chosen), int(batch.valid.sum()))
         arrays = {f"{name}/{at}": v.to("cpu", torch.float64).numpy() for name, meter in meters.items() for at, v in meter.sums.items()}
         return arrays | {name: np.array(float(count)) for name, count in counts.items()}
 
@@ -98,9 +99,11 @@ class Fit:
         """The encoder's arrays after a step, from those before it and its merged sums.
 
         Raises:
-            NumericalError: a statistic is not finite; names the layer.
+            NumericalError: a statistic is not finite; names the layer. Or no example has a finite loss and gradient.
         """
         made, examples = dict(arrays), int(totals["examples"])
+        if examples == 0:
+            raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
         for segment, number in self.steps[step]:
             own = {at.removeprefix(f"{segment.name}/"): v for at, v in totals.items() if at.startswith(f"{segment.name}/")}
             if isinstance(segment, KeyedSegment):

@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ..store.documents import Example
-from .tasks import Batch, Task, plan_batches
+from .tasks import Batch, Task
 
 
 class HiddenMeans:
@@ -48,7 +48,7 @@ def mean_hidden(task: Task, model: nn.Module, examples: Sequence[Example], batch
     found: dict[int, np.ndarray] = {}
     device = next(model.parameters()).device
     with HiddenMeans(task, model) as means:
-        for chosen in plan_batches([e.tokens for e in examples], batch_tokens):
+        for chosen in task.group((model,), [e.tokens for e in examples], batch_tokens):
             batch = task.collate([examples[i] for i in chosen], device)
             task.loss(model, batch)
             found.update(zip(chosen, means.of(batch), strict=True))

@@ -71,8 +71,12 @@ class KeyedPart:
 
     def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
         """The vectors M_v for which sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
-        eigenvalues = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
-        return (vectors.to(self.basis.dtype) * eigenvalues.rsqrt()) @ self.basis.T
+        return (vectors.to(self.basis.dtype) * self.scale(keys)) @ self.basis.T
+
+    def scale(self, keys: Int[Tensor, " keys"]) -> Float[Tensor, "keys width"]:
+        """(l + a)^(-1/2) of some tokens' eigenvalues; 0 where the layer never had a gradient."""
+        damped = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
+        return torch.where(damped > 0, damped, torch.inf).rsqrt()
 
     def collector(self, batch: Batch) -> "KeyedCollector":
         """What is visited for one batch."""
@@ -116,8 +120,7 @@ class KeyedCollector:
         part, limit = self._part, self._part.segment.keys
         keys, vectors, counts, whole = [], [], [], []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
-            eigenvalues = part.vocabulary[tokens][:, None] * part.eigenvalues + part.damping
-            z = (gradient @ part.basis) * eigenvalues.rsqrt()
+            z = (gradient @ part.basis) * part.scale(tokens)
             energy = z.square().sum(1)
             whole.append(float(energy.double().sum()))
             if limit is not None and len(tokens) > limit:
@@ -142,7 +145,7 @@ class HeadMean:
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
         self._tokens = torch.topk(part.vocabulary, min(tokens, len(part.vocabulary))).indices
-        self._scale = (part.vocabulary[self._tokens][:, None] * part.eigenvalues + part.damping).rsqrt()
+        self._scale = part.scale(self._tokens)
         self._sum, self._squares, self._examples = torch.zeros_like(self._scale, dtype=torch.float64), 0.0, 0
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:

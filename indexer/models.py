@@ -6,14 +6,19 @@ Only safetensors weights are loaded (a pickle can run code), and no code that co
 import ctypes
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
+import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +28,29 @@ from ..store.errors import IncompatibleError, NotFoundError, UsageError
 SPREAD = "map"  # a device: all GPUs of the machine
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
+_MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # by which predictions of a merged model may differ, relatively; else 1e-4
+_PROBED = 32
+_SENTENCE = 240
+_LFS_POINTER, _LARGEST_POINTER, _LARGEST_HEADER = b"version https://git-lfs", 64, 100 << 20
+_WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack", "consolidated*.pth")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+_ADAPTER_LAYERS = (".lora_A", ".lora_B", ".base_layer.", ".lora_embedding", "modules_to_save.", ".lora_magnitude")
+_OTHER_KINDS = {
+    "ForSequenceClassification": "a classifier or reward model",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a model that marks answers",
+    "ForMaskedLM": "a masked language model",
+    "ForImageClassification": "a classifier of images",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -32,6 +60,7 @@ class ModelSource:
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1" ..., or "map" for a language model whose layers are spread over all GPUs.
+        base: of an adapter, where the model lies that it is merged into; None where it says itself.
     """
 
     id: str
@@ -39,6 +68,30 @@ class ModelSource:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is to be said of a model as it was loaded.
+
+    Attributes:
+        base: of an adapter, the directory or hub id of the model that it was merged into.
+        trained: of an adapter, the modules that it changed; None where the whole model is taken as trained.
+        notes: sentences for whoever reads the answers.
+    """
+
+    base: str | None = None
+    trained: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+_LOADED: "WeakKeyDictionary[nn.Module, Loaded]" = WeakKeyDictionary()
+
+
+def loaded(model: nn.Module) -> Loaded:
+    """What was noted when a model was loaded; nothing of one that somebody else loaded."""
+    return _LOADED.get(model, Loaded())
 
 
 def keep_freed_memory() -> None:
@@ -77,11 +130,12 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoTokenizer
 
-    base = adapter_base(source)
-    if base is not None:
-        own = (Path(source.id) / "tokenizer.json").is_file()
-        return load_tokenizer(base) if not own else _fast(_load(AutoTokenizer, source, "tokenizer", whole=False), source)
-    return _fast(_load(AutoTokenizer, source, "tokenizer"), source)
+    adapter = find_adapter(source)
+    if adapter is not None and not (adapter.folder / "tokenizer.json").is_file():
+        return load_tokenizer(adapter.base)
+    if Path(source.id).is_dir() and not any(any(Path(source.id).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
+    return _fast(_load(AutoTokenizer, source, "tokenizer", whole=adapter is None), source)
 
 
 def _fast(tokenizer: Any, source: ModelSource) -> Any:
@@ -143,28 +197,121 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
         IncompatibleError: not a causal language model, or its weights are not safetensors.
         UsageError: it does not go onto the device.
     """
-    from transformers import AutoModelForCausalLM
-
     device = None if source.device == SPREAD else resolve_device(source.device)
-    base = adapter_base(source)
-    if base is not None:
-        return onto_device(_merged(load_causal_lm(base), source), device)
+    adapter = find_adapter(source)
+    if adapter is not None:
+        return onto_device(_merged(load_causal_lm(adapter.base), adapter), device)
+    return onto_device(_load_whole(source, device), device)
+
+
+def _load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_suitable(_load(AutoConfig, source, "configuration"), source)
+    _check_weights(source)
+    # An adapter's files beside a merged model are looked for where there are none, since they would be applied once more.
     options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    options["adapter_kwargs"] = {"subfolder": "no-adapter"}
     if device is None:
         if importlib.util.find_spec("accelerate") is None:
             raise UsageError("--device map needs accelerate: pip install accelerate")
         options["device_map"] = "auto"
     model, loading = _load(AutoModelForCausalLM, source, "model", **options)
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if loading.get(problem):
-            name = str(sorted(map(str, loading[problem]))[0])
-            raise IncompatibleError(
-                f"the weights of {source.id} and its config.json do not fit: {problem.replace('_keys', '')} {name}; restore the checkpoint"
-            )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise IncompatibleError(f"{source.id} is an encoder-decoder model; give a causal language model")
+    missing, mismatched, unexpected = (
+        sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
+    )
+    inside = [name for name in unexpected if any(part in name for part in _ADAPTER_LAYERS)]
+    if inside:
+        raise IncompatibleError(
+            f"the weights of {source.id} hold adapter layers that are not merged ({inside[0]}); merge them (PEFT's merge_and_unload), "
+            "or give the adapter's own folder"
+        )
+    if missing or mismatched:
+        problem = f"{missing[0]} is missing" if missing else f"{mismatched[0]} has another shape"
+        raise IncompatibleError(f"the weights of {source.id} and its config.json do not fit: {problem}; restore the checkpoint")
     refuse_offloaded(model, source.id)
-    return onto_device(model, device)
+    notes = []
+    if unexpected:
+        some = ", ".join(unexpected[:3]) + (" ..." if len(unexpected) > 3 else "")
+        notes.append(f"the checkpoint {source.id} holds {len(unexpected)} tensors that the model does not use: {some}")
+    _LOADED[model] = Loaded(notes=tuple(notes))
+    return model
+
+
+def _check_suitable(config: Any, source: ModelSource) -> None:
+    """Refuse, by its configuration, a model that is no causal language model.
+
+    Raises:
+        IncompatibleError: says what it is instead.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    kinds = {} if getattr(config, "is_decoder", False) else _OTHER_KINDS
+    kind = next((what for suffix, what in kinds.items() for name in named if name.endswith(suffix)), None)
+    if kind is None and getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder model"
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind is None and not own and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = "of a kind that has no causal language model"
+    if kind is None and len(named) == 1 and re.search(r"(?<!LMHead)Model$", named[0]) and not own:
+        kind = "a model without its output head"
+    if kind is not None:
+        raise IncompatibleError(
+            f"{source.id} is {kind} ({', '.join(named) or config.model_type}), where a causal language model is needed; give one, or a "
+            "task of your own for it (docs/evaluation.md)"
+        )
+
+
+def _check_weights(source: ModelSource) -> None:
+    """Refuse weight files that are not there, not whole, or not safetensors, before any library reads them.
+
+    Raises:
+        IncompatibleError: names the file.
+    """
+    folder = Path(source.id)
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IncompatibleError(f"{index} is not the list of the weights' files that it should be; restore the checkpoint") from error
+    gone = sorted(name for name in named if not (folder / str(name)).is_file())
+    if gone:
+        raise IncompatibleError(f"{folder / gone[0]} is missing, which holds a part of the weights; restore the checkpoint")
+    files = sorted(folder / name for name in named) if named else sorted(folder.glob("model*.safetensors"))
+    if not files and has_weights(folder):
+        raise IncompatibleError(
+            f"the weights at {folder} are not safetensors (a pickle can run code); load the model and save it again with "
+            "save_pretrained(safe_serialization=True)"
+        )
+    if not files:
+        raise NotFoundError(f"there are no weights at {folder} (no model.safetensors); give a model's directory or hub id")
+    for path in files:
+        problem = safetensors_problem(path)
+        if problem:
+            raise IncompatibleError(f"{path} {problem}; restore the checkpoint")
+
+
+def safetensors_problem(path: Path) -> str | None:
+    """What is wrong with a safetensors file as a whole, by its header and size; None where nothing is."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(_LARGEST_POINTER)
+        if start.startswith(_LFS_POINTER):
+            return "is a pointer of Git LFS and not the file itself: run git lfs pull where it came from"
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            return "is no whole safetensors file (cut off?)"
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return "is no safetensors file: its header cannot be read"
+    return None if end == size - 8 - length else f"has {size:,} bytes where its header says {8 + length + end:,} (cut off?)"
 
 
 def refuse_offloaded(model: nn.Module, id: str) -> None:
@@ -186,38 +333,166 @@ def refuse_offloaded(model: nn.Module, id: str) -> None:
         )
 
 
-def adapter_base(source: ModelSource) -> ModelSource | None:
-    """What an adapter's directory (PEFT's layout) says it belongs to; None where it is no adapter.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder (PEFT's layout) and the model that it belongs to."""
+
+    folder: Path
+    base: ModelSource
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model's own weights lie in a folder, of whatever format."""
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)
+
+
+def find_adapter(source: ModelSource) -> Adapter | None:
+    """The adapter that a source is: a folder with adapter_config.json and without weights of a model; None where it is none.
 
     Raises:
-        IncompatibleError: it does not say.
+        IncompatibleError: it does not say which model it belongs to.
     """
-    path = Path(source.id) / "adapter_config.json"
-    if not path.is_file() or (Path(source.id) / "config.json").is_file():
+    folder = Path(source.id)
+    path = folder / "adapter_config.json"
+    if not path.is_file() or has_weights(folder):
         return None
     try:
         config = json.loads(path.read_bytes())
-        base = config["base_model_name_or_path"]
-        if not isinstance(base, str) or not base:
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+        if not isinstance(base, str) or not base or not isinstance(revision, str | None):
             raise ValueError("it names no base model")
-    except (ValueError, KeyError, TypeError) as error:
-        raise IncompatibleError(f"{path} does not say which model the adapter belongs to ({error}); restore it") from error
-    return replace(source, id=base, revision=config.get("revision"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IncompatibleError(
+            f"{path} does not say which model the adapter belongs to; restore it, or name base_model_name_or_path"
+        ) from error
+    if source.base is not None:
+        base = source.base
+    elif not Path(base).is_dir() and (folder / base).is_dir():
+        base = str(folder / base)
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    if base == str(folder.resolve()):
+        raise IncompatibleError(f"{path} names the adapter's own folder as its base model; name the model that was adapted")
+    return Adapter(folder, replace(source, id=base, revision=None if Path(base).is_dir() else revision, base=None))
 
 
-def _merged(model: nn.Module, source: ModelSource) -> nn.Module:
-    """A model with an adapter's change of its weights added to them."""
-    if not (Path(source.id) / "adapter_model.safetensors").is_file():
-        raise IncompatibleError(f"there is no adapter_model.safetensors at {source.id}; save the adapter with safe_serialization=True")
+def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A model with an adapter's change of its weights added to them.
+
+    Raises:
+        IncompatibleError: the adapter does not fit the model, or the merged model does not compute what the adapted one does.
+    """
+    folder, file = adapter.folder, adapter.folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise IncompatibleError(f"there is no adapter_model.safetensors at {folder}; save the adapter with safe_serialization=True")
+    problem = safetensors_problem(file)
+    if problem:
+        raise IncompatibleError(f"{file} {problem}; restore it")
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{folder} is an adapter, which needs peft: pip install peft")
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    known = loaded(model)
+    _resize(model, file)
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UsageError(f"{source.id} is an adapter, which needs peft: pip install peft") from error
-    try:
-        return PeftModel.from_pretrained(model, source.id).merge_and_unload(safe_merge=True)
+        with _quiet(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # peft, too, raises what it likes
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise IncompatibleError(f"the adapter at {source.id} cannot be merged into its base: {reason}") from error
+        raise IncompatibleError(f"the adapter at {folder} does not fit its base {adapter.base.id}: {first_sentence(error)}") from error
+    lost = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None)
+    if lost is not None:
+        raise IncompatibleError(f"{file} lacks weights of the adapter that its adapter_config.json describes; restore the adapter")
+    _untie(adapted)
+    changed = {n for n, m in adapted.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    with torch.no_grad(), _quiet():
+        probe = _spread_tokens(model)
+        before = logits_of(adapted, probe).float()
+        try:
+            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            raise IncompatibleError(f"the adapter at {folder} cannot be merged into its base: {first_sentence(error)}") from error
+        after = logits_of(merged, probe).float()
+    tolerance = _MERGED.get(next(merged.parameters()).dtype, 1e-4)
+    if not bool((before - after).abs().max() <= tolerance * before.abs().max()):
+        raise IncompatibleError(
+            f"the adapter at {folder} cannot be merged into {adapter.base.id}: the merged model's predictions are not those of the adapted "
+            "one; merge it yourself, save the whole model, and index that"
+        )
+    modules = {name for name, _ in merged.named_modules()}
+    trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
+    _LOADED[merged] = replace(known, base=known.base or adapter.base.id, trained=trained)
+    return merged
+
+
+def _innermost(name: str, modules: set[str]) -> str:
+    """The module of the merged model that a module of the adapted one is, or is a part of."""
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _resize(model: Any, adapter: Path) -> None:
+    """Give a model the vocabulary of an adapter that brings embeddings of another size.
+
+    Raises:
+        IncompatibleError: the adapter brings the rows of one of the two layers alone.
+    """
+    from safetensors import safe_open
+
+    names = {id(m): n for n, m in model.named_modules()}
+    layers = {names[id(m)]: m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    tied = len({id(m.weight) for m in layers.values()}) == 1
+    with safe_open(adapter, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    brought = {
+        n: shapes[k][0] for n in layers for k in (f"base_model.model.{n}.weight", f"base_model.model.{n}.base_layer.weight") if k in shapes
+    }
+    sizes = {size for size in brought.values() if size != vocabulary_size(model)}
+    if not sizes:
+        return
+    if len(sizes) > 1 or (len(brought) < len(layers) and not tied):
+        raise IncompatibleError(
+            f"{adapter} brings a vocabulary of another size without all of its rows; save the whole model and index that"
+        )
+    with _quiet():
+        model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+
+
+def _untie(adapted: nn.Module) -> None:
+    """Give every adapted layer a weight of its own, which merging may change: a tied one would change the other layer, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, int] = {}
+    for module in adapted.modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for module in adapted.modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        weight = getattr(base, "weight", None)
+        if base is not None and isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
+            owners[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            config: Any = getattr(adapted, "config", None)
+            config.tie_word_embeddings = False
+
+
+def _spread_tokens(model: nn.Module) -> Tensor:
+    """A short text of tokens from all over the vocabulary."""
+    length = min(_PROBED, context_length(model) or _PROBED)
+    return torch.linspace(0, vocabulary_size(model) - 1, length, device=next(model.parameters()).device).long()[None]
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """A causal language model's logits; no cache is asked for, where its forward knows of one."""
+    return model(input_ids=tokens, **_without_cache(model)).logits
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    parameters = inspect.signature(model.forward).parameters
+    known = "use_cache" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if known else {}
 
 
 def onto_device(model: nn.Module, device: torch.device | None) -> nn.Module:
@@ -241,26 +516,52 @@ def _load(factory: Any, source: ModelSource, what: str, whole: bool = True, **op
     if local and whole and not (path / "config.json").is_file():
         raise NotFoundError(f"there is no model at {source.id} (no config.json in it); give a model's directory or hub id")
     try:
-        with _without_bars():
+        with _quiet():
             return factory.from_pretrained(
                 source.id, revision=source.revision, trust_remote_code=source.trust_remote_code, local_files_only=local, **options
             )
     except Exception as error:  # the hub, safetensors and configuration code raise what they like; say which model, and why
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         known = IncompatibleError if local else NotFoundError
-        raise known(f"the {what} of {source.id} cannot be loaded: {reason}") from error
+        if "trust_remote_code" in str(error):
+            raise known(
+                f"the {what} of {source.id} comes with code of its own, which runs only when it is asked for (--trust-remote-code)"
+            ) from error
+        quantised = _quantised(path / "config.json") if local else None
+        if quantised:
+            raise known(
+                f"the weights of {source.id} are quantised ({quantised}), and gradients need floating-point ones; give the model as it was "
+                "before that"
+            ) from error
+        raise known(f"the {what} of {source.id} cannot be loaded: {first_sentence(error)}") from error
+
+
+def _quantised(config: Path) -> str | None:
+    try:
+        return str(json.loads(config.read_bytes())["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of another library's error on one line, whole: what is too long ends at a word, with dots."""
+    text = re.split(r"(?<=[.!?])\s", " ".join(str(error).split()), maxsplit=1)[0].rstrip(".")
+    if not text:
+        return type(error).__name__
+    return text if len(text) <= _SENTENCE else text[:_SENTENCE].rpartition(" ")[0] + " ..."
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every model that is loaded."""
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and printing reports while it loads; its errors are raised."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -289,11 +590,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def context_length(model: Any) -> int | None:
     """The longest input, in tokens, that the configuration admits; None where it sets no bound."""
     config = model.config.get_text_config()
+    for name, module in model.named_modules():  # RoBERTa's positions begin behind that of padding
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def rotary_switches(model: Any) -> list[int]:
+    """Lengths (tokens) beyond which the configuration says that a batch's positions are encoded another way (LongRoPE, NTK)."""
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    named = [rope for rope in ropes if rope.get("rope_type", rope.get("type")) in ("longrope", "su", "yarn_dynamic", "dynamic")]
+    lengths = [rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) for rope in named]
+    return sorted({int(length) for length in lengths if length})
 
 
 def vocabulary_size(model: Any) -> int:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from . import models
 from .examples import DocumentEncoder, TextEncoder, VectorEncoder
 
 IGNORED = -100
+_PADDED = 16
+_SPLITS: "WeakKeyDictionary[nn.Module, dict[int, bool]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,17 @@ class Task(ABC):
     def check(self, model: nn.Module) -> None:  # noqa: B027
         """Refuse a model that does not suit the task; any does, unless a task says otherwise."""
 
+    def group(self, models: Sequence[nn.Module], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+        """Which examples of some lengths (tokens) share a batch; see `plan_batches`."""
+        splits = {split for model in models for split in self.splits(model, max(lengths, default=0))}
+        return plan_batches(lengths, token_budget, sorted(splits))
+
+    def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
+        """Lengths (tokens) that must not share a batch with longer examples, since the model computes these differently; see
+        `plan_batches`.
+        """
+        return ()
+
     def context(self, model: nn.Module) -> int | None:
         """The longest input, in tokens; None where nothing bounds it."""
         return None
@@ -155,7 +169,7 @@ class CausalLM(Task):
             raise DataError(
                 f"example {batch.ids[holder]!r} has token {largest}, the model embeds only {known}; tokenizer and model do not fit"
             )
-        return cross_entropies(model(input_ids=batch.inputs, use_cache=False).logits, batch, sample_seed)
+        return cross_entropies(models.logits_of(model, batch.inputs), batch, sample_seed)
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """See `Task`."""
@@ -170,12 +184,23 @@ class CausalLM(Task):
             IncompatibleError: it looks ahead.
         """
         probe = self.probe(model, next(model.parameters()).device)
-        first, second = model(input_ids=probe.inputs, use_cache=False).logits[:, :2].float()
+        first, second = models.logits_of(model, probe.inputs)[:, :2].float()
         if models.differ(first, second, next(model.parameters()).dtype):
             raise IncompatibleError(
                 f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a "
                 "causal language model"
             )
+
+    def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
+        """See `Task`: a short text is run alone and padded, to a few tokens and to where the configuration says that positions change."""
+        known = _SPLITS.setdefault(model, {})
+        found: list[int] = []
+        for padded, split in ((_PADDED, 0), *((length + 1, length) for length in models.rotary_switches(model))):
+            if split < longest and padded <= (models.context_length(model) or padded):
+                if padded not in known:
+                    known[padded] = _depends_on_padding(model, padded)
+                found += [split] if known[padded] else []
+        return range(1, longest) if 0 in found else found
 
     def context(self, model: nn.Module) -> int | None:
         """See `Task`."""
@@ -195,7 +220,7 @@ class CausalLM(Task):
         seen: list[Tensor] = []
         handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
         try:
-            logits = model(input_ids=self.probe(model, next(model.parameters()).device).inputs, use_cache=False).logits
+            logits = models.logits_of(model, self.probe(model, next(model.parameters()).device).inputs)
         finally:
             handle.remove()
         return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0].to(logits.device), logits)
@@ -277,6 +302,16 @@ class MLP(VectorTask):
         return models.load_mlp(source)
 
 
+@torch.no_grad()
+def _depends_on_padding(model: nn.Module, padded: int) -> bool:
+    """Whether a short text's predictions differ when it is padded to a length (tokens)."""
+    device = next(model.parameters()).device
+    short = torch.tensor([[0, 1, 2]], device=device)
+    beside = torch.nn.functional.pad(short, (0, padded - short.shape[1]))
+    alone, together = (models.logits_of(model, ids)[:, :3].float() for ids in (short, beside))
+    return models.differ(alone, together, next(model.parameters()).dtype)
+
+
 _TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "mlp": MLP}
 
 
@@ -320,14 +355,19 @@ def import_object(path: str, what: str) -> Any:
         ) from error
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], token_budget: int, splits: Sequence[int] = ()) -> list[list[int]]:
     """Group examples of similar length so that a padded batch holds at most `token_budget` tokens (one example may exceed it alone).
 
     A function of the lengths alone, longest first, so the same examples always share the same batches.
+
+    Args:
+        splits: lengths; an example of at most so many tokens shares no batch with one of more.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        room = batches and (len(batches[-1]) + 1) * longest <= token_budget
+        if room and not any(lengths[i] <= split < longest for split in splits):
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -3,8 +3,6 @@
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,22 +55,6 @@ class Question:
         asked = {"prompt": self.prompt, "completion": self.completion} if self.completion is not None else {}
         more = {"text": self.text, "row": self.row, "against": self.against, "span": self.span, "weight": self.weight}
         return {k: v for k, v in {"id": self.id, **asked, **more}.items() if v is not None}
-
-
-def to_json(value: Any) -> str:
-    """JSON as every part of Whence prints it: dates and the like as text, numbers that are not finite as null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

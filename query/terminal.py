@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..store.printable import printable
 from .answers import Answer, Explanation, Group, Part, TokenShares
 
 _SHOWN_CHARACTERS = 240
@@ -170,5 +171,5 @@ def shortened(text: str) -> str:
 
 
 def _printable(text: str) -> Text:
-    """Stored text without the control characters by which it could command the terminal."""
-    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+    """Stored text, with the control characters by which it could command the terminal spelled out."""
+    return Text(printable(text))

@@ -6,7 +6,9 @@ The manifest is written last; until then there is no index.
 """
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,11 +27,12 @@ from ..indexer.tasks import find_task
 from ..store.bits import rotate
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
-from ..store.errors import IntegrityError, UsageError
-from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
+from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WhenceError, WorkerError
+from ..store.files import PLAN, exclusive, publish, read_json, regular_size, storage_errors, write_whole
 from ..store.index import Index, dense_reduction
 from ..store.keyed import KeyedRows, inner_products
 from ..store.manifest import (
+    Build,
     DenseSegment,
     FileRecord,
     KeyedSegment,
@@ -37,17 +40,20 @@ from ..store.manifest import (
     Model,
     Shard,
     Tokenizer,
+    Tracked,
+    What,
+    latest_manifest,
     publish_manifest,
     read_manifest,
 )
 from ..store.postings import Postings, byte_tables
-from ..store.rows import DenseRows, chunk_rows, row_bytes
+from ..store.rows import DenseRows, chunk_rows, map_array, row_bytes
 from .budget import count_tokens, spend
 from .config import BuildConfig
 from .corpus import CorpusPlan, documents_path, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import Worker, absolute, document_encoder, file_record
+from .worker import AboutModel, Worker, absolute, document_encoder, file_record
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
@@ -56,6 +62,8 @@ _FIT_PART = 64
 _COMPARED_ROWS = 256
 _COMPARED_COORDINATES = 1 << 26
 _COUNTED = 1024
+_LITTLE = 0.5  # a share of the parameters below which it is said that the rest is not measured
+_NAMED = 20
 _SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 _SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
 
@@ -97,7 +105,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
         )  # a worker's working directory may be its own
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-            models, plan, left_out = executor.call("describe")
+            models, plan, about_models = executor.call("describe")
             what = {
                 "format": 1,
                 "options": config.what(),
@@ -111,17 +119,93 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, models, plan)
-            offered, plan = plan, _afforded(job, plan, corpus)
-            left_out = left_out if any(s.name == "blocks" for s in plan.segments) else ()
-            left_out = (*(s.name for s in offered.segments if s.name not in {p.name for p in plan.segments}), *left_out)
+            plan = _afforded(job, plan, corpus)
+            for note in (notes := _notes(about_models, plan)):
+                reporter.note(note)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
             segments, weighed = _weighted(job, executor, plan, arrays, corpus)
-            about = {"what": what, "left_out": list(left_out), "weighed": weighed}
-            return _publish(job, about, models, replace(plan, segments=segments), file, corpus, shards)
-    finally:
-        if fresh and out.is_dir() and {p.name for p in out.iterdir()} <= {".lock"}:
-            shutil.rmtree(out)  # nothing was begun
+            plan = replace(plan, segments=segments)
+            made = Build(
+                what=What.model_validate_json(json.dumps(what)),
+                how=config.how(),
+                batch_tokens=plan.batch_tokens,
+                tracked=tuple(tracked(about, plan.segments, number) for number, about in enumerate(about_models)),
+                weighed=weighed,
+                **corpus.counts(),
+                **not_finite(out, shards),
+                notes=(*notes, *_zeros(out, shards[0], segments)),
+            )
+            return _publish(job, made, models, plan, file, corpus, shards)
+    except BaseException as error:
+        kept = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
+        if fresh and not out.is_symlink() and out.is_dir() and not list(out.glob("rows/*")) and (not kept or not _begun(out)):
+            shutil.rmtree(out)  # a build that cannot go on as it was asked leaves nothing behind
+        raise
+
+
+def _begun(out: Path) -> bool:
+    return bool({p.name for p in out.iterdir()} - {".lock"})
+
+
+def _notes(about: Sequence[AboutModel], plan: EncoderPlan) -> tuple[str, ...]:
+    """What whoever reads the answers should know of the models."""
+    notes: list[str] = []
+    for number, model in enumerate(about):
+        notes += model.notes
+        found = tracked(model, plan.segments, number)
+        if found.share < _LITTLE:
+            some = ", ".join(found.left_out[:4]) + (" ..." if len(found.left_out) > 4 else "")
+            whose = "the parameters that the adapter trained" if model.trained is not None else "the model's parameters"
+            notes.append(f"the rows measure {found.share:.1%} of {whose}; they do not measure {some}")
+    return tuple(notes)
+
+
+def tracked(model: AboutModel, segments: Sequence[DenseSegment | KeyedSegment], number: int) -> Tracked:
+    """How many of a model's parameters have gradients in the rows; of an adapter, how many of those that it trained."""
+    layers = {n for s in segments if s.model == number for n in ([s.layer] if isinstance(s, KeyedSegment) else [x.name for x in s.layers])}
+    counted, whole, left_out = 0, 0, Counter[str]()
+    for owners, name, size in model.parameters:
+        if model.trained is not None and not model.trained & set(owners):
+            continue
+        whole += size
+        if name == "weight" and layers & set(owners):
+            counted += size
+        else:
+            left_out[re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{owners[0]}.{name}".removesuffix(".weight"))] += size
+    return Tracked(parameters=counted, of=whole, left_out=tuple(name for name, _ in left_out.most_common(_NAMED)))
+
+
+def not_finite(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
+    """How many rows were stored as zeros, because the model's loss or gradient of them is not finite, and the first of them."""
+    count, first = 0, list[str]()
+    for shard in shards:
+        losses = map_array(out / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
+        bad = np.flatnonzero(~np.isfinite(losses))
+        count += len(bad)
+        if len(bad) and len(first) < _NAMED:
+            documents = Documents(documents_path(out, shard.id), shard.rows)
+            first += [documents[int(row)].id for row in bad[: _NAMED - len(first)]]
+    return {"not_finite": count, "not_finite_first": tuple(first)}
+
+
+def say_not_finite(count: int, first: Sequence[str], reporter: Reporter) -> None:
+    """Name rows that were stored as zeros."""
+    if count:
+        some = ", ".join(map(repr, first[:3])) + (" ..." if count > min(3, len(first)) else "")
+        reporter.note(f"{count:,} rows are stored as zeros, since the model's loss or gradient of them is not finite: {some}")
+
+
+def _zeros(out: Path, shard: Shard, segments: Sequence[DenseSegment | KeyedSegment]) -> list[str]:
+    """Segments all of whose gradients (in the first shard) are zero: they add nothing to any score."""
+    silent = []
+    for segment in segments:
+        norms = map_array(out / "rows" / f"{shard.id}.zarr" / segment.name, "norms", (shard.rows,), "float32")
+        if not norms.any():
+            silent.append(
+                f"the gradients of {segment.name} are zero (or too small for float32) for every example: they add nothing to scores"
+            )
+    return silent
 
 
 def refuse_occupied(out: Path) -> None:
@@ -141,16 +225,26 @@ def refuse_occupied(out: Path) -> None:
 
 def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
     """The index that is there already, when it is the one asked for."""
-    if not (job.out / "manifests").is_dir():
+    if latest_manifest(job.out) is None:
         return None
     manifest = read_manifest(job.out)
-    _refuse_other(job.out, manifest.build["what"], what)
+    _refuse_other(job.out, manifest.build.what.model_dump(mode="json"), what)
     for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files)):
         path = job.out / record.path
-        if not path.is_file() or path.stat().st_size != record.bytes:
+        if regular_size(path) != record.bytes:
             raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
-    shutil.rmtree(job.staging, ignore_errors=True)
+    (job.staging / PLAN).unlink(missing_ok=True)
+    refresh_search(job.out, job.reporter)
     return manifest
+
+
+def refresh_search(out: Path, reporter: Reporter) -> None:
+    """Write what searches read beside the rows where it is missing. That it cannot be written is no failure: searches then make it anew."""
+    try:
+        Index(out).reindex()
+    except OSError as error:
+        reason = str(error) if isinstance(error, WhenceError) else error.strerror or str(error)
+        reporter.note(f"the posting lists and codes beside the rows could not be written ({reason}); make them with whence reindex {out}")
 
 
 def _claim(job: _Job, what: dict[str, Any]) -> None:
@@ -158,15 +252,12 @@ def _claim(job: _Job, what: dict[str, Any]) -> None:
 
     A begun build that has no rows yet is nothing to protect: another one takes its place.
     """
-    plan = job.staging / "plan.json"
+    plan = job.staging / PLAN
     if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)) and not list(job.out.glob("rows/*")):
         for folder in ("staging", "documents", "encoder"):
             shutil.rmtree(job.out / folder, ignore_errors=True)
     if plan.is_file():
         _refuse_other(job.out, read_json(plan), what)
-        for leftover in job.staging.iterdir():
-            if leftover.suffix in (".zarr", ".arrow", ".safetensors"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     else:
         write_whole(plan, json.dumps(what).encode())
 
@@ -344,17 +435,12 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 
 
 def _publish(
-    job: _Job,
-    asked: dict[str, Any],
-    models: tuple[Model, ...],
-    plan: EncoderPlan,
-    file: FileRecord,
-    corpus: CorpusPlan,
-    shards: tuple[Shard, ...],
+    job: _Job, made: Build, models: tuple[Model, ...], plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
     c, segments = job.config, plan.segments
     reduced = {"reduced" for s in segments if isinstance(s, DenseSegment) and (s.coordinates or s.dtype == "1bit")}
     features = {s.kind for s in segments} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
+    say_not_finite(made.not_finite, made.not_finite_first, job.reporter)
     manifest = Manifest(
         features=tuple(sorted(features)),
         number=1,
@@ -362,26 +448,17 @@ def _publish(
         whence=installed_version(),
         task=c.task,
         models=models,
-        tokenizer=Tokenizer(fingerprint=asked["what"]["tokenizer"]) if asked["what"]["tokenizer"] else None,
+        tokenizer=Tokenizer(fingerprint=made.what.tokenizer) if made.what.tokenizer else None,
         segments=segments,
         encoder=file,
         rows=corpus.rows,
         tokens=corpus.tokens,
         shards=shards,
-        build={
-            **asked,
-            "how": c.how(),
-            "batch_tokens": plan.batch_tokens,
-            "documents": corpus.documents,
-            "split": corpus.split,
-            "truncated": corpus.truncated,
-            "skipped": corpus.skipped,
-            "skipped_first": list(corpus.skipped_first),
-        },
+        build=made,
     )
     publish_manifest(job.out, manifest)
-    Index(job.out).reindex()
-    shutil.rmtree(job.staging, ignore_errors=True)
+    (job.staging / PLAN).unlink(missing_ok=True)
+    refresh_search(job.out, job.reporter)
     return manifest
 
 

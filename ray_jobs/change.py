@@ -8,6 +8,7 @@ of their rows is tr((H + a)^-1 H'): its ratio to that of the first rows is the *
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,35 +21,43 @@ import numpy as np
 
 from ..indexer.encoder import EncoderPlan
 from ..indexer.tasks import find_task
-from ..store.corpus import Fields, describe_sources
+from ..store.corpus import describe_sources
 from ..store.documents import Documents, write_documents
 from ..store.errors import DataError, IncompatibleError, UsageError
-from ..store.files import exclusive, publish, read_json, write_whole
+from ..store.files import PLAN, exclusive, publish, read_json, write_whole
 from ..store.index import Index
 from ..store.keyed import copy_keyed
-from ..store.manifest import KeyedSegment, Manifest, Shard, publish_manifest
+from ..store.manifest import Addition, KeyedSegment, Manifest, Shard, manifest_path, publish_manifest
 from ..store.rows import copy_dense, write_shard
-from .build import longest_example
-from .config import BuildConfig
+from .build import longest_example, not_finite, refresh_search, say_not_finite
+from .config import BuildConfig, recorded_config
 from .corpus import documents_path, plan_corpus, shard_id
-from .executor import Resources, open_executor
+from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
 from .worker import Worker, absolute, document_encoder, file_record
 
 _DRIFTED = 1.5
+_OURS = ("rows/*.zarr", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def add(
-    out: Path, data: Sequence[str], how: dict[str, Any] | None = None, models: Sequence[str] = (), reporter: Reporter | None = None
+    out: Path,
+    data: Sequence[str],
+    how: dict[str, Any] | None = None,
+    models: Sequence[str] = (),
+    reporter: Reporter | None = None,
+    task: str | None = None,
 ) -> Manifest:
     """Add documents to an index.
 
-    An interrupted call is taken up by the same call.
+    An interrupted call is taken up by the same call; one that was interrupted after it had published is recognised.
 
     Args:
         data: files, folders or hub datasets, of the same columns as the build's.
-        how: options of `BuildConfig` that say how, not what: workers, threads, address, device.
+        how: options of `BuildConfig` that say how, not what: workers, threads, address, device, batch_tokens, trust_remote_code.
         models: where the models lie now, if they were moved.
+        task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
 
     Raises:
         IncompatibleError: a model or its tokenizer is not the one that the index was built with.
@@ -57,54 +66,76 @@ def add(
     """
     reporter = reporter or Silent()
     known = Index(out).manifest  # an error before the lock is made
-    options = known.build["what"]["options"]
-    fields = Fields(**options["fields"])
-    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name not in ("fields", "model", "revision")}
+    if ":" in known.task and known.task != task:
+        raise UsageError(f"{out} was built with the task {known.task}, whose code runs only when you name it: --task {known.task}")
+    options = known.build.what.options.model_dump(mode="json")
+    kept = {name: value for name, value in options.items() if name not in ("model", "revision", "task")}
     moved = {"model": tuple(models), "revision": None} if models else {}
-    recorded = {"model": tuple(m.id for m in known.models), "revision": _revisions(known)}
-    own = BuildConfig(**{**plain, **recorded, **moved, "data": tuple(data), "out": str(out.resolve()), "fields": fields, **(how or {})})
+    recorded = {"model": tuple(m.id for m in known.models), "revision": _revisions(known), "batch_tokens": known.build.batch_tokens}
+    given = {name: value for name, value in (how or {}).items() if value is not None}
+    own = recorded_config({**kept, **recorded, **moved, "task": known.task, "data": tuple(data), "out": str(out.resolve()), **given})
     own = replace(own, model=tuple(map(absolute, own.models)))
     if len(own.models) != len(known.models):
         raise UsageError(f"{out} was built with {len(known.models)} models, --model names {len(own.models)}; name all in order")
+    bases = () if models else tuple(m.base for m in known.models)
+    sources = describe_sources(data)
     resources = Resources(own.workers, own.threads, own.address, own.device, ":" in own.task)
-    with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-        index = Index(out)
-        known = index.manifest
-        described, _, _ = executor.call("describe")
-        if [m.fingerprint for m in described] != [m.fingerprint for m in known.models]:
-            raise IncompatibleError(f"the model at {', '.join(own.models)} is not the one that {out} was built with; name the original")
-        encoder = document_encoder(own, longest_example(own, described))
-        if encoder.fingerprint != (known.tokenizer.fingerprint if known.tokenizer else None):
-            raise IncompatibleError(f"the tokenizer at {own.models[0]} is not the one that {out} was built with; name the original")
-        what = {"adds_to": known.number, "checksum": known.encoder.sha256, "corpus": describe_sources(data)}
-        fingerprint = digest(json.dumps(what, sort_keys=True).encode()).hexdigest()
-        _claim(out, what)
-        task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
-        form = fields if task.form == "auto" else replace(fields, form=task.form)
-        corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
-        _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
-        plan = EncoderPlan(known.segments, known.build["batch_tokens"], own.hidden)
-        shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
-        reporter.stage("building rows", corpus.rows)
-        entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
-        added = tuple(Shard(**entry) for entry in entries)
-        about = {"corpus": what["corpus"], "rows": corpus.rows, "drift": _drift(index, added)}
-        grown = known.model_copy(
-            update={
-                "number": known.number + 1,
-                "rows": known.rows + corpus.rows,
-                "tokens": known.tokens + corpus.tokens,
-                "shards": (*known.shards, *added),
-                "build": {
-                    **known.build,
-                    **{name: known.build[name] + getattr(corpus, name) for name in ("documents", "split", "truncated", "skipped")},
-                    "added": [*known.build.get("added", []), about],
-                },
-            }
-        )
-        publish_manifest(out, grown)
-        Index(out).reindex()
-        shutil.rmtree(out / "staging", ignore_errors=True)
+    with exclusive(out):
+        known = Index(out).manifest
+        call = digest(json.dumps({"encoder": known.encoder.sha256, "corpus": sources}, sort_keys=True).encode()).hexdigest()
+        if known.build.added and (known.build.added[-1].call, known.build.added[-1].manifest) == (call, known.number):
+            (out / "staging" / PLAN).unlink(missing_ok=True)  # published by a call that was then interrupted
+            refresh_search(out, reporter)
+            return known
+        with open_executor(partial(Worker, own, bases), resources) as executor:
+            return _add(out, own, bases, call, sources, executor, reporter)
+
+
+def _add(
+    out: Path,
+    own: BuildConfig,
+    bases: Sequence[str | None],
+    call: str,
+    sources: list[dict[str, Any]],
+    executor: Executor,
+    reporter: Reporter,
+) -> Manifest:
+    index = Index(out)
+    known = index.manifest
+    described, _, _ = executor.call("describe")
+    if [m.fingerprint for m in described] != [m.fingerprint for m in known.models]:
+        raise IncompatibleError(f"the model at {', '.join(own.models)} is not the one that {out} was built with; name the original")
+    encoder = document_encoder(own, longest_example(own, described), bases)
+    if encoder.fingerprint != (known.tokenizer.fingerprint if known.tokenizer else None):
+        raise IncompatibleError(f"the tokenizer at {own.models[0]} is not the one that {out} was built with; name the original")
+    what = {"adds_to": known.number, "call": call}
+    fingerprint = digest(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    _claim(out, what)
+    task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
+    form = own.fields if task.form == "auto" else replace(own.fields, form=task.form)
+    corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
+    _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
+    plan = EncoderPlan(known.segments, own.batch_tokens or known.build.batch_tokens, own.hidden)
+    shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
+    reporter.stage("building rows", corpus.rows)
+    entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
+    added = tuple(Shard(**entry) for entry in entries)
+    about = Addition(call=call, manifest=known.number + 1, corpus=tuple(sources), rows=corpus.rows, drift=_drift(index, added))
+    before, lost = known.build, not_finite(out, added)
+    say_not_finite(lost["not_finite"], lost["not_finite_first"], reporter)
+    counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **lost}.items() if not name.endswith("_first")}
+    grown = known.model_copy(
+        update={
+            "number": known.number + 1,
+            "rows": known.rows + corpus.rows,
+            "tokens": known.tokens + corpus.tokens,
+            "shards": (*known.shards, *added),
+            "build": before.model_copy(update={**counts, "added": (*before.added, about)}),
+        }
+    )
+    publish_manifest(out, grown)
+    (out / "staging" / PLAN).unlink(missing_ok=True)
+    refresh_search(out, reporter)
     return grown
 
 
@@ -115,9 +146,9 @@ def _revisions(manifest: Manifest) -> tuple[str, ...] | None:
 
 def _claim(out: Path, what: dict[str, Any]) -> None:
     """See whether an interrupted call was this one; if not, forget it."""
-    plan = out / "staging" / "plan.json"
-    if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)):
-        shutil.rmtree(out / "staging")
+    plan = out / "staging" / PLAN
+    if not plan.is_file() or read_json(plan) != json.loads(json.dumps(what)):
+        shutil.rmtree(out / "staging", ignore_errors=True)
     write_whole(plan, json.dumps(what).encode())
 
 
@@ -132,7 +163,7 @@ def _refuse_known_ids(index: Index, added: Iterable[Documents]) -> None:
 
 def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
     """By segment, the mean squared length of the added rows over that of the build's (those of earlier additions left out)."""
-    first = index.manifest.rows - sum(part["rows"] for part in index.manifest.build.get("added", ()))
+    first = index.manifest.rows - sum(part.rows for part in index.manifest.build.added)
     found = {}
     for segment in index.manifest.segments:
         old = np.square(index.norms(segment)[: max(1, first)], dtype=np.float64).mean()
@@ -210,9 +241,14 @@ def compact(out: Path) -> int:
                 "features": tuple(name for name in manifest.features if name != "deleted"),
             }
             publish_manifest(out, manifest.model_copy(update=update))
-            Index(out).reindex()
-        shutil.rmtree(out / "staging", ignore_errors=True)
+        _abandon(out)
+        refresh_search(out, Silent())
     return dropped
+
+
+def _abandon(out: Path) -> None:
+    """Forget an addition that was interrupted: what it had begun was for another state of the index."""
+    (out / "staging" / PLAN).unlink(missing_ok=True)
 
 
 def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
@@ -253,13 +289,29 @@ def prune(out: Path) -> int:
     with exclusive(out):
         manifest = Index(out).manifest
         named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
-        folders = [out / name for name in ("rows", "documents", "encoder", "manifests")]
-        newest = out / "manifests" / f"{manifest.number:06d}.json"
-        freed = 0
-        for path in sorted((p for folder in folders for p in folder.rglob("*")), reverse=True):
-            if path.is_file() and path not in named and path != newest:
-                freed += path.stat().st_size
-                path.unlink()
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        named.add(manifest_path(out, manifest.number))
+        freed = sum(_remove(place, named) for pattern in _OURS for place in sorted(out.glob(pattern)) if _is_ours(place))
+        _abandon(out)
+        refresh_search(out, Silent())
+    return freed
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether something carries the name of a file or folder that this library makes, and is no link."""
+    return not place.is_symlink() and (
+        _UUID.fullmatch(place.stem) is not None or re.fullmatch(r"[0-9]{6,18}\.json", place.name) is not None
+    )
+
+
+def _remove(place: Path, named: set[Path]) -> int:
+    """Remove the files of a shard, or a file, that the manifest does not name; returns their bytes."""
+    freed = 0
+    for path in sorted(place.rglob("*"), reverse=True) if place.is_dir() else [place]:
+        if path.is_symlink() or (path.is_file() and path not in named):
+            freed += path.lstat().st_size
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
     return freed

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..store.corpus import Fields
-from ..store.errors import UsageError
+from ..store.errors import IntegrityError, UsageError
 from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype, check_damping
 
 _POSITIVE = (
@@ -36,7 +36,7 @@ _OF_ROWS = (*_SIZES, "head_others", "segments", "layers", "projection", "rank", 
 _DEFAULT_BYTES = 800
 _SEGMENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
-_HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device")
+_HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,25 @@ class BuildConfig:
     def how(self) -> dict[str, Any]:
         """The other options, which may differ when a build is taken up again."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _HOW_NOT_WHAT}
+
+
+def recorded_config(options: dict[str, Any]) -> BuildConfig:
+    """A configuration from an index's record, which anybody may have written.
+
+    Raises:
+        IntegrityError: an option is unknown, or of another type than it can have.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(BuildConfig).validate_python(options)
+    except (ValidationError, TypeError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            reason = str(error)
+        raise IntegrityError(f"the index's record of its build is damaged ({reason}); restore its manifest") from error
 
 
 _DEFAULTS = {f.name: f.default for f in fields(BuildConfig)}

@@ -10,6 +10,7 @@ import uuid
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class CorpusPlan:
     def tokens(self) -> int:
         """Input tokens in all shards."""
         return sum(s.tokens for s in self.shards)
+
+    def counts(self) -> dict[str, Any]:
+        """What became of the documents, as an index records it."""
+        names = ("documents", "split", "truncated", "skipped", "skipped_first")
+        return {name: getattr(self, name) for name in names}
 
 
 def documents_path(out: Path, shard: str) -> Path:

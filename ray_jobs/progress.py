@@ -2,8 +2,11 @@
 
 import sys
 import time
+import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
+
+from ..store.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,6 +21,9 @@ class Reporter(Protocol):
     def update(self, examples: int, tokens: int) -> None:
         """The stage has so far worked through so many examples and tokens."""
 
+    def note(self, sentence: str) -> None:
+        """Something that whoever reads the answers should know, which is no error."""
+
 
 class Silent:
     """A Reporter for callers that want none."""
@@ -27,6 +33,10 @@ class Silent:
 
     def update(self, examples: int, tokens: int) -> None:
         """Ignore it."""
+
+    def note(self, sentence: str) -> None:
+        """Say it as a warning."""
+        warnings.warn(sentence, stacklevel=3)
 
 
 class Console:
@@ -75,6 +85,14 @@ class Console:
         self._done, self._updated = (examples, tokens), time.monotonic()
         if self._bars is not None:
             self._bars.update(self._task, completed=examples, rates=self._rates())
+
+    def note(self, sentence: str) -> None:
+        """Print it, above the bars."""
+        text = f"Note: {printable(sentence)}"
+        if self._bars is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False)
 
     def _rates(self) -> str:
         seconds = max(1e-9, self._updated - self._started)

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..store.files import publish, sha256
 from ..store.index import dense_reduction
 from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
 from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
-from ..store.rows import DenseRows, map_array, write_dense, write_shard
+from ..store.rows import DenseRows, array_checksum, map_array, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
@@ -38,17 +38,44 @@ _MEAN_TOKENS = 4096
 _LARGEST_HALF = 65504.0
 
 
+@dataclass(frozen=True)
+class AboutModel:
+    """What a build says of a model.
+
+    Attributes:
+        parameters: of each, the modules that own it, its name there, and its size.
+        trained: of an adapter, the modules that it changed; None for other models, all of which is taken as trained.
+        notes: what whoever reads the answers should know.
+    """
+
+    parameters: tuple[tuple[tuple[str, ...], str, int], ...]
+    trained: frozenset[str] | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "AboutModel":
+        """Of a model as it was loaded."""
+        owners: dict[int, list[str]] = {}
+        found: dict[int, tuple[str, int]] = {}
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                owners.setdefault(id(parameter), []).append(module_name)
+                found[id(parameter)] = name, parameter.numel()
+        about = models.loaded(model)
+        return cls(tuple((tuple(owners[key]), *found[key]) for key in found), about.trained, about.notes)
+
+
 class Worker:
     """Works for one build.
 
     Args:
         config: the build's; with one thread (the default) rows are the same bits whatever the number of workers.
+        bases: of models that are adapters, where the models lie that they are merged into, if not where they say themselves.
     """
 
-    def __init__(self, config: BuildConfig) -> None:
-        self._config = config
+    def __init__(self, config: BuildConfig, bases: Sequence[str | None] = ()) -> None:
+        self._config, self._bases = config, bases
         self._encoders: dict[str, Encoder] = {}
-        self._left_out: list[str] = []
 
     @cached_property
     def task(self) -> Task:
@@ -62,11 +89,10 @@ class Worker:
 
         models.keep_freed_memory()
         torch.set_num_threads(self._config.threads)
-        return tuple(self.task.load(source).requires_grad_(False) for source in model_sources(self._config))
+        return tuple(self.task.load(source).requires_grad_(False) for source in model_sources(self._config, self._bases))
 
-    def describe(self) -> tuple[tuple[Model, ...], EncoderPlan, tuple[str, ...]]:
-        """What the models are, the plan of their encoder before any fit, and the layers that are left out: those that cannot be tracked,
-        or that are not of the default kind.
+    def describe(self) -> tuple[tuple[Model, ...], EncoderPlan, tuple[AboutModel, ...]]:
+        """What the models are, the plan of their encoder before any fit, and what is to be said of the models.
 
         Raises:
             UsageError: no layer matches, or one of the matching ones does not run.
@@ -88,13 +114,14 @@ class Worker:
                     architecture=type(model).__name__,
                     parameters=sum(p.numel() for p in model.parameters()),
                     context=self.task.context(model),
+                    base=models.loaded(model).base,
                 )
             )
             names = c.segments or self._available(model)
             segments += [self._blocks(number) if name == "blocks" else self._keyed(name, number) for name in names]
         device = next(self.models[0].parameters()).device.type
         plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]), c.hidden)
-        return tuple(descriptions), plan, tuple(self._left_out)
+        return tuple(descriptions), plan, tuple(AboutModel.of(model) for model in self.models)
 
     def _available(self, model: nn.Module) -> tuple[str, ...]:
         """The segments of a build that names none."""
@@ -110,8 +137,6 @@ class Worker:
         layers = plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         damping = c.damping or (1.0 if small else 0.1)
         labels: LabelKind = "data" if not small else "sampled" if self.task.classes(model) is None else "expected"
-        every = names if c.layers else find_layers(model, (), self.task.within_blocks)
-        self._left_out = [name for name in every if name not in {layer.name for layer in layers}]
         return DenseSegment(
             name=self._name("blocks", number),
             kind="dense",
@@ -200,11 +225,11 @@ class Worker:
         examples = self._examples(shard.id, shard.rows, range(count))
         head = encoder.parts.get(self._name("head", len(self.models) - 1))
         if not isinstance(head, KeyedPart):
-            return encoder.rows(examples, progress=progress), None
+            return encoder.rows(examples, progress=progress, tolerant=True), None
         mean = HeadMean(head, _MEAN_TOKENS)
-        for _, batch in batches(self.task, examples, plan.batch_tokens, next(encoder.model.parameters()).device):
-            backward(encoder.model, batch, [mean], self.task.loss)
-        return encoder.rows(examples, progress=progress), mean.mean_share
+        for _, batch in batches(self.task, (encoder.model,), examples, plan.batch_tokens):
+            backward(encoder.model, batch, [mean], self.task.loss, tolerant=True)
+        return encoder.rows(examples, progress=progress, tolerant=True), mean.mean_share
 
     def _name(self, part: str, number: int) -> str:
         """A segment's name: its part and, of several models, which one."""
@@ -251,7 +276,7 @@ def segment_writers(
     dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in segments if isinstance(s, DenseSegment)}
     coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
     beside = {"losses": np.zeros(len(examples), np.float32)}
-    for chosen, rows in encoder.batches(examples, progress):
+    for chosen, rows in encoder.batches(examples, progress, tolerant=True):
         beside["losses"][chosen] = np.asarray(rows["losses"])
         if encoder.plan.hidden:
             means = np.asarray(rows["hidden"]).clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
@@ -275,19 +300,20 @@ def segment_writers(
     return writers, beside
 
 
-def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:
-    """Which models a build loads, and how."""
+def model_sources(config: BuildConfig, bases: Sequence[str | None] = ()) -> tuple[models.ModelSource, ...]:
+    """Which models a build loads, and how; `bases` as in `Worker`."""
     how = config.dtype, config.device, config.trust_remote_code
-    return tuple(models.ModelSource(id, revision, *how) for id, revision in zip(config.models, config.revisions, strict=True))
+    places = zip(config.models, config.revisions, bases or [None] * len(config.models), strict=True)
+    return tuple(models.ModelSource(id, revision, *how, base) for id, revision, base in places)
 
 
-def document_encoder(config: BuildConfig, max_tokens: int | None = None) -> DocumentEncoder:
+def document_encoder(config: BuildConfig, max_tokens: int | None = None, bases: Sequence[str | None] = ()) -> DocumentEncoder:
     """What turns the corpus into examples: the first model's tokenizer, which must be that of the others too, where these have one.
 
     Raises:
         IncompatibleError: two models have tokenizers that differ.
     """
-    task, (first, *others) = find_task(config.task), model_sources(config)
+    task, (first, *others) = find_task(config.task), model_sources(config, bases)
     encoder = task.encoder(first, max_tokens, config.long, config.append_eos)
     for other in others:
         try:
@@ -300,8 +326,8 @@ def document_encoder(config: BuildConfig, max_tokens: int | None = None) -> Docu
 
 
 def file_record(out: Path, path: Path) -> FileRecord:
-    """Name, size and checksum of one of the index's files."""
-    return FileRecord(path=path.relative_to(out).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+    """Name, size and checksums of one of the index's files."""
+    return FileRecord(path=path.relative_to(out).as_posix(), bytes=path.stat().st_size, sha256=sha256(path), chunks=array_checksum(path))
 
 
 def absolute(path: str) -> str:

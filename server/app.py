@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from ..client import Client
-from ..query.answers import Question, to_json
+from ..query.answers import Question
 from ..query.asking import Options
 from ..query.metric import Metric
 from ..query.scoring import all_scores
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WhenceError
+from ..store.printable import to_json
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem
 

@@ -7,6 +7,7 @@ text and says so in its field's metadata, so that nothing is lost and nothing is
 """
 
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32
 
 from .errors import IntegrityError
-from .files import storage_errors
+from .files import regular_size, storage_errors
 
 BATCH_ROWS = 256
 _NESTING = 16
+_MAGIC = b"ARROW1\0\0"
 _JSON = {b"whence:encoding": b"json"}
 _FIXED = pa.schema(
     [
@@ -105,6 +107,62 @@ def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
     return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
 
 
+def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """The schema and the batches of a file, over a memory map that needs no open file. Every offset, length and text is checked, so that a
+    file that somebody else made leads nowhere out of itself.
+
+    Raises:
+        pa.ArrowException, OSError, ValueError, ...: it is no such file.
+    """
+    if not regular_size(path):
+        raise ValueError("missing, empty or no regular file")
+    with pa.memory_map(str(path)) as file:
+        content = file.read_buffer()
+    if content.slice(0, len(_MAGIC)).to_pybytes() != _MAGIC:
+        raise ValueError("no Arrow file")
+    # The messages are read one after the other, as a stream, not by the positions at the file's end.
+    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content.slice(len(_MAGIC))))
+    schema, batches = pa.ipc.read_schema(messages.read_next_message()), []
+    for field_ in schema:
+        known = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
+        if known.type != field_.type if known else field_.name != "metadata" or not pa.types.is_struct(field_.type):
+            raise ValueError(f"the column {field_.name[:80]!r} is not one of an example's")
+    if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"columns are missing or doubled: {missing}")
+    for message in messages:
+        if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
+            raise ValueError(f"a {message.type} that is compressed or does not belong there")
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate(full=True)
+        lists = [batch.column(name) for name in ("token_ids", "loss_mask")]
+        nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
+        if nulls or lists[0].value_lengths() != lists[1].value_lengths():
+            raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
+        batches.append(batch)
+    return schema, batches
+
+
+def _is_compressed(message: bytes) -> bool:
+    """Whether a record batch's message (a flatbuffer that Arrow has checked) says that its values are compressed: their size is not known
+    before they are read.
+    """
+
+    def entry(table: int, number: int) -> int:
+        """Where a table's field lies; 0 where it has none."""
+        fields = table - struct.unpack_from("<i", message, table)[0]
+        at = 4 + 2 * number
+        relative = struct.unpack_from("<H", message, fields + at)[0] if at < struct.unpack_from("<H", message, fields)[0] else 0
+        return table + relative if relative else 0
+
+    root = struct.unpack_from("<I", message, 0)[0]
+    header = entry(root, 2)
+    return bool(header) and bool(entry(header + struct.unpack_from("<I", message, header)[0], 3))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 class Documents:
     """The examples of one shard, read through a memory map.
 
@@ -119,13 +177,13 @@ class Documents:
     def __init__(self, path: Path, rows: int) -> None:
         self.path, self.rows = path, rows
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path), "r"))
-            sizes = [self._file.get_batch(i).num_rows for i in range(self._file.num_record_batches)]
-        except FileNotFoundError as error:
-            raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise IntegrityError(f"{path} is not a whole Arrow file ({error}); restore the file or build the index again") from error
-        if sum(sizes) != rows or not all(name in self._file.schema.names for name in _FIXED.names):
+            self._schema, self._batches = _read(path)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise IntegrityError(
+                f"{path} is not a whole Arrow file of examples ({_first_line(error)}); restore it or build again"
+            ) from error
+        sizes = [batch.num_rows for batch in self._batches]
+        if sum(sizes) != rows:
             raise IntegrityError(f"{path} holds {sum(sizes)} examples where the manifest says {rows}; build the index again")
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
 
@@ -153,7 +211,7 @@ class Documents:
     @property
     def columns(self) -> dict[str, pa.DataType]:
         """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
-        schema = self._file.schema
+        schema = self._schema
         kinds = {name: schema.field(name).type for name in ("id", "document", "chunk", "text", "source")}
         if "label" in schema.names:
             kinds["label"] = schema.field("label").type
@@ -167,7 +225,7 @@ class Documents:
         """Some columns of all rows, those of the corpus beside the others; names that are not there are left out, `id` never is."""
         import pyarrow.compute as pc
 
-        whole, own = pa.Table.from_batches([self._file.get_batch(i) for i in range(self._file.num_record_batches)], self._file.schema), {}
+        whole, own = pa.Table.from_batches(self._batches, self._schema), {}
         for name in {"id", *names}:
             if name in self.columns:
                 direct = name in ("id", "document", "chunk", "text", "source", "label")
@@ -176,10 +234,10 @@ class Documents:
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._file.get_batch(batch), row - int(self._starts[batch])
+        return self._batches[batch], row - int(self._starts[batch])
 
     def _decode(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        kind = self._file.schema.field("metadata").type if metadata else ()
+        kind = self._schema.field("metadata").type if metadata else ()
         encoded = {f.name for f in kind if f.metadata and f.metadata.get(b"whence:encoding") == b"json"}
         return {
             name: json.loads(value) if name in encoded and value is not None else value

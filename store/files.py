@@ -11,12 +11,17 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import BusyError, IntegrityError, StorageError
+from .errors import BusyError, IntegrityError, StorageError, UsageError
+
+FOLDERS = ("documents", "encoder", "manifests", "rows", "search", "staging")
+_SMALL_BYTES = 1 << 24
+PLAN = "plan.json"  # in staging/: which build or addition was begun
 
 
 @contextlib.contextmanager
@@ -34,6 +39,33 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
             raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or mend this one") from error
         raise
+
+
+def regular_size(path: Path) -> int | None:
+    """A file's size in bytes; None where there is no regular file (nothing, a folder, a pipe, a device)."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
+    """The bytes of a file that must be a regular one of at most `most` bytes, so that a pipe never blocks and a device never ends.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        IntegrityError: it is no regular file, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            what = (
+                f"has {found.st_size:,} bytes, more than the {most:,} it may have" if stat.S_ISREG(found.st_mode) else "is no regular file"
+            )
+            raise IntegrityError(f"{path} {what}; restore the file or build the index again")
+        return file.read(found.st_size)
 
 
 def sha256(path: Path) -> str:
@@ -92,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IntegrityError: it is not what was written.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged ({error}); remove the directory that is being built and build again") from error
     if not isinstance(content, dict) or not content:
@@ -129,23 +161,57 @@ def sync_name(directory: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_links(directory: Path) -> None:
+    """Refuse an index whose folders, or what lies in them, are links: a writer would follow them out of the index.
+
+    Raises:
+        UsageError: names the link.
+    """
+    for place in (directory / ".lock", *(directory / name for name in FOLDERS)):
+        if place.is_symlink() or (place.name == ".lock" and place.exists() and regular_size(place) is None):
+            raise UsageError(
+                f"{place} is a link or no regular file, which a change of the index would follow; put the files themselves there"
+            )
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        raise UsageError(
+                            f"{entry.path} is a link, which a change of the index would follow; put the files themselves there"
+                        )
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what killed writers left half-written in `staging/`; all of it where no build or addition is begun there."""
+    staging = directory / "staging"
+    if not (staging / PLAN).exists():
+        shutil.rmtree(staging, ignore_errors=True)
+        return
+    for leftover in staging.iterdir():
+        if leftover.suffix in (".zarr", ".arrow", ".safetensors"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory's build lock; the operating system drops it when the process dies, however it dies.
+    """Hold the directory's lock, by which one process at a time writes; the operating system drops it when that process dies.
 
     Raises:
         BusyError: another process holds it.
+        UsageError: a folder of the index is a link.
     """
     from filelock import FileLock, Timeout
 
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links(directory)
         lock = FileLock(directory / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise BusyError(f"another build is writing into {directory}; wait for it, or choose another --out") from error
     try:
+        clear_leftovers(directory)
         yield
     finally:
         lock.release()

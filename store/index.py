@@ -1,13 +1,14 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
-import contextlib
 import re
 import shutil
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256 as digest
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,18 @@ from jaxtyping import Bool, Float16, Float32, Float64, Int64
 from .coarse import Coarse
 from .documents import Documents, Example
 from .errors import IncompatibleError, IntegrityError, UsageError
-from .files import read_json, sha256
+from .files import clear_leftovers, read_json, regular_size, sha256
 from .keyed import KeyedRows, KeyedVectors
-from .manifest import DenseSegment, FileRecord, KeyedSegment, Shard, identity, read_manifest
+from .manifest import DenseSegment, FileRecord, KeyedSegment, Layer, Shard, identity, manifest_numbers, read_manifest
 from .postings import Postings
-from .rows import DenseRows, Reduction, map_array
+from .rows import Checks, DenseRows, Reduction, map_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 _GROUP_ROWS = 1 << 16
+_OPEN_DOCUMENTS = 1024
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -76,11 +78,26 @@ class Index:
         self._keyed: dict[tuple[str, str], KeyedRows] = {}
         self._postings: dict[tuple[str, str], Postings] = {}
         self._coarse: dict[tuple[str, str], Coarse | None] = {}
-        self._documents: dict[str, Documents] = {}
+        self._documents: OrderedDict[str, Documents] = OrderedDict()
+        self._described: set[str] = set()
 
     def __len__(self) -> int:
         """Rows, deleted ones too."""
         return self.manifest.rows
+
+    def _refuse_missing_rows(self) -> None:
+        """Refuse shards without a file of their rows' norms, before anything is allocated by the manifest's word alone."""
+        name = self.manifest.segments[0].name
+        for shard in self.manifest.shards:
+            path = self.path / "rows" / f"{shard.id}.zarr" / name / "norms/c/0"
+            size = regular_size(path)
+            if size != 4 * shard.rows + 4:
+                what = (
+                    "is missing"
+                    if size is None
+                    else f"has {size:,} bytes where {shard.rows:,} rows take {4 * shard.rows + 4:,} (truncated?)"
+                )
+                raise IntegrityError(f"{path} {what}; restore the file or build the index again")
 
     def segment(self, name: str) -> DenseSegment | KeyedSegment:
         """The manifest's entry for a segment."""
@@ -91,18 +108,28 @@ class Index:
         key = (shard.id, segment.name)
         if key not in self._rows:
             group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
-            # What describes the arrays is small and compared whole; their values are compared chunk by chunk when they are touched.
-            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-            self._rows[key] = DenseRows(group, shard.rows, segment.stored, segment.dtype)
+            self._rows[key] = DenseRows(group, shard.rows, segment.stored, segment.dtype, self._checks(shard, f"{segment.name}/"))
         return self._rows[key]
+
+    def _checks(self, shard: Shard, within: str = "") -> Checks:
+        """What the manifest says of the arrays in a group of a shard's, after the files that describe the arrays were compared whole."""
+        group = f"rows/{shard.id}.zarr/{within}"
+        if shard.id not in self._described:
+            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
+            self._described.add(shard.id)
+        arrays = {}
+        for record in shard.files:
+            name, _, rest = record.path.removeprefix(group).partition("/")
+            if record.path.startswith(group) and rest.startswith("c/"):
+                arrays[name] = record.chunks
+        return arrays
 
     def keyed(self, shard: Shard, segment: KeyedSegment) -> KeyedRows:
         """A keyed segment's rows in one shard."""
         key = (shard.id, segment.name)
         if key not in self._keyed:
             group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
-            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-            self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits)
+            self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits, self._checks(shard, f"{segment.name}/"))
         return self._keyed[key]
 
     @cached_property
@@ -120,8 +147,9 @@ class Index:
         """The posting lists of a keyed segment's rows in a group: those that lie beside them, else made here."""
         key = (group.id, segment.name)
         if key not in self._postings:
-            kept = Postings.read(self._beside(group, segment), self._source(group, segment), group.rows, -(-segment.bits // 8))
-            self._postings[key] = kept or Postings.of([self.keyed(shard, segment) for shard in group.shards])
+            lists = self._kept(group, segment) or self._made(group, segment)
+            assert isinstance(lists, Postings)
+            self._postings[key] = lists
         return self._postings[key]
 
     def coarse(self, group: Group, segment: DenseSegment) -> Coarse | None:
@@ -131,37 +159,53 @@ class Index:
         """
         key = (group.id, segment.name)
         if key not in self._coarse:
-            self._coarse[key] = Coarse.read(self._beside(group, segment), self._source(group, segment), group.rows, segment.stored)
+            codes = self._kept(group, segment)
+            assert codes is None or isinstance(codes, Coarse)
+            self._coarse[key] = codes
         return self._coarse[key]
 
-    def reindex(self) -> int:
+    def reindex(self, compare: bool = False) -> int:
         """Write what the search can read beside the rows, posting lists and one-bit codes, where it is missing, damaged or of other rows;
-        and remove that of groups that are no more.
+        and remove that of groups that are no more. The caller holds the index (see `files.exclusive`).
+
+        Args:
+            compare: also make anew what seems whole, and write it where it differs.
 
         Returns:
             How many files were written.
         """
         written, beside = 0, self.path / "search"
-        if beside.is_symlink() or (beside.exists() and not beside.is_dir()):
-            raise UsageError(f"{beside} is no directory of this index (a file, or a link elsewhere); remove it")
-        for group in self.groups:
-            for segment in self.manifest.segments:
-                source, place = self._source(group, segment), self._beside(group, segment)
-                if isinstance(segment, KeyedSegment):
-                    if Postings.read(place, source, group.rows, -(-segment.bits // 8)) is None:
-                        Postings.of([self.keyed(shard, segment) for shard in group.shards]).write(place, source, self.path / "staging")
-                        written += 1
-                elif segment.dtype != "1bit" and Coarse.read(place, source, group.rows, segment.stored) is None:
-                    Coarse.of([self.dense(shard, segment) for shard in group.shards], segment.projection.seed).write(
-                        place, source, self.path / "staging"
-                    )
-                    written += 1
+        if beside.exists() and not beside.is_dir():
+            raise UsageError(f"{beside} is no directory of this index; remove it")
+        for group, segment in self._searchable():
+            kept = self._kept(group, segment)
+            if kept is not None and not (compare and not _alike(kept, self._made(group, segment))):
+                continue
+            self._made(group, segment).write(self._beside(group, segment), self._source(group, segment), self.path / "staging")
+            written += 1
         for place in beside.glob("*.zarr"):
             if place.stem not in {group.id for group in self.groups} and _UUID.fullmatch(place.stem) and not place.is_symlink():
                 shutil.rmtree(place)
-        with contextlib.suppress(OSError):
-            (self.path / "staging").rmdir()
+        clear_leftovers(self.path)
         return written
+
+    def _searchable(self) -> Iterator[tuple[Group, DenseSegment | KeyedSegment]]:
+        """The groups and segments beside whose rows something lies for the search."""
+        for group in self.groups:
+            for segment in self.manifest.segments:
+                if isinstance(segment, KeyedSegment) or segment.dtype != "1bit":
+                    yield group, segment
+
+    def _kept(self, group: Group, segment: DenseSegment | KeyedSegment) -> Postings | Coarse | None:
+        place, source = self._beside(group, segment), self._source(group, segment)
+        if isinstance(segment, KeyedSegment):
+            return Postings.read(place, source, group.rows, -(-segment.bits // 8))
+        return Coarse.read(place, source, group.rows, segment.stored)
+
+    def _made(self, group: Group, segment: DenseSegment | KeyedSegment) -> Postings | Coarse:
+        if isinstance(segment, KeyedSegment):
+            return Postings.of([self.keyed(shard, segment) for shard in group.shards])
+        return Coarse.of([self.dense(shard, segment) for shard in group.shards], segment.projection.seed)
 
     def by_shard(
         self, rows: Int64[np.ndarray, " chosen"]
@@ -196,23 +240,26 @@ class Index:
         """The examples' own losses under the (last) model, in nats."""
         if not any(f.path == f"rows/{shard.id}.zarr/losses/zarr.json" for f in shard.files):
             raise IncompatibleError(f"{self.path} does not hold its examples' losses; build it again with this version")
-        self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-        return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
+        return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32", self._checks(shard))
 
     def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
         """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
         group = self.path / "rows" / f"{shard.id}.zarr"
         if not any(f.path == f"rows/{shard.id}.zarr/hidden/zarr.json" for f in shard.files):
             return None
-        self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-        width = read_json(group / "hidden/zarr.json")["shape"][1]
-        return map_array(group, "hidden", (shard.rows, width), "float16")
+        checks, shape = self._checks(shard), read_json(group / "hidden/zarr.json").get("shape")
+        if not isinstance(shape, list) or len(shape) != 2 or not isinstance(shape[1], int) or not 0 < shape[1] < 1 << 24:
+            raise IntegrityError(f"{group}/hidden/zarr.json does not describe hidden states; restore the file or build the index again")
+        return map_array(group, "hidden", (shard.rows, shape[1]), "float16", checks)
 
     def documents(self, shard: Shard) -> Documents:
         """A shard's examples."""
         if shard.id not in self._documents:
             self._compare(record for record in shard.files if record.path.endswith(".arrow"))
             self._documents[shard.id] = Documents(self.path / "documents" / f"{shard.id}.arrow", shard.rows)
+            while len(self._documents) > _OPEN_DOCUMENTS:
+                self._documents.popitem(last=False)
+        self._documents.move_to_end(shard.id)
         return self._documents[shard.id]
 
     def blocks(self, segment: DenseSegment) -> Iterator[Block]:
@@ -297,7 +344,12 @@ class Index:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
-        """Which rows were not deleted."""
+        """Which rows were not deleted.
+
+        Raises:
+            IntegrityError: the files hold fewer rows than the manifest says.
+        """
+        self._refuse_missing_rows()
         alive = np.ones(self.manifest.rows, bool)
         alive[list(self.manifest.tombstones)] = False
         return alive
@@ -307,12 +359,22 @@ class Index:
         """The encoder's arrays, by name (docs/format.md lists them).
 
         Raises:
-            IntegrityError: the file is missing or not the one that was written.
+            IntegrityError: the file is missing, not the one that was written, or not what the segments need.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         self._compare([self.manifest.encoder])
-        return load_file(self.path / self.manifest.encoder.path)
+        path = self.path / self.manifest.encoder.path
+        try:
+            arrays = load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path} is not a whole safetensors file ({error}); restore it or build the index again") from error
+        for segment in self.manifest.segments:
+            problem = _misfit(segment, arrays)
+            if problem:
+                raise IntegrityError(f"{path} does not fit the index: {problem}; restore it or build the index again")
+        return arrays
 
     def spectrum(self, segment: DenseSegment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
         """A segment's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
@@ -348,7 +410,7 @@ class Index:
             "rows": m.rows,
             "deleted": len(m.tombstones),
             "tokens": m.tokens,
-            **{name: m.build[name] for name in ("documents", "split", "truncated", "skipped")},
+            **{name: getattr(m.build, name) for name in ("documents", "split", "truncated", "skipped", "not_finite")},
             "shards": len(m.shards),
             "bytes": sum(f.bytes for f in files),
             "bytes_per_example": round(row_bytes / m.rows, 1),
@@ -356,11 +418,14 @@ class Index:
             "segments": [
                 _describe(s)
                 | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)}
-                | m.build["weighed"].get(s.name, {})
+                | m.build.weighed.get(s.name, {})
                 for s in m.segments
             ],
-            "left_out": m.build["left_out"],
-            "added": [{name: part[name] for name in ("rows", "drift")} for part in m.build.get("added", ())],
+            "tracked": [
+                {"parameters": t.parameters, "of": t.of, "share": round(t.share, 4), "left_out": t.left_out} for t in m.build.tracked
+            ],
+            "notes": list(m.build.notes),
+            "added": [{"rows": part.rows, "drift": part.drift} for part in m.build.added],
         }
 
     def energy_held(self, segment: DenseSegment | KeyedSegment) -> float:
@@ -383,12 +448,16 @@ class Index:
         return round(sum(f.bytes for f in files) / self.manifest.rows, 1)
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every byte that the manifest names and yield (relative path, what is wrong with it or None)."""
+        """Read every byte that the manifest names, make anew what lies beside the rows for the search, and yield (relative path, what is
+        wrong with it or None).
+        """
         yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
+        whole = True
         for shard in self.manifest.shards:
             problems = [(record.path, _problem(self.path, record)) for record in shard.files]
             yield from problems
             if any(problem for _, problem in problems):
+                whole = False
                 continue
             try:
                 for segment in self.manifest.segments:
@@ -397,9 +466,33 @@ class Index:
                     else:
                         for _ in self.dense(shard, segment).blocks():
                             pass
+                self.losses(shard)
+                self.hidden(shard)
                 self.documents(shard)
             except IntegrityError as error:
+                whole = False
                 yield f"rows/{shard.id}.zarr", str(error)
+        try:
+            self.arrays  # noqa: B018
+        except IntegrityError as error:
+            yield self.manifest.encoder.path, str(error)
+        for group, segment in self._searchable() if whole else ():
+            kept, place = self._kept(group, segment), self._beside(group, segment)
+            if kept is not None:
+                forged = not _alike(kept, self._made(group, segment))
+                yield str(place.relative_to(self.path)), f"{place} is not made of the rows; mend it with whence reindex" if forged else None
+        yield from self._missing_manifests()
+
+    def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
+        """States between those that are there (pruning leaves the newest alone), and the record of which is the newest."""
+        latest = self.path / "manifests" / "latest"
+        if not latest.is_file():
+            yield "manifests/latest", f"{latest} is missing, by which a lost newest state would be noticed; the next change writes it"
+        numbers = manifest_numbers(self.path)
+        for before, after in pairwise(numbers):
+            if after > before + 1:
+                place = f"manifests/{before + 1:06d}.json"
+                yield place, f"{self.path / place} is missing between states {before} and {after}; the newest is not affected"
 
     def _compare(self, records: Iterable[FileRecord]) -> None:
         for record in records:
@@ -419,6 +512,53 @@ class Index:
             raise UsageError(f"row {row} was deleted")
         shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+def _alike(a: Postings | Coarse, b: Postings | Coarse) -> bool:
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+
+
+def _misfit(segment: DenseSegment | KeyedSegment, arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with a segment's arrays of the encoder: one that is missing, or not of the shape that the segment promises."""
+    shapes = _keyed_shapes(segment) if isinstance(segment, KeyedSegment) else _dense_shapes(segment)
+    for name, (shape, needed) in shapes.items():
+        array = arrays.get(f"{segment.name}/{name}")
+        if array is None and needed:
+            return f"{segment.name}/{name} is missing"
+        if array is not None and (array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all()):
+            return f"{segment.name}/{name} is not of {' x '.join(map(str, shape))} finite numbers"
+    kept = arrays.get(f"{segment.name}/kept")
+    if kept is not None and isinstance(segment, DenseSegment):
+        ordered = kept.dtype == np.int64 and kept.ndim == 1 and len(kept) and (np.diff(kept) > 0).all()
+        if not (ordered and kept[0] >= 0 and kept[-1] < segment.dim):
+            return f"{segment.name}/kept does not name coordinates"
+    return None
+
+
+def _keyed_shapes(segment: KeyedSegment) -> dict[str, tuple[tuple[int, ...], bool]]:
+    return {
+        "basis": ((segment.width, segment.width), True),
+        "eigenvalues": ((segment.width,), True),
+        "vocabulary": ((segment.vocabulary,), True),
+    }
+
+
+def _dense_shapes(segment: DenseSegment) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """By array, its shape and whether it must be there."""
+    shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
+    pca = segment.projection.kind == "pca"
+    for layer in segment.layers:
+        kronecker = layer.curvature in ("ekfac", "kfac")
+        for side, owner, rank, size in _sides(layer):
+            shapes[f"{owner}/{side}_rotation"] = (rank, rank), kronecker
+            shapes[f"{owner}/{side}_projection"] = (rank, size), pca and rank < size
+        shapes[f"{layer.name}/eigenvalues"] = (layer.size,), layer.curvature != "identity"
+        shapes[f"{layer.name}/basis"] = (layer.size, layer.size), layer.curvature == "fisher"
+    return shapes
+
+
+def _sides(layer: Layer) -> tuple[tuple[str, str, int, int], tuple[str, str, int, int]]:
+    return ("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs)
 
 
 def _common(a: "pa.DataType", b: "pa.DataType") -> "pa.DataType":
@@ -461,9 +601,9 @@ def dense_reduction(segment: DenseSegment, arrays: Mapping[str, np.ndarray]) -> 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:
     path = directory / record.path
-    if not path.is_file():
+    size = regular_size(path)
+    if size is None:
         return f"{path} is missing; restore the file or build the index again"
-    size = path.stat().st_size
     if size != record.bytes:
         return f"{path} has {size} bytes where {record.bytes} belong (truncated?); restore the file or build the index again"
     if sha256(path) != record.sha256:

@@ -24,7 +24,8 @@ from jaxtyping import Float32, Float64, Int64, UInt8, UInt32
 
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
-from .rows import map_array, write_array
+from .files import read_bytes
+from .rows import NO_CHECKS, Checks, map_array, write_array
 
 _FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
 
@@ -182,30 +183,40 @@ class KeyedRows:
     Args:
         directory: the segment's group, `rows/<uuid>.zarr/<segment>`.
         rows, vocabulary, bits: what the manifest says lies there.
+        checks: see `rows.Checks`.
 
     Raises:
         IntegrityError, IncompatibleError: see `map_array`; or the arrays contradict one another.
     """
 
-    def __init__(self, directory: Path, rows: int, vocabulary: int, bits: int) -> None:
+    def __init__(self, directory: Path, rows: int, vocabulary: int, bits: int, checks: Checks = NO_CHECKS) -> None:
         import json
 
+        def read(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            return map_array(directory, name, shape, dtype, checks)
+
         self.directory, self.rows, self.bits = directory, rows, bits
-        self.indptr = map_array(directory, "indptr", (rows + 1,), "uint32").astype(np.int64)
+        self.indptr = read("indptr", (rows + 1,), "uint32").astype(np.int64)
         entries = int(self.indptr[-1])
-        self.keys = map_array(directory, "keys", (entries,), "uint16" if vocabulary <= 1 << 16 else "uint32")
-        self.codes = map_array(directory, "codes", (entries, -(-bits // 8)), "uint8")
-        self.norms = np.array(map_array(directory, "norms", (rows,), "float32"))
+        self.keys = read("keys", (entries,), "uint16" if vocabulary <= 1 << 16 else "uint32")
+        self.codes = read("codes", (entries, -(-bits // 8)), "uint8")
+        self.norms = np.array(read("norms", (rows,), "float32"))
         try:
-            attributes = json.loads((directory / "zarr.json").read_bytes())["attributes"]
+            attributes = json.loads(read_bytes(directory / "zarr.json"))["attributes"]
             self.factor_scale = scale = float(attributes["factor_scale"])
             self.energy = tuple(map(float, attributes["energy"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise IntegrityError(
                 f"{directory}/zarr.json does not tell its factor_scale and energy; restore the file or build the index again"
             ) from error
-        self.factors = np.array(map_array(directory, "factors", (entries,), "float16")).astype(np.float32) * np.float32(scale)
-        whole = np.isfinite(self.factors).all() and np.isfinite(self.norms).all() and np.isfinite(scale)
+        self.factors = np.array(read("factors", (entries,), "float16")).astype(np.float32) * np.float32(scale)
+        whole = (
+            len(self.energy) == 2
+            and np.isfinite(self.energy).all()
+            and np.isfinite(self.factors).all()
+            and np.isfinite(self.norms).all()
+            and np.isfinite(scale)
+        )
         if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any() or (entries and int(self.keys.max()) >= vocabulary) or not whole:
             raise IntegrityError(f"{directory}: its arrays contradict one another; restore them or build the index again")
 

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
-from .files import create_only
+from .files import create_only, read_bytes, write_whole
 
 FORMAT_VERSION = 1
 FEATURES = frozenset({"deleted", "dense", "keyed", "reduced", "vectors"})
-_NAME = re.compile(r"(\d{6,})\.json")
+_NAME = re.compile(r"(\d{6,18})\.json")
+_LATEST = "latest"
+_MOST_BYTES = 1 << 30
 
 
 def _inside(path: str) -> str:
@@ -44,11 +46,17 @@ class _Model(BaseModel):
 
 
 class FileRecord(_Model):
-    """A file that the manifest vouches for."""
+    """A file that the manifest vouches for.
+
+    Attributes:
+        chunks: of an array's values, the CRC-32C over the checksums of its chunks, so that reading a few of them tells whether the file
+            is the one that belongs in this place; None for other files, which are compared whole.
+    """
 
     path: RelativePath
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    chunks: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
 
 
 class Layer(_Model):
@@ -160,9 +168,14 @@ Segment = Annotated[DenseSegment | KeyedSegment, Field(discriminator="kind")]
 
 
 class Model(_Model):
-    """Which model the rows came from; a query must come from the very same."""
+    """Which model the rows came from; a query must come from the very same.
+
+    Attributes:
+        base: of an adapter, the directory or hub id of the model that it was merged into.
+    """
 
     id: str
+    base: str | None
     revision: str | None
     dtype: ModelDtype
     fingerprint: str
@@ -187,6 +200,85 @@ class Shard(_Model):
     files: tuple[FileRecord, ...]
 
 
+class Options(_Model):
+    """A build's options as they were recorded; those that a question needs are typed, the others kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    task: str
+    fields: dict[str, str]
+    max_tokens: Size | None
+    long: Literal["split", "truncate"]
+    append_eos: bool
+
+
+class What(_Model):
+    """What decided the contents of the index: options, models, tokenizer and corpus files."""
+
+    format: Size
+    options: Options
+    models: tuple[str, ...]
+    tokenizer: str | None
+    corpus: tuple[dict[str, Any], ...]
+
+
+class Tracked(_Model):
+    """How much of the model the rows measure.
+
+    Attributes:
+        parameters: of the layers that have gradients in the rows, each counted once.
+        of: all parameters; of an adapter those that it changed.
+        left_out: names of what is not measured, the largest first.
+    """
+
+    parameters: Count
+    of: Count
+    left_out: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.parameters / self.of if self.of else 1.0
+
+
+class Addition(_Model):
+    """Documents that were added after the build: the call's identity and the manifest that it published, files, rows, and each segment's
+    drift.
+    """
+
+    call: str
+    manifest: Size
+    corpus: tuple[dict[str, Any], ...]
+    rows: Count
+    drift: dict[str, float]
+
+
+class Build(_Model):
+    """How the index was made, and what was left out of it.
+
+    Attributes:
+        how: options that do not change what the index holds.
+        weighed: by segment, what its weight rests on.
+        not_finite: rows stored as zeros, since the model's loss or gradient of them is not finite; `_first` are some of their ids.
+        notes: sentences about the models that a reader of answers should know.
+    """
+
+    what: What
+    how: dict[str, Any]
+    batch_tokens: Size
+    tracked: tuple[Tracked, ...]
+    weighed: dict[str, dict[str, float]]
+    documents: Count
+    split: Count
+    truncated: Count
+    skipped: Count
+    skipped_first: tuple[str, ...]
+    not_finite: Count
+    not_finite_first: tuple[str, ...]
+    notes: tuple[str, ...]
+    added: tuple[Addition, ...] = ()
+
+
 class Manifest(_Model):
     """The whole description of an index; see docs/format.md for the meaning of every field."""
 
@@ -205,7 +297,7 @@ class Manifest(_Model):
     tokens: Count
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     tombstones: tuple[Count, ...] = ()
-    build: dict[str, Any]
+    build: Build
 
 
 def check_damping(damping: float) -> None:
@@ -224,8 +316,9 @@ def publish_manifest(directory: Path, manifest: Manifest) -> Path:
     Raises:
         BusyError: that number was published meanwhile.
     """
-    path = directory / "manifests" / f"{manifest.number:06d}.json"
+    path = manifest_path(directory, manifest.number)
     create_only(path, seal(manifest.model_dump(mode="json")))
+    write_whole(directory / "manifests" / _LATEST, f"{manifest.number}\n".encode())
     return path
 
 
@@ -241,11 +334,33 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def latest_manifest(directory: Path) -> Path | None:
     """The manifest of the highest number, or None where there is none."""
+    numbers = manifest_numbers(directory)
+    return manifest_path(directory, numbers[-1]) if numbers else None
+
+
+def manifest_path(directory: Path, number: int) -> Path:
+    """Where the manifest of a number lies."""
+    return directory / "manifests" / f"{number:06d}.json"
+
+
+def manifest_numbers(directory: Path) -> list[int]:
+    """The numbers of the manifests that are there, ascending."""
     folder = directory / "manifests"
     if not folder.is_dir():
-        return None
-    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return max(numbered)[1] if numbered else None
+        return []
+    found = (int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+    return sorted(number for number in found if manifest_path(directory, number).exists())
+
+
+def _recorded_latest(directory: Path) -> int:
+    """The number of the manifest that was published last, by the file `latest`; 0 where it says nothing."""
+    path = directory / "manifests" / _LATEST
+    try:
+        return int(read_bytes(path, most=32).decode("ascii"))
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not the number of a manifest; remove it, or restore it") from error
 
 
 def identity(path: Path) -> tuple[str, int, int, int]:
@@ -264,6 +379,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     if not directory.is_dir():
         raise NotFoundError(f"there is no index at {directory}; build one with: whence build --out {directory} ...")
+    recorded = _recorded_latest(directory)  # read first, since another process may publish meanwhile
     path = latest_manifest(directory)
     if path is None:
         unfinished = (directory / "staging").is_dir()
@@ -272,8 +388,13 @@ def read_manifest(directory: Path) -> Manifest:
             if unfinished
             else f"{directory} is not a Whence index (it has no manifests/); name the directory given to whence build --out"
         )
+    if recorded > manifest_numbers(directory)[-1]:
+        raise IntegrityError(
+            f"{manifest_path(directory, recorded)} is missing, the newest state of the index (it may have deleted rows); restore it, or "
+            f"remove {directory / 'manifests' / _LATEST} to go on with the state before it"
+        )
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON ({error}); restore it or build the index again") from error
     if not isinstance(content, dict) or content.get("format") != "whence":
@@ -299,7 +420,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest whose parts contradict one another: row ranges that leave gaps, layers that overlap."""
+    """Refuse a manifest whose parts contradict one another: another number than its name's, row ranges that leave gaps, more rows than
+    its files can hold, layers that overlap.
+    """
+    if int(path.stem) != manifest.number:
+        raise IntegrityError(f"{path} is manifest {manifest.number} under another's name; restore it or build the index again")
     gone = manifest.tombstones
     if bool(gone) != ("deleted" in manifest.features) or any(b <= a for a, b in pairwise(gone)) or (gone and gone[-1] >= manifest.rows):
         raise IntegrityError(f"{path} is damaged: its deleted rows are not in order, or not rows of the index; build the index again")
@@ -310,6 +435,9 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         own = (f"rows/{shard.id}.zarr/", f"documents/{shard.id}.arrow")
         if not shard.files or not all(record.path.startswith(own) for record in shard.files):
             raise IntegrityError(f"{path} is damaged: shard {shard.id} does not name its own files; build the index again")
+        norms = f"rows/{shard.id}.zarr/{manifest.segments[0].name}/norms/c/0"
+        if not any(record.path == norms and record.bytes == 4 * shard.rows + 4 for record in shard.files):
+            raise IntegrityError(f"{path} is damaged: shard {shard.id} has no room for {shard.rows} rows; build the index again")
         if shard.first != first:
             raise IntegrityError(f"{path} is damaged: shard {shard.id} begins at row {shard.first}, not {first}; build the index again")
         first += shard.rows

@@ -30,7 +30,7 @@ from jaxtyping import Float, Float32, Int64, UInt32
 
 from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IncompatibleError, IntegrityError, NumericalError
-from .files import storage_errors
+from .files import read_bytes, regular_size, storage_errors
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "1bit": np.dtype("u1")}
 _FLOATS = ("float32", "float16")
@@ -40,6 +40,9 @@ _TARGET_CHUNK_BYTES = 1 << 20
 _crc = google_crc32c.value
 _WRITE_ALL = {"write_empty_chunks": True}
 
+Checks = Mapping[str, int | None]
+"""By array, what the manifest says of the checksums of its chunks (see `array_checksum`); nothing is compared where it says nothing."""
+NO_CHECKS: Checks = {}
 RowsArray = Float32[np.ndarray, "rows dim"]
 
 
@@ -193,8 +196,31 @@ def write_array(group: Any, name: str, array: np.ndarray) -> None:
     group.create_array(name, shape=array.shape, dtype=array.dtype, fill_value=0, **layout)[...] = array
 
 
-def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def array_checksum(path: Path) -> int | None:
+    """CRC-32C over the checksums of the chunks in an array's file, in their order; None for a file that holds no array's values."""
+    place = next((p for p in path.parents if p.name == "c"), None)
+    if place is None or path != place / "/".join("0" for _ in path.relative_to(place).parts):
+        return None
+    meta = json.loads(read_bytes(place.parent / "zarr.json"))
+    (codec, *_), shape = meta["codecs"], meta["shape"]
+    with open(path, "rb") as file:
+        if codec["name"] != "sharding_indexed":
+            file.seek(-_CRC_BYTES, os.SEEK_END)
+            return int(_crc(file.read(_CRC_BYTES)))
+        rows, dim = codec["configuration"]["chunk_shape"]
+        stride = rows * dim * np.dtype(meta["data_type"]).itemsize + _CRC_BYTES
+        checksums = []
+        for chunk in range(math.ceil(shape[0] / rows)):
+            file.seek((chunk + 1) * stride - _CRC_BYTES)
+            checksums.append(file.read(_CRC_BYTES))
+    return int(_crc(b"".join(checksums)))
+
+
+def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str, checks: Checks = NO_CHECKS) -> np.ndarray:
     """An array of `write_array` as a view of its memory map, after its checksum was compared.
+
+    Args:
+        checks: see `Checks`.
 
     Raises:
         IntegrityError: missing, truncated, damaged, or not of that shape and type.
@@ -208,6 +234,7 @@ def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str) ->
     path = directory / name / "/".join(["c", *("0" for _ in shape)])
     raw = _map(path, math.prod(shape) * np.dtype(dtype).itemsize + _CRC_BYTES)
     _check_crc(raw, path, "its values")
+    _check_place(raw[-_CRC_BYTES:].tobytes(), path, checks.get(name))
     return raw[:-_CRC_BYTES].view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
@@ -217,13 +244,15 @@ class DenseRows:
     Args:
         directory: the segment's group, `rows/<uuid>.zarr/<segment>`.
         rows, dim, dtype: what the manifest says lies there.
+        checks: see `Checks`.
 
     Raises:
-        IntegrityError: a file is missing, truncated, or its checksum does not match (the last on first touch).
+        IntegrityError: a file is missing, truncated, of another shard, or its checksum does not match (the last on first touch).
         IncompatibleError: the arrays are laid out in a way that this version does not read.
     """
 
-    def __init__(self, directory: Path, rows: int, dim: int, dtype: str) -> None:
+    def __init__(self, directory: Path, rows: int, dim: int, dtype: str, checks: Checks = NO_CHECKS) -> None:
+        self._checks = checks
         self.directory, self.rows, self.coordinates, self.dtype = directory, rows, dim, DTYPES[dtype]
         self.dim = row_bytes(dim, dtype) // self.dtype.itemsize
         self.one_bit = dtype == "1bit"
@@ -306,10 +335,12 @@ class DenseRows:
         self._stride = rows * dim * self.dtype.itemsize + _CRC_BYTES
         self._codes_path = self.directory / "codes/c/0/0"
         self._bytes = _map(self._codes_path, chunks * (self._stride + _INDEX_ENTRY_BYTES) + _CRC_BYTES)
+        checksums = self._bytes[: chunks * self._stride].reshape(chunks, self._stride)[:, -_CRC_BYTES:]
+        _check_place(checksums.tobytes(), self._codes_path, self._checks.get("codes"))
         return rows, chunks
 
     def _read_vector(self, name: str) -> Float32[np.ndarray, " rows"]:
-        values = np.array(map_array(self.directory, name, (self.rows,), "float32"))
+        values = np.array(map_array(self.directory, name, (self.rows,), "float32", self._checks))
         if not np.isfinite(values).all():
             raise IntegrityError(f"{self.directory / name} holds numbers that are not finite; restore the file or build the index again")
         return values
@@ -318,10 +349,10 @@ class DenseRows:
 def _metadata(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> dict:
     path = directory / name / "zarr.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON any more; restore the file or build the index again") from error
     if not isinstance(meta, dict) or meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
         raise IntegrityError(f"{path} does not describe {dtype.name} of shape {list(shape)}, which the manifest promises")
@@ -333,13 +364,21 @@ def _unreadable(directory: Path, name: str) -> IncompatibleError:
 
 
 def _map(path: Path, size: int) -> np.ndarray:
-    try:
-        found = os.path.getsize(path)
-        if found == size:
-            return np.memmap(path, mode="r", dtype=np.uint8)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path} is missing; restore the file or build the index again") from error
+    found = regular_size(path)
+    if found is None:
+        raise IntegrityError(f"{path} is missing; restore the file or build the index again")
+    if found == size:
+        import pyarrow as pa
+
+        # Arrow's map lives on without its file, where numpy's keeps a descriptor open for each of an index's thousands of files.
+        with pa.memory_map(str(path)) as file:
+            return np.frombuffer(file.read_buffer(), np.uint8)
     raise IntegrityError(f"{path} has {found} bytes where {size} belong (truncated?); restore the file or build the index again")
+
+
+def _check_place(checksums: bytes, path: Path, expected: int | None) -> None:
+    if expected is not None and _crc(checksums) != expected:
+        raise IntegrityError(f"{path} is not the file that belongs there; restore the file or build the index again")
 
 
 def _check_crc(raw: np.ndarray, path: Path, what: str) -> None:

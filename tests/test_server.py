@@ -20,11 +20,12 @@ from click.testing import CliRunner
 from helpers import random_texts, words
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
-from whence.query.answers import Answer, to_json
+from whence.query.answers import Answer
 from whence.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
 from whence.server.app import create_app
 from whence.server.guard import Impatient
 from whence.store.errors import BusyError, NotFoundError, UsageError
+from whence.store.printable import to_json
 
 TOKEN = "a-token-of-20-letters"
 
