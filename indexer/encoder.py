@@ -27,7 +27,7 @@ from .dense import DensePart
 from .hidden import HiddenMeans
 from .keyed import KeyedPart
 from .models import layer_device
-from .tasks import Batch, Task
+from .tasks import IGNORED, Batch, Task
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
@@ -182,7 +182,8 @@ def backward(
     """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Args:
-        tolerant: whether what is not finite of an example is visited as zeros, and its value is NaN then.
+        tolerant: whether what is not finite of an example is visited as zeros; its value is NaN then, and the batch has no valid tokens
+            and no targets of it any more.
 
     Raises:
         NumericalError: a loss is not finite and that is not tolerated; names the example.
@@ -193,17 +194,26 @@ def backward(
     maps = {name: pair for visitor in visitors for name, pair in visitor.maps.items()}
     tokens_in = {layer.name for layer in layers if isinstance(model.get_submodule(layer.name), nn.Embedding)}
 
+    def drop(bad: Tensor) -> None:
+        """Take examples out of the batch, so that whoever counts its tokens does not count theirs."""
+        if bad.any():
+            broken.logical_or_(bad.cpu())
+            batch.valid[bad.to(batch.valid.device)] = False
+            batch.targets[bad.to(batch.targets.device)] = IGNORED
+
     def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
         if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not, or their sum is too large
             bad = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
-            broken.logical_or_(bad.cpu())
+            drop(bad)
             d = d.masked_fill(bad[:, None, None], 0)
             x = x if layer.name in tokens_in else x.masked_fill(bad[:, None, None], 0)
         owners[layer.name](layer, x, d)
 
     with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
         losses = objective(model, batch)
-        if not tolerant:
+        if tolerant:
+            drop(~torch.isfinite(losses.detach()))
+        else:
             check_finite(losses.detach()[:, None], batch, "loss")
         losses.sum().backward()
     losses = losses.detach()

@@ -76,7 +76,7 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
         load_causal_lm(ModelSource(str(pickled)))
     broken = adapter()
     (broken / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(IncompatibleError, match="cannot be merged"):
+    with pytest.raises(IncompatibleError, match="no whole safetensors file"):
         load_causal_lm(ModelSource(str(broken)))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match="pip install peft"):

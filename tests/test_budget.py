@@ -147,8 +147,12 @@ def test_an_index_says_what_each_segment_costs_and_holds(index):
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
         assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
         assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
-    assert info["left_out"] == [n for n in _linear_layers(client) if n not in {x.name for x in client.index.segment("blocks").layers}]
-    assert "left out" in run("info", index).stdout
+    tracked = {n for s in client.index.manifest.segments for n in ([s.layer] if s.kind == "keyed" else [x.name for x in s.layers])}
+    sizes = {id(m.weight): m.weight.numel() for n, m in client.encoder.model.named_modules() if n in tracked}
+    (measured,) = info["tracked"]
+    assert measured["parameters"] == sum(sizes.values())
+    assert measured["of"] == sum(p.numel() for p in client.encoder.model.parameters())
+    assert "measured" in run("info", index).stdout
 
 
 def _linear_layers(client):
@@ -231,5 +235,5 @@ def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_grad
     model.save_pretrained(tmp_path / "m")
     options = {"model": str(tmp_path / "m"), "data": (str(corpus_file),), "bytes_per_example": 1500}
     manifest = build(BuildConfig(out=str(tmp_path / "i"), **options))
-    means = {name: found["mean_share"] for name, found in manifest.build["weighed"].items()}
+    means = {name: found["mean_share"] for name, found in manifest.build.weighed.items()}
     assert (means["head"] > max(0.0, means["blocks"])) == frozen, means

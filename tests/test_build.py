@@ -46,7 +46,9 @@ def test_a_finished_build_leaves_only_what_the_manifest_names(index_dir):
     named = [path for path, _, _ in checksums(index_dir)]
     shards = [f"rows/{s.id}.zarr" for s in read_manifest(index_dir).shards]
     beside = {f"search/{group.id}.zarr" for group in Index(index_dir).groups}  # which no manifest names
-    assert [f for f in files(index_dir) if "/".join(f.split("/")[:2]) not in beside] == sorted([".lock", "manifests/000001.json", *named])
+    assert [f for f in files(index_dir) if "/".join(f.split("/")[:2]) not in beside] == sorted(
+        [".lock", "manifests/000001.json", "manifests/latest", *named]
+    )
     assert sorted(p.name for p in (index_dir / "rows").iterdir()) == sorted(Path(s).name for s in shards)
 
 
@@ -60,10 +62,10 @@ def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file
 
 def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_file):
     manifest = read_manifest(index_dir)
-    options = manifest.build["what"]["options"]
+    options = manifest.build.what.options.model_dump()
     assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, None)
     assert manifest.segments[0].curvature.damping == 0.1
-    assert manifest.build["what"]["corpus"][0]["path"] == str(corpus_file)
+    assert manifest.build.what.corpus[0]["path"] == str(corpus_file)
     assert manifest.models[0].id == str(Path(model_dir).resolve())
     assert manifest.segments[0].curvature.examples == 120
     assert manifest.rows == 120
@@ -278,8 +280,8 @@ def test_bad_documents_end_a_build_or_are_counted(tmp_path, model_dir):
     with pytest.raises(DataError, match=r"c.jsonl line 2: the text is empty.*--bad-documents skip"):
         build(config(model_dir, corpus, tmp_path / "i"))
     manifest = build(config(model_dir, corpus, tmp_path / "j", bad_documents="skip"))
-    assert (manifest.rows, manifest.build["skipped"]) == (2, 2)
-    assert "line 2" in manifest.build["skipped_first"][0]
+    assert (manifest.rows, manifest.build.skipped) == (2, 2)
+    assert "line 2" in manifest.build.skipped_first[0]
     corpus.write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="no usable document"):
         build(config(model_dir, corpus, tmp_path / "k", bad_documents="skip"))
@@ -289,7 +291,7 @@ def test_chunks_point_to_their_document(tmp_path, model_dir):
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": "long", "text": words(*range(1, 41))}, {"id": "short", "text": words(1, 2)}])
     out = tmp_path / "i"
     manifest = build(config(model_dir, corpus, out, max_tokens=16))
-    assert (manifest.build["documents"], manifest.build["split"]) == (2, 1)
+    assert (manifest.build.documents, manifest.build.split) == (2, 1)
     found = [Index(out).example(i) for i in range(manifest.rows)]
     assert [(e.id, e.document, e.chunk) for e in found] == [
         ("long#0", "long", 0),
@@ -300,7 +302,7 @@ def test_chunks_point_to_their_document(tmp_path, model_dir):
     assert {a.document for a in Client(out).query(row=1).proponents} <= {"long", "short"}
 
 
-def test_weights_that_are_not_finite_end_the_build_with_the_example(tmp_path, corpus_file):
+def test_weights_that_are_not_finite_end_the_build_and_leave_nothing(tmp_path, corpus_file):
     import torch
 
     model = make_model("gpt2", "float32")
@@ -308,9 +310,53 @@ def test_weights_that_are_not_finite_end_the_build_with_the_example(tmp_path, co
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(NumericalError, match="of example 'd"):
+    with pytest.raises(NumericalError, match="no example's loss and gradient are finite"):
         build(config(tmp_path / "model", corpus_file, tmp_path / "i"))
-    assert not (tmp_path / "i/manifests").exists()
+    assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 4, "curvature": "fisher", "labels": "sampled"}, {"bytes_per_example": 800}])
+def test_an_example_that_is_not_finite_is_a_row_of_zeros_and_the_others_are_as_without_it(tmp_path, options):
+    """The embedding of one token is infinite: documents with it have no finite loss."""
+    import torch
+
+    model = make_model("gpt2", "float32")
+    with torch.no_grad():
+        model.transformer.wte.weight[7, 0] = float("inf")  # tied: in every logit for token 7, whose probability is then not a number
+        model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.nan_to_num(posinf=0.0).clone())
+        model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    texts = random_texts(60, seed=1)
+    bad = [f"d{i}" for i, text in enumerate(texts) if 7 in tokenizer(text).input_ids]
+    good = [{"id": f"d{i}", "text": text} for i, text in enumerate(texts) if f"d{i}" not in bad]
+    assert 0 < len(bad) < 60
+    everything = write_jsonl(tmp_path / "all.jsonl", [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    with pytest.warns(UserWarning, match=f"{len(bad)} rows are stored as zeros"):
+        manifest = build(config(tmp_path / "model", everything, tmp_path / "a", **options))
+    build(config(tmp_path / "model", write_jsonl(tmp_path / "good.jsonl", good), tmp_path / "b", **options))
+    assert (manifest.build.not_finite, list(manifest.build.not_finite_first)) == (len(bad), bad[:20])
+    a, b = Client(tmp_path / "a"), Client(tmp_path / "b")
+    ids = a.index.column("id").to_pylist()
+    for segment in a.index.manifest.segments:
+        norms, others = a.index.norms(segment), b.index.norms(b.index.segment(segment.name))
+        assert not norms[[ids.index(i) for i in bad]].any()
+        np.testing.assert_allclose(norms[[ids.index(d["id"]) for d in good]], others, rtol=1e-3)
+    answer = a.query(text=good[0]["text"], k=60)
+    assert not {p.id for p in (*answer.proponents, *answer.opponents)} & set(bad)
+    (nats,) = [s for _, s in all_scores_of(a, good[0]["text"])]
+    assert np.isfinite(nats).all()
+    with pytest.raises(NumericalError, match="not finite"):
+        a.query(text=texts[int(bad[0][1:])])
+
+
+def all_scores_of(client, text):
+    from whence import Question
+    from whence.query.metric import Metric
+    from whence.query.scoring import all_scores
+
+    return all_scores(client.index, client.rows([Question(text=text)]), Metric("per-nat"))
 
 
 @pytest.mark.parametrize(
@@ -402,7 +448,7 @@ def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_
     assert "Traceback" not in done.stderr
     words_ = done.stdout.split()
     assert words_[:2] == ["exit", "1"], done.stdout
-    assert words_[-3:] == ["exit", "0", "000001.json"], done.stdout + done.stderr
+    assert words_[-4:] == ["exit", "0", "000001.json", "latest"], done.stdout + done.stderr
 
 
 def test_the_fitting_sample_is_seeded_and_bounded(tmp_path, model_dir, corpus_file):
@@ -415,4 +461,4 @@ def test_the_fitting_sample_is_seeded_and_bounded(tmp_path, model_dir, corpus_fi
 
 
 def test_the_config_is_json(index_dir):
-    json.dumps(read_manifest(index_dir).build)
+    json.dumps(read_manifest(index_dir).build.model_dump(mode="json"))
