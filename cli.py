@@ -5,6 +5,7 @@ Every room is imported inside the command that needs it, so that `whence --help`
 (WHENCE_BUILD_RANK for `whence build --rank`), else from the file given with --config, else it has its default.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -448,6 +449,7 @@ _question_options = _together(
     click.option("--prompt", default="", help="What comes before the completion."),
     click.option("--completion", help="What the model said: the loss is on it alone."),
     click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index)."),
+    click.option("--messages", help="JSON file with chat messages (or with messages and tools): the loss is on the assistant's turns."),
     click.option("--row", type=int, help="A training example, by its row; needs no model."),
     click.option("--against", help="Another completion: what made the model say the one rather than the other."),
     click.option("--span", help="A part of the completion or text, as it stands there: the loss is on its tokens alone."),
@@ -544,6 +546,7 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 @click.option("--prompt", default="", help="What comes before the completion.")
 @click.option("--completion", help="What the model said.")
 @click.option("--text", help="A whole text.")
+@click.option("--messages", help="JSON file with chat messages (or with messages and tools).")
 @click.option("--question-row", type=int, help="Ask with a training example, by its row.")
 @click.option("--against", help="Another completion: what made the model say the one rather than the other.")
 @click.option("--span", help="A part of the completion or text, as it stands there.")
@@ -566,7 +569,8 @@ def explain(
     """
     from .query.answers import Question
 
-    question = Question(row=question_row, **{name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")})
+    asked = {name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")}
+    question = Question(row=question_row, **asked, **_chat(options.pop("messages")))
     how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
     client = _client(index, options, [question], with_model=tokens)
     if not rows:
@@ -634,14 +638,33 @@ def _questions(file: str | None, options: dict[str, Any]) -> list["Question"]:
     """The questions of a file, or the one that the options ask, which are taken out."""
     from .query.answers import Question
 
-    given = {name: options.pop(name) for name in ("prompt", "completion", "text", "row", "against", "span")}
+    given = {name: options.pop(name) for name in ("prompt", "completion", "text", "messages", "row", "against", "span")}
     if file is None:
         if options["mean"]:
             raise UsageError("--mean is over the questions of a file; give it with --file")
-        return [Question(**given)]
+        return [Question(**given | _chat(given["messages"]))]
     if any(given.values()):
-        raise UsageError("--file brings its own questions; give it without --prompt, --completion, --text, --row, --against and --span")
+        raise UsageError(
+            "--file brings its own questions; give it without --prompt, --completion, --text, --messages, --row, --against and --span"
+        )
     return list(_read_questions(file))
+
+
+def _chat(file: str | None) -> dict[str, Any]:
+    """The messages, and perhaps tools, of a JSON file."""
+    if file is None:
+        return {}
+    from .store.files import read_bytes
+
+    try:
+        content = json.loads(read_bytes(Path(file)))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file {file}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not JSON ({error}); it holds a list of messages, or an object with messages and tools") from error
+    if isinstance(content, dict) and content.keys() <= {"messages", "tools"}:
+        return {"messages": content.get("messages"), "tools": content.get("tools")}
+    return {"messages": content}
 
 
 @main.command()

@@ -375,7 +375,14 @@ class Client(Asks):
             raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
         where = f"question {question.id}" if question.id else "the question"
         return self._documents.question(
-            question.prompt, question.completion, question.text, span=question.span, context=self._context, where=where
+            question.prompt,
+            question.completion,
+            question.text,
+            messages=question.messages,
+            tools=question.tools,
+            span=question.span,
+            context=self._context,
+            where=where,
         )
 
     @property

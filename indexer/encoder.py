@@ -27,7 +27,7 @@ from .dense import DensePart
 from .hidden import HiddenMeans
 from .keyed import KeyedPart
 from .models import layer_device
-from .tasks import IGNORED, Batch, Task
+from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
@@ -182,8 +182,8 @@ def backward(
     """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Args:
-        tolerant: whether what is not finite of an example is visited as zeros; its value is NaN then, and the batch has no valid tokens
-            and no targets of it any more.
+        tolerant: whether what is not finite of an example is visited as zeros; its value is NaN then, and none of its tokens is
+            valid in the batch any more.
 
     Raises:
         NumericalError: a loss is not finite and that is not tolerated; names the example.
@@ -199,7 +199,6 @@ def backward(
         if bad.any():
             broken.logical_or_(bad.cpu())
             batch.valid[bad.to(batch.valid.device)] = False
-            batch.targets[bad.to(batch.targets.device)] = IGNORED
 
     def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
         if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not, or their sum is too large

@@ -7,9 +7,10 @@ prompt belongs to the completion. The first token is never in the loss, since no
 Split documents overlap by one token, which is context in the later chunk: every loss token is counted in exactly one chunk.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ import numpy as np
 from ..store.corpus import Document
 from ..store.documents import Example
 from ..store.errors import DataError, UsageError
+from .chat import Conversation
 from .models import tokenizer_fingerprint
 
 _TOKENIZE_BATCH, _MOST_PENDING = 256, 48
@@ -102,11 +104,14 @@ class TextEncoder:
         completion: str | None = None,
         text: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         span: str | None = None,
         context: int | None = None,
         where: str = "the query",
     ) -> Example:
-        """Encode one question whole: the loss is on the completion, or on all of the text, or on a `span` of it.
+        """Encode one question whole: the loss is on the completion, or on all of the text, or on the assistant's turns of messages, or on
+        a `span` of these.
 
         A text is encoded as a document is, with its end where `append_eos` says so (unless a span is asked about); a completion is never
         ended.
@@ -114,17 +119,18 @@ class TextEncoder:
         Raises:
             UsageError: empty, without a token to predict, or longer than the model's `context` (tokens); the span is not there, or twice.
         """
-        document = Document(id="query", source="query", where=where, text=text, prompt=prompt, completion=completion)
+        asked: dict[str, Any] = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
+        document = Document(id="query", source="query", where=where, template={"tools": tools} if tools else {}, **asked)
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
         if span is not None:
-            ((start, _),) = rendered.spans
-            found = rendered.text[start:].count(span) if span else 0
-            if found != 1:
-                raise UsageError(f"{where}: the span {span[:80]!r} stands {found} times in what is asked about; it must stand there once")
-            start = rendered.text.index(span, start)
-            rendered = replace(rendered, spans=((start, start + len(span)),))
+            places = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
+            if len(places) != 1:
+                raise UsageError(
+                    f"{where}: the span {span[:80]!r} stands {len(places)} times in what is asked about; it must stand there once"
+                )
+            rendered = replace(rendered, spans=((places[0], places[0] + len(span)),))
         ids, mask, at = self._tokenize([rendered])[0]
         if text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, at)
@@ -144,15 +150,26 @@ class TextEncoder:
 
     def _render(self, document: Document) -> _Rendered:
         if document.messages is not None:
-            return _render_chat(self.tokenizer, document.messages)
+            chat = Conversation(self.tokenizer, document.messages, document.template)
+            spans = chat.after(document.prompt_messages) if document.prompt_messages else chat.assistant_spans()
+            return _Rendered(chat.text, tuple(spans), special_tokens=False)
         if document.completion is not None:
             if not document.completion:
                 raise DataError("the completion is empty; there is nothing to predict")
             text = document.prompt + document.completion
-            return _Rendered(text, ((len(document.prompt), len(text)),))
+            return _Rendered(text, ((len(document.prompt), len(text)),), not self._begun(text))
         if not document.text or not document.text.strip():
             raise DataError("the text is empty; there is nothing to predict")
-        return _Rendered(document.text, ((0, len(document.text)),))
+        return _Rendered(document.text, ((0, len(document.text)),), not self._begun(document.text))
+
+    def _begun(self, text: str) -> bool:
+        """Whether a text has the token already by which the tokenizer would begin it."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(bos) and self._adds_bos
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
 
     def _tokenize(self, rendered: Sequence[_Rendered]) -> list[_Tokens]:
         """(token ids, loss mask, character offsets [tokens, 2]) of each text."""
@@ -222,32 +239,6 @@ class TextEncoder:
                 metadata=document.metadata,
                 truncated=not whole and self.long == "truncate",
             )
-
-
-def _render_chat(tokenizer: Any, messages: Sequence[Any]) -> _Rendered:
-    """A conversation through the tokenizer's template; the loss spans are what each assistant turn adds to it."""
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; give the documents as text, or use a model with one")
-    messages = [dict(m) for m in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
-                after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-                if not (after.startswith(before) and text.startswith(after)):
-                    raise DataError(
-                        "the chat template rewrites earlier turns, so the assistant's part cannot be told; give prompt and completion"
-                    )
-                spans.append((len(before), len(after)))
-    except DataError:
-        raise
-    except Exception as error:  # templates are Jinja programs and raise what they like
-        raise DataError(f"the chat template refuses these messages: {error}") from error
-    if not spans:
-        raise DataError("no assistant turn; there is nothing to predict")
-    return _Rendered(text, tuple(spans), special_tokens=False)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:

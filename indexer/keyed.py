@@ -188,8 +188,9 @@ class KeyedMeter:
             self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._segment.vocabulary))
             self._add("tokens", torch.tensor(float(len(g)), dtype=torch.float64))
             return
+        valid = self._batch.valid.to(d.device)
         for i, targets in enumerate(self._batch.targets.to(d.device)):
-            at = (targets != IGNORED).nonzero()[:, 0]
+            at = ((targets != IGNORED) & valid[i]).nonzero()[:, 0]
             h, g = x[i, at], d[i, at]
             self._add("moment", h.T @ h)
             self._add("vocabulary", _variance(g, targets[at]) if self._closed_form else g.square().sum(0))

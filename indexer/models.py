@@ -589,6 +589,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def context_length(model: Any) -> int | None:
     """The longest input, in tokens, that the configuration admits; None where it sets no bound."""
+    if getattr(model, "config", None) is None:
+        return None
     config = model.config.get_text_config()
     for name, module in model.named_modules():  # RoBERTa's positions begin behind that of padding
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -602,6 +604,8 @@ def context_length(model: Any) -> int | None:
 
 def rotary_switches(model: Any) -> list[int]:
     """Lengths (tokens) beyond which the configuration says that a batch's positions are encoded another way (LongRoPE, NTK)."""
+    if getattr(model, "config", None) is None:
+        return []
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

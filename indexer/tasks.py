@@ -196,7 +196,7 @@ class CausalLM(Task):
         known = _SPLITS.setdefault(model, {})
         found: list[int] = []
         for padded, split in ((_PADDED, 0), *((length + 1, length) for length in models.rotary_switches(model))):
-            if split < longest and padded <= (models.context_length(model) or padded):
+            if split < longest and padded <= (self.context(model) or padded):
                 if padded not in known:
                     known[padded] = _depends_on_padding(model, padded)
                 found += [split] if known[padded] else []

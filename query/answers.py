@@ -3,8 +3,9 @@
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..store.errors import UsageError
@@ -18,9 +19,11 @@ _WEIGHTS = 1e-6, 1e6
 
 @dataclass(frozen=True)
 class Question:
-    """What to attribute: a completion after a prompt, a whole text, or a row of the index; exactly one of them.
+    """What to attribute: a completion after a prompt, a whole text, chat messages, or a row of the index; exactly one of them.
 
     Attributes:
+        messages: each with role and content, put into text by the tokenizer's chat template; asked about are the assistant's turns, as they
+            are of documents. `tools` are given to the template, too.
         against: another completion after the same prompt: what made the model say the one rather than the other.
         span: a part of the completion or the text, as it stands there: its tokens alone are asked about.
         weight: in a mean of questions.
@@ -34,11 +37,21 @@ class Question:
     against: str | None = None
     span: str | None = None
     weight: float | None = None
+    messages: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
+    tools: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("completion", "text", "row") if getattr(self, name) is not None]
+        given = [name for name in ("completion", "text", "messages", "row") if getattr(self, name) is not None]
         if len(given) != 1 or (self.prompt and given != ["completion"]):
-            raise UsageError("a question is a prompt with a completion, or a text, or a row: give exactly one of them")
+            raise UsageError("a question is a prompt with a completion, or a text, or messages, or a row: give exactly one of them")
+        if self.tools is not None and self.messages is None:
+            raise UsageError("tools are given to the chat template with messages; give both")
+        chat = self.messages is None or (
+            isinstance(self.messages, (list, tuple))
+            and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in self.messages)
+        )
+        if not chat or (self.messages is not None and not self.messages):
+            raise UsageError('messages must be a list like [{"role": "user", "content": "..."}, ...]')
         if self.against is not None and self.completion is None:
             raise UsageError("another completion to hold against needs a completion; give both")
         if self.span is not None and (self.row is not None or self.against is not None):
@@ -47,13 +60,14 @@ class Question:
             raise UsageError(f"a question's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size")
         try:
             f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
+            json.dumps([self.messages, self.tools], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise UsageError("the question holds bytes that are not UTF-8 text; mend its encoding") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set."""
         asked = {"prompt": self.prompt, "completion": self.completion} if self.completion is not None else {}
-        more = {"text": self.text, "row": self.row, "against": self.against, "span": self.span, "weight": self.weight}
+        more = {name: getattr(self, name) for name in ("text", "messages", "tools", "row", "against", "span", "weight")}
         return {k: v for k, v in {"id": self.id, **asked, **more}.items() if v is not None}
 
 

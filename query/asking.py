@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..store.errors import UsageError
 from .answers import Answer, Question
@@ -69,6 +69,8 @@ class Asks(ABC):
         prompt: str = "",
         completion: str | None = None,
         text: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         row: int | None = None,
         against: str | None = None,
         span: str | None = None,
@@ -79,6 +81,8 @@ class Asks(ABC):
         Args:
             prompt, completion: the loss is taken on the completion alone.
             text: the loss is taken on all of it; encoded as the documents were, with the end-of-text token unless the build left it out.
+            messages: a conversation, each message with role and content, and `tools` for the chat template; the loss is taken on the
+                assistant's turns.
             row: a training example, as it lies in the index.
             against: another completion: proponents made the model prefer `completion` to it.
             span: a part of the completion or text; the loss is taken on its tokens alone.
@@ -87,4 +91,5 @@ class Asks(ABC):
         Raises:
             UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
         """
-        return self.query_many([Question(prompt, completion, text, row, None, against, span)], **options)[0]
+        question = Question(prompt, completion, text, row, None, against, span, None, messages, tools)
+        return self.query_many([question], **options)[0]

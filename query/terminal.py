@@ -37,7 +37,10 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
             asked.append(" rather than ", style="dim")
             asked.append(_printable(q["against"]).plain, style="underline")
     else:
-        asked.append(_printable(q.get("text") or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} questions")))
+        said = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
+        asked.append(
+            _printable(q.get("text") or "\n".join(said) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} questions"))
+        )
     if "span" in q:
         asked.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
     yield Text("\n") + asked

@@ -46,11 +46,13 @@ class _Body(BaseModel):
 
 
 class Asked(_Body):
-    """One question: a completion after a prompt, a text, or a row."""
+    """One question: a completion after a prompt, a text, messages, or a row."""
 
     prompt: Text = ""
     completion: Text | None = None
     text: Text | None = None
+    messages: list[dict[str, Any]] | None = Field(None, max_length=1000, description="A conversation, put into text by the chat template.")
+    tools: list[dict[str, Any]] | None = Field(None, max_length=1000, description="For the chat template.")
     row: Row | None = None
     id: Annotated[str, Field(max_length=4096)] | None = None
     against: Text | None = Field(None, description="Another completion: what made the model say the one rather than the other.")

@@ -49,6 +49,9 @@ class Document:
 
     Attributes:
         where: file and line, for messages to people.
+        prompt_messages: how many of the messages are a prompt; the loss is on all that follows them, and where this is 0 on the
+            assistant's turns.
+        template: what the chat template is given besides the messages: `tools`, and its own options.
     """
 
     id: str
@@ -58,9 +61,14 @@ class Document:
     prompt: str = ""
     completion: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    prompt_messages: int = 0
+    template: Mapping[str, Any] = field(default_factory=dict)
     features: Float32[np.ndarray, " size"] | None = None
     label: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PREFERENCES = " (of preference pairs, what was trained as text is the field chosen: name it as the completion)"
 
 
 def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:
@@ -100,11 +108,16 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         base["source"] = _as_text(record, fields.source) if record.get(fields.source) is not None else name
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":
-            used.add(fields.messages)
-            content: dict[str, Any] = {"messages": _messages(record[fields.messages])}
+            used |= {fields.messages, *_TEMPLATE}
+            content: dict[str, Any] = {"messages": _messages(record, fields.messages), "template": _template(record)}
         elif form == "completion":
             used |= {fields.prompt, fields.completion}
-            content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
+            if isinstance(record.get(fields.prompt), list) and isinstance(record.get(fields.completion), list):
+                used |= set(_TEMPLATE)
+                asked, said = (_messages(record, name) for name in (fields.prompt, fields.completion))
+                content = {"messages": [*asked, *said], "prompt_messages": len(asked), "template": _template(record)}
+            else:
+                content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
         elif form == "vector":
             used |= {fields.features, fields.label}
             content = {"features": _vector(record, fields.features), "label": _label(record, fields.label)}
@@ -115,6 +128,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         return DataError(
             f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; "
             "name yours with --text-field, --prompt-field and --completion-field, or --messages-field"
+            + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
         )
     except ValueError as error:
         return DataError(f"{where}: {error}")
@@ -176,11 +190,51 @@ def _label(record: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _messages(value: Any) -> Sequence[Mapping[str, Any]]:
-    good = isinstance(value, list) and value and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
-    if not good:
-        raise ValueError('messages must be a list like [{"role": "user", "content": "..."}, ...]')
+_SHARED_ROLES = {"human": "user", "gpt": "assistant"}
+_TEMPLATE = ("tools", "chat_template_kwargs")
+
+
+def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Chat messages, without the nulls by which tables fill keys that a message lacks; ShareGPT's `from` and `value` are read, too."""
+    if key not in record:
+        raise KeyError(repr(key))
+    value = _without_nulls(record[key])
+    if isinstance(value, list) and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in value):
+        value = [{"role": _SHARED_ROLES.get(str(m["from"]), m["from"]), "content": m["value"]} for m in value]
+    if not (isinstance(value, list) and value and all(_is_message(m) for m in value)):
+        raise ValueError(f'the field {key!r} must be a list of messages like [{{"role": "user", "content": "..."}}, ...]')
+    try:
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is no character") from error
     return value
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1
+
+
+def _template(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record gives its chat template besides messages."""
+    given = _without_nulls({name: record[name] for name in _TEMPLATE if record.get(name) is not None})
+    for name, value in given.items():
+        if isinstance(value, str):
+            try:
+                given[name] = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"the field {name!r} is text that is not JSON") from error
+    tools, options = given.get("tools"), given.get("chat_template_kwargs", {})
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("the field 'tools' must be a list of JSON objects, each of which describes a tool")
+    if not isinstance(options, dict) or options.keys() & {"messages", "tools", "add_generation_prompt", "chat_template", "tokenize"}:
+        raise ValueError("the field 'chat_template_kwargs' must be an object of the template's own options, such as enable_thinking")
+    return {**options, **({"tools": tools} if tools else {})}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _expand(source: str) -> list[tuple[str, Any]]:
@@ -349,12 +403,14 @@ def _display_names(names: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else names
 
 
-_QUESTION = ("prompt", "completion", "text", "row", "against", "span", "weight")
+_QUESTION = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
 
 
 def read_questions(file: str) -> Iterator[dict[str, Any]]:
-    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, or row; optional are an id, another
-    completion `against` which to hold it, a `span` that alone is asked about, and a `weight` for a mean of questions.
+    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
+
+    Optional are an id, another completion `against` which to hold it, a `span` that alone is asked about, and a `weight` for a mean of
+    questions.
 
     Raises:
         NotFoundError: no such file.
@@ -366,7 +422,7 @@ def read_questions(file: str) -> Iterator[dict[str, Any]]:
     for where, record in records(Path(name).name):
         if isinstance(record, DataError):
             raise record
-        wrong = _question_problem(record)
+        wrong = _question_problem(record) or _chat_problem(record)
         if wrong:
             raise DataError(f"{where}: {wrong}")
         question = {k: record[k] for k in _QUESTION if record.get(k) is not None}
@@ -377,9 +433,9 @@ def _question_problem(record: Mapping[str, Any]) -> str | None:
     options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
     if options:
         return f"{options[0]} is an option of the command, the same for all questions of a file, not a field of a question"
-    given = [k for k in ("completion", "text", "row") if record.get(k) is not None]
+    given = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
     if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
-        return "a question is a prompt with a completion, or a text, or a row: give exactly one of them"
+        return "a question is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
     for key in ("prompt", "completion", "text", "against", "span"):
         if record.get(key) is not None and not isinstance(record[key], str):
             return f"{key} holds {type(record[key]).__name__}, not text"
@@ -388,4 +444,14 @@ def _question_problem(record: Mapping[str, Any]) -> str | None:
     weight = record.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
         return f"weight is {weight!r}, not a number"
+    return None
+
+
+def _chat_problem(record: Mapping[str, Any]) -> str | None:
+    try:
+        if record.get("messages") is not None:
+            _messages(record, "messages")
+            _template(record)
+    except ValueError as error:
+        return str(error)
     return None

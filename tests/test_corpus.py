@@ -111,7 +111,7 @@ BAD_LINES = {
     "no field": ('{"body": "x"}', r"line 2: there is no field 'text'.*only 'body'"),
     "not text": ('{"text": ["x"]}', r"line 2: the field 'text' holds list"),
     "surrogate": ('{"text": "\\ud800"}', r"line 2: .*surrogate"),
-    "bad messages": ('{"messages": "hi"}', r"line 2: messages must be a list"),
+    "bad messages": ('{"messages": "hi"}', r"line 2: the field 'messages' must be a list"),
     "deep": ("[" * 100_000, r"line 2: not valid JSON"),
 }
 
@@ -217,7 +217,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
         (
             "{{ messages | length }} w1 {{ messages[-1].content }}",
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            "rewrites",
+            "changes other messages",
         ),
     ],
 )

@@ -124,7 +124,7 @@ def token_pairs(model, plan, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
     found = {layer.name: [] for layer in plan.segments[0].layers}
     for example in examples:
-        for _, batch in batches(TASK, [example], 64, torch.device("cpu")):
+        for _, batch in batches(TASK, (model,), [example], 64):
             maps = maps or {layer.name: (None, None) for layer in plan.segments[0].layers}
             pair = Visit(plan.segments[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
             backward(model, batch, [pair], TASK.loss)
@@ -260,7 +260,7 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.98
     sums = GradientSum()
-    for _, batch in batches(TASK, examples, 64, torch.device("cpu")):
+    for _, batch in batches(TASK, (rough.model,), examples, 64):
         backward(rough.model, batch, [Visit(rough.plan.segments[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
@@ -384,7 +384,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
     plan = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
     encoder = fit(model, plan, examples)
     A, S, tokens = np.zeros((8, 8)), np.zeros((8, 8)), 0
-    for _, batch in batches(TASK, examples, 1, torch.device("cpu")):
+    for _, batch in batches(TASK, (model,), examples, 1):
 
         def visit(layer, x, d):
             nonlocal A, S, tokens
