@@ -12,6 +12,7 @@ them were not trained on (the checkpoints' steps say how many were).
 
 import io
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .indexer.models import model_fingerprint
+from .indexer.models import model_fingerprint, other_kind
+from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
 from .store.corpus import read_corpus
 from .store.errors import UsageError
 from .store.files import write_whole
+from .store.manifest import latest_manifest
 
 _OF_ORDER = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 
@@ -85,7 +88,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             UsageError, NotFoundError: the index at the end could not be built, as is known already.
         """
         if self._build is not None and state.is_world_process_zero:
-            _check(self._build, args, kwargs.get("processing_class"))
+            _check(self._build, args, kwargs.get("processing_class"), kwargs.get("model"))
         path = Path(args.output_dir) / "whence.json"
         known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
         loader: Any = kwargs.get("train_dataloader")
@@ -129,16 +132,17 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             self._write(args)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Build the index, of checkpoints that are still there.
-
-        Raises:
-            UsageError: none was saved.
-        """
+        """Build the index, of checkpoints that are still there. What goes wrong is said as a warning: the training has ended well."""
         if not state.is_world_process_zero:
             return
-        self._write(args)
-        if self._build is None:
-            return
+        try:
+            self._write(args)
+            if self._build is not None:
+                self._index(self._build, args)
+        except Exception as error:  # nothing of an index is worth losing what the Trainer does next
+            warnings.warn(f"the index was not built: {error}; build it from the checkpoints with whence build", stacklevel=2)
+
+    def _index(self, config: BuildConfig, args: TrainingArguments) -> None:
         from .ray_jobs.build import build
         from .ray_jobs.progress import Console
 
@@ -149,14 +153,23 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         count = min(self._wanted, len(saved))
         chosen = [saved[-1 - round(i * (len(saved) - 1) / max(1, count - 1)) if count > 1 else -1] for i in range(count)][::-1]
         with Console() as reporter:
-            build(replace(self._build, model=tuple(dict.fromkeys(chosen))), reporter)
+            build(replace(config, model=tuple(dict.fromkeys(chosen))), reporter)
 
     def _write(self, args: TrainingArguments) -> None:
         write_whole(Path(args.output_dir) / "whence.json", (json.dumps(self._record, indent=1) + "\n").encode())
 
 
-def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any) -> None:
+def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any, model: Any) -> None:
     """Refuse before training what the build would refuse after it."""
+    out = Path(config.out)
+    refuse_occupied(out)
+    if latest_manifest(out) is not None:
+        raise UsageError(f"{out} is an index already, of another run; choose another place, or remove it")
+    inner = getattr(model, "module", model)  # of a model that several processes train
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    kind = other_kind(inner.config, [type(inner).__name__]) if config.task == "causal-lm" and hasattr(inner, "config") else None
+    if kind is not None:
+        raise UsageError(f"the model is {kind} ({type(inner).__name__}), where an index needs a causal language model, or a task for it")
     if args.save_strategy == "no":
         raise UsageError("no checkpoint will be saved that could be indexed; set save_strategy")
     if config.task == "causal-lm" and tokenizer is None:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -229,6 +229,8 @@ def _load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
         )
     if missing or mismatched:
         problem = f"{missing[0]} is missing" if missing else f"{mismatched[0]} has another shape"
+        if any(name.startswith("_orig_mod.") for name in unexpected):
+            problem = "they are those of a compiled model (_orig_mod.); save the model before torch.compile, or its _orig_mod"
         raise IncompatibleError(f"the weights of {source.id} and its config.json do not fit: {problem}; restore the checkpoint")
     refuse_offloaded(model, source.id)
     notes = []
@@ -245,23 +247,29 @@ def _check_suitable(config: Any, source: ModelSource) -> None:
     Raises:
         IncompatibleError: says what it is instead.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
-    kinds = {} if getattr(config, "is_decoder", False) else _OTHER_KINDS
-    kind = next((what for suffix, what in kinds.items() for name in named if name.endswith(suffix)), None)
-    if kind is None and getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder-decoder model"
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if kind is None and not own and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        kind = "of a kind that has no causal language model"
-    if kind is None and len(named) == 1 and re.search(r"(?<!LMHead)Model$", named[0]) and not own:
-        kind = "a model without its output head"
+    kind = other_kind(config, named)
     if kind is not None:
         raise IncompatibleError(
             f"{source.id} is {kind} ({', '.join(named) or config.model_type}), where a causal language model is needed; give one, or a "
             "task of your own for it (docs/evaluation.md)"
         )
+
+
+def other_kind(config: Any, named: Sequence[str]) -> str | None:
+    """What a model is that is no causal language model, by its configuration and the names of its classes; None where it may be one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kinds = {} if getattr(config, "is_decoder", False) else _OTHER_KINDS
+    kind = next((what for suffix, what in kinds.items() for name in named if name.endswith(suffix)), None)
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind is not None or own:
+        return kind
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder model"
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "of a kind that has no causal language model"
+    return "a model without its output head" if len(named) == 1 and re.search(r"(?<!LMHead)Model$", named[0]) else None
 
 
 def _check_weights(source: ModelSource) -> None:

@@ -73,6 +73,7 @@ def describe_index(index: Index) -> dict[str, Any]:
         "models": [model.id for model in m.models],
         "rows": m.rows,
         "segments": [s.name for s in m.segments],
+        "measured": [round(part.share, 4) for part in m.build.tracked],
     }
 
 

@@ -14,6 +14,7 @@ from .answers import Answer, Explanation, Group, Part, TokenShares
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
+_LITTLE = 0.5
 _SHOWN_GROUPS = 10
 _SHOWN_IDS = 5
 _FOR, _AGAINST, _FAINT, _DARK, _BAR = (5, 80, 160), (235, 140, 20), 0.05, 0.5, 24
@@ -70,6 +71,9 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
+    measured = min(answer.index.get("measured") or [1.0])
+    if measured < _LITTLE:
+        yield Text(f"the rows measure {measured:.1%} of the trained parameters (whence info names the rest)", style="dim")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")

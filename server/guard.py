@@ -22,7 +22,14 @@ MOST_BYTES = 1 << 20
 _PATIENCE = 15.0
 _OPEN = ("/", "/docs", "/healthz", "/readyz", "/favicon.ico")
 _CSP = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"content-security-policy", _CSP.encode()))
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", _CSP.encode()),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+_ELSEWHERE = (b"cross-site", b"same-site")
 
 
 def problem(status: int, detail: str, title: str, kind: str = "UsageError") -> tuple[int, bytes]:
@@ -58,7 +65,7 @@ class Guard:
         if failed is not None:
             await _respond(send, *failed)
             return
-        sent, gone = False, asyncio.Event()
+        sent, begun, gone = False, False, asyncio.Event()
 
         async def replay() -> MutableMapping[str, Any]:
             nonlocal sent
@@ -69,7 +76,9 @@ class Guard:
             return {"type": "http.disconnect"}
 
         async def secured(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
@@ -82,6 +91,9 @@ class Guard:
                 work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+        except asyncio.CancelledError:  # the server is stopping, and has waited long enough
+            if not begun:
+                await _respond(send, *problem(503, "the server is stopping; ask again later", "Busy", "BusyError"))
         finally:
             left.cancel()
             work.cancel()
@@ -91,16 +103,13 @@ class Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._hosts is not None and name.lower() not in self._hosts:
             return problem(421, f"this server is not called {name[:100]!r}; use the address that it printed", "Misdirected")
-        try:
-            length = int(headers.get(b"content-length", b"0"))
-        except ValueError:
-            return problem(400, "the content length is not a number", "Bad request")
-        if length > MOST_BYTES:
-            return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
-        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
-            return problem(415, "the body is JSON, which its sender must say: Content-Type: application/json", "Unsupported media type")
-        if self._token is not None and scope["path"] not in _OPEN and not scope["path"].startswith("/static/"):
+        # A page of another address, or of another port here, may send a question and learn from the time that the answer takes.
+        if headers.get(b"sec-fetch-site", b"").lower() in _ELSEWHERE and scope["path"] not in _OPEN and not _is_static(scope["path"]):
+            return problem(403, "a page of another address cannot ask this server; ask from the explorer, or from a program", "Forbidden")
+        unwanted = _unwanted(scope, headers)
+        if unwanted is not None:
+            return unwanted
+        if self._token is not None and scope["path"] not in _OPEN and not _is_static(scope["path"]):
             given = headers.get(b"authorization", b"")
             scheme, _, token = given.partition(b" ")
             if not hmac.compare_digest(token.strip(), self._token.encode()) or scheme.lower() != b"bearer":
@@ -123,6 +132,24 @@ class Guard:
                 return b"", problem(413, f"at most {MOST_BYTES:,} bytes are read", "Too large")
             if not message.get("more_body"):
                 return b"".join(parts), None
+
+
+def _unwanted(scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
+    """What is wrong with a body, as far as its headers tell."""
+    try:
+        length = int(headers.get(b"content-length", b"0"))
+    except ValueError:
+        return problem(400, "the content length is not a number", "Bad request")
+    if length > MOST_BYTES:
+        return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
+    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    if scope["method"] == "POST" and kind != "application/json":
+        return problem(415, "the body is JSON, which its sender must say: Content-Type: application/json", "Unsupported media type")
+    return None
+
+
+def _is_static(path: str) -> bool:
+    return path.startswith("/static/")
 
 
 class Impatient(H11Protocol):

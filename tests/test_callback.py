@@ -1,6 +1,7 @@
 """The Trainer's callback, in real trainings of a tiny model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,18 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
     refused("save_strategy", save_strategy="no")
     refused("there is no file or folder", NotFoundError, data=("nothere.jsonl",))
     refused("processing_class", tokenizer=False)
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j/mine.txt").write_text("precious")
+    refused("holds other things")
+    shutil.rmtree(tmp_path / "j")
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = dict(vocab_size=62, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0)
+    other = LlamaForSequenceClassification(LlamaConfig(**sizes))
+    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
+    with pytest.raises(UsageError, match="a classifier or reward model"):
+        callback.on_train_begin(arguments, TrainerState(), TrainerControl(), processing_class=make_tokenizer(), model=other)
     with pytest.raises(UsageError, match="data"):
         WhenceCallback(out="x")
     with pytest.raises(UsageError, match="at least 1"):
@@ -91,6 +104,27 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
         WhenceCallback(out="x", data="y", bytes=400)
     with pytest.raises(UsageError, match="--rank is 0"):
         WhenceCallback(out="x", data="y", rank=0)
+
+
+def test_a_build_that_fails_never_ends_a_training_that_is_over(tmp_path, monkeypatch):
+    import whence.ray_jobs.build as module
+    from whence.store.errors import StorageError
+
+    def full(*_):
+        raise StorageError("no space left on the disk of here")
+
+    monkeypatch.setattr(module, "build", full)
+    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    with pytest.warns(UserWarning, match="the index was not built: no space left on the disk of here; build it from the checkpoints"):
+        train(tmp_path, callback)
+    assert len(json.loads((tmp_path / "run/whence.json").read_text())["checkpoints"]) == 4
+
+
+def test_a_second_run_into_the_same_index_is_refused_before_training(tmp_path):
+    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    train(tmp_path, callback)
+    with pytest.raises(UsageError, match="is an index already, of another run"):
+        train(tmp_path, WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j")))
 
 
 def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):

@@ -1,0 +1,590 @@
+"""Indexes from strangers: whatever an index's files hold, nothing outside of it is run, read, written or removed, and no answer is wrong
+without an error. Manifests are sealed again after every change, as whoever makes such an index would do.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import random_texts, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from whence import BuildConfig, Client, build
+from whence.cli import main
+from whence.ray_jobs.change import add, compact, delete, prune
+from whence.store.documents import Documents
+from whence.store.errors import IntegrityError, UsageError, WhenceError
+from whence.store.files import exclusive
+from whence.store.index import Index
+from whence.store.manifest import latest_manifest, seal
+from whence.store.printable import printable, to_json
+
+
+@pytest.fixture(scope="module")
+def index_800(tmp_path_factory, model_dir, corpus_file):
+    """Head, embeddings and blocks, in several shards."""
+    out = tmp_path_factory.mktemp("indexes") / "small.whence"
+    build(
+        BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), segments=("head", "embeddings", "blocks"), shard_rows=32)
+    )
+    return out
+
+
+@pytest.fixture
+def index(tmp_path, index_800):
+    shutil.copytree(index_800, tmp_path / "copy.whence")
+    return tmp_path / "copy.whence"
+
+
+def reseal(index, change=lambda content: None):
+    """Apply a change to the newest manifest, and take into it what the files are now."""
+    path = latest_manifest(index)
+    content = json.loads(path.read_text())
+    content.pop("checksum")
+    for record in [content["encoder"], *(f for shard in content["shards"] for f in shard["files"])]:
+        file = index / record["path"]
+        if file.is_file():
+            record["bytes"], record["sha256"] = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    change(content)
+    path.write_bytes(seal(content))
+
+
+def use(index):
+    """Everything that reads an index without its model; returns the rows of an answer."""
+    opened = Index(index)
+    opened.summary()
+    assert opened.arrays
+    for shard in opened.manifest.shards:
+        documents = opened.documents(shard)
+        for row in range(len(documents)):
+            documents[row]
+        opened.losses(shard)
+    client = Client(index)
+    answer = client.query(row=3, k=5, where="year >= 1900")
+    client.query(row=3, k=5, mode="per-nat", group_by="source")
+    return [a.row for a in answer.proponents]
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fail what takes longer, such as a read of a pipe that nobody writes."""
+
+    def late(*_):
+        raise AssertionError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# Code
+
+
+@pytest.mark.parametrize("named", ["task", "options"])
+def test_add_runs_no_code_that_an_index_names(tmp_path, index, model_dir, corpus_file, monkeypatch, named):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Task: pass\n")
+    monkeypatch.chdir(tmp_path)
+
+    def change(content):
+        content["build"]["what"]["options"] |= {"trust_remote_code": True, "task": "evil:Task"}
+        if named == "task":
+            content["task"] = "evil:Task"
+
+    reseal(index, change)
+    more = write_jsonl(tmp_path / "more.jsonl", [{"id": "new", "text": "w1 w2 w3", "year": 2000}])
+    if named == "task":
+        with pytest.raises(UsageError, match="whose code runs only when you name it"):
+            add(index, [str(more)])
+    else:  # the options' own task is not what decides
+        with contextlib.suppress(WhenceError):
+            add(index, [str(more)])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, asked):
+    from whence.indexer.models import ModelSource, load_causal_lm
+    from whence.store.errors import IncompatibleError
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(IncompatibleError, match="cannot be loaded" if asked else "code of its own"):
+        load_causal_lm(ModelSource(str(model), trust_remote_code=asked))
+    assert (tmp_path / "ran").exists() == asked
+
+
+# Links
+
+
+@pytest.mark.parametrize("folder", ["documents", "rows", "encoder", "manifests", "search", "staging", ".lock"])
+def test_no_writer_follows_a_link_out_of_the_index(tmp_path, index, corpus_file, model_dir, folder):
+    outside = tmp_path / "outside"
+    if folder == ".lock":
+        outside.write_text("precious")
+        (index / ".lock").unlink(missing_ok=True)
+    elif (index / folder).exists():
+        shutil.move(index / folder, outside)
+    else:
+        outside.mkdir()
+    if outside.is_dir():
+        (outside / "precious.txt").write_text("precious")
+    (index / folder).symlink_to(outside)
+    before = {p: p.read_bytes() for p in sorted([outside, *outside.rglob("*")]) if p.is_file()}
+    more = write_jsonl(tmp_path / "more.jsonl", [{"id": "new", "text": "w1 w2 w3", "year": 2000}])
+    config = BuildConfig(
+        model=str(model_dir), data=(str(corpus_file),), out=str(index), segments=("head", "embeddings", "blocks"), shard_rows=32
+    )
+    writers = [
+        lambda: add(index, [str(more)]),
+        lambda: delete(index, ["d1"]),
+        lambda: compact(index),
+        lambda: prune(index),
+        lambda: build(config),
+    ]
+    for writer in writers:
+        with pytest.raises(UsageError, match="is a link"):
+            writer()
+    done = CliRunner().invoke(main, ["reindex", str(index)])
+    assert done.exit_code == 2, done.output
+    assert {p: p.read_bytes() for p in sorted([outside, *outside.rglob("*")]) if p.is_file()} == before
+
+
+def test_no_writer_follows_a_link_within_a_folder(tmp_path, index):
+    outside = tmp_path / "outside"
+    place = next((index / "search").glob("*.zarr"))
+    shutil.move(place, outside)
+    place.symlink_to(outside)
+    files = sorted(outside.rglob("*"))
+    with pytest.raises(UsageError, match="is a link"), exclusive(index):
+        pass
+    assert sorted(outside.rglob("*")) == files
+
+
+def test_pruning_removes_files_of_our_naming_alone(index):
+    delete(index, ["d1", "d40"])
+    compact(index)
+    strange = [
+        index / "rows/notes.txt",
+        index / "documents/mine.arrow",
+        index / "manifests/readme.json",
+        index / "rows/a.zarr/x",
+        index / "own",
+    ]
+    for path in strange:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = len(list((index / "rows").glob("*.zarr")))
+    assert prune(index) > 0
+    assert all(path.read_text() == "mine" for path in strange)
+    assert len(list((index / "rows").glob("*.zarr"))) < before
+    assert use(index)
+
+
+# Files that are none
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder"])
+def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, index_800, kind):
+    files = [f for f in sorted(index_800.rglob("*")) if f.is_file()]
+    kinds = {}  # one file of each kind
+    for file in files:
+        parts = file.relative_to(index_800).parts
+        kinds.setdefault((parts[0], *(p for p in parts[2:] if len(p) < 20)), file)
+    for at in kinds.values():
+        copy_ = tmp_path / "copy.whence"
+        shutil.rmtree(copy_, ignore_errors=True)
+        shutil.copytree(index_800, copy_)
+        path = copy_ / at.relative_to(index_800)
+        path.unlink()
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "zero":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        with within(60):
+            try:
+                use(copy_)
+                assert path.relative_to(copy_).parts[0] in ("search", ".lock", "rows", "encoder"), path
+                list(Index(copy_).verify())
+            except WhenceError:
+                continue
+
+
+def test_an_index_larger_than_the_limit_of_open_files_is_read(tmp_path, model_dir, corpus_file):
+    out = tmp_path / "many.whence"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), segments=("head", "blocks"), shard_rows=2))
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+from whence import Client
+client = Client({str(out)!r})
+client.index.summary()
+print([a.row for a in client.query(row=5, mode="cosine", where="year > 0", k=1).proponents])
+assert all(problem is None for _, problem in client.index.verify())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[5]")
+
+
+# Places
+
+
+def test_arrays_that_changed_places_are_noticed_when_they_are_read(tmp_path, index_800):
+    for name in ("head/norms/c/0", "embeddings/norms/c/0", "blocks/norms/c/0", "blocks/codes/c/0/0", "losses/c/0"):
+        copy_ = tmp_path / name.replace("/", "-")
+        shutil.copytree(index_800, copy_)
+        shards = Index(copy_).manifest.shards
+        a, b = (copy_ / "rows" / f"{shard.id}.zarr" / name for shard in shards[:2])
+        assert a.stat().st_size == b.stat().st_size
+        content = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(content)
+        for cache in (copy_ / "search").glob("*"):
+            shutil.rmtree(cache)
+        with pytest.raises(IntegrityError, match="not the file that belongs there"):
+            use(copy_)
+
+
+def test_a_newest_state_that_is_gone_is_noticed(index):
+    delete(index, ["d3"])
+    newest = latest_manifest(index)
+    newest.unlink()
+    with pytest.raises(IntegrityError, match=r"000002\.json is missing, the newest state"):
+        Index(index)
+    (index / "manifests/latest").unlink()
+    assert len(Index(index).manifest.tombstones) == 0
+    assert [p for p, problem in Index(index).verify() if problem] == ["manifests/latest"]
+
+
+def test_an_older_state_under_a_newer_name_is_noticed(index):
+    delete(index, ["d3"])
+    shutil.copy(index / "manifests/000001.json", index / "manifests/000003.json")
+    with pytest.raises(IntegrityError, match="under another's name"):
+        Index(index)
+
+
+def test_a_gap_between_states_is_said_by_verify(index):
+    delete(index, ["d40"])
+    delete(index, ["d41"])
+    (index / "manifests/000002.json").unlink()
+    assert [p for p, problem in Index(index).verify() if problem] == ["manifests/000002.json"]
+    assert use(index)
+
+
+def test_a_forged_search_cache_is_found_by_verify_and_mended_by_reindex(index):
+    from whence.store.cache import read_cache, write_cache
+
+    opened = Index(index)
+    segment = opened.segment("head")
+    group = opened.groups[0]
+    place, source = opened._beside(group, segment), opened._source(group, segment)
+    arrays = {name: np.array(array) for name, array in read_cache(place, source).items()}
+    right = use(index)
+    arrays["factors"] = arrays["factors"][::-1].copy()
+    write_cache(place, arrays, source, index / "staging")
+    damaged = [p for p, problem in Index(index).verify() if problem]
+    assert damaged == [f"search/{group.id}.zarr/head"]
+    assert Index(index).reindex(compare=True) == 1
+    assert not [p for p, problem in Index(index).verify() if problem]
+    assert use(index) == right
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("rows", [10**12, 2**62])
+def test_more_rows_than_the_files_hold_allocate_nothing(index, rows):
+    def change(content):
+        extra = rows - content["shards"][-1]["rows"]
+        content["shards"][-1]["rows"] += extra
+        content["rows"] += extra
+
+    reseal(index, change)
+    with pytest.raises(IntegrityError, match="no room for"):
+        Index(index)
+
+    def claim(content):
+        last = content["shards"][-1]
+        for record in last["files"]:
+            if "/norms/c/0" in record["path"]:
+                record["bytes"] = 4 * last["rows"] + 4
+
+    reseal(index, claim)
+    with pytest.raises(IntegrityError, match=r"does not describe|where"):
+        use(index)
+
+
+def test_an_odd_record_of_the_build_is_damage_and_no_defect(index):
+    for change in (
+        lambda c: c["build"].pop("documents"),
+        lambda c: c["build"].update(weighed=[1]),
+        lambda c: c["build"]["what"].update(options={"task": 5}),
+        lambda c: c.update(build=[]),
+        lambda c: c["build"].update(batch_tokens=-3),
+    ):
+        saved = latest_manifest(index).read_bytes()
+        reseal(index, change)
+        for command in (["info"], ["verify"], ["query", "--row", "1"]):
+            done = CliRunner().invoke(main, [command[0], str(index), *command[1:]])
+            assert (done.exit_code, "is damaged" in done.output) == (4, True), done.output
+        latest_manifest(index).write_bytes(saved)
+
+
+# Escapes
+
+HOSTILE = "a\x1b]0;owned\x07b\x9b31mc\u202edfe\u2066\x7f\r"
+
+
+def test_the_printable_filter_spells_out_what_commands_terminals():
+    shown = printable(HOSTILE)
+    assert shown == r"a\x1b]0;owned\x07b\x9b31mc\u202edfe\u2066\x7f\r"
+    assert json.loads(to_json({HOSTILE: [HOSTILE]})) == {HOSTILE: [HOSTILE]}
+    assert not set(to_json({HOSTILE: [HOSTILE]})) & set("\x1b\x07\x9b\u202e\u2066\x7f\r")
+    assert printable("naïve 東京 👩\u200d🔬\tx\ny") == "naïve 東京 👩\u200d🔬\tx\ny"
+
+
+@given(st.text())
+def test_json_comes_back_whatever_it_holds(text):
+    shown = to_json([text])
+    assert json.loads(shown) == [text]
+    assert printable(shown) == shown
+    assert json.loads(to_json([text], ascii_only=True)) == [text]
+    assert to_json([text], ascii_only=True).isascii()
+
+
+def test_nothing_printed_commands_the_terminal(tmp_path, index):
+    def change(content):
+        content["models"][0]["id"] = content["models"][0]["architecture"] = content["whence"] = content["created"] = HOSTILE
+        content["build"]["notes"] = [HOSTILE]
+        content["build"]["skipped_first"] = [HOSTILE]
+        content["build"]["tracked"][0]["left_out"] = [HOSTILE]
+
+    reseal(index, change)
+    place = tmp_path / "x\x1b]0;owned\x07\u202e.whence"
+    index.rename(place)
+    commands = [
+        ["info", str(place)],
+        ["info", str(place), "--json"],
+        ["verify", str(place)],
+        ["query", str(place), "--row", "1"],
+        ["query", str(place), "--row", "1", "--json"],
+        ["query", str(place), "--text", "w1 w2"],
+        ["query", str(place), "--row", "1", "--where", f"{HOSTILE!s} == 1"],
+        ["query", str(place), HOSTILE],
+        ["add", str(place), "--data", str(tmp_path / HOSTILE)],
+        ["build", "--model", HOSTILE, "--data", HOSTILE, "--out", str(tmp_path / "o")],
+        ["delete", str(place), "--ids", HOSTILE],
+        ["explain", str(place), "--question-row", "1", "--row", "2", "--no-tokens"],
+    ]
+    for command in commands:
+        done = CliRunner().invoke(main, command, env={"HF_HUB_OFFLINE": "1"})
+        assert not set(done.stdout + done.stderr) & set("\x1b\x07\x9b\u202e\u2066\x7f\r"), (command, done.output)
+    (next((place / "rows").glob("*.zarr")) / "losses/c/0").unlink()
+    assert "\x1b" not in CliRunner().invoke(main, ["verify", str(place)]).output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_in_any_encoding_is_whole(tmp_path, model_dir, encoding):
+    texts = random_texts(8, seed=1)
+    path = write_jsonl(tmp_path / "d.jsonl", [{"id": f"é東{i}", "text": t, "word": "naïve 東京"} for i, t in enumerate(texts)])
+    build(BuildConfig(model=str(model_dir), data=(str(path),), out=str(tmp_path / "i"), rank=2))
+    for as_json in (True, False):
+        command = [
+            sys.executable,
+            "-c",
+            "from whence.cli import main; main()",
+            "query",
+            str(tmp_path / "i"),
+            "--row",
+            "1",
+            *["--json"] * as_json,
+        ]
+        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding})
+        assert done.returncode == 0, done.stderr
+        text = done.stdout.decode(encoding)
+        if as_json:
+            assert json.loads(text)["proponents"][0]["metadata"] == {"word": "naïve 東京"}
+        else:
+            assert "proponents" in text
+
+
+# Fuzzed files, in a process of their own, since a crash is what is looked for
+
+FUZZ = """
+import json, random, shutil, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_hostile_index import reseal, use
+from whence.store.errors import WhenceError
+index, kind, seed, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+generator = random.Random(seed)
+wanted = {{
+    "arrow": lambda p: p.suffix == ".arrow",
+    "safetensors": lambda p: p.suffix == ".safetensors",
+    "zarr": lambda p: "rows" in p.parts,
+    "search": lambda p: "search" in p.parts,
+}}[kind]
+files = [p for p in sorted(index.rglob("*")) if p.is_file() and wanted(p)]
+manifest = next((index / "manifests").glob("*.json"))
+sealed, right, refused, answered = manifest.read_bytes(), use(index), 0, 0
+for number in range(rounds):
+    path = generator.choice(files)
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    for _ in range(generator.choice((1, 1, 2, 8))):
+        at = generator.randrange(len(data)) if generator.random() < 0.6 else generator.randrange(min(len(data), 4096))
+        style = generator.random()
+        if style < 0.5:
+            data[at] ^= 1 << generator.randrange(8)
+        elif style < 0.8:
+            size = generator.choice((4, 8))
+            number_ = generator.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, generator.randrange(2**32)))
+            data[at : at + size] = number_.to_bytes(8, "little")[:size]
+        elif style < 0.9:
+            del data[at : at + generator.randrange(1, 64)]
+        else:
+            data[at:at] = bytes(generator.randrange(256) for _ in range(generator.randrange(1, 64)))
+    path.write_bytes(bytes(data))
+    print(number, path.relative_to(index), file=sys.stderr, flush=True)
+    if kind != "search":
+        reseal(index)
+    try:
+        found = use(index)
+        answered += 1
+        assert kind != "search" or found == right
+    except WhenceError:
+        refused += 1
+    path.write_bytes(whole)
+    manifest.write_bytes(sealed)
+print(refused, answered)
+"""
+
+
+@pytest.mark.parametrize("kind", ["arrow", "safetensors", "zarr", "search"])
+def test_no_mutated_file_ends_in_a_crash_or_a_traceback(index, kind):
+    rounds = int(os.environ.get("WHENCE_FUZZ_ROUNDS", "40"))
+    script = FUZZ.format(tests=os.path.dirname(__file__))
+    command = [sys.executable, "-c", script, str(index), kind, os.environ.get("WHENCE_FUZZ_SEED", "0"), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570)
+    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+    refused, answered = map(int, done.stdout.split())
+    assert refused + answered == rounds
+    assert refused > 0 or kind == "search"
+
+
+def test_an_arrow_file_with_one_changed_offset_is_refused(index):
+    """The offsets of the texts point beyond their bytes."""
+    import pyarrow as pa
+
+    opened = Index(index)
+    rows = opened.manifest.shards[0].rows
+    path = index / "documents" / f"{opened.manifest.shards[0].id}.arrow"
+    with pa.OSFile(str(path)) as file:  # not mapped, since it is written below
+        batch = pa.ipc.open_file(file).get_batch(0)
+    offsets = batch.column("text").buffers()[1].to_pybytes()
+    data = path.read_bytes()
+    assert data.count(offsets) == 1
+    last = int.from_bytes(offsets[4 * batch.num_rows : 4 * batch.num_rows + 4], "little")
+    at = data.index(offsets) + 4 * batch.num_rows
+    for value in (last + 10**6, last + 1, 2**31 - 1):
+        path.write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
+        with pytest.raises(IntegrityError, match="not a whole Arrow file"):
+            Documents(path, rows)
+    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(str(path), batch.schema, options=compressed) as sink:
+        sink.write_batch(batch)
+    with pytest.raises(IntegrityError, match="compressed"):
+        Documents(path, batch.num_rows)
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([10**12, 2**63, 2**200, -1, 1.5, 1e308]),
+    st.text(max_size=5),
+    st.just([]),
+    st.just({}),
+)
+
+
+def places(content, at=()):
+    yield at
+    items = content.items() if isinstance(content, dict) else enumerate(content[:4]) if isinstance(content, list) else ()
+    for name, value in items:
+        yield from places(value, (*at, name))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_changed_manifest_ends_in_a_traceback(index_800, tmp_path_factory, data):
+    source = latest_manifest(index_800)
+    content = json.loads(source.read_text())
+    content.pop("checksum")
+    changed = copy.deepcopy(content)
+    paths = [at for at in places(content) if at]
+    at = paths[data.draw(st.integers(0, len(paths) - 1))]
+    holder = changed
+    for name in at[:-1]:
+        holder = holder[name]
+    action = data.draw(st.sampled_from(["replace", "remove", "copy"]))
+    if action == "replace":
+        holder[at[-1]] = data.draw(LEAVES)
+    elif action == "remove":
+        del holder[at[-1]]
+    elif isinstance(holder, list):
+        holder.append(copy.deepcopy(holder[at[-1]]))
+    else:
+        holder[str(at[-1]) + "x"] = holder[at[-1]]
+    place = tmp_path_factory.mktemp("fuzz") / "i.whence"
+    place.mkdir()
+    for name in ("rows", "documents", "encoder", "search"):
+        (place / name).symlink_to(index_800 / name)
+    (place / "manifests").mkdir()
+    (place / "manifests" / source.name).write_bytes(seal(changed))
+    with contextlib.suppress(WhenceError):
+        use(place)
+    shutil.rmtree(place)
+
+
+def test_headers_of_safetensors_files_are_bounded(tmp_path):
+    from whence.indexer.models import safetensors_problem
+
+    generator, path = random.Random(0), tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    good = len(header).to_bytes(8, "little") + header + bytes(8)
+    path.write_bytes(good)
+    assert safetensors_problem(path) is None
+    for wrong in (
+        b"",
+        b"x",
+        good[:-1],
+        good + b"x",
+        (2**62).to_bytes(8, "little") + header,
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ):
+        path.write_bytes(wrong)
+        assert safetensors_problem(path), wrong
+    for _ in range(500):
+        data = bytearray(good)
+        data[generator.randrange(len(data) - 8)] = generator.randrange(256)
+        path.write_bytes(bytes(data))
+        safetensors_problem(path)
