@@ -30,6 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 _MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # by which predictions of a merged model may differ, relatively; else 1e-4
 _PROBED = 32
+_ZERO = 1e-20
 _SENTENCE = 240
 _LFS_POINTER, _LARGEST_POINTER, _LARGEST_HEADER = b"version https://git-lfs", 64, 100 << 20
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack", "consolidated*.pth")
@@ -211,6 +212,7 @@ def _load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     _check_weights(source)
     # An adapter's files beside a merged model are looked for where there are none, since they would be applied once more.
     options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     options["adapter_kwargs"] = {"subfolder": "no-adapter"}
     if device is None:
         if importlib.util.find_spec("accelerate") is None:
@@ -572,6 +574,17 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def refuse_zero_weights(model: nn.Module, id: str) -> None:
+    """Refuse a model whose every matrix is zero, or too small for products in float32: all of its gradients would be zero.
+
+    Raises:
+        IncompatibleError: it is.
+    """
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    if matrices and all(float(p.detach().abs().max()) < _ZERO for p in matrices):
+        raise IncompatibleError(f"the weights of {id} are all zero (or below {_ZERO:g}); give a trained model")
 
 
 def model_fingerprint(model: nn.Module) -> str:

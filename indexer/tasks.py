@@ -193,9 +193,9 @@ class CausalLM(Task):
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
         """See `Task`: a short text is run alone and padded, to a few tokens and to where the configuration says that positions change."""
-        known = _SPLITS.setdefault(model, {})
+        known, switches = _SPLITS.setdefault(model, {}), models.rotary_switches(model)
         found: list[int] = []
-        for padded, split in ((_PADDED, 0), *((length + 1, length) for length in models.rotary_switches(model))):
+        for padded, split in ((min((_PADDED, *switches)), 0), *((length + 1, length) for length in switches)):
             if split < longest and padded <= (self.context(model) or padded):
                 if padded not in known:
                     known[padded] = _depends_on_padding(model, padded)
@@ -306,9 +306,9 @@ class MLP(VectorTask):
 def _depends_on_padding(model: nn.Module, padded: int) -> bool:
     """Whether a short text's predictions differ when it is padded to a length (tokens)."""
     device = next(model.parameters()).device
-    short = torch.tensor([[0, 1, 2]], device=device)
+    short = torch.tensor([[0, 1, 2]], device=device)[:, : padded - 1]
     beside = torch.nn.functional.pad(short, (0, padded - short.shape[1]))
-    alone, together = (models.logits_of(model, ids)[:, :3].float() for ids in (short, beside))
+    alone, together = (models.logits_of(model, ids)[:, : short.shape[1]].float() for ids in (short, beside))
     return models.differ(alone, together, next(model.parameters()).dtype)
 
 

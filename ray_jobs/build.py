@@ -134,8 +134,10 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 weighed=weighed,
                 **corpus.counts(),
                 **not_finite(out, shards),
-                notes=(*notes, *_zeros(out, shards[0], segments)),
+                notes=(*notes, *(silent := _zeros(out, shards[0], segments))),
             )
+            for note in silent:
+                reporter.note(note)
             return _publish(job, made, models, plan, file, corpus, shards)
     except BaseException as error:
         kept = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)

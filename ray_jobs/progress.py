@@ -42,8 +42,8 @@ class Silent:
 class Console:
     """Bars on a terminal, lines elsewhere; a context manager, so that the last stage is closed."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
         self._bars: Progress | None = None
         self._name = ""
         self._started = self._updated = time.monotonic()

@@ -105,6 +105,7 @@ class Worker:
                 raise IncompatibleError(
                     f"{source.id} embeds {sizes[number]} tokens, {c.models[0]} {sizes[0]}; models of an index read the same"
                 )
+            models.refuse_zero_weights(model, source.id)
             descriptions.append(
                 Model(
                     id=absolute(source.id),

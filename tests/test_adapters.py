@@ -9,7 +9,8 @@ import torch
 from helpers import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from whence import BuildConfig, Client, build
-from whence.indexer.models import ModelSource, load_causal_lm
+from whence.indexer.models import ModelSource, load_causal_lm, loaded, model_fingerprint
+from whence.ray_jobs.change import add
 from whence.store.errors import IncompatibleError, NotFoundError, UsageError
 
 
@@ -81,3 +82,144 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match="pip install peft"):
         load_causal_lm(ModelSource(str(adapter())))
+
+
+PROBE = torch.tensor([[5, 17, 29, 41, 53, 60, 61, 1]])
+
+
+def adapted_logits(base, out, resize=None, perturb=(), **lora):
+    """Save an adapter of a base model, and return what the adapted, unmerged model says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if resize:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    torch.manual_seed(2)
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **lora)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and any(part in name for part in perturb):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    with torch.no_grad():
+        return adapted(input_ids=PROBE).logits
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = tmp_path_factory.mktemp("tied") / "base"
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    common = dict(vocab_size=62, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **common))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    return place
+
+
+ADAPTERS = {
+    "attention": dict(target_modules=["q_proj", "v_proj"]),
+    "the tied head": dict(target_modules=["q_proj", "lm_head"]),
+    "the tied embeddings": dict(target_modules=["q_proj", "embed_tokens"]),
+    "both": dict(target_modules=["lm_head", "embed_tokens"]),
+    "saved modules": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], perturb=("modules_to_save",)),
+    "saved embeddings": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], perturb=("modules_to_save",)),
+    "DoRA": dict(target_modules=["q_proj", "down_proj"], use_dora=True),
+    "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[61], perturb=("trainable_tokens",)),
+    "a larger vocabulary": dict(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], resize=70, perturb=("modules_to_save",)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_merged_adapter_says_what_the_adapted_model_says(tied, tmp_path, kind):
+    expected = adapted_logits(tied, tmp_path / "adapter", **ADAPTERS[kind])
+    model = load_causal_lm(ModelSource(str(tmp_path / "adapter")))
+    with torch.no_grad():
+        found = model(input_ids=PROBE).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    with torch.no_grad():
+        plain = load_causal_lm(ModelSource(str(tied)))(input_ids=PROBE).logits
+    assert float((plain - expected[..., :62]).abs().max() / expected.abs().max()) > 1e-2
+    trained = {name.rpartition(".")[2] for name in loaded(model).trained}
+    wanted = {*ADAPTERS[kind]["target_modules"], *ADAPTERS[kind].get("modules_to_save", ())}
+    assert wanted <= trained <= wanted | {"embed_tokens", "lm_head"}
+
+
+def test_a_merge_that_changes_the_predictions_is_refused(tied, tmp_path, monkeypatch):
+    import whence.indexer.models as module
+
+    adapted_logits(tied, tmp_path / "adapter", **ADAPTERS["the tied head"])
+    monkeypatch.setattr(module, "_untie", lambda adapted: None)
+    with pytest.raises(IncompatibleError, match="the merged model's predictions are not those of the adapted one"):
+        load_causal_lm(ModelSource(str(tmp_path / "adapter")))
+
+
+def test_a_merged_model_with_its_adapters_files_beside_it_is_taken_as_it_is(places, tmp_path):
+    import shutil
+
+    both = tmp_path / "both"
+    shutil.copytree(places / "merged", both)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(places / "adapter" / name, both / name)
+    assert model_fingerprint(load_causal_lm(ModelSource(str(both)))) == model_fingerprint(
+        load_causal_lm(ModelSource(str(places / "merged")))
+    )
+    beside = tmp_path / "beside"
+    shutil.copytree(places / "adapter", beside)
+    shutil.copy(places / "base/config.json", beside / "config.json")
+    again = load_causal_lm(ModelSource(str(beside)))
+    assert model_fingerprint(again) == model_fingerprint(load_causal_lm(ModelSource(str(places / "adapter"))))
+
+
+def test_adapter_layers_inside_of_a_whole_model_are_refused(places, tmp_path):
+    import shutil
+
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(places / "base"), str(places / "adapter"))
+    inside = {name.removeprefix("base_model.model."): tensor.clone().contiguous() for name, tensor in adapted.state_dict().items()}
+    shutil.copytree(places / "base", tmp_path / "inside")
+    save_file(inside, tmp_path / "inside/model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompatibleError, match="adapter layers that are not merged"):
+        load_causal_lm(ModelSource(str(tmp_path / "inside")))
+
+
+def test_an_adapters_base_is_found_from_another_folder(places, corpus_file, tmp_path, monkeypatch):
+    import shutil
+
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(places / "base", tmp_path / "base")
+    shutil.copytree(places / "adapter", tmp_path / "run")
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    (tmp_path / "run/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
+    monkeypatch.chdir(tmp_path)
+    build(BuildConfig(model="run", data=(str(corpus_file),), out="i", rank=2))
+    assert Client("i").index.manifest.models[0].base == str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Client("../i").query(text="w1 w2 w3", k=1).proponents
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"id": "new", "text": "w1 w2", "year": 1}\n')
+    assert add(tmp_path / "i", [str(more)]).rows == 121
+
+
+def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_file, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"the rows measure 0.0% of the parameters that the adapter trained; .* do not measure model.layers"
+    ):
+        manifest = build(BuildConfig(str(places / "adapter"), (str(corpus_file),), str(tmp_path / "i"), segments=("head",)))
+    (tracked,) = manifest.build.tracked
+    assert (tracked.parameters, tracked.of) == (0, 2 * (16 * 16 + 24 * 16))
+    manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "j"), rank=2))
+    assert manifest.build.tracked[0].share == 1.0
