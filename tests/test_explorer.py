@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import urllib.request
 from urllib.parse import quote
 
 import pytest
@@ -372,3 +373,27 @@ def test_the_policy_admits_what_the_page_needs_and_no_more(browser, server):
     page.wait_for_timeout(200)
     assert any("Content Security Policy" in text for text in said)
     page.close()
+
+
+def test_a_page_on_another_port_cannot_ask(browser, server, tmp_path):
+    """The browser itself says that the request comes from elsewhere; without an answer there is no time to measure."""
+    import http.server
+    import threading
+    from functools import partial
+
+    (tmp_path / "index.html").write_text("<p>elsewhere</p>")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    statuses = []
+    page.on("response", lambda response: statuses.append((response.url, response.status)) if "/v1/" in response.url else None)
+    page.goto(f"http://127.0.0.1:{other.server_port}/")
+    asked = f"{server.url}/v1/query?q=" + "%7B%22row%22%3A1%7D"
+    page.evaluate("url => fetch(url, {mode: 'no-cors'}).then(() => 'done', () => 'refused')", asked)
+    page.wait_for_timeout(300)
+    assert [status for _, status in statuses] in ([403], [])  # a response that the policy keeps from the page may not be reported
+    page.close()
+    other.shutdown()
+    metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    assert 'whence_responses_total{path="/v1/query",status="200"}' not in metrics or statuses == [(asked, 403)]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import pytest
 import uvicorn
@@ -591,3 +592,45 @@ def test_an_engine_outlives_whatever_happens_and_drops_what_nobody_waits_for(pat
         assert not engine.alive or engine._task.cancelled() or engine._task.cancelling()
 
     asyncio.run(scenario())
+
+
+def test_pages_of_other_addresses_learn_nothing(server):
+    """Browsers say where a request comes from; the answer's time must not tell whether a filter matches."""
+    ask = "/v1/query?q=" + urllib.parse.quote(json.dumps({"row": 1, "where": "year > 1900", "index": "dense"}))
+    for site in ("cross-site", "same-site", "CROSS-SITE"):
+        for method, path in (("GET", ask), ("GET", "/v1/indexes"), ("POST", "/v1/query"), ("GET", "/openapi.json"), ("GET", "/metrics")):
+            status, body, headers = raw(server.port, method, path, b"{}" if method == "POST" else None, {"Sec-Fetch-Site": site})
+            assert status == 403, (site, path)
+            assert "a page of another address cannot ask" in json.loads(body)["detail"]
+            assert headers["cross-origin-resource-policy"] == "same-origin"
+    for site in ("same-origin", "none"):
+        status, _, headers = raw(server.port, "GET", ask, headers={"Sec-Fetch-Site": site})
+        assert (status, headers["cache-control"], headers["cross-origin-resource-policy"]) == (200, "no-store", "same-origin")
+    assert raw(server.port, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link to the explorer
+
+
+def test_requests_that_outlast_the_servers_patience_at_its_end_get_503(paths, caplog):
+    client = Client(paths["dense"])
+    client.query_many = lambda *_, **__: time.sleep(4) or []
+    config = uvicorn.Config(
+        create_app({"i": client}), port=0, log_level="error", timeout_graceful_shutdown=1, lifespan="on", http=Impatient
+    )
+    stopping = uvicorn.Server(config)
+    socket_ = config.bind_socket()
+    thread = threading.Thread(target=stopping.run, kwargs={"sockets": [socket_]})
+    thread.start()
+    found = {}
+
+    def ask():
+        body = json.dumps({"questions": [{"row": 1}]})
+        found["status"], found["body"], _ = raw(socket_.getsockname()[1], "POST", "/v1/query", body)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(1)
+    stopping.should_exit = True
+    asking.join(20)
+    thread.join(20)
+    assert found["status"] == 503, found
+    assert "the server is stopping" in json.loads(found["body"])["detail"]
+    assert "Traceback" not in caplog.text
