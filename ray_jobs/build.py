@@ -32,6 +32,7 @@ from ..store.files import PLAN, exclusive, publish, read_json, regular_size, sto
 from ..store.index import Index, dense_reduction
 from ..store.keyed import KeyedRows, inner_products
 from ..store.manifest import (
+    FORMAT_VERSION,
     Build,
     DenseSegment,
     FileRecord,
@@ -107,7 +108,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
         with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
             models, plan, about_models = executor.call("describe")
             what = {
-                "format": 1,
+                "format": FORMAT_VERSION,
                 "options": config.what(),
                 "models": [model.fingerprint for model in models],
                 "tokenizer": encoder.fingerprint,

@@ -27,7 +27,7 @@ from ..store.errors import DataError, IncompatibleError, UsageError
 from ..store.files import PLAN, exclusive, publish, read_json, write_whole
 from ..store.index import Index
 from ..store.keyed import copy_keyed
-from ..store.manifest import Addition, KeyedSegment, Manifest, Shard, manifest_path, publish_manifest
+from ..store.manifest import FORMAT_VERSION, Addition, KeyedSegment, Manifest, Shard, manifest_path, publish_manifest
 from ..store.rows import copy_dense, write_shard
 from .build import longest_example, not_finite, refresh_search, say_not_finite
 from .config import BuildConfig, recorded_config
@@ -267,7 +267,7 @@ def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
         else partial(copy_dense, rows=index.dense(shard, s), kept=kept)
         for s in index.manifest.segments
     }
-    about = {"format": 1, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
+    about = {"format": FORMAT_VERSION, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
     staged = out / "staging" / f"{id}.zarr"
     beside, hidden = {"losses": index.losses(shard)[kept]}, index.hidden(shard)
     if hidden is not None:

@@ -29,7 +29,7 @@ from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, Usa
 from ..store.files import publish, sha256
 from ..store.index import dense_reduction
 from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
-from ..store.manifest import Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
+from ..store.manifest import FORMAT_VERSION, Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
 from ..store.rows import DenseRows, array_checksum, map_array, write_dense, write_shard
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
@@ -206,7 +206,7 @@ class Worker:
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
             segments, beside = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
-            about = {"format": 1, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
+            about = {"format": FORMAT_VERSION, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
             write_shard(staged, segments, about, beside)
             publish(staged, final)
         else:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only, read_bytes, write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FEATURES = frozenset({"deleted", "dense", "keyed", "reduced", "vectors"})
 _NAME = re.compile(r"(\d{6,18})\.json")
 _LATEST = "latest"
@@ -283,7 +283,7 @@ class Manifest(_Model):
     """The whole description of an index; see docs/format.md for the meaning of every field."""
 
     format: Literal["whence"] = "whence"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     features: tuple[str, ...]
     number: Size
     created: str
@@ -400,8 +400,10 @@ def read_manifest(directory: Path) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != "whence":
         raise IntegrityError(f"{path} is not a Whence manifest; restore it or build the index again")
     if content.get("version") != FORMAT_VERSION:
+        older = content.get("version") in range(1, FORMAT_VERSION)
         raise IncompatibleError(
-            f"{directory} has format version {content.get('version')!r}, this Whence reads {FORMAT_VERSION}; use a newer Whence"
+            f"{directory} has format version {content.get('version')!r}, this Whence reads {FORMAT_VERSION}; "
+            + ("build it again" if older else "use a newer Whence")
         )
     features = content.get("features")
     unknown = sorted(set(map(str, features if isinstance(features, list) else [])) - FEATURES)
