@@ -377,6 +377,7 @@ def _publish(
             "truncated": corpus.truncated,
             "skipped": corpus.skipped,
             "skipped_first": list(corpus.skipped_first),
+            **corpus.not_kept(),
         },
     )
     publish_manifest(job.out, manifest)

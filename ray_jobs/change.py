@@ -88,7 +88,7 @@ def add(
         reporter.stage("building rows", corpus.rows)
         entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
         added = tuple(Shard(**entry) for entry in entries)
-        about = {"corpus": what["corpus"], "rows": corpus.rows, "drift": _drift(index, added)}
+        about = {"corpus": what["corpus"], "rows": corpus.rows, "drift": _drift(index, added), **corpus.not_kept()}
         grown = known.model_copy(
             update={
                 "number": known.number + 1,
@@ -163,10 +163,8 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
     Index(out)
     with exclusive(out):
         index = Index(out)
-        wanted, manifest = set(ids), index.manifest
-        own, documents = (np.array(index.column(name).to_pylist(), object) for name in ("id", "document"))
-        chosen = np.isin(own, list(wanted)) | np.isin(documents, list(wanted))
-        unknown = wanted - set(own[chosen].tolist()) - set(documents[chosen].tolist())
+        manifest = index.manifest
+        chosen, unknown = index.rows_of(ids)
         if unknown:
             raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted")
         if where is not None:

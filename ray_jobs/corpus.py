@@ -10,11 +10,12 @@ import uuid
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..indexer.examples import DocumentEncoder
-from ..store.corpus import Fields, read_corpus
+from ..store.corpus import Corpus, Fields, unread_record
 from ..store.documents import Documents, Example, write_documents
 from ..store.errors import DataError
 from ..store.files import publish, read_json, sha256, write_whole
@@ -37,7 +38,12 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """All shards, and what became of documents that were too long or could not be used."""
+    """All shards, and what became of documents that were too long or could not be used.
+
+    Attributes:
+        unread: of files in the corpus's folders that are not read, how many, and the first with the reasons.
+        left_out_columns: column -> what it holds, of those that cannot be kept.
+    """
 
     shards: tuple[ShardPlan, ...]
     documents: int
@@ -45,6 +51,12 @@ class CorpusPlan:
     truncated: int
     skipped: int
     skipped_first: tuple[str, ...]
+    unread: dict[str, Any]
+    left_out_columns: dict[str, str]
+
+    def not_kept(self) -> dict[str, Any]:
+        """What of the corpus the index does not hold, for its record."""
+        return {"unread": self.unread, "left_out_columns": self.left_out_columns}
 
     @property
     def rows(self) -> int:
@@ -100,7 +112,8 @@ def plan_corpus(
         shards.append(ShardPlan(id, first, len(pending), tokens, digest))
         pending.clear()
 
-    for example in encoder.documents(read_corpus(config.data, fields)):
+    read = Corpus(config.data, fields)
+    for example in encoder.documents(read):
         if isinstance(example, DataError):
             if config.bad_documents == "error":
                 raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
@@ -126,7 +139,9 @@ def plan_corpus(
             + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else "")
         )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
-    plan = CorpusPlan(tuple(shards), counts["documents"], counts["split"], counts["truncated"], skipped_count, tuple(skipped))
+    told = {name: counts[name] for name in ("documents", "split", "truncated")}
+    lost = {"skipped": skipped_count, "skipped_first": tuple(skipped), "unread": unread_record(read.unread)}
+    plan = CorpusPlan(tuple(shards), **told, **lost, left_out_columns=read.left_out)  # type: ignore[arg-type]
     write_whole(done, json.dumps(asdict(plan)).encode())
     return plan
 

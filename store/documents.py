@@ -4,11 +4,14 @@ Columns: `id`, `document` (the id of the document that a chunk was cut from; the
 `text`, `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of every
 other column that the corpus had. A metadata column whose values have no common Arrow type (a number here, a word there) is kept as JSON
 text and says so in its field's metadata, so that nothing is lost and nothing is guessed.
+
+For filters and groups, columns of the corpus have their own names; one that is called as one of the examples' is `metadata.` and its name.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from jaxtyping import Bool, Float32, Int32
 
 from .errors import IntegrityError
 from .files import storage_errors
+from .filters import JSON_KIND, Column, kind_of
 
 BATCH_ROWS = 256
 _NESTING = 16
 _JSON = {b"whence:encoding": b"json"}
+_OWN = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -94,15 +99,21 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
 
 
 def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
-    try:
-        array = pa.array(values)
-        # By their text, since True, 1 and 1.0 are equal; and not nested deeper than Arrow files may be.
-        if repr(array.to_pylist()) == repr(values) and str(array.type).count("<") < _NESTING:
-            return pa.field(name, array.type), array
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
-        pass
+    for kind in (None, pa.uint64()):
+        try:
+            array = pa.array(values, kind)
+            # By their text, since True, 1 and 1.0 are equal; and not nested deeper than Arrow files may be.
+            if repr(array.to_pylist()) == repr(values) and str(array.type).count("<") < _NESTING:
+                return pa.field(name, array.type), array
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
+            continue
     text = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
     return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
+
+
+def _is_encoded(field: pa.Field) -> bool:
+    """Whether a column is kept as JSON text."""
+    return bool(field.metadata) and field.metadata.get(b"whence:encoding") == b"json"
 
 
 class Documents:
@@ -150,29 +161,36 @@ class Documents:
             label=record.get("label"),
         )
 
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
+    @cached_property
+    def _places(self) -> dict[str, tuple[pa.Field, int | None]]:
+        """What can be filtered and grouped by: by name the field, and of the corpus's columns its place in the metadata."""
         schema = self._file.schema
-        kinds = {name: schema.field(name).type for name in ("id", "document", "chunk", "text", "source")}
-        if "label" in schema.names:
-            kinds["label"] = schema.field("label").type
-        return {f.name: f.type for f in (schema.field("metadata").type if "metadata" in schema.names else ())} | kinds
+        own: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _OWN if name in schema.names}
+        metadata = schema.field("metadata").type if "metadata" in schema.names else ()
+        return {f"metadata.{f.name}" if f.name in own else f.name: (f, at) for at, f in enumerate(metadata)} | own
+
+    @property
+    def columns(self) -> dict[str, pa.Field]:
+        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
+        return {name: field for name, (field, _) in self._places.items()}
+
+    def kind(self, name: str) -> str | None:
+        """What a column's values are compared as (see filters.py)."""
+        field, _ = self._places[name]
+        return JSON_KIND if _is_encoded(field) else kind_of(field.type)
 
     def ids(self) -> list[str]:
         """All ids, in row order."""
-        return self.table(["id"])["id"].to_pylist()
+        return self.column("id").values.to_pylist()
 
-    def table(self, names: Iterable[str]) -> pa.Table:
-        """Some columns of all rows, those of the corpus beside the others; names that are not there are left out, `id` never is."""
-        import pyarrow.compute as pc
-
-        whole, own = pa.Table.from_batches([self._file.get_batch(i) for i in range(self._file.num_record_batches)], self._file.schema), {}
-        for name in {"id", *names}:
-            if name in self.columns:
-                direct = name in ("id", "document", "chunk", "text", "source", "label")
-                own[name] = whole[name] if direct else pc.struct_field(whole["metadata"], name)
-        return pa.table(own)
+    def column(self, name: str) -> Column:
+        """One of the columns, of all rows."""
+        field, place = self._places[name]
+        batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        if place is None:
+            return Column(pa.chunked_array([batch.column(name) for batch in batches], field.type))
+        parts = [batch.column("metadata").flatten()[place] for batch in batches]
+        return Column(pa.chunked_array(parts, field.type), _is_encoded(field))
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -180,7 +198,7 @@ class Documents:
 
     def _decode(self, metadata: dict[str, Any]) -> dict[str, Any]:
         kind = self._file.schema.field("metadata").type if metadata else ()
-        encoded = {f.name for f in kind if f.metadata and f.metadata.get(b"whence:encoding") == b"json"}
+        encoded = {f.name for f in kind if _is_encoded(f)}
         return {
             name: json.loads(value) if name in encoded and value is not None else value
             for name, value in metadata.items()
