@@ -110,7 +110,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             if finished is not None:
                 return finished
             _claim(job, what)
-            corpus = _write_corpus(job, models, plan)
+            corpus = _write_corpus(job, models, plan, executor.call("vocabulary"))
             offered, plan = plan, _afforded(job, plan, corpus)
             left_out = left_out if any(s.name == "blocks" for s in plan.segments) else ()
             left_out = (*(s.name for s in offered.segments if s.name not in {p.name for p in plan.segments}), *left_out)
@@ -195,7 +195,7 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
-def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> CorpusPlan:
+def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
     c = job.config
     encoder = document_encoder(c, longest_example(c, models))
     fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
@@ -204,7 +204,7 @@ def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> Corp
     shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
     task = find_task(c.task)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
-    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
+    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
 def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:

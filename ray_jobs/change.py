@@ -81,7 +81,7 @@ def add(
         _claim(out, what)
         task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
         form = fields if task.form == "auto" else replace(fields, form=task.form)
-        corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
+        corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter, executor.call("vocabulary"))
         _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
         plan = EncoderPlan(known.segments, known.build["batch_tokens"], own.hidden)
         shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]

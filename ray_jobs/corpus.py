@@ -16,13 +16,14 @@ import numpy as np
 
 from ..indexer.examples import DocumentEncoder
 from ..store.corpus import Corpus, Fields, unread_record
-from ..store.documents import Documents, Example, write_documents
+from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.files import publish, read_json, sha256, write_whole
 from .config import BuildConfig
 from .progress import Reporter
 
 _REPORTED = 20
+_SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,20 @@ def shard_id(fingerprint: str, number: int) -> str:
 
 
 def plan_corpus(
-    config: BuildConfig, fields: Fields, encoder: DocumentEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter
+    config: BuildConfig,
+    fields: Fields,
+    encoder: DocumentEncoder,
+    out: Path,
+    fingerprint: str,
+    shard_rows: int,
+    reporter: Reporter,
+    vocabulary: int | None = None,
 ) -> CorpusPlan:
     """Read, tokenize, cut and write the corpus, or find that an earlier run did.
+
+    Args:
+        shard_rows: examples in a shard; fewer where these would fill more than `_SHARD_BYTES` with text and metadata.
+        vocabulary: how many tokens the model embeds; an example with another token cannot be used.
 
     Raises:
         DataError: no usable document, a bad one (unless they are to be skipped), or an id that stands twice.
@@ -113,22 +125,22 @@ def plan_corpus(
         pending.clear()
 
     read = Corpus(config.data, fields)
-    for example in encoder.documents(read):
+    held = 0
+    for encoded in encoder.documents(read):
+        example = _usable(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":
                 raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
             skipped_count += 1
             skipped += [str(example)] if len(skipped) < _REPORTED else []
             continue
-        counts["documents"] += example.chunk == 0
-        counts["split"] += example.chunk == 1
-        counts["truncated"] += example.truncated
-        counts["examples"] += 1
-        counts["tokens"] += example.tokens
+        _count(counts, example)
         hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
         pending.append(example)
-        if len(pending) == shard_rows:
+        held += stored_bytes(example)
+        if len(pending) == shard_rows or held > _SHARD_BYTES:
             flush()
+            held = 0
             reporter.update(counts["examples"], counts["tokens"])
     if pending:
         flush()
@@ -144,6 +156,22 @@ def plan_corpus(
     plan = CorpusPlan(tuple(shards), **told, **lost, left_out_columns=read.left_out)  # type: ignore[arg-type]
     write_whole(done, json.dumps(asdict(plan)).encode())
     return plan
+
+
+def _count(counts: dict[str, int], example: Example) -> None:
+    counts["documents"] += example.chunk == 0
+    counts["split"] += example.chunk == 1
+    counts["truncated"] += example.truncated
+    counts["examples"] += 1
+    counts["tokens"] += example.tokens
+
+
+def _usable(example: Example | DataError, vocabulary: int | None) -> Example | DataError:
+    if isinstance(example, DataError) or vocabulary is None or not len(example.token_ids) or example.token_ids.max() < vocabulary:
+        return example
+    return DataError(
+        f"example {example.id!r} has token {example.token_ids.max()}, the model embeds only {vocabulary}; tokenizer and model do not fit"
+    )
 
 
 def _read_plan(out: Path, done: Path) -> CorpusPlan | None:

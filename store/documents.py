@@ -72,6 +72,12 @@ class Example:
         return len(self.token_ids) - 1 if self.features is None else 1
 
 
+def stored_bytes(example: Example) -> int:
+    """About as many bytes as an example takes in the file."""
+    metadata = json.dumps(example.metadata, ensure_ascii=False, default=str) if example.metadata else ""
+    return len(example.text.encode()) + len(metadata.encode()) + 5 * len(example.token_ids)
+
+
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, in order, as one Arrow IPC file."""
     columns = [

@@ -213,8 +213,8 @@ def _open(path: Path, compression: str) -> IO[bytes]:
         import pyarrow as pa
 
         return cast("IO[bytes]", io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
-    opened: Any = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression](path, "rb")
-    return cast("IO[bytes]", opened)
+    opened: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast("IO[bytes]", opened[compression](path, "rb"))
 
 
 def lines(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str | DataError]]:
