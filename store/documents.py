@@ -108,8 +108,10 @@ def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
     for kind in (None, pa.uint64()):
         try:
             array = pa.array(values, kind)
-            # By their text, since True, 1 and 1.0 are equal; and not nested deeper than Arrow files may be.
-            if repr(array.to_pylist()) == repr(values) and str(array.type).count("<") < _NESTING:
+            # By their text, since True, 1 and 1.0 are equal (of times, whose zones have several classes, by that for people); and not
+            # nested deeper than Arrow files may be.
+            shown = str if pa.types.is_timestamp(array.type) else repr
+            if list(map(shown, array.to_pylist())) == list(map(shown, values)) and str(array.type).count("<") < _NESTING:
                 return pa.field(name, array.type), array
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
             continue

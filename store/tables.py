@@ -22,7 +22,7 @@ from .errors import DataError
 from .sources import LONGEST_BYTES, MOST_COLUMNS, Reading, Record
 
 _BATCH_ROWS = 256
-_BATCH_BYTES = 1 << 30
+_BATCH_BYTES = 1 << 27
 _READABLE = ("arrow.uuid", "arrow.json")  # bytes that Python reads as text
 _WRITE_SMALLER = "write the file with smaller row groups (row_group_size)"
 
@@ -46,7 +46,7 @@ def _integer(text: str) -> int:
 
 def _number(text: str) -> float:
     value = float(text) if _NUMBER.fullmatch(text) else math.inf
-    if math.isinf(value) or (text.lstrip("-").isdigit() and abs(value) > 1 << 53):  # another number than was written
+    if math.isinf(value) or (text.lstrip("-").isdigit() and abs(int(text)) > 1 << 53):  # another number than was written
         raise ValueError
     return value
 
@@ -183,7 +183,7 @@ def table_records(batches: Iterable[pa.RecordBatch], name: str, how: Reading, fi
     """The records of Arrow batches, numbered from `first` + 1."""
     for batch in batches:
         kept, whole = batch.select([f.name for f in batch.schema if not _leave_out(f, how)]), None
-        if _expanded(kept.columns) <= LONGEST_BYTES:
+        if _expanded(kept.columns) <= _BATCH_BYTES:
             try:
                 whole = kept.to_pylist() or [{}] * batch.num_rows
             except (pa.ArrowException, ValueError, OverflowError):
