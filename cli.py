@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .query.answers import Question
     from .remote import RemoteClient
     from .store.corpus import Fields
+    from .store.manifest import Addition, Build
+
+_LARGEST_CONFIG = 1 << 14
+_NAMED = 5
 
 
 class _Group(click.Group):
@@ -87,12 +91,7 @@ def _print_json(value: Any) -> None:
 
 def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None:
-        import tomllib
-
-        try:
-            given = tomllib.loads(Path(value).read_text())
-        except (OSError, ValueError) as error:
-            raise click.BadParameter(f"{value} cannot be read as TOML: {error}") from error
+        given = _toml(value)
         known = {p.name: p for p in ctx.command.params if p.name != param.name}
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -101,6 +100,26 @@ def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) 
             )
         ctx.default_map = {**(ctx.default_map or {}), **{name: _as_typed(known[name], item, value) for name, item in given.items()}}
     return value
+
+
+def _toml(file: str) -> dict[str, Any]:
+    """A TOML file of options, which is small: the parser takes a time that grows with the square of what it is given."""
+    import tomllib
+
+    if not Path(file).is_file():
+        raise click.BadParameter(f"there is no file {file}")
+    try:
+        with open(file, "rb") as opened:
+            content = opened.read(_LARGEST_CONFIG + 1)
+        if len(content) > _LARGEST_CONFIG:
+            raise click.BadParameter(f"{file} is longer than {_LARGEST_CONFIG >> 10} KiB, too long for a file of options")
+        return tomllib.loads(content.decode())
+    except RecursionError as error:
+        raise click.BadParameter(f"{file} cannot be read as TOML: it is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{file} cannot be read as TOML: it is not UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise click.BadParameter(f"{file} cannot be read as TOML: {error}") from error
 
 
 def _as_typed(option: click.Parameter, item: Any, file: str) -> Any:
@@ -183,6 +202,12 @@ _document_options = _together(
     click.option("--messages-field", help="Column with chat messages; the loss is on the assistant's turns.  [default: messages]"),
     click.option("--id-field", default="id", show_default=True, help="Column with the id (else file:line)."),
     click.option("--source-field", default="source", show_default=True, help="Column with the source (else the file's name)."),
+    click.option(
+        "--split-text",
+        default="file",
+        show_default=True,
+        help="A document of a text file (.txt, .md): the whole file, or what stands between blank-lines.",
+    ),
     click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context, at most 2048]"),
     click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate."),
     click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token."),
@@ -240,7 +265,11 @@ _corpus_options = _together(
         help="Directory or hub id of a causal language model (safetensors); repeat it for checkpoints or an ensemble.",
     ),
     click.option(
-        "--data", required=True, multiple=True, help="JSONL, CSV, Parquet or text file, folder, saved dataset, hub name:split; repeatable."
+        "--data",
+        required=True,
+        multiple=True,
+        help="JSONL, CSV, Parquet or text file (also .gz, .bz2, .xz, .zst), folder, saved dataset (of one split, folder:split), hub "
+        "name:split; repeatable.",
     ),
 )
 
@@ -259,7 +288,8 @@ def _fields_of(options: dict[str, Any]) -> "Fields":
     if len(named) > 1:
         raise UsageError("name one form of document: --text-field, --prompt-field with --completion-field, or --messages-field")
     given = {form: name for form, name in names.items() if name is not None}
-    return Fields(form=named[0] if named else "auto", id=options.pop("id_field"), source=options.pop("source_field"), **given)
+    others = {"id": options.pop("id_field"), "source": options.pop("source_field"), "split_text": options.pop("split_text")}
+    return Fields(form=named[0] if named else "auto", **others, **given)
 
 
 @main.command()
@@ -305,9 +335,25 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         _say(f"the rows measure {_tracked({**tracked.model_dump(), 'share': tracked.share})}")
     if made.skipped:
         _say(f"left out {made.skipped:,} documents that could not be used; the first: {made.skipped_first[0]}")
+    for line in _not_kept(made):
+        _say(line)
     if made.truncated:
         _say(f"kept only the beginning of {made.truncated:,} documents that are longer than an example may be")
     _say(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+
+
+def _not_kept(record: "Build | Addition") -> Iterable[str]:
+    """What of a corpus was not read or not kept, by the record of its build or addition; a line each."""
+    unread = _unread(record.unread.files, record.unread.first)
+    if unread:
+        yield f"not read: {unread}"
+    if record.left_out_columns:
+        yield f"left out columns: {', '.join(f'{name} ({kind})' for name, kind in record.left_out_columns.items())}"
+
+
+def _unread(files: int, first: Sequence[str]) -> str:
+    """Files that were not read, in words; nothing of none."""
+    return f"{files:,} file{'s' * (files > 1)}: {', '.join(first[:_NAMED])}{', ...' * (files > _NAMED)}" if files else ""
 
 
 @main.command()
@@ -371,6 +417,8 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
         _print_json({"rows": added.rows, "drift": added.drift, "refit": drifted(added.drift)})
         return
     _say(f"{index} has {added.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added.drift)}")
+    for line in _not_kept(added):
+        _say(line)
     for name in drifted(added.drift):
         _say(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
 
@@ -381,7 +429,7 @@ def _drifts(drift: dict[str, float]) -> str:
 
 @main.command()
 @click.argument("index")
-@click.option("--ids", help="File with an id a line, of examples or of whole documents; - reads standard input.")
+@click.option("--ids", help="File with an id a line, as it stands or as JSON, of examples or of whole documents; - is standard input.")
 @click.option("--where", help="Delete the rows that match, such as 'source == \"web\"'.")
 @_json_option
 def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> None:
@@ -390,17 +438,16 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
     \b
       whence delete my.whence --ids removed.txt
       whence delete my.whence --where 'source == "web" and year < 2010'
+
+    Lines of a list end at a newline; empty ones are passed over. A line that begins with a quotation mark or a brace is JSON: a text, or an
+    object with an id, as in the explorer's removal list and in answers saved as JSON lines. Any other line is the id as it stands.
     """
     from .ray_jobs.change import delete as run
+    from .store.corpus import read_ids
 
     if (ids is None) == (where is None):
         raise UsageError("say what is to be deleted: --ids FILE or --where FILTER, one of them")
-    listed: list[str] = []
-    if ids is not None:
-        if ids != "-" and not Path(ids).is_file():
-            raise NotFoundError(f"there is no file {ids}")
-        listed = [line for line in (sys.stdin.read() if ids == "-" else Path(ids).read_text(encoding="utf-8")).splitlines() if line.strip()]
-    gone = run(Path(index), listed, where)
+    gone = run(Path(index), [] if ids is None else read_ids(ids), where)
     if as_json:
         _print_json({"deleted": gone})
     else:
@@ -499,7 +546,7 @@ def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None
 @_question_options
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
 @click.option("--mean", is_flag=True, help="Answer the mean of a file's questions (times each one's weight) as one question.")
-@click.option("-k", type=int, help="So many proponents, and opponents; not more than the index has rows.  [default: 10]")
+@click.option("-k", type=int, help="So many proponents, and opponents, at most.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
 @click.option("--recall", type=float, default=1.0, show_default=True, help="Below 1, dense rows are searched coarse to fine: see below.")
@@ -520,7 +567,7 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
       whence query my.whence --file questions.jsonl --json > answers.jsonl
 
     A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
-    and text columns' .startswith("..."), .endswith and .contains.
+    and text columns' .startswith("..."), .endswith and .contains. Dates and times are written as ISO text, durations in seconds.
 
     A running server (whence serve) that has the index is asked, unless --local is given; the answer is the same. Another machine's is
     named by WHENCE_URL, and its token by WHENCE_TOKEN.
@@ -701,6 +748,10 @@ def info(index: str, as_json: bool) -> None:
         elif name == "notes":
             for note in value:
                 row("note", note)
+        elif name == "unread":
+            row("not read", _unread(value["files"], value["first"]) or "nothing")
+        elif name == "left_out_columns":
+            row("left out columns", ", ".join(f"{column} ({kind})" for column, kind in value.items()) or "nothing")
         elif name == "models":
             for model in value:
                 row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")

@@ -114,7 +114,7 @@ class Client(Asks):
         searched = int((self.index.alive if allowed is None else self.index.alive & allowed).sum())
         if searched == 0:
             raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
-        k = min(_DEFAULT_K, len(self.index)) if k is None else k
+        k = _DEFAULT_K if k is None else min(k, len(self.index))
         hits = search(self.index, rows, k, metric, allowed, options.get("recall", 1.0))
         own_row = [any(q.row is not None for q in questions)] * len(hits) if options.get("mean") else [q.row is not None for q in questions]
         both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])

@@ -33,11 +33,12 @@ from ..indexer.tasks import CausalLM, Task, import_object
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
-from ..store.corpus import Document, Fields, describe_sources, read_corpus
+from ..store.corpus import Document, Fields, read_corpus
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
 from ..store.files import sha256 as file_sha256
+from ..store.sources import describe_files
 from .packs import write_documents_file
 
 Train = Callable[[Sequence[Example], str, int], nn.Module]
@@ -118,7 +119,7 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
         **config.what(),
         "the documents": sha256(repr((train, queries)).encode()).hexdigest(),
         "the training function's module": _source_hash(function),
-        "the model's files": json.loads(json.dumps(describe_sources([config.model]))),
+        "the model's files": json.loads(json.dumps(describe_files([Path(config.model)]))),
     }
     with exclusive(out):
         begun = (out / "pack.json").is_file() and any((out / "pieces").glob("*.npy"))  # what has no training yet is nothing to protect

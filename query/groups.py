@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from ..store.errors import UsageError
 from ..store.index import Index
 from .answers import Group
 from .metric import Metric, QueryRows
@@ -45,13 +44,9 @@ def group_scores(
         allowed: which rows count; None counts all that are not deleted.
 
     Raises:
-        UsageError: there is no such column.
+        UsageError: there is no such column, or none to group by (see `Index.distinct`).
     """
-    encoded = index.column(column).combine_chunks().dictionary_encode()
-    values = [*encoded.dictionary.to_pylist(), None]
-    if len(values) > _MOST_GROUPS + 1:
-        raise UsageError(f"the column {column!r} has {len(values) - 1:,} values; group by one with at most {_MOST_GROUPS:,}")
-    codes = np.asarray(encoded.indices.fill_null(len(values) - 1))
+    codes, values = index.distinct(column, _MOST_GROUPS)
     kept = index.alive if allowed is None else index.alive & allowed
     scores = np.concatenate([block for _, block in all_scores(index, queries, metric)], axis=1)[:, kept]
     return [_groups(codes[kept], values, own, seed) for own in scores]

@@ -66,7 +66,7 @@ def search(
 
     Args:
         queries: segment name -> whitened query rows.
-        k: from 1 to the number of rows.
+        k: at least 1; of more than there are rows, all are given.
         allowed: which rows may be found; None allows all.
         recall: 1 scans all rows; below 1, rows are searched coarse to fine (see above), except where keyed segments alone count: their
             posting lists are exact.
@@ -74,10 +74,11 @@ def search(
     Raises:
         UsageError: k or recall is out of range, or the metric does not go with the index.
     """
-    if not 1 <= k <= len(index):
-        raise UsageError(f"k is {k}; it must be between 1 and the index's {len(index)} rows")
+    if k < 1:
+        raise UsageError(f"k is {k}; it must be at least 1")
     if not 0.5 <= recall <= 1:
         raise UsageError(f"the recall is {recall}; it must be between 0.5 and 1 (1 scans all rows)")
+    k = min(k, len(index))
     searched = index.alive if allowed is None else index.alive & allowed
     count = len(next(iter(queries.values())))
     size = _EXACT_PASS if recall == 1 else _COARSE_PASS

@@ -119,7 +119,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             if finished is not None:
                 return finished
             _claim(job, what)
-            corpus = _write_corpus(job, models, plan)
+            corpus = _write_corpus(job, models, plan, executor.call("vocabulary"))
             plan = _afforded(job, plan, corpus)
             for note in (notes := _notes(about_models, plan)):
                 reporter.note(note)
@@ -134,6 +134,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 tracked=tuple(tracked(about, plan.segments, number) for number, about in enumerate(about_models)),
                 weighed=weighed,
                 **corpus.counts(),
+                **corpus.not_kept(),
                 **not_finite(out, shards),
                 notes=(*notes, *(silent := _zeros(out, shards[0], segments))),
             )
@@ -289,7 +290,7 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
-def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> CorpusPlan:
+def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
     c = job.config
     encoder = document_encoder(c, longest_example(c, models))
     fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
@@ -298,7 +299,7 @@ def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan) -> Corp
     shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
     task = find_task(c.task)
     fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
-    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter)
+    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
 def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:

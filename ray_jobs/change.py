@@ -113,14 +113,21 @@ def _add(
     _claim(out, what)
     task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
     form = own.fields if task.form == "auto" else replace(own.fields, form=task.form)
-    corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter)
+    corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter, executor.call("vocabulary"))
     _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     plan = EncoderPlan(known.segments, own.batch_tokens or known.build.batch_tokens, own.hidden)
     shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
     entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
     added = tuple(Shard(**entry) for entry in entries)
-    about = Addition(call=call, manifest=known.number + 1, corpus=tuple(sources), rows=corpus.rows, drift=_drift(index, added))
+    about = Addition(
+        call=call,
+        manifest=known.number + 1,
+        corpus=tuple(sources),
+        rows=corpus.rows,
+        drift=_drift(index, added),
+        **corpus.not_kept(),
+    )
     before, lost = known.build, not_finite(out, added)
     say_not_finite(lost["not_finite"], lost["not_finite_first"], reporter)
     counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **lost}.items() if not name.endswith("_first")}
@@ -194,10 +201,8 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
     Index(out)
     with exclusive(out):
         index = Index(out)
-        wanted, manifest = set(ids), index.manifest
-        own, documents = (np.array(index.column(name).to_pylist(), object) for name in ("id", "document"))
-        chosen = np.isin(own, list(wanted)) | np.isin(documents, list(wanted))
-        unknown = wanted - set(own[chosen].tolist()) - set(documents[chosen].tolist())
+        manifest = index.manifest
+        chosen, unknown = index.rows_of(ids)
         if unknown:
             raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted")
         if where is not None:

@@ -1,11 +1,12 @@
 """What a build is asked to do: one frozen record, checked when made, written into the manifest."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..store.corpus import Fields
 from ..store.errors import IntegrityError, UsageError
 from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype, check_damping
+from ..store.sources import SplitText
 
 _POSITIVE = (
     "bytes_per_example",
@@ -51,7 +52,7 @@ class BuildConfig:
         data: files, folders or hub datasets (see `store.corpus.read_corpus`).
         out: the index directory to make.
         dtype, device, trust_remote_code: how the model is loaded.
-        fields: which columns hold text, prompt and completion, messages, id and source.
+        fields: which columns hold text, prompt and completion, messages, id and source, and what a document of a text file is.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
         bytes_per_example: of a row, from which segments and their sizes follow (see `ray_jobs.budget`); 800 where none of the options
@@ -119,6 +120,8 @@ class BuildConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.max_tokens == 1:
             raise UsageError("--max-tokens is 1; an example needs at least 2 tokens, one to predict and one before it")
+        if self.fields.split_text not in get_args(SplitText):
+            raise UsageError(f"--split-text is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")

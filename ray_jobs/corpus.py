@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..indexer.examples import DocumentEncoder
-from ..store.corpus import Fields, read_corpus
-from ..store.documents import Documents, Example, write_documents
+from ..store.corpus import Corpus, Fields, unread_record
+from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.files import publish, read_json, sha256, write_whole
+from ..store.manifest import UnreadFiles
 from .config import BuildConfig
 from .progress import Reporter
 
 _REPORTED = 20
+_SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,12 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """All shards, and what became of documents that were too long or could not be used."""
+    """All shards, and what became of documents that were too long or could not be used.
+
+    Attributes:
+        unread: of files in the corpus's folders that are not read, how many, and the first with the reasons.
+        left_out_columns: column -> what it holds, of those that cannot be kept.
+    """
 
     shards: tuple[ShardPlan, ...]
     documents: int
@@ -46,6 +53,13 @@ class CorpusPlan:
     truncated: int
     skipped: int
     skipped_first: tuple[str, ...]
+    unread: dict[str, Any]
+    left_out_columns: dict[str, str]
+
+    def not_kept(self) -> dict[str, Any]:
+        """What of the corpus the index does not hold, for its record."""
+        unread = UnreadFiles(files=self.unread["files"], first=tuple(self.unread["first"]))
+        return {"unread": unread, "left_out_columns": self.left_out_columns}
 
     @property
     def rows(self) -> int:
@@ -74,9 +88,20 @@ def shard_id(fingerprint: str, number: int) -> str:
 
 
 def plan_corpus(
-    config: BuildConfig, fields: Fields, encoder: DocumentEncoder, out: Path, fingerprint: str, shard_rows: int, reporter: Reporter
+    config: BuildConfig,
+    fields: Fields,
+    encoder: DocumentEncoder,
+    out: Path,
+    fingerprint: str,
+    shard_rows: int,
+    reporter: Reporter,
+    vocabulary: int | None = None,
 ) -> CorpusPlan:
     """Read, tokenize, cut and write the corpus, or find that an earlier run did.
+
+    Args:
+        shard_rows: examples in a shard; fewer where these would fill more than `_SHARD_BYTES` with text and metadata.
+        vocabulary: how many tokens the model embeds; an example with another token cannot be used.
 
     Raises:
         DataError: no usable document, a bad one (unless they are to be skipped), or an id that stands twice.
@@ -106,22 +131,23 @@ def plan_corpus(
         shards.append(ShardPlan(id, first, len(pending), tokens, digest))
         pending.clear()
 
-    for example in encoder.documents(read_corpus(config.data, fields)):
+    read = Corpus(config.data, fields)
+    held = 0
+    for encoded in encoder.documents(read):
+        example = _usable(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":
                 raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
             skipped_count += 1
             skipped += [str(example)] if len(skipped) < _REPORTED else []
             continue
-        counts["documents"] += example.chunk == 0
-        counts["split"] += example.chunk == 1
-        counts["truncated"] += example.truncated
-        counts["examples"] += 1
-        counts["tokens"] += example.tokens
+        _count(counts, example)
         hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
         pending.append(example)
-        if len(pending) == shard_rows:
+        held += stored_bytes(example)
+        if len(pending) == shard_rows or held > _SHARD_BYTES:
             flush()
+            held = 0
             reporter.update(counts["examples"], counts["tokens"])
     if pending:
         flush()
@@ -132,9 +158,27 @@ def plan_corpus(
             + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else "")
         )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
-    plan = CorpusPlan(tuple(shards), counts["documents"], counts["split"], counts["truncated"], skipped_count, tuple(skipped))
+    told = {name: counts[name] for name in ("documents", "split", "truncated")}
+    lost = {"skipped": skipped_count, "skipped_first": tuple(skipped), "unread": unread_record(read.unread)}
+    plan = CorpusPlan(tuple(shards), **told, **lost, left_out_columns=read.left_out)  # type: ignore[arg-type]
     write_whole(done, json.dumps(asdict(plan)).encode())
     return plan
+
+
+def _count(counts: dict[str, int], example: Example) -> None:
+    counts["documents"] += example.chunk == 0
+    counts["split"] += example.chunk == 1
+    counts["truncated"] += example.truncated
+    counts["examples"] += 1
+    counts["tokens"] += example.tokens
+
+
+def _usable(example: Example | DataError, vocabulary: int | None) -> Example | DataError:
+    if isinstance(example, DataError) or vocabulary is None or not len(example.token_ids) or example.token_ids.max() < vocabulary:
+        return example
+    return DataError(
+        f"example {example.id!r} has token {example.token_ids.max()}, the model embeds only {vocabulary}; tokenizer and model do not fit"
+    )
 
 
 def _read_plan(out: Path, done: Path) -> CorpusPlan | None:

@@ -124,6 +124,11 @@ class Worker:
         plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]), c.hidden)
         return tuple(descriptions), plan, tuple(AboutModel.of(model) for model in self.models)
 
+    def vocabulary(self) -> int | None:
+        """How many tokens all the models embed; None where there are no tokens."""
+        known = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
+        return min(known, default=None) if self.task.form != "vector" else None
+
     def _available(self, model: nn.Module) -> tuple[str, ...]:
         """The segments of a build that names none."""
         if self._config.budget is None:

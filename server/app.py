@@ -29,7 +29,7 @@ from .guard import App, Guard, problem
 
 _BINS, _LONGEST_DETAIL = 60, 600
 _MOST_QUESTIONS = 256
-_MOST_ANSWERS, _MOST_COSTLY = 20_000, 16
+_MOST_ANSWERS, _MOST_COSTLY, _LARGEST_K = 20_000, 16, 10_000
 _STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
     (BusyError, 503, "Busy"),
     (NotFoundError, 404, "Not found"),
@@ -86,7 +86,7 @@ class QueryBody(Asked, How):
 
     questions: list[Asked] | None = Field(None, max_length=_MOST_QUESTIONS, description="Several questions instead of one.")
     mean: bool = False
-    k: int | None = Field(None, ge=1, le=10_000, strict=True)
+    k: int | None = Field(None, ge=1, le=2**53, strict=True)
     opponents: bool = True
     where: Annotated[str, Field(max_length=4000)] | None = None
     group_by: Name | None = None
@@ -232,6 +232,10 @@ def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def query(body: QueryBody) -> Response:
         """Which training examples made the model say this? One answer, or for `questions` a list of them under `answers`."""
         engine, options = _engine_of(engines, body.index), body.options()
+        if body.k is not None:
+            k = options["k"] = min(body.k, len(engine.client.index))
+            if k > _LARGEST_K:
+                raise UsageError(f"k is {body.k}; a server gives at most {_LARGEST_K:,} (whence query --local gives more)")
         if body.questions is None:
             if body.mean:
                 raise UsageError("mean is over several questions; give them as questions")
@@ -239,7 +243,7 @@ def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         questions = [asked.question() for asked in body.questions]
         if any(getattr(body, name) not in (None, "") for name in Asked.model_fields):
             raise UsageError("give one question, or questions, not both")
-        if len(questions) * (body.k or 10) > _MOST_ANSWERS:
+        if len(questions) * (options["k"] or 10) > _MOST_ANSWERS:
             raise UsageError(f"{len(questions)} questions times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
         if (body.group_by or body.controls) and len(questions) > _MOST_COSTLY and not body.mean:
             raise UsageError(f"groups and controls are given for at most {_MOST_COSTLY} questions at a time; ask in parts")

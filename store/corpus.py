@@ -1,36 +1,41 @@
-"""Corpora as they lie around: files, folders and hub datasets, read as a stream of documents.
+"""Corpora as they lie around: records of files, folders and hub datasets (see sources.py) made into a stream of documents.
 
-One document at a time is in memory (Parquet: one batch), so the size of the corpus does not matter. A document that cannot be used
-comes out as the DataError that says why and where; the reader's caller decides whether that ends the build or is counted.
+A document that cannot be used comes out as the DataError that says why and where; the reader's caller decides whether that ends the build
+or is counted.
 """
 
-import csv
-import gzip
-import io
+import contextlib
 import json
 import math
-import zlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
+from uuid import UUID
 
 import numpy as np
 from jaxtyping import Float32
 
-from .errors import DataError, NotFoundError, UsageError
+from .errors import DataError, NotFoundError
+from .sources import MOST_COLUMNS, Reading, Source, SplitText, Unread, describe_files, expand, lines, parse_json, standard_input
 
-_TEXT_SUFFIXES = (".txt", ".md")
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT_SUFFIXES)
-_LINE_LIMIT_BYTES = 1 << 28
-_PARQUET_BATCH = 256
+_METADATA_BYTES = 1 << 24
+_BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+_REPORTED = 20
+_STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
 
 Form = Literal["auto", "text", "completion", "chat", "vector"]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which columns of a record hold what; `form` says which of them to use, "auto" takes the first that a record has."""
+    """Which columns of a record hold what; `form` says which of them to use, "auto" takes the first that a record has.
+
+    `split_text` says what a document of a text file is: the whole "file", or what stands between "blank-lines".
+    """
 
     form: Form = "auto"
     text: str = "text"
@@ -41,6 +46,7 @@ class Fields:
     label: str = "label"
     id: str = "id"
     source: str = "source"
+    split_text: SplitText = "file"
 
 
 @dataclass(frozen=True)
@@ -71,41 +77,67 @@ class Document:
 _PREFERENCES = " (of preference pairs, what was trained as text is the field chosen: name it as the completion)"
 
 
-def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:
-    """Stream the documents of all sources, in order.
+class Corpus:
+    """The documents of some sources, in order: iterating reads them.
 
-    A source is a file (.jsonl, .csv, .tsv, .parquet, .txt, .md, all but Parquet also with .gz), a folder of such files or of a
-    dataset saved with `datasets`, or a hub dataset as `name[:config]:split`.
+    A source is a file (JSON lines as .jsonl, .ndjson or .json, .csv, .tsv, .txt, .md, each also with .gz, .bz2, .xz or .zst; .parquet), a
+    folder of such files, a dataset saved with `datasets` (of several splits all, or one as `folder:split`), or a hub dataset as
+    `name[:config]:split`.
+
+    Attributes:
+        unread: files of folders that are not read.
+        left_out: column -> what it holds, of those that cannot be kept as metadata; whole when all documents were read.
 
     Raises:
         NotFoundError, UsageError: a source does not exist, or is nothing that can be read.
     """
-    files = [(name, opener) for source in sources for name, opener in _expand(source)]
-    names = _display_names([name for name, _ in files])
-    for (_, records), name in zip(files, names, strict=True):
-        for where, record in records(name):
-            yield record if isinstance(record, DataError) else _document(record, name, where, fields)
+
+    def __init__(self, sources: Sequence[str], fields: Fields = Fields()) -> None:
+        self._fields = fields
+        self._sources, self.unread = expand(sources)
+        self.left_out: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Document | DataError]:
+        fields, columns = self._fields, set[str]()
+        content = {getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id", "source")}
+        content |= {fields.features} if fields.form == "vector" else set()
+        how = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
+        for source, name in zip(self._sources, _display_names(self._sources), strict=True):
+            for where, id, record in source.records(name, how):
+                if isinstance(record, DataError):
+                    yield record
+                    continue
+                columns.update(record)
+                if len(columns) > MOST_COLUMNS:
+                    raise DataError(
+                        f"{where}: more than {MOST_COLUMNS:,} columns by now; put what differs from record to record into one column"
+                    )
+                yield _document(record, name, where, id, fields, self.left_out)
+
+
+def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:
+    """Stream the documents of some sources (see `Corpus`)."""
+    return iter(Corpus(sources, fields))
 
 
 def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, size (bytes) and modification time (ns) of every file, by which a resumed build knows its corpus again."""
-    described: list[dict[str, Any]] = []
-    for source in sources:
-        path = Path(source)
-        files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
-        for file in files:
-            stat = file.stat() if file.is_file() else None
-            described.append({"path": str(file), "bytes": stat and stat.st_size, "modified": stat and stat.st_mtime_ns})
-    return described
+    """Every file that is read, as `describe_files` does: by which a resumed build knows its corpus again."""
+    return describe_files([path for source in expand(sources)[0] for path in source.files])
 
 
-def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) -> Document | DataError:
-    number = where.rsplit(" ", 1)[-1]
+def unread_record(unread: Sequence[Unread]) -> dict[str, Any]:
+    """What a build's record says of files that were not read: how many, and the first of them with the reasons."""
+    return {"files": len(unread), "first": [str(file) for file in unread[:_REPORTED]]}
+
+
+def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields: Fields, left_out: dict[str, str]) -> Document | DataError:
     used = {fields.id, fields.source}
     base: dict[str, Any] = {"where": where}
     try:
-        base["id"] = _as_text(record, fields.id) if record.get(fields.id) is not None else f"{name}:{number}"
-        base["source"] = _as_text(record, fields.source) if record.get(fields.source) is not None else name
+        base["id"] = id if _is_nothing(record.get(fields.id)) else _as_text(record, fields.id)
+        if _BREAKS_LISTS.search(base["id"]):
+            raise ValueError(f"the id {base['id'][:80]!r} holds a control character, with which no list of ids could hold it; mend it")
+        base["source"] = name if _is_nothing(record.get(fields.source)) else _as_text(record, fields.source)
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":
             used |= {fields.messages, *_TEMPLATE}
@@ -124,6 +156,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         else:
             used.add(fields.text)
             content = {"text": _as_text(record, fields.text)}
+        metadata = _metadata({k: v for k, v in record.items() if k not in used and not _is_nothing(v)}, left_out)
     except KeyError as error:
         return DataError(
             f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; "
@@ -132,12 +165,61 @@ def _document(record: Mapping[str, Any], name: str, where: str, fields: Fields) 
         )
     except ValueError as error:
         return DataError(f"{where}: {error}")
-    metadata = {k: v for k, v in record.items() if k not in used and not _is_nothing(v)}
-    try:
-        json.dumps(metadata, ensure_ascii=False, allow_nan=False, default=str).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        return DataError(f"{where}: a metadata column holds what is no text, finite number or list of such ({error})")
     return Document(**base, **content, metadata=metadata)
+
+
+def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
+    """The columns that can be kept, as values that Arrow and JSON know.
+
+    Raises:
+        ValueError: names a column that cannot, and says why.
+    """
+    kept = {}
+    for name, value in columns.items():
+        foreign = _foreign(value)
+        if foreign is None:
+            kept[name] = _plain(value)
+        else:
+            left_out[name] = foreign
+    try:
+        size = len(json.dumps(kept, ensure_ascii=False, allow_nan=False, default=str).encode())
+    except (ValueError, RecursionError):
+        for name, value in kept.items():
+            _check_column(name, value)
+        raise ValueError("its columns are nested too deeply") from None
+    if size > _METADATA_BYTES:
+        largest = max(kept, key=lambda name: len(json.dumps(kept[name], default=str)))
+        raise ValueError(f"metadata of {size >> 20} MiB, and at most {_METADATA_BYTES >> 20} are kept; leave out the column {largest!r}")
+    return kept
+
+
+def _check_column(name: str, value: Any) -> None:
+    try:
+        json.dumps({name: value}, ensure_ascii=False, allow_nan=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the column {name!r} holds half of a surrogate pair, which is no character") from error
+    except RecursionError as error:
+        raise ValueError(f"the column {name!r} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"the column {name!r} holds a number that is not finite (NaN or Infinity); write null instead") from error
+
+
+def _foreign(value: Any) -> str | None:
+    """What a value is that no column can hold: bytes, or an object of a library's own."""
+    if value is None or isinstance(value, _STORABLE):
+        return None
+    if isinstance(value, (list, tuple, Mapping)):
+        items = value.values() if isinstance(value, Mapping) else value
+        return next((kind for kind in map(_foreign, items) if kind is not None), None)
+    return "binary" if isinstance(value, (bytes, bytearray, memoryview)) else type(value).__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, UUID) else value
 
 
 def _is_nothing(value: Any) -> bool:
@@ -145,12 +227,20 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
-    if fields.messages in record:
+    """The form of a record by its columns that are not null, which they are where datasets of several forms were joined."""
+    known = [name for name in (fields.text, fields.messages, fields.prompt, fields.completion) if name in record]
+    given = {name for name in known if not _is_nothing(record[name])}
+    if fields.messages in given:
         return "chat"
-    if fields.prompt in record and fields.completion in record:
+    if {fields.prompt, fields.completion} <= given:
         return "completion"
-    if fields.text in record:
+    if fields.text in given:
         return "text"
+    if fields.completion in given and fields.prompt in known:
+        raise ValueError(f"the field {fields.prompt!r} is null beside a completion; a prompt that is empty is written as an empty text")
+    if known:
+        null = ", ".join(repr(name) for name in known if name not in given)
+        raise ValueError(f"there is no document in it: {null} {'is' if len(known) - len(given) == 1 else 'are'} null")
     raise KeyError(f"{fields.text!r}, {fields.messages!r}, or {fields.prompt!r} with {fields.completion!r}")
 
 
@@ -161,7 +251,7 @@ def _as_text(record: Mapping[str, Any], key: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(f"the field {key!r} holds {type(value).__name__}, not text")
+        raise ValueError(f"the field {key!r} is null" if value is None else f"the field {key!r} holds {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -220,9 +310,9 @@ def _template(record: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if isinstance(value, str):
             try:
-                given[name] = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"the field {name!r} is text that is not JSON") from error
+                given[name] = parse_json(value)
+            except ValueError as error:
+                raise ValueError(f"the field {name!r} is text that is {error}") from error
     tools, options = given.get("tools"), given.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("the field 'tools' must be a list of JSON objects, each of which describes a tool")
@@ -237,170 +327,49 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _expand(source: str) -> list[tuple[str, Any]]:
-    """The readers of one source: (name, function from a display name to (where, record) pairs)."""
-    path = Path(source)
-    if source == "-":
-        import sys
-
-        return [("stdin", lambda name: _jsonl(sys.stdin.buffer, name))]
-    if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return [(source, lambda name: _saved_dataset(path, name))]
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and _suffix(p) in _SUFFIXES]
-        if not files:
-            raise NotFoundError(f"{source} has no file that can be read as documents ({', '.join(_SUFFIXES)}), nor a saved dataset")
-        return [(str(p), _reader(p)) for p in files]
-    if path.is_file():
-        return [(source, _reader(path))]
-    if path.exists():
-        raise UsageError(f"{source} is neither a file nor a folder (a pipe?), and a build may read it twice; save it to a file")
-    if path.suffix or source.startswith((".", "/", "~")) or ":" not in source:
-        raise NotFoundError(f"there is no file or folder {source} (a hub dataset is written name:split or name:config:split)")
-    name, *config, split = source.split(":")
-    return [(source, lambda shown: _hub_dataset(name, config[0] if config else None, split, shown))]
+def _display_names(sources: Sequence[Source]) -> list[str]:
+    """Names for people and ids: the last part where that tells the sources apart, else the whole path."""
+    short = [source.short for source in sources]
+    return short if len(set(short)) == len(short) else [source.name for source in sources]
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+def read_ids(file: str) -> list[str]:
+    """The ids of a list (`-` is standard input), one a line, in the list's order.
+
+    Lines end at a newline, perhaps after a carriage return, and nowhere else; a byte order mark and empty lines are passed over. A line
+    that begins with a quotation mark or a brace is JSON: a text, or an object with an `id`. Any other line is the id as it stands.
+
+    Raises:
+        NotFoundError: no such file.
+        DataError: a line is not UTF-8, or begins as JSON and is none; names it.
+    """
+    import sys
+
+    if file != "-" and not Path(file).is_file():
+        raise NotFoundError(f"there is no file {file}")
+    found = []
+    with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as opened:
+        for where, _, line in lines(opened, "stdin" if file == "-" else Path(file).name):
+            if isinstance(line, DataError):
+                raise line
+            id = line.removesuffix("\n").removesuffix("\r")
+            if id:
+                found.append(_listed(id, where) if id[0] in '"{' else id)
+    return found
 
 
-def _reader(path: Path) -> Any:
-    suffix = _suffix(path)
-    if suffix not in _SUFFIXES:
-        raise UsageError(f"{path} is of no kind that can be read as documents ({', '.join(_SUFFIXES)})")
-    if path.stat().st_size == 0:
-        return lambda name: iter([(name, DataError(f"{path} is empty; there are no documents in it"))])
-    if suffix == ".parquet":
-        return lambda name: _parquet(path, name)
-
-    def records(name: str) -> Iterator[tuple[str, Any]]:
-        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
-            if suffix in _TEXT_SUFFIXES:
-                yield from _paragraphs(file, name)
-            elif suffix in (".csv", ".tsv"):
-                yield from _csv(file, name, "\t" if suffix == ".tsv" else ",")
-            else:
-                yield from _jsonl(file, name)
-
-    return records
-
-
-def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, str | DataError]]:
-    number = 0
+def _listed(line: str, where: str) -> str:
     try:
-        while line := file.readline(_LINE_LIMIT_BYTES):
-            number += 1
-            where = f"{name} line {number}"
-            if len(line) == _LINE_LIMIT_BYTES:
-                raise DataError(f"{where}: longer than {_LINE_LIMIT_BYTES >> 20} MiB; is this file really lines?")
-            try:
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                yield where, DataError(f"{where}: not UTF-8; convert the file, for instance with iconv")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name} after line {number}: the gzip data is broken ({error})") from error
-
-
-def _jsonl(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
-    for where, line in _lines(file, name):
-        if isinstance(line, DataError):
-            yield where, line
-        elif line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield where, DataError(f"{where}: not valid JSON ({error}); there must be one JSON object on each line")
-                continue
-            if isinstance(record, dict):
-                yield where, record
-            else:
-                yield where, DataError(f"{where}: a JSON {type(record).__name__}, not an object; there must be one object on each line")
-
-
-def _csv(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(_LINE_LIMIT_BYTES)
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    number = 0
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise DataError(f"{name} line 1: two columns have the same name")
-        for number, row in enumerate(reader, 1):
-            where = f"{name} record {number}"
-            if not row:
-                continue
-            if len(row) == len(header):
-                yield where, dict(zip(header, row, strict=True))
-            else:
-                yield where, DataError(f"{where} (line {reader.line_num}): {len(row)} columns where the header has {len(header)}")
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
-
-
-def _paragraphs(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
-    lines: list[str] = []
-    start = ""
-    for where, line in _lines(file, name):
-        if isinstance(line, DataError):
-            yield where, line
-        elif line.strip():
-            start = start if lines else where
-            lines.append(line)
-        elif lines:
-            yield start, {"text": "".join(lines).strip()}
-            lines = []
-    if lines:
-        yield start, {"text": "".join(lines).strip()}
-
-
-def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
-                raise DataError(f"{name}: two columns have the same name")
-            number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{name} record {number}", record
-    except DataError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: not readable as Parquet ({str(error).splitlines()[0]})") from error
-
-
-def _saved_dataset(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    splits = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
-    number = 0
-    for split in splits:
-        for record in split:
-            number += 1
-            yield f"{name} record {number}", record
-
-
-def _hub_dataset(dataset: str, config: str | None, split: str, name: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
-    except Exception as error:  # the hub client raises a zoo of its own; whatever it was, the dataset cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded: {reason}") from error
-    for number, record in enumerate(stream, 1):
-        yield f"{name} record {number}", record
-
-
-def _display_names(names: list[str]) -> list[str]:
-    """File names for people and ids: the last part where that tells the files apart, else the whole path."""
-    short = [Path(name).name if ":" not in name else name for name in names]
-    return short if len(set(short)) == len(short) else names
+        value = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; an id that begins with a quotation mark or a brace is written as JSON text") from error
+    if isinstance(value, dict):
+        value = value.get("id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: a JSON object without an id; give it an id, or write the id as JSON text")
+    return value
 
 
 _QUESTION = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
@@ -418,8 +387,9 @@ def read_questions(file: str) -> Iterator[dict[str, Any]]:
     """
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}")
-    ((name, records),) = _expand(file)
-    for where, record in records(Path(name).name):
+    (source,) = [standard_input()] if file == "-" else expand([file])[0]
+    how = Reading("text", "prompt", "file", frozenset(_QUESTION) - {"row", "weight"} | {"id"}, {})
+    for where, _, record in source.records(source.short, how):
         if isinstance(record, DataError):
             raise record
         wrong = _question_problem(record) or _chat_problem(record)

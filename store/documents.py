@@ -4,12 +4,15 @@ Columns: `id`, `document` (the id of the document that a chunk was cut from; the
 `text`, `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of every
 other column that the corpus had. A metadata column whose values have no common Arrow type (a number here, a word there) is kept as JSON
 text and says so in its field's metadata, so that nothing is lost and nothing is guessed.
+
+For filters and groups, columns of the corpus have their own names; one that is called as one of the examples' is `metadata.` and its name.
 """
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from jaxtyping import Bool, Float32, Int32
 
 from .errors import IntegrityError
 from .files import regular_size, storage_errors
+from .filters import JSON_KIND, Column, kind_of
 
 BATCH_ROWS = 256
 _NESTING = 16
 _MAGIC = b"ARROW1\0\0"
 _JSON = {b"whence:encoding": b"json"}
+_OWN = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -69,6 +74,12 @@ class Example:
         return len(self.token_ids) - 1 if self.features is None else 1
 
 
+def stored_bytes(example: Example) -> int:
+    """About as many bytes as an example takes in the file."""
+    metadata = json.dumps(example.metadata, ensure_ascii=False, default=str) if example.metadata else ""
+    return len(example.text.encode()) + len(metadata.encode()) + 5 * len(example.token_ids)
+
+
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, in order, as one Arrow IPC file."""
     columns = [
@@ -96,13 +107,16 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
 
 
 def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
-    try:
-        array = pa.array(values)
-        # By their text, since True, 1 and 1.0 are equal; and not nested deeper than Arrow files may be.
-        if repr(array.to_pylist()) == repr(values) and str(array.type).count("<") < _NESTING:
-            return pa.field(name, array.type), array
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
-        pass
+    for kind in (None, pa.uint64()):
+        try:
+            array = pa.array(values, kind)
+            # By their text, since True, 1 and 1.0 are equal (of times, whose zones have several classes, by that for people); and not
+            # nested deeper than Arrow files may be.
+            shown = str if pa.types.is_timestamp(array.type) else repr
+            if list(map(shown, array.to_pylist())) == list(map(shown, values)) and str(array.type).count("<") < _NESTING:
+                return pa.field(name, array.type), array
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
+            continue
     text = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
     return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
 
@@ -163,6 +177,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def _is_encoded(field: pa.Field) -> bool:
+    """Whether a column is kept as JSON text."""
+    return bool(field.metadata) and field.metadata.get(b"whence:encoding") == b"json"
+
+
 class Documents:
     """The examples of one shard, read through a memory map.
 
@@ -208,29 +227,35 @@ class Documents:
             label=record.get("label"),
         )
 
-    @property
-    def columns(self) -> dict[str, pa.DataType]:
-        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
+    @cached_property
+    def _places(self) -> dict[str, tuple[pa.Field, int | None]]:
+        """What can be filtered and grouped by: by name the field, and of the corpus's columns its place in the metadata."""
         schema = self._schema
-        kinds = {name: schema.field(name).type for name in ("id", "document", "chunk", "text", "source")}
-        if "label" in schema.names:
-            kinds["label"] = schema.field("label").type
-        return {f.name: f.type for f in (schema.field("metadata").type if "metadata" in schema.names else ())} | kinds
+        own: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _OWN if name in schema.names}
+        metadata = schema.field("metadata").type if "metadata" in schema.names else ()
+        return {f"metadata.{f.name}" if f.name in own else f.name: (f, at) for at, f in enumerate(metadata)} | own
+
+    @property
+    def columns(self) -> dict[str, pa.Field]:
+        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
+        return {name: field for name, (field, _) in self._places.items()}
+
+    def kind(self, name: str) -> str | None:
+        """What a column's values are compared as (see filters.py)."""
+        field, _ = self._places[name]
+        return JSON_KIND if _is_encoded(field) else kind_of(field.type)
 
     def ids(self) -> list[str]:
         """All ids, in row order."""
-        return self.table(["id"])["id"].to_pylist()
+        return self.column("id").values.to_pylist()
 
-    def table(self, names: Iterable[str]) -> pa.Table:
-        """Some columns of all rows, those of the corpus beside the others; names that are not there are left out, `id` never is."""
-        import pyarrow.compute as pc
-
-        whole, own = pa.Table.from_batches(self._batches, self._schema), {}
-        for name in {"id", *names}:
-            if name in self.columns:
-                direct = name in ("id", "document", "chunk", "text", "source", "label")
-                own[name] = whole[name] if direct else pc.struct_field(whole["metadata"], name)
-        return pa.table(own)
+    def column(self, name: str) -> Column:
+        """One of the columns, of all rows."""
+        field, place = self._places[name]
+        if place is None:
+            return Column(pa.chunked_array([batch.column(name) for batch in self._batches], field.type))
+        parts = [batch.column("metadata").flatten()[place] for batch in self._batches]
+        return Column(pa.chunked_array(parts, field.type), _is_encoded(field))
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -238,7 +263,7 @@ class Documents:
 
     def _decode(self, metadata: dict[str, Any]) -> dict[str, Any]:
         kind = self._schema.field("metadata").type if metadata else ()
-        encoded = {f.name for f in kind if f.metadata and f.metadata.get(b"whence:encoding") == b"json"}
+        encoded = {f.name for f in kind if _is_encoded(f)}
         return {
             name: json.loads(value) if name in encoded and value is not None else value
             for name, value in metadata.items()

@@ -5,7 +5,7 @@ import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256 as digest
 from itertools import pairwise
@@ -297,16 +297,25 @@ class Index:
 
     @cached_property
     def columns(self) -> "dict[str, pa.DataType]":
-        """What rows can be filtered and grouped by, with its Arrow type.
+        """What rows can be filtered and grouped by, with its Arrow type: text, where it differs or values are kept as JSON."""
+        import pyarrow as pa
 
-        Raises:
-            IntegrityError: two shards have different types for one.
-        """
         found: dict[str, pa.DataType] = {}
         for shard in self.manifest.shards:
-            for name, kind in self.documents(shard).columns.items():
-                found[name] = kind if found.get(name, kind) == kind else _common(found[name], kind)
+            for name, field in self.documents(shard).columns.items():
+                known = found.get(name, field.type)
+                found[name] = field.type if pa.types.is_null(known) else known if field.type in (known, pa.null()) else pa.string()
         return found
+
+    @cached_property
+    def _kinds(self) -> dict[str, frozenset[str]]:
+        """The kinds of values that each column holds anywhere (see filters.py)."""
+        kinds: dict[str, set[str]] = {name: set() for name in self.columns}
+        for shard in self.manifest.shards:
+            documents = self.documents(shard)
+            for name in documents.columns:
+                kinds[name].add(documents.kind(name) or "")
+        return {name: frozenset(own - {""}) for name, own in kinds.items()}
 
     def matching(self, expression: str) -> Bool[np.ndarray, " rows"]:
         """Which rows a filter matches (see filters.py).
@@ -316,31 +325,85 @@ class Index:
         """
         from .filters import matching, names_in, parse_filter
 
-        tree = parse_filter(expression)
-        return np.concatenate([matching(tree, self._table(shard, names_in(tree)), self.columns) for shard in self.manifest.shards])
+        tree, parts = parse_filter(expression), list[np.ndarray]()
+        for shard in self.manifest.shards:
+            documents = self.documents(shard)
+            own = {name: documents.column(name) for name in names_in(tree) if name in documents.columns}
+            parts.append(matching(tree, own, self._kinds, shard.rows))
+        return np.concatenate(parts)
 
     def column(self, name: str) -> "pa.ChunkedArray":
         """A column of all rows.
 
         Raises:
-            UsageError: there is no such column.
+            UsageError: there is no such column, or its values are of several types.
         """
         import pyarrow as pa
 
+        self._check_column(name)
+        parts, kind = list[Any](), self.columns[name]
+        for shard in self.manifest.shards:
+            known = self.documents(shard)
+            own = known.column(name) if name in known.columns else None
+            if own is not None and (own.encoded or own.values.type not in (kind, pa.null())):
+                raise UsageError(f"the column {name!r} holds values of several types; make them alike and build the index again")
+            parts += [pa.nulls(shard.rows, kind)] if own is None or own.kind is None else own.values.chunks
+        return pa.chunked_array(parts, kind)
+
+    def distinct(self, name: str, most: int) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
+        """The values of a column that differ, and by row which it holds; None, which rows have that lack it, is the last.
+
+        Numbers that are equal are one value, whatever their type; a number, its text and True are three.
+
+        Raises:
+            UsageError: there is no such column, it holds lists or objects, or more than `most` values.
+        """
+        from .filters import SINGLE_KINDS, kind_of_value
+
+        self._check_column(name)
+        others = self._kinds[name] - set(SINGLE_KINDS)
+        if others:
+            raise UsageError(f"the column {name!r} holds values of the kind {min(others)}; group by one of single values")
+        places, values, parts = dict[Any, int](), list[Any](), []
+        for shard in self.manifest.shards:
+            documents = self.documents(shard)
+            if name not in documents.columns:
+                parts.append(np.full(shard.rows, -1))
+                continue
+            column = documents.column(name)
+            coded = column.values.combine_chunks().dictionary_encode()
+            lookup = np.full(len(coded.dictionary) + 1, -1)
+            for at, value in enumerate(replace(column, values=coded.dictionary).decoded()):
+                if column.encoded and kind_of_value(value) not in SINGLE_KINDS:
+                    raise UsageError(f"the column {name!r} holds lists or objects in some rows; group by one of single values")
+                place = places.setdefault((isinstance(value, bool), value), len(values)) if value is not None else -1
+                values += [value] if place == len(values) else []
+                lookup[at] = place
+            if len(values) > most:
+                raise UsageError(f"the column {name!r} has more than {most:,} values; group by one with fewer")
+            parts.append(lookup[np.asarray(coded.indices.fill_null(len(coded.dictionary)))])
+        codes = np.concatenate(parts)
+        return np.where(codes < 0, len(values), codes), [*values, None]
+
+    def rows_of(self, ids: Iterable[str]) -> tuple[Bool[np.ndarray, " rows"], list[str]]:
+        """Which rows are examples or chunks of documents of these ids, and the ids that are not in the index."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = pa.array(dict.fromkeys(ids), pa.string())
+        found, parts = np.zeros(len(wanted), bool), list[np.ndarray]()
+        for shard in self.manifest.shards:
+            own = np.zeros(shard.rows, bool)
+            for name in ("id", "document"):
+                places = pc.index_in(self.documents(shard).column(name).values, wanted)
+                own |= np.asarray(pc.is_valid(places))
+                found[np.asarray(places.drop_null())] = True
+            parts.append(own)
+        return np.concatenate(parts), [id for id, is_found in zip(wanted.to_pylist(), found.tolist(), strict=True) if not is_found]
+
+    def _check_column(self, name: str) -> None:
         if name not in self.columns:
             raise UsageError(f"there is no column {name!r}; this index has {', '.join(sorted(self.columns))}")
-        parts = []
-        for shard in self.manifest.shards:
-            table = self._table(shard, [name])
-            parts.append(table[name] if name in table.column_names else pa.chunked_array([pa.nulls(shard.rows, self.columns[name])]))
-        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], self.columns[name])
-
-    def _table(self, shard: Shard, names: Iterable[str]) -> "pa.Table":
-        """Some columns of a shard, in the index's types."""
-        table = self.documents(shard).table(names)
-        for i, name in enumerate(table.column_names):
-            table = table.set_column(i, name, table[name].cast(self.columns[name]))
-        return table
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
@@ -425,6 +488,8 @@ class Index:
                 {"parameters": t.parameters, "of": t.of, "share": round(t.share, 4), "left_out": t.left_out} for t in m.build.tracked
             ],
             "notes": list(m.build.notes),
+            "unread": m.build.unread.model_dump(mode="json"),
+            "left_out_columns": m.build.left_out_columns,
             "added": [{"rows": part.rows, "drift": part.drift} for part in m.build.added],
         }
 
@@ -559,16 +624,6 @@ def _dense_shapes(segment: DenseSegment) -> dict[str, tuple[tuple[int, ...], boo
 
 def _sides(layer: Layer) -> tuple[tuple[str, str, int, int], tuple[str, str, int, int]]:
     return ("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs)
-
-
-def _common(a: "pa.DataType", b: "pa.DataType") -> "pa.DataType":
-    """The type in which both can be compared; text where there is no other."""
-    import pyarrow as pa
-
-    try:
-        return pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive").field("x").type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.string()
 
 
 def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:

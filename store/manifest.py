@@ -241,6 +241,13 @@ class Tracked(_Model):
         return self.parameters / self.of if self.of else 1.0
 
 
+class UnreadFiles(_Model):
+    """Files in the corpus's folders that were not read: how many, and the first with the reasons."""
+
+    files: Count
+    first: tuple[str, ...]
+
+
 class Addition(_Model):
     """Documents that were added after the build: the call's identity and the manifest that it published, files, rows, and each segment's
     drift.
@@ -251,6 +258,8 @@ class Addition(_Model):
     corpus: tuple[dict[str, Any], ...]
     rows: Count
     drift: dict[str, float]
+    unread: UnreadFiles
+    left_out_columns: dict[str, str]
 
 
 class Build(_Model):
@@ -260,6 +269,7 @@ class Build(_Model):
         how: options that do not change what the index holds.
         weighed: by segment, what its weight rests on.
         not_finite: rows stored as zeros, since the model's loss or gradient of them is not finite; `_first` are some of their ids.
+        left_out_columns: column -> what it holds, of the corpus's columns that were not kept.
         notes: sentences about the models that a reader of answers should know.
     """
 
@@ -273,6 +283,8 @@ class Build(_Model):
     truncated: Count
     skipped: Count
     skipped_first: tuple[str, ...]
+    unread: UnreadFiles
+    left_out_columns: dict[str, str]
     not_finite: Count
     not_finite_first: tuple[str, ...]
     notes: tuple[str, ...]

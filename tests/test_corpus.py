@@ -48,11 +48,11 @@ def test_gzip_blank_lines_and_byte_order_mark(tmp_path):
 
 def test_csv_and_tsv(tmp_path):
     assert [(d.id, d.text, d.metadata) for d in documents(write_csv(tmp_path / "c.csv"))] == [
-        ("a", "w1\n w2", {"year": "7"}),
-        ("b", "w3", {"year": ""}),
+        ("a", "w1\n w2", {"year": 7}),
+        ("b", "w3", {}),
     ]
     (tmp_path / "c.tsv").write_text("text\tk\nw1\t1\n")
-    assert documents(tmp_path / "c.tsv")[0].metadata == {"k": "1"}
+    assert documents(tmp_path / "c.tsv")[0].metadata == {"k": 1}
 
 
 def test_parquet(tmp_path):
@@ -62,9 +62,17 @@ def test_parquet(tmp_path):
     ]
 
 
-def test_plain_text_is_a_document_for_each_paragraph(tmp_path):
-    (tmp_path / "book.txt").write_text("One\nline.\n\n\n  \nTwo.\n")
-    assert [(d.id, d.text) for d in documents(tmp_path / "book.txt")] == [("book.txt:1", "One\nline."), ("book.txt:6", "Two.")]
+def test_a_text_file_is_a_document_or_one_for_what_stands_between_blank_lines(tmp_path):
+    content = "One \r\n\tline. \r\n\n\n  \n Two.\u2028\u2029\n\nThree"
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert [(d.id, d.text) for d in documents(tmp_path / "book.txt")] == [("book.txt", content)]
+    assert [(d.id, d.text) for d in documents(tmp_path / "book.txt", fields=Fields(split_text="blank-lines"))] == [
+        ("book.txt:1", "One \r\n\tline. "),
+        ("book.txt:6", " Two.\u2028\u2029"),
+        ("book.txt:8", "Three"),
+    ]
+    (document,) = documents(tmp_path / "book.txt", fields=Fields(form="text", text="body"))
+    assert document.text == content
 
 
 def test_a_folder_and_several_files_keep_their_names_apart(tmp_path):
@@ -86,10 +94,8 @@ def test_saved_datasets_and_the_hub_path_on_local_files(tmp_path):
     assert [d.id for d in documents(tmp_path / "splits")] == ["a"]
     (tmp_path / "repo").mkdir()
     write_jsonl(tmp_path / "repo/train.jsonl", RECORDS)
-    # The hub's loader takes a folder for a repository; only the name is a path here.
-    from whence.store.corpus import _hub_dataset
-
-    assert [record["id"] for _, record in _hub_dataset(str(tmp_path / "repo"), None, "train", "repo")] == ["a", "b"]
+    # The hub's loader takes a folder for a repository.
+    assert [d.id for d in documents(f"{tmp_path / 'repo'}:train")] == ["a", "b"]
     with pytest.raises(NotFoundError, match="cannot be loaded"):
         documents("no-such/dataset:train")
 

@@ -219,7 +219,7 @@ BAD = {
     "no such index": (b'{"index": "other", "row": 1}', 404, "dense, head"),
     "no index": (b'{"row": 1}', 404, "name an index"),
     "k of 0": (b'{"index": "dense", "row": 1, "k": 0}', 422, "k"),
-    "k too large": (b'{"index": "dense", "row": 1, "k": 1000}', 422, "120"),
+    "k too large": (b'{"index": "dense", "row": 1, "k": 9007199254740993}', 422, "k"),
     "k a word": (b'{"index": "dense", "row": 1, "k": "many"}', 422, "k"),
     "NaN": (b'{"index": "dense", "row": 1, "damping": NaN}', 422, ""),
     "surrogate": (b'{"index": "dense", "text": "\\ud800 w1"}', 422, ""),

@@ -340,7 +340,7 @@ function cell(value) {
 function exportAs(form) {
   const all = [...answer.proponents.map((a) => ({ kind: "proponent", ...a })), ...answer.opponents.map((a) => ({ kind: "opponent", ...a }))];
   if (form === "jsonl") save("answer.jsonl", all.map((a) => `${JSON.stringify(a)}\n`).join(""), "application/jsonl");
-  if (form === "ids") save("removed.txt", answer.proponents.map((a) => `${a.id}\n`).join(""), "text/plain");
+  if (form === "ids") save("removed.jsonl", answer.proponents.map((a) => `${JSON.stringify(a.id)}\n`).join(""), "application/jsonl");
   if (form === "csv") {
     const names = ["kind", "rank", "row", "id", "score", "source", "document", "text"];
     save("answer.csv", [names, ...all.map((a) => names.map((name) => a[name]))].map((line) => `${line.map(cell).join(",")}\r\n`).join(""), "text/csv");

@@ -1,0 +1,254 @@
+"""Records of tables: CSV with the types of its columns inferred, Parquet and Arrow in bounded batches.
+
+A small Parquet file may hold much more than memory does: a value that stands a million times is written once, and levels of nesting are
+run lengths. So batches are made small enough for the largest value that a column's chunk can hold, and what a batch would take as Python
+values is measured before it is made.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .errors import DataError
+from .sources import LONGEST_BYTES, MOST_COLUMNS, Reading, Record
+
+_BATCH_ROWS = 256
+_BATCH_BYTES = 1 << 27
+_READABLE = ("arrow.uuid", "arrow.json")  # bytes that Python reads as text
+_WRITE_SMALLER = "write the file with smaller row groups (row_group_size)"
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:?[0-9]{2})?")
+_TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+
+
+def _truth(text: str) -> bool:
+    return _TRUTH[text]
+
+
+def _integer(text: str) -> int:
+    value = int(text) if _INTEGER.fullmatch(text) else 1 << 63
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text) if _NUMBER.fullmatch(text) else math.inf
+    if math.isinf(value) or (text.lstrip("-").isdigit() and abs(int(text)) > 1 << 53):  # another number than was written
+        raise ValueError
+    return value
+
+
+def _date(text: str) -> date:
+    if not _DATE.fullmatch(text):
+        raise ValueError
+    return date.fromisoformat(text)
+
+
+def _local_time(text: str) -> datetime:
+    match = _TIME.fullmatch(text)
+    if match is None or match[3]:
+        raise ValueError
+    return datetime.fromisoformat(text)
+
+
+def _universal_time(text: str) -> datetime:
+    match = _TIME.fullmatch(text)
+    if match is None or not match[3]:
+        raise ValueError
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+_Parser = Callable[[str], Any]
+_PARSERS: tuple[_Parser, ...] = (_truth, _integer, _number, _date, _local_time, _universal_time)  # the first that fits all values
+
+
+def _fits(parse: _Parser, text: str) -> bool:
+    try:
+        parse(text)
+    except (ValueError, KeyError, OverflowError):
+        return False
+    return True
+
+
+def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, how: Reading) -> Iterator[Record]:
+    """The records of a CSV file with a header.
+
+    A first pass over the whole file finds the type of each column that is no content: true and false, whole numbers of 64 bits, numbers,
+    ISO dates, ISO times with or without a zone; a column that holds anything else stays text (so do numbers with leading zeros). What is
+    blank is None, but for a prompt, which may be empty.
+    """
+    possible: dict[str, tuple[_Parser, ...]] = {}
+    with open_file() as file:
+        for header, _, row in _rows(file, name, delimiter):
+            for column, text in zip(header, row, strict=False) if len(row) == len(header) else ():
+                if text and column not in how.content:
+                    parsers = possible.get(column, _PARSERS)
+                    possible[column] = parsers and tuple(parse for parse in parsers if _fits(parse, text))
+    types = {column: parsers[0] if parsers else str for column, parsers in possible.items()}
+    with open_file() as file:
+        for number, (header, line, row) in enumerate(_rows(file, name, delimiter), 1):
+            where, id = f"{name} record {number}", f"{name}:{number}"
+            if len(row) != len(header):
+                yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}")
+            else:
+                cells = zip(header, row, strict=True)
+                yield where, id, {c: types.get(c, str)(text) if text else "" if c == how.prompt else None for c, text in cells}
+
+
+def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
+    """(header, line, cells) of each record that is not blank."""
+    csv.field_size_limit(LONGEST_BYTES)
+    reader = csv.reader(_text_lines(io.TextIOWrapper(file, "utf-8-sig", newline=""), name), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        _check_columns(header, name)
+        for row in reader:
+            if row:
+                yield header, reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} near line {reader.line_num + 1}: not UTF-8; convert the file, for instance with iconv") from error
+    except csv.Error as error:
+        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
+
+
+def _text_lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
+    while line := file.readline(LONGEST_BYTES):
+        if len(line) == LONGEST_BYTES:
+            raise DataError(f"{name}: a line is longer than {LONGEST_BYTES >> 20} MiB; is this file really CSV?")
+        yield line
+
+
+def _check_columns(names: Sequence[str], name: str) -> None:
+    if len(set(names)) != len(names):
+        raise DataError(f"{name}: two columns have the same name; rename one")
+    if len(names) > MOST_COLUMNS:
+        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; leave out those that are not needed")
+
+
+def parquet_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
+    """The records of a Parquet file."""
+    try:
+        with pq.ParquetFile(path) as opened:
+            schema, about = opened.schema_arrow, opened.metadata
+        _check_columns([about.schema.column(i).path for i in range(min(about.num_columns, MOST_COLUMNS + 1))], name)
+        _check_columns(schema.names, name)
+        columns = [f.name for f in schema if not _leave_out(f, how)]
+        read = [i for i in range(about.num_columns) if about.schema.column(i).path.split(".")[0] in {c.split(".")[0] for c in columns}]
+        nested = [about.schema.column(i).path for i in read if about.schema.column(i).max_repetition_level]
+        first = 0
+        for number in range(about.num_row_groups):
+            group = about.row_group(number)
+            rows, shared = _bounds(
+                [group.column(i) for i in read], set(nested), f"{name}: row group {number + 1} of {about.num_row_groups}"
+            )
+            with pq.ParquetFile(path, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
+                yield from table_records(file.iter_batches(rows, [number], columns), name, how, first)
+            first += group.num_rows
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError) or getattr(error, "errno", None):
+            raise
+        raise DataError(f"{name}: damaged, or not a Parquet file; fetch or write it again ({str(error).splitlines()[0]})") from error
+
+
+def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, list[str]]:
+    """How many rows of a row group may be read at a time, and the columns whose values must stay shared while they are."""
+    largest = max(
+        (c.total_uncompressed_size for c in chunks if c.physical_type == "BYTE_ARRAY" and c.path_in_schema not in nested), default=1
+    )
+    shared = []
+    for chunk in (c for c in chunks if c.path_in_schema in nested):
+        if 8 * chunk.num_values > max(_BATCH_BYTES, 4096 * chunk.total_uncompressed_size):
+            raise DataError(
+                f"{where} has {chunk.num_values:,} values in {chunk.path_in_schema}, more than can be read at once; {_WRITE_SMALLER}"
+            )
+        if chunk.physical_type == "BYTE_ARRAY" and chunk.num_values * chunk.total_uncompressed_size > _BATCH_BYTES:
+            shared.append(chunk.path_in_schema)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest))), shared
+
+
+def table_records(batches: Iterable[pa.RecordBatch], name: str, how: Reading, first: int = 0) -> Iterator[Record]:
+    """The records of Arrow batches, numbered from `first` + 1."""
+    for batch in batches:
+        kept, whole = batch.select([f.name for f in batch.schema if not _leave_out(f, how)]), None
+        if _expanded(kept.columns) <= _BATCH_BYTES:
+            try:
+                whole = kept.to_pylist() or [{}] * batch.num_rows
+            except (pa.ArrowException, ValueError, OverflowError):
+                whole = None  # one of them cannot be: each by itself
+        for i in range(batch.num_rows):
+            where = f"{name} record {first + i + 1}"
+            yield where, f"{name}:{first + i + 1}", _record(kept.slice(i, 1), where) if whole is None else whole[i]
+        first += batch.num_rows
+
+
+def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
+    size = _expanded(row.columns)
+    if size > LONGEST_BYTES:
+        return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; leave a column out")
+    record = {}
+    for column, values in zip(row.schema, row.columns, strict=True):
+        try:
+            record[column.name] = values[0].as_py()
+        except (pa.ArrowException, ValueError, OverflowError):
+            return DataError(
+                f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000"
+            )
+    return record
+
+
+def _leave_out(field: pa.Field, how: Reading) -> bool:
+    """Whether a column holds bytes; notes that it is left out. Content that is bytes is not: it is refused by name."""
+    if field.name in how.content or not _has_bytes(field.type):
+        return False
+    how.left_out[field.name] = "binary"
+    return True
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _has_bytes(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name not in _READABLE and _has_bytes(kind.storage_type)
+    of = pa.types
+    if of.is_binary(kind) or of.is_large_binary(kind) or of.is_binary_view(kind) or of.is_fixed_size_binary(kind):
+        return True
+    return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _expanded(arrays: Iterable[pa.Array]) -> int:
+    """The bytes that values take when each stands for itself."""
+    total = 0
+    for array in arrays:
+        kind = array.type
+        if pa.types.is_dictionary(kind):
+            known = array.dictionary
+            lengths = pc.binary_length(known) if _is_bytes_like(known.type) else None
+            total += 8 * len(array) if lengths is None else pc.sum(pc.take(lengths, array.indices)).as_py() or 0
+        elif isinstance(kind, pa.BaseExtensionType):
+            total += _expanded([array.storage])
+        elif pa.types.is_struct(kind):
+            total += _expanded(array.flatten())
+        elif pa.types.is_map(kind):
+            total += _expanded([array.keys, array.items])
+        elif pa.types.is_nested(kind) and not pa.types.is_union(kind):
+            total += _expanded([array.flatten()])
+        else:
+            total += array.nbytes
+    return total
+
+
+def _is_bytes_like(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
