@@ -214,7 +214,7 @@ def test_a_question_of_messages_is_what_the_document_is(tmp_path):
     [
         ({"messages": [{"role": "user"}]}, "must be a list of messages"),
         ({"messages": "hi"}, "must be a list of messages"),
-        ({"messages": [USER, SAID], "tools": "{"}, "'tools' is text that is not JSON"),
+        ({"messages": [USER, SAID], "tools": "{"}, "'tools' is text that is not valid JSON"),
         ({"messages": [USER, SAID], "tools": {"a": 1}}, "'tools' must be a list"),
         ({"messages": [USER, SAID], "chat_template_kwargs": {"messages": []}}, "'chat_template_kwargs' must be"),
         ({"messages": [USER]}, "no assistant turn"),
