@@ -134,7 +134,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     adapter = find_adapter(source)
     if adapter is not None and not (adapter.folder / "tokenizer.json").is_file():
         return load_tokenizer(adapter.base)
-    if Path(source.id).is_dir() and not any(any(Path(source.id).glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if (Path(source.id) / "config.json").is_file() and not any(any(Path(source.id).glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
     return _fast(_load(AutoTokenizer, source, "tokenizer", whole=adapter is None), source)
 
@@ -491,7 +491,7 @@ def _untie(adapted: nn.Module) -> None:
 def _spread_tokens(model: nn.Module) -> Tensor:
     """A short text of tokens from all over the vocabulary."""
     length = min(_PROBED, context_length(model) or _PROBED)
-    return torch.linspace(0, vocabulary_size(model) - 1, length, device=next(model.parameters()).device).long()[None]
+    return torch.linspace(0, vocabulary_size(model) - 1, length).long()[None].to(next(model.parameters()).device)
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -306,7 +306,7 @@ class MLP(VectorTask):
 def _depends_on_padding(model: nn.Module, padded: int) -> bool:
     """Whether a short text's predictions differ when it is padded to a length (tokens)."""
     device = next(model.parameters()).device
-    short = torch.tensor([[0, 1, 2]], device=device)[:, : padded - 1]
+    short = torch.tensor([[0, 1, 2]])[:, : padded - 1].to(device)
     beside = torch.nn.functional.pad(short, (0, padded - short.shape[1]))
     alone, together = (models.logits_of(model, ids)[:, : short.shape[1]].float() for ids in (short, beside))
     return models.differ(alone, together, next(model.parameters()).dtype)

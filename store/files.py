@@ -169,16 +169,12 @@ def refuse_links(directory: Path) -> None:
     """
     for place in (directory / ".lock", *(directory / name for name in FOLDERS)):
         if place.is_symlink() or (place.name == ".lock" and place.exists() and regular_size(place) is None):
-            raise UsageError(
-                f"{place} is a link or no regular file, which a change of the index would follow; put the files themselves there"
-            )
+            raise UsageError(f"{place} is a link or no regular file, which a change of the index would follow; remove it")
         if place.is_dir():
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        raise UsageError(
-                            f"{entry.path} is a link, which a change of the index would follow; put the files themselves there"
-                        )
+                        raise UsageError(f"{entry.path} is a link, which a change of the index would follow; remove it")
 
 
 def clear_leftovers(directory: Path) -> None:

@@ -384,15 +384,18 @@ def test_a_page_on_another_port_cannot_ask(browser, server, tmp_path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=other.serve_forever, daemon=True).start()
+    counted = 'whence_responses_total{path="/v1/query",status="200"}'
+
+    def answered():
+        metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        return [line for line in metrics.splitlines() if line.startswith(counted)]
+
+    before = answered()
     page = browser.new_page()
-    statuses = []
-    page.on("response", lambda response: statuses.append((response.url, response.status)) if "/v1/" in response.url else None)
     page.goto(f"http://127.0.0.1:{other.server_port}/")
-    asked = f"{server.url}/v1/query?q=" + "%7B%22row%22%3A1%7D"
+    asked = f"{server.url}/v1/query?q=%7B%22row%22%3A1%7D"
     page.evaluate("url => fetch(url, {mode: 'no-cors'}).then(() => 'done', () => 'refused')", asked)
     page.wait_for_timeout(300)
-    assert [status for _, status in statuses] in ([403], [])  # a response that the policy keeps from the page may not be reported
     page.close()
     other.shutdown()
-    metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
-    assert 'whence_responses_total{path="/v1/query",status="200"}' not in metrics or statuses == [(asked, 403)]
+    assert answered() == before

@@ -611,7 +611,14 @@ def test_pages_of_other_addresses_learn_nothing(server):
 
 def test_requests_that_outlast_the_servers_patience_at_its_end_get_503(paths, caplog):
     client = Client(paths["dense"])
-    client.query_many = lambda *_, **__: time.sleep(4) or []
+    begun = threading.Event()
+
+    def slow(*_, **__):
+        begun.set()
+        time.sleep(4)
+        return []
+
+    client.query_many = slow
     config = uvicorn.Config(
         create_app({"i": client}), port=0, log_level="error", timeout_graceful_shutdown=1, lifespan="on", http=Impatient
     )
@@ -627,7 +634,7 @@ def test_requests_that_outlast_the_servers_patience_at_its_end_get_503(paths, ca
 
     asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(1)
+    assert begun.wait(30)
     stopping.should_exit = True
     asking.join(20)
     thread.join(20)
