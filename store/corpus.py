@@ -238,8 +238,8 @@ def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
         return "text"
     if fields.completion in given and fields.prompt in known:
         raise ValueError(f"the field {fields.prompt!r} is null beside a completion; a prompt that is empty is written as an empty text")
-    if known:
-        null = ", ".join(repr(name) for name in known if name not in given)
+    null = ", ".join(repr(name) for name in known if name not in given)
+    if null:
         raise ValueError(f"there is no document in it: {null} {'is' if len(known) - len(given) == 1 else 'are'} null")
     raise KeyError(f"{fields.text!r}, {fields.messages!r}, or {fields.prompt!r} with {fields.completion!r}")
 
