@@ -54,7 +54,7 @@ _TEXT: dict[str, tuple[Callable[..., Any], Callable[[str, str], bool]]] = {
     "endswith": (pc.ends_with, str.endswith),
     "contains": (pc.match_substring, str.__contains__),
 }
-_LONGEST = 10_000
+_LONGEST, _LONGEST_BITS = 10_000, 2048
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _WRITTEN = {
     "date": "ISO dates, such as '2024-05-06'",
@@ -418,6 +418,8 @@ def _constant(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str, type(None))):
         if isinstance(node.value, str) and not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
             raise UsageError("the filter holds half of a surrogate pair, which is no character; mend its encoding")
+        if isinstance(node.value, int) and node.value.bit_length() > _LONGEST_BITS:
+            raise UsageError("the filter holds a number that is larger than any that can be stored; mend it")
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         value = node.operand.value

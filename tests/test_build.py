@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from whence import BuildConfig, Client, build
@@ -78,6 +80,55 @@ def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, co
     out = tmp_path / "two.whence"
     build(config(model_dir, corpus_file, out, workers=2))
     assert checksums(out) == checksums(index_dir)
+
+
+def test_what_of_a_folder_is_not_kept_is_recorded_and_changes_nothing(tmp_path, model_dir):
+    from click.testing import CliRunner
+    from whence.cli import main
+
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    images = [{"bytes": b"x", "path": None}] * 4
+    pq.write_table(pa.table({"text": random_texts(4), "image": images}), folder / "c.parquet")
+    (folder / "README.md").write_text("# A card")
+    (folder / "scan.pdf").write_text("x")
+    (folder / ".hidden").write_text("x")
+    arguments = ["build", "--model", model_dir, "--data", folder, "--out", tmp_path / "i", "--rank", 2]
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert "not read: 2 files: README.md (a dataset card or license), scan.pdf (no kind of document)\n" in done.stdout
+    assert "left out columns: image (binary)\n" in done.stdout
+    (folder / "scan.pdf").write_text("another")
+    (folder / ".hidden").write_text("another")
+    again = CliRunner().invoke(main, [str(a) for a in (*arguments, "--json")])
+    summary = json.loads(again.stdout)
+    unread = ["README.md (a dataset card or license)", "scan.pdf (no kind of document)"]
+    assert (summary["unread"], summary["left_out_columns"]) == ({"files": 2, "first": unread}, {"image": "binary"})
+    shown = " ".join(CliRunner().invoke(main, ["info", str(tmp_path / "i")]).stdout.split())
+    assert "not read 2 files: README.md" in shown
+    assert "left out columns image (binary)" in shown
+
+
+def test_documents_with_tokens_that_the_model_lacks_can_be_skipped(tmp_path, corpus_file):
+    model = make_model("gpt2", "float32")
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    records = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    fitting = [r["id"] for r in records if all(int(w[1:]) < 50 for w in r["text"].split())]
+    with pytest.raises(DataError, match=r"example 'd\d+' has token \d+, the model embeds only 50; .* \(--bad-documents skip"):
+        build(config(tmp_path / "m", corpus_file, tmp_path / "a"))
+    build(config(tmp_path / "m", corpus_file, tmp_path / "b", bad_documents="skip"))
+    assert Index(tmp_path / "b").column("id").to_pylist() == fitting
+    assert 0 < len(fitting) < 120
+
+
+def test_a_shards_documents_are_bounded_in_bytes(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
+    monkeypatch.setattr("whence.ray_jobs.corpus._SHARD_BYTES", 1000)
+    build(config(model_dir, corpus_file, tmp_path / "i"))
+    small, whole = Index(tmp_path / "i"), Index(index_dir)
+    assert len(small.manifest.shards) > len(whole.manifest.shards)
+    assert small.column("text").to_pylist() == whole.column("text").to_pylist()
 
 
 @pytest.mark.processes

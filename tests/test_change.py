@@ -234,7 +234,7 @@ def test_changes_from_the_command_line(tmp_path, index):
     done = run("add", index, "--data", more, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows"] == 10
-    assert json.loads(run("delete", index, "--ids", "-", "--json", input="d1\nd2\n").stdout) == {"deleted": 2}
+    assert json.loads(run("delete", index, "--ids", "-", "--json", input='d1\r\n\n{"id": "d2", "score": 1}\n').stdout) == {"deleted": 2}
     assert "1 rows were deleted" in run("delete", index, "--where", 'id == "d9"').stdout
     assert run("delete", index).exit_code == 2
     assert run("delete", index, "--ids", tmp_path / "none").exit_code == 3

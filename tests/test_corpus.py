@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence.indexer.examples import TextEncoder
-from whence.store.corpus import Document, Fields, read_corpus, read_questions
+from whence.store.corpus import Corpus, Document, Fields, describe_sources, read_corpus, read_ids, read_questions
 from whence.store.documents import Example
 from whence.store.errors import DataError, NotFoundError, UsageError
 
@@ -98,6 +100,162 @@ def test_saved_datasets_and_the_hub_path_on_local_files(tmp_path):
     assert [d.id for d in documents(f"{tmp_path / 'repo'}:train")] == ["a", "b"]
     with pytest.raises(NotFoundError, match="cannot be loaded"):
         documents("no-such/dataset:train")
+
+
+def test_splits_of_a_saved_dataset_are_told_apart(tmp_path):
+    import datasets
+
+    rows = [{"text": "a", "source": None}, {"text": "b", "source": "own"}]
+    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list([{"text": "c", "source": None}])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
+    found = documents(tmp_path / "d")
+    assert [(d.text, d.source, d.id) for d in found] == [
+        ("a", "d:train", "d:train:1"),
+        ("b", "own", "d:train:2"),
+        ("c", "d:test", "d:test:1"),
+    ]
+    assert [(d.text, d.source, d.id) for d in documents(f"{tmp_path / 'd'}:test")] == [("c", "d:test", "d:test:1")]
+    described = {Path(file["path"]).parent.name for file in describe_sources([f"{tmp_path / 'd'}:test"])}
+    assert described == {"test"}
+    with pytest.raises(NotFoundError, match=r"d has no split 'dev'; it has train, test"):
+        documents(f"{tmp_path / 'd'}:dev")
+    with pytest.raises(UsageError, match="train is one dataset, without splits; name it without :test"):
+        documents(f"{tmp_path / 'd/train'}:test")
+    for file in (tmp_path / "d/test").glob("*.arrow"):
+        file.write_bytes(b"no Arrow")
+    with pytest.raises(DataError, match=r"the saved dataset at .* cannot be read"):
+        documents(tmp_path / "d")
+    (tmp_path / "d/dataset_dict.json").write_text("[]")
+    with pytest.raises(DataError, match="does not list a dataset's splits"):
+        documents(tmp_path / "d")
+
+
+def test_pictures_of_a_saved_dataset_are_not_decoded(tmp_path):
+    import datasets
+
+    rows = [{"text": "a", "image": {"bytes": b"no picture", "path": None}}]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "d")
+    corpus = Corpus([str(tmp_path / "d")])
+    assert [d.metadata for d in corpus] == [{}]
+    assert corpus.left_out == {"image": "binary"}
+
+
+def _compressed(name, content):
+    import bz2
+    import lzma
+
+    if name.endswith("zst"):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    return {"GZ": gzip.compress, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[name.rsplit(".")[-1]](content)
+
+
+@pytest.mark.parametrize("ending", ["gz", "GZ", "bz2", "xz", "zst"])
+def test_compressed_files_are_read_and_broken_ones_named(tmp_path, ending):
+    content, kind = b'{"text": "a"}\n{"text": "b"}\n', {"zst": "zstd", "bz2": "bzip2", "xz": "xz"}.get(ending, "gzip")
+    path = tmp_path / f"c.JSONL.{ending}"
+    path.write_bytes(_compressed(path.name, content) + _compressed(path.name, b'{"text": "c"}\n'))
+    assert [(d.text, d.id) for d in documents(path)] == [(t, f"{path.name}:{i}") for i, t in enumerate("abc", 1)]
+    for name, text in ((f"t.Txt.{ending}", b"whole\n\ntext"), (f"t.csv.{ending}", b"text,n\nwhole,1\n")):
+        (tmp_path / name).write_bytes(_compressed(name, text))
+        assert len(documents(tmp_path / name)) == 1
+    whole = _compressed(path.name, content * 1000)
+    for broken in (whole[: len(whole) // 2], b"nothing of the kind", whole[:20] + b"x" * 40 + whole[60:]):
+        for name in (path.name, f"t.csv.{ending}", f"t.txt.{ending}"):
+            (tmp_path / name).write_bytes(broken)
+            with pytest.raises(DataError, match=f"the {kind} data is damaged, or ends too early"):
+                documents(tmp_path / name)
+
+
+def test_a_folders_files_are_read_in_order_and_all_others_named(tmp_path):
+    write_jsonl(tmp_path / "b.JSONL", [{"text": "b"}])
+    (tmp_path / "a").mkdir()
+    write_csv(tmp_path / "a/z.csv")
+    for hidden in (".git/config.json", ".cache.jsonl", "a/.ipynb_checkpoints/x.txt"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / hidden, [{"text": "hidden"}])
+    for name in ("README.md", "LICENSE.txt", "dataset_infos.json", "notes.pdf", "data.arrow", "c.parquet.gz"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    corpus = Corpus([str(tmp_path)])
+    assert [d.text for d in corpus] == ["w1\n w2", "w3", "b"]
+    reasons = {
+        "LICENSE.txt": "a dataset card or license",
+        "README.md": "a dataset card or license",
+        "c.parquet.gz": "compressed Parquet, which must be unpacked",
+        "data.arrow": "a part of a saved dataset, which is named by its folder",
+        "dataset_infos.json": "a description of a dataset",
+        "gone.txt": "no ordinary file",
+        "linked": "a link to a folder",
+        "notes.pdf": "no kind of document",
+        "pipe.jsonl": "no ordinary file",
+    }
+    assert {file.path.name: file.reason for file in corpus.unread} == reasons
+    known = describe_sources([str(tmp_path)])
+    assert [Path(file["path"]).name for file in known] == ["z.csv", "b.JSONL"]
+    (tmp_path / "notes.pdf").write_text("changed")
+    (tmp_path / ".cache.jsonl").write_text("changed")
+    assert describe_sources([str(tmp_path)]) == known
+    assert [d.text for d in documents(tmp_path / "README.md")] == ["x"]  # by its name it is read
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/a.pdf").write_text("x")
+    with pytest.raises(NotFoundError, match=r"nor a saved dataset; it has a.pdf \(no kind of document\)"):
+        documents(tmp_path / "only")
+
+
+def test_columns_that_are_null_are_absent(tmp_path):
+    chat, nothing = [{"role": "assistant", "content": "yo"}], {"text": None, "prompt": None, "completion": None, "messages": None}
+    records = [{"text": "t"}, {"prompt": "p", "completion": "c"}, {"messages": chat}, {}, {"completion": "c"}]
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.Table.from_pylist([nothing | r for r in records]), path)
+    *good, empty, alone = documents(path)
+    assert [(d.text, d.prompt, d.completion, d.messages, d.metadata) for d in good] == [
+        ("t", "", None, None, {}),
+        (None, "p", "c", None, {}),
+        (None, "", None, chat, {}),
+    ]
+    assert "record 4: there is no document in it: 'text', 'messages', 'prompt', 'completion' are null" in str(empty)
+    assert "record 5: the field 'prompt' is null beside a completion; a prompt that is empty is written as an empty text" in str(alone)
+    (named, *_) = documents(path, fields=Fields(form="completion"))
+    assert "the field 'prompt' is null" in str(named)
+
+
+def test_ids_that_would_break_a_list_are_refused(tmp_path):
+    ids = ["a\nb", "a\x85", "\u2028", "\x00", "\ufeffa", 'fine "{', " fine "]
+    found = documents(write_jsonl(tmp_path / "c.jsonl", [{"id": id, "text": "t"} for id in ids]))
+    assert [isinstance(d, DataError) for d in found] == [True] * 5 + [False] * 2
+    assert "line 1: the id 'a\\nb' holds a control character" in str(found[0])
+
+
+_id = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufeff"), min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_id, max_size=6), st.booleans(), st.sampled_from(["\n", "\r\n"]), st.sampled_from(["plain", "json", "object"]))
+def test_lists_of_ids_come_back(tmp_path_factory, ids, mark, end, form):
+    lines = [
+        id if form == "plain" and id[0] not in '"{' else json.dumps({"n": 1, "id": id} if form == "object" else id, ensure_ascii=False)
+        for id in ids
+    ]
+    path = tmp_path_factory.mktemp("ids") / "ids.txt"
+    path.write_bytes(("\ufeff" * mark + "".join(f"{line}{end}{end if i % 2 else ''}" for i, line in enumerate(lines))).encode())
+    assert read_ids(str(path)) == ids
+
+
+def test_lists_of_ids_end_lines_at_newlines_alone(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes('a\u2028b\n c \nd\x0be\x85f\n"g\\u0068"\n{"id": 5}\nlast'.encode())
+    assert read_ids(str(path)) == ["a\u2028b", " c ", "d\x0be\x85f", "gh", "5", "last"]
+    for content, message in (('{"no": 1}', "line 1: a JSON object without an id"), ('a\n"b', "line 2: not valid JSON")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_ids(str(path))
+    with pytest.raises(NotFoundError, match="there is no file"):
+        read_ids(str(tmp_path / "none"))
 
 
 def test_forms_of_documents(tmp_path):

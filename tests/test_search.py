@@ -161,6 +161,18 @@ def test_many_questions_answer_like_each_alone(index_dir):
     assert client.query_many([]) == []
 
 
+@pytest.mark.parametrize("recall", [1.0, 0.9])
+def test_more_answers_than_rows_are_all_rows(index_dir, recall):
+    client = Client(index_dir)
+    whole = client.query(row=1, k=120, recall=recall)
+    assert 100 < len(whole.proponents) + len(whole.opponents) <= 120
+    for k in (121, 5 * 10**9):
+        more = client.query(row=1, k=k, recall=recall)
+        assert (more.proponents, more.opponents) == (whole.proponents, whole.opponents)
+    few = client.query(row=1, k=121, where='id in ["d1", "d2"]')
+    assert {a.id for a in (*few.proponents, *few.opponents)} == {"d1", "d2"}
+
+
 def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
     client = Client(index_dir)
     for options, message in [

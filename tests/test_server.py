@@ -148,7 +148,7 @@ def test_the_command_line_asks_a_running_server_and_prints_the_same(server, path
     assert timeless(json.loads(there)) == timeless(json.loads(here))
     shown, local = run(*arguments[:-1])[1], run(*arguments[:-1], "--local")[1]
     assert shown.splitlines()[:20] == local.splitlines()[:20]
-    for wrong in (("--where", "nothing == 1"), ("-k", "999"), ("--damping", "-3")):
+    for wrong in (("--where", "nothing == 1"), ("-k", "0"), ("--damping", "-3")):
         there, here = run(*arguments, *wrong), run(*arguments, *wrong, "--local")
         assert there[0] == here[0] != 0
     assert run("query", index, "--row", "999999", "--json")[0] == 2
@@ -255,6 +255,12 @@ def test_bad_requests_get_one_sentence(server, name):
     assert word in problem["detail"]
     assert "Traceback" not in problem["detail"]
     assert raw(server.port, "GET", "/healthz")[0] == 200
+
+
+def test_both_clients_give_all_rows_where_more_are_asked_for(server, paths):
+    answers = [client.query(row=1, k=10**9) for client in (Client(paths["dense"]), Client(server.url, index="dense"))]
+    assert answers[0].proponents == answers[1].proponents
+    assert len(answers[0].proponents) + len(answers[0].opponents) > 100
 
 
 def test_a_body_that_is_not_said_to_be_json_is_refused(server):
