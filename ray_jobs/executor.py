@@ -234,8 +234,11 @@ class _OnRay:
             shared: put into Ray's store, again if it is lost there.
             give: starts a task, given an actor, the task's number and references of what is shared.
         """
-        from ray.exceptions import ObjectLostError, RayError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayError, RayTaskError, UnserializableException
 
+        for slot in self._slots:
+            if slot.task is not None:  # of a map that was given up
+                self._bury(slot)
         references = [self._ray.put(value) for value in shared]
         waiting, left = list(range(count)), count
         deaths: list[_Death] = []
@@ -251,6 +254,8 @@ class _OnRay:
             for slot in self._answered():
                 try:
                     value = self._ray.get(slot.pending)
+                except UnserializableException as error:
+                    raise WorkerError(f"a worker failed with {str(error).strip().splitlines()[-1].strip()}") from error
                 except RayError as error:
                     cause = error.cause if isinstance(error, RayTaskError) else error
                     if isinstance(error, RayTaskError) and not isinstance(cause, ObjectLostError):
@@ -259,7 +264,8 @@ class _OnRay:
                         references = [self._ray.put(value) for value in shared]
                     if slot.task is not None:
                         heapq.heappush(waiting, slot.task)
-                    deaths.append(self._bury(slot, error))
+                    deaths.append(_Death(slot, slot.task, slot.nodes, error))
+                    self._bury(slot)
                 else:
                     if slot.task is not None:
                         found.append((slot.task, value))
@@ -292,15 +298,13 @@ class _OnRay:
                 death.proven |= death.slot is slot
         slot.ask("idle", None)
 
-    def _bury(self, slot: _Slot, error: Exception) -> _Death:
+    def _bury(self, slot: _Slot) -> None:
         """Give up the slot's actor, which is dead or out of reach."""
         with suppress(Exception):
             self._ray.kill(slot.actor)
-        slot.since = time.monotonic() + (0.0 if slot.step == "work" else _PAUSE_SECONDS)
-        death = _Death(slot, slot.task, slot.nodes, error)
+        slot.since = time.monotonic() + (_PAUSE_SECONDS if slot.task is None else 0.0)
         slot.actor = None
         slot.ask("empty", None)
-        return death
 
     def _replace(self) -> None:
         """Ask for actors where there are none. Ray holds one back until its bundle has a node again."""
