@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import make_tokenizer, random_texts
+from helpers import assert_close, make_tokenizer, random_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -77,17 +77,18 @@ def test_parts_add_up_to_the_score(paths, name, metric):
             continue
         found = client.explain([3, 70], question, tokens=False, **options)
         for e, own in zip(found, expected, strict=True):
-            assert e.score == pytest.approx(own, rel=1e-4, abs=1e-6)
-            assert sum(p.score for p in e.segments) == pytest.approx(e.score, rel=1e-6)
+            summed = sum(abs(p.score) for p in (*e.layers, *e.segments))
+            assert_close(e.score, own, 1e-4, summed)
+            assert_close(sum(p.score for p in e.segments), e.score, 1e-5, summed)
             dense = {s.name for s in segments if s.kind == "dense" and not client.index.reduction(s).mixes}
             for segment in e.segments:
                 layers = [p.score for p in e.layers if p.segment == segment.name]
                 assert bool(layers) == (segment.name in dense or segment.name in ("head", "embeddings"))
                 if layers:
-                    assert sum(layers) == pytest.approx(segment.score, rel=1e-5, abs=1e-7)
+                    assert_close(sum(layers), segment.score, 1e-5, sum(map(abs, layers)))
                 shared = [p.score for p in e.vocabulary if p.segment == segment.name]
                 if segment.name in ("head", "embeddings"):
-                    assert sum(shared) == pytest.approx(segment.score, rel=1e-5, abs=1e-7)
+                    assert_close(sum(shared), segment.score, 1e-5, sum(map(abs, shared)))
             assert [abs(p.score) for p in e.layers] == sorted((abs(p.score) for p in e.layers), reverse=True)
             assert (e.recomputed, e.example, e.question) == (None, None, None)
 
@@ -99,12 +100,12 @@ def test_token_shares_of_uncoded_rows_add_up_to_the_stored_score(paths, metric, 
         client = Client(paths[name])
         options = METRICS[metric] | ({"layers": ("h.0.*",)} if metric == "layers" else {})
         for e in client.explain([3, 70], QUESTIONS[kind], **options):
-            strongest = max(map(abs, e.example.scores))  # of a difference of completions, whose parts cancel
-            assert e.recomputed == pytest.approx(e.score, rel=1e-4, abs=1e-4 * strongest if kind == "against" else 0)
-            assert sum(e.example.scores) == pytest.approx(e.recomputed, rel=1e-6)
+            summed = sum(map(abs, e.example.scores))
+            assert_close(e.recomputed, e.score, 1e-4, summed)
+            assert_close(sum(e.example.scores), e.recomputed, 1e-5, summed)
             assert (e.question is None) == (kind == "against")
             if e.question:
-                assert sum(e.question.scores) == pytest.approx(e.score, rel=1e-4)
+                assert_close(sum(e.question.scores), e.score, 1e-4, sum(map(abs, e.question.scores)))
 
 
 @pytest.mark.parametrize("name", ["all", "budget"])

@@ -5,7 +5,7 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from helpers import random_texts, words
+from helpers import assert_close, random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
@@ -157,7 +157,7 @@ def test_many_questions_answer_like_each_alone(index_dir):
     for question, answer in zip(questions, together, strict=True):
         (alone,) = client.query_many([question], k=3)
         assert [a.row for a in alone.proponents] == [a.row for a in answer.proponents]
-        np.testing.assert_allclose([a.score for a in alone.proponents], [a.score for a in answer.proponents], rtol=1e-4)
+        assert_close([a.score for a in alone.proponents], [a.score for a in answer.proponents], 1e-4)
     assert client.query_many([]) == []
 
 

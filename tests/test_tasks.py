@@ -7,7 +7,7 @@ import pytest
 import torch
 import training
 from click.testing import CliRunner
-from helpers import write_jsonl
+from helpers import assert_close, write_jsonl
 from safetensors.torch import save_file
 from whence import Client
 from whence.cli import main
@@ -124,9 +124,7 @@ def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
         for weight in weights:
             weight.requires_grad_(True)
         gradients = torch.autograd.grad(client.task.loss(model, batch).sum(), weights)
-        np.testing.assert_allclose(
-            client.index.row(row, segment), torch.cat([g.flatten() for g in gradients]).numpy(), rtol=1e-4, atol=1e-6
-        )
+        assert_close(client.index.row(row, segment), torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
 
 
 def test_kfac_of_a_convolution_counts_its_places(tmp_path):
