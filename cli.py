@@ -389,7 +389,8 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], as_json: bool
         manifest = run(Path(index), data, how, model, reporter)
     added = manifest.build["added"][-1]
     if as_json:
-        click.echo(json.dumps({"rows": added["rows"], "drift": added["drift"], "refit": drifted(added["drift"])}))
+        told = {name: added[name] for name in ("rows", "drift", "unread", "left_out_columns")}
+        click.echo(json.dumps({**told, "refit": drifted(added["drift"])}))
         return
     click.echo(f"{index} has {added['rows']:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added['drift'])}")
     for line in _not_kept(added):
