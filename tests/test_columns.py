@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from whence.store.corpus import Fields, read_corpus
 from whence.store.documents import Documents, Example, write_documents
-from whence.store.errors import DataError, UsageError
+from whence.store.errors import DataError, IntegrityError, UsageError
 from whence.store.filters import Column, kind_of
 from whence.store.index import Index
 
@@ -261,6 +261,16 @@ def test_columns_are_compared_with_one_another(tmp_path):
     assert matched(index, "b == c") == [3]
     with pytest.raises(UsageError, match="'a' and 'b' hold values of"):
         index.matching("a < b")
+
+
+def test_values_that_no_build_writes_are_an_integrity_error(tmp_path):
+    index = columns(tmp_path, [1, "a"])
+    forged = SimpleNamespace(columns=["x"], column=lambda name: Column(pa.chunked_array([["{", None]]), encoded=True))
+    index._kinds  # noqa: B018
+    index._documents["0"] = forged
+    for call in (lambda: index.matching("x == 1"), lambda: index.distinct("x", 10)):
+        with pytest.raises(IntegrityError, match="no build writes"):
+            call()
 
 
 def test_groups_need_single_values(tmp_path):
