@@ -414,7 +414,12 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
         manifest = run(Path(index), data, how, model, reporter, task)
     added = manifest.build.added[-1]
     if as_json:
+<<<<<<< HEAD
         _print_json({"rows": added.rows, "drift": added.drift, "refit": drifted(added.drift)})
+=======
+        told = {name: added[name] for name in ("rows", "drift", "unread", "left_out_columns")}
+        click.echo(json.dumps({**told, "refit": drifted(added["drift"])}))
+>>>>>>> corpus
         return
     _say(f"{index} has {added.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added.drift)}")
     for line in _not_kept(added):

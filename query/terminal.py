@@ -84,10 +84,11 @@ def _groups(groups: Sequence[Group]) -> Table:
     table.add_column("group", ratio=1, min_width=8, overflow="ellipsis", no_wrap=True)
     for name in ("rows", "of all for", "against", "influence", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
+    several = len({type(g.value) for g in groups if g.value is not None}) > 1  # 4 and "4" are two groups
     shown = [*groups[:_SHOWN_GROUPS], *groups[max(_SHOWN_GROUPS, len(groups) - _SHOWN_GROUPS) :]]
     for g in shown:
         table.add_row(
-            _printable("(none)" if g.value is None else str(g.value)),
+            _printable("(none)" if g.value is None else repr(g.value) if several else str(g.value)),
             f"{g.rows:,}",
             f"{g.positive_share:.1%}",
             f"{g.negative_share:.1%}",

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool
 
-from .errors import UsageError
+from .errors import IntegrityError, UsageError
 
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
@@ -72,7 +72,7 @@ SINGLE_KINDS = ("number", "text", "truth", *_WRITTEN, JSON_KIND)
 class Column:
     """Some rows of a column, and whether its values are kept as JSON text."""
 
-    values: pa.ChunkedArray
+    values: pa.ChunkedArray | pa.Array
     encoded: bool = False
 
     @property
@@ -81,9 +81,16 @@ class Column:
         return JSON_KIND if self.encoded else kind_of(self.values.type)
 
     def decoded(self) -> list[Any]:
-        """Its values, as Python has them."""
-        values = self.values.to_pylist()
-        return [None if v is None else json.loads(v) for v in values] if self.encoded else values
+        """Its values, as Python has them.
+
+        Raises:
+            IntegrityError: some are none that a build writes.
+        """
+        try:
+            values = self.values.to_pylist()
+            return [None if v is None else json.loads(v) for v in values] if self.encoded else values
+        except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
+            raise IntegrityError("a column of the corpus holds values that no build writes; build the index again") from error
 
 
 def kind_of(kind: pa.DataType) -> str | None:
@@ -449,7 +456,7 @@ def _compared_values(x: Any, sign: str, y: Any) -> bool:
 def _by_value(values: pa.ChunkedArray, holds: Callable[[Any], bool]) -> _Truth:
     """What holds of values that are kept as JSON text; each is looked at once."""
     coded = _whole(values).dictionary_encode()
-    known = pa.array([holds(json.loads(text)) for text in coded.dictionary.to_pylist()], pa.bool_())
+    known = pa.array([holds(value) for value in Column(coded.dictionary, encoded=True).decoded()], pa.bool_())
     return pc.take(known, coded.indices)
 
 

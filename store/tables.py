@@ -143,24 +143,29 @@ def parquet_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as opened:
             schema, about = opened.schema_arrow, opened.metadata
-        _check_columns([about.schema.column(i).path for i in range(min(about.num_columns, MOST_COLUMNS + 1))], name)
-        _check_columns(schema.names, name)
-        columns = [f.name for f in schema if not _leave_out(f, how)]
-        read = [i for i in range(about.num_columns) if about.schema.column(i).path.split(".")[0] in {c.split(".")[0] for c in columns}]
-        nested = [about.schema.column(i).path for i in read if about.schema.column(i).max_repetition_level]
+            leaves = [about.schema.column(i) for i in range(min(about.num_columns, MOST_COLUMNS + 1))]
+            _check_columns([leaf.path for leaf in leaves], name)
+            _check_columns(schema.names, name)
+            columns = [f.name for f in schema if not _leave_out(f, how)]
+            read = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
+            nested = {leaves[i].path for i in read if leaves[i].max_repetition_level}
+            plans = []
+            for number in range(about.num_row_groups):
+                # Reading no rows raises what is wrong with the columns' descriptions; to ask for these first would abort the process.
+                next(opened.reader.iter_batches(0, row_groups=[number], column_indices=read, use_threads=False), None)
+                chunks = [about.row_group(number).column(i) for i in read]
+                plans.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {about.num_row_groups}"))
         first = 0
-        for number in range(about.num_row_groups):
-            group = about.row_group(number)
-            rows, shared = _bounds(
-                [group.column(i) for i in read], set(nested), f"{name}: row group {number + 1} of {about.num_row_groups}"
-            )
+        for number, (rows, shared) in enumerate(plans):
             with pq.ParquetFile(path, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
                 yield from table_records(file.iter_batches(rows, [number], columns), name, how, first)
-            first += group.num_rows
+            first += about.row_group(number).num_rows
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, DataError) or getattr(error, "errno", None):
             raise
-        raise DataError(f"{name}: damaged, or not a Parquet file; fetch or write it again ({str(error).splitlines()[0]})") from error
+        if isinstance(error, pa.ArrowNotImplementedError):
+            raise DataError(f"{name}: this Parquet file uses what cannot be read here; write it again with common encodings") from error
+        raise DataError(f"{name}: damaged, or not a Parquet file; fetch or write it again") from error
 
 
 def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, list[str]]:
@@ -202,6 +207,8 @@ def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
     for column, values in zip(row.schema, row.columns, strict=True):
         try:
             record[column.name] = values[0].as_py()
+        except UnicodeDecodeError:
+            return DataError(f"{where}: the column {column.name!r} holds text that is not UTF-8")
         except (pa.ArrowException, ValueError, OverflowError):
             return DataError(
                 f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000"

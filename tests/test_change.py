@@ -230,10 +230,13 @@ def run(*arguments, **more):
 
 
 def test_changes_from_the_command_line(tmp_path, index):
-    more = write_jsonl(tmp_path / "more.jsonl", records(60, 70))
-    done = run("add", index, "--data", more, "--json")
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more/more.jsonl", records(60, 70))
+    (tmp_path / "more/scan.pdf").write_text("x")
+    done = run("add", index, "--data", tmp_path / "more", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows"] == 10
+    assert json.loads(done.stdout)["unread"] == {"files": 1, "first": ["scan.pdf (no kind of document)"]}
     assert json.loads(run("delete", index, "--ids", "-", "--json", input='d1\r\n\n{"id": "d2", "score": 1}\n').stdout) == {"deleted": 2}
     assert "1 rows were deleted" in run("delete", index, "--where", 'id == "d9"').stdout
     assert run("delete", index).exit_code == 2

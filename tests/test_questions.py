@@ -24,7 +24,15 @@ COLORS = ("red", "green", None)
 
 def record(i, text):
     extra = {"day": f"2020-01-{1 + i % 28:02d}", "a b": i % 3} if i >= 60 else {}
-    return {"id": f"d{i}", "text": text, "year": 1900 + i, "color": COLORS[i % 3], "good": i % 2 == 0, **extra}
+    return {
+        "id": f"d{i}",
+        "text": text,
+        "year": 1900 + i,
+        "color": COLORS[i % 3],
+        "good": i % 2 == 0,
+        "mixed": (4, "4", None)[i % 3],
+        **extra,
+    }
 
 
 RECORDS = [record(i, t) for i, t in enumerate(random_texts(120, seed=3))]
@@ -68,6 +76,8 @@ FILTERS = {
     "-1 < chunk": lambda r: True,
     "document == id": lambda r: True,
     "year == -5": lambda r: False,
+    "mixed == 4": lambda r: r["mixed"] == 4,
+    "mixed != '4'": lambda r: r["mixed"] == 4,
 }
 
 
@@ -161,6 +171,17 @@ def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     assert sum(g.rows for g in some) == 10
     with pytest.raises(UsageError, match="there is no column 'colour'"):
         client.query(text="w1 w2", group_by="colour")
+
+
+def test_groups_of_a_column_of_several_kinds_are_told_apart(index_path, client):
+    (groups,) = group_scores(client.index, client.rows([Question(row=3)]), "mixed")
+    assert {(g.value, type(g.value), g.rows) for g in groups} == {(4, int, 40), ("4", str, 40), (None, type(None), 40)}
+    shown = CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--group-by", "mixed"]).stdout
+    assert {line.split()[0] for line in shown[shown.index("influence ") :].splitlines() if line.startswith((" 4", " '4'", " (none)"))} == {
+        "4",
+        "'4'",
+        "(none)",
+    }
 
 
 # --- what is asked
