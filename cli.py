@@ -414,12 +414,8 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
         manifest = run(Path(index), data, how, model, reporter, task)
     added = manifest.build.added[-1]
     if as_json:
-<<<<<<< HEAD
-        _print_json({"rows": added.rows, "drift": added.drift, "refit": drifted(added.drift)})
-=======
-        told = {name: added[name] for name in ("rows", "drift", "unread", "left_out_columns")}
-        click.echo(json.dumps({**told, "refit": drifted(added["drift"])}))
->>>>>>> corpus
+        told = added.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"})
+        _print_json({**told, "refit": drifted(added.drift)})
         return
     _say(f"{index} has {added.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added.drift)}")
     for line in _not_kept(added):
