@@ -333,12 +333,19 @@ def _saved_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
 
     try:
         loaded = datasets.load_from_disk(str(path)).with_format("arrow")
-        batches = (batch for table in loaded.iter(batch_size=256) for batch in table.to_batches())
-        yield from table_records(batches, name, how)
+        yield from table_records(_validated(loaded), name, how)
     except DataError:
         raise
     except Exception as error:  # whatever the library says of files that are not what it saved
         raise DataError(f"{name}: the saved dataset at {path} cannot be read ({type(error).__name__}); save it again") from error
+
+
+def _validated(dataset: Any) -> Iterator[Any]:
+    """A dataset's batches, each checked whole: its files, which anybody may have written, are read through memory maps."""
+    for table in dataset.iter(batch_size=256):
+        for batch in table.to_batches():
+            batch.validate(full=True)
+            yield batch
 
 
 def _hub_dataset(dataset: str, config: str | None, split: str, name: str, how: Reading) -> Iterator[Record]:

@@ -481,3 +481,16 @@ def test_whitespace_whose_offsets_are_trimmed_stays_in_the_loss_and_the_prompts_
     assert whole.loss_mask.tolist() == [False, True, True, True, True]
     (asked,) = encoder.documents([Document(id="d", source="s", where="", prompt="ab ", completion=" c ")])
     assert asked.loss_mask.tolist() == [False, False, False, True, True, True]
+
+
+def test_a_saved_dataset_whose_offsets_lead_out_of_it_is_refused(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": f"text number {i}"} for i in range(20)]).save_to_disk(tmp_path / "d")
+    (path,) = (tmp_path / "d").glob("*.arrow")
+    data, offsets = path.read_bytes(), np.cumsum([0, *(len(f"text number {i}") for i in range(20))]).astype("<i4").tobytes()
+    assert data.count(offsets) == 1
+    at = data.index(offsets) + len(offsets) - 4
+    path.write_bytes(data[:at] + (2**30).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_corpus([str(tmp_path / "d")]))
