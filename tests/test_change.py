@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
+from helpers import assert_close, make_model, make_tokenizer, random_texts, words, write_jsonl
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.query.metric import Metric
@@ -73,7 +73,7 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     assert (manifest.rows, manifest.number, len(manifest.shards)) == (100, 2, 5)
     assert ids(index) == [f"d{i}" for i in range(100)]
     after = scores(index)
-    np.testing.assert_array_equal(after[:, :60], before)
+    assert_close(after[:, :60], before, 1e-6)
     client = Client(index)
     blocks = client.index.segment("blocks")
     exact = client.measure(client.encode(list(_documents(records(60, 100)))))["blocks"]
@@ -170,7 +170,7 @@ def test_deleted_rows_are_in_no_answer_and_compacting_keeps_the_bits(tmp_path, i
     assert compact(index) == 0
     assert ids(index) == [f"d{i}" for i in kept]
     assert len(Index(index)) == 47
-    np.testing.assert_allclose(scores(index), before[:, kept], rtol=1e-5, atol=1e-5)
+    assert_close(scores(index), before[:, kept], 1e-5)
     left = codes(index)
     assert left.keys() == {(s, f"d{i}") for s in ("blocks", "head", "embeddings") for i in kept}
     assert all(left[at] == whole[at] for at in left)
@@ -180,9 +180,9 @@ def test_deleted_rows_are_in_no_answer_and_compacting_keeps_the_bits(tmp_path, i
     assert prune(index) > 0
     assert [p.name for p in (index / "manifests").iterdir()] == [latest_manifest(index).name]
     assert sorted(p.stem for p in (index / "documents").iterdir()) == sorted(s.id for s in Index(index).manifest.shards)
-    np.testing.assert_allclose(scores(index), before[:, kept], rtol=1e-5, atol=1e-5)
+    assert_close(scores(index), before[:, kept], 1e-5)
     add(index, [str(write_jsonl(tmp_path / "back.jsonl", records(50, 60)))])
-    np.testing.assert_allclose(scores(index)[:, 47:], before[:, 50:60], rtol=1e-3, atol=2e-3 * np.abs(before).max())
+    assert_close(scores(index)[:, 47:], before[:, 50:60], 2e-3, np.abs(before).max())
 
 
 def test_what_cannot_be_deleted(index):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import make_model, make_tokenizer, random_texts, words
+from helpers import assert_close, make_model, make_tokenizer, random_texts, words
 from whence import BuildConfig, Client, build
 from whence.cli import main
 from whence.query.answers import Question
@@ -62,7 +62,7 @@ def test_each_model_has_the_segments_that_it_has_alone(tmp_path, checkpoints, co
             own[segment.name] = both.index.segment(name).weight / segment.weight
         metric = Metric(weights=own)
         total = total + scores(alone, questions, metric)
-    np.testing.assert_allclose(scores(both, questions), total, rtol=1e-4, atol=1e-4 * np.abs(total).max())
+    assert_close(scores(both, questions), total, 1e-4)
 
 
 def test_weights_by_part_and_by_segment(index):
@@ -70,9 +70,9 @@ def test_weights_by_part_and_by_segment(index):
     heads = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0}))
     first = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-2": 0}))
     second = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-1": 0}))
-    np.testing.assert_allclose(first + second, heads, rtol=1e-5, atol=1e-5)
+    assert_close(first + second, heads, 1e-5)
     twice = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head": 2, "head-1": 0.5}))
-    np.testing.assert_allclose(twice, first + 2 * second, rtol=1e-5, atol=1e-5)
+    assert_close(twice, first + 2 * second, 1e-5)
     with pytest.raises(UsageError, match="no segment 'head-3'"):
         scores(client, questions, Metric(weights={"head-3": 1}))
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import dense_index, make_model, make_tokenizer, random_texts
+from helpers import assert_close, dense_index, make_model, make_tokenizer, random_texts
 from whence import BuildConfig, Client, Question, build
 from whence.query.metric import Metric
 from whence.query.scoring import Scorer
@@ -190,7 +190,7 @@ def test_both_loops_count_alike_and_products_are_those_of_the_rounded_question()
         levels = [[np.unpackbits(plane.view(np.uint8), count=bits) for plane in planes] for planes in rounded.planes]
         whole = np.array([[2.0 * sum(int(2**p) * plane for p, plane in enumerate(planes)) - 15] for planes in levels])[:, 0]
         whole *= rounded.steps[:, None]
-        np.testing.assert_allclose(plain, whole @ np.where(vectors > 0, 1, -1).T, rtol=1e-5, atol=1e-4)
+        assert_close(plain, whole @ np.where(vectors > 0, 1, -1).T, 1e-6, np.abs(whole).sum(1, keepdims=True))
         np.testing.assert_allclose(np.linalg.norm(asked - whole, axis=1), rounded.rests, rtol=1e-4)
         assert (rounded.rests < 0.2 * np.linalg.norm(asked, axis=1)).all()
     assert not Rounded.of(np.zeros((1, 64), np.float32)).products(codes[:1, :1]).any()
@@ -201,7 +201,7 @@ def test_int8_products_are_numpys():
     codes, asked = generator.integers(-127, 128, (50, 333), dtype=np.int8), generator.standard_normal((3, 333)).astype(np.float32)
     found = np.zeros((3, 50), np.float32)
     multiply_int8(codes, asked, found)
-    np.testing.assert_allclose(found, asked.astype(float) @ codes.T, rtol=1e-5, atol=1e-2)
+    assert_close(found, asked.astype(float) @ codes.T, 1e-6, np.abs(asked) @ np.abs(codes.astype(float)).T)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_answers_are_those_of_the_exact_search(indexes, name, mode, monkeypatch)
             assert b.search.candidates <= b.search.rows
             for x, y in ((a.proponents, b.proponents), (a.opponents, b.opponents)):
                 assert [h.row for h in x] == [h.row for h in y]
-                np.testing.assert_allclose([h.score for h in x], [h.score for h in y], rtol=1e-3, atol=1e-4 * abs(x[0].score) if x else 0)
+                assert_close([h.score for h in y], [h.score for h in x], 1e-4)
 
 
 def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monkeypatch):

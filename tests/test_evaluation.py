@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import make_examples, make_model, random_texts, words, write_jsonl
+from helpers import assert_close, make_examples, make_model, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -403,7 +403,7 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     x = torch.tensor((images[3].reshape(1, -1) / 255 - 0.1307) / 0.3081, dtype=torch.float32)
     loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([int(classes[3])]))
     gradients = torch.autograd.grad(loss, [model[0].weight, model[2].weight])
-    np.testing.assert_allclose(row, torch.cat([g.flatten() for g in gradients]).numpy(), rtol=1e-4, atol=1e-6)
+    assert_close(row, torch.cat([g.flatten() for g in gradients]), 1e-5)
     # the plain product of gradients is the control of that name
     scores = (
         client.index.row(3, client.index.segment("blocks"))
@@ -412,11 +412,11 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     controls = gradient_controls(
         client, [client.index.example(i) for i in range(30)], client.encode(read_pack(place, tmp_path / "data").queries)
     )
-    np.testing.assert_allclose(controls["dot"][3], scores, rtol=1e-4, atol=1e-6)
     norms = [np.linalg.norm(client.index.row(3, client.index.segment("blocks")))]
-    np.testing.assert_allclose(controls["norm"][3], norms * 10, rtol=1e-5)
     lengths = np.linalg.norm(client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
-    np.testing.assert_allclose(controls["cosine"][3], scores / norms[0] / lengths, rtol=1e-4, atol=1e-6)
+    assert_close(controls["dot"][3], scores, 1e-5, norms[0] * lengths)
+    np.testing.assert_allclose(controls["norm"][3], norms * 10, rtol=1e-5)
+    assert_close(controls["cosine"][3], scores / norms[0] / lengths, 1e-5, 1)
     answer = Client(tmp_path / "kept").query(row=2, k=3)
     assert answer.proponents[0].row == 2
     with pytest.raises(UsageError, match="holds vectors, not texts"):
@@ -459,10 +459,8 @@ def test_the_hidden_control_is_the_cosine_of_mean_last_states():
     for e in examples:
         out = model(torch.tensor(e.token_ids[None, :-1].astype(int)), output_hidden_states=True)
         states.append(out.hidden_states[-1][0].mean(0).numpy())
-    for i in range(4):
-        for j in range(2):
-            a, b = states[i], states[4 + j]
-            assert found[i, j] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
+    directions = np.stack(states) / np.linalg.norm(states, axis=1, keepdims=True)
+    assert_close(found, directions[:4] @ directions[4:].T, 1e-5, 1)
 
 
 # --- checks

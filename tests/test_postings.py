@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import random_texts
+from helpers import assert_close, random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
@@ -46,7 +46,7 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
     assert (np.diff(lists.tokens.astype(int)) > 0).all()
     found = np.zeros((2, queries, rows), np.float32)
     lists.add_scores(asked.keys, owners, byte_tables(rotated), found[0])
-    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert_close(found[0], expected, 1e-5, np.sqrt(np.outer(asked.squared_norms, known.squared_norms)))
     lists.write(path / "kept", "source", path / "staging")
     back = Postings.read(path / "kept", "source", rows, read.codes.shape[1])
     back.add_scores(asked.keys, owners, byte_tables(rotated), found[1])

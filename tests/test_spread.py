@@ -5,7 +5,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from devices import FIRST, SECOND, Devices
-from helpers import make_model, make_tokenizer
+from helpers import assert_close, make_model, make_tokenizer
 from whence import BuildConfig, Client, Question, build
 from whence.cli import main
 from whence.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
@@ -54,9 +54,9 @@ def test_an_index_of_a_spread_model_is_that_of_the_model(place, corpus_file, tmp
         assert {p.device for p in spread.encoder.model.parameters()} == {FIRST, SECOND}
     assert spread.index.manifest.models[0].fingerprint == plain.index.manifest.models[0].fingerprint
     for a, b in zip(stored, same, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-    np.testing.assert_allclose(scores, others, rtol=1e-4)
-    np.testing.assert_allclose(shares, parts, rtol=1e-3, atol=1e-4 * np.abs(shares).max())
+        assert_close(b, a, 1e-5)
+    assert_close(others, scores, 1e-5)
+    assert_close(parts, shares, 1e-4)
 
 
 def test_the_two_devices_do_not_mix():
@@ -92,7 +92,7 @@ def test_two_gpus_give_the_rows_of_one(place, corpus_file, tmp_path):
         rows.append(np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(120)]))
         if device == SPREAD:
             assert len({p.device for p in client.encoder.model.parameters()}) == 2
-    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3, atol=1e-4 * np.abs(rows[1]).max())
+    assert_close(rows[0], rows[1], 1e-4)
 
 
 def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch):
@@ -131,7 +131,7 @@ def test_layers_without_maps_see_both_sides_on_their_own_device(place, corpus_fi
             )
         client = Client(tmp_path / task[:3], task=task)
         rows[task] = np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(0, 120, 9)])
-    np.testing.assert_allclose(*rows.values(), rtol=1e-4, atol=1e-4 * np.abs(rows["causal-lm"]).max())
+    assert_close(rows["devices:Spread"], rows["causal-lm"], 1e-5)
 
 
 def test_a_model_without_room_on_the_gpus_is_refused(place, tmp_path):
