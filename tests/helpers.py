@@ -51,6 +51,20 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
 
 
+def assert_close(found, expected, rtol, scale=None):
+    """No number errs by more than `rtol` of `scale`: the size of what was summed to make it, by default the largest number expected.
+
+    Sums whose terms cancel err by as much as others, however small they come out: never by a share of themselves.
+    """
+    import numpy as np
+
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    assert found.shape == expected.shape
+    scale = np.abs(expected).max(initial=0) if scale is None else scale
+    errors = np.abs(found - expected)
+    assert (errors <= rtol * scale).all(), f"{found} is not {expected}: it errs by up to {errors.max()}, allowed are {rtol} of {scale}"
+
+
 def words(*numbers):
     return " ".join(f"w{n}" for n in numbers)
 

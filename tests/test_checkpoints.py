@@ -62,7 +62,7 @@ def test_each_model_has_the_segments_that_it_has_alone(tmp_path, checkpoints, co
             own[segment.name] = both.index.segment(name).weight / segment.weight
         metric = Metric(weights=own)
         total = total + scores(alone, questions, metric)
-    np.testing.assert_allclose(scores(both, questions), total, rtol=1e-4, atol=1e-4 * np.abs(total).max())
+    assert_close(scores(both, questions), total, 1e-4)
 
 
 def test_weights_by_part_and_by_segment(index):

@@ -239,7 +239,7 @@ def test_answers_are_those_of_the_exact_search(indexes, name, mode, monkeypatch)
             assert b.search.candidates <= b.search.rows
             for x, y in ((a.proponents, b.proponents), (a.opponents, b.opponents)):
                 assert [h.row for h in x] == [h.row for h in y]
-                np.testing.assert_allclose([h.score for h in x], [h.score for h in y], rtol=1e-3, atol=1e-4 * abs(x[0].score) if x else 0)
+                assert_close([h.score for h in y], [h.score for h in x], 1e-4)
 
 
 def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monkeypatch):

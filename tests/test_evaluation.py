@@ -414,7 +414,6 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
         client, [client.index.example(i) for i in range(30)], client.encode(read_pack(place, tmp_path / "data").queries)
     )
     norms = [np.linalg.norm(client.index.row(3, client.index.segment("blocks")))]
-    np.testing.assert_allclose(controls["norm"][3], norms * 10, rtol=1e-5)
     lengths = np.linalg.norm(client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
     assert_close(controls["dot"][3], scores, 1e-5, norms[0] * lengths.max())
     assert_close(controls["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)

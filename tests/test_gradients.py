@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, WORDS, fit, make_examples, make_model, make_plan
+from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from whence.indexer.capture import GradientSum
@@ -50,10 +50,6 @@ class Visit:
         self.function(layer, x, d)
 
 
-def relative_error(a, b):
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, tolerance, monkeypatch):
@@ -68,7 +64,7 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
-        assert relative_error(row, np.concatenate([g.ravel() for g in gradients])) < tolerance
+        assert_close(row, np.concatenate([g.ravel() for g in gradients]), tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -84,7 +80,7 @@ def test_projected_rows_equal_projected_autograd(architecture):
             left = random_projection(layer.name, "output", layer.output_rank, layer.outputs, 7).astype(float)
             right = random_projection(layer.input_group, "input", layer.input_rank, layer.inputs, 7).astype(float)
             parts.append((left @ gradient @ right.T).ravel())
-        assert relative_error(row, np.concatenate(parts)) < 1e-10
+        assert_close(row, np.concatenate(parts), 1e-10)
 
 
 def test_losses_are_sums_of_nats_over_loss_tokens():
@@ -117,7 +113,7 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
         H = g.T @ g / len(examples)
         a = damping * np.trace(H) / len(H)
         expected = expected + asked[layer.name] @ np.linalg.solve(H + a * np.eye(len(H)), g.T)
-    assert relative_error(influence, expected) < 1e-6
+    assert_close(influence, expected, 1e-6)
 
 
 def token_pairs(model, plan, examples, maps=None):
@@ -156,7 +152,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
             H = basis @ np.diag(((train[:, block] @ basis) ** 2).mean(axis=0)) @ basis.T
         a = 0.1 * np.trace(H) / len(H)
         expected = expected + asked[:, block] @ np.linalg.solve(H + a * np.eye(len(H)), train[:, block].T)
-    assert relative_error(influence, expected) < 1e-6
+    assert_close(influence, expected, 1e-6)
 
 
 def test_diagonal_and_identity_influence():
@@ -170,7 +166,7 @@ def test_diagonal_and_identity_influence():
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
         expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
-    assert relative_error(encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T, expected) < 1e-6
+    assert_close(encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T, expected, 1e-6)
     assert fit(model, make_plan(model, curvature="identity"), examples).arrays == {}
 
 
@@ -183,7 +179,7 @@ def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projecti
     whole = fit(model, plan, examples).rows(examples)["blocks"]
     for parts in (2, 3, 7):
         merged = fit(model, plan, examples, parts).rows(examples)["blocks"]
-        assert relative_error(merged @ merged.T, whole @ whole.T) < 1e-8
+        assert_close(merged @ merged.T, whole @ whole.T, 1e-8)
 
 
 def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
@@ -198,7 +194,7 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     alone = {"fisher": fit(model, fisher, examples).rows(examples)["blocks"], "ekfac": fit(model, ekfac, examples).rows(examples)["blocks"]}
     for layer in layers:
         block = slice(layer.offset, layer.offset + layer.size)
-        assert relative_error(mixed[:, block], alone[layer.curvature][:, block]) < 1e-8
+        assert_close(mixed[:, block], alone[layer.curvature][:, block], 1e-8)
 
 
 def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
@@ -210,8 +206,8 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
     for layer in plan.segments[0].layers:
         inputs = principal_projection(sum(x.T @ x for x, _ in pairs[layer.name]), 3)
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
-        np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, atol=1e-8)
-        np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.name}/output_projection"], outputs, atol=1e-8)
+        assert_close(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, 1e-7, 1)
+        assert_close(encoder.arrays[f"blocks/{layer.name}/output_projection"], outputs, 1e-7, 1)
 
 
 def test_sums_of_any_split_add_up():
@@ -223,7 +219,7 @@ def test_sums_of_any_split_add_up():
     halves = [Fit(plan).measure(encoder, 0, part) for part in (examples[:4], examples[4:])]
     assert whole.keys() == halves[0].keys()
     for name, value in whole.items():
-        np.testing.assert_allclose(halves[0][name] + halves[1][name], value, rtol=1e-10, atol=1e-12 * np.abs(value).max())
+        assert_close(halves[0][name] + halves[1][name], value, 1e-11)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,7 +231,7 @@ def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
     other = Encoder(TASK, (model,), make_plan(model, batch_tokens=budget), _ARRAYS)
     padding = make_examples(1, seed=5, longest=longest)
     rows = other.rows([examples[i] for i in order] + padding)["blocks"][: len(order)]
-    assert relative_error(rows, alone[list(order)]) < 1e-10
+    assert_close(rows, alone[list(order)], 1e-10)
 
 
 _MODEL_AND_EXAMPLES = make_model(), make_examples(9)
@@ -303,10 +299,8 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     plan = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
     gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
-    assert (
-        relative_error(Encoder(TASK, (model,), plan, {}).rows([example])["blocks"][0], np.concatenate([g.ravel() for g in gradients]))
-        < 1e-10
-    )
+    (row,) = Encoder(TASK, (model,), plan, {}).rows([example])["blocks"]
+    assert_close(row, np.concatenate([g.ravel() for g in gradients]), 1e-10)
 
 
 class Odd(torch.nn.Module):
@@ -364,7 +358,7 @@ def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
             sides = (layer.name, "output"), (layer.input_group, "input")
             left, right = (np.eye(8) if rank == HUGE else random_projection(*side, 5, 8, 7).astype(float) for side in sides)
             expected.append((left @ gradient @ right.T).ravel())
-        assert relative_error(row, np.concatenate(expected)) < 1e-10
+        assert_close(row, np.concatenate(expected), 1e-10)
 
 
 @pytest.mark.parametrize("habit", ["tokens first", "tokens first, flat", "pools"])
@@ -393,7 +387,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
 
         backward(model, batch, [Visit(plan.segments[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
-    np.testing.assert_allclose(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), rtol=1e-8, atol=1e-12)
+    assert_close(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), 1e-8)
 
 
 def test_ekfac_with_sampled_labels_samples_in_both_passes():
@@ -424,7 +418,7 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     for side, moment in (("input", A / tokens), ("output", S / len(examples))):
         rotated = basis[side].T @ moment @ basis[side]
         assert np.abs(rotated - np.diag(np.diag(rotated))).max() < 1e-10 * rotated.max()
-    np.testing.assert_allclose(encoder.arrays[f"blocks/{layer.name}/eigenvalues"], squares / len(examples), rtol=1e-8)
+    assert_close(encoder.arrays[f"blocks/{layer.name}/eigenvalues"], squares / len(examples), 1e-8)
 
 
 def test_losses_of_a_bfloat16_model_are_float32_sums():
@@ -434,7 +428,7 @@ def test_losses_of_a_bfloat16_model_are_float32_sums():
     expected = -(log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * kept).sum(1)
     losses = TASK.loss(model, batch)
     assert losses.dtype == torch.float32
-    np.testing.assert_allclose(losses.numpy(), expected.numpy(), rtol=1e-6)
+    assert_close(losses, expected, 1e-5)
 
 
 def test_a_model_that_looks_ahead_is_refused():
@@ -470,7 +464,7 @@ def test_random_projections_are_fixed_bits_and_preserve_products():
     for other in (("h.1.mlp", "input", 4, 6, 0), ("h.0.mlp", "output", 4, 6, 0), ("h.0.mlp", "input", 4, 6, 1)):
         assert not np.array_equal(a, random_projection(*other))
     many = np.stack([random_projection("x", "input", 16, 32, seed) for seed in range(2000)])
-    np.testing.assert_allclose(np.einsum("nki,nkj->ij", many, many) / 2000, np.eye(32), atol=0.03)
+    assert_close(np.einsum("nki,nkj->ij", many, many) / 2000, np.eye(32), 0.03)
     assert random_projection("x", "input", 6, 6, 0) is None
 
 
@@ -479,7 +473,7 @@ def test_pca_projects_onto_the_leading_subspace():
     x = generator.normal(size=(500, 10)) * np.arange(10, 0, -1)
     covariance = x.T @ x
     projection = principal_projection(covariance, 3)
-    np.testing.assert_allclose(projection @ projection.T, np.eye(3), atol=1e-12)
+    assert_close(projection @ projection.T, np.eye(3), 1e-12)
     values = np.linalg.eigvalsh(covariance)[::-1]
     np.testing.assert_allclose(np.diag(projection @ covariance @ projection.T), values[:3], rtol=1e-10)
 

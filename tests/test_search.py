@@ -39,8 +39,9 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
     best, best_rows = faiss.knn(asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
     worst, worst_rows = faiss.knn(-asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
     for i, hit in enumerate(hits):
-        np.testing.assert_allclose(hit.proponent_scores, best[i], rtol=1e-4, atol=1e-5 * np.abs(best).max())
-        np.testing.assert_allclose(hit.opponent_scores, -worst[i], rtol=1e-4, atol=1e-5 * np.abs(worst).max())
+        largest = max(best[i].max(), worst[i].max())
+        assert_close(hit.proponent_scores, best[i], 1e-5, largest)
+        assert_close(hit.opponent_scores, -worst[i], 1e-5, largest)
         assert set(hit.proponents) == set(best_rows[i])
         assert set(hit.opponents) == set(worst_rows[i])
         assert (hit.proponent_scores > 0).all()
@@ -53,7 +54,8 @@ def test_all_scores_are_all_inner_products(index_dir):
     index = Index(index_dir)
     queries = random_queries(index, 3)
     found = np.concatenate([scores for _, scores in all_scores(index, queries)], axis=1)
-    np.testing.assert_allclose(found, queries["blocks"] @ dense_rows(index).T, rtol=1e-4, atol=1e-3)
+    rows, asked = dense_rows(index).astype(float), queries["blocks"].astype(float)
+    assert_close(found, asked @ rows.T, 1e-6, np.outer(np.linalg.norm(asked, axis=1), np.linalg.norm(rows, axis=1)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,11 +86,11 @@ def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, c
     rows_low, rows_high = low.rows(questions), high.rows(questions)
     there = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 2.0))], axis=1)
     scratch = np.concatenate([s for _, s in all_scores(high.index, rows_high, Metric(mode))], axis=1)
-    np.testing.assert_allclose(there, scratch, atol=2e-4 * np.abs(scratch).max())
+    assert_close(there, scratch, 2e-4)
     plain = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode))], axis=1)
     assert np.abs(plain - scratch).max() > 1e-2 * np.abs(scratch).max()
     same = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 0.05))], axis=1)
-    np.testing.assert_allclose(same, plain, atol=1e-5 * np.abs(plain).max())
+    assert_close(same, plain, 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("int8", 2e-2)])
@@ -120,7 +122,7 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
     for i in (0, 17, 119):
         example = client.index.example(i)
         asked = client.rows([Question(text=example.text)])["blocks"][0]
-        np.testing.assert_allclose(asked, client.index.row(i, segment), rtol=1e-4, atol=1e-4 * np.linalg.norm(asked))
+        assert_close(asked, client.index.row(i, segment), 1e-4)
         answer = client.query(text=example.text, k=120)
         (own,) = [a for a in answer.proponents if a.row == i]
         assert own.score == pytest.approx(float(np.linalg.norm(client.index.row(i, segment))) ** 2, rel=1e-3)
@@ -213,7 +215,7 @@ def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corp
         np.concatenate([s.T for _, s in all_scores(c.index, q, m)])
         for c, q, m in ((whitened, rows, Metric(mode, curvature=False)), (plain, asked, Metric(mode)))
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert_close(found, expected, 2e-4)
 
 
 @pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])

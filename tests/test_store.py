@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
+from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence.store.documents import Documents, Example, write_documents
@@ -41,7 +42,7 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
     norms = np.linalg.norm(written, axis=1)
     largest = np.abs(written).max(axis=1) if dtype == "int8" else norms
     for i in range(rows):
-        np.testing.assert_allclose(read.row(i), written[i], atol=tolerance * largest[i] + 1e-30)
+        assert_close(read.row(i), written[i], tolerance, largest[i])
     plain = zarr.open_group(directory, mode="r")["blocks"]
     codes = np.concatenate([codes for _, codes in read.blocks()])
     assert np.array_equal(plain["codes"][:], codes)

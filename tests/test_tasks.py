@@ -65,7 +65,7 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
         expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
     questions = client.measure(client.encode(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
     stored = np.stack([client.index.row(i, client.index.segment("blocks")) for i in range(20)])
-    np.testing.assert_allclose(questions @ stored.T, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert_close(questions @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
 
 
@@ -98,7 +98,7 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
             for label in range(3):
                 (g,) = torch.autograd.grad(-log_p[label], model[at].weight, retain_graph=True)
                 expected = expected + log_p[label].exp().item() * g.square().flatten() / len(records)
-        np.testing.assert_allclose(arrays[f"blocks/{at}/eigenvalues"], expected.numpy(), rtol=1e-6)
+        assert_close(arrays[f"blocks/{at}/eigenvalues"], expected, 1e-9)
 
 
 def training_fields():
@@ -145,7 +145,7 @@ def test_kfac_of_a_convolution_counts_its_places(tmp_path):
         A, S = A + patches.T @ patches / 25, S + d.T @ d
     expected = np.sort(np.kron(np.linalg.eigvalsh(S / 30), np.linalg.eigvalsh(A / 30)))
     found = np.sort(client.index.arrays["blocks/a/eigenvalues"])
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * expected.max())
+    assert_close(found, expected, 1e-7)
 
 
 def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):
