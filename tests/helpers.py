@@ -127,18 +127,6 @@ def fit(model, plan, examples, parts=1):
     return Encoder(CausalLM(), (model,), plan, arrays)
 
 
-def assert_close(found, expected, rtol, scale=None):
-    """Two results of one computation are equal up to `rtol` of what was summed: the largest expected number, or a `scale` that is given.
-
-    A sum whose terms cancel is as uncertain as its terms, on another processor in other digits, so that no tolerance is relative to itself.
-    """
-    import numpy as np
-
-    found, expected = np.asarray(found, float), np.asarray(expected, float)
-    scale = np.abs(expected).max(initial=0.0) if scale is None else float(scale)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * scale)
-
-
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
