@@ -65,6 +65,20 @@ def assert_close(found, expected, rtol, scale=None):
     assert (errors <= rtol * scale).all(), f"{found} is not {expected}: it errs by up to {errors.max()}, allowed are {rtol} of {scale}"
 
 
+def assert_same_ranking(found, expected, rtol):
+    """Two lists of attributions name the same rows in the same order, but for rows whose scores differ by no more than `rtol` of the first.
+
+    Such rows may change places with each other, and at the end of the list with one that is not in it.
+    """
+    assert len({a.row for a in found}) == len(found) == len(expected)
+    if expected:
+        largest, last = abs(expected[0].score), expected[-1].score
+        assert_close([a.score for a in found], [a.score for a in expected], rtol, largest)
+        ours, theirs = ({a.row: a.score for a in answers} for answers in (found, expected))
+        rows = sorted(ours | theirs)
+        assert_close([ours.get(row, last) for row in rows], [theirs.get(row, last) for row in rows], rtol, largest)
+
+
 def words(*numbers):
     return " ".join(f"w{n}" for n in numbers)
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import assert_close, dense_index, make_model, make_tokenizer, random_texts
+from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts
 from whence import BuildConfig, Client, Question, build
 from whence.query.metric import Metric
 from whence.query.scoring import Scorer
@@ -107,7 +107,8 @@ def test_several_dense_segments_add_their_variances(tmp_path, model_dir, corpus_
         parts.append(alone.estimates(group).deviations.astype(float) ** 2)
     np.testing.assert_allclose(whole, parts[0] + parts[1], rtol=1e-4)
     exact, found = (client.answer(questions, rows, k=5, recall=r) for r in (1.0, 0.99999))
-    assert [[a.row for a in x.proponents] for x in exact] == [[a.row for a in x.proponents] for x in found]
+    for x, y in zip(exact, found, strict=True):
+        assert_same_ranking(y.proponents, x.proponents, 1e-5)
     assert found[0].search.method == "coarse to fine"
 
 
@@ -237,9 +238,8 @@ def test_answers_are_those_of_the_exact_search(indexes, name, mode, monkeypatch)
             assert b.search.method == ("exact" if name == "head" else "coarse to fine"), b.search.note
             assert b.search.recall == (1.0 if name == "head" else 0.99999)
             assert b.search.candidates <= b.search.rows
-            for x, y in ((a.proponents, b.proponents), (a.opponents, b.opponents)):
-                assert [h.row for h in x] == [h.row for h in y]
-                assert_close([h.score for h in y], [h.score for h in x], 1e-4)
+            assert_same_ranking(b.proponents, a.proponents, 1e-5)
+            assert_same_ranking(b.opponents, a.opponents, 1e-5)
 
 
 def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monkeypatch):

@@ -219,8 +219,9 @@ def test_a_killed_pack_goes_on_and_ends_the_same(pack, model_dir, tmp_path):
     subprocess.run([*command, "--workers", "2"], cwd=HERE, check=True, capture_output=True)
     assert {name: (pieces / name).stat().st_mtime_ns for name in written} == written
     a, b = (np.load(p / "ground_truth.npz") for p in (pack, tmp_path / "pack"))
-    for name in ("masks", "losses", "full_losses"):
-        assert np.array_equal(a[name], b[name])
+    assert np.array_equal(a["masks"], b["masks"])
+    for name in ("losses", "full_losses"):
+        assert_close(b[name], a[name], 1e-5)
 
 
 def test_judging_a_pack_prints_a_table_and_an_object(pack):

@@ -74,7 +74,7 @@ def test_parts_add_up_to_the_score(paths, name, metric):
     segments = client.index.manifest.segments
     for question in QUESTIONS.values():
         try:
-            expected = scores(client, question, options)
+            expected = scores(client, question, options)[[3, 70]]
         except UsageError:  # cosines under another damping, of rows that cannot give them
             with pytest.raises(UsageError):
                 client.explain([3], question, **options)

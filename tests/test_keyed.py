@@ -378,8 +378,7 @@ def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(he
     found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
     asked = rows["head"]
     rotated = rotate(asked.vectors, head.bits, head.seed)
-    chosen = [0, 7, 60, 119]
-    for i in chosen:
+    for i in (0, 7, 60, 119):
         shard, at = client.index.locate(i)
         keyed = client.index.keyed(shard, head)
         score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, make_model, make_tokenizer, random_texts, write_jsonl
+from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
 from whence import BuildConfig, Client, build
 from whence.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, loaded
@@ -81,7 +81,7 @@ def test_rows_of_a_model_that_computes_long_batches_otherwise_are_those_of_each_
         ids = torch.tensor(client.index.example(row).token_ids[None]).long()
         losses = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(losses, weights)]).numpy()
-        assert np.abs(client.index.row(row, segment) - expected).max() < 1e-4 * np.abs(expected).max(), row
+        assert_close(client.index.row(row, segment), expected, 1e-4)
 
 
 def test_most_models_may_share_batches():

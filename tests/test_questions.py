@@ -137,10 +137,12 @@ def test_only_matching_rows_are_ranked(client, mode):
     answer = client.query_many([question], mode=mode, where="year >= 1960 and good == True", k=5)[0]
     assert answer.search.rows == allowed.sum()
     assert answer.query["where"] == "year >= 1960 and good == True"
-    order = [i for i in np.argsort(-scores, kind="stable") if allowed[i] and scores[i] > 0]
-    assert [a.row for a in answer.proponents] == order[:5]
-    order = [i for i in np.argsort(scores, kind="stable") if allowed[i] and scores[i] < 0]
-    assert [a.row for a in answer.opponents] == order[:5]
+    for found, sign in ((answer.proponents, 1), (answer.opponents, -1)):
+        rows, best = [a.row for a in found], sign * np.sort(sign * scores[allowed])[:-6:-1]
+        assert len(set(rows)) == 5
+        assert allowed[rows].all()
+        assert_close([a.score for a in found], best, 1e-5)
+        assert_close(scores[rows], best, 1e-5)  # rows of nearly one score may change places
     with pytest.raises(UsageError, match="no row matches"):
         client.query(text="w1 w2", where="year > 3000")
 
@@ -391,10 +393,10 @@ def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
     questions = [Question(prompt="w3 w5", completion=ends[0], against=ends[1], weight=0.5), Question(row=7, weight=-3.0)]
     (mean,) = said(questions, mean=True)
     for name in ("bm25", "hidden"):
-        difference = plain[0][name] - plain[1][name]
+        difference, largest = plain[0][name] - plain[1][name], max(np.abs(p[name]).max() for p in plain)
         assert np.abs(difference).max() > 0.01
-        assert_close(contrast[name], difference, 1e-5, np.abs(plain[0][name]).max())
-        assert_close(mean[name], (0.5 * difference - 3 * plain[2][name]) / 2, 1e-5, np.abs(plain[0][name]).max())
+        assert_close(contrast[name], difference, 1e-5, largest)
+        assert_close(mean[name], (0.5 * difference - 3 * plain[2][name]) / 2, 1e-5, 2 * largest)
     assert np.array_equal(contrast["norm"], plain[0]["norm"])
     assert np.array_equal(mean["norm"], plain[0]["norm"])
 

@@ -5,7 +5,7 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from helpers import assert_close, random_texts, words
+from helpers import assert_close, assert_same_ranking, random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence import BuildConfig, Client, Question, build
@@ -42,8 +42,10 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
         largest = max(best[i].max(), worst[i].max())
         assert_close(hit.proponent_scores, best[i], 1e-5, largest)
         assert_close(hit.opponent_scores, -worst[i], 1e-5, largest)
-        assert set(hit.proponents) == set(best_rows[i])
-        assert set(hit.opponents) == set(worst_rows[i])
+        whole = against @ asked[i]
+        for its_rows, others in ((hit.proponents, best_rows[i]), (hit.opponents, worst_rows[i])):
+            assert len(set(its_rows)) == 7
+            assert_close(whole[its_rows], whole[others], 1e-5, largest)  # rows of nearly one score may change places
         assert (hit.proponent_scores > 0).all()
         assert (np.diff(hit.proponent_scores) <= 0).all()
         assert (hit.opponent_scores < 0).all()
@@ -158,8 +160,7 @@ def test_many_questions_answer_like_each_alone(index_dir):
     together = client.query_many(questions, k=3)
     for question, answer in zip(questions, together, strict=True):
         (alone,) = client.query_many([question], k=3)
-        assert [a.row for a in alone.proponents] == [a.row for a in answer.proponents]
-        assert_close([a.score for a in alone.proponents], [a.score for a in answer.proponents], 1e-4)
+        assert_same_ranking(answer.proponents, alone.proponents, 1e-5)
     assert client.query_many([]) == []
 
 
