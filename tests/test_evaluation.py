@@ -416,7 +416,8 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     )
     norms = [np.linalg.norm(client.index.row(3, client.index.segment("blocks")))]
     lengths = np.linalg.norm(client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
-    assert_close(controls["dot"][3], scores, 1e-5, norms[0] * lengths.max())
+    assert_close(controls["norm"][3], norms * 10, 1e-5)
+    assert_close(controls["dot"][3], scores, 1e-5, norms[0] * lengths)
     assert_close(controls["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)
     answer = Client(tmp_path / "kept").query(row=2, k=3)
     assert answer.proponents[0].row == 2

@@ -162,7 +162,7 @@ def test_embeddings_do_not_depend_on_the_batch_or_on_other_segments():
     assert_close(together.arrays["embeddings/eigenvalues"], alone.arrays["embeddings/eigenvalues"], 1e-5)
     a, b = alone.rows(examples)["embeddings"], Encoder(TASK, (model,), every, together.arrays | alone.arrays).rows(examples)["embeddings"]
     assert np.array_equal(a.keys, b.keys)
-    assert_close(a.vectors, b.vectors, 1e-4)
+    assert_close(b.vectors, a.vectors, 1e-6)
 
 
 def test_a_head_alone_asks_for_no_backward_pass_and_with_blocks_it_is_the_same(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_head_alone_asks_for_no_backward_pass_and_with_blocks_it_is_the_same(m
     both = fitted(model, head_plan(model, blocks=make_plan(model, curvature="ekfac")), examples)
     a, b = alone.rows(examples)["head"], both.rows(examples)["head"]
     assert np.array_equal(a.keys, b.keys)
-    assert_close(a.vectors, b.vectors, 1e-5)
+    assert_close(b.vectors @ b.vectors.T, a.vectors @ a.vectors.T, 1e-6)  # eigenvectors of two fits may differ in sign
     assert set(both.rows(examples)) == {"blocks", "head"}
     seen = []
     for block in model.transformer.h:
@@ -304,7 +304,7 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
                 expected[owners[j], i] += factors[e] * (signs @ rotated[j])
     found = np.zeros((4, 30), np.float32)
     Postings.of([read]).add_scores(asked.keys, owners, byte_tables(rotated), found)
-    assert_close(found, expected, 1e-4)
+    assert_close(found, expected, 1e-5, np.sqrt(np.outer(asked.squared_norms, rows.squared_norms)))
 
 
 def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
