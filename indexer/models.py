@@ -432,7 +432,7 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
         )
     modules = {name for name, _ in merged.named_modules()}
     trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
-    _LOADED[merged] = replace(known, base=known.base or adapter.base.id, trained=trained)
+    _LOADED[merged] = replace(known, base=adapter.base.id, trained=trained)
     return merged
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a command that asks a server starts at o
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ..store.errors import UsageError
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 
 _WEIGHTS = 1e-6, 1e6
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("prompt", "completion", "text", "id", "against", "span"), str),
+    "row": Integral,
+    "weight": Real,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,12 @@ class Question:
     tools: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise UsageError(f"a question's {name} is {value!r:.80}, of another type than it can have")
+        if self.row is not None:
+            object.__setattr__(self, "row", int(self.row))  # of a numpy number, too
         given = [name for name in ("completion", "text", "messages", "row") if getattr(self, name) is not None]
         if len(given) != 1 or (self.prompt and given != ["completion"]):
             raise UsageError("a question is a prompt with a completion, or a text, or messages, or a row: give exactly one of them")
@@ -63,6 +75,8 @@ class Question:
             json.dumps([self.messages, self.tools], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise UsageError("the question holds bytes that are not UTF-8 text; mend its encoding") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError("the messages or tools hold what JSON cannot, or are nested too deeply") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set."""

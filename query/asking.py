@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..store.errors import UsageError
@@ -9,6 +10,9 @@ from .answers import Answer, Question
 
 if TYPE_CHECKING:
     from .metric import Mode
+
+
+_KINDS: dict[str, type] = {"k": Integral, "damping": Real, "recall": Real, "where": str, "group_by": str, "mode": str}
 
 
 class Options(TypedDict, total=False):
@@ -46,7 +50,7 @@ class Options(TypedDict, total=False):
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Refuse what is no option.
+    """Refuse what is no option, or of another type than it can have.
 
     Raises:
         UsageError: names it.
@@ -54,6 +58,10 @@ def check_options(options: Mapping[str, object]) -> None:
     unknown = sorted(options.keys() - Options.__annotations__.keys())
     if unknown:
         raise UsageError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
+    for name, kind in _KINDS.items():
+        value = options.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UsageError(f"{name} is {value!r:.80}, of another type than it can have")
 
 
 class Asks(ABC):

@@ -223,3 +223,11 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     assert (tracked.parameters, tracked.of) == (0, 2 * (16 * 16 + 24 * 16))
     manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "j"), rank=2))
     assert manifest.build.tracked[0].share == 1.0
+
+
+def test_an_adapter_of_an_adapter_is_found_again(places, corpus_file, tmp_path):
+    adapted_logits(places / "base", tmp_path / "second", target_modules=["v_proj"])
+    config = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    (tmp_path / "second/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(places / "adapter")}))
+    build(BuildConfig(model=str(tmp_path / "second"), data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
+    assert Client(tmp_path / "i").query(text="w1 w2 w3", k=1).proponents

@@ -476,3 +476,23 @@ def test_a_column_of_too_many_values_is_not_grouped_by(client, monkeypatch):
     monkeypatch.setattr("whence.query.groups._MOST_GROUPS", 50)
     with pytest.raises(UsageError, match="more than 50 values"):
         client.query(row=1, group_by="id")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"text": 5}, {"text": b"x"}, {"row": 1.5}, {"row": True}, {"text": "a", "span": 3}, {"text": "a", "weight": "1"}, {"messages": 5}],
+)
+def test_a_question_of_other_types_is_refused(wrong):
+    with pytest.raises(UsageError):
+        Question(**wrong)
+
+
+def test_options_and_messages_of_other_types_are_refused(client):
+    for wrong in ({"k": 1.5}, {"k": "3"}, {"damping": "1"}, {"recall": "x"}, {"where": 5}, {"group_by": 5}):
+        with pytest.raises(UsageError, match="of another type"):
+            client.query(row=1, **wrong)
+    circular = [{"role": "user", "content": []}]
+    circular[0]["content"].append(circular)
+    with pytest.raises(UsageError, match="what JSON cannot"):
+        Question(messages=circular)
+    assert client.query(row=np.int64(3), k=np.int64(2)).proponents
