@@ -96,7 +96,7 @@ class Conversation:
 
     def _turn(self, i: int) -> Span | None:
         """Where a turn of the assistant's lies in the text, behind the generation prompt and with its end; None where it is not there."""
-        asked = self._render(self.messages[:i], add_generation_prompt=True) if i else ""
+        asked = self._asked(i)
         said = self._render(self.messages[: i + 1])
         if said.startswith(asked) and self.text.startswith(said):
             return len(asked), len(said)
@@ -118,6 +118,15 @@ class Conversation:
                 "completion"
             )
         return start, end
+
+    def _asked(self, i: int) -> str:
+        """What stands before a turn: the messages before it and the generation prompt; nothing where a template takes no empty list."""
+        try:
+            return self._render(self.messages[:i], add_generation_prompt=True)
+        except DataError:
+            if i:
+                raise
+            return ""
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, marks: list[Span] | None = None) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..store.documents import Example
-from ..store.errors import NumericalError
+from ..store.errors import IntegrityError, NumericalError
 from ..store.keyed import KeyedVectors, concatenate
 from ..store.manifest import DenseSegment, KeyedSegment, Layer
 from .capture import Map, capture
 from .dense import DensePart
 from .hidden import HiddenMeans
-from .keyed import KeyedPart
-from .models import layer_device
+from .keyed import KeyedPart, vocabulary_layer
+from .models import layer_device, layer_sizes
 from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
@@ -94,6 +94,7 @@ class Encoder:
         found: dict[str, DensePart | KeyedPart] = {}
         for segment in self.plan.segments:
             model = self.models[segment.model]
+            _check_layers(segment, model)
             dtype = next(model.parameters()).dtype
             own = {at.removeprefix(f"{segment.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{segment.name}/")}
             if isinstance(segment, KeyedSegment):
@@ -157,6 +158,29 @@ class Encoder:
                 for chosen, block in blocks:
                     result[segment.name][chosen] = block
         return result
+
+
+def _check_layers(segment: DenseSegment | KeyedSegment, model: nn.Module) -> None:
+    """Refuse a segment that describes other layers than the model has: a manifest may have come from anybody.
+
+    Raises:
+        IntegrityError: names the layer.
+    """
+    modules = dict(model.named_modules())
+    for layer in [vocabulary_layer(segment)] if isinstance(segment, KeyedSegment) else segment.layers:
+        module = modules.get(layer.name)
+        if isinstance(module, nn.Embedding):
+            sizes = (module.embedding_dim, module.num_embeddings) if isinstance(segment, KeyedSegment) else None
+            fits = sizes == (layer.outputs, layer.inputs) and getattr(segment, "role", "") == "embeddings"
+        else:
+            fits = (
+                module is not None and layer_sizes(module) == (layer.outputs, layer.inputs) and getattr(segment, "role", "head") == "head"
+            )
+        if not fits:
+            raise IntegrityError(
+                f"the index describes the layer {layer.name} as one of {layer.inputs} inputs and {layer.outputs} outputs ({segment.name}), "
+                "which the model does not have; restore the index's manifest"
+            )
 
 
 def _clear(rows: np.ndarray | KeyedVectors, broken: np.ndarray) -> None:

@@ -288,6 +288,8 @@ def _check_weights(source: ModelSource) -> None:
         named = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IncompatibleError(f"{index} is not the list of the weights' files that it should be; restore the checkpoint") from error
+    if not all(isinstance(name, str) for name in named):
+        raise IncompatibleError(f"{index} is not the list of the weights' files that it should be; restore the checkpoint")
     gone = sorted(name for name in named if not (folder / str(name)).is_file())
     if gone:
         raise IncompatibleError(f"{folder / gone[0]} is missing, which holds a part of the weights; restore the checkpoint")
@@ -307,6 +309,8 @@ def _check_weights(source: ModelSource) -> None:
 
 def safetensors_problem(path: Path) -> str | None:
     """What is wrong with a safetensors file as a whole, by its header and size; None where nothing is."""
+    if not path.is_file():
+        return "is no regular file"
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_LARGEST_POINTER)
@@ -321,6 +325,9 @@ def safetensors_problem(path: Path) -> str | None:
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return "is no safetensors file: its header cannot be read"
+    whole = [n for n, e in header.items() if n.endswith("weight") and str(e.get("dtype")).startswith(("I", "U", "BOOL"))]
+    if whole:
+        return f"holds whole numbers in {whole[0]} (quantised?), and gradients need floating-point weights"
     return None if end == size - 8 - length else f"has {size:,} bytes where its header says {8 + length + end:,} (cut off?)"
 
 
@@ -399,9 +406,10 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
         raise IncompatibleError(f"{file} {problem}; restore it")
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"{folder} is an adapter, which needs peft: pip install peft")
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
+    from safetensors import safe_open
 
     known = loaded(model)
     _resize(model, file)
@@ -414,6 +422,11 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
     lost = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None)
     if lost is not None:
         raise IncompatibleError(f"{file} lacks weights of the adapter that its adapter_config.json describes; restore the adapter")
+    with safe_open(file, "pt") as opened:
+        held = {name for name in opened.keys() if "lora_" in name}  # noqa: SIM118
+    foreign = sorted(held - set(get_peft_model_state_dict(adapted)))
+    if foreign:
+        raise IncompatibleError(f"{file} holds weights that its adapter_config.json does not name ({foreign[0]}); restore the adapter")
     _untie(adapted)
     changed = {n for n, m in adapted.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     with torch.no_grad(), _quiet():

@@ -60,7 +60,10 @@ class Question:
             raise UsageError("tools are given to the chat template with messages; give both")
         chat = self.messages is None or (
             isinstance(self.messages, (list, tuple))
-            and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in self.messages)
+            and all(
+                isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | list | tuple | None)
+                for m in self.messages
+            )
         )
         if not chat or (self.messages is not None and not self.messages):
             raise UsageError('messages must be a list like [{"role": "user", "content": "..."}, ...]')

@@ -236,6 +236,8 @@ def compact(out: Path) -> int:
                 shards.append(_without(index, shard, kept, first))
             first += len(kept)
         dropped = manifest.rows - first
+        if not first:
+            raise UsageError(f"every example of {out} was deleted; remove the directory instead")
         if dropped:
             update = {
                 "number": manifest.number + 1,
@@ -312,7 +314,9 @@ def _remove(place: Path, named: set[Path]) -> int:
     """Remove the files of a shard, or a file, that the manifest does not name; returns their bytes."""
     freed = 0
     for path in sorted(place.rglob("*"), reverse=True) if place.is_dir() else [place]:
-        if path.is_symlink() or (path.is_file() and path not in named):
+        if path.is_symlink():  # of somebody who keeps files elsewhere: not ours to remove
+            continue
+        if path.is_file() and path not in named:
             freed += path.lstat().st_size
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):

@@ -282,6 +282,10 @@ def _label(record: Mapping[str, Any], key: str) -> int:
 
 _SHARED_ROLES = {"human": "user", "gpt": "assistant"}
 _TEMPLATE = ("tools", "chat_template_kwargs")
+_NO_OPTIONS = {
+    *("messages", "conversations", "documents", "tools", "chat_template", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+}
 
 
 def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -301,7 +305,8 @@ def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1
+    spoken = isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1
+    return spoken and isinstance(message.get("content"), str | list | None)
 
 
 def _template(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,7 +321,7 @@ def _template(record: Mapping[str, Any]) -> dict[str, Any]:
     tools, options = given.get("tools"), given.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("the field 'tools' must be a list of JSON objects, each of which describes a tool")
-    if not isinstance(options, dict) or options.keys() & {"messages", "tools", "add_generation_prompt", "chat_template", "tokenize"}:
+    if not isinstance(options, dict) or options.keys() & _NO_OPTIONS:
         raise ValueError("the field 'chat_template_kwargs' must be an object of the template's own options, such as enable_thinking")
     return {**options, **({"tools": tools} if tools else {})}
 

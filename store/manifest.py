@@ -297,7 +297,7 @@ class Manifest(_Model):
     format: Literal["whence"] = "whence"
     version: Literal[2] = 2
     features: tuple[str, ...]
-    number: Size
+    number: Annotated[int, Field(ge=1, le=10**15)]
     created: str
     whence: str
     task: str

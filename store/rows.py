@@ -229,7 +229,7 @@ def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str, ch
     meta = _metadata(directory, name, shape, np.dtype(dtype))
     if not math.prod(shape):
         return np.zeros(shape, dtype)  # of which Zarr writes no chunk
-    if [c.get("name") for c in meta.get("codecs", ())] != ["bytes", "crc32c"]:
+    if [c.get("name") for c in meta["codecs"]] != ["bytes", "crc32c"]:
         raise _unreadable(directory, name)
     path = directory / name / "/".join(["c", *("0" for _ in shape)])
     raw = _map(path, math.prod(shape) * np.dtype(dtype).itemsize + _CRC_BYTES)
@@ -329,7 +329,7 @@ class DenseRows:
             plain = codec["name"] == "sharding_indexed" and names == ["bytes", "crc32c"] and inner.get("index_location", "end") == "end"
         except (KeyError, ValueError, TypeError) as error:
             raise _unreadable(self.directory, "codes") from error
-        if not plain or dim != self.dim or rows < 1:
+        if not plain or dim != self.dim or type(rows) is not int or rows < 1:
             raise _unreadable(self.directory, "codes")
         chunks = math.ceil(self.rows / rows)
         self._stride = rows * dim * self.dtype.itemsize + _CRC_BYTES
@@ -356,6 +356,9 @@ def _metadata(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtyp
         raise IntegrityError(f"{path} is not JSON any more; restore the file or build the index again") from error
     if not isinstance(meta, dict) or meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
         raise IntegrityError(f"{path} does not describe {dtype.name} of shape {list(shape)}, which the manifest promises")
+    codecs = meta.get("codecs")
+    if not isinstance(codecs, list) or not all(isinstance(codec, dict) for codec in codecs):
+        raise IntegrityError(f"{path} does not list an array's codecs; restore the file or build the index again")
     return meta
 
 

@@ -79,7 +79,8 @@ class Unread:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path.name} ({self.reason})"
+        name = self.path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return f"{name} ({self.reason})"
 
 
 def expand(given: Sequence[str]) -> tuple[list[Source], list[Unread]]:
@@ -161,11 +162,20 @@ def _kind(path: Path) -> tuple[str, str]:
     return Path(name.removesuffix(compression)).suffix, compression
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _why_unread(path: Path, named: bool = False) -> str | None:
     """Why a file is not read; a text file that is `named` is, whatever it is called."""
     kind, compression = _kind(path)
     card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
     reasons = {
+        "named in bytes that are not UTF-8": not _is_text(path.name),
         "a link to a folder": path.is_dir(),
         "no ordinary file": not path.is_file(),
         "a description of a dataset": path.name in _DESCRIPTIONS,

@@ -231,3 +231,16 @@ def test_an_adapter_of_an_adapter_is_found_again(places, corpus_file, tmp_path):
     (tmp_path / "second/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(places / "adapter")}))
     build(BuildConfig(model=str(tmp_path / "second"), data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
     assert Client(tmp_path / "i").query(text="w1 w2 w3", k=1).proponents
+
+
+def test_weights_that_the_adapters_configuration_does_not_name_are_refused(places, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(places / "adapter", tmp_path / "more")
+    weights = load_file(tmp_path / "more/adapter_model.safetensors")
+    name = next(n for n in weights if "q_proj" in n)
+    save_file({**weights, name.replace("q_proj", "v_proj"): weights[name].clone()}, tmp_path / "more/adapter_model.safetensors")
+    with pytest.raises(IncompatibleError, match=r"does not name .*v_proj"):
+        load_causal_lm(ModelSource(str(tmp_path / "more")))

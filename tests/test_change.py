@@ -248,3 +248,13 @@ def test_changes_from_the_command_line(tmp_path, index):
     done = run("add", index, "--data", write_jsonl(tmp_path / "two.jsonl", [{"id": f"y{i}", "text": words(*[5] * 19)} for i in range(9)]))
     assert done.exit_code == 0, done.output
     assert "build the index again" in done.stderr
+
+
+def test_pruning_never_removes_a_link_that_the_index_needs(index, tmp_path):
+    norms = next((index / "rows").glob("*.zarr/blocks/norms/c/0"))
+    norms.rename(tmp_path / "elsewhere")
+    norms.symlink_to(tmp_path / "elsewhere")
+    prune(index)
+    assert norms.is_symlink()
+    assert (tmp_path / "elsewhere").exists()
+    assert not [p for p, problem in Index(index).verify() if problem]

@@ -225,3 +225,16 @@ def test_chats_that_cannot_be_used_are_said(tmp_path, record, sentence):
     found = encoded(tmp_path, record, CHATML)
     assert isinstance(found, DataError)
     assert sentence in str(found)
+
+
+def test_a_first_message_of_the_assistants_and_options_that_move_the_text(tmp_path):
+    example = encoded(tmp_path, {"messages": [SAID]}, CHATML)
+    said = byte_tokenizer().decode(example.token_ids[example.loss_mask])
+    assert said == "hello you<|im_end|>\n"
+    for option in ("continue_final_message", "add_generation_prompt", "tokenize"):
+        assert isinstance(encoded(tmp_path, {"messages": [USER, SAID], "chat_template_kwargs": {option: True}}, CHATML), DataError)
+    assert isinstance(encoded(tmp_path, {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, CHATML), DataError)
+    from whence import Question
+
+    with pytest.raises(UsageError, match="messages must be a list"):
+        Question(messages=[{"role": "user", "content": b"x"}])

@@ -588,3 +588,42 @@ def test_headers_of_safetensors_files_are_bounded(tmp_path):
         data[generator.randrange(len(data) - 8)] = generator.randrange(256)
         path.write_bytes(bytes(data))
         safetensors_problem(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.update(codecs=5),
+        lambda meta: meta.update(codecs=["bytes"]),
+        lambda meta: meta["codecs"][0]["configuration"].update(chunk_shape=["4", 128]),
+        lambda meta: meta["codecs"][0]["configuration"].update(chunk_shape=[4.0, 128]),
+    ],
+)
+def test_odd_descriptions_of_arrays_are_damage(index, change):
+    for shard in Index(index).manifest.shards:
+        path = index / "rows" / f"{shard.id}.zarr" / "blocks/codes/zarr.json"
+        meta = json.loads(path.read_text())
+        change(meta)
+        path.write_text(json.dumps(meta))
+    reseal(index)
+    with pytest.raises(WhenceError):
+        use(index)
+
+
+def test_a_manifest_of_other_layers_than_the_models_is_damage(index):
+    saved = latest_manifest(index).read_bytes()
+
+    def swapped(content):
+        for segment in content["segments"]:
+            if segment["kind"] == "keyed":
+                segment["role"] = {"head": "embeddings", "embeddings": "head"}[segment["role"]]
+
+    def renamed(content):
+        content["segments"][-1]["layers"][0]["name"] = "transformer.h.0.nothing"
+
+    for change in (swapped, renamed):
+        reseal(index, change)
+        with pytest.raises(IntegrityError):
+            Client(index).query(text="w1 w2 w3")
+        latest_manifest(index).write_bytes(saved)
+    assert Client(index).query(text="w1 w2 w3").proponents

@@ -205,6 +205,13 @@ def test_weights_that_are_no_weights_are_said_in_a_sentence_of_our_own(tmp_path,
         load_causal_lm(ModelSource(place))
 
 
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    name = "transformer.h.0.mlp.c_fc.weight"
+    place = saved(tmp_path / "m", change=lambda w: {**w, name: (w[name] * 100).to(torch.int8)})
+    with pytest.raises(IncompatibleError, match=f"holds whole numbers in {name}"):
+        load_causal_lm(ModelSource(place))
+
+
 def test_other_libraries_sentences_are_never_cut_in_their_middle():
     assert first_sentence(ValueError("One thing.\nAnother thing is this.")) == "One thing"
     long = first_sentence(ValueError("word " * 200))

@@ -98,7 +98,7 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
             for label in range(3):
                 (g,) = torch.autograd.grad(-log_p[label], model[at].weight, retain_graph=True)
                 expected = expected + log_p[label].exp().item() * g.square().flatten() / len(records)
-        assert_close(arrays[f"blocks/{at}/eigenvalues"], expected, 1e-9)
+        assert_close(arrays[f"blocks/{at}/eigenvalues"], expected, 1e-6)
 
 
 def training_fields():
