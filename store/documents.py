@@ -141,6 +141,9 @@ def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         known = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
         if known.type != field_.type if known else field_.name != "metadata" or not pa.types.is_struct(field_.type):
             raise ValueError(f"the column {field_.name[:80]!r} is not one of an example's")
+    metadata = [f.name for f in schema.field("metadata").type] if "metadata" in schema.names else []
+    if len(set(metadata)) < len(metadata) or ("features" in schema.names) != ("label" in schema.names):
+        raise ValueError("columns of its metadata are doubled, or features stand without their label")
     if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
         raise ValueError(f"columns are missing or doubled: {missing}")
     for message in messages:
@@ -152,8 +155,18 @@ def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
         if nulls or lists[0].value_lengths() != lists[1].value_lengths():
             raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
+        if "features" not in schema.names and batch.num_rows:
+            _check_tokens(*lists)
         batches.append(batch)
     return schema, batches
+
+
+def _check_tokens(ids: pa.ListArray, masks: pa.ListArray) -> None:
+    """Refuse texts without a token to predict, with ids below 0, or whose first token is in the loss."""
+    import pyarrow.compute as pc
+
+    if pc.min(ids.value_lengths()).as_py() < 2 or pc.min(ids.values).as_py() < 0 or pc.any(pc.list_element(masks, 0)).as_py():
+        raise ValueError("token ids or loss masks are none of a text's")
 
 
 def _is_compressed(message: bytes) -> bool:
@@ -210,10 +223,20 @@ class Documents:
         return self.rows
 
     def __getitem__(self, row: int) -> Example:
-        """The example at a row of this shard, with its metadata decoded."""
+        """The example at a row of this shard, with its metadata decoded.
+
+        Raises:
+            IntegrityError: a value is none that Python, or JSON where it is kept as that, can hold.
+        """
         batch, offset = self._locate(row)
         arrays = ("token_ids", "loss_mask", "features")
-        record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
+        try:
+            record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
+            metadata = self._decode(record.get("metadata") or {})
+        except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise IntegrityError(
+                f"{self.path}: the metadata of row {row} cannot be read; restore the file or build the index again"
+            ) from error
         return Example(
             id=record["id"],
             text=record["text"],
@@ -222,7 +245,7 @@ class Documents:
             loss_mask=np.array(batch.column("loss_mask")[offset].as_py(), bool),  # not to_numpy, which imports pandas
             document=record["document"],
             chunk=record["chunk"],
-            metadata=self._decode(record.get("metadata") or {}),
+            metadata=metadata,
             features=np.array(batch.column("features")[offset].as_py(), np.float32) if "label" in record else None,
             label=record.get("label"),
         )

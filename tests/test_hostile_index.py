@@ -627,3 +627,42 @@ def test_a_manifest_of_other_layers_than_the_models_is_damage(index):
             Client(index).query(text="w1 w2 w3")
         latest_manifest(index).write_bytes(saved)
     assert Client(index).query(text="w1 w2 w3").proponents
+
+
+@pytest.mark.parametrize("kind", ["bad json", "deep json", "late", "negative token", "first token", "one token"])
+def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
+    import pyarrow as pa
+    from whence.store.documents import Example, write_documents
+
+    path = tmp_path / "d.arrow"
+    good = Example("a", "t", "s", np.array([1, 2, 3], np.int32), np.array([False, True, True]), metadata={"m": 1})
+    write_documents(path, [good, good])
+    assert Documents(path, 2)[1].metadata == {"m": 1}
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    changes = {
+        "bad json": pa.array(["{", "{"]),
+        "deep json": pa.array(["[" * 100_000] * 2),
+        "late": pa.array([2**62, 2**62], pa.timestamp("s")),
+        "negative token": pa.array([[1, -2, 3]] * 2, pa.list_(pa.int32())),
+        "first token": pa.array([[True, True, True]] * 2),
+        "one token": pa.array([[1]] * 2, pa.list_(pa.int32())),
+    }
+    values = changes[kind]
+    if kind in ("negative token", "first token", "one token"):
+        name = "loss_mask" if kind == "first token" else "token_ids"
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), values)
+        if kind == "one token":
+            at = table.schema.get_field_index("loss_mask")
+            table = table.set_column(at, table.schema.field(at), pa.array([[False]] * 2))
+    else:
+        encoded = {b"whence:encoding": b"json"} if "json" in kind else None
+        field = pa.field("m", values.type, metadata=encoded)
+        at = table.schema.get_field_index("metadata")
+        struct = pa.StructArray.from_arrays([values], fields=[field])
+        table = table.set_column(at, pa.field("metadata", struct.type, nullable=False), struct)
+    with pa.ipc.new_file(str(path), table.schema) as sink:
+        sink.write_table(table)
+    with pytest.raises(IntegrityError):
+        Documents(path, 2)[0]

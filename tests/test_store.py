@@ -88,7 +88,7 @@ def test_documents_come_back_whatever_their_text_and_metadata(tmp_path_factory, 
     ids = np.array([5, 6, 7], np.int32)
     mask = np.array([False, True, True])
     examples = [
-        Example(f"e{i}", text, "s", ids[: 1 + i % 3], mask[: 1 + i % 3], f"d{i}", i, metadata)
+        Example(f"e{i}", text, "s", ids[: 2 + i % 2], mask[: 2 + i % 2], f"d{i}", i, metadata)
         for i, (text, metadata) in enumerate(contents)
     ]
     write_documents(path, examples)
