@@ -622,35 +622,33 @@ def test_pages_of_other_addresses_learn_nothing(server):
     assert raw(server.port, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link to the explorer
 
 
-def test_requests_that_outlast_the_servers_patience_at_its_end_get_503(paths, caplog):
-    client = Client(paths["dense"])
-    begun = threading.Event()
+def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
+    """uvicorn cancels them when its time of grace is over."""
+    from whence.server.guard import Guard
 
-    def slow(*_, **__):
-        begun.set()
-        time.sleep(4)
-        return []
+    async def scenario():
+        sent, begun = [], asyncio.Event()
+        messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
 
-    client.query_many = slow
-    config = uvicorn.Config(
-        create_app({"i": client}), port=0, log_level="error", timeout_graceful_shutdown=1, lifespan="on", http=Impatient
-    )
-    stopping = uvicorn.Server(config)
-    socket_ = config.bind_socket()
-    thread = threading.Thread(target=stopping.run, kwargs={"sockets": [socket_]})
-    thread.start()
-    found = {}
+        async def never_answers(scope, receive, send):
+            begun.set()
+            await asyncio.sleep(60)
 
-    def ask():
-        body = json.dumps({"questions": [{"row": 1}]})
-        found["status"], found["body"], _ = raw(socket_.getsockname()[1], "POST", "/v1/query", body)
+        async def receive():
+            if not messages:
+                await asyncio.sleep(60)
+            return messages.pop()
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert begun.wait(30)
-    stopping.should_exit = True
-    asking.join(20)
-    thread.join(20)
-    assert found["status"] == 503, found
-    assert "the server is stopping" in json.loads(found["body"])["detail"]
-    assert "Traceback" not in caplog.text
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": headers}
+        asked = asyncio.create_task(Guard(never_answers, None, None)(scope, receive, send))
+        await begun.wait()
+        asked.cancel()
+        await asked
+        assert sent[0]["status"] == 503
+        assert "the server is stopping" in json.loads(sent[1]["body"])["detail"]
+
+    asyncio.run(scenario())
