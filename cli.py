@@ -5,7 +5,6 @@ Every room is imported inside the command that needs it, so that `whence --help`
 (WHENCE_BUILD_RANK for `whence build --rank`), else from the file given with --config, else it has its default.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .store.errors import NotFoundError, UsageError, WhenceError
+from .store.errors import UsageError, WhenceError
 from .store.printable import printable, printable_line, to_json
 
 if TYPE_CHECKING:
@@ -702,17 +701,9 @@ def _chat(file: str | None) -> dict[str, Any]:
     """The messages, and perhaps tools, of a JSON file."""
     if file is None:
         return {}
-    from .store.files import read_bytes
+    from .store.corpus import read_chat
 
-    try:
-        content = json.loads(read_bytes(Path(file)))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file {file}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not JSON ({error}); it holds a list of messages, or an object with messages and tools") from error
-    if isinstance(content, dict) and content.keys() <= {"messages", "tools"}:
-        return {"messages": content.get("messages"), "tools": content.get("tools")}
-    return {"messages": content}
+    return read_chat(file)
 
 
 @main.command()

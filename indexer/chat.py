@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..store.errors import DataError
+from .models import first_sentence
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAG = re.compile(r"<[^<>\s]{1,40}>")
@@ -38,7 +39,9 @@ class Conversation:
         self._tools, self._special = tools, getattr(tokenizer, "special_tokens_map", {})
         try:
             self._template = tokenizer.get_chat_template(tools=tools)
-        except (ValueError, TypeError) as error:
+            if not isinstance(self._template, str):
+                raise TypeError("not a text")
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError("the tokenizer has no chat template; give the documents as text, or use a model with one") from error
         self.messages, self.text, self._marks = self._readable([dict(message) for message in messages])
 
@@ -142,7 +145,9 @@ class Conversation:
                 **{**self._special, **self._options},
             )
         except Exception as error:  # templates are Jinja programs and raise what they like
-            raise DataError(f"the chat template refuses these messages: {str(error) or type(error).__name__}") from error
+            if isinstance(error, TypeError) and any(isinstance(message.get("content"), list) for message in messages):
+                raise DataError("the chat template takes text, and these contents are lists of parts; write each as one text") from error
+            raise DataError(f"the chat template refuses these messages: {first_sentence(error)}") from error
         if marked and marks is not None:
             marks[:] = [(int(start), int(end)) for start, end in found[0]]
         return str(text)

@@ -30,7 +30,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAME = {torch.bfloat16: 1e-2}  # relative difference up to which two computations of one number are the same; else 1e-5
 _MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # by which predictions of a merged model may differ, relatively; else 1e-4
 _PROBED = 32
+_DEEPEST = 10_000
 _ZERO = 1e-20
+_SETTINGS = {"configuration": "config.json", "tokenizer": "tokenizer.json or tokenizer_config.json", "model": "config.json"}
 _SENTENCE = 240
 _LFS_POINTER, _LARGEST_POINTER, _LARGEST_HEADER = b"version https://git-lfs", 64, 100 << 20
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack", "consolidated*.pth")
@@ -129,13 +131,15 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         NotFoundError, IncompatibleError: it cannot be had, or gives no character offsets.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     adapter = find_adapter(source)
     if adapter is not None and not (adapter.folder / "tokenizer.json").is_file():
         return load_tokenizer(adapter.base)
     if (Path(source.id) / "config.json").is_file() and not any(any(Path(source.id).glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
+    if adapter is None:
+        _load(AutoConfig, source, "configuration")  # which the tokenizer's class is found by
     return _fast(_load(AutoTokenizer, source, "tokenizer", whole=adapter is None), source)
 
 
@@ -208,10 +212,12 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
 def _load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_suitable(_load(AutoConfig, source, "configuration"), source)
+    config = _load(AutoConfig, source, "configuration")
+    _check_suitable(config, source)
     _check_weights(source)
     # An adapter's files beside a merged model are looked for where there are none, since they would be applied once more.
-    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     options["adapter_kwargs"] = {"subfolder": "no-adapter"}
     if device is None:
@@ -249,6 +255,9 @@ def _check_suitable(config: Any, source: ModelSource) -> None:
     Raises:
         IncompatibleError: says what it is instead.
     """
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(depth, int) and depth > _DEEPEST:
+        raise IncompatibleError(f"the configuration of {source.id} names {depth:,} layers, which no model has; restore config.json")
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     kind = other_kind(config, named)
     if kind is not None:
@@ -412,13 +421,15 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
     from safetensors import safe_open
 
     known = loaded(model)
+    _check_kind(folder)
     _resize(model, file)
     try:
         with _quiet(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # peft, too, raises what it likes
-        raise IncompatibleError(f"the adapter at {folder} does not fit its base {adapter.base.id}: {first_sentence(error)}") from error
+        why = reason(error, "adapter_config.json")
+        raise IncompatibleError(f"the adapter at {folder} does not fit its base {adapter.base.id}: {why}") from error
     lost = next((str(w.message) for w in caught if "missing adapter keys" in str(w.message)), None)
     if lost is not None:
         raise IncompatibleError(f"{file} lacks weights of the adapter that its adapter_config.json describes; restore the adapter")
@@ -432,6 +443,8 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
     with torch.no_grad(), _quiet():
         probe = _spread_tokens(model)
         before = logits_of(adapted, probe).float()
+        with adapted.disable_adapter():
+            unchanged = torch.equal(before, logits_of(adapted, probe).float())
         try:
             merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
         except Exception as error:
@@ -445,8 +458,30 @@ def _merged(model: nn.Module, adapter: Adapter) -> nn.Module:
         )
     modules = {name for name, _ in merged.named_modules()}
     trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
-    _LOADED[merged] = replace(known, base=adapter.base.id, trained=trained)
+    notes = [f"the adapter at {folder} changes nothing of its base's predictions (untrained, or lora_alpha is 0)"] if unchanged else []
+    _LOADED[merged] = replace(known, base=adapter.base.id, trained=trained, notes=(*known.notes, *notes))
     return merged
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse, by adapter_config.json, an adapter of a kind that PEFT does not know or that changes no weights.
+
+    Raises:
+        IncompatibleError: says which kind it is.
+    """
+    from peft import PeftConfig, PeftType, PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = json.loads((folder / "adapter_config.json").read_bytes()).get("peft_type")
+    classes: dict[str, type[PeftConfig]] = {PeftType(k).value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known = classes.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        raise IncompatibleError(f"the adapter at {folder} is of a kind that PEFT does not know ({kind!r:.80}); restore adapter_config.json")
+    if issubclass(known, PromptLearningConfig):
+        raise IncompatibleError(
+            f"the adapter at {folder} is a {kind}, which changes none of the model's weights, so that its training has no rows; "
+            "index the model that it belongs to, or one with a LoRA"
+        )
 
 
 def _innermost(name: str, modules: set[str]) -> str:
@@ -555,7 +590,7 @@ def _load(factory: Any, source: ModelSource, what: str, whole: bool = True, **op
                 f"the weights of {source.id} are quantised ({quantised}), and gradients need floating-point ones; give the model as it was "
                 "before that"
             ) from error
-        raise known(f"the {what} of {source.id} cannot be loaded: {first_sentence(error)}") from error
+        raise known(f"the {what} of {source.id} cannot be loaded: {reason(error, _SETTINGS[what])}") from error
 
 
 def _quantised(config: Path) -> str | None:
@@ -563,6 +598,22 @@ def _quantised(config: Path) -> str | None:
         return str(json.loads(config.read_bytes())["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def reason(error: BaseException, file: str) -> str:
+    """Why another library could not load something: its sentence where it wrote one, else ours about the file that was being read."""
+    text = first_sentence(error)
+    if isinstance(error, MemoryError) or "alloc" in text:
+        return f"it takes more memory than there is, by the sizes that {file} gives"
+    if "size mismatch" in text:
+        return f"its weights have other shapes than {file} says"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{file} is not JSON"
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"{error.args[0]!r:.80} is not known, or missing in {file}"
+    if isinstance(error, (TypeError, AttributeError, ArithmeticError, LookupError, AssertionError)):
+        return f"a value in {file} is missing, or none that it can be ({text})"
+    return text
 
 
 def first_sentence(error: BaseException) -> str:

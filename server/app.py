@@ -29,6 +29,7 @@ from .guard import App, Guard, problem
 
 _BINS, _LONGEST_DETAIL = 60, 600
 _MOST_QUESTIONS = 256
+_MOST_MESSAGES = 200  # for each of the assistant's turns the chat template reads all before it
 _MOST_ANSWERS, _MOST_COSTLY, _LARGEST_K = 20_000, 16, 10_000
 _STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
     (BusyError, 503, "Busy"),
@@ -51,7 +52,9 @@ class Asked(_Body):
     prompt: Text = ""
     completion: Text | None = None
     text: Text | None = None
-    messages: list[dict[str, Any]] | None = Field(None, max_length=1000, description="A conversation, put into text by the chat template.")
+    messages: list[dict[str, Any]] | None = Field(
+        None, max_length=_MOST_MESSAGES, description="A conversation, put into text by the chat template."
+    )
     tools: list[dict[str, Any]] | None = Field(None, max_length=1000, description="For the chat template.")
     row: Row | None = None
     id: Annotated[str, Field(max_length=4096)] | None = None

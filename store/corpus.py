@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from .errors import DataError, NotFoundError
+from .files import regular_size
 from .sources import MOST_COLUMNS, Reading, Source, SplitText, Unread, describe_files, expand, lines, parse_json, standard_input
 
 _METADATA_BYTES = 1 << 24
@@ -377,6 +379,7 @@ def _listed(line: str, where: str) -> str:
     return value
 
 
+_CHAT_BYTES = 1 << 24
 _QUESTION = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
 
 
@@ -397,11 +400,19 @@ def read_questions(file: str) -> Iterator[dict[str, Any]]:
     for where, _, record in source.records(source.short, how):
         if isinstance(record, DataError):
             raise record
-        wrong = _question_problem(record) or _chat_problem(record)
+        wrong = _mistyped(record) or _question_problem(record) or _chat_problem(record)
         if wrong:
             raise DataError(f"{where}: {wrong}")
         question = {k: record[k] for k in _QUESTION if record.get(k) is not None}
         yield question | {"id": str(where if record.get("id") is None else record["id"])}
+
+
+def _mistyped(record: Mapping[str, Any]) -> str | None:
+    """A field that is none of a question's but is nearly one of their names; others are a file's own and are not read."""
+    for key in record.keys() - set(_QUESTION):
+        if meant := get_close_matches(str(key).lower(), _QUESTION, 1, 0.8):
+            return f"the field {str(key)[:80]!r} is none of a question's; is {meant[0]!r} meant?"
+    return None
 
 
 def _question_problem(record: Mapping[str, Any]) -> str | None:
@@ -420,6 +431,35 @@ def _question_problem(record: Mapping[str, Any]) -> str | None:
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
         return f"weight is {weight!r}, not a number"
     return None
+
+
+def read_chat(file: str) -> dict[str, Any]:
+    """The messages of a JSON file: a list of them, or an object with `messages` and perhaps `tools`.
+
+    Raises:
+        NotFoundError: no such file.
+        DataError: it is no regular file, or holds something else.
+    """
+    path = Path(file)
+    if not path.exists():
+        raise NotFoundError(f"there is no file {file}")
+    if not regular_size(path):
+        raise DataError(f"{file} is empty or no regular file; give a JSON file with a list of messages")
+    if (regular_size(path) or 0) > _CHAT_BYTES:
+        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB, more than a question's messages can be")
+    try:
+        content = parse_json(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8; convert the file, for instance with iconv") from error
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; it holds a list of messages, or an object with messages and tools") from error
+    record = content if isinstance(content, dict) else {"messages": content}
+    if not record.get("messages") or not record.keys() <= {"messages", "tools"}:
+        raise DataError(f"{file} holds neither a list of messages nor an object with messages (and tools) alone")
+    wrong = _chat_problem(record)
+    if wrong:
+        raise DataError(f"{file}: {wrong}")
+    return {"messages": _messages(record, "messages"), "tools": _template(record).get("tools")}
 
 
 def _chat_problem(record: Mapping[str, Any]) -> str | None:

@@ -156,6 +156,8 @@ def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
         if nulls or lists[0].value_lengths() != lists[1].value_lengths():
             raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
+        if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
+            raise ValueError("chunks of documents are numbered below 0")
         if "features" not in schema.names and batch.num_rows:
             _check_tokens(*lists)
         batches.append(batch)

@@ -21,6 +21,9 @@ from .errors import BusyError, IntegrityError, StorageError, UsageError
 
 FOLDERS = ("documents", "encoder", "manifests", "rows", "search", "staging")
 _SMALL_BYTES = 1 << 24
+_REFUSED = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+)
 PLAN = "plan.json"  # in staging/: which build or addition was begun
 
 
@@ -36,7 +39,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"no space left on the disk of {path}; free some space and run the same command again: what is finished is kept"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO):
+        if error.errno in _REFUSED:
             raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or mend this one") from error
         raise
 
@@ -170,11 +173,16 @@ def refuse_links(directory: Path) -> None:
     for place in (directory / ".lock", *(directory / name for name in FOLDERS)):
         if place.is_symlink() or (place.name == ".lock" and place.exists() and regular_size(place) is None):
             raise UsageError(f"{place} is a link or no regular file, which a change of the index would follow; remove it")
+        if place.name != ".lock" and place.exists() and not place.is_dir():
+            raise UsageError(f"{place} is a file, where an index has a folder; remove it")
         if place.is_dir():
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.is_symlink():
                         raise UsageError(f"{entry.path} is a link, which a change of the index would follow; remove it")
+                    folder = {"search": entry.name.endswith(".zarr"), "staging": entry.name != PLAN and entry.is_dir()}.get(place.name)
+                    if folder is not None and folder != entry.is_dir():
+                        raise UsageError(f"{entry.path} is {'a file' if folder else 'a folder'}, which it should not be; remove it")
 
 
 def clear_leftovers(directory: Path) -> None:

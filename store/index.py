@@ -537,6 +537,11 @@ class Index:
             except IntegrityError as error:
                 whole = False
                 yield f"rows/{shard.id}.zarr", str(error)
+        if whole and (doubled := self._doubled_id()) is not None:
+            yield (
+                "documents",
+                f"{self.path / 'documents'} holds the id {doubled[:80]!r} twice, which no build writes; build the index again",
+            )
         try:
             self.arrays  # noqa: B018
         except IntegrityError as error:
@@ -547,6 +552,16 @@ class Index:
                 forged = not _alike(kept, self._made(group, segment))
                 yield str(place.relative_to(self.path)), f"{place} is not made of the rows; mend it with whence reindex" if forged else None
         yield from self._missing_manifests()
+
+    def _doubled_id(self) -> str | None:
+        """An id that two rows have which are not deleted."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        chunks = [chunk for shard in self.manifest.shards for chunk in self.documents(shard).column("id").values.chunks]
+        counts = pc.value_counts(pa.chunked_array(chunks, pa.string()).filter(pa.array(self.alive)))
+        doubled = counts.filter(pc.greater(counts.field("counts"), 1))
+        return str(doubled.field("values")[0].as_py()) if len(doubled) else None
 
     def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
         """States between those that are there (pruning leaves the newest alone), and the record of which is the newest."""
@@ -592,6 +607,8 @@ def _misfit(segment: DenseSegment | KeyedSegment, arrays: Mapping[str, np.ndarra
             return f"{segment.name}/{name} is missing"
         if array is not None and (array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all()):
             return f"{segment.name}/{name} is not of {' x '.join(map(str, shape))} finite numbers"
+        if array is not None and name.endswith(("eigenvalues", "vocabulary")) and array.min(initial=0) < 0:
+            return f"{segment.name}/{name} has numbers below 0"
     kept = arrays.get(f"{segment.name}/kept")
     if kept is not None and isinstance(segment, DenseSegment):
         ordered = kept.dtype == np.int64 and kept.ndim == 1 and len(kept) and (np.diff(kept) > 0).all()

@@ -25,7 +25,7 @@ _MOST_BYTES = 1 << 30
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts or not path.isprintable():
         raise ValueError("must be a relative path inside the index")
     return path
 
@@ -34,6 +34,7 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 SegmentName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*(-[0-9]+)?$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of what is kept of it
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
 CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
 LabelKind = Literal["data", "sampled", "expected"]
@@ -63,10 +64,10 @@ class Layer(_Model):
     """A tracked layer's block of a dense row: `output_rank * input_rank` coordinates from `offset` on."""
 
     name: str
-    outputs: Size
-    inputs: Size
-    output_rank: Size
-    input_rank: Size
+    outputs: Width
+    inputs: Width
+    output_rank: Width
+    input_rank: Width
     input_group: str
     offset: Count
     curvature: LayerCurvature
@@ -116,7 +117,7 @@ class DenseSegment(_Segment):
     kind: Literal["dense"]
     model: Count
     weight: float
-    coordinates: Size | None
+    coordinates: Width | None
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
@@ -154,9 +155,9 @@ class KeyedSegment(_Segment):
     weight: float
     role: Literal["head", "embeddings"]
     layer: str
-    vocabulary: Size
-    width: Size
-    bits: Size
+    vocabulary: Width
+    width: Width
+    bits: Width
     others: Count
     keys: Size | None
     tail: bool
@@ -369,7 +370,7 @@ def _recorded_latest(directory: Path) -> int:
     path = directory / "manifests" / _LATEST
     try:
         return int(read_bytes(path, most=32).decode("ascii"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     except ValueError as error:
         raise IntegrityError(f"{path} is not the number of a manifest; remove it, or restore it") from error
@@ -460,8 +461,14 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     for segment in manifest.segments:
         if segment.model >= len(manifest.models):
             raise IntegrityError(f"{path} is damaged: segment {segment.name} is of a model that it does not name; build the index again")
-        offset = 0
+        offset, names, inputs = 0, set[str](), dict[str, tuple[int, int]]()
         for layer in segment.layers if segment.kind == "dense" else ():
             if layer.offset != offset:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
+            shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
+            if layer.name in names or shared != (layer.inputs, layer.input_rank):
+                raise IntegrityError(f"{path} is damaged: layer {layer.name} stands in it twice, or has not the inputs of its group")
+            if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
+                raise IntegrityError(f"{path} is damaged: layer {layer.name} has a rank above its size; build the index again")
+            names.add(layer.name)
             offset += layer.size

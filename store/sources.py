@@ -248,13 +248,30 @@ def parse_json(text: str) -> Any:
         ValueError: says what is wrong, in words that go behind a colon.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
+        if "BOM" in error.msg:
+            raise ValueError("not valid JSON (a byte order mark stands before it; remove it)") from error
         raise ValueError(f"not valid JSON ({error.msg[:1].lower()}{error.msg[1:]}, at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not valid JSON that can be read: it is nested too deeply") from error
+    except _DoubledKeyError:
+        raise
     except ValueError as error:
         raise ValueError("not valid JSON that can be read: a number has more than 4,300 digits; write it as text") from error
+
+
+class _DoubledKeyError(ValueError):
+    """A JSON object names a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise _DoubledKeyError(f"not one thing: the key {doubled[:80]!r} stands twice in an object; write it once")
+    return found
 
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[Record]:

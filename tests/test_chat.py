@@ -209,6 +209,17 @@ def test_a_question_of_messages_is_what_the_document_is(tmp_path):
         TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).question(messages=[USER, SAID])
 
 
+def test_templates_that_are_none_or_take_text_alone(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = 5
+    with pytest.raises(UsageError, match="no chat template"):
+        TextEncoder(tokenizer, 64).question(messages=[USER, SAID])
+    parts = {"role": "user", "content": [{"type": "text", "text": "hi there"}]}
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    with pytest.raises(UsageError, match="takes text, and these contents are lists of parts"):
+        TextEncoder(byte_tokenizer(plain), 64).question(messages=[parts, SAID])
+
+
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [

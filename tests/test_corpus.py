@@ -13,7 +13,7 @@ from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whence.indexer.examples import TextEncoder
-from whence.store.corpus import Corpus, Document, Fields, describe_sources, read_corpus, read_ids, read_questions
+from whence.store.corpus import Corpus, Document, Fields, describe_sources, read_chat, read_corpus, read_ids, read_questions
 from whence.store.documents import Example
 from whence.store.errors import DataError, NotFoundError, UsageError
 
@@ -321,10 +321,49 @@ def test_questions_and_their_errors(tmp_path):
         {"row": 3, "id": "q.jsonl line 2"},
         {"text": "t", "id": "q.jsonl line 3"},
     ]
-    for record in ({"row": "3"}, {"row": True}, {"text": 4}, {"prompt": "only"}, {"text": "t", "row": 1}, {}):
+    for record in (
+        {"text": "t", "weigth": 2},
+        {"completion": "t", "Agianst": "u"},
+        {"row": "3"},
+        {"row": True},
+        {"text": 4},
+        {"prompt": "only"},
+        {"text": "t", "row": 1},
+        {},
+    ):
         bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, record])
         with pytest.raises(DataError, match=r"bad.jsonl line 2"):
             list(read_questions(str(bad)))
+
+
+def test_messages_of_a_file_and_their_errors(tmp_path):
+    path, chat = tmp_path / "m.json", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    for content, tools in ((chat, None), ({"messages": chat}, None), ({"messages": chat, "tools": [{"name": "f"}]}, [{"name": "f"}])):
+        path.write_text("\ufeff" + json.dumps(content))
+        assert read_chat(str(path)) == {"messages": chat, "tools": tools}
+    wrong = {
+        "": "empty or no regular file",
+        "{": "not valid JSON",
+        "\ufeff\ufeff[]": "a byte order mark",
+        "[]": "neither a list of messages",
+        json.dumps({"messages": chat, "more": 1}): "neither a list of messages",
+        json.dumps({"messages": chat, "tools": 5}): "'tools' must be a list",
+        f"[{'1' * 5000}]": "more than 4,300 digits",
+        "[5]": "must be a list of messages",
+    }
+    for content, sentence in wrong.items():
+        path.write_text(content)
+        with pytest.raises(DataError, match=sentence):
+            read_chat(str(path))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_chat(str(path))
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(DataError, match="no regular file"):
+            read_chat(str(place))
+    with pytest.raises(NotFoundError):
+        read_chat(str(tmp_path / "nothing"))
 
 
 def encode(document, **options):

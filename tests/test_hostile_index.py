@@ -4,6 +4,7 @@ without an error. Manifests are sealed again after every change, as whoever make
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -225,6 +226,42 @@ def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, ind
                 list(Index(copy_).verify())
             except WhenceError:
                 continue
+
+
+@pytest.mark.parametrize("place", ["staging", "search", "documents", "manifests", "staging/plan.json", "search/odd.zarr"])
+def test_files_in_the_place_of_folders_end_in_a_sentence(index, model_dir, corpus_file, place):
+    path = index / place
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(exist_ok=True)
+    if place.endswith("plan.json"):
+        path.mkdir()
+    else:
+        path.write_bytes(b"x")
+    writers = (
+        lambda: delete(index, ids=["w"]),
+        lambda: compact(index),
+        lambda: add(index, [str(corpus_file)]),
+        lambda: build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(index))),
+    )
+    for writer in writers:
+        with pytest.raises(WhenceError, match=place):
+            writer()
+    assert path.exists()
+
+
+def test_an_index_of_which_every_row_is_deleted_is_not_compacted(index):
+    opened = Index(index)
+    with pytest.raises(UsageError, match="every example"):
+        delete(index, ids=[id for shard in opened.manifest.shards for id in opened.documents(shard).ids()])
+
+    def all_deleted(content):
+        content.update(tombstones=list(range(content["rows"])), features=sorted([*content["features"], "deleted"]))
+
+    reseal(index, all_deleted)
+    with pytest.raises(UsageError, match="every example"):
+        compact(index)
+    with pytest.raises(UsageError, match="every row of this index was deleted"):
+        Client(index).query(text="w1 w2")
 
 
 def test_an_index_larger_than_the_limit_of_open_files_is_read(tmp_path, model_dir, corpus_file):
@@ -629,7 +666,63 @@ def test_a_manifest_of_other_layers_than_the_models_is_damage(index):
     assert Client(index).query(text="w1 w2 w3").proponents
 
 
-@pytest.mark.parametrize("kind", ["bad json", "deep json", "late", "negative token", "first token", "one token"])
+def _doubled_layer(content):
+    layers = content["segments"][-1]["layers"]
+    layers[1]["name"] = layers[0]["name"]
+
+
+def _other_group(content):
+    layers = content["segments"][-1]["layers"]
+    layers[0]["input_group"] = next(layer["name"] for layer in layers if layer["inputs"] != layers[0]["inputs"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _doubled_layer,
+        _other_group,
+        lambda content: content["segments"][-1]["layers"][0].update(inputs=10**14),
+        lambda content: content["segments"][0].update(bits=10**14),
+        lambda content: content["segments"][-1]["layers"][0].update(input_rank=10**6),
+        lambda content: content["encoder"].update(path="encoder/\0"),
+        lambda content: content.update(number=10**16),
+    ],
+)
+def test_manifests_that_contradict_themselves_are_damage(index, change):
+    reseal(index, change)
+    with pytest.raises(IntegrityError, match=r"is damaged|another's name"):
+        Index(index)
+
+
+@pytest.mark.parametrize("array", ["head/eigenvalues", "head/vocabulary", "blocks/transformer.h.0.mlp.c_fc/eigenvalues"])
+def test_curvature_below_zero_is_damage(index, array):
+    from safetensors.numpy import load_file, save_file
+
+    path = index / Index(index).manifest.encoder.path
+    arrays = load_file(path)
+    arrays[array][0] = -1.0
+    save_file(arrays, path)
+    reseal(index)
+    with pytest.raises(IntegrityError, match="numbers below 0"):
+        Index(index).arrays  # noqa: B018
+    assert any("numbers below 0" in (problem or "") for _, problem in Index(index).verify())
+
+
+def test_an_id_that_two_rows_have_is_found_by_verify(index):
+    from whence.store.documents import write_documents
+
+    opened = Index(index)
+    for shard in opened.manifest.shards[:2]:
+        examples = [opened.documents(shard)[row] for row in range(shard.rows)]
+        examples[0] = dataclasses.replace(examples[0], id="twice")
+        write_documents(index / "documents" / f"{shard.id}.arrow", examples)
+    reseal(index)
+    assert [problem for _, problem in Index(index).verify() if problem and "'twice' twice" in problem]
+    delete(index, ids=["twice"])
+    assert not [problem for _, problem in Index(index).verify() if problem]
+
+
+@pytest.mark.parametrize("kind", ["bad json", "deep json", "late", "negative token", "first token", "one token", "chunk"])
 def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
     import pyarrow as pa
     from whence.store.documents import Example, write_documents
@@ -647,10 +740,11 @@ def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
         "negative token": pa.array([[1, -2, 3]] * 2, pa.list_(pa.int32())),
         "first token": pa.array([[True, True, True]] * 2),
         "one token": pa.array([[1]] * 2, pa.list_(pa.int32())),
+        "chunk": pa.array([0, -1], pa.int32()),
     }
     values = changes[kind]
-    if kind in ("negative token", "first token", "one token"):
-        name = "loss_mask" if kind == "first token" else "token_ids"
+    if kind in ("negative token", "first token", "one token", "chunk"):
+        name = {"first token": "loss_mask", "chunk": "chunk"}.get(kind, "token_ids")
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(at), values)
         if kind == "one token":

@@ -1,12 +1,15 @@
 """The measured model is the one that was trained: what checkpoints hold besides it, batches that change a row, what is not measured."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
 from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
 from whence import BuildConfig, Client, build
-from whence.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, loaded
+from whence.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
 from whence.indexer.tasks import CausalLM
 from whence.store.errors import IncompatibleError, NotFoundError
 
@@ -203,6 +206,58 @@ def test_weights_that_are_no_weights_are_said_in_a_sentence_of_our_own(tmp_path,
     what(tmp_path / "m")
     with pytest.raises((IncompatibleError, NotFoundError), match=sentence):
         load_causal_lm(ModelSource(place))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("config.json", {"n_layer": 10**9}, "names 1,000,000,000 layers"),
+        ("config.json", {"vocab_size": 10**12}, "takes more memory than there is"),
+        ("config.json", {"activation_function": "nonsense"}, "'nonsense' is not known, or missing in config.json"),
+        ("config.json", {"n_head": 0}, "a value in config.json is missing, or none that it can be"),
+        ("config.json", {"n_embd": "16"}, "the configuration of"),
+        ("config.json", {"model_type": "zzz"}, "the configuration of .* does not recognize this architecture"),
+        ("config.json", [], "the configuration of"),
+        ("config.json", "{", "the configuration of .* not a valid JSON file"),
+        ("tokenizer.json", {}, "the tokenizer of"),
+        ("tokenizer.json", "{", "the tokenizer of .* tokenizer.json or tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", [], "the tokenizer of"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_of_the_file_that_holds_them(tmp_path, corpus_file, file, change, sentence):
+    place = tmp_path / "m"
+    saved(place)
+    if isinstance(change, dict) and change:
+        change = json.loads((place / file).read_text()) | change
+    (place / file).write_text(change if isinstance(change, str) else json.dumps(change))
+    with pytest.raises(IncompatibleError, match=sentence):
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_model_that_is_set_to_return_tuples_is_read(tmp_path, corpus_file):
+    place = tmp_path / "m"
+    saved(place)
+    rows = []
+    for change in ({}, {"return_dict": False, "output_hidden_states": True, "output_attentions": True}):
+        config = json.loads((place / "config.json").read_text()) | change
+        (place / "config.json").write_text(json.dumps(config))
+        out = tmp_path / f"i{len(rows)}"
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2, segments=("blocks",)))
+        index = Client(out).index
+        rows.append(np.stack([index.row(row, index.manifest.segments[0]) for row in range(len(index))]))
+    assert_close(rows[1], rows[0], 1e-5)
+
+
+def test_pipes_in_the_place_of_a_models_files_end_in_a_sentence(tmp_path):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        place = tmp_path / name
+        saved(place)
+        (place / name).unlink()
+        os.mkfifo(place / name)
+        load = load_tokenizer if name == "tokenizer.json" else load_causal_lm
+        with pytest.raises((IncompatibleError, NotFoundError)):
+            load(ModelSource(str(place)))
 
 
 def test_weights_of_whole_numbers_are_refused(tmp_path):
