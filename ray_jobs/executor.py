@@ -114,13 +114,15 @@ class _Actor:
 
     def run(self, method: str, ledger: Any, task: tuple[int, int], *args: Any) -> tuple[Any, tuple[int, int]]:
         """The method's result, and how many examples and tokens it took."""
-        examples, tokens = 0, 0
+        examples, tokens, told = 0, 0, 0.0
 
         def progress(more: int, more_tokens: int) -> None:
-            nonlocal examples, tokens
+            nonlocal examples, tokens, told
             examples, tokens = examples + more, tokens + more_tokens
-            with suppress(Exception):  # that it cannot be told is no failure
-                ledger.record.remote(task, (examples, tokens))
+            if time.monotonic() - told > _POLL_SECONDS:
+                told = time.monotonic()
+                with suppress(Exception):  # that it cannot be told is no failure
+                    ledger.record.remote(task, (examples, tokens))
 
         return getattr(self._worker, method)(*args, progress=progress), (examples, tokens)
 
@@ -434,6 +436,8 @@ def _ray(factory: Factory, wanted: Resources) -> Iterator[_OnRay]:
                 f"on one node, and its nodes ({each}) have room for {room}; ask for fewer --workers or --threads"
             )
         yield _OnRay(ray, factory, _placed(ray, bundle, wanted), bundle)
+    except ConnectionError as error:
+        raise WorkerError("the Ray cluster went away; what is finished is kept: run the same command again when it is back") from error
     finally:
         ray.shutdown()
 

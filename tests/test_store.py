@@ -226,7 +226,7 @@ MANIFEST_DAMAGE = {
     "absolute path": (lambda m: m["shards"][0]["files"][0].update(path="/etc/passwd"), IntegrityError, "inside the index"),
     "shard id": (lambda m: m["shards"][0].update(id="../../../etc"), IntegrityError, "id"),
     "segment name": (lambda m: m["segments"][0].update(name="../x"), IntegrityError, "name"),
-    "huge row": (lambda m: m["segments"][0]["layers"][0].update(output_rank=2**40), IntegrityError, "begin where"),
+    "huge row": (lambda m: m["segments"][0]["layers"][0].update(output_rank=2**20), IntegrityError, "a rank above its size"),
 }
 
 
