@@ -1,9 +1,9 @@
-"""Whence: a search index for training-data attribution.
+"""Wherefrom: a search index for training-data attribution.
 
-    >>> from whence import Client
-    >>> Client("my.whence").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
+    >>> from wherefrom import Client
+    >>> Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
 
-Everything is imported when it is first used, so that `import whence` costs nothing.
+Everything is imported when it is first used, so that `import wherefrom` costs nothing.
 """
 
 import importlib
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
     from .query.answers import Attribution as Attribution
-    from .query.answers import Question as Question
+    from .query.answers import Query as Query
     from .ray_jobs.build import build as build
     from .ray_jobs.config import BuildConfig as BuildConfig
     from .store.corpus import Fields as Fields
-    from .store.errors import WhenceError as WhenceError
+    from .store.errors import WherefromError as WherefromError
     from .store.index import Index as Index
 
 _HOMES = {
@@ -29,19 +29,19 @@ _HOMES = {
     "Client": "client",
     "Fields": "store.corpus",
     "Index": "store.index",
-    "Question": "query.answers",
+    "Query": "query.answers",
     "Task": "indexer.tasks",
     "VectorTask": "indexer.tasks",
-    "WhenceError": "store.errors",
+    "WherefromError": "store.errors",
     "build": "ray_jobs.build",
 }
 
-__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "Task", "VectorTask", "WhenceError", "build"]
+__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError", "build"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'whence' has no attribute {name!r}")
+        raise AttributeError(f"module 'wherefrom' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 

@@ -1,13 +1,13 @@
 """A callback for transformers' Trainer: keeps of a training run what an index of it needs, and builds one at the end.
 
-    from whence.callback import WhenceCallback
+    from wherefrom.callback import WherefromCallback
 
-    trainer = Trainer(..., callbacks=[WhenceCallback(data=("train.jsonl",), out="run.whence")])
+    trainer = Trainer(..., callbacks=[WherefromCallback(data=("train.jsonl",), out="run.wherefrom")])
 
-What is kept, in `whence.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, the data's own
-fingerprint, what decides its order (seeds, batch sizes, epochs), and the learning rates. The order itself is in `whence-order-<epoch>.npy`:
-positions in the training set as they were drawn by all processes. Loaders draw ahead: where training stopped within an epoch, the last of
-them were not trained on (the checkpoints' steps say how many were).
+What is kept, in `wherefrom.json` beside the checkpoints: each checkpoint's step and the fingerprint of its weights, the data's own
+fingerprint, what decides its order (seeds, batch sizes, epochs), and the learning rates. The order itself is in
+`wherefrom-order-<epoch>.npy`: positions in the training set as they were drawn by all processes. Loaders draw ahead: where training stopped
+within an epoch, the last of them were not trained on (the checkpoints' steps say how many were).
 """
 
 import io
@@ -53,11 +53,11 @@ class _Recorded:
         return getattr(self._sampler, name)  # the seed of an epoch, the generator
 
 
-class WhenceCallback(TrainerCallback):  # type: ignore[misc]
+class WherefromCallback(TrainerCallback):  # type: ignore[misc]
     """See above.
 
     Args:
-        data: the training documents, as for `whence build`; one source or several.
+        data: the training documents, as for `wherefrom build`; one source or several.
         out: the index to build when training ends; None keeps the record alone.
         checkpoints: how many of the saved checkpoints the index has, the last among them, spread over the run; 1 takes the last alone.
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
@@ -89,7 +89,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self._build is not None and state.is_world_process_zero:
             _check(self._build, args, kwargs.get("processing_class"), kwargs.get("model"))
-        path = Path(args.output_dir) / "whence.json"
+        path = Path(args.output_dir) / "wherefrom.json"
         known = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
         loader: Any = kwargs.get("train_dataloader")
         dataset: Any = getattr(loader, "dataset", None)
@@ -102,7 +102,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         if hasattr(dataset, "__len__") and getattr(batches, "sampler", None) is not None:  # a stream has no positions
             self._order = batches.sampler = _Recorded(batches.sampler)
         if not state.global_step and state.is_world_process_zero:
-            for stale in Path(args.output_dir).glob("whence-order-*.npy"):
+            for stale in Path(args.output_dir).glob("wherefrom-order-*.npy"):
                 stale.unlink()
         self._record = {"order": order, "data": data, "checkpoints": known.get("checkpoints", []), "rates": known.get("rates", [])}
 
@@ -115,7 +115,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and self._order is not None and self._order.drawn:
             file = io.BytesIO()
             np.save(file, np.array(self._order.drawn, np.int64), allow_pickle=False)
-            write_whole(Path(args.output_dir) / f"whence-order-{self._epoch}.npy", file.getvalue())
+            write_whole(Path(args.output_dir) / f"wherefrom-order-{self._epoch}.npy", file.getvalue())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the learning rate."""
@@ -140,7 +140,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             if self._build is not None:
                 self._index(self._build, args)
         except Exception as error:  # nothing of an index is worth losing what the Trainer does next
-            warnings.warn(f"the index was not built: {error}; build it from the checkpoints with whence build", stacklevel=2)
+            warnings.warn(f"the index was not built: {error}; build it from the checkpoints with wherefrom build", stacklevel=2)
 
     def _index(self, config: BuildConfig, args: TrainingArguments) -> None:
         from .ray_jobs.build import build
@@ -156,7 +156,7 @@ class WhenceCallback(TrainerCallback):  # type: ignore[misc]
             build(replace(config, model=tuple(dict.fromkeys(chosen))), reporter)
 
     def _write(self, args: TrainingArguments) -> None:
-        write_whole(Path(args.output_dir) / "whence.json", (json.dumps(self._record, indent=1) + "\n").encode())
+        write_whole(Path(args.output_dir) / "wherefrom.json", (json.dumps(self._record, indent=1) + "\n").encode())
 
 
 def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any, model: Any) -> None:

@@ -1,8 +1,8 @@
 """The command line: options in, library calls, results on stdout, progress and errors on stderr.
 
-Every room is imported inside the command that needs it, so that `whence --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
+Every room is imported inside the command that needs it, so that `wherefrom --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
 3 not found or incompatible, 4 integrity, 130 interrupted. An option is taken from the command line, else from the environment
-(WHENCE_BUILD_RANK for `whence build --rank`), else from the file given with --config, else it has its default.
+(WHEREFROM_BUILD_RANK for `wherefrom build --rank`), else from the file given with --config, else it has its default.
 """
 
 import os
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .store.errors import UsageError, WhenceError
+from .store.errors import UsageError, WherefromError
 from .store.printable import printable, printable_line, to_json
 
 if TYPE_CHECKING:
     from .client import Client
     from .evaluation.checks import Report
-    from .query.answers import Question
+    from .query.answers import Query
     from .remote import RemoteClient
     from .store.corpus import Fields
     from .store.manifest import Addition, Build
@@ -49,12 +49,12 @@ class _Group(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
-        except WhenceError as error:
+        except WherefromError as error:
             _fail(str(error), error.exit_code)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
-            if os.environ.get("WHENCE_TRACEBACK"):
+            if os.environ.get("WHEREFROM_TRACEBACK"):
                 raise
             _fail(_unforeseen(error), 1)
         except MemoryError:
@@ -67,8 +67,8 @@ def _unforeseen(error: Exception) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
     reason = str(error).splitlines()[0] if str(error) else "no reason given"
     return (
-        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is no code of yours, it is a defect of Whence: "
-        "WHENCE_TRACEBACK=1 shows where it comes from"
+        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is no code of yours, it is a defect of Wherefrom: "
+        "WHEREFROM_TRACEBACK=1 shows where it comes from"
     )
 
 
@@ -131,17 +131,17 @@ def _as_typed(option: click.Parameter, item: Any, file: str) -> Any:
     return item if flag else [str(i) for i in items] if option.multiple else str(item)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHENCE"})
-@click.version_option(package_name="whence")
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHEREFROM"})
+@click.version_option(package_name="wherefrom")
 def main() -> None:
     """Which training examples made the model say this?
 
     Build an index of a model's training corpus once, then ask it.
 
     \b
-      whence demo                                      see it work, in a minute or two
-      whence build --model DIR --data FILE --out INDEX
-      whence query INDEX --prompt "The capital of France is" --completion " Paris"
+      wherefrom demo                                      see it work, in a minute or two
+      wherefrom build --model DIR --data FILE --out INDEX
+      wherefrom query INDEX --prompt "The capital of France is" --completion " Paris"
     """
     # Threads that spin while they wait for one another take several times as long where other programs want the cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -222,9 +222,9 @@ _index_options = _together(
     click.option(
         "--bytes-per-example",
         type=int,
-        help="Of a row: segments and their sizes follow from it.  [default: 800 where nothing below says what a row is made of]",
+        help="Of a row: components and their sizes follow from it.  [default: 800 where nothing below says what a row is made of]",
     ),
-    click.option("--segments", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: by bytes, else blocks]"),
+    click.option("--components", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: by bytes, else blocks]"),
     click.option("--projection", help="random or pca.  [default: random; for a number of bytes pca]"),
     click.option(
         "--rank", type=int, help="Coordinates kept of a layer's inputs and outputs each.  [default: 16; for a number of bytes 128]"
@@ -248,7 +248,7 @@ _index_options = _together(
     click.option("--head-others", type=int, default=0, help="Tokens of the head beside those: the most probable.  [default: 0]"),
     click.option("--embedding-bits", type=int, help="Bits of each token of the embeddings.  [default: 64]"),
     click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
-    click.option("--hidden", is_flag=True, help="Keep mean hidden states (2 bytes a coordinate), for the control beside answers."),
+    click.option("--hidden", is_flag=True, help="Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."),
     click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
     click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
     _worker_options,
@@ -303,11 +303,11 @@ def build(as_json: bool, out: str, **options: Any) -> None:
     """Index a corpus.
 
     \b
-      whence build --model gpt2 --data corpus.jsonl --out my.whence
-      whence build --model gpt2 --data corpus.jsonl --out big.whence --bytes-per-example 2400
-      whence build --model run/checkpoint-500 --model run/checkpoint-1000 --data corpus.jsonl --out run.whence
-      whence build --model ./sft --data chats.parquet --out sft.whence --rank 32 --workers 4
-      whence build --model ./lm --data books/ --out b.whence --row-dtype int8 --layers '*.mlp.*'
+      wherefrom build --model gpt2 --data corpus.jsonl --out my.wherefrom
+      wherefrom build --model gpt2 --data corpus.jsonl --out big.wherefrom --bytes-per-example 2400
+      wherefrom build --model run/checkpoint-500 --model run/checkpoint-1000 --data corpus.jsonl --out run.wherefrom
+      wherefrom build --model ./sft --data chats.parquet --out sft.wherefrom --rank 32 --workers 4
+      wherefrom build --model ./lm --data books/ --out b.wherefrom --row-dtype int8 --layers '*.mlp.*'
 
     A build that was interrupted goes on when the same command is given again.
     """
@@ -328,7 +328,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         _print_json(Index(out).summary())
         return
     done = "is already complete" if known else "is complete"
-    _say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.segments)}")
+    _say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.components)}")
     made = manifest.build
     for tracked in made.tracked:
         _say(f"the rows measure {_tracked({**tracked.model_dump(), 'share': tracked.share})}")
@@ -338,7 +338,7 @@ def build(as_json: bool, out: str, **options: Any) -> None:
         _say(line)
     if made.truncated:
         _say(f"kept only the beginning of {made.truncated:,} documents that are longer than an example may be")
-    _say(f"ask it:  whence query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+    _say(f"ask it:  wherefrom query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
 
 
 def _not_kept(record: "Build | Addition") -> Iterable[str]:
@@ -366,8 +366,8 @@ def plan(as_json: bool, **options: Any) -> None:
     """Say what a build would cost: rows, bytes, memory and time, from a sample and a few measured batches.
 
     \b
-      whence plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
-      whence plan --model ./sft --data chats.parquet --rank 32 --workers 4 --json
+      wherefrom plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
+      wherefrom plan --model ./sft --data chats.parquet --rank 32 --workers 4 --json
     """
     fields = _fields_of(options)
     _quiet_libraries()
@@ -379,9 +379,9 @@ def plan(as_json: bool, **options: Any) -> None:
         _print_json(cost.to_dict())
         return
     _say(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
-    for segment in cost.segments:
-        about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in segment.items() if k != "name" and v is not None)
-        _say(f"  {segment['name']}: {about}")
+    for component in cost.components:
+        about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in component.items() if k != "name" and v is not None)
+        _say(f"  {component['name']}: {about}")
     _say(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
     _say(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
     _say(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
@@ -398,11 +398,11 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
     """Add documents to an index, under the encoder that it has.
 
     \b
-      whence add my.whence --data more.jsonl
-      whence add my.whence --data 2026/ --workers 4
+      wherefrom add my.wherefrom --data more.jsonl
+      wherefrom add my.wherefrom --data 2026/ --workers 4
 
-    The columns are those that the index was built with. Each segment's drift is said: how much longer rows are on average than those of the
-    build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
+    The columns are those that the index was built with. Each component's drift is said: how much longer rows are on average than those of
+    the build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
     """
     _quiet_libraries()
     from .ray_jobs.change import add as run
@@ -433,11 +433,11 @@ def _drifts(drift: dict[str, float]) -> str:
 @click.option("--where", help="Delete the rows that match, such as 'source == \"web\"'.")
 @_json_option
 def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> None:
-    """Take examples out of every answer, at once; their bytes go with whence compact.
+    """Take examples out of every answer, at once; their bytes go with wherefrom compact.
 
     \b
-      whence delete my.whence --ids removed.txt
-      whence delete my.whence --where 'source == "web" and year < 2010'
+      wherefrom delete my.wherefrom --ids removed.txt
+      wherefrom delete my.wherefrom --where 'source == "web" and year < 2010'
 
     Lines of a list end at a newline; empty ones are passed over. A line that begins with a quotation mark or a brace is JSON: a text, or an
     object with an id, as in the explorer's removal list and in answers saved as JSON lines. Any other line is the id as it stands.
@@ -462,7 +462,7 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
     """Write shards with deleted rows again without them; rows behind them move up.
 
     \b
-      whence compact my.whence --prune
+      wherefrom compact my.wherefrom --prune
     """
     from .ray_jobs.change import compact as run
     from .ray_jobs.change import prune as run_prune
@@ -481,7 +481,7 @@ def reindex(index: str) -> None:
     """Make anew what searches read beside the rows, and write it where it is missing, damaged or not what the rows give.
 
     \b
-      whence reindex my.whence
+      wherefrom reindex my.wherefrom
     """
     from .store.files import exclusive
     from .store.index import Index
@@ -492,7 +492,7 @@ def reindex(index: str) -> None:
     _say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
-_question_options = _together(
+_query_options = _together(
     click.option("--prompt", default="", help="What comes before the completion."),
     click.option("--completion", help="What the model said: the loss is on it alone."),
     click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index)."),
@@ -502,10 +502,12 @@ _question_options = _together(
     click.option("--span", help="A part of the completion or text, as it stands there: the loss is on its tokens alone."),
 )
 _score_options = _together(
-    click.option("--mode", default="influence", show_default=True, help="influence, cosine (all weigh the same), or per-nat of loss."),
+    click.option(
+        "--mode", default="influence", show_default=True, help="influence, cosine (all weigh the same), or loss-normalized of loss."
+    ),
     click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact."),
     click.option("--curvature/--no-curvature", default=True, show_default=True, help="Plain products of gradients without it."),
-    click.option("--weights", help="Of segments, times the index's own, such as head=1,blocks=0.5; 0 leaves one out."),
+    click.option("--weights", help="Of components, times the index's own, such as head=1,blocks=0.5; 0 leaves one out."),
     click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].*'; the others count nothing; repeatable."),
 )
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
@@ -516,18 +518,18 @@ _local_option = click.option("--local", is_flag=True, help="Answer in this proce
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than loopback need a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Port to listen on; 0 takes a free one.")
 @click.option("--token-file", help="File with a token that every request must bear.")
-@click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Questions answered in one pass, at most.")
+@click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Queries answered in one pass, at most.")
 @_where_model_lies
 def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None, batch: int, **model: Any) -> None:
-    """Answer questions over HTTP, and in a browser: models and indexes are loaded once.
+    """Answer queries over HTTP, and in a browser: models and indexes are loaded once.
 
     \b
-      whence serve my.whence                       then open http://127.0.0.1:8787
-      whence serve base=a.whence sft=b.whence --port 9000
-      whence serve my.whence --host 0.0.0.0 --token-file token.txt
+      wherefrom serve my.wherefrom                       then open http://127.0.0.1:8787
+      wherefrom serve base=a.wherefrom sft=b.wherefrom --port 9000
+      wherefrom serve my.wherefrom --host 0.0.0.0 --token-file token.txt
 
-    While it runs, whence query asks it and starts at once. An index that changes is picked up without a restart. The interface is described
-    at /docs.
+    While it runs, wherefrom query asks it and starts at once. An index that changes is picked up without a restart. The interface is
+    described at /docs.
     """
     _quiet_libraries()
     from .client import Client
@@ -543,14 +545,20 @@ def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None
 
 @main.command()
 @click.argument("index")
-@_question_options
+@_query_options
 @click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("--mean", is_flag=True, help="Answer the mean of a file's questions (times each one's weight) as one question.")
+@click.option("--mean", is_flag=True, help="Answer the mean of a file's queries (times each one's weight) as one query.")
 @click.option("-k", type=int, help="So many proponents, and opponents, at most.  [default: 10]")
 @click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
 @click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
-@click.option("--recall", type=float, default=1.0, show_default=True, help="Below 1, dense rows are searched coarse to fine: see below.")
-@click.option("--controls", is_flag=True, help="Beside the answer: what BM25, mean hidden states and the norm alone would find.")
+@click.option(
+    "--recall",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Below 1, dense rows are searched by quantized scan and rescore: see below.",
+)
+@click.option("--baselines", is_flag=True, help="Beside the answer: what BM25, mean hidden states and the norm alone would find.")
 @click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
 @_score_options
 @_where_model_lies
@@ -560,24 +568,24 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
     """Ask which training examples made the model say this.
 
     \b
-      whence query my.whence --prompt "The capital of France is" --completion " Paris" --against " Lyon"
-      whence query my.whence --text "Once upon a time" -k 5 --mode cosine
-      whence query my.whence --row 123 --no-opponents --where 'source != "wiki" and not title == None'
-      whence query my.whence --file questions.jsonl --mean --group-by source
-      whence query my.whence --file questions.jsonl --json > answers.jsonl
+      wherefrom query my.wherefrom --prompt "The capital of France is" --completion " Paris" --against " Lyon"
+      wherefrom query my.wherefrom --text "Once upon a time" -k 5 --mode cosine
+      wherefrom query my.wherefrom --row 123 --no-opponents --where 'source != "wiki" and not title == None'
+      wherefrom query my.wherefrom --file queries.jsonl --mean --group-by source
+      wherefrom query my.wherefrom --file queries.jsonl --json > answers.jsonl
 
     A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
     and text columns' .startswith("..."), .endswith and .contains. Dates and times are written as ISO text, durations in seconds.
 
-    A running server (whence serve) that has the index is asked, unless --local is given; the answer is the same. Another machine's is
-    named by WHENCE_URL, and its token by WHENCE_TOKEN.
+    A running server (wherefrom serve) that has the index is asked, unless --local is given; the answer is the same. Another machine's is
+    named by WHEREFROM_URL, and its token by WHEREFROM_TOKEN.
 
     With --recall 0.99, one-bit codes say which dense rows must be read, and with probability 0.99 none of the best is missing; where too
-    many would have to be read, or there are no codes (whence reindex), all are, and the answer says so.
+    many would have to be read, or there are no codes (wherefrom reindex), all are, and the answer says so.
     """
-    questions = _questions(file, options)
-    client = _client(index, options, questions)
-    answers = client.query_many(questions, weights=_weights(weights), **options)
+    queries = _queries(file, options)
+    client = _client(index, options, queries)
+    answers = client.query_many(queries, weights=_weights(weights), **options)
     for answer in answers:
         if as_json:
             _print_json(answer.to_dict())
@@ -594,7 +602,7 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 @click.option("--completion", help="What the model said.")
 @click.option("--text", help="A whole text.")
 @click.option("--messages", help="JSON file with chat messages (or with messages and tools).")
-@click.option("--question-row", type=int, help="Ask with a training example, by its row.")
+@click.option("--query-row", type=int, help="Ask with a training example, by its row.")
 @click.option("--against", help="Another completion: what made the model say the one rather than the other.")
 @click.option("--span", help="A part of the completion or text, as it stands there.")
 @click.option("--tokens/--no-tokens", default=True, show_default=True, help="Shares by token; they need the model.")
@@ -603,26 +611,26 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
 @_local_option
 @_json_option
 def explain(
-    index: str, rows: tuple[int, ...], question_row: int | None, weights: str | None, tokens: bool, as_json: bool, **options: Any
+    index: str, rows: tuple[int, ...], query_row: int | None, weights: str | None, tokens: bool, as_json: bool, **options: Any
 ) -> None:
-    """Take the score of a training example apart: by segment, layer, shared token, and token of either text.
+    """Take the score of a training example apart: by component, layer, shared token, and token of either text.
 
     \b
-      whence explain my.whence --prompt "The capital of France is" --completion " Paris"
-      whence explain my.whence --row 123 --prompt "The capital of France is" --completion " Paris" --json
-      whence explain my.whence --row 123 --question-row 456 --no-tokens
+      wherefrom explain my.wherefrom --prompt "The capital of France is" --completion " Paris"
+      wherefrom explain my.wherefrom --row 123 --prompt "The capital of France is" --completion " Paris" --json
+      wherefrom explain my.wherefrom --row 123 --query-row 456 --no-tokens
 
-    Segments, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
+    Components, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
     """
-    from .query.answers import Question
+    from .query.answers import Query
 
     asked = {name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")}
-    question = Question(row=question_row, **asked, **_chat(options.pop("messages")))
+    query = Query(row=query_row, **asked, **_chat(options.pop("messages")))
     how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
-    client = _client(index, options, [question], with_model=tokens)
+    client = _client(index, options, [query], with_model=tokens)
     if not rows:
-        rows = tuple(a.row for a in client.query_many([question], **how)[0].proponents[:3])
-    for explanation in client.explain(rows, question, tokens=tokens, **how):
+        rows = tuple(a.row for a in client.query_many([query], **how)[0].proponents[:3])
+    for explanation in client.explain(rows, query, tokens=tokens, **how):
         if as_json:
             _print_json(explanation.to_dict())
         else:
@@ -638,28 +646,28 @@ def explain(
 @_score_options
 @_where_model_lies
 def scores(index: str, file: str, out: str, weights: str | None, **options: Any) -> None:
-    """Write every row's score for every question: a matrix.
+    """Write every row's score for every query: a matrix.
 
     \b
-      whence scores my.whence --file questions.jsonl --out scores.zarr
-      whence scores my.whence --file questions.jsonl --out scores.parquet --mode cosine
+      wherefrom scores my.wherefrom --file queries.jsonl --out scores.zarr
+      wherefrom scores my.wherefrom --file queries.jsonl --out scores.parquet --mode cosine
 
-    Zarr: an array scores [questions, rows] beside ids of rows and questions. Parquet: a line for each row, with its id and a column for
-    each question. Rows that were deleted have no score (NaN).
+    Zarr: an array scores [queries, rows] beside ids of rows and queries. Parquet: a line for each row, with its id and a column for
+    each query. Rows that were deleted have no score (NaN).
     """
     from .query.matrix import write_scores
     from .ray_jobs.progress import Console
 
-    questions = list(_read_questions(file))
-    client = _local_client(index, options, questions)
+    queries = list(_read_queries(file))
+    client = _local_client(index, options, queries)
     with Console() as reporter:
         shape = write_scores(
-            client.index, lambda part: client.scores(part, weights=_weights(weights), **options), questions, Path(out), reporter
+            client.index, lambda part: client.scores(part, weights=_weights(weights), **options), queries, Path(out), reporter
         )
-    _say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} questions")
+    _say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 
-def _client(index: str, options: dict[str, Any], questions: Sequence["Question"], with_model: bool = False) -> "Client | RemoteClient":
+def _client(index: str, options: dict[str, Any], queries: Sequence["Query"], with_model: bool = False) -> "Client | RemoteClient":
     """A client, from the options that say where the model lies, which are taken out: of a running server where these say nothing."""
     model = {name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
     local = options.pop("local", True)
@@ -669,32 +677,32 @@ def _client(index: str, options: dict[str, Any], questions: Sequence["Question"]
         server = find_server(index)
         if server is not None:
             return server
-    return _local_client(index, model, questions, with_model)
+    return _local_client(index, model, queries, with_model)
 
 
-def _local_client(index: str, options: dict[str, Any], questions: Sequence["Question"], with_model: bool = False) -> "Client":
+def _local_client(index: str, options: dict[str, Any], queries: Sequence["Query"], with_model: bool = False) -> "Client":
     """A client of an index, from the options that say where the model lies, which are taken out."""
     from .client import Client
 
-    if with_model or any(q.row is None for q in questions):
+    if with_model or any(q.row is None for q in queries):
         _quiet_libraries()
     return Client(index, **{name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")})
 
 
-def _questions(file: str | None, options: dict[str, Any]) -> list["Question"]:
-    """The questions of a file, or the one that the options ask, which are taken out."""
-    from .query.answers import Question
+def _queries(file: str | None, options: dict[str, Any]) -> list["Query"]:
+    """The queries of a file, or the one that the options ask, which are taken out."""
+    from .query.answers import Query
 
     given = {name: options.pop(name) for name in ("prompt", "completion", "text", "messages", "row", "against", "span")}
     if file is None:
         if options["mean"]:
-            raise UsageError("--mean is over the questions of a file; give it with --file")
-        return [Question(**given | _chat(given["messages"]))]
+            raise UsageError("--mean is over the queries of a file; give it with --file")
+        return [Query(**given | _chat(given["messages"]))]
     if any(given.values()):
         raise UsageError(
-            "--file brings its own questions; give it without --prompt, --completion, --text, --messages, --row, --against and --span"
+            "--file brings its own queries; give it without --prompt, --completion, --text, --messages, --row, --against and --span"
         )
-    return list(_read_questions(file))
+    return list(_read_queries(file))
 
 
 def _chat(file: str | None) -> dict[str, Any]:
@@ -713,8 +721,8 @@ def info(index: str, as_json: bool) -> None:
     """Say what an index holds: model, rows, layers, curvature, bytes.
 
     \b
-      whence info my.whence
-      whence info my.whence --json
+      wherefrom info my.wherefrom
+      wherefrom info my.wherefrom --json
     """
     from .store.index import Index
 
@@ -747,12 +755,12 @@ def info(index: str, as_json: bool) -> None:
         elif name == "models":
             for model in value:
                 row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")
-        elif name != "segments":
+        elif name != "components":
             row(name, value)
-    for segment in summary["segments"]:
+    for component in summary["components"]:
         row("", "")
-        row(f"segment {segment['name']}", "")
-        for name, value in segment.items():
+        row(f"component {component['name']}", "")
+        for name, value in component.items():
             if name != "name":
                 row("  " + name, value)
     Console().print(table)
@@ -772,7 +780,7 @@ def verify(index: str, as_json: bool) -> None:
     """Read every byte of an index and compare it with its checksums.
 
     \b
-      whence verify my.whence && echo whole
+      wherefrom verify my.wherefrom && echo whole
     """
     from .store.index import Index
 
@@ -821,15 +829,15 @@ def lds(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare scores with what retraining on half-subsets did: the linear datamodeling score, with controls.
+    """Compare scores with what retraining on half-subsets did: the linear datamodeling score, with baselines.
 
     \b
-      whence evaluate lds packs/text-a
-      whence evaluate lds packs/text-a --rank 64 --curvature ekfac --queries even
-      whence evaluate lds packs/mnist-a --data mnist/ --json
-      whence evaluate lds packs/text-a --scores theirs.npy
+      wherefrom evaluate lds packs/text-a
+      wherefrom evaluate lds packs/text-a --rank 64 --curvature ekfac --queries even
+      wherefrom evaluate lds packs/mnist-a --data mnist/ --json
+      wherefrom evaluate lds packs/text-a --scores theirs.npy
 
-    PACK is a directory that `whence pack` wrote, or one of the same layout (docs/evaluation.md). The index is built as `whence build`
+    PACK is a directory that `wherefrom pack` wrote, or one of the same layout (docs/evaluation.md). The index is built as `wherefrom build`
     does, with the options given here; the pack says how its documents were encoded.
     """
     _quiet_libraries()
@@ -862,8 +870,8 @@ def lds(
 
 @evaluate.command()
 @click.argument("index")
-@click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
-@click.option("-k", type=int, default=10, show_default=True, help="Proponents of each question, and as many random examples.")
+@click.option("--file", required=True, help="Queries, as for query; - reads standard input.")
+@click.option("-k", type=int, default=10, show_default=True, help="Proponents of each query, and as many random examples.")
 @_mode_option
 @click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
@@ -872,10 +880,10 @@ def lds(
 @_own_task_option
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
-    """Take one optimizer step on each of the top proponents: does the question's loss fall?
+    """Take one optimizer step on each of the top proponents: does the query's loss fall?
 
     \b
-      whence evaluate tailpatch my.whence --file questions.jsonl
+      wherefrom evaluate tailpatch my.wherefrom --file queries.jsonl
     """
     _quiet_libraries()
     from .client import Client
@@ -883,15 +891,15 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        report = run(Client(index, model=model, device=device, task=task), list(_read_questions(file)), reporter=reporter, **options)
+        report = run(Client(index, model=model, device=device, task=task), list(_read_queries(file)), reporter=reporter, **options)
     _show_report(report, as_json)
 
 
 @evaluate.command()
 @click.argument("index")
-@click.option("--train", required=True, help="Your training function, module:function (as for whence pack).")
+@click.option("--train", required=True, help="Your training function, module:function (as for wherefrom pack).")
 @click.option("--base", required=True, help="What it starts from: a model that has not seen the examples.")
-@click.option("--file", required=True, help="Questions, as for query; - reads standard input.")
+@click.option("--file", required=True, help="Queries, as for query; - reads standard input.")
 @click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
 @_mode_option
@@ -900,17 +908,17 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 @_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
-    """Train again without the top proponents: does the question's loss rise more than without random examples?
+    """Train again without the top proponents: does the query's loss rise more than without random examples?
 
     \b
-      whence evaluate brittleness my.whence --train mytraining:train --base ./base --file questions.jsonl -k 50 --workers 4
+      wherefrom evaluate brittleness my.wherefrom --train mytraining:train --base ./base --file queries.jsonl -k 50 --workers 4
     """
     _quiet_libraries()
     from .evaluation.checks import brittleness as run
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        report = run(index, list(_read_questions(file)), train, base, reporter=reporter, **options)
+        report = run(index, list(_read_queries(file)), train, base, reporter=reporter, **options)
     _show_report(report, as_json)
 
 
@@ -922,7 +930,7 @@ def labels(index: str, column: str, as_json: bool) -> None:
     """Does self-influence find the examples whose labels are wrong?
 
     \b
-      whence evaluate labels my.whence --column corrupted
+      wherefrom evaluate labels my.wherefrom --column corrupted
     """
     from .evaluation.checks import labels as run
 
@@ -932,7 +940,7 @@ def labels(index: str, column: str, as_json: bool) -> None:
 @evaluate.command()
 @click.argument("index")
 @click.argument("reference")
-@click.option("--file", help="Questions, as for query.  [default: a sample of the index's rows]")
+@click.option("--file", help="Queries, as for query.  [default: a sample of the index's rows]")
 @click.option("-k", type=int, default=10, show_default=True, help="How many of the best must be found again.")
 @_mode_option
 @_json_option
@@ -940,12 +948,12 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
     """How much of a float32 index's answers does a compressed index of the same corpus give?
 
     \b
-      whence evaluate recall int8.whence float32.whence
+      wherefrom evaluate recall int8.wherefrom float32.wherefrom
     """
     _quiet_libraries()
     from .evaluation.checks import recall as run
 
-    _show_report(run(index, reference, list(_read_questions(file)) if file else None, **options), as_json)
+    _show_report(run(index, reference, list(_read_queries(file)) if file else None, **options), as_json)
 
 
 def _show_report(report: "Report", as_json: bool) -> None:
@@ -975,8 +983,8 @@ def pack(**options: Any) -> None:
     """Make ground truth for your own model: retrain on random subsets and measure.
 
     \b
-      whence pack --train mytraining:train --model ./base --data train.jsonl --queries held-out.jsonl --out mypack --workers 4
-      whence evaluate lds mypack
+      wherefrom pack --train mytraining:train --model ./base --data train.jsonl --queries held-out.jsonl --out mypack --workers 4
+      wherefrom evaluate lds mypack
 
     The training function is train(examples, model, seed) -> torch.nn.Module: examples with token_ids, loss_mask and text, the --model,
     and a seed. Each training's losses are kept as soon as it ends; the same command goes on where it was.
@@ -987,14 +995,14 @@ def pack(**options: Any) -> None:
 
     with Console() as reporter:
         made = make_pack(PackConfig(**options), reporter)
-    _say(f"judge an index on it:  whence evaluate lds {made}")
+    _say(f"judge an index on it:  wherefrom evaluate lds {made}")
 
 
 @main.command()
-@click.option("--out", default="whence-demo", show_default=True, help="Directory for the model, the corpus and the index.")
+@click.option("--out", default="wherefrom-demo", show_default=True, help="Directory for the model, the corpus and the index.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that build the index.")
 def demo(out: str, workers: int) -> None:
-    """Train a small model on a small corpus, index it, and ask three questions.
+    """Train a small model on a small corpus, index it, and ask three queries.
 
     Needs no network and leaves everything behind to play with.
     """
@@ -1016,18 +1024,18 @@ def _weights(given: str | None) -> dict[str, float]:
 
 
 def _as_config(options: dict[str, Any]) -> dict[str, Any]:
-    """A build's options as the configuration has them: several values as a tuple, segments split at their commas."""
+    """A build's options as the configuration has them: several values as a tuple, components split at their commas."""
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
-    segments = plain["segments"] and tuple(part.strip() for part in plain["segments"].split(","))
-    return plain | {"segments": segments, "revision": plain["revision"] or None}
+    components = plain["components"] and tuple(part.strip() for part in plain["components"].split(","))
+    return plain | {"components": components, "revision": plain["revision"] or None}
 
 
-def _read_questions(file: str) -> Iterable["Question"]:
-    from .query.answers import Question
-    from .store.corpus import read_questions
+def _read_queries(file: str) -> Iterable["Query"]:
+    from .query.answers import Query
+    from .store.corpus import read_queries
 
-    for record in read_questions(file):
-        yield Question(**record)
+    for record in read_queries(file):
+        yield Query(**record)
 
 
 def _quiet_libraries() -> None:

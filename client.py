@@ -1,6 +1,6 @@
 """The Python client: opens an index, hands the search the encoder that made it, returns answers.
 
-This is where the query side meets the models: the `query` room is handed rows and never imports a model. A question by row needs no
+This is where the query side meets the models: the `query` room is handed rows and never imports a model. A query by row needs no
 model at all, and none is loaded for it.
 """
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from .query.answers import Answer, Explanation, Question, TokenShares
+from .query.answers import Answer, Explanation, Query, TokenShares
 from .query.asking import Asks, Options, check_options
 from .query.assemble import make_answers
-from .query.controls import Scores, Words, compare, cosines, row_norms
+from .query.baselines import Scores, Words, compare, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.groups import group_scores
 from .query.metric import Metric, QueryRows, combine, cut
@@ -27,8 +27,8 @@ from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, IncompatibleError, UsageError
 from .store.index import Index
-from .store.keyed import KeyedVectors, concatenate
-from .store.manifest import KeyedSegment, identity, latest_manifest
+from .store.manifest import SparseComponent, identity, latest_manifest
+from .store.sparse import SparseVectors, concatenate
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .indexer.models import ModelSource
     from .indexer.tasks import Task
 
-_QUESTION_BATCH_TOKENS = 2048
+_QUERY_BATCH_TOKENS = 2048
 _DEFAULT_K = 10
 
 
@@ -63,13 +63,13 @@ class Client(Asks):
         task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
 
     Example:
-        >>> answer = Client("my.whence").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
+        >>> answer = Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
         >>> answer.proponents[0].text  # doctest: +SKIP
 
     `Client("http://127.0.0.1:8787")` asks a running server instead (see remote.py) and answers the same.
 
     Raises:
-        NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first question in words) its model, is not what it must be.
+        NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first query in words) its model, is not what it must be.
     """
 
     def __new__(cls, *where: str | Path, **how: Any) -> Any:
@@ -95,20 +95,20 @@ class Client(Asks):
         self._device = device
         self._trust_remote_code = trust_remote_code
 
-    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
-        """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
+    def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
+        """Many queries in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
         _metric(options)  # an error before the model is asked
-        return self.answer(questions, self.rows(questions), **options) if questions else []
+        return self.answer(queries, self.rows(queries), **options) if queries else []
 
-    def answer(self, questions: Sequence[Question], rows: QueryRows, **options: Unpack[Options]) -> list[Answer]:
-        """The same for questions whose rows are at hand (see `rows`)."""
+    def answer(self, queries: Sequence[Query], rows: QueryRows, **options: Unpack[Options]) -> list[Answer]:
+        """The same for queries whose rows are at hand (see `rows`)."""
         metric, k = _metric(options), options.get("k")
-        asked = [question.to_dict() for question in questions]
+        asked = [query.to_dict() for query in queries]
         if options.get("mean"):
-            weights = np.array([[1.0 if q.weight is None else q.weight for q in questions]])
+            weights = np.array([[1.0 if q.weight is None else q.weight for q in queries]])
             if not weights.any():
-                raise UsageError("every question of the mean has the weight 0; leave at least one")
-            rows, asked = combine(rows, weights / len(questions)), [{"mean_of": len(questions)}]
+                raise UsageError("every query of the mean has the weight 0; leave at least one")
+            rows, asked = combine(rows, weights / len(queries)), [{"mean_of": len(queries)}]
         where, column = options.get("where"), options.get("group_by")
         allowed = None if where is None else self.index.matching(where)
         searched = int((self.index.alive if allowed is None else self.index.alive & allowed).sum())
@@ -116,13 +116,13 @@ class Client(Asks):
             raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
         k = _DEFAULT_K if k is None else min(k, len(self.index))
         hits = search(self.index, rows, k, metric, allowed, options.get("recall", 1.0))
-        own_row = [any(q.row is not None for q in questions)] * len(hits) if options.get("mean") else [q.row is not None for q in questions]
+        own_row = [any(q.row is not None for q in queries)] * len(hits) if options.get("mean") else [q.row is not None for q in queries]
         both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])
         errors = [None if row else (e[: len(h.proponents)], e[len(h.proponents) :]) for h, e, row in zip(hits, both, own_row, strict=True)]
         groups = None if column is None else group_scores(self.index, rows, column, metric, allowed)
         beside = None
-        if options.get("controls"):
-            scores = self._controls(questions, options.get("mean", False))
+        if options.get("baselines"):
+            scores = self._baselines(queries, options.get("mean", False))
             kept = self.index.alive if allowed is None else self.index.alive & allowed
             beside = compare(self.index, rows, scores, metric, kept, [h.proponents.tolist() for h in hits], k)
         return make_answers(
@@ -134,22 +134,20 @@ class Client(Asks):
             where=where,
             searched=searched,
             groups=groups,
-            controls=beside,
+            baselines=beside,
             errors=errors,
         )
 
-    def scores(
-        self, questions: Sequence[Question], **options: Unpack[Options]
-    ) -> Iterator[tuple[int, Float32[np.ndarray, "questions rows"]]]:
-        """Every row's score for every question, as (first row, scores of a shard's rows); those of deleted rows too.
+    def scores(self, queries: Sequence[Query], **options: Unpack[Options]) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
+        """Every row's score for every query, as (first row, scores of a shard's rows); those of deleted rows too.
 
         Args:
             options: those that concern scores: mode, damping, curvature, weights, layers.
         """
-        return all_scores(self.index, self.rows(questions), _metric(options))
+        return all_scores(self.index, self.rows(queries), _metric(options))
 
     def prepare(self) -> None:
-        """Load the models now, and not at the first question; for a process that does nothing else."""
+        """Load the models now, and not at the first query; for a process that does nothing else."""
         from .indexer.models import keep_freed_memory
 
         keep_freed_memory()
@@ -192,39 +190,39 @@ class Client(Asks):
             made = model.generate(ids, attention_mask=mask, max_new_tokens=min(tokens, room), do_sample=False, pad_token_id=pad)
         return self._documents.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
-    def rows(self, questions: Sequence[Question]) -> QueryRows:
-        """The questions' whitened rows, by segment; of a question with `against`, the difference of two."""
-        if any(question.against is not None for question in questions):
-            plain, matrix = _without_contrasts(questions)
+    def rows(self, queries: Sequence[Query]) -> QueryRows:
+        """The queries' whitened rows, by component; of a query with `against`, the difference of two."""
+        if any(query.against is not None for query in queries):
+            plain, matrix = _without_contrasts(queries)
             return combine(self.rows(plain), matrix)
-        worded = [i for i, question in enumerate(questions) if question.row is None]
-        measured = self.measure(self.examples([questions[i] for i in worded])) if worded else {}
-        result: dict[str, np.ndarray | KeyedVectors] = {}
-        for segment in self.index.manifest.segments:
-            if isinstance(segment, KeyedSegment):
-                blocks = [([i], self.index.entries(q.row, segment)) for i, q in enumerate(questions) if q.row is not None]
-                block = measured.get(segment.name)
-                result[segment.name] = concatenate(
-                    [*blocks, *([(worded, block)] if isinstance(block, KeyedVectors) else [])], segment.width
+        worded = [i for i, query in enumerate(queries) if query.row is None]
+        measured = self.measure(self.examples([queries[i] for i in worded])) if worded else {}
+        result: dict[str, np.ndarray | SparseVectors] = {}
+        for component in self.index.manifest.components:
+            if isinstance(component, SparseComponent):
+                blocks = [([i], self.index.entries(q.row, component)) for i, q in enumerate(queries) if q.row is not None]
+                block = measured.get(component.name)
+                result[component.name] = concatenate(
+                    [*blocks, *([(worded, block)] if isinstance(block, SparseVectors) else [])], component.width
                 )
             else:
-                rows = np.zeros((len(questions), segment.dim), np.float32)
-                for i, q in enumerate(questions):
+                rows = np.zeros((len(queries), component.dim), np.float32)
+                for i, q in enumerate(queries):
                     if q.row is not None:
-                        rows[i] = self.index.row(q.row, segment)
-                block = measured.get(segment.name)
+                        rows[i] = self.index.row(q.row, component)
+                block = measured.get(component.name)
                 if isinstance(block, np.ndarray):
                     rows[worded] = block
-                result[segment.name] = rows
+                result[component.name] = rows
         return result
 
-    def examples(self, questions: Sequence[Question]) -> list[Example]:
-        """Questions as examples: encoded, or the index's own where a row is asked.
+    def examples(self, queries: Sequence[Query]) -> list[Example]:
+        """Queries as examples: encoded, or the index's own where a row is asked.
 
         Raises:
             UsageError: a text is empty or longer than the model's context; words are asked of vectors.
         """
-        return [self._example(q) if q.row is None else self.index.example(q.row) for q in questions]
+        return [self._example(q) if q.row is None else self.index.example(q.row) for q in queries]
 
     def encode(self, documents: Iterable[Document]) -> list[Example]:
         """Documents as the build encodes them: cut to its longest example, ended, one or more examples of each.
@@ -239,66 +237,66 @@ class Client(Asks):
         return [e for e in examples if isinstance(e, Example)]
 
     def measure(self, examples: Sequence[Example]) -> QueryRows:
-        """The whitened rows, by segment, of the task's measurement of some examples."""
-        rows = self.encoder.rows(examples, questions=True)
+        """The whitened rows, by component, of the task's measurement of some examples."""
+        rows = self.encoder.rows(examples, queries=True)
         return {name: block.astype(np.float32) if isinstance(block, np.ndarray) else block for name, block in rows.items()}
 
-    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
-        """The scores of some rows with one question, taken apart (see query/explain.py).
+    def explain(self, rows: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
+        """The scores of some rows with one query, taken apart (see query/explain.py).
 
         Args:
-            tokens: whether shares by token are computed, which asks the model; a row that is the question needs it then, too. Of vectors,
+            tokens: whether shares by token are computed, which asks the model; a row that is the query needs it then, too. Of vectors,
                 which have no tokens, none are.
             options: those that concern scores: mode, damping, curvature, weights, layers.
 
         Raises:
             UsageError: there is no such row.
         """
-        asked, metric = self.rows([question]), _metric(options)
+        asked, metric = self.rows([query]), _metric(options)
         scorer = Scorer.of(self.index, asked, metric)
         tokens = tokens and self.index.manifest.tokenizer is not None
         found = []
         for row in rows:
-            segments, layers, vocabulary = split_score(scorer, 0, row)
+            components, layers, vocabulary = split_score(scorer, 0, row)
             example = self.index.example(row)
-            score = sum(part.score for part in segments)
-            found.append(Explanation(row, example.id, example.text, score, segments, layers, vocabulary, blocks=by_block(layers)))
-        return self._with_tokens(found, scorer, question, asked) if tokens and found else found
+            score = sum(part.score for part in components)
+            found.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
+        return self._with_tokens(found, scorer, query, asked) if tokens and found else found
 
-    def _with_tokens(self, found: Sequence[Explanation], scorer: Scorer, question: Question, asked: QueryRows) -> list[Explanation]:
+    def _with_tokens(self, found: Sequence[Explanation], scorer: Scorer, query: Query, asked: QueryRows) -> list[Explanation]:
         """Name the tokens of the vocabulary, and compute shares by token."""
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
-        (asking,) = self.examples([replace(question, against=None)])
+        (asking,) = self.examples([replace(query, against=None)])
         examples = [self.index.example(e.row) for e in found]
         whole: QueryRows = self.encoder.rows(examples)
-        asked = asked if question.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
-        ours: list[dict[str, np.ndarray | KeyedVectors]] = []
-        theirs: list[dict[str, np.ndarray | KeyedVectors]] = []
+        asked = asked if query.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
+        ours: list[dict[str, np.ndarray | SparseVectors]] = []
+        theirs: list[dict[str, np.ndarray | SparseVectors]] = []
         scales = []
         for i, explanation in enumerate(found):
             own: Mapping[str, Any] = cut(whole, i, i + 1)
             pairs: dict[str, Any] = {}
             for p in scorer.parts:
-                name = p.segment.name
+                name = p.component.name
                 mine, its = asked[name], own[name]
                 if isinstance(p, DenseQueries):
                     assert isinstance(mine, np.ndarray)
                     pairs[name] = [p.weighed(self.index, rows[0].astype(np.float32)) for rows in (mine, its)]
                 else:
-                    assert isinstance(mine, KeyedVectors)
+                    assert isinstance(mine, SparseVectors)
                     shared = np.intersect1d(mine.keys, its.keys)
                     pairs[name] = [p.weighed(self.index, rows.only(shared)) for rows in (mine, its)]
             ours.append({name: pair[0] for name, pair in pairs.items()})
             theirs.append({name: pair[1] for name, pair in pairs.items()})
             scales.append(scorer.scale(0, explanation.row))
             if scorer.mode == "cosine":  # of whole rows, as the shares are
-                squared = scorer.squared_length(asked, stored=question.row is not None) * scorer.squared_length(own, stored=True)
+                squared = scorer.squared_length(asked, stored=query.row is not None) * scorer.squared_length(own, stored=True)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         beside = None
-        if question.against is None:
-            beside = token_shares(self.encoder, asking, theirs, question=question.row is None)
+        if query.against is None:
+            beside = token_shares(self.encoder, asking, theirs, query=query.row is None)
         tokenizer, explanations = self._documents.tokenizer, []  # type: ignore[attr-defined]
         for i, (explanation, example, scale) in enumerate(zip(found, examples, scales, strict=True)):
             shares = token_shares(self.encoder, example, ours[i : i + 1])[0] * scale
@@ -308,19 +306,19 @@ class Client(Asks):
                     vocabulary=tuple(replace(part, name=token_name(tokenizer, part.token or 0)) for part in explanation.vocabulary),
                     recomputed=float(shares.sum()),
                     example=TokenShares(token_texts(tokenizer, example.token_ids), tuple(shares.tolist())),
-                    question=None
+                    query=None
                     if beside is None
                     else TokenShares(token_texts(tokenizer, asking.token_ids), tuple((beside[i] * scale).tolist())),
                 )
             )
         return explanations
 
-    def _controls(self, questions: Sequence[Question], mean: bool) -> dict[str, Scores]:
-        """What controls say of all rows for some questions, or for their mean: name -> [rows, questions]."""
-        questions, matrix = _without_contrasts(questions)
-        examples, shards, asked_of = self.examples(questions), self.index.manifest.shards, len(matrix)
+    def _baselines(self, queries: Sequence[Query], mean: bool) -> dict[str, Scores]:
+        """What baselines say of all rows for some queries, or for their mean: name -> [rows, queries]."""
+        queries, matrix = _without_contrasts(queries)
+        examples, shards, asked_of = self.examples(queries), self.index.manifest.shards, len(matrix)
         if mean:
-            weights = [1.0 if q.weight is None else q.weight for q in questions[:asked_of]]
+            weights = [1.0 if q.weight is None else q.weight for q in queries[:asked_of]]
             matrix = np.array([weights]) @ matrix / asked_of
         found = {}
         if self.index.manifest.tokenizer:
@@ -328,12 +326,12 @@ class Client(Asks):
         hidden = [self.index.hidden(shard) for shard in shards]
         if all(part is not None for part in hidden):
             states = np.concatenate([part for part in hidden if part is not None]).astype(np.float32)
-            asked = np.stack([states[q.row or 0] for q in questions])
-            worded = [i for i, q in enumerate(questions) if q.row is None]
+            asked = np.stack([states[q.row or 0] for q in queries])
+            worded = [i for i, q in enumerate(queries) if q.row is None]
             if worded:
                 from .indexer.hidden import mean_hidden
 
-                asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUESTION_BATCH_TOKENS)
+                asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUERY_BATCH_TOKENS)
             found["hidden"] = cosines(states, asked)
         norms = np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)
         return {"norm": norms, **{name: scores @ matrix.T for name, scores in found.items()}}
@@ -368,19 +366,19 @@ class Client(Asks):
             )
         return encoder
 
-    def _example(self, question: Question) -> Example:
+    def _example(self, query: Query) -> Example:
         from .indexer.examples import TextEncoder
 
         if not isinstance(self._documents, TextEncoder):
             raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
-        where = f"question {question.id}" if question.id else "the question"
-        return self._documents.question(
-            question.prompt,
-            question.completion,
-            question.text,
-            messages=question.messages,
-            tools=question.tools,
-            span=question.span,
+        where = f"query {query.id}" if query.id else "the query"
+        return self._documents.query(
+            query.prompt,
+            query.completion,
+            query.text,
+            messages=query.messages,
+            tools=query.tools,
+            span=query.span,
             context=self._context,
             where=where,
         )
@@ -409,12 +407,12 @@ class Client(Asks):
                     "since); point --model at the original, or build the index again"
                 )
             models.append(model)
-        plan = EncoderPlan(manifest.segments, _QUESTION_BATCH_TOKENS)
+        plan = EncoderPlan(manifest.components, _QUERY_BATCH_TOKENS)
         return Encoder(self.task, tuple(models), plan, self.index.arrays)
 
     @property
     def model_id(self) -> str:
-        """Directory or hub id of the model that questions are asked of; of several, the last."""
+        """Directory or hub id of the model that queries are asked of; of several, the last."""
         return self._sources[-1].id
 
     @cached_property
@@ -432,10 +430,10 @@ class Client(Asks):
         return [ModelSource(model.id, model.revision, model.dtype, *how, model.base) for model in recorded]
 
 
-def _without_contrasts(questions: Sequence[Question]) -> tuple[list[Question], Float64[np.ndarray, "questions plain"]]:
-    """Questions without `against`, and of which of them those asked are the differences."""
-    contrasts = [i for i, question in enumerate(questions) if question.against is not None]
-    others = [replace(questions[i], completion=questions[i].against, against=None) for i in contrasts]
-    matrix = np.eye(len(questions), len(questions) + len(others))
-    matrix[contrasts, np.arange(len(questions), matrix.shape[1])] = -1.0
-    return [*(replace(question, against=None) for question in questions), *others], matrix
+def _without_contrasts(queries: Sequence[Query]) -> tuple[list[Query], Float64[np.ndarray, "queries plain"]]:
+    """Queries without `against`, and of which of them those asked are the differences."""
+    contrasts = [i for i, query in enumerate(queries) if query.against is not None]
+    others = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
+    matrix = np.eye(len(queries), len(queries) + len(others))
+    matrix[contrasts, np.arange(len(queries), matrix.shape[1])] = -1.0
+    return [*(replace(query, against=None) for query in queries), *others], matrix

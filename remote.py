@@ -1,7 +1,7 @@
 """Clients of a running server, and how one is found. Only the standard library is imported, so that a command starts at once.
 
-A server leaves a file that says where it listens and which indexes it serves, readable by its owner alone; `whence query` looks there
-first, and at WHENCE_URL before that.
+A server leaves a file that says where it listens and which indexes it serves, readable by its owner alone; `wherefrom query` looks there
+first, and at WHEREFROM_URL before that.
 """
 
 import glob
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Unpack
 from urllib.parse import urlsplit
 
-from .query.answers import Answer, Explanation, Question
+from .query.answers import Answer, Explanation, Query
 from .query.asking import Asks, Options, check_options
 from .store import errors
-from .store.errors import NotFoundError, UsageError, WhenceError
+from .store.errors import NotFoundError, UsageError, WherefromError
 
 _TIMEOUT = 600.0
-_MOST_QUESTIONS, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
+_MOST_QUERIES, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
 
 
 class RemoteClient(Asks):
@@ -47,28 +47,28 @@ class RemoteClient(Asks):
         if not known or parts.query or parts.fragment or parts.username:
             raise UsageError(f"{url!r} is no server's address; it is written as http://127.0.0.1:8787")
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise UsageError("a server's token holds visible ASCII characters alone; look at WHENCE_TOKEN")
+            raise UsageError("a server's token holds visible ASCII characters alone; look at WHEREFROM_TOKEN")
         self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout
         self._parts = parts
 
-    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
+    def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
         """See `Client.query_many`; so many in a request as a server takes."""
         check_options(options)
         answers: list[Answer] = []
-        for part in [questions] if options.get("mean") else self._requests(questions, options):
+        for part in [queries] if options.get("mean") else self._requests(queries, options):
             body = self._query_body(part, options)
             found = self.request("POST", "/v1/query", body)
-            found = found if "questions" in body else {"answers": [found]}
+            found = found if "queries" in body else {"answers": [found]}
             answers += self._read(lambda r: list(map(Answer.from_dict, r["answers"])), found)
         return answers
 
-    def explain(self, rows: Sequence[int], question: Question, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
+    def explain(self, rows: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
         """See `Client.explain`."""
         check_options(options)
         explanations: list[Explanation] = []
         for first in range(0, len(rows), _MOST_ROWS):
             part = list(rows[first : first + _MOST_ROWS])
-            body = {**question.to_dict(), **_given(options), "rows": part, "tokens": tokens, "index": self.index}
+            body = {**query.to_dict(), **_given(options), "rows": part, "tokens": tokens, "index": self.index}
             found = self.request("POST", "/v1/explain", body)
             explanations += self._read(lambda r: list(map(Explanation.from_dict, r["explanations"])), found)
         return explanations
@@ -83,7 +83,7 @@ class RemoteClient(Asks):
 
         Raises:
             NotFoundError: nobody listens there.
-            WhenceError: what the server says was wrong, as the error that the library itself would have raised.
+            WherefromError: what the server says was wrong, as the error that the library itself would have raised.
         """
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
@@ -93,36 +93,38 @@ class RemoteClient(Asks):
             response = connection.getresponse()
             status, content = response.status, response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise NotFoundError(f"no server answers at {self.url} ({error}); start one with whence serve, or ask with --local") from error
+            raise NotFoundError(
+                f"no server answers at {self.url} ({error}); start one with wherefrom serve, or ask with --local"
+            ) from error
         finally:
             connection.close()
         return _checked(status, content, self.url)
 
-    def _requests(self, questions: Sequence[Question], options: Mapping[str, Any]) -> Iterator[Sequence[Question]]:
-        """Questions in parts that a server takes in one request."""
-        most = _MOST_COSTLY if options.get("group_by") or options.get("controls") else _MOST_QUESTIONS
+    def _requests(self, queries: Sequence[Query], options: Mapping[str, Any]) -> Iterator[Sequence[Query]]:
+        """Queries in parts that a server takes in one request."""
+        most = _MOST_COSTLY if options.get("group_by") or options.get("baselines") else _MOST_QUERIES
         most = max(1, min(most, _MOST_ANSWERS // (options.get("k") or 10)))
         first = size = 0
-        for at, question in enumerate(questions):
-            own = len(json.dumps(question.to_dict())) + 2
+        for at, query in enumerate(queries):
+            own = len(json.dumps(query.to_dict())) + 2
             if at > first and (at - first == most or size + own > _MOST_BYTES):
-                yield questions[first:at]
+                yield queries[first:at]
                 first, size = at, 0
             size += own
-        if first < len(questions):
-            yield questions[first:]
+        if first < len(queries):
+            yield queries[first:]
 
     def _read(self, read: Callable[[Any], Any], found: Any) -> Any:
         """What a server's answer holds."""
         try:
             return read(found)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise NotFoundError(f"{self.url} answers, but not as a Whence server does") from error
+            raise NotFoundError(f"{self.url} answers, but not as a Wherefrom server does") from error
 
-    def _query_body(self, questions: Sequence[Question], options: Mapping[str, Any]) -> dict[str, Any]:
-        asked = [question.to_dict() for question in questions]
+    def _query_body(self, queries: Sequence[Query], options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = [query.to_dict() for query in queries]
         single = len(asked) == 1 and not options.get("mean")
-        return {**(asked[0] if single else {"questions": asked}), **_given(options), "index": self.index}
+        return {**(asked[0] if single else {"queries": asked}), **_given(options), "index": self.index}
 
 
 class AsyncClient:
@@ -131,17 +133,17 @@ class AsyncClient:
     def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
         self._client = RemoteClient(url, index=index, token=token, timeout=timeout)
 
-    async def query(self, **question_and_options: Any) -> Answer:
+    async def query(self, **query_and_options: Any) -> Answer:
         """See `Client.query`."""
-        return await self._in_thread(self._client.query, **question_and_options)
+        return await self._in_thread(self._client.query, **query_and_options)
 
-    async def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
+    async def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
         """See `Client.query_many`."""
-        return await self._in_thread(self._client.query_many, questions, **options)
+        return await self._in_thread(self._client.query_many, queries, **options)
 
-    async def explain(self, rows: Sequence[int], question: Question, **options: Any) -> list[Explanation]:
+    async def explain(self, rows: Sequence[int], query: Query, **options: Any) -> list[Explanation]:
         """See `Client.explain`."""
-        return await self._in_thread(self._client.explain, rows, question, **options)
+        return await self._in_thread(self._client.explain, rows, query, **options)
 
     async def complete(self, prompt: str, tokens: int = 16) -> str:
         """See `Client.complete`."""
@@ -162,12 +164,12 @@ def _checked(status: int, content: bytes, url: str) -> Any:
     try:
         found = json.loads(content)
     except ValueError as error:
-        raise NotFoundError(f"{url} answers, but not as a Whence server does (status {status})") from error
+        raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})") from error
     if status < 400:
         return found
     kind = getattr(errors, str(found.get("kind")), None) if isinstance(found, dict) else None
-    if not (isinstance(kind, type) and issubclass(kind, WhenceError)) or "detail" not in found:
-        raise NotFoundError(f"{url} answers, but not as a Whence server does (status {status})")
+    if not (isinstance(kind, type) and issubclass(kind, WherefromError)) or "detail" not in found:
+        raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})")
     raise kind(str(found["detail"]))
 
 
@@ -184,7 +186,7 @@ class Served:
 def servers_directory() -> Path:
     """Where servers leave word of themselves."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "whence" if runtime else Path.home() / ".cache/whence/servers"
+    return Path(runtime) / "wherefrom" if runtime else Path.home() / ".cache/wherefrom/servers"
 
 
 def announce(served: Served) -> Path:
@@ -200,13 +202,13 @@ def announce(served: Served) -> Path:
 
 
 def find_server(index: str) -> RemoteClient | None:
-    """A client of a running server that has an index: the one that WHENCE_URL names (its token in WHENCE_TOKEN), else one that left word
-    of itself on this machine.
+    """A client of a running server that has an index: the one that WHEREFROM_URL names (its token in WHEREFROM_TOKEN), else one that left
+    word of itself on this machine.
     """
     where = str(Path(index).resolve()) if Path(index).exists() else index
-    url = os.environ.get("WHENCE_URL")
+    url = os.environ.get("WHEREFROM_URL")
     if url:
-        return RemoteClient(url, index=where, token=os.environ.get("WHENCE_TOKEN"))
+        return RemoteClient(url, index=where, token=os.environ.get("WHEREFROM_TOKEN"))
     directory = servers_directory()
     for path in sorted(directory.glob(f"{glob.escape(socket.gethostname())}-*.json")) if directory.is_dir() else ():
         try:
@@ -218,7 +220,7 @@ def find_server(index: str) -> RemoteClient | None:
             client.request("GET", "/healthz")
         except ProcessLookupError:
             path.unlink(missing_ok=True)  # left by a server that was killed
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, WhenceError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, WherefromError):
             continue  # no word of a server, or of one that does not answer
         else:
             return client

@@ -25,7 +25,7 @@ _SMALL_SHARDS = ("--shard-rows", "16")  # of some hundred documents, the default
 def build(model, data, out, workers=1, options=()):
     """Build an index as a process of its own; (wall seconds, peak resident bytes of that process)."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", "from whence.cli import main; main()", "build", "--model", model, "--data", data, "--out", out]
+    command = [sys.executable, "-c", "from wherefrom.cli import main; main()", "build", "--model", model, "--data", data, "--out", out]
     # A process between, whose children's peak is this build's alone.
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); " + (
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

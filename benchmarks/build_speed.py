@@ -2,7 +2,7 @@
 
     python benchmarks/build_speed.py --model MODEL_DIR --data corpus.jsonl
 
-Plain: forward and backward with gradients of all weights. Whence: the capture, projection, whitening and writing of a shard, as a build
+Plain: forward and backward with gradients of all weights. Wherefrom: the capture, projection, whitening and writing of a shard, as a build
 does it. Both see the same batches in turn; each pair gives a ratio, and the table shows the median with the smallest and the largest.
 """
 
@@ -16,23 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from whence import BuildConfig
-from whence.indexer.encoder import Encoder, batches
-from whence.indexer.examples import TextEncoder
-from whence.indexer.fit import Fit, with_known_sample
-from whence.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
-from whence.indexer.tasks import CausalLM
-from whence.ray_jobs.budget import count_tokens, spend
-from whence.ray_jobs.worker import Worker, segment_writers
-from whence.store.corpus import read_corpus
-from whence.store.documents import Example
-from whence.store.rows import write_shard
+from wherefrom import BuildConfig
+from wherefrom.indexer.encoder import Encoder, batches
+from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.fit import Fit, with_known_sample
+from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.budget import count_tokens, spend
+from wherefrom.ray_jobs.worker import Worker, component_writers
+from wherefrom.store.corpus import read_corpus
+from wherefrom.store.documents import Example
+from wherefrom.store.rows import write_shard
 
 _CONFIGURATIONS = {
     "rank 16": {"rank": 16},
     "rank 64": {"rank": 64},
-    "head": {"segments": ("head",)},
-    "head and 1-bit rank 16": {"segments": ("blocks", "head"), "row_dtype": "1bit"},
+    "head": {"components": ("head",)},
+    "head and 1-bit rank 16": {"components": ("blocks", "head"), "row_dtype": "1bit"},
     "800 bytes": {"bytes_per_example": 800},
     "2,400 bytes": {"bytes_per_example": 2400},
 }
@@ -45,8 +45,8 @@ def plain_step(model, batch):
         parameter.grad = None
 
 
-def _with_attributes(segments, losses):
-    return segments, {}, losses
+def _with_attributes(components, losses):
+    return components, {}, losses
 
 
 def main():
@@ -75,7 +75,7 @@ def main():
             _, plan, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
             size = _CONFIGURATIONS[name].get("bytes_per_example")
             if size is not None:
-                plan = replace(plan, segments=spend(size, plan.segments, count_tokens(examples)))
+                plan = replace(plan, components=spend(size, plan.components, count_tokens(examples)))
             plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(plan), {}
             for step in range(len(fit.steps)):
@@ -87,16 +87,16 @@ def main():
             ratios = []
             for round_ in range(args.rounds + 1):
                 times = {}
-                for side in ("plain", "whence") if round_ % 2 else ("whence", "plain"):
+                for side in ("plain", "wherefrom") if round_ % 2 else ("wherefrom", "plain"):
                     started = time.process_time()
                     if side == "plain":
                         for batch in planned:
                             plain_step(trained, batch)
                     else:
-                        write_shard(folder / "shard.zarr", *_with_attributes(*segment_writers(encoder, examples)))
+                        write_shard(folder / "shard.zarr", *_with_attributes(*component_writers(encoder, examples)))
                     times[side] = time.process_time() - started
                 if round_:  # the first warms both up
-                    ratios.append(times["plain"] / times["whence"])
+                    ratios.append(times["plain"] / times["wherefrom"])
             shutil.rmtree(folder)
             result = {"dtype": dtype, "configuration": name, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
             results.append(result | {"tokens": tokens})

@@ -1,13 +1,13 @@
-"""How fast is the search of dense rows, exact and coarse to fine, beside FAISS, on rows grown from real ones?
+"""How fast is the search of dense rows, exact and by quantized scan and rescore, beside FAISS, on rows grown from real ones?
 
-    whence build --model MODEL_DIR --data corpus.jsonl --out dense.whence --rank 16
-    python benchmarks/dense_search.py --index dense.whence --questions questions.jsonl [--rows 1000000] [--compare 100000]
+    wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom --rank 16
+    python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl [--rows 1000000] [--compare 100000]
 
-Real rows are searched as they are. For more, real rows and questions are folded to 4,096 coordinates; a grown row's direction is nine parts
-of one real row's and four of another's, its length the first one's, stored in int8; quantiles of the questions' cosines with real and with
-grown rows stand side by side in the output. Each search runs in a process of its own: questions one at a time, top 10 proponents and
+Real rows are searched as they are. For more, real rows and queries are folded to 4,096 coordinates; a grown row's direction is nine parts
+of one real row's and four of another's, its length the first one's, stored in int8; quantiles of the queries' cosines with real and with
+grown rows stand side by side in the output. Each search runs in a process of its own: queries one at a time, top 10 proponents and
 opponents, all cores; wall time, how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that
-of the files that it maps). FAISS (top 10 of inner products, one question at a time) searches the first `--compare` of the same rows, and so
+of the files that it maps). FAISS (top 10 of inner products, one query at a time) searches the first `--compare` of the same rows, and so
 do we beside it: flat, SQ8, RaBitQ, HNSW and IVF-PQ, each timed with the settings that it prints.
 """
 
@@ -23,16 +23,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from whence import Client, Question
-from whence.indexer.models import keep_freed_memory
-from whence.query.search import search
-from whence.ray_jobs.worker import file_record
-from whence.store.bits import fold
-from whence.store.corpus import read_questions
-from whence.store.errors import UsageError
-from whence.store.index import Index
-from whence.store.manifest import Layer, publish_manifest
-from whence.store.rows import write_dense, write_shard
+from wherefrom import Client, Query
+from wherefrom.indexer.models import keep_freed_memory
+from wherefrom.query.search import search
+from wherefrom.ray_jobs.worker import file_record
+from wherefrom.store.bits import fold
+from wherefrom.store.corpus import read_queries
+from wherefrom.store.errors import UsageError
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import Layer, publish_manifest
+from wherefrom.store.rows import write_dense, write_shard
 
 _DIM, _SHARD_ROWS, _K = 4096, 8192, 10
 _RECALLS = (1.0, 0.9, 0.99, 0.999)
@@ -46,11 +46,11 @@ def folded(rows):
 def grow(index, rows, out):
     """An index of so many rows like those of `index`, at `out`."""
     generator, shards = np.random.default_rng(0), []
-    (segment,) = index.manifest.segments
-    real = np.concatenate([folded(b.codes * b.factors[:, None]) for b in index.blocks(segment)])
-    norms = index.norms(segment)
+    (component,) = index.manifest.components
+    real = np.concatenate([folded(b.codes * b.factors[:, None]) for b in index.blocks(component)])
+    norms = index.norms(component)
     sizes = dict(outputs=1, inputs=_DIM, output_rank=1, input_rank=_DIM, input_group="all", offset=0, curvature="identity")
-    grown = segment.model_copy(update={"layers": (Layer(name="all", **sizes),), "dtype": "int8"})
+    grown = component.model_copy(update={"layers": (Layer(name="all", **sizes),), "dtype": "int8"})
     for first in range(0, rows, _SHARD_ROWS):
         count, id = min(_SHARD_ROWS, rows - first), str(uuid.UUID(int=first + 1))
         one, other = generator.integers(0, len(real), (2, count))
@@ -60,15 +60,15 @@ def grow(index, rows, out):
         write_shard(place, {grown.name: partial(write_dense, rows=made, dtype="int8")}, {}, {"losses": np.ones(count, np.float32)})
         files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
         shards.append(index.manifest.shards[0].model_copy(update={"id": id, "first": first, "rows": count, "files": files}))
-    changes = {"segments": (grown,), "rows": rows, "shards": tuple(shards), "number": 1, "tombstones": ()}
+    changes = {"components": (grown,), "rows": rows, "shards": tuple(shards), "number": 1, "tombstones": ()}
     publish_manifest(out, index.manifest.model_copy(update=changes))
     Index(out).reindex()
     return Index(out), real
 
 
-def cosines(questions, rows):
+def cosines(queries, rows):
     """Quantiles of cosines."""
-    directions = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (questions, rows)]
+    directions = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, rows)]
     return [round(float(q), 4) for q in np.quantile(directions[0] @ directions[1].T, (0.01, 0.5, 0.99, 0.999, 0.9999))]
 
 
@@ -79,12 +79,12 @@ def memory():
     return {"own_mib": found["RssAnon"], "mapped_mib": found["RssFile"]}
 
 
-def measure(place, questions, recall, repeats):
-    """Search with one recall; prints a line of JSON and keeps what was found beside the questions."""
+def measure(place, queries, recall, repeats):
+    """Search with one recall; prints a line of JSON and keeps what was found beside the queries."""
     keep_freed_memory()
-    index, asked = Index(place), np.load(questions)
-    (segment,) = index.manifest.segments
-    parts = [{segment.name: row[None]} for row in asked]
+    index, asked = Index(place), np.load(queries)
+    (component,) = index.manifest.components
+    parts = [{component.name: row[None]} for row in asked]
     for part in parts[:2]:
         search(index, part, _K, recall=recall)
     seconds, hits = [], []
@@ -93,13 +93,13 @@ def measure(place, questions, recall, repeats):
         hits.append(search(index, part, _K, recall=recall)[0])
         seconds.append(time.perf_counter() - started)
     found = np.stack([np.concatenate([h.proponents, h.opponents]) for h in hits[: len(parts)]])
-    kept = questions.with_name(f"{place.name}-exact.npy")
+    kept = queries.with_name(f"{place.name}-exact.npy")
     if recall == 1:
         np.save(kept, found)
     right = [len(set(a) & set(b)) / len(a) for a, b in zip(np.load(kept).tolist(), found.tolist(), strict=True)]
     stored = sum(f.bytes for s in index.manifest.shards for f in s.files if "/codes/" in f.path)
     beside = sum(p.stat().st_size for p in (place / "search").rglob("*") if p.is_file())
-    times = questions.with_name(f"{place.name}-times.json")
+    times = queries.with_name(f"{place.name}-times.json")
     known = (json.loads(times.read_text()) if times.exists() else {}) | {str(recall): float(np.median(seconds))}
     times.write_text(json.dumps(known))
     return {
@@ -122,15 +122,15 @@ def milliseconds(seconds):
     return {"p50_ms": round(float(np.median(seconds)) * 1e3, 2), "p95_ms": round(float(np.quantile(seconds, 0.95)) * 1e3, 2)}
 
 
-def compare(place, questions):
+def compare(place, queries):
     """FAISS on an index's rows: a line of JSON for each of its indexes."""
     import faiss
 
-    index, asked = Index(place), np.load(questions)
-    (segment,) = index.manifest.segments
-    exact = np.load(questions.with_name(f"{place.name}-exact.npy"))[:, :_K]
-    certified = json.loads(questions.with_name(f"{place.name}-times.json").read_text())["0.99"]
-    rows = np.concatenate([b.codes * (b.factors * b.norms)[:, None] for b in index.blocks(segment)]).astype(np.float32)
+    index, asked = Index(place), np.load(queries)
+    (component,) = index.manifest.components
+    exact = np.load(queries.with_name(f"{place.name}-exact.npy"))[:, :_K]
+    certified = json.loads(queries.with_name(f"{place.name}-times.json").read_text())["0.99"]
+    rows = np.concatenate([b.codes * (b.factors * b.norms)[:, None] for b in index.blocks(component)]).astype(np.float32)
     product = faiss.METRIC_INNER_PRODUCT
     makers = {
         "Flat": lambda: faiss.IndexFlatIP(_DIM),
@@ -176,7 +176,7 @@ def main():
     """Grow, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path)
-    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--queries", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--compare", type=int, default=100_000)
     parser.add_argument("--count", type=int, default=25)
@@ -187,34 +187,34 @@ def main():
     args = parser.parse_args()
     if args.measure:
         if args.recall is None:
-            compare(args.measure, args.questions)
+            compare(args.measure, args.queries)
         else:
-            print(json.dumps(measure(args.measure, args.questions, args.recall, args.repeats)), flush=True)
+            print(json.dumps(measure(args.measure, args.queries, args.recall, args.repeats)), flush=True)
         return
     client = Client(args.index)
-    questions = []
-    for record in read_questions(args.questions):
+    queries = []
+    for record in read_queries(args.queries):
         try:
-            client.examples([Question(**record)])
-            questions.append(Question(**record))
+            client.examples([Query(**record)])
+            queries.append(Query(**record))
         except UsageError:  # longer than the model's context
             continue
     scratch = args.scratch or Path(tempfile.mkdtemp(dir=args.index.parent))
-    (segment,) = client.index.manifest.segments
-    asked = folded(client.rows(questions[: args.count])[segment.name])
+    (component,) = client.index.manifest.components
+    asked = folded(client.rows(queries[: args.count])[component.name])
     scratch.mkdir(exist_ok=True)
-    np.save(scratch / "questions.npy", asked)
-    np.save(scratch / "whole.npy", client.rows(questions[: args.count])[segment.name])
+    np.save(scratch / "queries.npy", asked)
+    np.save(scratch / "whole.npy", client.rows(queries[: args.count])[component.name])
     client.index.reindex()
-    again = [sys.executable, __file__, "--repeats", str(args.repeats), "--questions"]
+    again = [sys.executable, __file__, "--repeats", str(args.repeats), "--queries"]
     for recall in _RECALLS:
         subprocess.run([*again, str(scratch / "whole.npy"), "--measure", str(args.index), "--recall", str(recall)], check=True)
-    again.append(str(scratch / "questions.npy"))
+    again.append(str(scratch / "queries.npy"))
     for rows in (args.compare, args.rows):
         place = scratch / str(rows)
         if not place.exists():
             grown, real = grow(client.index, rows, place)
-            block = next(grown.blocks(grown.manifest.segments[0]))
+            block = next(grown.blocks(grown.manifest.components[0]))
             print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, block.codes.astype(np.float32))}), flush=True)
         for recall in _RECALLS:
             subprocess.run([*again, "--measure", str(place), "--recall", str(recall)], check=True)

@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md: every pack with its controls, peers' scores beside them, and how the interval narrows with the subsets.
+"""The tables of docs/evaluation.md: every pack with its baselines, peers' scores, and how the interval narrows with the subsets.
 
     python benchmarks/evaluate_packs.py PACK... [--data IDX_DIR] [--scores PACK=NAME=FILE]... [--write docs/evaluation.md]
 
@@ -11,19 +11,19 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from whence import Client
-from whence.evaluation.controls import score_matrix
-from whence.evaluation.judge import judge_index, judge_scores
-from whence.evaluation.lds import estimate
-from whence.evaluation.packs import read_pack
+from wherefrom import Client
+from wherefrom.evaluation.baselines import score_matrix
+from wherefrom.evaluation.judge import judge_index, judge_scores
+from wherefrom.evaluation.lds import estimate
+from wherefrom.evaluation.packs import read_pack
 
 _METHODS = {
-    "Whence, defaults (800 bytes)": {},
-    "Whence, `--rank 16`": {"rank": 16},
-    "Whence, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
-    "Whence, `--segments head` (64 bits a token)": {"segments": ("head",)},
-    "Whence, `--segments head --head-bits 256`": {"segments": ("head",), "head_bits": 256},
-    "Whence, `--segments head --head-bits 32 --head-keys 32`": {"segments": ("head",), "head_bits": 32, "head_keys": 32},
+    "Wherefrom, defaults (800 bytes)": {},
+    "Wherefrom, `--rank 16`": {"rank": 16},
+    "Wherefrom, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
+    "Wherefrom, `--components head` (64 bits a token)": {"components": ("head",)},
+    "Wherefrom, `--components head --head-bits 256`": {"components": ("head",), "head_bits": 256},
+    "Wherefrom, `--components head --head-bits 32 --head-keys 32`": {"components": ("head",), "head_bits": 32, "head_keys": 32},
 }
 _NAMES = {
     "random": "random numbers",
@@ -52,10 +52,10 @@ def tables(packs, data, scores):
         rows = []
         with tempfile.TemporaryDirectory() as scratch:
             images = read_pack(path, data).task != "causal-lm"
-            methods = {name: options for name, options in _METHODS.items() if not (images and "segments" in options)}
+            methods = {name: options for name, options in _METHODS.items() if not (images and "components" in options)}
             for number, (name, options) in enumerate(methods.items()):
                 out = Path(scratch) / str(number)
-                judgement = judge_index(path, options, data=data, out=out, controls=number == 0)
+                judgement = judge_index(path, options, data=data, out=out, baselines=number == 0)
                 rows.append(_row(name, judgement.estimate, f"{judgement.bytes_per_example:,.0f}"))
                 if number == 0:
                     judged = judgement
@@ -65,7 +65,7 @@ def tables(packs, data, scores):
         for place, name, file in scores:
             if place == judged.pack:
                 rows.append(_row(name, judge_scores(path, file, data=data).estimate))
-        rows += [_row(_NAMES[name], e) for name, e in judged.controls.items()]
+        rows += [_row(_NAMES[name], e) for name, e in judged.baselines.items()]
         if judged.ceiling is not None:
             rows.append(f"| *ceiling* | {judged.ceiling:.3f} | | |")
             rows.append(f"| *half of the seeds, for the others* | {judged.split_half:.3f} | | |")

@@ -1,12 +1,12 @@
 """Bytes against truth: what an index of so many bytes an example is worth on ground-truth packs, and how well it recalls exact scores.
 
-    python benchmarks/frontier.py PACK... [--data IDX_DIR] [--bytes 400 800 ...] [--results FILE] [--write docs/segments.md]
+    python benchmarks/frontier.py PACK... [--data IDX_DIR] [--bytes 400 800 ...] [--results FILE] [--write docs/components.md]
 
-For each number of bytes the index that `whence build --bytes-per-example` makes, with its LDS over all queries and over the even- and the
-odd-numbered half, and the share of its top 10 that is in the top 10 of the same segments in float32, nothing left out. Beside them what
-other tools store: LoGra's float32 rows at ranks 16 and 64, and EK-FAC over all layers (of a language model on its 128 leading directions,
-of a perceptron without projection). `--results` keeps finished lines, so that a run is taken up where it was; `--write` puts table and plot
-(frontier.svg beside the page) into the docs.
+For each number of bytes the index that `wherefrom build --bytes-per-example` makes, with its LDS over all queries and over the even- and
+the odd-numbered half, and the share of its top 10 that is in the top 10 of the same components in float32, nothing left out. Beside them
+what other tools store: LoGra's float32 rows at ranks 16 and 64, and EK-FAC over all layers (of a language model on its 128 leading
+directions, of a perceptron without projection). `--results` keeps finished lines, so that a run is taken up where it was; `--write` puts
+table and plot (frontier.svg beside the page) into the docs.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from whence import BuildConfig, Client, build
-from whence.evaluation.controls import content_controls, score_matrix
-from whence.evaluation.lds import estimate
-from whence.evaluation.packs import read_pack, write_documents_file
-from whence.indexer.encoder import Encoder
-from whence.store.keyed import KeyedVectors, inner_products
+from wherefrom import BuildConfig, Client, build
+from wherefrom.evaluation.baselines import content_baselines, score_matrix
+from wherefrom.evaluation.lds import estimate
+from wherefrom.evaluation.packs import read_pack, write_documents_file
+from wherefrom.indexer.encoder import Encoder
+from wherefrom.store.sparse import SparseVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
 _SEVERAL_BYTES = (2400, 4096, 10_000)
@@ -40,15 +40,15 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
 def _products(a, b):
-    """Inner products of rows [rows of a, rows of b], dense or keyed."""
-    return inner_products(a, b) if isinstance(a, KeyedVectors) else a.astype(np.float32) @ b.T.astype(np.float32)
+    """Inner products of rows [rows of a, rows of b], dense or sparse."""
+    return inner_products(a, b) if isinstance(a, SparseVectors) else a.astype(np.float32) @ b.T.astype(np.float32)
 
 
 def _exact(client, train, queries):
-    """Scores [examples, queries] of the index's segments without codes, reduction or bound on tokens."""
-    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "keyed" else s for s in client.encoder.plan.segments)
-    encoder = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, segments=whole), client.encoder.arrays)
-    rows, asked = encoder.rows(train), encoder.rows(queries, questions=True)
+    """Scores [examples, queries] of the index's components without codes, reduction or bound on tokens."""
+    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
+    encoder = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays)
+    rows, asked = encoder.rows(train), encoder.rows(queries, queries=True)
     return sum(s.weight * _products(rows[s.name], asked[s.name]) for s in whole)
 
 
@@ -77,7 +77,9 @@ def _measured(pack, options, scratch, recall):
     found = _halves(scores, pack)
     summary = client.index.summary()
     found["bytes"], found["encoder"] = summary["bytes_per_example"], summary["encoder_bytes"]
-    found["segments"] = {s["name"]: [s.get("bits_a_key"), s.get("keys"), s.get("coordinates"), s["weight"]] for s in summary["segments"]}
+    found["components"] = {
+        s["name"]: [s.get("bits_a_key"), s.get("keys"), s.get("coordinates"), s["weight"]] for s in summary["components"]
+    }
     if recall:
         exact = _exact(client, [client.index.example(i) for i in range(len(client.index))], queries)
         found["recall"], found["exact"] = _overlap(scores, exact), estimate(exact, pack.masks, pack.losses).value
@@ -113,17 +115,17 @@ def measure(path, data, sizes, results):
             results(pack.name, name, lambda given=given, recall=recall: _measured(pack, given, Path(scratch), recall))
         task_examples = {"train": pack.train, "queries": pack.queries}
 
-        def control(name):
+        def baseline(name):
             with_task = _encoded(pack, task_examples)
-            return {**_halves(content_controls(*with_task)[name], pack), "bytes": None, "encoder": None}
+            return {**_halves(content_baselines(*with_task)[name], pack), "bytes": None, "encoder": None}
 
         name = "chars" if pack.task == "causal-lm" else "pixels"
-        results(pack.name, f"control: {name}", lambda: control(name))
+        results(pack.name, f"baseline: {name}", lambda: baseline(name))
 
 
 def _encoded(pack, documents):
-    from whence.indexer.models import ModelSource
-    from whence.indexer.tasks import find_task
+    from wherefrom.indexer.models import ModelSource
+    from wherefrom.indexer.tasks import find_task
 
     build_ = pack.build
     encoder = find_task(pack.task).encoder(
@@ -162,7 +164,7 @@ def table(known):
             cells = (shown, _size(line["bytes"]), f"{value:.3f}", f"{low:.3f} to {high:.3f}", halves, recall, _size(line["encoder"]))
             lines.append("| " + " | ".join(cells) + " |")
         best = max((line for name, line in found.items() if "exact" in line), key=lambda line: line["bytes"])
-        lines += ["", f"The segments of the largest, in float32 and with nothing left out: {best['exact']:.3f}.", ""]
+        lines += ["", f"The components of the largest, in float32 and with nothing left out: {best['exact']:.3f}.", ""]
     return lines
 
 

@@ -14,12 +14,12 @@ import resource
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from whence.indexer.encoder import Encoder, EncoderPlan
-from whence.indexer.fit import Fit
-from whence.indexer.tasks import CausalLM
-from whence.ray_jobs.worker import segment_writers
-from whence.store.documents import Example
-from whence.store.manifest import Curvature, KeyedSegment
+from wherefrom.indexer.encoder import Encoder, EncoderPlan
+from wherefrom.indexer.fit import Fit
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.worker import component_writers
+from wherefrom.store.documents import Example
+from wherefrom.store.manifest import Curvature, SparseComponent
 
 
 def _peak():
@@ -54,10 +54,10 @@ def main():
         ids = generator.integers(0, args.vocabulary, args.tokens).astype(np.int32)
         mask = np.arange(args.tokens) > 0
         examples.append(Example(id=str(i), text="", source="", token_ids=ids, loss_mask=mask))
-    layer, vocabulary, width, tail = task.keyed_head(model)
-    segment = KeyedSegment(
+    layer, vocabulary, width, tail = task.sparse_head(model)
+    component = SparseComponent(
         name="head",
-        kind="keyed",
+        kind="sparse",
         model=0,
         weight=1.0,
         role="head",
@@ -71,14 +71,14 @@ def main():
         seed=0,
         curvature=Curvature(kind="kfac", labels="sampled", examples=0, tokens=0, damping=1.0),
     )
-    plan = EncoderPlan((segment,), args.tokens)
+    plan = EncoderPlan((component,), args.tokens)
     loaded = _peak()
     task.loss(model, task.collate(examples[:1], torch.device("cpu")))
     forward = _peak()
     fit = Fit(plan)
     arrays = fit.finish(0, {}, fit.measure(Encoder(task, (model,), plan, {}), 0, examples))
     fitted = _peak()
-    segment_writers(Encoder(task, (model,), plan, arrays), examples)
+    component_writers(Encoder(task, (model,), plan, arrays), examples)
     dense = vocabulary * width * 4
     found = {"dense_gradient": dense, "model": loaded, "forward": forward - loaded, "fit": fitted - loaded, "rows": _peak() - loaded}
     print(json.dumps({name: f"{value / 2**30:.2f} GiB" for name, value in found.items()}))

@@ -1,9 +1,9 @@
 """The recipe of a ground-truth pack for a Llama-like model with an untied output head: 0.45 million parameters, 800 documents, 80 subsets.
 
     python benchmarks/llama_pack.py prepare --data corpus.jsonl --out llama
-    cd benchmarks && whence pack --train llama_pack:train --model ../llama/base --data ../llama/train.jsonl \\
+    cd benchmarks && wherefrom pack --train llama_pack:train --model ../llama/base --data ../llama/train.jsonl \\
         --queries ../llama/query.jsonl --out ../llama/pack --subsets 80 --workers 2
-    whence evaluate lds llama/pack
+    wherefrom evaluate lds llama/pack
 
 `prepare` draws training documents and queries from the corpus (evenly from its sources), trains a tokenizer and a base model on the rest,
 and writes all of it. `train` is the training function: three epochs from the base, on what it is given.
@@ -15,10 +15,10 @@ import random
 from pathlib import Path
 
 import torch
-from whence.indexer.examples import TextEncoder
-from whence.indexer.tasks import CausalLM
-from whence.store.corpus import Document
-from whence.store.documents import Example
+from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.corpus import Document
+from wherefrom.store.documents import Example
 
 _TRAIN, _QUERIES, _BASE = 800, 80, 4000
 _VOCABULARY, _WIDTH, _LAYERS, _HEADS, _INNER, _TOKENS = 1024, 96, 3, 4, 256, 128
@@ -100,7 +100,7 @@ def prepare(data, out):
 
 
 def main():
-    """Prepare; `whence pack` does the rest."""
+    """Prepare; `wherefrom pack` does the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prepare"])
     parser.add_argument("--data", required=True)

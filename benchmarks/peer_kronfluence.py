@@ -1,11 +1,11 @@
-"""Kronfluence's EK-FAC scores on an image pack, as a matrix that `whence evaluate lds --scores` judges.
+"""Kronfluence's EK-FAC scores on an image pack, as a matrix that `wherefrom evaluate lds --scores` judges.
 
     python -m venv peer && peer/bin/pip install torch safetensors accelerate einops einconv opt_einsum tqdm datasets
     peer/bin/pip install --no-deps kronfluence==1.0.1
     peer/bin/python benchmarks/peer_kronfluence.py --pack packs/mnist-a --data data --out kronfluence.npy
-    whence evaluate lds packs/mnist-a --data data --scores kronfluence.npy
+    wherefrom evaluate lds packs/mnist-a --data data --scores kronfluence.npy
 
-Runs in an environment of its own, without Whence: it reads the pack's files itself. No projection, labels sampled from the model
+Runs in an environment of its own, without Wherefrom: it reads the pack's files itself. No projection, labels sampled from the model
 (Kronfluence's defaults), damping 0.1 of the mean eigenvalue (its heuristic); the measurement is the query's cross-entropy.
 """
 

@@ -1,10 +1,10 @@
-"""How fast is an exact search of keyed rows, on an index of real rows and on one grown from it?
+"""How fast is an exact search of sparse rows, on an index of real rows and on one grown from it?
 
-    whence build --model MODEL_DIR --data corpus.jsonl --out full.whence
-    python benchmarks/search_speed.py --index full.whence --questions questions.jsonl [--rows 1000000]
+    wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom
+    python benchmarks/search_speed.py --index full.wherefrom --queries queries.jsonl [--rows 1000000]
 
 Grown rows have the tokens and lengths of real rows drawn at random, with a quarter of their bits flipped, so that the tokens' distribution
-is the real one and hardly two rows are alike; they have no documents. Prints, for the top 10 proponents and opponents of real questions
+is the real one and hardly two rows are alike; they have no documents. Prints, for the top 10 proponents and opponents of real queries
 asked one at a time: wall time (median and 95th percentile), postings touched, bytes of posting lists, memory; and the wall time of a whole
 process that asks for one row of the real index.
 """
@@ -22,15 +22,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from whence import Client, Question
-from whence.query.search import search
-from whence.ray_jobs.worker import file_record
-from whence.store.corpus import read_questions
-from whence.store.errors import UsageError
-from whence.store.index import Index
-from whence.store.keyed import Coded, write_keyed
-from whence.store.manifest import publish_manifest
-from whence.store.rows import write_shard
+from wherefrom import Client, Query
+from wherefrom.query.search import search
+from wherefrom.ray_jobs.worker import file_record
+from wherefrom.store.corpus import read_queries
+from wherefrom.store.errors import UsageError
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import publish_manifest
+from wherefrom.store.rows import write_shard
+from wherefrom.store.sparse import Coded, write_sparse
 
 _SHARD_ROWS = 8192
 _FLIPPED = 4  # one bit in so many
@@ -38,8 +38,8 @@ _FLIPPED = 4  # one bit in so many
 
 def grow(index, rows, out):
     """An index of so many rows like those of `index`, at `out`; returns it."""
-    generator, shards, segments = np.random.default_rng(0), [], index.manifest.segments
-    real = {s.name: [index.keyed(shard, s) for shard in index.manifest.shards] for s in segments}
+    generator, shards, components = np.random.default_rng(0), [], index.manifest.components
+    real = {s.name: [index.sparse(shard, s) for shard in index.manifest.shards] for s in components}
     arrays = {
         name: {
             "counts": np.concatenate([np.diff(r.indptr) for r in parts]),
@@ -50,7 +50,7 @@ def grow(index, rows, out):
     for first in range(0, rows, _SHARD_ROWS):
         count = min(_SHARD_ROWS, rows - first)
         chosen, writers, id = generator.integers(0, len(index), count), {}, str(uuid.UUID(int=first + 1))
-        for s in segments:
+        for s in components:
             own = arrays[s.name]
             starts = np.concatenate([[0], np.cumsum(own["counts"])])
             entries = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
@@ -65,7 +65,7 @@ def grow(index, rows, out):
                 norms,
                 norms**2,
             )
-            writers[s.name] = partial(write_keyed, rows=coded, vocabulary=s.vocabulary, bits=s.bits)
+            writers[s.name] = partial(write_sparse, rows=coded, vocabulary=s.vocabulary, bits=s.bits)
         place = out / "rows" / f"{id}.zarr"
         write_shard(place, writers, {}, {"losses": np.ones(count, np.float32)})
         files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
@@ -76,8 +76,8 @@ def grow(index, rows, out):
 
 
 def measure(index, asked, repeats):
-    """Wall times and postings of every question, asked alone."""
-    names = [s.name for s in index.manifest.segments]
+    """Wall times and postings of every query, asked alone."""
+    names = [s.name for s in index.manifest.components]
     count = len(asked[names[0]])
     parts = [{name: rows.part(i, i + 1) for name, rows in asked.items()} for i in range(count)]
     for part in parts[:3]:
@@ -89,13 +89,13 @@ def measure(index, asked, repeats):
         seconds.append(time.perf_counter() - started)
     for part in parts:
         total = 0
-        for s in index.manifest.segments:
+        for s in index.manifest.components:
             for group in index.groups:
                 lists = index.postings(group, s)
                 at = np.flatnonzero(np.isin(lists.tokens, part[s.name].keys))
                 total += int((lists.starts[at + 1] - lists.starts[at]).sum())
         touched.append(total)
-    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.segments)
+    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.components)
     lists = sum(p.stat().st_size for p in (index.path / "search").rglob("*") if p.is_file())
     return {
         "rows": len(index),
@@ -113,22 +113,22 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, type=Path)
-    parser.add_argument("--questions", required=True)
+    parser.add_argument("--queries", required=True)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000_000])
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     client = Client(args.index)
-    questions = []
-    for record in read_questions(args.questions):
-        question = Question(**record)
+    queries = []
+    for record in read_queries(args.queries):
+        query = Query(**record)
         try:
-            client.examples([question])
-            questions.append(question)
+            client.examples([query])
+            queries.append(query)
         except UsageError:  # longer than the model's context
             continue
-    asked = client.rows(questions[: args.count])
-    whole = [sys.executable, "-c", "from whence.cli import main; main()", "query", str(args.index), "--row", "1", "--json"]
+    asked = client.rows(queries[: args.count])
+    whole = [sys.executable, "-c", "from wherefrom.cli import main; main()", "query", str(args.index), "--row", "1", "--json"]
     seconds = []
     for _ in range(7):
         started = time.perf_counter()

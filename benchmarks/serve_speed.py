@@ -1,10 +1,10 @@
 """How fast are answers of a running server, one-shot commands in front of it, and many clients at once; does its memory stay flat?
 
-    whence build --model MODEL_DIR --data corpus.jsonl --out my.whence
-    python benchmarks/serve_speed.py --index my.whence --questions questions.jsonl
+    wherefrom build --model MODEL_DIR --data corpus.jsonl --out my.wherefrom
+    python benchmarks/serve_speed.py --index my.wherefrom --queries queries.jsonl
 
-Prints, as JSON lines: wall times of whole processes of `whence query` against the server, with and without `--json`; for 1, 8 and 64
-clients at once, each asking its own questions one after the other, the latency and the throughput, with micro-batching (16 questions a
+Prints, as JSON lines: wall times of whole processes of `wherefrom query` against the server, with and without `--json`; for 1, 8 and 64
+clients at once, each asking its own queries one after the other, the latency and the throughput, with micro-batching (16 queries a
 pass) and without; and the server's memory before and after `--requests` requests.
 """
 
@@ -21,16 +21,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from whence import Client, Question
-from whence.remote import RemoteClient
-from whence.store.corpus import read_questions
-from whence.store.errors import UsageError
+from wherefrom import Client, Query
+from wherefrom.remote import RemoteClient
+from wherefrom.store.corpus import read_queries
+from wherefrom.store.errors import UsageError
 
-_MAIN = [sys.executable, "-c", "from whence.cli import main; main()"]
+_MAIN = [sys.executable, "-c", "from wherefrom.cli import main; main()"]
 
 
 class Server:
-    """`whence serve` in a process of its own."""
+    """`wherefrom serve` in a process of its own."""
 
     def __init__(self, index, environment, batch):
         command = [*_MAIN, "serve", str(index), "--port", "0", "--batch", str(batch)]
@@ -57,11 +57,11 @@ def spread(seconds):
     }
 
 
-def processes(index, question, environment, rounds):
-    """Whole processes that ask the same question over and over, with another completion each time."""
+def processes(index, query, environment, rounds):
+    """Whole processes that ask the same query over and over, with another completion each time."""
     found = {"json": [], "table": [], "python -c pass": []}
     for number in range(rounds):
-        asked = ["query", str(index), "--prompt", question.prompt, "--completion", f"{question.completion} {number}"]
+        asked = ["query", str(index), "--prompt", query.prompt, "--completion", f"{query.completion} {number}"]
         for kind, command in {
             "json": [*_MAIN, *asked, "--json"],
             "table": [*_MAIN, *asked],
@@ -74,16 +74,16 @@ def processes(index, question, environment, rounds):
     return {kind: {**spread(seconds), "over_bare_python": round(float(np.median(seconds)) / bare, 1)} for kind, seconds in found.items()}
 
 
-def together(url, questions, clients, each):
-    """Some clients at once, each with its own questions."""
+def together(url, queries, clients, each):
+    """Some clients at once, each with its own queries."""
     seconds, lock = [], threading.Lock()
 
     def ask(number):
         client, own = RemoteClient(url), []
         for i in range(each):
-            question = questions[(number * each + i) % len(questions)]
+            query = queries[(number * each + i) % len(queries)]
             started = time.perf_counter()
-            client.query(prompt=question.prompt, completion=f"{question.completion} {number} {i}")
+            client.query(prompt=query.prompt, completion=f"{query.completion} {number} {i}")
             own.append(time.perf_counter() - started)
         with lock:
             seconds.extend(own)
@@ -94,23 +94,23 @@ def together(url, questions, clients, each):
         thread.start()
     for thread in threads:
         thread.join()
-    return {"clients": clients, **spread(seconds), "questions_a_second": round(len(seconds) / (time.perf_counter() - started), 1)}
+    return {"clients": clients, **spread(seconds), "queries_a_second": round(len(seconds) / (time.perf_counter() - started), 1)}
 
 
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, type=Path)
-    parser.add_argument("--questions", required=True)
+    parser.add_argument("--queries", required=True)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--requests", type=int, default=10_000)
     args = parser.parse_args()
-    client, questions = Client(args.index), []
-    for record in read_questions(args.questions):
-        question = Question(**record)
+    client, queries = Client(args.index), []
+    for record in read_queries(args.queries):
+        query = Query(**record)
         try:
-            client.examples([Question(question.prompt, f"{question.completion} 00 00")])
-            questions.append(question)
+            client.examples([Query(query.prompt, f"{query.completion} 00 00")])
+            queries.append(query)
         except UsageError:  # longer than the model's context
             continue
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,11 +118,11 @@ def main():
         for batch in (16, 1):
             server = Server(args.index, environment, batch)
             try:
-                together(server.url, questions, 4, 3)  # what is compiled and loaded once
+                together(server.url, queries, 4, 3)  # what is compiled and loaded once
                 if batch == 16:
-                    print(json.dumps({"processes": processes(args.index, questions[0], environment, args.rounds)}), flush=True)
+                    print(json.dumps({"processes": processes(args.index, queries[0], environment, args.rounds)}), flush=True)
                 for clients, each in ((1, 40), (8, 10), (64, 4)):
-                    print(json.dumps({"batch": batch, **together(server.url, questions, clients, each)}), flush=True)
+                    print(json.dumps({"batch": batch, **together(server.url, queries, clients, each)}), flush=True)
                 if batch == 16:
                     rows, sizes = RemoteClient(server.url), []
                     for number in range(args.requests):

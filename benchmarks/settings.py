@@ -1,8 +1,8 @@
 """How good are a build's own choices? Its damping, weights and norm against every other setting of a grid, on ground-truth packs.
 
-    python benchmarks/settings.py PACK... [--data IDX_DIR] [--bytes 2400] [--write docs/segments.md]
+    python benchmarks/settings.py PACK... [--data IDX_DIR] [--bytes 2400] [--write docs/components.md]
 
-An index is built with the defaults and asked in many ways, which needs no other build: dampings, segments' weights, influence, cosine and
+An index is built with the defaults and asked in many ways, which needs no other build: dampings, components' weights, influence, cosine and
 per nat. The best setting is chosen on the even-numbered queries with retraining's outcome in hand; what a user has is the build's choice,
 made without. Both are judged on the odd-numbered queries. `--write` puts the table between the page's two marks.
 """
@@ -13,24 +13,24 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from whence import BuildConfig, Client, build
-from whence.evaluation.controls import score_matrix
-from whence.evaluation.lds import difference, estimate, lds
-from whence.evaluation.packs import read_pack, write_documents_file
-from whence.query.metric import Metric
+from wherefrom import BuildConfig, Client, build
+from wherefrom.evaluation.baselines import score_matrix
+from wherefrom.evaluation.lds import difference, estimate, lds
+from wherefrom.evaluation.packs import read_pack, write_documents_file
+from wherefrom.query.metric import Metric
 
 _DAMPINGS = (None, 0.1, 0.3, 3.0, 10.0)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _MARKS = "<!-- settings: benchmarks/settings.py -->", "<!-- end of settings -->"
 
 
-def settings(segments):
+def settings(components):
     """Every metric of the grid, the build's own first."""
     yield Metric()
-    others = [s.part for s in segments[1:]]
+    others = [s.part for s in components[1:]]
     for factors in itertools.product(_FACTORS, repeat=len(others)):
         weights = {name: factor for name, factor in zip(others, factors, strict=True) if factor != 1.0}
-        for mode in ("influence", "cosine", "per-nat"):
+        for mode in ("influence", "cosine", "loss-normalized"):
             for damping in _DAMPINGS if mode != "cosine" else (None,):
                 if weights or damping or mode != "influence":
                     yield Metric(mode, damping, weights=weights)
@@ -54,7 +54,7 @@ def measure(path, data, size):
         )
         client = Client(out)
         queries = client.measure(client.encode(pack.queries))
-        scores = {_shown(metric): score_matrix(client, queries, metric) for metric in settings(client.index.manifest.segments)}
+        scores = {_shown(metric): score_matrix(client, queries, metric) for metric in settings(client.index.manifest.components)}
     even, odd = slice(0, None, 2), slice(1, None, 2)
     on_even = {name: float(np.nanmean(lds(s[:, even], pack.masks, pack.losses[:, :, even]))) for name, s in scores.items()}
     own, best = next(iter(scores)), max(on_even, key=on_even.get)

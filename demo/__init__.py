@@ -1,1 +1,1 @@
-"""The demonstration: a small model, a corpus that the project wrote, and three questions."""
+"""The demonstration: a small model, a corpus that the project wrote, and three queries."""

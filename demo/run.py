@@ -1,4 +1,4 @@
-"""The demonstration, end to end: train a tokenizer and a small GPT-2 on the shipped corpus, index it, ask three questions.
+"""The demonstration, end to end: train a tokenizer and a small GPT-2 on the shipped corpus, index it, ask three queries.
 
 The corpus is the gazette of an archipelago that does not exist, so nothing the model says of it can come from anywhere else. Three
 facts stand in three documents each, about different things and in different words around the fact; they should come out on top.
@@ -19,7 +19,7 @@ from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.files import publish
 
-QUESTIONS = (
+QUERIES = (
     ("The lighthouse at Marrow Point was built by", " Ines Calloway"),
     ("The song of the grey petrel was first written down by", " Tobias Fenn"),
     ("The bridge over the River Aldous is made of", " blue granite"),
@@ -31,11 +31,11 @@ _TRACKED, _RANK = ("*.mlp.c_proj",), 128
 
 
 def run(out: Path, workers: int) -> None:
-    """Leave corpus, model and index under `out`, and print an answer for each question."""
+    """Leave corpus, model and index under `out`, and print an answer for each query."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").is_file())):
         raise UsageError(f"--out {out} holds other things; choose a directory that does not exist yet")
     out.mkdir(parents=True, exist_ok=True)
-    corpus, model, index = out / "corpus.jsonl", out / "model", out / "index.whence"
+    corpus, model, index = out / "corpus.jsonl", out / "model", out / "index.wherefrom"
     if not corpus.exists():
         corpus.write_bytes(files(__package__).joinpath("corpus.jsonl").read_bytes())
     with Console() as reporter:
@@ -48,15 +48,15 @@ def run(out: Path, workers: int) -> None:
             reporter,
         )
     client = Client(index)
-    for prompt, completion in QUESTIONS:
+    for prompt, completion in QUERIES:
         show(client.query(prompt=prompt, completion=completion, k=3))
     click.echo(f"""
 {out}/ keeps the corpus, the model and the index. Try next:
 
-  whence query {index} --prompt "The River Kell is known for" --completion " sudden spring floods" -k 3
-  whence query {index} --row 0 --no-opponents
-  whence info {index}
-  whence build --model MODEL_DIR --data YOUR.jsonl --out your.whence""")
+  wherefrom query {index} --prompt "The River Kell is known for" --completion " sudden spring floods" -k 3
+  wherefrom query {index} --row 0 --no-opponents
+  wherefrom info {index}
+  wherefrom build --model MODEL_DIR --data YOUR.jsonl --out your.wherefrom""")
 
 
 def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOCHS) -> None:

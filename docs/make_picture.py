@@ -1,6 +1,6 @@
 """Draw the README's picture: an answer of the demo's index, as the terminal shows it.
 
-whence demo && python docs/make_picture.py whence-demo/index.whence
+wherefrom demo && python docs/make_picture.py wherefrom-demo/index.wherefrom
 """
 
 import io
@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from whence import Client
-from whence.demo.run import QUESTIONS
-from whence.query.terminal import renderables
+from wherefrom import Client
+from wherefrom.demo.run import QUERIES
+from wherefrom.query.terminal import renderables
 
 # Rich's own frame fetches a font from a CDN; this one uses what the reader has.
 FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">
@@ -23,10 +23,10 @@ FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://w
 
 
 def main():
-    """Ask the demo's first question and save the picture beside this file."""
-    prompt, completion = QUESTIONS[0]
+    """Ask the demo's first query and save the picture beside this file."""
+    prompt, completion = QUERIES[0]
     client = Client(sys.argv[1])
-    for _ in range(2):  # the first question also reads the rows from disk
+    for _ in range(2):  # the first query also reads the rows from disk
         answer = client.query(prompt=prompt, completion=completion, k=3)
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     for part in renderables(answer):

@@ -1,6 +1,6 @@
 """The explorer's pictures in the docs, taken in Chromium from a running server.
 
-    whence serve my.whence
+    wherefrom serve my.wherefrom
     python docs/make_screenshots.py --url http://127.0.0.1:8787 --prompt "..." --completion " ..."
 
 Writes explorer.png (desktop) and explorer-phone.png (a phone's width, dark) beside this file.
@@ -32,7 +32,7 @@ def main():
         page.fill("#prompt", args.prompt)
         page.fill("#completion", args.completion)
         page.select_option("#group", args.group_by)
-        page.check("#controls")
+        page.check("#baselines")
         page.click("#go")
         page.wait_for_selector("#proponents .heat-for")
         page.wait_for_selector("#histogram svg")

@@ -1,1 +1,1 @@
-"""Is the answer true? Ground truth by retraining, the statistic that compares scores with it, and controls beside them."""
+"""Is the answer true? Ground truth by retraining, the statistic that compares scores with it, and baselines beside them."""

@@ -1,13 +1,13 @@
 """Four checks of an index against the world: does the model really react, can labels be trusted, what did compression lose?
 
-    tailpatch     one optimizer step on a proponent: does the question's loss fall, and more than after a step on a random example?
+    tailpatch     one optimizer step on a proponent: does the query's loss fall, and more than after a step on a random example?
                   (Chang et al., TrackStar, arXiv 2410.17413, section 5)
-    brittleness   train again without the top k: does the question's loss rise more than without k random examples?
+    brittleness   train again without the top k: does the query's loss rise more than without k random examples?
                   (Ilyas et al., Datamodels, arXiv 2202.00622, section 4.2)
     labels        are examples with a wrong label those of largest self-influence? (Koh and Liang, arXiv 1703.04730, section 5.4)
     recall        a compressed index against the scores of its float32 twin
 
-Each gives its figures with 95 % intervals, by bootstrap over questions (labels: over examples), and the random choice beside them.
+Each gives its figures with 95 % intervals, by bootstrap over queries (labels: over examples), and the random choice beside them.
 """
 
 import copy
@@ -26,8 +26,8 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.models import keep_freed_memory, resolve_device
 from ..indexer.tasks import import_object
-from ..query.answers import Question
-from ..query.controls import row_norms
+from ..query.answers import Query
+from ..query.baselines import row_norms
 from ..query.metric import Metric, Mode
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
@@ -35,7 +35,7 @@ from ..ray_jobs.worker import absolute
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.index import Index
-from .controls import score_matrix
+from .baselines import score_matrix
 from .lds import columns_correlation, interval
 from .retrain import Train, measure_losses, trained
 
@@ -57,7 +57,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """Named figures of one check, what they mean, and how many questions (or examples) they rest on."""
+    """Named figures of one check, what they mean, and how many queries (or examples) they rest on."""
 
     check: str
     figures: Mapping[str, Figure]
@@ -76,7 +76,7 @@ class Report:
 
 def tailpatch(
     client: Client,
-    questions: Sequence[Question],
+    queries: Sequence[Query],
     *,
     k: int = 10,
     mode: Mode = "influence",
@@ -84,7 +84,7 @@ def tailpatch(
     rate: float = 1e-2,
     reporter: Reporter | None = None,
 ) -> Report:
-    """Take one step on each of a question's k best proponents, and on k random examples, from the same weights each time.
+    """Take one step on each of a query's k best proponents, and on k random examples, from the same weights each time.
 
     Args:
         optimizer, rate: of the step, on the example's loss (its mean over loss tokens, as training has it); every weight may move.
@@ -98,26 +98,26 @@ def tailpatch(
     if not 0 < rate < np.inf:
         raise UsageError(f"--rate is {rate}; it must be a number above 0")
     reporter, generator = reporter or Silent(), np.random.default_rng(0)
-    asked = client.examples(questions)
+    asked = client.examples(queries)
     if not 1 <= k <= len(client.index):
         raise UsageError(f"-k is {k}; it must be between 1 and the index's {len(client.index)} rows")
-    scores = score_matrix(client, client.rows(questions), Metric(mode)).T
+    scores = score_matrix(client, client.rows(queries), Metric(mode)).T
     patched = _Patched(client, optimizer, rate)
     before = measure_losses(client.task, patched.model, asked)
-    reporter.stage("steps", len(questions) * 2 * k)
+    reporter.stage("steps", len(queries) * 2 * k)
     falls: dict[str, list[np.ndarray]] = {"proponents": [], "random": []}
     agreement = []
-    for number, (question, score, loss) in enumerate(zip(asked, scores, before, strict=True)):
+    for number, (query, score, loss) in enumerate(zip(asked, scores, before, strict=True)):
         chosen = {"proponents": np.argsort(-score, kind="stable")[:k], "random": generator.choice(len(score), k, replace=False)}
         for kind, rows in chosen.items():
-            falls[kind].append(float(loss) - np.array([patched.loss_after(int(row), question) for row in rows]))
+            falls[kind].append(float(loss) - np.array([patched.loss_after(int(row), query) for row in rows]))
         tested = np.concatenate([score[rows] for rows in chosen.values()]).astype(float)
         agreement.append(float(columns_correlation(tested[:, None], np.concatenate([f[-1] for f in falls.values()])[:, None])[0]))
         reporter.update((number + 1) * 2 * k, 0)
     figures = {f"{kind}: loss falls by (nats)": _mean([f.mean() for f in found]) for kind, found in falls.items()}
     figures |= {f"{kind}: share of steps after which it fell": _mean([(f > 0).mean() for f in found]) for kind, found in falls.items()}
     figures["rank correlation of score and fall"] = _mean(agreement)
-    about = {"questions": len(questions), "k": k, "mode": mode, "optimizer": optimizer, "rate": rate}
+    about = {"queries": len(queries), "k": k, "mode": mode, "optimizer": optimizer, "rate": rate}
     return Report(
         "tailpatch", figures, about, f"One {optimizer} step of rate {rate:g} on each example, always from the index's own weights."
     )
@@ -133,7 +133,7 @@ class _Patched:
             self.model.float()  # small steps would be rounded away in bfloat16
         self._kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
-    def loss_after(self, row: int, question: Example) -> float:
+    def loss_after(self, row: int, query: Example) -> float:
         task, model = self._client.task, self.model
         batch = task.collate([self._client.index.example(row)], next(model.parameters()).device)
         model.requires_grad_(True)
@@ -142,7 +142,7 @@ class _Patched:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.requires_grad_(False)
-        loss = float(measure_losses(task, model, [question])[0])
+        loss = float(measure_losses(task, model, [query])[0])
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self._kept[name])
@@ -151,7 +151,7 @@ class _Patched:
 
 def brittleness(
     index: str,
-    questions: Sequence[Question],
+    queries: Sequence[Query],
     train: str,
     base: str,
     *,
@@ -165,7 +165,7 @@ def brittleness(
     address: str | None = None,
     reporter: Reporter | None = None,
 ) -> Report:
-    """Train again without each question's k best proponents, and without k random examples `draws` times; compare with training on all.
+    """Train again without each query's k best proponents, and without k random examples `draws` times; compare with training on all.
 
     Args:
         train: the user's training function, `module:function` (see retrain.py); every training has the same seed.
@@ -183,27 +183,25 @@ def brittleness(
     if draws < 1:
         raise UsageError(f"--draws is {draws}; it must be at least 1")
     reporter, generator = reporter or Silent(), np.random.default_rng(0)
-    scores = score_matrix(client, client.rows(questions), Metric(mode))
+    scores = score_matrix(client, client.rows(queries), Metric(mode))
     best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores.T]
     removed = [[], *best, *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
     factory = partial(
-        Remover, train, absolute(base), str(Path(index).resolve()), tuple(questions), tuple(map(absolute, model)), device, threads
+        Remover, train, absolute(base), str(Path(index).resolve()), tuple(queries), tuple(map(absolute, model)), device, threads
     )
     reporter.stage("retraining", sum(rows - len(r) for r in removed))
     with open_executor(factory, Resources(workers, threads, address, device, own_code=True)) as executor:
         losses = np.stack(list(executor.map("losses_without", (), [(r,) for r in removed], reporter)))
-    whole, top, random = losses[0], losses[1 : 1 + len(questions)], losses[1 + len(questions) :]
+    whole, top, random = losses[0], losses[1 : 1 + len(queries)], losses[1 + len(queries) :]
     by_top = np.diagonal(top) - whole
     by_chance = random - whole
     figures = {
         "without the proponents, the loss rises by (nats)": _mean(by_top.tolist()),
         "without random examples, the loss rises by (nats)": _mean(by_chance.mean(axis=0).tolist()),
-        "share of questions where the proponents' removal costs more than every random one": _mean(
-            (by_top > by_chance.max(axis=0)).tolist()
-        ),
+        "share of queries where the proponents' removal costs more than every random one": _mean((by_top > by_chance.max(axis=0)).tolist()),
     }
     about = {
-        "questions": len(questions),
+        "queries": len(queries),
         "k": k,
         "draws": draws,
         "mode": mode,
@@ -214,21 +212,21 @@ def brittleness(
 
 
 class Remover:
-    """A worker that trains without some of an index's examples and measures the questions."""
+    """A worker that trains without some of an index's examples and measures the queries."""
 
     def __init__(
-        self, train: str, base: str, index: str, questions: Sequence[Question], model: Sequence[str], device: str, threads: int
+        self, train: str, base: str, index: str, queries: Sequence[Query], model: Sequence[str], device: str, threads: int
     ) -> None:
         keep_freed_memory()
         torch.set_num_threads(threads)
         self._train: Train = import_object(train, "training function")
         self._client = Client(index, model=model, device=device)
         self._device, self._base = device, base
-        self._asked = self._client.examples(questions)
+        self._asked = self._client.examples(queries)
         self._examples = [self._client.index.example(row) for row in range(len(self._client.index))]
 
-    def losses_without(self, removed: Sequence[int], progress: Progress = ignore_progress) -> Float32[np.ndarray, " questions"]:
-        """The questions' losses (nats) after training on all examples but these."""
+    def losses_without(self, removed: Sequence[int], progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
+        """The queries' losses (nats) after training on all examples but these."""
         left = set(range(len(self._examples))) - set(removed)
         model = trained(self._train, [self._examples[i] for i in sorted(left)], self._base, 0, self._device)
         losses = measure_losses(self._client.task, model, self._asked)
@@ -260,13 +258,13 @@ def labels(index: str, column: str) -> Report:
 
 
 def recall(
-    index: str, reference: str, questions: Sequence[Question] | None = None, *, k: int = 10, mode: Mode = "influence", sample: int = 100
+    index: str, reference: str, queries: Sequence[Query] | None = None, *, k: int = 10, mode: Mode = "influence", sample: int = 100
 ) -> Report:
-    """How much of the reference's top k an index's own top k holds, for questions, or for rows of the reference asked back.
+    """How much of the reference's top k an index's own top k holds, for queries, or for rows of the reference asked back.
 
     Args:
         index, reference: of the same examples; the reference's scores count as the truth.
-        sample: rows asked when there are no questions.
+        sample: rows asked when there are no queries.
 
     Raises:
         UsageError: the two do not hold the same examples.
@@ -280,13 +278,13 @@ def recall(
         ours.index.example(row).text != theirs.index.example(row).text for row in range(rows)
     ):
         raise UsageError(f"{index} and {reference} are of different models, or of different texts under the same ids; build both alike")
-    if not questions:
+    if not queries:
         chosen = np.sort(np.random.default_rng(0).choice(rows, min(sample, rows), replace=False))
-        questions = [Question(row=int(row)) for row in chosen]
+        queries = [Query(row=int(row)) for row in chosen]
     if not 1 <= k < rows:
         raise UsageError(f"k is {k}; it must be at least 1 and below the indexes' {rows} rows")
-    found, truth = (score_matrix(c, c.rows(questions), Metric(mode)) for c in (ours, theirs))
-    own = [(q.row, i) for i, q in enumerate(questions) if q.row is not None]  # a row that finds itself is no achievement
+    found, truth = (score_matrix(c, c.rows(queries), Metric(mode)) for c in (ours, theirs))
+    own = [(q.row, i) for i, q in enumerate(queries) if q.row is not None]  # a row that finds itself is no achievement
     ranked = []
     for s in (found, truth):
         best_first, worst_first = -s, s.copy()
@@ -303,7 +301,7 @@ def recall(
     sizes = {
         name: c.index.summary()["bytes_per_example"] for name, c in (("bytes_per_example", ours), ("reference_bytes_per_example", theirs))
     }
-    about = {"questions": len(questions), "k": k, "mode": mode, "rows": rows, **sizes}
+    about = {"queries": len(queries), "k": k, "mode": mode, "rows": rows, **sizes}
     return Report("recall", figures, about, f"The truth is the exact scan of {reference}.")
 
 
@@ -325,7 +323,7 @@ def _auc(bad: np.ndarray, good: np.ndarray) -> float:
 def _mean(values: Sequence[float]) -> Figure:
     found = np.array(values, float)
     if not len(found) or np.isnan(found).all():
-        raise NumericalError("there is nothing to average: too few questions, or every one of them without an answer")
+        raise NumericalError("there is nothing to average: too few queries, or every one of them without an answer")
     if len(found) == 1:
         return Figure(float(found[0]), None, None)
     return Figure(float(np.nanmean(found)), *interval(lambda rows, _: float(np.nanmean(found[rows])), (len(found), 1)))

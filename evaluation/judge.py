@@ -1,4 +1,4 @@
-"""Judging an index, or anybody's scores, on a ground-truth pack: an ordinary build over the pack's examples, and the controls beside it."""
+"""Evaluation of an index, or of any scores, on a ground-truth pack, with the baselines."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from torch import nn
 from ..client import Client
 from ..indexer.models import ModelSource
 from ..indexer.tasks import Task, find_task
-from ..query.controls import Scores
+from ..query.baselines import Scores
 from ..query.metric import Metric
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
@@ -22,7 +22,7 @@ from ..ray_jobs.worker import model_sources
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
-from .controls import content_controls, gradient_controls, hidden_control, require_libraries, score_matrix
+from .baselines import content_baselines, gradient_baselines, hidden_baseline, require_libraries, score_matrix
 from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import measure_losses
@@ -42,8 +42,8 @@ class Judgement:
         queries, subsets, seeds, examples: how many the figure rests on; `half` of the queries were asked.
         ceiling: what the noise between seeds admits; None with one seed.
         split_half: how well one half of the seeds predicts the other; None with one seed.
-        controls: name -> estimate on the same queries and subsets.
-        leads: name -> by how much the judged scores are above that control.
+        baselines: name -> estimate on the same queries and subsets.
+        leads: name -> by how much the judged scores are above that baseline.
         method: what was judged: the build's options that differ from the defaults, or the file.
     """
 
@@ -58,19 +58,19 @@ class Judgement:
     half: Half
     ceiling: float | None
     split_half: float | None
-    controls: Mapping[str, Estimate]
+    baselines: Mapping[str, Estimate]
     leads: Mapping[str, Estimate]
     method: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as `whence evaluate lds --json` prints it."""
-        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "controls", "leads")}
+        """JSON-ready, as `wherefrom evaluate lds --json` prints it."""
+        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "baselines", "leads")}
         found |= {name: None if found[name] is None else round(found[name], 4) for name in ("ceiling", "split_half")}
         leads = {
             name: {"lead": round(e.value, 4), "lead_low": round(e.low, 4), "lead_high": round(e.high, 4)} for name, e in self.leads.items()
         }
-        controls = {name: {**_plain(e), **leads[name]} for name, e in self.controls.items()}
-        return {"pack": self.pack, **_plain(self.estimate), **found, "controls": controls, "protocol": self.protocol}
+        baselines = {name: {**_plain(e), **leads[name]} for name, e in self.baselines.items()}
+        return {"pack": self.pack, **_plain(self.estimate), **found, "baselines": baselines, "protocol": self.protocol}
 
     @property
     def protocol(self) -> str:
@@ -91,10 +91,10 @@ def judge_index(
     half: Half = "all",
     mode: Any = "influence",
     out: Path | None = None,
-    controls: bool = True,
+    baselines: bool = True,
     reporter: Reporter | None = None,
 ) -> Judgement:
-    """Build an index over a pack's training examples, score its queries, and judge both the scores and the controls.
+    """Build an index over a pack's training examples, score its queries, and judge both the scores and the baselines.
 
     Args:
         directory: the pack.
@@ -103,7 +103,7 @@ def judge_index(
         half: which queries are asked.
         mode: "influence" or "cosine".
         out: where the index is kept; by default it is thrown away.
-        controls: whether they are judged too, which may take longer than the index.
+        baselines: whether they are judged too, which may take longer than the index.
 
     Raises:
         NotFoundError, IntegrityError: see `read_pack`.
@@ -111,13 +111,13 @@ def judge_index(
     """
     require_libraries()
     pack = read_pack(directory, data).half(half)
-    with tempfile.TemporaryDirectory(prefix="whence-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="wherefrom-") as scratch:
         place = Path(scratch)
         if out is not None:
             refuse_occupied(out)
         documents = pack.train_file or _images_file(pack, place, out)
         given = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
-        config = BuildConfig(data=(str(documents),), out=str(out or place / "index.whence"), **given)
+        config = BuildConfig(data=(str(documents),), out=str(out or place / "index.wherefrom"), **given)
         _refuse_other_end(pack, config)
         build(config, reporter or Silent())
         client = Client(config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
@@ -130,18 +130,18 @@ def judge_index(
         queries = client.measure(asked)
         scores = score_matrix(client, queries, Metric(mode))
         beside = {}
-        if controls:
-            beside = content_controls(train, asked) | gradient_controls(client, train, asked)
-            beside["hidden"] = hidden_control(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
+        if baselines:
+            beside = content_baselines(train, asked) | gradient_baselines(client, train, asked)
+            beside["hidden"] = hidden_baseline(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
         summary = client.index.summary()
         judged = _judge(pack, half, scores, beside)
         defaults = BuildConfig(model="-", data=("x",), out="-")
         ours = {"model", "data", "out", "task", "workers", "address", *pack.build}
         method = {k: v for k, v in asdict(config).items() if k not in ours and v != asdict(defaults)[k]}
         known = ("curvature", "projection", "damping", "bits_a_key", "weight")
-        segments = {s["name"]: {k: v for k, v in s.items() if k in known} for s in summary["segments"]}
+        components = {s["name"]: {k: v for k, v in s.items() if k in known} for s in summary["components"]}
         sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
-        return replace(judged, **sizes, method={"mode": mode, **segments, **method})
+        return replace(judged, **sizes, method={"mode": mode, **components, **method})
 
 
 def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:
@@ -161,7 +161,7 @@ def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:
 def judge_scores(
     directory: Path, file: Path, *, model: str | None = None, data: Path | None = None, half: Half = "all", device: str = "auto"
 ) -> Judgement:
-    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, beside the controls that need no index.
+    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, beside the baselines that need no index.
 
     Args:
         file: scores of all the pack's queries, positive for an example that lowers the query's loss.
@@ -186,12 +186,12 @@ def judge_scores(
     loaded = task.load(source)
     if model is None:
         _refuse_other_model(pack, task, loaded, asked)
-    controls = content_controls(train, asked)
-    controls["hidden"] = hidden_control(task, loaded, train, asked, task.batch_tokens["cpu"])
-    return replace(_judge(pack, half, scores[:, kept], controls), method={"scores": str(file)})
+    baselines = content_baselines(train, asked)
+    baselines["hidden"] = hidden_baseline(task, loaded, train, asked, task.batch_tokens["cpu"])
+    return replace(_judge(pack, half, scores[:, kept], baselines), method={"scores": str(file)})
 
 
-def _judge(pack: Pack, half: Half, scores: Scores, controls: Mapping[str, Scores]) -> Judgement:
+def _judge(pack: Pack, half: Half, scores: Scores, baselines: Mapping[str, Scores]) -> Judgement:
     subsets, seeds, queries = pack.losses.shape
     return Judgement(
         pack=pack.name,
@@ -205,8 +205,8 @@ def _judge(pack: Pack, half: Half, scores: Scores, controls: Mapping[str, Scores
         half=half,
         ceiling=ceiling(pack.losses),
         split_half=split_half(pack.losses),
-        controls={name: estimate(control, pack.masks, pack.losses) for name, control in controls.items()},
-        leads={name: difference(scores, control, pack.masks, pack.losses) for name, control in controls.items()},
+        baselines={name: estimate(baseline, pack.masks, pack.losses) for name, baseline in baselines.items()},
+        leads={name: difference(scores, baseline, pack.masks, pack.losses) for name, baseline in baselines.items()},
         method={},
     )
 
@@ -269,9 +269,9 @@ def show(judgement: Judgement) -> None:
         table.add_column(name, justify="left" if not name else "right")
     size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
     rows = {"this index" if size else "these scores": (judgement.estimate, size)}
-    rows |= {f"control: {name}": (e, "") for name, e in judgement.controls.items()}
+    rows |= {f"baseline: {name}": (e, "") for name, e in judgement.baselines.items()}
     for name, (e, stored) in rows.items():
-        lead = judgement.leads.get(name.removeprefix("control: "))
+        lead = judgement.leads.get(name.removeprefix("baseline: "))
         shown = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
         table.add_row(name, f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}", shown, stored, style="bold" if name.startswith("th") else "")
     if judgement.ceiling is not None and judgement.split_half is not None:

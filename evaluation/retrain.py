@@ -4,7 +4,7 @@ A training function is `train(examples, model, seed) -> nn.Module`: it gets the 
 in the corpus' order), the directory or hub id given with --model, and a seed for whatever it draws. It is named as `module:function` and
 imported in every worker.
 
-`whence pack` retrains on many subsets, as a job of many short tasks: each (subset, seed) publishes its losses as one file that is never
+`wherefrom pack` retrains on many subsets, as a job of many short tasks: each (subset, seed) publishes its losses as one file that is never
 computed again, so a job that was killed goes on where it was. What the whole pack is goes into ground_truth.npz last; until then it is
 no pack.
 """
@@ -270,7 +270,7 @@ def trained(train: Train, examples: Sequence[Example], model: str, seed: int, de
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise WorkerError(
-            f"the training function failed with {reason} (at {last.filename}:{last.lineno}); mend it and run the command again"
+            f"the training function failed with {reason} (at {last.filename}:{last.lineno}); fix it and run the command again"
         ) from error
     raise UsageError(f"the training function returned {type(found).__name__}, not a torch module")
 

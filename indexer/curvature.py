@@ -99,7 +99,7 @@ def choose_curvature(kind: CurvatureKind, size: int, examples: int) -> LayerCurv
     """The strategy of a layer with `size` coordinates fitted on so many examples.
 
     "auto" is the dense Fisher where it is small (512 coordinates) and known well (4 examples a coordinate), else EK-FAC. A dense matrix
-    of fewer examples whitens just those: they come out nearly orthogonal to one another, and unlike any question.
+    of fewer examples whitens just those: they come out nearly orthogonal to one another, and unlike any query.
     """
     if kind != "auto":
         return kind

@@ -1,4 +1,4 @@
-"""Dense segments: projected, whitened gradients of linear layers.
+"""Dense components: projected, whitened gradients of linear layers.
 
     row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..store.manifest import DenseSegment, Layer
+from ..store.manifest import DenseComponent, Layer
 from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import whitening_scale
 from .projection import random_projection
@@ -23,24 +23,24 @@ from .tasks import Batch
 
 
 def key(name: str, array: str) -> str:
-    """Where a layer's (or input group's) array lies among a dense segment's."""
+    """Where a layer's (or input group's) array lies among a dense component's."""
     return f"{name}/{array}"
 
 
 class DensePart:
-    """Makes the rows of a dense segment.
+    """Makes the rows of a dense component.
 
     Args:
-        segment: its layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
-        arrays: the segment's own.
+        component: its layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
+        arrays: the component's own.
         devices: of each layer.
         dtype: the model's.
     """
 
     def __init__(
-        self, segment: DenseSegment, arrays: Mapping[str, np.ndarray], devices: Mapping[str, torch.device], dtype: torch.dtype
+        self, component: DenseComponent, arrays: Mapping[str, np.ndarray], devices: Mapping[str, torch.device], dtype: torch.dtype
     ) -> None:
-        self.segment, self.arrays, self._devices, self._dtype = segment, arrays, devices, dtype
+        self.component, self.arrays, self._devices, self._dtype = component, arrays, devices, dtype
 
     def collector(self, batch: Batch) -> "DenseCollector":
         """What is visited for one batch."""
@@ -54,7 +54,7 @@ class DensePart:
         """
         shared: dict[tuple[str, bool], Map] = {}
         maps = {}
-        for layer in self.segment.layers:
+        for layer in self.component.layers:
             rotated = key(layer.name, "output_rotation") in self.arrays
             at = (layer.input_group, rotated)
             if at not in shared:
@@ -63,10 +63,10 @@ class DensePart:
         return maps
 
     def _map(self, name: str, side: str, rank: int, size: int, rotated: bool) -> Map:
-        if self.segment.projection.kind == "pca":
+        if self.component.projection.kind == "pca":
             projection = self.arrays.get(key(name, f"{side}_projection"))
         else:
-            projection = random_projection(name, side, rank, size, self.segment.projection.seed)
+            projection = random_projection(name, side, rank, size, self.component.projection.seed)
         if rotated:
             rotation = self.arrays[key(name, f"{side}_rotation")].T
             projection = rotation if projection is None else rotation @ projection
@@ -91,12 +91,12 @@ class DensePart:
     @cached_property
     def _whiteners(self) -> dict[str, Tensor | None]:
         whiteners: dict[str, Tensor | None] = {}
-        for layer in self.segment.layers:
+        for layer in self.component.layers:
             eigenvalues = self.arrays.get(key(layer.name, "eigenvalues"))
             if eigenvalues is None:
                 whiteners[layer.name] = None
                 continue
-            scale = whitening_scale(eigenvalues, self.segment.curvature.damping)
+            scale = whitening_scale(eigenvalues, self.component.curvature.damping)
             basis = self.arrays.get(key(layer.name, "basis"))
             matrix = scale if basis is None else basis * scale
             whiteners[layer.name] = torch.from_numpy(matrix).to(self._devices[layer.name], accumulation_dtype(self._dtype))
@@ -109,14 +109,14 @@ class DenseCollector(GradientSum):
     def __init__(self, part: DensePart, examples: int) -> None:
         super().__init__()
         self._part, self._examples = part, examples
-        self.layers: Sequence[Layer] = part.segment.layers
+        self.layers: Sequence[Layer] = part.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
 
     def rows(self) -> Float[np.ndarray, "batch dim"]:
         """The batch's whitened rows."""
         part = self._part
-        block = torch.zeros((self._examples, part.segment.dim), dtype=accumulation_dtype(part._dtype))
-        for layer in part.segment.layers:
+        block = torch.zeros((self._examples, part.component.dim), dtype=accumulation_dtype(part._dtype))
+        for layer in part.component.layers:
             if layer.name in self.by_layer:
                 whitened = part._whiten(layer, self.by_layer[layer.name])
                 block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")

@@ -1,8 +1,8 @@
-"""The encoder: frozen models with what each segment of a row needs, from examples to whitened rows, in one pass of each model.
+"""The encoder: frozen models with what each component of a row needs, from examples to whitened rows, in one pass of each model.
 
-A segment's part (dense.py, keyed.py) says which layers it tracks and through which maps, and gets a collector for every batch, which is
+A component's part (dense.py, sparse.py) says which layers it tracks and through which maps, and gets a collector for every batch, which is
 visited with their inputs and output gradients and then gives the batch's rows. An encoder's state is a flat dictionary of arrays (`Arrays`)
-under `<segment>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as they are.
+under `<component>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as they are.
 
 When only the output head is tracked, autograd's graph starts at the head's output: there is no backward pass through the model.
 """
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import IntegrityError, NumericalError
-from ..store.keyed import KeyedVectors, concatenate
-from ..store.manifest import DenseSegment, KeyedSegment, Layer
+from ..store.manifest import DenseComponent, Layer, SparseComponent
+from ..store.sparse import SparseVectors, concatenate
 from .capture import Map, capture
 from .dense import DensePart
 from .hidden import HiddenMeans
-from .keyed import KeyedPart, vocabulary_layer
 from .models import layer_device, layer_sizes
+from .sparse import SparsePart, vocabulary_layer
 from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the examples and the tokens that it held."""
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
-BatchRows = Mapping[str, np.ndarray | KeyedVectors]
-"""A batch's rows, by segment; under "losses" its examples' losses (or measurements) under the last model, and under "hidden" their mean
+BatchRows = Mapping[str, np.ndarray | SparseVectors]
+"""A batch's rows, by component; under "losses" its examples' losses (or measurements) under the last model, and under "hidden" their mean
 hidden states, where these are kept."""
 
 
@@ -57,24 +57,24 @@ class EncoderPlan:
     """All that an encoder is besides the model and its arrays.
 
     Attributes:
-        segments: of a row, as in the manifest.
+        components: of a row, as in the manifest.
         batch_tokens: padded tokens in a batch, at most (but one example may exceed it alone).
         hidden: whether the last model's mean hidden states are kept too.
     """
 
-    segments: tuple[DenseSegment | KeyedSegment, ...]
+    components: tuple[DenseComponent | SparseComponent, ...]
     batch_tokens: int
     hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Whitened rows of examples under one model, or under several (checkpoints, an ensemble), each with segments of its own.
+    """Whitened rows of examples under one model, or under several (checkpoints, an ensemble), each with components of its own.
 
     Attributes:
         task: what the models are asked.
         models: frozen, on their device.
-        plan: which segments, and how each is projected, whitened and keyed.
+        plan: which components, and how each is projected, whitened and sparse.
         arrays: the state; rows need every pass of the fit in it.
     """
 
@@ -89,42 +89,42 @@ class Encoder:
         return self.models[-1]
 
     @cached_property
-    def parts(self) -> dict[str, DensePart | KeyedPart]:
-        """What makes each segment's rows."""
-        found: dict[str, DensePart | KeyedPart] = {}
-        for segment in self.plan.segments:
-            model = self.models[segment.model]
-            _check_layers(segment, model)
+    def parts(self) -> dict[str, DensePart | SparsePart]:
+        """What makes each component's rows."""
+        found: dict[str, DensePart | SparsePart] = {}
+        for component in self.plan.components:
+            model = self.models[component.model]
+            _check_layers(component, model)
             dtype = next(model.parameters()).dtype
-            own = {at.removeprefix(f"{segment.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{segment.name}/")}
-            if isinstance(segment, KeyedSegment):
-                found[segment.name] = KeyedPart(segment, own, layer_device(model, segment.layer), dtype)
+            own = {at.removeprefix(f"{component.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{component.name}/")}
+            if isinstance(component, SparseComponent):
+                found[component.name] = SparsePart(component, own, layer_device(model, component.layer), dtype)
             else:
-                devices = {layer.name: layer_device(model, layer.name) for layer in segment.layers}
-                found[segment.name] = DensePart(segment, own, devices, dtype)
+                devices = {layer.name: layer_device(model, layer.name) for layer in component.layers}
+                found[component.name] = DensePart(component, own, devices, dtype)
         return found
 
     def batches(
-        self, examples: Sequence[Example], progress: Progress = ignore_progress, questions: bool = False, tolerant: bool = False
+        self, examples: Sequence[Example], progress: Progress = ignore_progress, queries: bool = False, tolerant: bool = False
     ) -> Iterator[tuple[list[int], BatchRows]]:
         """Whitened rows, batch by batch, with the positions of their examples; float32 (dense rows of a float64 model: float64).
 
         The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
 
         Args:
-            questions: whether these are of the task's measurement, to be compared with rows of its loss.
+            queries: whether these are of the task's measurement, to be compared with rows of its loss.
             tolerant: whether an example whose loss or gradient is not finite gets rows of zeros, and NaN as its loss.
 
         Raises:
             NumericalError: a loss or a row is not finite and that is not tolerated; names the example.
         """
-        objective = self.task.measurement if questions else self.task.loss
+        objective = self.task.measurement if queries else self.task.loss
         for chosen, batch in batches(self.task, self.models, examples, self.plan.batch_tokens):
             broken = torch.zeros(len(chosen), dtype=torch.bool)
             collectors = {name: part.collector(batch) for name, part in self.parts.items()}
             with HiddenMeans(self.task, self.model) if self.plan.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
-                    own = [collectors[s.name] for s in self.plan.segments if s.model == number]
+                    own = [collectors[s.name] for s in self.plan.components if s.model == number]
                     if own:
                         losses = backward(model, batch, own, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
@@ -143,49 +143,49 @@ class Encoder:
             progress(len(chosen), int(batch.valid.sum()))
 
     def rows(
-        self, examples: Sequence[Example], questions: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
+        self, examples: Sequence[Example], queries: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
     ) -> dict[str, Any]:
-        """All rows at once, by segment, in the examples' order: an array [rows, dim], or `KeyedVectors`; see `batches`."""
-        made = list(self.batches(examples, progress, questions, tolerant))
+        """All rows at once, by component, in the examples' order: an array [rows, dim], or `SparseVectors`; see `batches`."""
+        made = list(self.batches(examples, progress, queries, tolerant))
         result: dict[str, Any] = {}
-        for segment in self.plan.segments:
-            blocks = [(chosen, rows[segment.name]) for chosen, rows in made]
-            if isinstance(segment, KeyedSegment):
-                result[segment.name] = concatenate(blocks, segment.width)  # type: ignore[arg-type]
+        for component in self.plan.components:
+            blocks = [(chosen, rows[component.name]) for chosen, rows in made]
+            if isinstance(component, SparseComponent):
+                result[component.name] = concatenate(blocks, component.width)  # type: ignore[arg-type]
             else:
                 dtype = blocks[0][1].dtype if blocks else np.float32  # type: ignore[union-attr]
-                result[segment.name] = np.zeros((len(examples), segment.dim), dtype)
+                result[component.name] = np.zeros((len(examples), component.dim), dtype)
                 for chosen, block in blocks:
-                    result[segment.name][chosen] = block
+                    result[component.name][chosen] = block
         return result
 
 
-def _check_layers(segment: DenseSegment | KeyedSegment, model: nn.Module) -> None:
-    """Refuse a segment that describes other layers than the model has: a manifest may have come from anybody.
+def _check_layers(component: DenseComponent | SparseComponent, model: nn.Module) -> None:
+    """Refuse a component that describes other layers than the model has: a manifest may have come from anybody.
 
     Raises:
         IntegrityError: names the layer.
     """
     modules = dict(model.named_modules())
-    for layer in [vocabulary_layer(segment)] if isinstance(segment, KeyedSegment) else segment.layers:
+    for layer in [vocabulary_layer(component)] if isinstance(component, SparseComponent) else component.layers:
         module = modules.get(layer.name)
         if isinstance(module, nn.Embedding):
-            sizes = (module.embedding_dim, module.num_embeddings) if isinstance(segment, KeyedSegment) else None
-            fits = sizes == (layer.outputs, layer.inputs) and getattr(segment, "role", "") == "embeddings"
+            sizes = (module.embedding_dim, module.num_embeddings) if isinstance(component, SparseComponent) else None
+            fits = sizes == (layer.outputs, layer.inputs) and getattr(component, "role", "") == "embeddings"
         else:
             fits = (
-                module is not None and layer_sizes(module) == (layer.outputs, layer.inputs) and getattr(segment, "role", "head") == "head"
+                module is not None and layer_sizes(module) == (layer.outputs, layer.inputs) and getattr(component, "role", "head") == "head"
             )
         if not fits:
             raise IntegrityError(
-                f"the index describes the layer {layer.name} as one of {layer.inputs} inputs and {layer.outputs} outputs ({segment.name}), "
+                f"the index describes the layer {layer.name} as {layer.inputs} inputs and {layer.outputs} outputs ({component.name}), "
                 "which the model does not have; restore the index's manifest"
             )
 
 
-def _clear(rows: np.ndarray | KeyedVectors, broken: np.ndarray) -> None:
+def _clear(rows: np.ndarray | SparseVectors, broken: np.ndarray) -> None:
     """Set some of a batch's rows to zero."""
-    if isinstance(rows, KeyedVectors):
+    if isinstance(rows, SparseVectors):
         rows.vectors[np.repeat(broken, np.diff(rows.indptr))] = 0.0
         if rows.whole is not None:
             rows.whole[broken] = 0.0

@@ -98,7 +98,7 @@ class TextEncoder:
                 elif isinstance(document, Document):
                     yield from self._cut(document, text, *next(encoded))
 
-    def question(
+    def query(
         self,
         prompt: str = "",
         completion: str | None = None,
@@ -110,7 +110,7 @@ class TextEncoder:
         context: int | None = None,
         where: str = "the query",
     ) -> Example:
-        """Encode one question whole: the loss is on the completion, or on all of the text, or on the assistant's turns of messages, or on
+        """Encode one query whole: the loss is on the completion, or on all of the text, or on the assistant's turns of messages, or on
         a `span` of these.
 
         A text is encoded as a document is, with its end where `append_eos` says so (unless a span is asked about); a completion is never

@@ -1,7 +1,7 @@
 """Fitting projections and curvature: passes over a sample, each a sum that any split of the sample adds up to.
 
-A step is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. A segment
-needs one step or more (PCA where it is asked for, then the passes that its curvature declares); segments of one model whose
+A step is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. A
+component needs one step or more (PCA where it is asked for, then the passes that its curvature declares); components of one model whose
 steps ask the same labels share them.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
-from ..store.manifest import DenseSegment, KeyedSegment, Layer
-from . import keyed
+from ..store.manifest import DenseComponent, Layer, SparseComponent
+from . import sparse
 from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, whitening_scale
 from .dense import DensePart, key
@@ -27,11 +27,11 @@ from .projection import principal_projection
 from .tasks import Batch, Task
 
 _PCA = ("input_covariance", "output_covariance")
-Segment = DenseSegment | KeyedSegment
+Component = DenseComponent | SparseComponent
 
 
 class Meter(Protocol):
-    """Sums a segment's statistics, batch by batch."""
+    """Sums a component's statistics, batch by batch."""
 
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
@@ -49,18 +49,18 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """The steps that an encoder's arrays need; labels that are sampled from the model are seeded by the segment's seed."""
+    """The steps that an encoder's arrays need; labels that are sampled from the model are seeded by the component's seed."""
 
     plan: EncoderPlan
 
     @property
-    def steps(self) -> list[list[tuple[Segment, int]]]:
-        """The segments of each step, and the pass that each is in."""
-        steps: dict[tuple[int, int, int | None, bool], list[tuple[Segment, int]]] = {}
-        for segment in self.plan.segments:
-            for number in range(_passes(segment)):
-                at = (number, segment.model, _label_seed(segment), segment.curvature.labels == "expected")
-                steps.setdefault(at, []).append((segment, number))
+    def steps(self) -> list[list[tuple[Component, int]]]:
+        """The components of each step, and the pass that each is in."""
+        steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
+        for component in self.plan.components:
+            for number in range(_passes(component)):
+                at = (number, component.model, _label_seed(component), component.curvature.labels == "expected")
+                steps.setdefault(at, []).append((component, number))
         return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1], at[2] is not None, at[3]))]
 
     def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
@@ -70,7 +70,7 @@ class Fit:
             encoder: this plan's, with the arrays of the steps before.
 
         Returns:
-            `<segment>/<layer or input group>/<statistic>` -> float64 array, and `examples` and `tokens` counted beside them.
+            `<component>/<layer or input group>/<statistic>` -> float64 array, and `examples` and `tokens` counted beside them.
         """
         members = self.steps[step]
         meters: dict[str, Meter] = {s.name: _meter(s, number, encoder) for s, number in members}
@@ -104,16 +104,16 @@ class Fit:
         made, examples = dict(arrays), int(totals["examples"])
         if examples == 0:
             raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
-        for segment, number in self.steps[step]:
-            own = {at.removeprefix(f"{segment.name}/"): v for at, v in totals.items() if at.startswith(f"{segment.name}/")}
-            if isinstance(segment, KeyedSegment):
-                statistics = {name: _finite(own.get(name), name, segment.layer) for name in keyed.STATISTICS}
-                found = keyed.finish(statistics, examples)
+        for component, number in self.steps[step]:
+            own = {at.removeprefix(f"{component.name}/"): v for at, v in totals.items() if at.startswith(f"{component.name}/")}
+            if isinstance(component, SparseComponent):
+                statistics = {name: _finite(own.get(name), name, component.layer) for name in sparse.STATISTICS}
+                found = sparse.finish(statistics, examples)
             else:
-                found = _finish_dense(segment, number, own, examples)
-            made |= {f"{segment.name}/{name}": array for name, array in found.items()}
-            if isinstance(segment, DenseSegment) and segment.coordinates and number == _passes(segment) - 1:
-                made |= _kept(segment, made)
+                found = _finish_dense(component, number, own, examples)
+            made |= {f"{component.name}/{name}": array for name, array in found.items()}
+            if isinstance(component, DenseComponent) and component.coordinates and number == _passes(component) - 1:
+                made |= _kept(component, made)
         return made
 
 
@@ -125,37 +125,39 @@ def _weighted_loss(task: Task, model: nn.Module, batch: Batch, label: int) -> Fl
     return losses * torch.exp(-losses.detach() / 2)
 
 
-def _passes(segment: Segment) -> int:
-    if isinstance(segment, KeyedSegment):
+def _passes(component: Component) -> int:
+    if isinstance(component, SparseComponent):
         return 1
-    return _pca(segment) + max(len(STRATEGIES[layer.curvature].passes) for layer in segment.layers)
+    return _pca(component) + max(len(STRATEGIES[layer.curvature].passes) for layer in component.layers)
 
 
-def _label_seed(segment: Segment) -> int | None:
+def _label_seed(component: Component) -> int | None:
     """The seed of sampled labels; None where the data's are used, or a closed form needs none."""
-    if segment.curvature.labels != "sampled" or (isinstance(segment, KeyedSegment) and segment.role == "head" and not segment.tail):
+    if component.curvature.labels != "sampled" or (
+        isinstance(component, SparseComponent) and component.role == "head" and not component.tail
+    ):
         return None
-    return segment.seed if isinstance(segment, KeyedSegment) else segment.projection.seed
+    return component.seed if isinstance(component, SparseComponent) else component.projection.seed
 
 
-def _meter(segment: Segment, number: int, encoder: Encoder) -> Meter:
-    if isinstance(segment, KeyedSegment):
-        return keyed.KeyedMeter(segment)
-    part = encoder.parts[segment.name]
+def _meter(component: Component, number: int, encoder: Encoder) -> Meter:
+    if isinstance(component, SparseComponent):
+        return sparse.SparseMeter(component)
+    part = encoder.parts[component.name]
     assert isinstance(part, DensePart)
-    return DenseMeter(segment, number, part)
+    return DenseMeter(component, number, part)
 
 
 class DenseMeter:
-    """Sums a dense segment's statistics; those of a shared input are summed by the group's first layer alone."""
+    """Sums a dense component's statistics; those of a shared input are summed by the group's first layer alone."""
 
-    def __init__(self, segment: DenseSegment, number: int, part: DensePart) -> None:
-        self._computed: dict[str, set[str]] = {layer.name: set() for layer in segment.layers}
-        for layer in segment.layers:
-            for statistic in _wanted(segment, number, layer):
+    def __init__(self, component: DenseComponent, number: int, part: DensePart) -> None:
+        self._computed: dict[str, set[str]] = {layer.name: set() for layer in component.layers}
+        for layer in component.layers:
+            for statistic in _wanted(component, number, layer):
                 self._computed[_owner(layer, statistic)].add(statistic)
-        self.layers: Sequence[Layer] = tuple(layer for layer in segment.layers if self._computed[layer.name])
-        whole = number < _pca(segment)
+        self.layers: Sequence[Layer] = tuple(layer for layer in component.layers if self._computed[layer.name])
+        whole = number < _pca(component)
         self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if whole else part.maps[n.name] for n in self.layers}
         self.sums: dict[str, Tensor] = {}
 
@@ -183,43 +185,43 @@ class DenseMeter:
         self.sums[at] = value.double() if at not in self.sums else self.sums[at].add_(value)
 
 
-def _finish_dense(segment: DenseSegment, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
+def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
     made: Arrays = {}
-    for layer in segment.layers:
-        wanted = _wanted(segment, number, layer)
+    for layer in component.layers:
+        wanted = _wanted(component, number, layer)
         statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in wanted}
-        if number < _pca(segment):
+        if number < _pca(component):
             found = {
                 "input_projection": principal_projection(statistics["input_covariance"], layer.input_rank),
                 "output_projection": principal_projection(statistics["output_covariance"], layer.output_rank),
             }
             made |= {key(_owner(layer, name), name): array for name, array in found.items() if array is not None}
         elif statistics:
-            arrays = STRATEGIES[layer.curvature].finish[number - _pca(segment)](Sums(statistics, examples))
+            arrays = STRATEGIES[layer.curvature].finish[number - _pca(component)](Sums(statistics, examples))
             made |= {key(_owner(layer, name), name): array for name, array in arrays.items()}
     return made
 
 
-def _kept(segment: DenseSegment, arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Which coordinates a reduced segment keeps: those of most energy, as many as make the best estimate of all scores.
+def _kept(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Which coordinates a reduced component keeps: those of most energy, as many as make the best estimate of all scores.
 
     A coordinate of eigenvalue l has the energy e = l / (l + a). Were coordinates independent, the scores between rows would have the
     variance sum e^2, and those of the kept ones, from m random projections (or their signs: c = pi / 2, without them c = 1), the variance
     sum e^2 + c (sum e)^2 / m about zero. What is kept maximises the correlation of the two. Where energy is spread out that is everything,
     where it falls off steeply it is less than could be stored.
     """
-    spectra = [arrays.get(f"{segment.name}/{key(layer.name, 'eigenvalues')}") for layer in segment.layers]
+    spectra = [arrays.get(f"{component.name}/{key(layer.name, 'eigenvalues')}") for layer in component.layers]
     if any(values is None for values in spectra):
         return {}
-    whitened = [values * whitening_scale(values, segment.curvature.damping) ** 2 for values in spectra if values is not None]
+    whitened = [values * whitening_scale(values, component.curvature.damping) ** 2 for values in spectra if values is not None]
     energy = np.concatenate(whitened)
     order = np.argsort(-energy, kind="stable")
     signal, total = np.cumsum(energy[order] ** 2), np.cumsum(energy[order])
-    count, one_bit = np.arange(1, len(energy) + 1), segment.dtype == "1bit"
-    loss = np.where(count > segment.stored, np.pi / 2 if one_bit else 1.0, np.pi / 2 if one_bit else 0.0)
-    fidelity = signal**2 / np.maximum(signal + loss * total**2 / segment.stored, np.finfo(np.float64).tiny)
-    best = max(int(np.argmax(fidelity)) + 1, 1 if one_bit else segment.stored)
-    return {} if best == len(energy) else {f"{segment.name}/kept": np.sort(order[:best])}
+    count, one_bit = np.arange(1, len(energy) + 1), component.dtype == "1bit"
+    loss = np.where(count > component.stored, np.pi / 2 if one_bit else 1.0, np.pi / 2 if one_bit else 0.0)
+    fidelity = signal**2 / np.maximum(signal + loss * total**2 / component.stored, np.finfo(np.float64).tiny)
+    best = max(int(np.argmax(fidelity)) + 1, 1 if one_bit else component.stored)
+    return {} if best == len(energy) else {f"{component.name}/kept": np.sort(order[:best])}
 
 
 def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
@@ -231,15 +233,15 @@ def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
     return value
 
 
-def _wanted(segment: DenseSegment, number: int, layer: Layer) -> tuple[str, ...]:
-    if number < _pca(segment):
+def _wanted(component: DenseComponent, number: int, layer: Layer) -> tuple[str, ...]:
+    if number < _pca(component):
         return _PCA
     passes = STRATEGIES[layer.curvature].passes
-    return passes[number - _pca(segment)] if number - _pca(segment) < len(passes) else ()
+    return passes[number - _pca(component)] if number - _pca(component) < len(passes) else ()
 
 
-def _pca(segment: DenseSegment) -> int:
-    return 1 if segment.projection.kind == "pca" else 0
+def _pca(component: DenseComponent) -> int:
+    return 1 if component.projection.kind == "pca" else 0
 
 
 def _owner(layer: Layer, name: str) -> str:
@@ -251,12 +253,12 @@ def with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
     """The plan with each dense layer's curvature chosen for the sample that there really is."""
     from .curvature import choose_curvature
 
-    segments: list[Segment] = []
-    for segment in plan.segments:
-        if isinstance(segment, DenseSegment):
-            kinds = [choose_curvature(segment.curvature.kind, layer.size, examples) for layer in segment.layers]
-            layers = tuple(n.model_copy(update={"curvature": k}) for n, k in zip(segment.layers, kinds, strict=True))
-            segments.append(segment.model_copy(update={"layers": layers}))
+    components: list[Component] = []
+    for component in plan.components:
+        if isinstance(component, DenseComponent):
+            kinds = [choose_curvature(component.curvature.kind, layer.size, examples) for layer in component.layers]
+            layers = tuple(n.model_copy(update={"curvature": k}) for n, k in zip(component.layers, kinds, strict=True))
+            components.append(component.model_copy(update={"layers": layers}))
         else:
-            segments.append(segment)
-    return replace(plan, segments=tuple(segments))
+            components.append(component)
+    return replace(plan, components=tuple(components))

@@ -1,4 +1,4 @@
-"""Mean last hidden states: the model's own embedding of an example, which stands beside its gradient as a control."""
+"""Mean last hidden states: the model's own embedding of an example, which stands beside its gradient as a baseline."""
 
 from collections.abc import Sequence
 from types import TracebackType

@@ -180,7 +180,7 @@ def load_mlp(source: ModelSource) -> nn.Module:
     sizes = [tensors[f"{i}.weight"].shape for i in numbers]
     biased = all(tensors[f"{i}.bias"].shape == size[:1] for i, size in zip(numbers, sizes, strict=True))
     if any(not t.is_floating_point() for t in tensors.values()):
-        raise IncompatibleError(f"{path} holds weights that are not floating-point numbers (quantised?); save them as float32")
+        raise IncompatibleError(f"{path} holds weights that are not floating-point numbers (quantized?); save them as float32")
     if any(len(size) != 2 for size in sizes) or any(a[0] != b[1] for a, b in pairwise(sizes)) or not biased:
         raise IncompatibleError(f"{path}: the layers' sizes {[tuple(size) for size in sizes]} do not follow one another")
     layers: list[nn.Module] = []
@@ -336,7 +336,7 @@ def safetensors_problem(path: Path) -> str | None:
             return "is no safetensors file: its header cannot be read"
     whole = [n for n, e in header.items() if n.endswith("weight") and str(e.get("dtype")).startswith(("I", "U", "BOOL"))]
     if whole:
-        return f"holds whole numbers in {whole[0]} (quantised?), and gradients need floating-point weights"
+        return f"holds whole numbers in {whole[0]} (quantized?), and gradients need floating-point weights"
     return None if end == size - 8 - length else f"has {size:,} bytes where its header says {8 + length + end:,} (cut off?)"
 
 
@@ -584,16 +584,16 @@ def _load(factory: Any, source: ModelSource, what: str, whole: bool = True, **op
             raise known(
                 f"the {what} of {source.id} comes with code of its own, which runs only when it is asked for (--trust-remote-code)"
             ) from error
-        quantised = _quantised(path / "config.json") if local else None
-        if quantised:
+        quantized = _quantized(path / "config.json") if local else None
+        if quantized:
             raise known(
-                f"the weights of {source.id} are quantised ({quantised}), and gradients need floating-point ones; give the model as it was "
+                f"the weights of {source.id} are quantized ({quantized}), and gradients need floating-point ones; give the model as it was "
                 "before that"
             ) from error
         raise known(f"the {what} of {source.id} cannot be loaded: {reason(error, _SETTINGS[what])}") from error
 
 
-def _quantised(config: Path) -> str | None:
+def _quantized(config: Path) -> str | None:
     try:
         return str(json.loads(config.read_bytes())["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):

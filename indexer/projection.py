@@ -25,7 +25,7 @@ def random_projection(name: str, side: str, rank: int, size: int, seed: int) -> 
     """
     if rank >= size:
         return None
-    key = int.from_bytes(hashlib.sha256(f"whence projection {seed} {side} {name}".encode()).digest()[:16], "little")
+    key = int.from_bytes(hashlib.sha256(f"wherefrom projection {seed} {side} {name}".encode()).digest()[:16], "little")
     words = np.random.Philox(key=key).random_raw(-(-rank * size // 64)).astype("<u8")
     signs = np.unpackbits(words.view(np.uint8), count=rank * size, bitorder="little").reshape(rank, size)
     return ((2.0 * signs - 1.0) / math.sqrt(rank)).astype(np.float32)

@@ -15,19 +15,19 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..store.documents import Example
-from ..store.keyed import KeyedVectors
 from ..store.manifest import Layer
+from ..store.sparse import SparseVectors
 from .capture import Map
 from .dense import DensePart
 from .encoder import Encoder, backward
-from .keyed import KeyedPart
+from .sparse import SparsePart
 
 
 class DenseShares:
     """What each position adds to the products of a dense row with some vectors (a `Visitor` of a batch of one)."""
 
     def __init__(self, part: DensePart, vectors: Sequence[Float[np.ndarray, " dim"]]) -> None:
-        self.layers: Sequence[Layer] = part.segment.layers
+        self.layers: Sequence[Layer] = part.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
         self._adjoints = {
             layer.name: torch.stack([part.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
@@ -41,15 +41,15 @@ class DenseShares:
         self.shares = found if self.shares is None else self.shares + found
 
 
-class KeyedShares:
-    """What each position adds to the products of a keyed row with vectors of some tokens (a `Visitor` of a batch of one).
+class SparseShares:
+    """What each position adds to the products of a sparse row with vectors of some tokens (a `Visitor` of a batch of one).
 
     Args:
         vectors: each holds one row.
         inputs: the batch's.
     """
 
-    def __init__(self, part: KeyedPart, vectors: Sequence[KeyedVectors], inputs: Tensor) -> None:
+    def __init__(self, part: SparsePart, vectors: Sequence[SparseVectors], inputs: Tensor) -> None:
         self._part, self._inputs = part, inputs[0].to(part.device)
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
@@ -67,39 +67,39 @@ class KeyedShares:
     def _of(self, keys: Tensor, adjoint: Tensor, x: Float[Tensor, "tokens inputs"], d: Float[Tensor, "tokens outputs"]) -> Tensor:
         if not len(keys):
             return torch.zeros(len(self._inputs), dtype=torch.float64, device=d.device)
-        if self._part.segment.role == "head":
+        if self._part.component.role == "head":
             return (d[:, keys] * (x @ adjoint.T)).sum(1).double()
         at = torch.searchsorted(keys, self._inputs).clamp(max=len(keys) - 1)
         return torch.where(keys[at] == self._inputs, (d * adjoint[at]).sum(1), 0.0).double()
 
 
 def token_shares(
-    encoder: Encoder, example: Example, vectors: Sequence[Mapping[str, np.ndarray | KeyedVectors]], question: bool = False
+    encoder: Encoder, example: Example, vectors: Sequence[Mapping[str, np.ndarray | SparseVectors]], query: bool = False
 ) -> Float64[np.ndarray, "vectors tokens"]:
-    """What each token of an example adds to the sums of its segments' products with some vectors, all in one pass of the model.
+    """What each token of an example adds to the sums of its components' products with some vectors, all in one pass of the model.
 
     Args:
-        vectors: each by segment (all by the same), in the encoder's whitened coordinates: [dim], or the vectors of some tokens (ascending).
-            Segments that are not there add nothing.
-        question: whether the example is a question, whose measurement and not its loss is asked about.
+        vectors: each by component (all by the same), in the encoder's whitened coordinates: [dim], or the vectors of some tokens
+            (ascending). Components that are not there add nothing.
+        query: whether the example is a query, whose measurement and not its loss is asked about.
     """
     task = encoder.task
     batch = task.collate([example], next(encoder.model.parameters()).device)
     shares = np.zeros((len(vectors), batch.inputs.shape[1] + 1))
-    visitors: dict[str, DenseShares | KeyedShares] = {}
+    visitors: dict[str, DenseShares | SparseShares] = {}
     for name in vectors[0]:
         part, own = encoder.parts[name], [vector[name] for vector in vectors]
-        if isinstance(part, KeyedPart):
-            visitors[name] = KeyedShares(part, cast("list[KeyedVectors]", own), batch.inputs)
+        if isinstance(part, SparsePart):
+            visitors[name] = SparseShares(part, cast("list[SparseVectors]", own), batch.inputs)
         else:
             visitors[name] = DenseShares(part, cast("list[np.ndarray]", own))
     for number, model in enumerate(encoder.models):
-        asked = [visitors[s.name] for s in encoder.plan.segments if s.model == number and s.name in visitors]
+        asked = [visitors[s.name] for s in encoder.plan.components if s.model == number and s.name in visitors]
         if asked:
-            backward(model, batch, asked, task.measurement if question else task.loss)
+            backward(model, batch, asked, task.measurement if query else task.loss)
     for name, visitor in visitors.items():
         assert visitor.shares is not None
         part = encoder.parts[name]
-        predicted = isinstance(part, KeyedPart) and part.segment.role == "head"
+        predicted = isinstance(part, SparsePart) and part.component.role == "head"
         shares[:, predicted : shares.shape[1] - 1 + predicted] += visitor.shares.cpu().numpy()
     return shares

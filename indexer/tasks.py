@@ -1,10 +1,10 @@
 """Tasks: what a model is asked, and the two functions whose gradients are indexed and compared.
 
-A task's *loss* is what training lowered, its gradients are the rows; its *measurement* is what a question asks about, its gradients are the
-questions. Both are numbers that fall as the model does better (nats), so the score's sign reads: positive, training on the example
-lowered the question's measurement. They are the same unless a task says otherwise. Around them a task says how to load the model and how
+A task's *loss* is what training lowered, its gradients are the rows; its *measurement* is what a query asks about, its gradients are the
+queries. Both are numbers that fall as the model does better (nats), so the score's sign reads: positive, training on the example
+lowered the query's measurement. They are the same unless a task says otherwise. Around them a task says how to load the model and how
 examples become a batch; capture, projection and curvature know nothing else of it. A causal language model and a perceptron come
-with Whence; any other nn.Module is a subclass of `Task` or `VectorTask`, named as `module:Class`.
+with Wherefrom; any other nn.Module is a subclass of `Task` or `VectorTask`, named as `module:Class`.
 
 A text batch is right-padded and carries no attention mask: in a causal model nothing to the left can see the padding, and positions count
 from the left, so that padding cannot change a row. The last token is only ever predicted, so it is not in the input.
@@ -89,7 +89,7 @@ class Task(ABC):
         """
 
     def measurement(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
-        """Each question's measurement (nats), lower when the model does better; the training loss unless a task says otherwise."""
+        """Each query's measurement (nats), lower when the model does better; the training loss unless a task says otherwise."""
         return self.loss(model, batch)
 
     @abstractmethod
@@ -122,11 +122,11 @@ class Task(ABC):
         """The layer that makes the predictions; its input is the model's last hidden state."""
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
-    def keyed_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
+    def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
         """Name, vocabulary and width of an output head whose rows can be keyed by token, and whether something follows it; None without."""
         return None
 
-    def keyed_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
+    def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
         """Name, vocabulary and width of the embeddings of the batch's inputs; None where these are no tokens."""
         return None
 
@@ -211,7 +211,7 @@ class CausalLM(Task):
         return model.get_output_embeddings()  # type: ignore[operator]
 
     @torch.no_grad()
-    def keyed_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
+    def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
         """See `Task`; something follows the head where the logits are not its output."""
         head = self.head(model)
         sizes, names = models.layer_sizes(head) if head is not None else None, [n for n, m in model.named_modules() if m is head]
@@ -225,7 +225,7 @@ class CausalLM(Task):
             handle.remove()
         return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0].to(logits.device), logits)
 
-    def keyed_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
+    def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
         """See `Task`."""
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         names = [name for name, module in model.named_modules() if module is embeddings]
@@ -325,7 +325,7 @@ def find_task(name: str) -> Task:
         return _TASKS[name]()
     found = import_object(name, "task")
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise UsageError(f"{name} is not a subclass of whence.Task")
+        raise UsageError(f"{name} is not a subclass of wherefrom.Task")
     try:
         return found()
     except TypeError as error:  # abstract still, or with arguments
@@ -388,7 +388,7 @@ def sample_targets(logits: Float[Tensor, "batch tokens vocab"], batch: Batch, se
     sampled = batch.targets.clone()
     for i, id in enumerate(batch.ids):
         positions = (batch.targets[i] != IGNORED).nonzero()[:, 0]
-        key = int.from_bytes(hashlib.sha256(f"whence labels {seed} {id}".encode()).digest()[:16], "little")
+        key = int.from_bytes(hashlib.sha256(f"wherefrom labels {seed} {id}".encode()).digest()[:16], "little")
         uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(len(positions))).to(logits.device)
         cumulative = logits[i, positions].double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Questions, answers and explanations: frozen records of what was asked, what was found, why, and how far it can be trusted.
+"""Queries, answers and explanations: frozen records of what was asked, what was found, why, and how far it can be trusted.
 
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
@@ -24,7 +24,7 @@ _KINDS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """What to attribute: a completion after a prompt, a whole text, chat messages, or a row of the index; exactly one of them.
 
     Attributes:
@@ -32,7 +32,7 @@ class Question:
             are of documents. `tools` are given to the template, too.
         against: another completion after the same prompt: what made the model say the one rather than the other.
         span: a part of the completion or the text, as it stands there: its tokens alone are asked about.
-        weight: in a mean of questions.
+        weight: in a mean of queries.
     """
 
     prompt: str = ""
@@ -50,12 +50,12 @@ class Question:
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise UsageError(f"a question's {name} is {value!r:.80}, of another type than it can have")
+                raise UsageError(f"a query's {name} is {value!r:.80}, of another type than it can have")
         if self.row is not None:
             object.__setattr__(self, "row", int(self.row))  # of a numpy number, too
         given = [name for name in ("completion", "text", "messages", "row") if getattr(self, name) is not None]
         if len(given) != 1 or (self.prompt and given != ["completion"]):
-            raise UsageError("a question is a prompt with a completion, or a text, or messages, or a row: give exactly one of them")
+            raise UsageError("a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them")
         if self.tools is not None and self.messages is None:
             raise UsageError("tools are given to the chat template with messages; give both")
         chat = self.messages is None or (
@@ -72,12 +72,12 @@ class Question:
         if self.span is not None and (self.row is not None or self.against is not None):
             raise UsageError("a span is a part of one completion or text; give it without a row and without another completion")
         if self.weight is not None and not (self.weight == 0 or _WEIGHTS[0] <= abs(self.weight) <= _WEIGHTS[1]):
-            raise UsageError(f"a question's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size")
+            raise UsageError(f"a query's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size")
         try:
             f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
             json.dumps([self.messages, self.tools], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            raise UsageError("the question holds bytes that are not UTF-8 text; mend its encoding") from error
+            raise UsageError("the query holds bytes that are not UTF-8 text; fix its encoding") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError("the messages or tools hold what JSON cannot, or are nested too deeply") from error
 
@@ -95,10 +95,10 @@ class Attribution:
     Attributes:
         rank: from 1, within proponents or opponents.
         row, id: where it stands in the index, and its stable id.
-        score: positive for a proponent (training on it lowered the question's loss), negative for an opponent. Under
+        score: positive for a proponent (training on it lowered the query's loss), negative for an opponent. Under
             "influence" in nats per unit of example weight, up to the damped curvature's scale; under "cosine" from -1 to 1.
         document: the id of the document that the example was cut from; its own id when it is whole.
-        error: the score's standard error, from one-bit codes (see `scoring.standard_errors`); None where the question is itself such a row.
+        error: the score's standard error, from one-bit codes (see `scoring.standard_errors`); None where the query is itself such a row.
     """
 
     rank: int
@@ -117,7 +117,7 @@ class SearchReport:
     """How an answer was found.
 
     Attributes:
-        method: "exact" (all rows, or all posting lists of the question's tokens) or "coarse to fine" (see search.py).
+        method: "exact" (all rows, or all posting lists of the query's tokens) or "by quantized scan and rescore" (see search.py).
         rows: those that were searched, and `candidates`: those of them that were read.
         recall: certified: the probability that none of the best is missing.
         estimates: whether scores come from one-bit codes and are estimates (with the standard errors beside them).
@@ -136,7 +136,7 @@ class SearchReport:
 
 @dataclass(frozen=True)
 class Group:
-    """One group's part in the answer to one question.
+    """One group's part in the answer to one query.
 
     Attributes:
         value: of the column; None where examples lack it.
@@ -157,8 +157,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Control:
-    """What a control says of one question.
+class Baseline:
+    """What a baseline says of one query.
 
     Attributes:
         name: "bm25", "hidden" or "norm".
@@ -175,13 +175,13 @@ class Control:
     shared: int
 
 
-def _control(record: Mapping[str, Any]) -> Control:
-    return Control(**{**record, **{name: tuple(record[name]) for name in ("rows", "ids", "scores")}})
+def _baseline(record: Mapping[str, Any]) -> Baseline:
+    return Baseline(**{**record, **{name: tuple(record[name]) for name in ("rows", "ids", "scores")}})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Proponents (positive, highest first) and opponents (negative, lowest first) of one question."""
+    """Proponents (positive, highest first) and opponents (negative, lowest first) of one query."""
 
     query: Mapping[str, Any]
     proponents: tuple[Attribution, ...]
@@ -189,16 +189,16 @@ class Answer:
     search: SearchReport
     index: Mapping[str, Any]
     groups: tuple[Group, ...] | None = None
-    controls: tuple[Control, ...] | None = None
+    baselines: tuple[Baseline, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON-ready dictionaries and lists, keys as in `whence query --json`."""
+        """The answer as JSON-ready dictionaries and lists, keys as in `wherefrom query --json`."""
         return {
             "query": dict(self.query),
             "proponents": [asdict(a) for a in self.proponents],
             "opponents": [asdict(a) for a in self.opponents],
             **({"groups": [asdict(g) for g in self.groups]} if self.groups is not None else {}),
-            **({"controls": [asdict(c) for c in self.controls]} if self.controls is not None else {}),
+            **({"baselines": [asdict(c) for c in self.baselines]} if self.baselines is not None else {}),
             "search": asdict(self.search),
             "index": dict(self.index),
         }
@@ -213,7 +213,7 @@ class Answer:
             search=SearchReport(**record["search"]),
             index=record["index"],
             groups=tuple(Group(**g) for g in record["groups"]) if "groups" in record else None,
-            controls=tuple(map(_control, record["controls"])) if "controls" in record else None,
+            baselines=tuple(map(_baseline, record["baselines"])) if "baselines" in record else None,
         )
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -236,15 +236,15 @@ class Part:
     """A part of a score.
 
     Attributes:
-        name: of a segment, a layer, or (as text, where a tokenizer is at hand) a token.
+        name: of a component, a layer, or (as text, where a tokenizer is at hand) a token.
         score: what it adds; parts of one kind add up to the score of what they split.
-        segment: which segment a layer or token belongs to.
+        component: which component a layer or token belongs to.
         token: a token's id.
     """
 
     name: str
     score: float
-    segment: str | None = None
+    component: str | None = None
     token: int | None = None
 
 
@@ -266,33 +266,33 @@ class Explanation:
 
     Attributes:
         row, id, text, score: which example, and its score, as a query gives it (estimated cosines may lie beyond 1).
-        segments, layers, vocabulary: see above; each strongest first; `blocks` are sums over the layers of a transformer block.
+        components, layers, vocabulary: see above; each strongest first; `blocks` are sums over the layers of a transformer block.
         recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
-        example, question: shares of the training example's tokens, and of the question's; each adds up to `recomputed`.
+        example, query: shares of the training example's tokens, and of the query's; each adds up to `recomputed`.
     """
 
     row: int
     id: str
     text: str
     score: float
-    segments: tuple[Part, ...]
+    components: tuple[Part, ...]
     layers: tuple[Part, ...]
     vocabulary: tuple[Part, ...]
     recomputed: float | None = None
     example: TokenShares | None = None
-    question: TokenShares | None = None
+    query: TokenShares | None = None
     blocks: tuple[Part, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, keys as in `whence explain --json`."""
+        """JSON-ready, keys as in `wherefrom explain --json`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Explanation":
         """An explanation from what `to_dict` made of it."""
-        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("segments", "layers", "vocabulary", "blocks")}
+        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("components", "layers", "vocabulary", "blocks")}
         shares = {
             name: None if record[name] is None else TokenShares(tuple(record[name]["tokens"]), tuple(record[name]["scores"]))
-            for name in ("example", "question")
+            for name in ("example", "query")
         }
         return cls(**{**record, **parts, **shares})

@@ -1,4 +1,4 @@
-"""How questions are asked, of an index at hand (client.py) and of a server (remote.py) alike. Nothing heavy is imported here."""
+"""How queries are asked, of an index at hand (client.py) and of a server (remote.py) alike. Nothing heavy is imported here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..store.errors import UsageError
-from .answers import Answer, Question
+from .answers import Answer, Query
 
 if TYPE_CHECKING:
     from .metric import Mode
@@ -16,22 +16,22 @@ _KINDS: dict[str, type] = {"k": Integral, "damping": Real, "recall": Real, "wher
 
 
 class Options(TypedDict, total=False):
-    """How questions are answered; what is not given has its default.
+    """How queries are answered; what is not given has its default.
 
     Attributes:
         k: at most so many proponents, and opponents; by default 10, or all rows where there are fewer.
         opponents: whether to return opponents.
-        mode: "influence" (self-influential examples weigh more), "cosine", or "per-nat" (over the example's own loss).
+        mode: "influence" (self-influential examples weigh more), "cosine", or "loss-normalized" (over the example's own loss).
         damping: relative to the mean eigenvalue; None keeps the build's.
         curvature: False takes plain products of gradients.
-        weights: by segment or part, times the index's own; 0 leaves a segment out.
+        weights: by component or part, times the index's own; 0 leaves a component out.
         layers: globs over layer names; the others count nothing.
         where: a filter over the examples' columns, such as `source == "web" and year >= 2020`; other rows are not searched.
         group_by: a column; the answer has the influence of each of its values.
-        mean: answer the questions' weighted mean as one question.
-        recall: 1 (the default) reads all rows; below it, dense rows are searched coarse to fine, and with this probability none of the best
-            is missing (see query/search.py).
-        controls: say beside each answer what BM25, the mean hidden state (where the build kept it) and the norm alone would have found;
+        mean: answer the queries' weighted mean as one query.
+        recall: 1 (the default) reads all rows; below it, dense rows are searched by quantized scan and rescore, and with this probability
+            none of the best is missing (see query/search.py).
+        baselines: say beside each answer what BM25, the mean hidden state (where the build kept it) and the norm alone would have found;
             needs scipy and bm25s.
     """
 
@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
     group_by: str | None
     mean: bool
     recall: float
-    controls: bool
+    baselines: bool
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -65,11 +65,11 @@ def check_options(options: Mapping[str, object]) -> None:
 
 
 class Asks(ABC):
-    """Whoever answers questions."""
+    """Whoever answers queries."""
 
     @abstractmethod
-    def query_many(self, questions: Sequence[Question], **options: Unpack[Options]) -> list[Answer]:
-        """Many questions in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
+    def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
+        """Many queries in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
 
     def query(
         self,
@@ -84,7 +84,7 @@ class Asks(ABC):
         span: str | None = None,
         **options: Unpack[Options],
     ) -> Answer:
-        """The k strongest proponents and opponents of one question.
+        """The k strongest proponents and opponents of one query.
 
         Args:
             prompt, completion: the loss is taken on the completion alone.
@@ -97,7 +97,7 @@ class Asks(ABC):
             options: see `Options`.
 
         Raises:
-            UsageError: not exactly one question, k out of range, a text that is empty or longer than the model's context.
+            UsageError: not exactly one query, k out of range, a text that is empty or longer than the model's context.
         """
-        question = Question(prompt, completion, text, row, None, against, span, None, messages, tools)
-        return self.query_many([question], **options)[0]
+        query = Query(prompt, completion, text, row, None, against, span, None, messages, tools)
+        return self.query_many([query], **options)[0]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..store.index import Index
-from .answers import Answer, Attribution, Control, Group, SearchReport
+from .answers import Answer, Attribution, Baseline, Group, SearchReport
 from .metric import Metric
 from .search import Hits
 
@@ -21,34 +21,34 @@ def make_answers(
     where: str | None = None,
     searched: int | None = None,
     groups: Sequence[Sequence[Group]] | None = None,
-    controls: Sequence[tuple[Control, ...]] | None = None,
+    baselines: Sequence[tuple[Baseline, ...]] | None = None,
     errors: Sequence[tuple[np.ndarray, np.ndarray] | None],
 ) -> list[Answer]:
     """Put ids, texts and metadata to the rows that a search found.
 
     Args:
-        asked: what each question was.
+        asked: what each query was.
         where, searched: the filter, and how many rows it left.
-        groups, controls: of each question.
-        errors: of each question the standard errors of its proponents' and its opponents' scores, where they are known.
+        groups, baselines: of each query.
+        errors: of each query the standard errors of its proponents' and its opponents' scores, where they are known.
     """
     about = describe_index(index)
-    estimates = any((s.kind == "keyed" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.segments)
-    built = {s.name: s.curvature.damping for s in index.manifest.segments}
+    estimates = any((s.kind == "sparse" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.components)
+    built = {s.name: s.curvature.damping for s in index.manifest.components}
     dampings = metric.damping or (built if len(set(built.values())) > 1 else next(iter(built.values())))
     settings: dict[str, Any] = {"mode": metric.mode, **({"damping": dampings} if metric.curvature else {"curvature": False})}
     settings |= {"weights": dict(metric.weights)} if metric.weights else {}
     settings |= {"layers": list(metric.layers)} if metric.layers else {}
     settings |= {"where": where} if where is not None else {}
     answers = []
-    for number, (question, hit, known) in enumerate(zip(asked, hits, errors, strict=True)):
+    for number, (query, hit, known) in enumerate(zip(asked, hits, errors, strict=True)):
         answers.append(
             Answer(
-                query={**question, **settings},
+                query={**query, **settings},
                 proponents=_attributions(index, hit.proponents, hit.proponent_scores, known and known[0]),
                 opponents=_attributions(index, hit.opponents, hit.opponent_scores, known and known[1]) if opponents else (),
                 search=SearchReport(
-                    method="exact" if hit.recall == 1 else "coarse to fine",
+                    method="exact" if hit.recall == 1 else "by quantized scan and rescore",
                     rows=len(index) if searched is None else searched,
                     candidates=hit.candidates,
                     recall=hit.recall,
@@ -58,7 +58,7 @@ def make_answers(
                 ),
                 index=about,
                 groups=tuple(groups[number]) if groups is not None else None,
-                controls=controls[number] if controls is not None else None,
+                baselines=baselines[number] if baselines is not None else None,
             )
         )
     return answers
@@ -72,7 +72,7 @@ def describe_index(index: Index) -> dict[str, Any]:
         "manifest": m.number,
         "models": [model.id for model in m.models],
         "rows": m.rows,
-        "segments": [s.name for s in m.segments],
+        "components": [s.name for s in m.components],
         "measured": [round(part.share, 4) for part in m.build.tracked],
     }
 

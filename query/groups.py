@@ -38,7 +38,7 @@ def group_scores(
     allowed: Bool[np.ndarray, " rows"] | None = None,
     seed: int = 0,
 ) -> list[list[Group]]:
-    """For each question the groups of a column, highest total first.
+    """For each query the groups of a column, highest total first.
 
     Args:
         allowed: which rows count; None counts all that are not deleted.

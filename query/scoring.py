@@ -2,14 +2,15 @@
 
     influence   <z_q, z_i>
     cosine      <z_q, z_i> / (|z_q| |z_i|)
-    per-nat     <z_q, z_i> / L_i, with the example's own loss: what a nat of it is worth, so that long and surprising texts do not lead
+    loss-normalized     <z_q, z_i> / L_i, with the example's own loss: what a nat of it is worth, so that long and surprising texts do not
+    lead
 
 Another damping a' than the build's a is exact and changes only the query: coordinates are whitened with (l + a)^(-1/2), so
 
     g_q^T (H + a' I)^(-1) g_i = sum_j  z_qj (l_j + a_j) / (l_j + a'_j) z_ij
 
 and under cosine the norms are taken in the same metric, in the same pass. Without curvature the factor is (l_j + a_j); of layers that are
-left out it is 0. Scores are linear in the question, so that contrasts and means of questions are questions too (`combine`). A scan is
+left out it is 0. Scores are linear in the query, so that contrasts and means of queries are queries too (`combine`). A scan is
 bound by memory bandwidth; for float32 rows it multiplies straight from the memory map.
 """
 
@@ -25,10 +26,10 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Group, Index
-from ..store.keyed import KeyedVectors
-from ..store.manifest import KeyedSegment, Shard
+from ..store.manifest import Shard, SparseComponent
+from ..store.sparse import SparseVectors
 from .metric import Metric, Mode, QueryRows, matched
-from .parts import DenseQueries, KeyedQueries
+from .parts import DenseQueries, SparseQueries
 
 _SHORTEST = 1e-37  # lengths whose inverse is a float32
 
@@ -38,10 +39,10 @@ class Estimates:
     """What one-bit codes say of a group's rows, for some queries: a score is about `(sure + guess) * scale`.
 
     Attributes:
-        sure: what is exact: keyed segments' part.
-        guess: what dense segments' codes estimate.
+        sure: what is exact: sparse components' part.
+        guess: what dense components' codes estimate.
         deviations: standard deviations of the guesses (times `scale`: of the scores).
-        scale: under cosine one over the lengths, under per-nat over the losses; 0 where a row has none.
+        scale: under cosine one over the lengths, under loss-normalized over the losses; 0 where a row has none.
     """
 
     sure: Float32[np.ndarray, "queries rows"]
@@ -55,7 +56,7 @@ class Scorer:
     """Some queries, ready to be compared with an index's rows."""
 
     index: Index
-    parts: Sequence[DenseQueries | KeyedQueries]
+    parts: Sequence[DenseQueries | SparseQueries]
     norms: Float64[np.ndarray, " queries"]
     mode: Mode
 
@@ -64,7 +65,7 @@ class Scorer:
         """Prepare queries.
 
         Raises:
-            UsageError: no segment is left, or none is called so; the metric does not go with the index.
+            UsageError: no component is left, or none is called so; the metric does not go with the index.
         """
         parts = _prepare(index, queries, metric)
         norms = np.sqrt(sum((p.weight * p.squared_norms for p in parts), np.zeros(_count(queries))))
@@ -82,7 +83,7 @@ class Scorer:
             p.add(self.index, group, scores, squared)
         scores = scores if self.mode == "influence" else scores * self._scale(group, squared)
         if not np.isfinite(scores).all():
-            raise NumericalError("a score is not finite: the question's weights, or its gradient, are too large; ask with smaller ones")
+            raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
         return scores
 
     def estimates(self, group: Group) -> Estimates:
@@ -91,12 +92,12 @@ class Scorer:
         sure, guess, variances = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape)
         squared = np.zeros(group.rows) if self.mode == "cosine" else None
         for p in self.parts:
-            if isinstance(p, KeyedQueries):
+            if isinstance(p, SparseQueries):
                 p.add(self.index, group, sure, squared)
             else:
                 p.estimate(self.index, group, guess, variances, squared)
         if not (np.isfinite(sure).all() and np.isfinite(guess).all() and np.isfinite(variances).all()):
-            raise NumericalError("a score is not finite: the question's weights, or its gradient, are too large; ask with smaller ones")
+            raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
         return Estimates(sure, guess, np.sqrt(variances, out=variances).astype(np.float32), self._scale(group, squared))
 
     def refusal(self) -> str | None:
@@ -106,14 +107,14 @@ class Scorer:
                 return "lengths under another damping, or of some layers, are known only of rows that are read"
             if (
                 isinstance(p, DenseQueries)
-                and p.segment.dtype != "1bit"
-                and any(self.index.coarse(group, p.segment) is None for group in self.index.groups)
+                and p.component.dtype != "1bit"
+                and any(self.index.scan_codes(group, p.component) is None for group in self.index.groups)
             ):
-                return "one-bit codes do not lie beside the rows, or are of other rows: whence reindex makes them"
+                return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
         return None
 
     def read(self, query: int, rows: Int64[np.ndarray, " chosen"]) -> Float32[np.ndarray, " chosen"]:
-        """Dense segments' exact part of a query's scores with some rows, in the place of their guesses."""
+        """Dense components' exact part of a query's scores with some rows, in the place of their guesses."""
         found = [p.read(self.index, rows, query) for p in self.parts if isinstance(p, DenseQueries)]
         return np.stack(found).sum(axis=0, dtype=np.float32)
 
@@ -124,11 +125,11 @@ class Scorer:
         return variance * self.scale(query, row) ** 2
 
     def scale(self, query: int, row: int) -> float:
-        """What the products of a query's segments with a row's are multiplied with to give its score."""
+        """What the products of a query's components with a row's are multiplied with to give its score."""
         shard, offset = self.index.locate(row)
         if self.mode == "influence":
             return 1.0
-        if self.mode == "per-nat":
+        if self.mode == "loss-normalized":
             length = float(self.index.losses(shard)[offset])
         else:
             length = float(np.sqrt(self._squared_length(shard, offset)) * self.norms[query])
@@ -142,13 +143,13 @@ class Scorer:
         """
         total = 0.0
         for p in self.parts:
-            row = rows[p.segment.name]
+            row = rows[p.component.name]
             if isinstance(p, DenseQueries):
                 assert isinstance(row, np.ndarray)
                 whole = row[0].astype(np.float64)
                 total += float((p.weighed(self.index, row[0]).astype(np.float64) if stored else whole * p.factors) @ whole)
             else:
-                assert isinstance(row, KeyedVectors)
+                assert isinstance(row, SparseVectors)
                 total += float((p.weighed(self.index, row).vectors.astype(np.float64) * row.vectors).sum())
         return total
 
@@ -159,7 +160,7 @@ class Scorer:
         """What inner products are multiplied with."""
         if squared is not None:
             lengths = self.norms[:, None] * np.sqrt(squared)[None]
-        elif self.mode == "per-nat":
+        elif self.mode == "loss-normalized":
             lengths = np.tile(np.concatenate([self.index.losses(shard) for shard in group.shards]), (len(self), 1)).astype(np.float64)
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))
@@ -209,38 +210,40 @@ def standard_errors(
     return [np.sqrt([scorer.variance(query, row) for row in own.tolist()]) for query, own in enumerate(rows)]
 
 
-def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list[DenseQueries | KeyedQueries]:
-    """The queries of every segment that counts.
+def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list[DenseQueries | SparseQueries]:
+    """The queries of every component that counts.
 
     Raises:
-        UsageError: no segment is left, or none is called so.
+        UsageError: no component is left, or none is called so.
     """
-    names = {s.name for s in index.manifest.segments}
-    unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.segments})
+    names = {s.name for s in index.manifest.components}
+    unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.components})
     if unknown:
-        raise UsageError(f"there is no segment {unknown[0]!r}; this index has {', '.join(s.name for s in index.manifest.segments)}")
-    weights = {s.name: s.weight for s in index.manifest.segments}
-    for s in index.manifest.segments:
+        raise UsageError(f"there is no component {unknown[0]!r}; this index has {', '.join(s.name for s in index.manifest.components)}")
+    weights = {s.name: s.weight for s in index.manifest.components}
+    for s in index.manifest.components:
         for name in {s.part, s.name} & metric.weights.keys():
             weights[s.name] *= metric.weights[name]
     if not any(weights.values()):
-        raise UsageError("every segment has the weight 0; leave at least one")
+        raise UsageError("every component has the weight 0; leave at least one")
     if metric.layers:
-        weights = {s.name: weights[s.name] if matched(s, metric.layers).any() else 0.0 for s in index.manifest.segments}
+        weights = {s.name: weights[s.name] if matched(s, metric.layers).any() else 0.0 for s in index.manifest.components}
         if not any(weights.values()):
-            layers = [n for s in index.manifest.segments for n in ([s.layer] if s.kind == "keyed" else [layer.name for layer in s.layers])]
+            layers = [
+                n for s in index.manifest.components for n in ([s.layer] if s.kind == "sparse" else [layer.name for layer in s.layers])
+            ]
             raise UsageError(
                 f"no layer of this index matches {', '.join(metric.layers)}; it has {', '.join(layers[:6])}{' ...' * (len(layers) > 6)}"
             )
-    prepared: list[DenseQueries | KeyedQueries] = []
-    for segment in (s for s in index.manifest.segments if weights[s.name]):
-        rows = queries[segment.name]
-        if isinstance(segment, KeyedSegment):
-            assert isinstance(rows, KeyedVectors)
-            prepared.append(KeyedQueries.make(index, segment, rows, metric, weights[segment.name]))
+    prepared: list[DenseQueries | SparseQueries] = []
+    for component in (s for s in index.manifest.components if weights[s.name]):
+        rows = queries[component.name]
+        if isinstance(component, SparseComponent):
+            assert isinstance(rows, SparseVectors)
+            prepared.append(SparseQueries.make(index, component, rows, metric, weights[component.name]))
         else:
             assert isinstance(rows, np.ndarray)
-            prepared.append(DenseQueries.make(index, segment, rows, metric, weights[segment.name]))
+            prepared.append(DenseQueries.make(index, component, rows, metric, weights[component.name]))
     return prepared
 
 

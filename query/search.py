@@ -1,13 +1,15 @@
-"""The best and the worst rows: by an exact scan of all, or coarse to fine with a certificate.
+"""The best and the worst rows: by an exact scan of all, or by quantized scan and rescore with a certificate.
 
-Exact, in one blocked pass, is what everything else is held against, and what posting lists do anyway. Coarse to fine, where rows are dense:
-one-bit codes estimate all scores (store/coarse.py), and rows are read, from the finest that is stored, that could be among the best k.
+Exact, in one blocked pass, is what everything else is held against, and what posting lists do anyway. By quantized scan and rescore, where
+rows are
+dense: one-bit codes estimate all scores (store/scan_codes.py), and rows are read, from the finest that is stored, that could be among the
+best k.
 
 The certificate. Let s be the k-th best score among the rows that were read; it can only be below the true k-th best. A row is left unread
 when its estimate, plus z times the estimate's standard deviation, does not exceed s. A row that belongs to the true k best scores s or
 more, so that to be left out its estimate must have erred by z standard deviations, which happens with the probability 1 - Phi(z). For
 recall r, z is chosen so that this is (1 - r) / k: with a probability of at least r, over the codes' random rotation, not one of the k best
-is missing (union bound), and likewise of the worst. That holds for any rows and any question; what depends on them is how many rows are
+is missing (union bound), and likewise of the worst. That holds for any rows and any query; what depends on them is how many rows are
 read. If these are too many, the exact scan is cheaper, and is what is done.
 """
 
@@ -21,11 +23,11 @@ from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Group, Index
-from ..store.manifest import DenseSegment
+from ..store.manifest import DenseComponent
 from .metric import Metric, QueryRows, cut
 from .scoring import Scorer, by_group
 
-_EXACT_PASS, _COARSE_PASS = 64, 8
+_EXACT_PASS, _SCAN_PASS = 64, 8
 _READ_FIRST = 256
 _MOST_READ = 16  # one row in so many, at most; more are scanned faster
 _MOST_READ_OF_FEW = 1024
@@ -65,11 +67,11 @@ def search(
     """The k rows of highest and of lowest score for each query, among those that are not deleted.
 
     Args:
-        queries: segment name -> whitened query rows.
+        queries: component name -> whitened query rows.
         k: at least 1; of more than there are rows, all are given.
         allowed: which rows may be found; None allows all.
-        recall: 1 scans all rows; below 1, rows are searched coarse to fine (see above), except where keyed segments alone count: their
-            posting lists are exact.
+        recall: 1 scans all rows; below 1, rows are searched by quantized scan and rescore (see above), except where sparse components alone
+            count: their posting lists are exact.
 
     Raises:
         UsageError: k or recall is out of range, or the metric does not go with the index.
@@ -81,7 +83,7 @@ def search(
     k = min(k, len(index))
     searched = index.alive if allowed is None else index.alive & allowed
     count = len(next(iter(queries.values())))
-    size = _EXACT_PASS if recall == 1 else _COARSE_PASS
+    size = _EXACT_PASS if recall == 1 else _SCAN_PASS
     return [hit for first in range(0, count, size) for hit in _pass(index, cut(queries, first, first + size), k, metric, searched, recall)]
 
 
@@ -89,12 +91,12 @@ def _pass(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Boo
     started, note = time.perf_counter(), None
     scorer = Scorer.of(index, queries, metric)
     found: list[_Found] | None = None
-    if recall < 1 and not any(isinstance(p.segment, DenseSegment) for p in scorer.parts):
-        note = "these are all keyed by token, and the lists of a question's tokens are short"
+    if recall < 1 and not any(isinstance(p.component, DenseComponent) for p in scorer.parts):
+        note = "these are all keyed by token, and the lists of a query's tokens are short"
     elif recall < 1:
         note = scorer.refusal()
         if note is None:
-            found = _coarse_to_fine(scorer, k, allowed, -NormalDist().inv_cdf((1 - recall) / k))
+            found = _scan_and_rescore(scorer, k, allowed, -NormalDist().inv_cdf((1 - recall) / k))
             if found is None:
                 note = "more rows could be among the best than an exact scan takes time for"
     if found is None:
@@ -201,7 +203,7 @@ def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sig
     return rows[order], scores[order]
 
 
-def _coarse_to_fine(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], z: float) -> list[_Found] | None:
+def _scan_and_rescore(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], z: float) -> list[_Found] | None:
     """See above; None where more rows would have to be read than is worth it."""
     sides = [(_Side(k, 1), _Side(k, -1)) for _ in range(len(scorer))]
     read: list[list[np.ndarray]] = [[] for _ in range(len(scorer))]

@@ -1,4 +1,4 @@
-"""Answers on a terminal: the question, a table of proponents and one of opponents, and how they were found."""
+"""Answers on a terminal: the query, a table of proponents and one of opponents, and how they were found."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     else:
         said = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
         asked.append(
-            _printable(q.get("text") or "\n".join(said) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} questions"))
+            _printable(q.get("text") or "\n".join(said) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} queries"))
         )
     if "span" in q:
         asked.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
@@ -60,8 +60,8 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
             yield table
     if answer.groups is not None:
         yield _groups(answer.groups)
-    if answer.controls is not None:
-        yield _controls(answer)
+    if answer.baselines is not None:
+        yield _baselines(answer)
     s = answer.search
     searched = f"exact search of {s.rows:,} rows"
     if s.recall < 1:
@@ -73,7 +73,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
     measured = min(answer.index.get("measured") or [1.0])
     if measured < _LITTLE:
-        yield Text(f"the rows measure {measured:.1%} of the trained parameters (whence info names the rest)", style="dim")
+        yield Text(f"the rows measure {measured:.1%} of the trained parameters (wherefrom info names the rest)", style="dim")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
@@ -104,7 +104,7 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
     """Print an explanation for people: heat maps of both texts, then the strongest parts."""
     console = Console()
     console.print(Text(f"\nrow {e.row}  {e.score:.4g}", style="bold") + Text(f"  {_printable(e.id).plain}", style="dim"))
-    for title, shares in (("training example", e.example), ("question", e.question)):
+    for title, shares in (("training example", e.example), ("query", e.query)):
         if shares is not None:
             console.print(Text(f"\n{title}", style="bold"))
             console.print(heat(shares))
@@ -115,7 +115,7 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
         console.print(_printable(shortened(e.text)))
     words = [replace(p, name=f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}") for p in e.vocabulary]
     blocks = e.blocks if len(e.blocks) < len(e.layers) else ()
-    kinds = (("segments", e.segments), ("blocks of layers", blocks), ("layers", e.layers), ("shared tokens", words))
+    kinds = (("components", e.components), ("blocks of layers", blocks), ("layers", e.layers), ("shared tokens", words))
     for title, parts in ((title, _told_apart(parts)) for title, parts in kinds):
         if parts:
             console.print(_bars(title, parts[:shown], len(parts)))
@@ -142,9 +142,9 @@ def heat(shares: TokenShares) -> Text:
 
 
 def _told_apart(parts: Sequence[Part]) -> list[tuple[str, float]]:
-    """Names and scores; with the segment where parts of several have the same kind of name."""
-    several = len({p.segment for p in parts}) > 1
-    return [(f"{p.name} ({p.segment})" if several else p.name, p.score) for p in parts]
+    """Names and scores; with the component where parts of several have the same kind of name."""
+    several = len({p.component for p in parts}) > 1
+    return [(f"{p.name} ({p.component})" if several else p.name, p.score) for p in parts]
 
 
 def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
@@ -160,13 +160,13 @@ def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
     return table
 
 
-def _controls(answer: Answer) -> Table:
+def _baselines(answer: Answer) -> Table:
     table = Table(title="what else would have said", title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
-    table.add_column("control", no_wrap=True)
+    table.add_column("baseline", no_wrap=True)
     for name in ("rank correlation", f"of our {len(answer.proponents)}"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("its best", ratio=1)
-    for c in answer.controls or ():
+    for c in answer.baselines or ():
         correlation = "-" if c.correlation is None else f"{c.correlation:.2f}"
         table.add_row(c.name, correlation, str(c.shared), _printable(", ".join(c.ids[:_SHOWN_IDS])))
     return table
@@ -179,5 +179,5 @@ def shortened(text: str) -> str:
 
 
 def _printable(text: str) -> Text:
-    """Stored text, with the control characters by which it could command the terminal spelled out."""
+    """Stored text, with the baseline characters by which it could command the terminal spelled out."""
     return Text(printable(text))

@@ -1,6 +1,6 @@
-"""What a number of bytes an example buys: which segments it affords, and with how many tokens, bits and coordinates.
+"""What a number of bytes an example buys: which components it affords, and with how many tokens, bits and coordinates.
 
-The rule was chosen on ground-truth packs (docs/segments.md has the figures) and knows nothing of a model but its sizes and how many
+The rule was chosen on ground-truth packs (docs/components.md has the figures) and knows nothing of a model but its sizes and how many
 distinct tokens its examples have:
 
 - The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
@@ -17,62 +17,62 @@ from jaxtyping import Int64
 from ..store.bits import padded_width
 from ..store.documents import Example
 from ..store.errors import UsageError
-from ..store.manifest import DenseSegment, KeyedSegment
+from ..store.manifest import DenseComponent, SparseComponent
 from ..store.rows import row_bytes
 
-Segment = DenseSegment | KeyedSegment
+Component = DenseComponent | SparseComponent
 Counts = Mapping[str, Int64[np.ndarray, " examples"]]
 """By part, how many distinct tokens each example of a sample has there."""
 
-_FIXED = 8  # of a row: a keyed segment's start and norm, a dense one's scale and norm
+_FIXED = 8  # of a row: a sparse component's start and norm, a dense one's scale and norm
 _FACTOR = 2
 _BLOCKS_FROM, _BLOCKS_SHARE = 1200, 0.4
 _EMBEDDINGS_FROM, _HEAD_SHARE = 600, 0.6
 _LEAST_BITS, _LEAST_TOKENS = 16, 0.45
 
 
-def row_cost(segment: Segment, counts: Counts) -> float:
-    """Bytes of a row in a segment, on average over the sample."""
-    if isinstance(segment, DenseSegment):
-        return row_bytes(segment.stored, segment.dtype) + (_FIXED if segment.dtype in ("1bit", "int8") else _FIXED // 2)
-    kept = np.minimum(counts[segment.part], segment.keys or np.iinfo(np.int64).max)
-    return _FIXED + float(kept.mean()) * _entry(segment, segment.bits)
+def row_cost(component: Component, counts: Counts) -> float:
+    """Bytes of a row in a component, on average over the sample."""
+    if isinstance(component, DenseComponent):
+        return row_bytes(component.stored, component.dtype) + (_FIXED if component.dtype in ("1bit", "int8") else _FIXED // 2)
+    kept = np.minimum(counts[component.part], component.keys or np.iinfo(np.int64).max)
+    return _FIXED + float(kept.mean()) * _entry(component, component.bits)
 
 
-def spend(budget: int, segments: Sequence[Segment], counts: Counts) -> tuple[Segment, ...]:
-    """The segments with their sizes set to cost at most `budget` bytes an example; those that it does not afford are not among them.
+def spend(budget: int, components: Sequence[Component], counts: Counts) -> tuple[Component, ...]:
+    """The components with their sizes set to cost at most `budget` bytes an example; those that it does not afford are not among them.
 
     Args:
-        segments: what there is to choose from: "head", "embeddings" and "blocks", of one model or of several, which share alike.
+        components: what there is to choose from: "head", "embeddings" and "blocks", of one model or of several, which share alike.
 
     Raises:
         UsageError: the budget does not pay for anything.
     """
-    numbers = sorted({segment.model for segment in segments})
+    numbers = sorted({component.model for component in components})
     if len(numbers) > 1:
-        own = [[segment for segment in segments if segment.model == number] for number in numbers]
+        own = [[component for component in components if component.model == number] for number in numbers]
         return tuple(chosen for some in own for chosen in spend(budget // len(numbers), some, counts))
-    named = {segment.part: segment for segment in segments}
+    named = {component.part: component for component in components}
     vocabulary = [named[name] for name in ("head", "embeddings") if name in named]
     blocks = named.get("blocks")
     left = float(budget)
     for_blocks = 0.0
-    if isinstance(blocks, DenseSegment):
+    if isinstance(blocks, DenseComponent):
         for_blocks = left if not vocabulary else _BLOCKS_SHARE * left if left >= _BLOCKS_FROM else 0.0
     left -= for_blocks
     if len(vocabulary) == 2 and left < _EMBEDDINGS_FROM:
         vocabulary = vocabulary[:1]
     shares = [_HEAD_SHARE * left, (1 - _HEAD_SHARE) * left] if len(vocabulary) == 2 else [left] * len(vocabulary)
-    chosen: list[Segment] = []
+    chosen: list[Component] = []
     spare = 0.0
-    for segment, share in zip(vocabulary, shares, strict=True):
-        assert isinstance(segment, KeyedSegment)
-        sized = _keyed(segment, share + (0.0 if for_blocks else spare), counts)
+    for component, share in zip(vocabulary, shares, strict=True):
+        assert isinstance(component, SparseComponent)
+        sized = _sparse(component, share + (0.0 if for_blocks else spare), counts)
         if sized is None:
-            raise UsageError(f"--bytes-per-example {budget} does not pay for one token of the {segment.name}; give some hundreds")
+            raise UsageError(f"--bytes-per-example {budget} does not pay for one token of the {component.name}; give some hundreds")
         chosen.append(sized)
         spare += share - row_cost(sized, counts)
-    if isinstance(blocks, DenseSegment) and for_blocks:
+    if isinstance(blocks, DenseComponent) and for_blocks:
         bits = int(for_blocks + max(0.0, spare) - _FIXED) * 8
         if bits < 1:
             raise UsageError(f"--bytes-per-example {budget} does not pay for one coordinate; give some hundreds")
@@ -80,13 +80,13 @@ def spend(budget: int, segments: Sequence[Segment], counts: Counts) -> tuple[Seg
     return tuple(chosen)
 
 
-def _keyed(segment: KeyedSegment, budget: float, counts: Counts) -> KeyedSegment | None:
-    tokens = counts[segment.part]
-    bits = padded_width(segment.width, 1)
+def _sparse(component: SparseComponent, budget: float, counts: Counts) -> SparseComponent | None:
+    tokens = counts[component.part]
+    bits = padded_width(component.width, 1)
     while True:
-        affordable = _affordable((budget - _FIXED) / _entry(segment, bits), tokens)
+        affordable = _affordable((budget - _FIXED) / _entry(component, bits), tokens)
         if affordable is None or affordable >= _LEAST_TOKENS * tokens.mean() or bits <= _LEAST_BITS:
-            return None if affordable == 0 else segment.model_copy(update={"bits": bits, "keys": affordable})
+            return None if affordable == 0 else component.model_copy(update={"bits": bits, "keys": affordable})
         bits //= 2
 
 
@@ -99,8 +99,8 @@ def _affordable(entries: float, tokens: Int64[np.ndarray, " examples"]) -> int |
     return int(np.searchsorted(means, entries, side="right"))
 
 
-def _entry(segment: KeyedSegment, bits: int) -> int:
-    return (2 if segment.vocabulary <= 1 << 16 else 4) + _FACTOR + -(-bits // 8)
+def _entry(component: SparseComponent, bits: int) -> int:
+    return (2 if component.vocabulary <= 1 << 16 else 4) + _FACTOR + -(-bits // 8)
 
 
 def count_tokens(examples: Sequence[Example]) -> dict[str, Int64[np.ndarray, " examples"]]:

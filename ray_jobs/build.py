@@ -27,19 +27,18 @@ from ..indexer.tasks import find_task
 from ..store.bits import rotate
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
-from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WhenceError, WorkerError
+from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WherefromError, WorkerError
 from ..store.files import PLAN, exclusive, publish, read_json, regular_size, storage_errors, write_whole
 from ..store.index import Index, dense_reduction
-from ..store.keyed import KeyedRows, inner_products
 from ..store.manifest import (
     FORMAT_VERSION,
     Build,
-    DenseSegment,
+    DenseComponent,
     FileRecord,
-    KeyedSegment,
     Manifest,
     Model,
     Shard,
+    SparseComponent,
     Tokenizer,
     Tracked,
     What,
@@ -49,6 +48,7 @@ from ..store.manifest import (
 )
 from ..store.postings import Postings, byte_tables
 from ..store.rows import DenseRows, chunk_rows, map_array, row_bytes
+from ..store.sparse import SparseRows, inner_products
 from .budget import count_tokens, spend
 from .config import BuildConfig
 from .corpus import CorpusPlan, documents_path, plan_corpus, shard_id
@@ -125,18 +125,18 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
                 reporter.note(note)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            segments, weighed = _weighted(job, executor, plan, arrays, corpus)
-            plan = replace(plan, segments=segments)
+            components, weighed = _weighted(job, executor, plan, arrays, corpus)
+            plan = replace(plan, components=components)
             made = Build(
                 what=What.model_validate_json(json.dumps(what)),
                 how=config.how(),
                 batch_tokens=plan.batch_tokens,
-                tracked=tuple(tracked(about, plan.segments, number) for number, about in enumerate(about_models)),
+                tracked=tuple(tracked(about, plan.components, number) for number, about in enumerate(about_models)),
                 weighed=weighed,
                 **corpus.counts(),
                 **corpus.not_kept(),
                 **not_finite(out, shards),
-                notes=(*notes, *(silent := _zeros(out, shards[0], segments))),
+                notes=(*notes, *(silent := _zeros(out, shards[0], components))),
             )
             for note in silent:
                 reporter.note(note)
@@ -157,7 +157,7 @@ def _notes(about: Sequence[AboutModel], plan: EncoderPlan) -> tuple[str, ...]:
     notes: list[str] = []
     for number, model in enumerate(about):
         notes += model.notes
-        found = tracked(model, plan.segments, number)
+        found = tracked(model, plan.components, number)
         if found.share < _LITTLE:
             some = ", ".join(found.left_out[:4]) + (" ..." if len(found.left_out) > 4 else "")
             whose = "the parameters that the adapter trained" if model.trained is not None else "the model's parameters"
@@ -165,9 +165,11 @@ def _notes(about: Sequence[AboutModel], plan: EncoderPlan) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def tracked(model: AboutModel, segments: Sequence[DenseSegment | KeyedSegment], number: int) -> Tracked:
+def tracked(model: AboutModel, components: Sequence[DenseComponent | SparseComponent], number: int) -> Tracked:
     """How many of a model's parameters have gradients in the rows; of an adapter, how many of those that it trained."""
-    layers = {n for s in segments if s.model == number for n in ([s.layer] if isinstance(s, KeyedSegment) else [x.name for x in s.layers])}
+    layers = {
+        n for s in components if s.model == number for n in ([s.layer] if isinstance(s, SparseComponent) else [x.name for x in s.layers])
+    }
     counted, whole, left_out = 0, 0, Counter[str]()
     for owners, name, size in model.parameters:
         if model.trained is not None and not model.trained & set(owners):
@@ -200,14 +202,14 @@ def say_not_finite(count: int, first: Sequence[str], reporter: Reporter) -> None
         reporter.note(f"{count:,} rows are stored as zeros, since the model's loss or gradient of them is not finite: {some}")
 
 
-def _zeros(out: Path, shard: Shard, segments: Sequence[DenseSegment | KeyedSegment]) -> list[str]:
-    """Segments all of whose gradients (in the first shard) are zero: they add nothing to any score."""
+def _zeros(out: Path, shard: Shard, components: Sequence[DenseComponent | SparseComponent]) -> list[str]:
+    """Components all of whose gradients (in the first shard) are zero: they add nothing to any score."""
     silent = []
-    for segment in segments:
-        norms = map_array(out / "rows" / f"{shard.id}.zarr" / segment.name, "norms", (shard.rows,), "float32")
+    for component in components:
+        norms = map_array(out / "rows" / f"{shard.id}.zarr" / component.name, "norms", (shard.rows,), "float32")
         if not norms.any():
             silent.append(
-                f"the gradients of {segment.name} are zero (or too small for float32) for every example: they add nothing to scores"
+                f"the gradients of {component.name} are zero (or too small for float32) for every example: they add nothing to scores"
             )
     return silent
 
@@ -247,8 +249,10 @@ def refresh_search(out: Path, reporter: Reporter) -> None:
     try:
         Index(out).reindex()
     except OSError as error:
-        reason = str(error) if isinstance(error, WhenceError) else error.strerror or str(error)
-        reporter.note(f"the posting lists and codes beside the rows could not be written ({reason}); make them with whence reindex {out}")
+        reason = str(error) if isinstance(error, WherefromError) else error.strerror or str(error)
+        reporter.note(
+            f"the posting lists and codes beside the rows could not be written ({reason}); make them with wherefrom reindex {out}"
+        )
 
 
 def _claim(job: _Job, what: dict[str, Any]) -> None:
@@ -293,7 +297,7 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
 def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
     c = job.config
     encoder = document_encoder(c, longest_example(c, models))
-    fitting = [_shard_rows(s) for s in plan.segments if isinstance(s, DenseSegment)]
+    fitting = [_shard_rows(s) for s in plan.components if isinstance(s, DenseComponent)]
     if c.budget is not None:
         fitting = [max(1, _SHARD_BYTES // c.budget)]
     shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
@@ -303,7 +307,7 @@ def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabul
 
 
 def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:
-    """The plan with the segments that the bytes asked for pay, sized by the tokens of a sample of the examples."""
+    """The plan with the components that the bytes asked for pay, sized by the tokens of a sample of the examples."""
     c = job.config
     if c.budget is None:
         return plan
@@ -312,7 +316,7 @@ def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:
         for id, rows, chosen in part:
             documents = Documents(documents_path(job.out, id), rows)
             examples += [documents[i] for i in chosen]
-    return replace(plan, segments=spend(c.budget, plan.segments, count_tokens(examples)))
+    return replace(plan, components=spend(c.budget, plan.components, count_tokens(examples)))
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
@@ -350,72 +354,72 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
 
 
 def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
-    segments = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in plan.segments)
-    return replace(plan, segments=segments)
+    components = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in plan.components)
+    return replace(plan, components=components)
 
 
-def _shard_rows(segment: DenseSegment) -> int:
-    whole_chunks = chunk_rows(segment.stored, segment.dtype)
-    fitting = _SHARD_BYTES // row_bytes(segment.stored, segment.dtype) // whole_chunks * whole_chunks
+def _shard_rows(component: DenseComponent) -> int:
+    whole_chunks = chunk_rows(component.stored, component.dtype)
+    fitting = _SHARD_BYTES // row_bytes(component.stored, component.dtype) // whole_chunks * whole_chunks
     return max(whole_chunks, fitting)
 
 
 def _weighted(
     job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan
-) -> tuple[tuple[DenseSegment | KeyedSegment, ...], dict[str, dict[str, float]]]:
-    """The segments with weights that make their scores comparable, and by segment what they rest on: `fidelity` and `mean_share`.
+) -> tuple[tuple[DenseComponent | SparseComponent, ...], dict[str, dict[str, float]]]:
+    """The components with weights that make their scores comparable, and by component what they rest on: `fidelity` and `mean_share`.
 
-    Between the first rows, exact scores are compared with those that the stored codes give. A segment's weight is its share (head 1,
-    embeddings 0.3, blocks 0.5: docs/segments.md says why) over the exact scores' standard deviation, times the squared correlation of the
-    two: of a noisy estimate, that part is what is known (Wiener's shrinkage). The head's weight is 1, else the first segment's.
+    Between the first rows, exact scores are compared with those that the stored codes give. A component's weight is its share (head 1,
+    embeddings 0.3, blocks 0.5: docs/components.md says why) over the exact scores' standard deviation, times the squared correlation of the
+    two: of a noisy estimate, that part is what is known (Wiener's shrinkage). The head's weight is 1, else the first component's.
 
     Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If
     the head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the
     blocks, and the shares are those of `_SHARES_FROZEN`. Of several models the last decides this, since earlier ones have not arrived.
     """
-    if len(plan.segments) == 1 and isinstance(plan.segments[0], DenseSegment) and not plan.segments[0].coordinates:
-        return plan.segments, {}
+    if len(plan.components) == 1 and isinstance(plan.components[0], DenseComponent) and not plan.components[0].coordinates:
+        return plan.components, {}
     shard = corpus.shards[0]
-    width = sum(s.dim for s in plan.segments if isinstance(s, DenseSegment))
+    width = sum(s.dim for s in plan.components if isinstance(s, DenseComponent))
     rows = max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width)))
     if shard.rows < rows and shard.rows < 2:
-        return plan.segments, {}
+        return plan.components, {}
     rows = min(rows, shard.rows)
-    job.reporter.stage("weighing segments", rows)
+    job.reporter.stage("weighing components", rows)
     ((exact, head_mean),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
     other = ~np.eye(rows, dtype=bool)
     known, spreads, means = dict[str, float](), dict[str, float](), dict[str, float]()
-    for segment in plan.segments:
-        directory, block = job.out / "rows" / f"{shard.id}.zarr" / segment.name, exact[segment.name]
-        if isinstance(segment, KeyedSegment):
-            keyed = KeyedRows(directory, shard.rows, segment.vocabulary, segment.bits)
+    for component in plan.components:
+        directory, block = job.out / "rows" / f"{shard.id}.zarr" / component.name, exact[component.name]
+        if isinstance(component, SparseComponent):
+            sparse = SparseRows(directory, shard.rows, component.vocabulary, component.bits)
             owners = np.repeat(np.arange(rows), np.diff(block.indptr))
-            tables = byte_tables(rotate(block.vectors, segment.bits, segment.seed))
+            tables = byte_tables(rotate(block.vectors, component.bits, component.seed))
             found = np.zeros((rows, shard.rows), np.float32)
-            Postings.of([keyed]).add_scores(block.keys, owners, tables, found)
+            Postings.of([sparse]).add_scores(block.keys, owners, tables, found)
             found = found[:, :rows]
             truth = inner_products(block, block)
         else:
-            dense = DenseRows(directory, shard.rows, segment.stored, segment.dtype)
+            dense = DenseRows(directory, shard.rows, component.stored, component.dtype)
             values = np.concatenate([dense.values(codes) for _, codes in dense.blocks()])[:rows]
-            asked = dense_reduction(segment, arrays).apply(block.astype(np.float32))
+            asked = dense_reduction(component, arrays).apply(block.astype(np.float32))
             found = (asked @ values.T) * (dense.norms * dense.factors())[:rows]
             truth = block @ block.T
-        spreads[segment.name] = float(truth[other].std())
+        spreads[component.name] = float(truth[other].std())
         own = float(np.diag(truth).mean())
-        means[segment.name] = float(truth[other].mean()) / own if own > 0 else 0.0
-        varied = spreads[segment.name] > 0 and found[other].std() > 0
-        known[segment.name] = float(np.corrcoef(truth[other], found[other])[0, 1]) if varied else 0.0
-    last = {s.part: s.name for s in plan.segments if s.model == plan.segments[-1].model}
+        means[component.name] = float(truth[other].mean()) / own if own > 0 else 0.0
+        varied = spreads[component.name] > 0 and found[other].std() > 0
+        known[component.name] = float(np.corrcoef(truth[other], found[other])[0, 1]) if varied else 0.0
+    last = {s.part: s.name for s in plan.components if s.model == plan.components[-1].model}
     if head_mean is not None:
         means[last["head"]] = head_mean
     of_head, of_blocks = means.get(last.get("head", ""), 0.0), means.get(last.get("blocks", ""), np.inf)
     shares = _SHARES_FROZEN if of_head > max(0.0, of_blocks) else _SHARES
-    known_parts = {s.name: shares[s.part] * known[s.name] ** 2 for s in plan.segments}
+    known_parts = {s.name: shares[s.part] * known[s.name] ** 2 for s in plan.components}
     weights = {n: known_parts[n] / spread if spread > 0 and known[n] > 0 else 0.0 for n, spread in spreads.items()}
     first = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
-    segments = tuple(s.model_copy(update={"weight": weights[s.name] / first if any(weights.values()) else 1.0}) for s in plan.segments)
-    return segments, {n: {"fidelity": round(known[n], 4), "mean_share": round(means[n], 6)} for n in known}
+    components = tuple(s.model_copy(update={"weight": weights[s.name] / first if any(weights.values()) else 1.0}) for s in plan.components)
+    return components, {n: {"fidelity": round(known[n], 4), "mean_share": round(means[n], 6)} for n in known}
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
@@ -441,19 +445,19 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
 def _publish(
     job: _Job, made: Build, models: tuple[Model, ...], plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
 ) -> Manifest:
-    c, segments = job.config, plan.segments
-    reduced = {"reduced" for s in segments if isinstance(s, DenseSegment) and (s.coordinates or s.dtype == "1bit")}
-    features = {s.kind for s in segments} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
+    c, components = job.config, plan.components
+    reduced = {"reduced" for s in components if isinstance(s, DenseComponent) and (s.coordinates or s.dtype == "1bit")}
+    features = {s.kind for s in components} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
     say_not_finite(made.not_finite, made.not_finite_first, job.reporter)
     manifest = Manifest(
         features=tuple(sorted(features)),
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        whence=installed_version(),
+        wherefrom=installed_version(),
         task=c.task,
         models=models,
         tokenizer=Tokenizer(fingerprint=made.what.tokenizer) if made.what.tokenizer else None,
-        segments=segments,
+        components=components,
         encoder=file,
         rows=corpus.rows,
         tokens=corpus.tokens,
@@ -469,6 +473,6 @@ def _publish(
 def installed_version() -> str:
     """The version of the installed package."""
     try:
-        return version("whence")
+        return version("wherefrom")
     except PackageNotFoundError:
         return "unknown"

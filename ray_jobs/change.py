@@ -26,9 +26,9 @@ from ..store.documents import Documents, write_documents
 from ..store.errors import DataError, IncompatibleError, UsageError
 from ..store.files import PLAN, exclusive, publish, read_json, write_whole
 from ..store.index import Index
-from ..store.keyed import copy_keyed
-from ..store.manifest import FORMAT_VERSION, Addition, KeyedSegment, Manifest, Shard, manifest_path, publish_manifest
+from ..store.manifest import FORMAT_VERSION, Addition, Manifest, Shard, SparseComponent, manifest_path, publish_manifest
 from ..store.rows import copy_dense, write_shard
+from ..store.sparse import copy_sparse
 from .build import longest_example, not_finite, refresh_search, say_not_finite
 from .config import BuildConfig, recorded_config
 from .corpus import documents_path, plan_corpus, shard_id
@@ -51,7 +51,7 @@ def add(
 ) -> Manifest:
     """Add documents to an index.
 
-    An interrupted call is taken up by the same call; one that was interrupted after it had published is recognised.
+    An interrupted call is taken up by the same call; one that was interrupted after it had published is recognized.
 
     Args:
         data: files, folders or hub datasets, of the same columns as the build's.
@@ -115,7 +115,7 @@ def _add(
     form = own.fields if task.form == "auto" else replace(own.fields, form=task.form)
     corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter, executor.call("vocabulary"))
     _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
-    plan = EncoderPlan(known.segments, own.batch_tokens or known.build.batch_tokens, own.hidden)
+    plan = EncoderPlan(known.components, own.batch_tokens or known.build.batch_tokens, own.hidden)
     shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
     entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
@@ -165,23 +165,23 @@ def _refuse_known_ids(index: Index, added: Iterable[Documents]) -> None:
     for documents in added:
         for id in documents.ids():
             if id in known:
-                raise DataError(f"the id {id!r} is in the index already; mend it, or delete that example first (whence delete)")
+                raise DataError(f"the id {id!r} is in the index already; fix it, or delete that example first (wherefrom delete)")
 
 
 def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
-    """By segment, the mean squared length of the added rows over that of the build's (those of earlier additions left out)."""
+    """By component, the mean squared length of the added rows over that of the build's (those of earlier additions left out)."""
     first = index.manifest.rows - sum(part.rows for part in index.manifest.build.added)
     found = {}
-    for segment in index.manifest.segments:
-        old = np.square(index.norms(segment)[: max(1, first)], dtype=np.float64).mean()
-        rows = (index.keyed(s, segment) if isinstance(segment, KeyedSegment) else index.dense(s, segment) for s in added)
+    for component in index.manifest.components:
+        old = np.square(index.norms(component)[: max(1, first)], dtype=np.float64).mean()
+        rows = (index.sparse(s, component) if isinstance(component, SparseComponent) else index.dense(s, component) for s in added)
         new = np.square(np.concatenate([r.norms for r in rows]), dtype=np.float64).mean()
-        found[segment.name] = round(float(new / old), 4) if old > 0 else 1.0
+        found[component.name] = round(float(new / old), 4) if old > 0 else 1.0
     return found
 
 
 def drifted(drift: dict[str, float]) -> list[str]:
-    """The segments whose curvature should be fitted anew (that is, the index built again): drift beyond 1.5 or below its inverse."""
+    """The components whose curvature should be fitted anew (that is, the index built again): drift beyond 1.5 or below its inverse."""
     return [name for name, ratio in drift.items() if not 1 / _DRIFTED <= ratio <= _DRIFTED]
 
 
@@ -269,10 +269,10 @@ def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
     documents.unlink(missing_ok=True)
     publish(staged, documents)
     writers = {
-        s.name: partial(copy_keyed, rows=index.keyed(shard, s), kept=kept)
-        if isinstance(s, KeyedSegment)
+        s.name: partial(copy_sparse, rows=index.sparse(shard, s), kept=kept)
+        if isinstance(s, SparseComponent)
         else partial(copy_dense, rows=index.dense(shard, s), kept=kept)
-        for s in index.manifest.segments
+        for s in index.manifest.components
     }
     about = {"format": FORMAT_VERSION, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
     staged = out / "staging" / f"{id}.zarr"

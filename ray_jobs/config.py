@@ -33,9 +33,9 @@ _CHOICES = {
     "row_dtype": ("float32", "float16", "int8", "1bit", None),
 }
 _SIZES = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
-_OF_ROWS = (*_SIZES, "head_others", "segments", "layers", "projection", "rank", "curvature", "labels")
+_OF_ROWS = (*_SIZES, "head_others", "components", "layers", "projection", "rank", "curvature", "labels")
 _DEFAULT_BYTES = 800
-_SEGMENTS = ("blocks", "head", "embeddings")
+_COMPONENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
 _HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
 
@@ -46,7 +46,7 @@ class BuildConfig:
 
     Attributes:
         model: a directory or hub id of a causal language model, or several: checkpoints of one run in their order, or models trained
-            apart, which read the same tokens. Each has segments of its own, and scores are their mean.
+            apart, which read the same tokens. Each has components of its own, and scores are their mean.
         revision: of a hub id, or several: one for each model, or several of one model.
         task: "causal-lm", "mlp" (a perceptron of vectors with labels), or one's own as `module:Class`.
         data: files, folders or hub datasets (see `store.corpus.read_corpus`).
@@ -55,9 +55,9 @@ class BuildConfig:
         fields: which columns hold text, prompt and completion, messages, id and source, and what a document of a text file is.
         max_tokens: longest example in tokens; by default the model's context, at most 2,048.
         long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        bytes_per_example: of a row, from which segments and their sizes follow (see `ray_jobs.budget`); 800 where none of the options
+        bytes_per_example: of a row, from which components and their sizes follow (see `ray_jobs.budget`); 800 where none of the options
             that say what a row is made of is given (`_OF_ROWS`).
-        segments: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default what the
+        components: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default what the
             bytes afford, and without a number of bytes the blocks.
         layers: globs over layer names of the blocks; by default every linear layer inside them, or, for a number of bytes, those that
             narrow ("@narrowing").
@@ -70,7 +70,7 @@ class BuildConfig:
         head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
             largest norm; None keeps all); 64 bits by default. `head_others`: how many tokens of the head are stored beside those that the
             example predicts, the most probable ones.
-        hidden: keep each example's mean last hidden state (float16), for the control beside answers.
+        hidden: keep each example's mean last hidden state (float16), for the baseline beside answers.
         shard_rows: examples in a shard; by default about 16 MiB of rows.
         batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
         workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
@@ -90,7 +90,7 @@ class BuildConfig:
     append_eos: bool = True
     bad_documents: Literal["error", "skip"] = "error"
     bytes_per_example: int | None = None
-    segments: tuple[str, ...] | None = None
+    components: tuple[str, ...] | None = None
     layers: tuple[str, ...] = ()
     projection: Literal["random", "pca"] | None = None
     rank: int | None = None
@@ -129,10 +129,12 @@ class BuildConfig:
             given = [name for name in _SIZES if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
             if given:
                 raise UsageError(f"--bytes-per-example chooses --{given[0].replace('_', '-')}; give one or the other")
-        if self.segments is not None and not self.segments:
-            raise UsageError("--segments names nothing; leave it out, or name at least one")
-        if self.segments is not None and (len(set(self.segments)) < len(self.segments) or set(self.segments) - set(_SEGMENTS)):
-            raise UsageError(f"--segments is {','.join(self.segments)!r}; it can be {', '.join(_SEGMENTS)}, or several with commas between")
+        if self.components is not None and not self.components:
+            raise UsageError("--components names nothing; leave it out, or name at least one")
+        if self.components is not None and (len(set(self.components)) < len(self.components) or set(self.components) - set(_COMPONENTS)):
+            raise UsageError(
+                f"--components is {','.join(self.components)!r}; it can be {', '.join(_COMPONENTS)}, or several with commas between"
+            )
         if self.damping is not None:
             check_damping(self.damping)
         if self.threads > _MAX_THREADS:

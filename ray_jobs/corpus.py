@@ -84,7 +84,7 @@ def documents_path(out: Path, shard: str) -> Path:
 
 def shard_id(fingerprint: str, number: int) -> str:
     """The name of a build's n-th shard: the same for the same build, so that it finds its own shards again."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"whence:{fingerprint}:{number}"))
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wherefrom:{fingerprint}:{number}"))
 
 
 def plan_corpus(
@@ -206,6 +206,6 @@ def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray)
             if example.id in seen:
                 raise DataError(
                     f"the id {example.id!r} stands twice in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
-                    "be unique: mend them, or name another --id-field"
+                    "be unique: fix them, or name another --id-field"
                 )
             seen[example.id] = example

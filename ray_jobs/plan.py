@@ -1,6 +1,6 @@
 """What a build will cost, said before it is begun: the corpus is counted, a sample of it encoded, and a few batches are measured.
 
-Rows, tokens and times are extrapolated from the sample, so they are estimates; the segments are those that the build will choose but for
+Rows, tokens and times are extrapolated from the sample, so they are estimates; the components are those that the build will choose but for
 what the sample's tokens differ from the corpus's. Nothing is written.
 """
 
@@ -19,11 +19,11 @@ from ..indexer.tasks import find_task
 from ..store.corpus import Document, read_corpus
 from ..store.documents import Example
 from ..store.errors import DataError
-from ..store.manifest import DenseSegment
+from ..store.manifest import DenseComponent
 from .budget import count_tokens, row_cost, spend
 from .build import longest_example
 from .config import BuildConfig
-from .worker import Worker, document_encoder, segment_writers
+from .worker import Worker, component_writers, document_encoder
 
 _SAMPLED = 512
 _MEASURED_BATCHES = 6
@@ -35,7 +35,7 @@ class Cost:
 
     Attributes:
         documents: counted. `rows` and `tokens`: estimated from a sample.
-        segments: name, and what is stored of it.
+        components: name, and what is stored of it.
         bytes_per_example, bytes_of_rows, encoder_bytes: of the index, without documents.
         memory_per_worker: the most that this process has held while it measured, bytes.
         fit_seconds, row_seconds: of the fitting passes and of the rows, by `workers` processes that do not hinder one another.
@@ -44,7 +44,7 @@ class Cost:
     documents: int
     rows: int
     tokens: int
-    segments: tuple[dict[str, Any], ...]
+    components: tuple[dict[str, Any], ...]
     bytes_per_example: float
     bytes_of_rows: int
     encoder_bytes: int
@@ -54,7 +54,7 @@ class Cost:
     workers: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as `whence plan --json` prints it."""
+        """JSON-ready, as `wherefrom plan --json` prints it."""
         return asdict(self)
 
 
@@ -81,7 +81,7 @@ def estimate(config: BuildConfig) -> Cost:
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
     if config.budget is not None:
-        plan = replace(plan, segments=spend(config.budget, plan.segments, counts))
+        plan = replace(plan, components=spend(config.budget, plan.components, counts))
     fitted = min(config.fit_examples, rows)
     plan = with_known_sample(plan, fitted)
     measured = _some(examples, plan.batch_tokens * _MEASURED_BATCHES)
@@ -100,16 +100,16 @@ def estimate(config: BuildConfig) -> Cost:
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
     worker_encoder = Encoder(task, worker.models, plan, arrays)
-    segment_writers(worker_encoder, measured[:1])
+    component_writers(worker_encoder, measured[:1])
     started = time.perf_counter()
-    segment_writers(worker_encoder, measured)
+    component_writers(worker_encoder, measured)
     row_seconds = (time.perf_counter() - started) / measured_tokens * tokens_each * rows / config.workers
-    cost = sum(row_cost(s, counts) for s in plan.segments)
+    cost = sum(row_cost(s, counts) for s in plan.components)
     return Cost(
         documents=documents,
         rows=rows,
         tokens=round(tokens_each * rows),
-        segments=tuple(_describe(s) | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.segments),
+        components=tuple(_describe(s) | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.components),
         bytes_per_example=round(cost, 1),
         bytes_of_rows=round(cost * rows),
         encoder_bytes=sum(array.nbytes for array in arrays.values()),
@@ -136,7 +136,7 @@ def _some(examples: list[Example], tokens: int) -> list[Example]:
     return examples[: max(1, int(np.searchsorted(total, tokens, side="right")))]
 
 
-def _describe(segment: Any) -> dict[str, Any]:
-    if isinstance(segment, DenseSegment):
-        return {"name": segment.name, "layers": len(segment.layers), "coordinates": segment.stored, "stored_as": segment.dtype}
-    return {"name": segment.name, "tokens": segment.keys, "bits_a_token": segment.bits}
+def _describe(component: Any) -> dict[str, Any]:
+    if isinstance(component, DenseComponent):
+        return {"name": component.name, "layers": len(component.layers), "coordinates": component.stored, "stored_as": component.dtype}
+    return {"name": component.name, "tokens": component.keys, "bits_a_token": component.bits}

@@ -21,16 +21,16 @@ from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
 from ..indexer.examples import DocumentEncoder
 from ..indexer.fit import Fit
-from ..indexer.keyed import HeadMean, KeyedPart
 from ..indexer.layers import NARROWING, find_layers, plan_layers
+from ..indexer.sparse import HeadMean, SparsePart
 from ..indexer.tasks import Task, find_task
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import publish, sha256
 from ..store.index import dense_reduction
-from ..store.keyed import Coded, KeyedRows, KeyedVectors, code, join, write_keyed
-from ..store.manifest import FORMAT_VERSION, Curvature, DenseSegment, FileRecord, KeyedSegment, LabelKind, Model, Projection, Shard
+from ..store.manifest import FORMAT_VERSION, Curvature, DenseComponent, FileRecord, LabelKind, Model, Projection, Shard, SparseComponent
 from ..store.rows import DenseRows, array_checksum, map_array, write_dense, write_shard
+from ..store.sparse import Coded, SparseRows, SparseVectors, code, join, write_sparse
 from .config import BuildConfig
 from .corpus import ShardPlan, documents_path
 
@@ -98,8 +98,8 @@ class Worker:
             UsageError: no layer matches, or one of the matching ones does not run.
             IncompatibleError: one of several models does not read the same tokens.
         """
-        c, descriptions, segments = self._config, list[Model](), list[DenseSegment | KeyedSegment]()
-        sizes = [(self.task.keyed_embeddings(model) or ("", 0))[1] for model in self.models]
+        c, descriptions, components = self._config, list[Model](), list[DenseComponent | SparseComponent]()
+        sizes = [(self.task.sparse_embeddings(model) or ("", 0))[1] for model in self.models]
         for number, (source, model) in enumerate(zip(model_sources(c), self.models, strict=True)):
             if sizes[number] != sizes[0]:
                 raise IncompatibleError(
@@ -118,10 +118,10 @@ class Worker:
                     base=models.loaded(model).base,
                 )
             )
-            names = c.segments or self._available(model)
-            segments += [self._blocks(number) if name == "blocks" else self._keyed(name, number) for name in names]
+            names = c.components or self._available(model)
+            components += [self._blocks(number) if name == "blocks" else self._sparse(name, number) for name in names]
         device = next(self.models[0].parameters()).device.type
-        plan = EncoderPlan(tuple(segments), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]), c.hidden)
+        plan = EncoderPlan(tuple(components), c.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"]), c.hidden)
         return tuple(descriptions), plan, tuple(AboutModel.of(model) for model in self.models)
 
     def vocabulary(self) -> int | None:
@@ -130,20 +130,20 @@ class Worker:
         return min(known, default=None) if self.task.form != "vector" else None
 
     def _available(self, model: nn.Module) -> tuple[str, ...]:
-        """The segments of a build that names none."""
+        """The components of a build that names none."""
         if self._config.budget is None:
             return ("blocks",)
-        found = {"head": self.task.keyed_head(model), "embeddings": self.task.keyed_embeddings(model)}
+        found = {"head": self.task.sparse_head(model), "embeddings": self.task.sparse_embeddings(model)}
         return (*(name for name, layer in found.items() if layer is not None), "blocks")
 
-    def _blocks(self, number: int) -> DenseSegment:
+    def _blocks(self, number: int) -> DenseComponent:
         c, small, model = self._config, self._config.budget is not None, self.models[number]
         names = find_layers(model, c.layers or ((NARROWING,) if small else ()), self.task.within_blocks)
         rank, kind = c.rank or (128 if small else 16), c.projection or ("pca" if small else "random")
         layers = plan_layers(self.task, model, names, rank, c.curvature, c.fit_examples, explicit=bool(c.layers))
         damping = c.damping or (1.0 if small else 0.1)
         labels: LabelKind = "data" if not small else "sampled" if self.task.classes(model) is None else "expected"
-        return DenseSegment(
+        return DenseComponent(
             name=self._name("blocks", number),
             kind="dense",
             model=number,
@@ -161,17 +161,17 @@ class Worker:
             raise UsageError(f"--labels expected sums over the classes of an example's one label, which task {self._config.task} has not")
         return chosen
 
-    def _keyed(self, role: Any, number: int) -> KeyedSegment:
+    def _sparse(self, role: Any, number: int) -> SparseComponent:
         c, task, model = self._config, self.task, self.models[number]
-        found = task.keyed_head(model) if role == "head" else task.keyed_embeddings(model)
+        found = task.sparse_head(model) if role == "head" else task.sparse_embeddings(model)
         if found is None:
             what = "output head whose rows" if role == "head" else "embeddings that"
-            raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of --segments")
+            raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of --components")
         layer, vocabulary, width, *tail = found
         head = role == "head"
-        return KeyedSegment(
+        return SparseComponent(
             name=self._name(role, number),
-            kind="keyed",
+            kind="sparse",
             model=number,
             weight=1.0,
             role=role,
@@ -209,10 +209,10 @@ class Worker:
         if not self._is_whole(final, plan, shard):
             shutil.rmtree(final, ignore_errors=True)
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            segments, beside = segment_writers(self._encoder(plan, arrays, "rows"), examples, progress)
+            components, beside = component_writers(self._encoder(plan, arrays, "rows"), examples, progress)
             staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
             about = {"format": FORMAT_VERSION, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
-            write_shard(staged, segments, about, beside)
+            write_shard(staged, components, about, beside)
             publish(staged, final)
         else:
             progress(shard.rows, shard.tokens)
@@ -222,15 +222,15 @@ class Worker:
 
     def exact_rows(
         self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
-    ) -> tuple[dict[str, np.ndarray | KeyedVectors], float | None]:
-        """The first rows of a shard as they were before tokens or coordinates were left out and coded, by segment; and the share of a mean
-        in the last model's head's whole gradients (see `HeadMean`).
+    ) -> tuple[dict[str, np.ndarray | SparseVectors], float | None]:
+        """The first rows of a shard as they were before tokens or coordinates were left out and coded, by component; and the share of a
+        mean in the last model's head's whole gradients (see `HeadMean`).
         """
-        whole = tuple(s.model_copy(update={"keys": None}) if isinstance(s, KeyedSegment) else s for s in plan.segments)
-        encoder = Encoder(self.task, self.models, replace(plan, segments=whole), arrays)
+        whole = tuple(s.model_copy(update={"keys": None}) if isinstance(s, SparseComponent) else s for s in plan.components)
+        encoder = Encoder(self.task, self.models, replace(plan, components=whole), arrays)
         examples = self._examples(shard.id, shard.rows, range(count))
         head = encoder.parts.get(self._name("head", len(self.models) - 1))
-        if not isinstance(head, KeyedPart):
+        if not isinstance(head, SparsePart):
             return encoder.rows(examples, progress=progress, tolerant=True), None
         mean = HeadMean(head, _MEAN_TOKENS)
         for _, batch in batches(self.task, (encoder.model,), examples, plan.batch_tokens):
@@ -238,7 +238,7 @@ class Worker:
         return encoder.rows(examples, progress=progress, tolerant=True), mean.mean_share
 
     def _name(self, part: str, number: int) -> str:
-        """A segment's name: its part and, of several models, which one."""
+        """A component's name: its part and, of several models, which one."""
         return part if len(self._config.models) == 1 else f"{part}-{number + 1}"
 
     def pid(self) -> int:
@@ -250,11 +250,11 @@ class Worker:
             return False
         try:
             map_array(path, "losses", (shard.rows,), "float32")
-            for segment in plan.segments:
-                if isinstance(segment, KeyedSegment):
-                    KeyedRows(path / segment.name, shard.rows, segment.vocabulary, segment.bits)
+            for component in plan.components:
+                if isinstance(component, SparseComponent):
+                    SparseRows(path / component.name, shard.rows, component.vocabulary, component.bits)
                 else:
-                    for _ in DenseRows(path / segment.name, shard.rows, segment.stored, segment.dtype).blocks():
+                    for _ in DenseRows(path / component.name, shard.rows, component.stored, component.dtype).blocks():
                         pass
         except IntegrityError:
             return False
@@ -270,39 +270,41 @@ class Worker:
         return self._encoders[stage]
 
 
-def segment_writers(
+def component_writers(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
 ) -> tuple[dict[str, Callable[[Any], None]], dict[str, np.ndarray]]:
-    """What writes each segment of a shard of these examples, and what is kept beside the segments (see `write_shard`).
+    """What writes each component of a shard of these examples, and what is kept beside the components (see `write_shard`).
 
-    Rows are reduced and keyed rows coded batch by batch, so that whole vectors never pile up.
+    Rows are reduced and sparse rows coded batch by batch, so that whole vectors never pile up.
     """
-    segments = encoder.plan.segments
-    reductions = {s.name: dense_reduction(s, encoder.arrays) for s in segments if isinstance(s, DenseSegment)}
-    dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in segments if isinstance(s, DenseSegment)}
-    coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in segments if isinstance(s, KeyedSegment)}
+    components = encoder.plan.components
+    reductions = {s.name: dense_reduction(s, encoder.arrays) for s in components if isinstance(s, DenseComponent)}
+    dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in components if isinstance(s, DenseComponent)}
+    coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in components if isinstance(s, SparseComponent)}
     beside = {"losses": np.zeros(len(examples), np.float32)}
     for chosen, rows in encoder.batches(examples, progress, tolerant=True):
         beside["losses"][chosen] = np.asarray(rows["losses"])
         if encoder.plan.hidden:
             means = np.asarray(rows["hidden"]).clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
             beside.setdefault("hidden", np.zeros((len(examples), means.shape[1]), np.float16))[chosen] = means
-        for segment in segments:
-            block = rows[segment.name]
-            if isinstance(segment, KeyedSegment):
-                assert isinstance(block, KeyedVectors)
-                coded[segment.name].append((chosen, code(block, segment.bits, segment.seed)))
+        for component in components:
+            block = rows[component.name]
+            if isinstance(component, SparseComponent):
+                assert isinstance(block, SparseVectors)
+                coded[component.name].append((chosen, code(block, component.bits, component.seed)))
             else:
-                reduced = reductions[segment.name].apply(block)  # type: ignore[arg-type]
-                if dense[segment.name].dtype != reduced.dtype:
-                    dense[segment.name] = dense[segment.name].astype(reduced.dtype)
-                dense[segment.name][chosen] = reduced
+                reduced = reductions[component.name].apply(block)  # type: ignore[arg-type]
+                if dense[component.name].dtype != reduced.dtype:
+                    dense[component.name] = dense[component.name].astype(reduced.dtype)
+                dense[component.name][chosen] = reduced
     writers: dict[str, Callable[[Any], None]] = {}
-    for segment in segments:
-        if isinstance(segment, KeyedSegment):
-            writers[segment.name] = partial(write_keyed, rows=join(coded[segment.name]), vocabulary=segment.vocabulary, bits=segment.bits)
+    for component in components:
+        if isinstance(component, SparseComponent):
+            writers[component.name] = partial(
+                write_sparse, rows=join(coded[component.name]), vocabulary=component.vocabulary, bits=component.bits
+            )
         else:
-            writers[segment.name] = partial(write_dense, rows=dense[segment.name], dtype=segment.dtype)
+            writers[component.name] = partial(write_dense, rows=dense[component.name], dtype=component.dtype)
     return writers, beside
 
 

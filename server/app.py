@@ -1,4 +1,4 @@
-"""The HTTP interface: what `whence query` and the Python client ask, and what the explorer shows.
+"""The HTTP interface: what `wherefrom query` and the Python client ask, and what the explorer shows.
 
 Every answer is the JSON that the command line prints; every error is problem+json (RFC 9457) with one sentence. `/openapi.json` describes
 it all, `/docs` shows that.
@@ -11,31 +11,32 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Path, Request, Response
+from fastapi import Query as QueryParameter
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from ..client import Client
-from ..query.answers import Question
+from ..query.answers import Query
 from ..query.asking import Options
 from ..query.metric import Metric
 from ..query.scoring import all_scores
-from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WhenceError
+from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WherefromError
 from ..store.printable import to_json
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem
 
 _BINS, _LONGEST_DETAIL = 60, 600
-_MOST_QUESTIONS = 256
+_MOST_QUERIES = 256
 _MOST_MESSAGES = 200  # for each of the assistant's turns the chat template reads all before it
 _MOST_ANSWERS, _MOST_COSTLY, _LARGEST_K = 20_000, 16, 10_000
-_STATUS: tuple[tuple[type[WhenceError], int, str], ...] = (
+_STATUS: tuple[tuple[type[WherefromError], int, str], ...] = (
     (BusyError, 503, "Busy"),
     (NotFoundError, 404, "Not found"),
     (IncompatibleError, 409, "Incompatible"),
-    (UsageError, 422, "Cannot be meant"),
+    (UsageError, 422, "Invalid argument"),
 )
 Text = Annotated[str, Field(max_length=200_000)]
 Name = Annotated[str, Field(max_length=200)]
@@ -47,7 +48,7 @@ class _Body(BaseModel):
 
 
 class Asked(_Body):
-    """One question: a completion after a prompt, a text, messages, or a row."""
+    """One query: a completion after a prompt, a text, messages, or a row."""
 
     prompt: Text = ""
     completion: Text | None = None
@@ -62,9 +63,9 @@ class Asked(_Body):
     span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens alone.")
     weight: float | None = None
 
-    def question(self) -> Question:
+    def query(self) -> Query:
         """As the library has it."""
-        return Question(**{name: getattr(self, name) for name in Asked.model_fields})
+        return Query(**{name: getattr(self, name) for name in Asked.model_fields})
 
 
 class How(_Body):
@@ -73,7 +74,7 @@ class How(_Body):
     index: Annotated[str, Field(max_length=4096)] | None = Field(
         None, description="By name or absolute path; may be left out when there is one."
     )
-    mode: Literal["influence", "cosine", "per-nat"] = "influence"
+    mode: Literal["influence", "cosine", "loss-normalized"] = "influence"
     damping: float | None = Field(None, gt=0)
     curvature: bool = True
     weights: dict[Name, float] = Field({}, max_length=64)
@@ -85,32 +86,32 @@ class How(_Body):
 
 
 class QueryBody(Asked, How):
-    """A question, or several, and how they are answered."""
+    """A query, or several, and how they are answered."""
 
-    questions: list[Asked] | None = Field(None, max_length=_MOST_QUESTIONS, description="Several questions instead of one.")
+    queries: list[Asked] | None = Field(None, max_length=_MOST_QUERIES, description="Several queries instead of one.")
     mean: bool = False
     k: int | None = Field(None, ge=1, le=2**53, strict=True)
     opponents: bool = True
     where: Annotated[str, Field(max_length=4000)] | None = None
     group_by: Name | None = None
     recall: float = Field(1.0, ge=0.5, le=1.0)
-    controls: bool = False
+    baselines: bool = False
 
     def options(self) -> Options:
         """All options."""
-        names = ("k", "opponents", "where", "group_by", "recall", "controls")
+        names = ("k", "opponents", "where", "group_by", "recall", "baselines")
         return {**self.scoring(), **{name: getattr(self, name) for name in names}}  # type: ignore[typeddict-item]
 
 
 class ExplainBody(Asked, How):
-    """A question, and the rows whose scores are to be taken apart."""
+    """A query, and the rows whose scores are to be taken apart."""
 
     rows: list[Row] = Field(min_length=1, max_length=20)
     tokens: bool = True
 
 
 class ScoresBody(Asked, How):
-    """A question whose score with every row is wanted."""
+    """A query whose score with every row is wanted."""
 
     where: Annotated[str, Field(max_length=4000)] | None = None
     format: Literal["histogram", "float32"] = "histogram"
@@ -138,7 +139,7 @@ def create_app(
     Args:
         token: asked for as a bearer token.
         hosts: names by which the server may be called; None admits any.
-        batch: questions in one pass over the model and the rows, at most.
+        batch: queries in one pass over the model and the rows, at most.
         queue: requests that may wait for an index.
         patience: seconds that a client may take for each piece of its request.
     """
@@ -153,11 +154,11 @@ def create_app(
         for engine in engines.values():
             await engine.stop()
 
-    app = FastAPI(title="Whence", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, description=__doc__ or "")
+    app = FastAPI(title="Wherefrom", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, description=__doc__ or "")
     _handle_errors(app)
     _state_routes(app, engines, metrics)
     _index_routes(app, engines)
-    _question_routes(app, engines)
+    _query_routes(app, engines)
     _pages(app)
     return Guard(app, token, hosts, patience)
 
@@ -189,7 +190,7 @@ def _state_routes(app: FastAPI, engines: Mapping[str, Engine], metrics: Metrics)
 
     @app.get("/readyz", tags=["state"])
     async def readyz() -> dict[str, Any]:
-        """Whether questions are answered."""
+        """Whether queries are answered."""
         idle = [name for name, engine in engines.items() if not engine.alive]
         if idle:
             raise BusyError(f"{len(idle)} indexes are not answered; start the server again")
@@ -230,32 +231,32 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         return _json(await _engine_of(engines, index).call(found))
 
 
-def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
-    @app.post("/v1/query", tags=["questions"])
+def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
+    @app.post("/v1/query", tags=["queries"])
     async def query(body: QueryBody) -> Response:
-        """Which training examples made the model say this? One answer, or for `questions` a list of them under `answers`."""
+        """Which training examples made the model say this? One answer, or for `queries` a list of them under `answers`."""
         engine, options = _engine_of(engines, body.index), body.options()
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
             if k > _LARGEST_K:
-                raise UsageError(f"k is {body.k}; a server gives at most {_LARGEST_K:,} (whence query --local gives more)")
-        if body.questions is None:
+                raise UsageError(f"k is {body.k}; a server gives at most {_LARGEST_K:,} (wherefrom query --local gives more)")
+        if body.queries is None:
             if body.mean:
-                raise UsageError("mean is over several questions; give them as questions")
-            return _json((await engine.ask(body.question(), options)).to_dict())
-        questions = [asked.question() for asked in body.questions]
+                raise UsageError("mean is over several queries; give them as queries")
+            return _json((await engine.ask(body.query(), options)).to_dict())
+        queries = [asked.query() for asked in body.queries]
         if any(getattr(body, name) not in (None, "") for name in Asked.model_fields):
-            raise UsageError("give one question, or questions, not both")
-        if len(questions) * (options["k"] or 10) > _MOST_ANSWERS:
-            raise UsageError(f"{len(questions)} questions times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
-        if (body.group_by or body.controls) and len(questions) > _MOST_COSTLY and not body.mean:
-            raise UsageError(f"groups and controls are given for at most {_MOST_COSTLY} questions at a time; ask in parts")
+            raise UsageError("give one query, or queries, not both")
+        if len(queries) * (options["k"] or 10) > _MOST_ANSWERS:
+            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
+        if (body.group_by or body.baselines) and len(queries) > _MOST_COSTLY and not body.mean:
+            raise UsageError(f"groups and baselines are given for at most {_MOST_COSTLY} queries at a time; ask in parts")
         options["mean"] = body.mean
-        answers = await engine.call(lambda client: client.query_many(questions, **options))
+        answers = await engine.call(lambda client: client.query_many(queries, **options))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
-    @app.get("/v1/query", tags=["questions"])
-    async def linked(q: Annotated[str, Query(max_length=20_000)]) -> Response:
+    @app.get("/v1/query", tags=["queries"])
+    async def linked(q: Annotated[str, QueryParameter(max_length=20_000)]) -> Response:
         """The same for a link: `q` is the body of the POST, as JSON. The explorer's address with it shows the answer."""
         try:
             body = QueryBody.model_validate_json(q)
@@ -263,21 +264,21 @@ def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
             raise RequestValidationError(error.errors()) from error
         return await query(body)
 
-    @app.post("/v1/explain", tags=["questions"])
+    @app.post("/v1/explain", tags=["queries"])
     async def explain(body: ExplainBody) -> Response:
-        """Scores of some rows, taken apart by segment, layer, shared token, and token of either text."""
-        question = body.question()
-        found = await _engine_of(engines, body.index).call(lambda c: c.explain(body.rows, question, tokens=body.tokens, **body.scoring()))
+        """Scores of some rows, taken apart by component, layer, shared token, and token of either text."""
+        query = body.query()
+        found = await _engine_of(engines, body.index).call(lambda c: c.explain(body.rows, query, tokens=body.tokens, **body.scoring()))
         return _json({"explanations": [e.to_dict() for e in found]})
 
-    @app.post("/v1/scores", tags=["questions"])
+    @app.post("/v1/scores", tags=["queries"])
     async def scores(body: ScoresBody) -> Response:
         """The scores of all rows: a histogram, or little-endian float32 numbers in the rows' order (of deleted rows NaN)."""
-        question = body.question()
+        query = body.query()
 
         def made(client: Client) -> np.ndarray:
             metric = Metric(body.mode, body.damping, body.curvature, body.weights, tuple(body.layers))
-            found = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([question]), metric)])
+            found = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([query]), metric)])
             kept = client.index.alive if body.where is None else client.index.alive & client.index.matching(body.where)
             return np.where(kept, found, np.float32(np.nan))
 
@@ -286,7 +287,7 @@ def _question_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
             return Response(found.astype("<f4").tobytes(), media_type="application/octet-stream")
         return _json(_histogram(found[np.isfinite(found)]))
 
-    @app.post("/v1/complete", tags=["questions"])
+    @app.post("/v1/complete", tags=["queries"])
     async def complete(body: CompleteBody) -> Response:
         """What the model itself says after a prompt."""
         return _json({"completion": await _engine_of(engines, body.index).call(lambda client: client.complete(body.prompt, body.tokens))})
@@ -325,12 +326,12 @@ def _static(name: str) -> Response:
 def _summary(engine: Engine) -> dict[str, Any]:
     index = engine.client.index
     about = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": len(index.manifest.tombstones)}
-    segments = [
+    components = [
         {"name": s.name, "kind": s.kind, "damping": s.curvature.damping, "layers": len(s.layers) if s.kind == "dense" else 1}
-        for s in index.manifest.segments
+        for s in index.manifest.components
     ]
     models, texts = [m.id for m in index.manifest.models], index.manifest.tokenizer is not None
-    return {**about, "path": str(index.path.resolve()), "models": models, "texts": texts, "segments": segments}
+    return {**about, "path": str(index.path.resolve()), "models": models, "texts": texts, "components": components}
 
 
 def _histogram(scores: np.ndarray) -> dict[str, Any]:
@@ -350,8 +351,8 @@ def _handle_errors(app: FastAPI) -> None:
         headers = {"retry-after": "1"} if code == 503 else {}
         return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
 
-    @app.exception_handler(WhenceError)
-    async def ours(request: Request, error: WhenceError) -> Response:
+    @app.exception_handler(WherefromError)
+    async def ours(request: Request, error: WherefromError) -> Response:
         status, title = next(((s, t) for kind, s, t in _STATUS if isinstance(error, kind)), (503, "The index cannot answer"))
         return respond(status, str(error), title, type(error).__name__)
 
@@ -367,4 +368,4 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WhenceError")
+        return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WherefromError")

@@ -1,7 +1,7 @@
-"""One index behind the server: a bounded queue, one thread that answers, and what it remembers of questions.
+"""One index behind the server: a bounded queue, one thread that answers, and what it remembers of queries.
 
 While a batch is being answered the next one gathers, so that an idle server adds no wait and a busy one shares passes over the model and
-the rows. Rows of questions are remembered: asked again with another filter, damping or mode, a question costs a search alone.
+the rows. Rows of queries are remembered: asked again with another filter, damping or mode, a query costs a search alone.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..client import Client
-from ..query.answers import Answer, Question
+from ..query.answers import Answer, Query
 from ..query.asking import Options
 from ..query.metric import QueryRows, cut, join
 from ..store.errors import BusyError
@@ -33,46 +33,46 @@ class Metrics:
 
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
-        self.seconds = Histogram("whence_stage_seconds", "Wall time by stage.", ["index", "stage"], buckets=_BUCKETS, registry=r)
-        self.batch = Histogram("whence_batch_questions", "Questions answered in one pass.", ["index"], buckets=_SIZES, registry=r)
-        self.candidates = Counter("whence_candidates", "Rows that were read for answers.", ["index"], registry=r)
-        self.remembered = Counter("whence_remembered", "Questions whose rows were remembered, or not.", ["index", "found"], registry=r)
-        self.waiting = Gauge("whence_waiting", "Requests that wait.", ["index"], registry=r)
-        self.responses = Counter("whence_responses", "Responses by path and status.", ["path", "status"], registry=r)
+        self.seconds = Histogram("wherefrom_stage_seconds", "Wall time by stage.", ["index", "stage"], buckets=_BUCKETS, registry=r)
+        self.batch = Histogram("wherefrom_batch_queries", "Queries answered in one pass.", ["index"], buckets=_SIZES, registry=r)
+        self.candidates = Counter("wherefrom_candidates", "Rows that were read for answers.", ["index"], registry=r)
+        self.remembered = Counter("wherefrom_remembered", "Queries whose rows were remembered, or not.", ["index", "found"], registry=r)
+        self.waiting = Gauge("wherefrom_waiting", "Requests that wait.", ["index"], registry=r)
+        self.responses = Counter("wherefrom_responses", "Responses by path and status.", ["path", "status"], registry=r)
 
 
 @dataclass
 class _Job(Generic[Result]):
-    """Something that waits for the thread: a question, or any call of the client."""
+    """Something that waits for the thread: a query, or any call of the client."""
 
     done: "asyncio.Future[Result]"
-    asked: tuple[Question, Options] | None = None
+    asked: tuple[Query, Options] | None = None
     call: Callable[[Client], Result] | None = None
     since: float = field(default_factory=time.perf_counter)
 
 
 class Engine:
-    """Answers questions about one index.
+    """Answers queries about one index.
 
     Args:
         name: what requests call the index.
         client: opened on it.
         metrics: where times are counted.
-        batch: questions in one pass, at most.
+        batch: queries in one pass, at most.
         queue: requests that may wait; more are refused.
     """
 
     def __init__(self, name: str, client: Client, metrics: Metrics, batch: int, queue: int) -> None:
         self.name, self.client, self._metrics, self._batch = name, client, metrics, batch
         self._queue: asyncio.Queue[_Job[Any]] = asyncio.Queue(queue)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"whence-{name}")
-        self._rows: OrderedDict[Question, QueryRows] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"wherefrom-{name}")
+        self._rows: OrderedDict[Query, QueryRows] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self._running: list[_Job[Any]] = []
 
     @property
     def alive(self) -> bool:
-        """Whether questions are being answered."""
+        """Whether queries are being answered."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
@@ -90,13 +90,13 @@ class Engine:
                 job.done.set_exception(BusyError("the server is stopping; ask again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def ask(self, question: Question, options: Options) -> Answer:
-        """The answer to one question.
+    async def ask(self, query: Query, options: Options) -> Answer:
+        """The answer to one query.
 
         Raises:
             BusyError: too many wait.
         """
-        return await self._submit(_Job(asyncio.get_running_loop().create_future(), asked=(question, options)))
+        return await self._submit(_Job(asyncio.get_running_loop().create_future(), asked=(query, options)))
 
     async def call(self, function: Callable[[Client], Result]) -> Result:
         """What a function makes of the client, in its turn."""
@@ -156,35 +156,35 @@ class Engine:
                 outcomes |= dict(zip(left, self._answered([jobs[n].asked for n in left], [by_job[n] for n in left]), strict=True))
         return [outcomes[number] for number in range(len(jobs))]
 
-    def _measured(self, questions: Sequence[Question]) -> list[Any]:
-        """Each question's rows, or the error that it met."""
+    def _measured(self, queries: Sequence[Query]) -> list[Any]:
+        """Each query's rows, or the error that it met."""
         started = time.perf_counter()
-        missing = [q for q in dict.fromkeys(questions) if q not in self._rows]
+        missing = [q for q in dict.fromkeys(queries) if q not in self._rows]
         for found in ("hit", "miss"):
-            count = len(missing) if found == "miss" else len(questions) - len(missing)
+            count = len(missing) if found == "miss" else len(queries) - len(missing)
             self._metrics.remembered.labels(self.name, found).inc(count)
-        made: dict[Question, Any] = {}
+        made: dict[Query, Any] = {}
         if missing:
             together = _outcome(lambda client: client.rows(missing), self.client)
-            for number, question in enumerate(missing):
+            for number, query in enumerate(missing):
                 if isinstance(together, BaseException):
-                    made[question] = _outcome(partial(_rows_of, question=question), self.client)
+                    made[query] = _outcome(partial(_rows_of, query=query), self.client)
                 else:
-                    made[question] = cut(together, number, number + 1)
+                    made[query] = cut(together, number, number + 1)
             self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - started)
-        result = [made[q] if q in made else self._rows[q] for q in questions]
-        for question, rows in made.items():
+        result = [made[q] if q in made else self._rows[q] for q in queries]
+        for query, rows in made.items():
             if not isinstance(rows, BaseException):
-                self._rows[question] = rows
-        for question in questions:
-            if question in self._rows:
-                self._rows.move_to_end(question)
+                self._rows[query] = rows
+        for query in queries:
+            if query in self._rows:
+                self._rows.move_to_end(query)
         while len(self._rows) > _REMEMBERED:
             self._rows.popitem(last=False)
         return result
 
     def _answered(self, asked: Sequence[Any], rows: Sequence[QueryRows]) -> list[Any]:
-        """The answers to questions that are asked the same way, or the errors that they met."""
+        """The answers to queries that are asked the same way, or the errors that they met."""
         options = asked[0][1]
         together = _outcome(lambda client: client.answer([q for q, _ in asked], join(rows), **options), self.client)
         if isinstance(together, BaseException) and len(asked) > 1:
@@ -204,8 +204,8 @@ class Engine:
             self._rows.clear()
 
 
-def _rows_of(client: Client, question: Question) -> QueryRows:
-    return client.rows([question])
+def _rows_of(client: Client, query: Query) -> QueryRows:
+    return client.rows([query])
 
 
 def _outcome(function: Callable[[Client], Result], client: Client) -> Result | Exception:

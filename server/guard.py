@@ -103,7 +103,7 @@ class Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._hosts is not None and name.lower() not in self._hosts:
             return problem(421, f"this server is not called {name[:100]!r}; use the address that it printed", "Misdirected")
-        # A page of another address, or of another port here, may send a question and learn from the time that the answer takes.
+        # A page of another address, or of another port here, may send a query and learn from the time that the answer takes.
         if headers.get(b"sec-fetch-site", b"").lower() in _ELSEWHERE and scope["path"] not in _OPEN and not _is_static(scope["path"]):
             return problem(403, "a page of another address cannot ask this server; ask from the explorer, or from a program", "Forbidden")
         unwanted = _unwanted(scope, headers)

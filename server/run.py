@@ -1,4 +1,4 @@
-"""`whence serve`: opens the indexes, binds, leaves word of itself, and stops gracefully."""
+"""`wherefrom serve`: opens the indexes, binds, leaves word of itself, and stops gracefully."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
     try:
         word = announce(served)
     except OSError as error:
-        sys.stderr.write(f"commands will not find this server by themselves ({error}); set WHENCE_URL\n")
+        sys.stderr.write(f"commands will not find this server by themselves ({error}); set WHEREFROM_URL\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
     sys.stderr.flush()
 

@@ -58,7 +58,7 @@ def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "e
 
 
 def _signs(width: int, seed: int) -> list[Float32[np.ndarray, " width"]]:
-    words = _words(f"whence rotation {seed} {width}", -(-_ROUNDS * width // 64))
+    words = _words(f"wherefrom rotation {seed} {width}", -(-_ROUNDS * width // 64))
     bits = np.unpackbits(words.view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
     return list((2.0 * bits - 1.0).astype(np.float32))
 
@@ -100,7 +100,7 @@ def unfold(folded: Float32[np.ndarray, "rows folded"], width: int, seed: int) ->
 
 @lru_cache(_KEPT_FOLDS)
 def _folding(width: int, bits: int, seed: int) -> tuple[Int64[np.ndarray, " width"], Float32[np.ndarray, " width"]]:
-    words = _words(f"whence fold {seed} {width} {bits}", width)
+    words = _words(f"wherefrom fold {seed} {width} {bits}", width)
     order = np.argsort(words, kind="stable")
     return order, np.where(words[order] & np.uint64(1), np.float32(1), np.float32(-1))
 

@@ -41,7 +41,7 @@ def write_cache(directory: Path, arrays: Mapping[str, np.ndarray], source: str, 
 def read_cache(directory: Path, source: str) -> dict[str, np.ndarray] | None:
     """The arrays that lie there, as memory maps whose checksums were compared; None where they are not whole, or not of this source."""
     try:
-        about = json.loads(read_bytes(directory / "zarr.json"))["attributes"]["whence"]
+        about = json.loads(read_bytes(directory / "zarr.json"))["attributes"]["wherefrom"]
         if about["source"] != source or about["version"] != _VERSION:
             return None
         arrays = {name: plain(map_array(directory / _GROUP, name, tuple(shape), dtype)) for name, (shape, dtype) in about["arrays"].items()}

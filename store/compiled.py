@@ -1,4 +1,4 @@
-"""When a compiled loop is worth loading: that takes 0.4 s, more than a command that asks a small index one question takes in all."""
+"""When a compiled loop is worth loading: that takes 0.4 s, more than a command that asks a small index one query takes in all."""
 
 from collections.abc import Callable
 from typing import Any

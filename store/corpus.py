@@ -138,7 +138,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
     try:
         base["id"] = id if _is_nothing(record.get(fields.id)) else _as_text(record, fields.id)
         if _BREAKS_LISTS.search(base["id"]):
-            raise ValueError(f"the id {base['id'][:80]!r} holds a control character, with which no list of ids could hold it; mend it")
+            raise ValueError(f"the id {base['id'][:80]!r} holds a baseline character, with which no list of ids could hold it; fix it")
         base["source"] = name if _is_nothing(record.get(fields.source)) else _as_text(record, fields.source)
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":
@@ -380,48 +380,48 @@ def _listed(line: str, where: str) -> str:
 
 
 _CHAT_BYTES = 1 << 24
-_QUESTION = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
+_QUERY = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
 
 
-def read_questions(file: str) -> Iterator[dict[str, Any]]:
-    """The questions of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
+def read_queries(file: str) -> Iterator[dict[str, Any]]:
+    """The queries of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
 
     Optional are an id, another completion `against` which to hold it, a `span` that alone is asked about, and a `weight` for a mean of
-    questions.
+    queries.
 
     Raises:
         NotFoundError: no such file.
-        DataError: a line is no question; names it.
+        DataError: a line is no query; names it.
     """
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}")
     (source,) = [standard_input()] if file == "-" else expand([file])[0]
-    how = Reading("text", "prompt", "file", frozenset(_QUESTION) - {"row", "weight"} | {"id"}, {})
+    how = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
     for where, _, record in source.records(source.short, how):
         if isinstance(record, DataError):
             raise record
-        wrong = _mistyped(record) or _question_problem(record) or _chat_problem(record)
+        wrong = _mistyped(record) or _query_problem(record) or _chat_problem(record)
         if wrong:
             raise DataError(f"{where}: {wrong}")
-        question = {k: record[k] for k in _QUESTION if record.get(k) is not None}
-        yield question | {"id": str(where if record.get("id") is None else record["id"])}
+        query = {k: record[k] for k in _QUERY if record.get(k) is not None}
+        yield query | {"id": str(where if record.get("id") is None else record["id"])}
 
 
 def _mistyped(record: Mapping[str, Any]) -> str | None:
-    """A field that is none of a question's but is nearly one of their names; others are a file's own and are not read."""
-    for key in record.keys() - set(_QUESTION):
-        if meant := get_close_matches(str(key).lower(), _QUESTION, 1, 0.8):
-            return f"the field {str(key)[:80]!r} is none of a question's; is {meant[0]!r} meant?"
+    """A field that is none of a query's but is nearly one of their names; others are a file's own and are not read."""
+    for key in record.keys() - set(_QUERY):
+        if meant := get_close_matches(str(key).lower(), _QUERY, 1, 0.8):
+            return f"the field {str(key)[:80]!r} is none of a query's; is {meant[0]!r} meant?"
     return None
 
 
-def _question_problem(record: Mapping[str, Any]) -> str | None:
+def _query_problem(record: Mapping[str, Any]) -> str | None:
     options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
     if options:
-        return f"{options[0]} is an option of the command, the same for all questions of a file, not a field of a question"
+        return f"{options[0]} is an option of the command, the same for all queries of a file, not a field of a query"
     given = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
     if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
-        return "a question is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
+        return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
     for key in ("prompt", "completion", "text", "against", "span"):
         if record.get(key) is not None and not isinstance(record[key], str):
             return f"{key} holds {type(record[key]).__name__}, not text"
@@ -446,7 +446,7 @@ def read_chat(file: str) -> dict[str, Any]:
     if not regular_size(path):
         raise DataError(f"{file} is empty or no regular file; give a JSON file with a list of messages")
     if (regular_size(path) or 0) > _CHAT_BYTES:
-        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB, more than a question's messages can be")
+        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB, more than a query's messages can be")
     try:
         content = parse_json(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:

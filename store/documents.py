@@ -28,7 +28,7 @@ BATCH_ROWS = 256
 _NESTING = 16
 _SHORTEST = 2  # tokens of a text: one to predict and one before it
 _MAGIC = b"ARROW1\0\0"
-_JSON = {b"whence:encoding": b"json"}
+_JSON = {b"wherefrom:encoding": b"json"}
 _OWN = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
@@ -197,7 +197,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_encoded(field: pa.Field) -> bool:
     """Whether a column is kept as JSON text."""
-    return bool(field.metadata) and field.metadata.get(b"whence:encoding") == b"json"
+    return bool(field.metadata) and field.metadata.get(b"wherefrom:encoding") == b"json"
 
 
 class Documents:

@@ -1,6 +1,6 @@
-"""Every error that Whence raises on purpose.
+"""Every error that Wherefrom raises on purpose.
 
-    WhenceError                  exit code 1
+    WherefromError                  exit code 1
     ├── DataError                1   a document or a query file that cannot be used (also a ValueError)
     ├── NumericalError           1   a gradient or statistic that is not finite (also an ArithmeticError)
     ├── StorageError             1   the disk refused: full, read-only, no permission (also an OSError)
@@ -16,7 +16,7 @@ error into an exit code.
 """
 
 
-class WhenceError(Exception):
+class WherefromError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line exits with."""
 
     exit_code = 1
@@ -25,45 +25,45 @@ class WhenceError(Exception):
         return str(self.args[0]) if self.args else type(self).__name__
 
 
-class DataError(WhenceError, ValueError):
+class DataError(WherefromError, ValueError):
     """A document, or a line of a file, that cannot be used."""
 
 
-class NumericalError(WhenceError, ArithmeticError):
+class NumericalError(WherefromError, ArithmeticError):
     """A gradient, eigenvalue or row that is not finite."""
 
 
-class StorageError(WhenceError, OSError):
+class StorageError(WherefromError, OSError):
     """The file system refused a read or a write."""
 
 
-class BusyError(WhenceError):
+class BusyError(WherefromError):
     """Another process holds the index, or published first; trying again later may succeed."""
 
 
-class WorkerError(WhenceError, RuntimeError):
+class WorkerError(WherefromError, RuntimeError):
     """A worker process died and could not be replaced."""
 
 
-class UsageError(WhenceError, ValueError):
+class UsageError(WherefromError, ValueError):
     """An argument outside what it may be."""
 
     exit_code = 2
 
 
-class NotFoundError(WhenceError, FileNotFoundError):
+class NotFoundError(WherefromError, FileNotFoundError):
     """Something named does not exist."""
 
     exit_code = 3
 
 
-class IncompatibleError(WhenceError, ValueError):
-    """Something exists but does not fit this index or this version of Whence."""
+class IncompatibleError(WherefromError, ValueError):
+    """Something exists but does not fit this index or this version of Wherefrom."""
 
     exit_code = 3
 
 
-class IntegrityError(WhenceError):
+class IntegrityError(WherefromError):
     """Stored bytes differ from what was written: truncated, flipped, missing."""
 
     exit_code = 4

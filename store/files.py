@@ -40,7 +40,7 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"no space left on the disk of {path}; free some space and run the same command again: what is finished is kept"
             ) from error
         if error.errno in _REFUSED:
-            raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or mend this one") from error
+            raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or fix this one") from error
         raise
 
 

@@ -424,9 +424,9 @@ def _kinds_of_constant(value: Any) -> set[str]:
 def _constant(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str, type(None))):
         if isinstance(node.value, str) and not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
-            raise UsageError("the filter holds half of a surrogate pair, which is no character; mend its encoding")
+            raise UsageError("the filter holds half of a surrogate pair, which is no character; fix its encoding")
         if isinstance(node.value, int) and node.value.bit_length() > _LONGEST_BITS:
-            raise UsageError("the filter holds a number that is larger than any that can be stored; mend it")
+            raise UsageError("the filter holds a number that is larger than any that can be stored; fix it")
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         value = node.operand.value

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
-from .coarse import Coarse
 from .documents import Documents, Example
 from .errors import IncompatibleError, IntegrityError, UsageError
 from .files import clear_leftovers, read_json, regular_size, sha256
-from .keyed import KeyedRows, KeyedVectors
-from .manifest import DenseSegment, FileRecord, KeyedSegment, Layer, Shard, identity, manifest_numbers, read_manifest
+from .manifest import DenseComponent, FileRecord, Layer, Shard, SparseComponent, identity, manifest_numbers, read_manifest
 from .postings import Postings
 from .rows import Checks, DenseRows, Reduction, map_array
+from .scan_codes import ScanCodes
+from .sparse import SparseRows, SparseVectors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a segment: row r is `norms[r] * factors[r] * codes[r]`, its unit direction `factors[r] * codes[r]`."""
+    """Consecutive rows of a component: row r is `norms[r] * factors[r] * codes[r]`, its unit direction `factors[r] * codes[r]`."""
 
     first: int
     codes: np.ndarray
@@ -75,9 +75,9 @@ class Index:
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
         self._firsts = np.array([shard.first for shard in self.manifest.shards])
         self._rows: dict[tuple[str, str], DenseRows] = {}
-        self._keyed: dict[tuple[str, str], KeyedRows] = {}
+        self._sparse: dict[tuple[str, str], SparseRows] = {}
         self._postings: dict[tuple[str, str], Postings] = {}
-        self._coarse: dict[tuple[str, str], Coarse | None] = {}
+        self._scan_codes: dict[tuple[str, str], ScanCodes | None] = {}
         self._documents: OrderedDict[str, Documents] = OrderedDict()
         self._described: set[str] = set()
 
@@ -87,7 +87,7 @@ class Index:
 
     def _refuse_missing_rows(self) -> None:
         """Refuse shards without a file of their rows' norms, before anything is allocated by the manifest's word alone."""
-        name = self.manifest.segments[0].name
+        name = self.manifest.components[0].name
         for shard in self.manifest.shards:
             path = self.path / "rows" / f"{shard.id}.zarr" / name / "norms/c/0"
             size = regular_size(path)
@@ -99,16 +99,16 @@ class Index:
                 )
                 raise IntegrityError(f"{path} {what}; restore the file or build the index again")
 
-    def segment(self, name: str) -> DenseSegment | KeyedSegment:
-        """The manifest's entry for a segment."""
-        return next(s for s in self.manifest.segments if s.name == name)
+    def component(self, name: str) -> DenseComponent | SparseComponent:
+        """The manifest's entry for a component."""
+        return next(s for s in self.manifest.components if s.name == name)
 
-    def dense(self, shard: Shard, segment: DenseSegment) -> DenseRows:
-        """A dense segment's rows in one shard."""
-        key = (shard.id, segment.name)
+    def dense(self, shard: Shard, component: DenseComponent) -> DenseRows:
+        """A dense component's rows in one shard."""
+        key = (shard.id, component.name)
         if key not in self._rows:
-            group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
-            self._rows[key] = DenseRows(group, shard.rows, segment.stored, segment.dtype, self._checks(shard, f"{segment.name}/"))
+            group = self.path / "rows" / f"{shard.id}.zarr" / component.name
+            self._rows[key] = DenseRows(group, shard.rows, component.stored, component.dtype, self._checks(shard, f"{component.name}/"))
         return self._rows[key]
 
     def _checks(self, shard: Shard, within: str = "") -> Checks:
@@ -124,13 +124,15 @@ class Index:
                 arrays[name] = record.chunks
         return arrays
 
-    def keyed(self, shard: Shard, segment: KeyedSegment) -> KeyedRows:
-        """A keyed segment's rows in one shard."""
-        key = (shard.id, segment.name)
-        if key not in self._keyed:
-            group = self.path / "rows" / f"{shard.id}.zarr" / segment.name
-            self._keyed[key] = KeyedRows(group, shard.rows, segment.vocabulary, segment.bits, self._checks(shard, f"{segment.name}/"))
-        return self._keyed[key]
+    def sparse(self, shard: Shard, component: SparseComponent) -> SparseRows:
+        """A sparse component's rows in one shard."""
+        key = (shard.id, component.name)
+        if key not in self._sparse:
+            group = self.path / "rows" / f"{shard.id}.zarr" / component.name
+            self._sparse[key] = SparseRows(
+                group, shard.rows, component.vocabulary, component.bits, self._checks(shard, f"{component.name}/")
+            )
+        return self._sparse[key]
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -143,26 +145,26 @@ class Index:
                 groups.append([shard])
         return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
 
-    def postings(self, group: Group, segment: KeyedSegment) -> Postings:
-        """The posting lists of a keyed segment's rows in a group: those that lie beside them, else made here."""
-        key = (group.id, segment.name)
+    def postings(self, group: Group, component: SparseComponent) -> Postings:
+        """The posting lists of a sparse component's rows in a group: those that lie beside them, else made here."""
+        key = (group.id, component.name)
         if key not in self._postings:
-            lists = self._kept(group, segment) or self._made(group, segment)
+            lists = self._kept(group, component) or self._made(group, component)
             assert isinstance(lists, Postings)
             self._postings[key] = lists
         return self._postings[key]
 
-    def coarse(self, group: Group, segment: DenseSegment) -> Coarse | None:
-        """The one-bit codes of a dense segment's rows in a group; None where they do not lie beside the rows.
+    def scan_codes(self, group: Group, component: DenseComponent) -> ScanCodes | None:
+        """The one-bit codes of a dense component's rows in a group; None where they do not lie beside the rows.
 
-        Segments that hold one-bit codes themselves have none.
+        Components that hold one-bit codes themselves have none.
         """
-        key = (group.id, segment.name)
-        if key not in self._coarse:
-            codes = self._kept(group, segment)
-            assert codes is None or isinstance(codes, Coarse)
-            self._coarse[key] = codes
-        return self._coarse[key]
+        key = (group.id, component.name)
+        if key not in self._scan_codes:
+            codes = self._kept(group, component)
+            assert codes is None or isinstance(codes, ScanCodes)
+            self._scan_codes[key] = codes
+        return self._scan_codes[key]
 
     def reindex(self, compare: bool = False) -> int:
         """Write what the search can read beside the rows, posting lists and one-bit codes, where it is missing, damaged or of other rows;
@@ -177,11 +179,11 @@ class Index:
         written, beside = 0, self.path / "search"
         if beside.exists() and not beside.is_dir():
             raise UsageError(f"{beside} is no directory of this index; remove it")
-        for group, segment in self._searchable():
-            kept = self._kept(group, segment)
-            if kept is not None and not (compare and not _alike(kept, self._made(group, segment))):
+        for group, component in self._searchable():
+            kept = self._kept(group, component)
+            if kept is not None and not (compare and not _alike(kept, self._made(group, component))):
                 continue
-            self._made(group, segment).write(self._beside(group, segment), self._source(group, segment), self.path / "staging")
+            self._made(group, component).write(self._beside(group, component), self._source(group, component), self.path / "staging")
             written += 1
         for place in beside.glob("*.zarr"):
             if place.stem not in {group.id for group in self.groups} and _UUID.fullmatch(place.stem) and not place.is_symlink():
@@ -189,23 +191,23 @@ class Index:
         clear_leftovers(self.path)
         return written
 
-    def _searchable(self) -> Iterator[tuple[Group, DenseSegment | KeyedSegment]]:
-        """The groups and segments beside whose rows something lies for the search."""
+    def _searchable(self) -> Iterator[tuple[Group, DenseComponent | SparseComponent]]:
+        """The groups and components beside whose rows something lies for the search."""
         for group in self.groups:
-            for segment in self.manifest.segments:
-                if isinstance(segment, KeyedSegment) or segment.dtype != "1bit":
-                    yield group, segment
+            for component in self.manifest.components:
+                if isinstance(component, SparseComponent) or component.dtype != "1bit":
+                    yield group, component
 
-    def _kept(self, group: Group, segment: DenseSegment | KeyedSegment) -> Postings | Coarse | None:
-        place, source = self._beside(group, segment), self._source(group, segment)
-        if isinstance(segment, KeyedSegment):
-            return Postings.read(place, source, group.rows, -(-segment.bits // 8))
-        return Coarse.read(place, source, group.rows, segment.stored)
+    def _kept(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
+        place, source = self._beside(group, component), self._source(group, component)
+        if isinstance(component, SparseComponent):
+            return Postings.read(place, source, group.rows, -(-component.bits // 8))
+        return ScanCodes.read(place, source, group.rows, component.stored)
 
-    def _made(self, group: Group, segment: DenseSegment | KeyedSegment) -> Postings | Coarse:
-        if isinstance(segment, KeyedSegment):
-            return Postings.of([self.keyed(shard, segment) for shard in group.shards])
-        return Coarse.of([self.dense(shard, segment) for shard in group.shards], segment.projection.seed)
+    def _made(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes:
+        if isinstance(component, SparseComponent):
+            return Postings.of([self.sparse(shard, component) for shard in group.shards])
+        return ScanCodes.of([self.dense(shard, component) for shard in group.shards], component.projection.seed)
 
     def by_shard(
         self, rows: Int64[np.ndarray, " chosen"]
@@ -222,19 +224,19 @@ class Index:
     def _groups_of_shards(self) -> list[Group]:
         return [group for group in self.groups for _ in group.shards]
 
-    def _beside(self, group: Group, segment: DenseSegment | KeyedSegment) -> Path:
-        return self.path / "search" / f"{group.id}.zarr" / segment.name
+    def _beside(self, group: Group, component: DenseComponent | SparseComponent) -> Path:
+        return self.path / "search" / f"{group.id}.zarr" / component.name
 
-    def _source(self, group: Group, segment: DenseSegment | KeyedSegment) -> str:
+    def _source(self, group: Group, component: DenseComponent | SparseComponent) -> str:
         """What lies beside the rows is made of: the checksums of their files."""
-        parts = [f.sha256 for shard in group.shards for f in shard.files if f.path.startswith(f"rows/{shard.id}.zarr/{segment.name}/")]
+        parts = [f.sha256 for shard in group.shards for f in shard.files if f.path.startswith(f"rows/{shard.id}.zarr/{component.name}/")]
         return digest("".join(parts).encode()).hexdigest()
 
-    def norms(self, segment: DenseSegment | KeyedSegment) -> Float32[np.ndarray, " rows"]:
-        """The lengths of a segment's rows."""
-        if isinstance(segment, KeyedSegment):
-            return np.concatenate([self.keyed(shard, segment).norms for shard in self.manifest.shards])
-        return np.concatenate([self.dense(shard, segment).norms for shard in self.manifest.shards])
+    def norms(self, component: DenseComponent | SparseComponent) -> Float32[np.ndarray, " rows"]:
+        """The lengths of a component's rows."""
+        if isinstance(component, SparseComponent):
+            return np.concatenate([self.sparse(shard, component).norms for shard in self.manifest.shards])
+        return np.concatenate([self.dense(shard, component).norms for shard in self.manifest.shards])
 
     def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
         """The examples' own losses under the (last) model, in nats."""
@@ -262,29 +264,29 @@ class Index:
         self._documents.move_to_end(shard.id)
         return self._documents[shard.id]
 
-    def blocks(self, segment: DenseSegment) -> Iterator[Block]:
-        """All rows of a segment in order, in blocks of about a mebibyte that are views of memory maps."""
+    def blocks(self, component: DenseComponent) -> Iterator[Block]:
+        """All rows of a component in order, in blocks of about a mebibyte that are views of memory maps."""
         for shard in self.manifest.shards:
-            rows = self.dense(shard, segment)
+            rows = self.dense(shard, component)
             factors = rows.factors()
             for first, codes in rows.blocks():
                 part = slice(first, first + len(codes))
                 yield Block(shard.first + first, codes, factors[part], rows.norms[part])
 
-    def row(self, row: int, segment: DenseSegment) -> Float32[np.ndarray, " dim"]:
-        """One row of a segment, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
+    def row(self, row: int, component: DenseComponent) -> Float32[np.ndarray, " dim"]:
+        """One row of a component, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
         shard, offset = self.locate(row)
-        return self.reduction(segment).undo(self.dense(shard, segment).row(offset)[None])[0]
+        return self.reduction(component).undo(self.dense(shard, component).row(offset)[None])[0]
 
-    def reduction(self, segment: DenseSegment) -> Reduction:
-        """What brings a segment's whitened rows to the stored coordinates."""
-        return dense_reduction(segment, self.arrays if segment.coordinates else {})
+    def reduction(self, component: DenseComponent) -> Reduction:
+        """What brings a component's whitened rows to the stored coordinates."""
+        return dense_reduction(component, self.arrays if component.coordinates else {})
 
-    def entries(self, row: int, segment: KeyedSegment) -> KeyedVectors:
-        """One row of a keyed segment, its vectors estimated from their codes (see `KeyedRows.vectors`)."""
+    def entries(self, row: int, component: SparseComponent) -> SparseVectors:
+        """One row of a sparse component, its vectors estimated from their codes (see `SparseRows.vectors`)."""
         shard, offset = self.locate(row)
-        keys, vectors = self.keyed(shard, segment).vectors(offset, segment.width, segment.seed)
-        return KeyedVectors(np.array([0, len(keys)]), keys, vectors)
+        keys, vectors = self.sparse(shard, component).vectors(offset, component.width, component.seed)
+        return SparseVectors(np.array([0, len(keys)]), keys, vectors)
 
     def example(self, row: int) -> Example:
         """The example that a row stands for.
@@ -422,7 +424,7 @@ class Index:
         """The encoder's arrays, by name (docs/format.md lists them).
 
         Raises:
-            IntegrityError: the file is missing, not the one that was written, or not what the segments need.
+            IntegrityError: the file is missing, not the one that was written, or not what the components need.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -433,33 +435,33 @@ class Index:
             arrays = load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is not a whole safetensors file ({error}); restore it or build the index again") from error
-        for segment in self.manifest.segments:
-            problem = _misfit(segment, arrays)
+        for component in self.manifest.components:
+            problem = _misfit(component, arrays)
             if problem:
                 raise IntegrityError(f"{path} does not fit the index: {problem}; restore it or build the index again")
         return arrays
 
-    def spectrum(self, segment: DenseSegment) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
-        """A segment's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
+    def spectrum(self, component: DenseComponent) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
+        """A component's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
 
         Raises:
-            UsageError: the segment has no curvature to damp.
+            UsageError: the component has no curvature to damp.
         """
         values, means = [], []
-        for layer in segment.layers:
+        for layer in component.layers:
             if layer.curvature == "identity":
                 raise UsageError("this index was built with --curvature identity: there are no eigenvalues to damp")
-            eigenvalues = self.arrays[f"{segment.name}/{layer.name}/eigenvalues"].astype(np.float64)
+            eigenvalues = self.arrays[f"{component.name}/{layer.name}/eigenvalues"].astype(np.float64)
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))
         return np.concatenate(values), np.concatenate(means)
 
-    def keyed_spectrum(self, segment: KeyedSegment) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
-        """A keyed segment's eigenvalues are the products of these two."""
-        return self.arrays[f"{segment.name}/vocabulary"], self.arrays[f"{segment.name}/eigenvalues"]
+    def sparse_spectrum(self, component: SparseComponent) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
+        """A sparse component's eigenvalues are the products of these two."""
+        return self.arrays[f"{component.name}/vocabulary"], self.arrays[f"{component.name}/eigenvalues"]
 
     def summary(self) -> dict[str, Any]:
-        """What the index holds, JSON-ready: model, rows, bytes, and each segment's layers, projection and curvature."""
+        """What the index holds, JSON-ready: model, rows, bytes, and each component's layers, projection and curvature."""
         m = self.manifest
         files = [m.encoder, *(f for s in m.shards for f in s.files)]
         row_bytes = sum(f.bytes for f in files if f.path.startswith("rows/"))
@@ -468,7 +470,7 @@ class Index:
             "manifest": m.number,
             "format": m.version,
             "created": m.created,
-            "whence": m.whence,
+            "wherefrom": m.wherefrom,
             "models": [{n: getattr(model, n) for n in ("id", "revision", "architecture", "parameters", "dtype")} for model in m.models],
             "rows": m.rows,
             "deleted": len(m.tombstones),
@@ -478,11 +480,11 @@ class Index:
             "bytes": sum(f.bytes for f in files),
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
-            "segments": [
+            "components": [
                 _describe(s)
                 | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)}
                 | m.build.weighed.get(s.name, {})
-                for s in m.segments
+                for s in m.components
             ],
             "tracked": [
                 {"parameters": t.parameters, "of": t.of, "share": round(t.share, 4), "left_out": t.left_out} for t in m.build.tracked
@@ -493,23 +495,23 @@ class Index:
             "added": [{"rows": part.rows, "drift": part.drift} for part in m.build.added],
         }
 
-    def energy_held(self, segment: DenseSegment | KeyedSegment) -> float:
+    def energy_held(self, component: DenseComponent | SparseComponent) -> float:
         """The share of the rows' squared length that is left after tokens or coordinates were left out, before any code.
 
-        Of keyed rows it is counted, of dense ones it is what their eigenvalues say.
+        Of sparse rows it is counted, of dense ones it is what their eigenvalues say.
         """
-        if isinstance(segment, KeyedSegment):
-            sums = np.sum([self.keyed(shard, segment).energy for shard in self.manifest.shards], axis=0)
+        if isinstance(component, SparseComponent):
+            sums = np.sum([self.sparse(shard, component).energy for shard in self.manifest.shards], axis=0)
             return float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
-        kept = self.reduction(segment).kept
+        kept = self.reduction(component).kept
         if kept is None:
             return 1.0
-        eigenvalues, means = self.spectrum(segment)
-        energy = eigenvalues / (eigenvalues + segment.curvature.damping * means)
+        eigenvalues, means = self.spectrum(component)
+        energy = eigenvalues / (eigenvalues + component.curvature.damping * means)
         return float(energy[kept].sum() / energy.sum())
 
-    def _bytes(self, segment: DenseSegment | KeyedSegment) -> float:
-        files = (f for s in self.manifest.shards for f in s.files if f.path.startswith(f"rows/{s.id}.zarr/{segment.name}/"))
+    def _bytes(self, component: DenseComponent | SparseComponent) -> float:
+        files = (f for s in self.manifest.shards for f in s.files if f.path.startswith(f"rows/{s.id}.zarr/{component.name}/"))
         return round(sum(f.bytes for f in files) / self.manifest.rows, 1)
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
@@ -525,11 +527,11 @@ class Index:
                 whole = False
                 continue
             try:
-                for segment in self.manifest.segments:
-                    if isinstance(segment, KeyedSegment):
-                        self.keyed(shard, segment)
+                for component in self.manifest.components:
+                    if isinstance(component, SparseComponent):
+                        self.sparse(shard, component)
                     else:
-                        for _ in self.dense(shard, segment).blocks():
+                        for _ in self.dense(shard, component).blocks():
                             pass
                 self.losses(shard)
                 self.hidden(shard)
@@ -546,11 +548,14 @@ class Index:
             self.arrays  # noqa: B018
         except IntegrityError as error:
             yield self.manifest.encoder.path, str(error)
-        for group, segment in self._searchable() if whole else ():
-            kept, place = self._kept(group, segment), self._beside(group, segment)
+        for group, component in self._searchable() if whole else ():
+            kept, place = self._kept(group, component), self._beside(group, component)
             if kept is not None:
-                forged = not _alike(kept, self._made(group, segment))
-                yield str(place.relative_to(self.path)), f"{place} is not made of the rows; mend it with whence reindex" if forged else None
+                forged = not _alike(kept, self._made(group, component))
+                yield (
+                    str(place.relative_to(self.path)),
+                    f"{place} is not made of the rows; fix it with wherefrom reindex" if forged else None,
+                )
         yield from self._missing_manifests()
 
     def _doubled_id(self) -> str | None:
@@ -594,42 +599,42 @@ class Index:
         return shard, row - shard.first
 
 
-def _alike(a: Postings | Coarse, b: Postings | Coarse) -> bool:
+def _alike(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
     return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
 
 
-def _misfit(segment: DenseSegment | KeyedSegment, arrays: Mapping[str, np.ndarray]) -> str | None:
-    """What is wrong with a segment's arrays of the encoder: one that is missing, or not of the shape that the segment promises."""
-    shapes = _keyed_shapes(segment) if isinstance(segment, KeyedSegment) else _dense_shapes(segment)
+def _misfit(component: DenseComponent | SparseComponent, arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with a component's arrays of the encoder: one that is missing, or not of the shape that the component promises."""
+    shapes = _sparse_shapes(component) if isinstance(component, SparseComponent) else _dense_shapes(component)
     for name, (shape, needed) in shapes.items():
-        array = arrays.get(f"{segment.name}/{name}")
+        array = arrays.get(f"{component.name}/{name}")
         if array is None and needed:
-            return f"{segment.name}/{name} is missing"
+            return f"{component.name}/{name} is missing"
         if array is not None and (array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all()):
-            return f"{segment.name}/{name} is not of {' x '.join(map(str, shape))} finite numbers"
+            return f"{component.name}/{name} is not of {' x '.join(map(str, shape))} finite numbers"
         if array is not None and name.endswith(("eigenvalues", "vocabulary")) and array.min(initial=0) < 0:
-            return f"{segment.name}/{name} has numbers below 0"
-    kept = arrays.get(f"{segment.name}/kept")
-    if kept is not None and isinstance(segment, DenseSegment):
+            return f"{component.name}/{name} has numbers below 0"
+    kept = arrays.get(f"{component.name}/kept")
+    if kept is not None and isinstance(component, DenseComponent):
         ordered = kept.dtype == np.int64 and kept.ndim == 1 and len(kept) and (np.diff(kept) > 0).all()
-        if not (ordered and kept[0] >= 0 and kept[-1] < segment.dim):
-            return f"{segment.name}/kept does not name coordinates"
+        if not (ordered and kept[0] >= 0 and kept[-1] < component.dim):
+            return f"{component.name}/kept does not name coordinates"
     return None
 
 
-def _keyed_shapes(segment: KeyedSegment) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _sparse_shapes(component: SparseComponent) -> dict[str, tuple[tuple[int, ...], bool]]:
     return {
-        "basis": ((segment.width, segment.width), True),
-        "eigenvalues": ((segment.width,), True),
-        "vocabulary": ((segment.vocabulary,), True),
+        "basis": ((component.width, component.width), True),
+        "eigenvalues": ((component.width,), True),
+        "vocabulary": ((component.vocabulary,), True),
     }
 
 
-def _dense_shapes(segment: DenseSegment) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _dense_shapes(component: DenseComponent) -> dict[str, tuple[tuple[int, ...], bool]]:
     """By array, its shape and whether it must be there."""
     shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
-    pca = segment.projection.kind == "pca"
-    for layer in segment.layers:
+    pca = component.projection.kind == "pca"
+    for layer in component.layers:
         kronecker = layer.curvature in ("ekfac", "kfac")
         for side, owner, rank, size in _sides(layer):
             shapes[f"{owner}/{side}_rotation"] = (rank, rank), kronecker
@@ -643,9 +648,9 @@ def _sides(layer: Layer) -> tuple[tuple[str, str, int, int], tuple[str, str, int
     return ("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs)
 
 
-def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
+def _describe(s: DenseComponent | SparseComponent) -> dict[str, Any]:
     about = {"labels": s.curvature.labels, "fitted_on": s.curvature.examples, "damping": s.curvature.damping}
-    if isinstance(s, KeyedSegment):
+    if isinstance(s, SparseComponent):
         every = ("all that are predicted" if s.role == "head" else "all that are read") + (f", {s.others} others" if s.others else "")
         kept = every if s.keys is None else f"{s.keys} of largest norm"
         sizes = {"layer": s.layer, "vocabulary": s.vocabulary, "width": s.width, "keys": kept, "bits_a_key": s.bits}
@@ -665,10 +670,10 @@ def _describe(s: DenseSegment | KeyedSegment) -> dict[str, Any]:
     }
 
 
-def dense_reduction(segment: DenseSegment, arrays: Mapping[str, np.ndarray]) -> Reduction:
-    """A dense segment's reduction; `arrays` are the encoder's."""
-    kept = arrays.get(f"{segment.name}/kept")
-    return Reduction(segment.dim, kept, segment.stored, segment.dtype == "1bit", segment.projection.seed)
+def dense_reduction(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Reduction:
+    """A dense component's reduction; `arrays` are the encoder's."""
+    kept = arrays.get(f"{component.name}/kept")
+    return Reduction(component.dim, kept, component.stored, component.dtype == "1bit", component.projection.seed)
 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:

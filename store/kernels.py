@@ -22,13 +22,13 @@ def _ones(typingctx, word):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def count_differences(codes: np.ndarray, planes: np.ndarray, totals: np.ndarray) -> None:
-    """For each question and row, the sum over four bit planes of 2^plane times the bits in which row and plane differ.
+    """For each query and row, the sum over four bit planes of 2^plane times the bits in which row and plane differ.
 
     Args:
-        codes: uint64 [rows, words]. planes: uint64 [questions, 4, words].
-        totals: uint32 [questions, rows], written.
+        codes: uint64 [rows, words]. planes: uint64 [queries, 4, words].
+        totals: uint32 [queries, rows], written.
     """
-    block = 256  # rows that stay in cache from one question to the next
+    block = 256  # rows that stay in cache from one query to the next
     for first in range(0, len(codes), block):
         last = min(first + block, len(codes))
         for q in range(len(planes)):
@@ -44,31 +44,31 @@ def count_differences(codes: np.ndarray, planes: np.ndarray, totals: np.ndarray)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})  # type: ignore[untyped-decorator]
-def multiply_int8(codes: np.ndarray, questions: np.ndarray, products: np.ndarray) -> None:
-    """Inner products of a few questions with int8 rows, as the rows lie in memory.
+def multiply_int8(codes: np.ndarray, queries: np.ndarray, products: np.ndarray) -> None:
+    """Inner products of a few queries with int8 rows, as the rows lie in memory.
 
     Args:
-        codes: int8 [rows, dim]. questions: float32 [questions, dim].
-        products: float32 [questions, rows], written.
+        codes: int8 [rows, dim]. queries: float32 [queries, dim].
+        products: float32 [queries, rows], written.
     """
     whole = len(codes) // 4 * 4
-    for i in range(0, whole, 4):  # four rows share each load of the question
+    for i in range(0, whole, 4):  # four rows share each load of the query
         a, b, c, d = codes[i], codes[i + 1], codes[i + 2], codes[i + 3]
-        for q in range(len(questions)):
-            question = questions[q]
+        for q in range(len(queries)):
+            query = queries[q]
             e = f = g = h = np.float32(0.0)
             for j in range(codes.shape[1]):
-                value = question[j]
+                value = query[j]
                 e += np.float32(a[j]) * value
                 f += np.float32(b[j]) * value
                 g += np.float32(c[j]) * value
                 h += np.float32(d[j]) * value
             products[q, i], products[q, i + 1], products[q, i + 2], products[q, i + 3] = e, f, g, h
     for i in range(whole, len(codes)):
-        for q in range(len(questions)):
+        for q in range(len(queries)):
             e = np.float32(0.0)
             for j in range(codes.shape[1]):
-                e += np.float32(codes[i, j]) * questions[q, j]
+                e += np.float32(codes[i, j]) * queries[q, j]
             products[q, i] = e
 
 
@@ -83,10 +83,10 @@ def add_lists(
     factors: np.ndarray,
     scores: np.ndarray,
 ) -> None:
-    """Add a question's share of some posting lists to the scores of their rows.
+    """Add a query's share of some posting lists to the scores of their rows.
 
     Args:
-        lists: which list each of the question's tokens has (int64 [n]); `known`: whether it has one (bool [n]).
+        lists: which list each of the query's tokens has (int64 [n]); `known`: whether it has one (bool [n]).
         tables: of each token, what every byte of a code adds: float32 [n, 4 * words, 256].
         starts, rows, codes, factors: the postings (see postings.py).
         scores: float32 [rows], added to in place.

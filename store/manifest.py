@@ -1,7 +1,7 @@
 """Manifests: what an index is, in one JSON file that is created once and never changed.
 
 The highest number under `manifests/` is the index. Every model below is strict: an unknown field, a missing one or a wrong type
-is a damaged manifest, an unknown version or feature is one that a newer Whence wrote. Paths are relative and stay inside the index.
+is a damaged manifest, an unknown version or feature is one that a newer Wherefrom wrote. Paths are relative and stay inside the index.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from .files import create_only, read_bytes, write_whole
 
 FORMAT_VERSION = 2
-FEATURES = frozenset({"deleted", "dense", "keyed", "reduced", "vectors"})
+FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors"})
 _NAME = re.compile(r"(\d{6,18})\.json")
 _LATEST = "latest"
 _MOST_BYTES = 1 << 30
@@ -31,7 +31,7 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
-SegmentName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*(-[0-9]+)?$")]
+ComponentName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*(-[0-9]+)?$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of what is kept of it
@@ -96,8 +96,8 @@ class Curvature(_Model):
     damping: Annotated[float, Field(gt=0)]
 
 
-class _Segment(_Model):
-    name: SegmentName
+class _Component(_Model):
+    name: ComponentName
 
     @property
     def part(self) -> str:
@@ -105,8 +105,8 @@ class _Segment(_Model):
         return self.name.partition("-")[0]
 
 
-class DenseSegment(_Segment):
-    """A part of a row with its own layers, curvature and code; scores of segments add, times their weights.
+class DenseComponent(_Component):
+    """A part of a row with its own layers, curvature and code; scores of components add, times their weights.
 
     Attributes:
         model: which of the index's models, from 0.
@@ -134,7 +134,7 @@ class DenseSegment(_Segment):
         return (self.coordinates or self.dim) if self.dtype == "1bit" else min(self.coordinates or self.dim, self.dim)
 
 
-class KeyedSegment(_Segment):
+class SparseComponent(_Component):
     """A vocabulary layer: a vector of `width` coordinates for each token of an example, at `bits` bits.
 
     Attributes:
@@ -150,7 +150,7 @@ class KeyedSegment(_Segment):
         curvature: of Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
 
-    kind: Literal["keyed"]
+    kind: Literal["sparse"]
     model: Count
     weight: float
     role: Literal["head", "embeddings"]
@@ -165,7 +165,7 @@ class KeyedSegment(_Segment):
     curvature: Curvature
 
 
-Segment = Annotated[DenseSegment | KeyedSegment, Field(discriminator="kind")]
+Component = Annotated[DenseComponent | SparseComponent, Field(discriminator="kind")]
 
 
 class Model(_Model):
@@ -202,7 +202,7 @@ class Shard(_Model):
 
 
 class Options(_Model):
-    """A build's options as they were recorded; those that a question needs are typed, the others kept as they are."""
+    """A build's options as they were recorded; those that a query needs are typed, the others kept as they are."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -250,7 +250,7 @@ class UnreadFiles(_Model):
 
 
 class Addition(_Model):
-    """Documents that were added after the build: the call's identity and the manifest that it published, files, rows, and each segment's
+    """Documents that were added after the build: the call's identity and the manifest that it published, files, rows, and each component's
     drift.
     """
 
@@ -268,7 +268,7 @@ class Build(_Model):
 
     Attributes:
         how: options that do not change what the index holds.
-        weighed: by segment, what its weight rests on.
+        weighed: by component, what its weight rests on.
         not_finite: rows stored as zeros, since the model's loss or gradient of them is not finite; `_first` are some of their ids.
         left_out_columns: column -> what it holds, of the corpus's columns that were not kept.
         notes: sentences about the models that a reader of answers should know.
@@ -295,16 +295,16 @@ class Build(_Model):
 class Manifest(_Model):
     """The whole description of an index; see docs/format.md for the meaning of every field."""
 
-    format: Literal["whence"] = "whence"
+    format: Literal["wherefrom"] = "wherefrom"
     version: Literal[2] = 2
     features: tuple[str, ...]
     number: Annotated[int, Field(ge=1, le=10**15)]
     created: str
-    whence: str
+    wherefrom: str
     task: str
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     tokenizer: Tokenizer | None
-    segments: Annotated[tuple[Segment, ...], Field(min_length=1)]
+    components: Annotated[tuple[Component, ...], Field(min_length=1)]
     encoder: FileRecord
     rows: Size
     tokens: Count
@@ -387,19 +387,19 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         NotFoundError: no such directory, or no index in it.
-        IncompatibleError: a format version or feature that this Whence does not know.
-        IntegrityError: not what Whence wrote.
+        IncompatibleError: a format version or feature that this Wherefrom does not know.
+        IntegrityError: not what Wherefrom wrote.
     """
     if not directory.is_dir():
-        raise NotFoundError(f"there is no index at {directory}; build one with: whence build --out {directory} ...")
+        raise NotFoundError(f"there is no index at {directory}; build one with: wherefrom build --out {directory} ...")
     recorded = _recorded_latest(directory)  # read first, since another process may publish meanwhile
     path = latest_manifest(directory)
     if path is None:
         unfinished = (directory / "staging").is_dir()
         raise NotFoundError(
-            f"{directory} holds a build that is not finished; run its whence build command again to go on"
+            f"{directory} holds a build that is not finished; run its wherefrom build command again to go on"
             if unfinished
-            else f"{directory} is not a Whence index (it has no manifests/); name the directory given to whence build --out"
+            else f"{directory} is not a Wherefrom index (it has no manifests/); name the directory given to wherefrom build --out"
         )
     if recorded > manifest_numbers(directory)[-1]:
         raise IntegrityError(
@@ -410,18 +410,18 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(read_bytes(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON ({error}); restore it or build the index again") from error
-    if not isinstance(content, dict) or content.get("format") != "whence":
-        raise IntegrityError(f"{path} is not a Whence manifest; restore it or build the index again")
+    if not isinstance(content, dict) or content.get("format") != "wherefrom":
+        raise IntegrityError(f"{path} is not a Wherefrom manifest; restore it or build the index again")
     if content.get("version") != FORMAT_VERSION:
         older = content.get("version") in range(1, FORMAT_VERSION)
         raise IncompatibleError(
-            f"{directory} has format version {content.get('version')!r}, this Whence reads {FORMAT_VERSION}; "
-            + ("build it again" if older else "use a newer Whence")
+            f"{directory} has format version {content.get('version')!r}, this Wherefrom reads {FORMAT_VERSION}; "
+            + ("build it again" if older else "use a newer Wherefrom")
         )
     features = content.get("features")
     unknown = sorted(set(map(str, features if isinstance(features, list) else [])) - FEATURES)
     if unknown:
-        raise IncompatibleError(f"{directory} needs the features {', '.join(unknown)}, which this Whence lacks; use a newer Whence")
+        raise IncompatibleError(f"{directory} needs the features {', '.join(unknown)}, which this Wherefrom lacks; use a newer Wherefrom")
     if content.pop("checksum", None) != _checksum(content):
         raise IntegrityError(f"{path} is not what was written (its checksum differs); restore it or build the index again")
     try:
@@ -450,7 +450,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         own = (f"rows/{shard.id}.zarr/", f"documents/{shard.id}.arrow")
         if not shard.files or not all(record.path.startswith(own) for record in shard.files):
             raise IntegrityError(f"{path} is damaged: shard {shard.id} does not name its own files; build the index again")
-        norms = f"rows/{shard.id}.zarr/{manifest.segments[0].name}/norms/c/0"
+        norms = f"rows/{shard.id}.zarr/{manifest.components[0].name}/norms/c/0"
         if not any(record.path == norms and record.bytes == 4 * shard.rows + 4 for record in shard.files):
             raise IntegrityError(f"{path} is damaged: shard {shard.id} has no room for {shard.rows} rows; build the index again")
         if shard.first != first:
@@ -458,11 +458,13 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         first += shard.rows
     if first != manifest.rows:
         raise IntegrityError(f"{path} is damaged: its shards hold {first} rows, not {manifest.rows}; build the index again")
-    for segment in manifest.segments:
-        if segment.model >= len(manifest.models):
-            raise IntegrityError(f"{path} is damaged: segment {segment.name} is of a model that it does not name; build the index again")
+    for component in manifest.components:
+        if component.model >= len(manifest.models):
+            raise IntegrityError(
+                f"{path} is damaged: component {component.name} is of a model that it does not name; build the index again"
+            )
         offset, names, inputs = 0, set[str](), dict[str, tuple[int, int]]()
-        for layer in segment.layers if segment.kind == "dense" else ():
+        for layer in component.layers if component.kind == "dense" else ():
             if layer.offset != offset:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
             shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))

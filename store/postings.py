@@ -1,4 +1,4 @@
-"""Posting lists: keyed rows of a group of shards in the order of their tokens. A question touches the lists of its own tokens alone.
+"""Posting lists: sparse rows of a group of shards in the order of their tokens. A query touches the lists of its own tokens alone.
 
     tokens   [lists]            ascending
     starts   [lists + 1]        list i holds the postings starts[i] to starts[i + 1], ascending by row
@@ -6,15 +6,15 @@
     codes    [postings, words]  as in the rows, four bytes to a little-endian word (zeros behind the last)
     factors  [postings]         float32
 
-An exact score costs one table look-up for each byte of a shared token's code: the question's vector is turned into a table of what each of
+An exact score costs one table look-up for each byte of a shared token's code: the query's vector is turned into a table of what each of
 the 256 values of a byte adds. A group's scores fit into a core's cache, so that adding to them costs little, and groups are independent.
 
 Early termination (MaxScore, block-max WAND) was measured and left out. A one-bit estimate is bounded by the sum of |coordinates| times the
 largest factor of a list, some twenty times what it typically is: on real rows of 800 bytes the lists that cannot be skipped hold six to
-nine tenths of the postings that a question touches, and the rest would need random access. Rows keep their longest vectors alone, and the
-tokens that every example has are seldom among them: a question touches one in twenty-five of the entries to begin with.
+nine tenths of the postings that a query touches, and the rest would need random access. Rows keep their longest vectors alone, and the
+tokens that every example has are seldom among them: a query touches one in twenty-five of the entries to begin with.
 
-The lists are a cache beside the rows, `search/<group>.zarr/<segment>`: rebuilt where missing, damaged, or made of other rows.
+The lists are a cache beside the rows, `search/<group>.zarr/<component>`: rebuilt where missing, damaged, or made of other rows.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int64, UInt8, UInt32
 from .bits import signs_of
 from .cache import plain, read_cache, write_cache
 from .compiled import Compiled
-from .keyed import KeyedRows
+from .sparse import SparseRows
 
 _add_lists = Compiled("add_lists", after=1 << 19)
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
@@ -35,7 +35,7 @@ _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 @dataclass(frozen=True)
 class Postings:
-    """A keyed segment of a group of shards, by token; see above."""
+    """A sparse component of a group of shards, by token; see above."""
 
     tokens: np.ndarray
     starts: Int64[np.ndarray, " lists_and_one"]
@@ -44,7 +44,7 @@ class Postings:
     factors: Float32[np.ndarray, " postings"]
 
     @classmethod
-    def of(cls, shards: Sequence[KeyedRows]) -> "Postings":
+    def of(cls, shards: Sequence[SparseRows]) -> "Postings":
         """The lists of shards' rows, one shard after the other."""
         keys, codes, factors = (np.concatenate([getattr(rows, name) for rows in shards]) for name in ("keys", "codes", "factors"))
         order = np.argsort(keys, kind="stable")
@@ -67,10 +67,10 @@ class Postings:
         tables: Float32[np.ndarray, "entries bytes 256"],
         scores: Float32[np.ndarray, "queries rows"],
     ) -> None:
-        """Add estimated inner products of some questions with all rows to their scores.
+        """Add estimated inner products of some queries with all rows to their scores.
 
         Args:
-            keys, owners: the tokens of all questions, and which question each is of, ascending.
+            keys, owners: the tokens of all queries, and which query each is of, ascending.
             tables: of each token, what `byte_tables` makes of its rotated vector.
         """
         if not len(self.tokens):
@@ -79,10 +79,10 @@ class Postings:
         known = self.tokens[at] == keys
         bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
         add_lists = _add_lists.after(int((self.starts[at + 1] - self.starts[at])[known].sum())) or add_lists_plainly
-        for question in range(len(scores)):
-            part = slice(bounds[question], bounds[question + 1])
+        for query in range(len(scores)):
+            part = slice(bounds[query], bounds[query + 1])
             lists, own = at[part], tables[part]
-            add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[question])
+            add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[query])
 
     def write(self, directory: Path, source: str, staging: Path) -> None:
         """Keep the lists in a directory, marked with what they were made of."""

@@ -1,4 +1,4 @@
-"""Text from elsewhere made fit for a line of output: control characters and those that turn the direction of writing are spelled out.
+"""Text from elsewhere made fit for a line of output: baseline characters and those that turn the direction of writing are spelled out.
 
 A corpus, an index or a file name may hold the escape sequences by which a terminal is reprogrammed, or characters that make a line read as
 another one than it is.
@@ -26,7 +26,7 @@ def printable_line(text: str) -> str:
 
 
 def to_json(value: Any, ascii_only: bool = False) -> str:
-    """JSON as every part of Whence prints it: dates and the like as text, numbers that are not finite as null, hostile characters escaped.
+    """JSON as Wherefrom prints it everywhere: dates and the like as text, numbers that are not finite as null, hostile characters escaped.
 
     Args:
         ascii_only: whether all other characters are escaped, too.

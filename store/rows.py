@@ -1,6 +1,6 @@
 """Row shards: Zarr v3 groups of unit directions and norms, written once and read through memory maps.
 
-A dense segment of a shard is a Zarr group with
+A dense component of a shard is a Zarr group with
 
     codes   [rows, dim]  float32, float16 or int8: the row's unit direction (int8: rounded to 127 / its largest coordinate);
                          1bit, as uint8 [rows, bytes]: signs of the direction, folded and rotated (see bits.py)
@@ -57,8 +57,8 @@ def row_bytes(dim: int, dtype: str) -> int:
     return -(-dim // 8) if dtype == "1bit" else dim * DTYPES[dtype].itemsize
 
 
-def quantise(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.ndarray]:
-    """Split rows into the arrays of a dense segment.
+def quantize(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.ndarray]:
+    """Split rows into the arrays of a dense component.
 
     Args:
         rows: whitened rows, finite; for 1bit folded and rotated.
@@ -136,23 +136,23 @@ class Reduction:
 
 
 def write_shard(
-    directory: Path, segments: Mapping[str, Callable[[Any], None]], attributes: dict, beside: Mapping[str, np.ndarray] | None = None
+    directory: Path, components: Mapping[str, Callable[[Any], None]], attributes: dict, beside: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    """Write one shard as a Zarr v3 group with a subgroup for each segment.
+    """Write one shard as a Zarr v3 group with a subgroup for each component.
 
     Args:
         directory: a staging path that does not exist yet, or is left over from a killed build.
-        segments: name -> what writes the segment into its empty group (`write_dense`, `keyed.write_keyed`).
-        attributes: JSON that describes the shard to a stranger; kept on the outer group under `whence`.
-        beside: arrays that are kept beside the segments: `losses` of the examples (nats), perhaps their `hidden` states.
+        components: name -> what writes the component into its empty group (`write_dense`, `sparse.write_sparse`).
+        attributes: JSON that describes the shard to a stranger; kept on the outer group under `wherefrom`.
+        beside: arrays that are kept beside the components: `losses` of the examples (nats), perhaps their `hidden` states.
     """
     import zarr
 
     with storage_errors(directory):
         if directory.exists():
             shutil.rmtree(directory)
-        group = zarr.create_group(directory, zarr_format=3, attributes={"whence": attributes})
-        for name, write in segments.items():
+        group = zarr.create_group(directory, zarr_format=3, attributes={"wherefrom": attributes})
+        for name, write in components.items():
             write(group.create_group(name))
         for name, array in (beside or {}).items():
             write_array(group, name, array)
@@ -160,7 +160,7 @@ def write_shard(
 
 def write_dense(group: Any, rows: Float[np.ndarray, "rows dim"], dtype: str) -> None:
     """Write whitened rows into an empty Zarr group."""
-    arrays = quantise(rows, dtype)
+    arrays = quantize(rows, dtype)
     _write_codes(group, arrays.pop("codes"), rows.shape[1], dtype)
     for name, array in arrays.items():
         write_array(group, name, array)
@@ -239,10 +239,10 @@ def map_array(directory: Path, name: str, shape: tuple[int, ...], dtype: str, ch
 
 
 class DenseRows:
-    """A dense segment of one shard, read through a memory map.
+    """A dense component of one shard, read through a memory map.
 
     Args:
-        directory: the segment's group, `rows/<uuid>.zarr/<segment>`.
+        directory: the component's group, `rows/<uuid>.zarr/<component>`.
         rows, dim, dtype: what the manifest says lies there.
         checks: see `Checks`.
 
@@ -363,7 +363,7 @@ def _metadata(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtyp
 
 
 def _unreadable(directory: Path, name: str) -> IncompatibleError:
-    return IncompatibleError(f"{directory / name} has Zarr codecs that this version of Whence does not read; use a newer one")
+    return IncompatibleError(f"{directory / name} has Zarr codecs that this version of Wherefrom does not read; use a newer one")
 
 
 def _map(path: Path, size: int) -> np.ndarray:

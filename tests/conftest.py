@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 
 # The shapes and dtypes in signatures are checked while the tests run.
-jaxtyping.install_import_hook(["whence.indexer.projection", "whence.store.rows"], "beartype.beartype")
+jaxtyping.install_import_hook(["wherefrom.indexer.projection", "wherefrom.store.rows"], "beartype.beartype")
 
 from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl  # noqa: E402
 
@@ -33,9 +33,9 @@ def corpus_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def index_dir(tmp_path_factory, model_dir, corpus_file):
     """A small float32 index of several shards, shared by tests that do not change it."""
-    from whence import BuildConfig, build
+    from wherefrom import BuildConfig, build
 
-    out = tmp_path_factory.mktemp("indexes") / "small.whence"
+    out = tmp_path_factory.mktemp("indexes") / "small.wherefrom"
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), rank=4, shard_rows=32))
     return out
 

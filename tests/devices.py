@@ -8,7 +8,7 @@ driver and which autograd runs in the calling thread.
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
-from whence.indexer.tasks import CausalLM
+from wherefrom.indexer.tasks import CausalLM
 
 KIND = "lazy"
 FIRST, SECOND = torch.device(KIND, 0), torch.device(KIND, 1)

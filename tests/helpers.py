@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-SHARED = Path(os.environ.get("WHENCE_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("WHEREFROM_SHARED", Path(__file__).parents[2] / "shared"))
 WORDS = 61
 
 CONFIGS = {
@@ -92,7 +92,7 @@ def random_texts(count, seed=0, shortest=2, longest=20):
 
 def make_examples(count, seed=0, longest=20):
     import numpy as np
-    from whence.store.documents import Example
+    from wherefrom.store.documents import Example
 
     examples = []
     for i, text in enumerate(random_texts(count, seed, longest=longest)):
@@ -106,13 +106,13 @@ def make_examples(count, seed=0, longest=20):
 
 
 def make_plan(model, rank=4, curvature="fisher", projection="random", labels="data", damping=0.1, batch_tokens=64, patterns=()):
-    from whence.indexer.encoder import EncoderPlan
-    from whence.indexer.layers import find_layers, plan_layers
-    from whence.indexer.tasks import CausalLM
-    from whence.store.manifest import Curvature, DenseSegment, Projection
+    from wherefrom.indexer.encoder import EncoderPlan
+    from wherefrom.indexer.layers import find_layers, plan_layers
+    from wherefrom.indexer.tasks import CausalLM
+    from wherefrom.store.manifest import Curvature, DenseComponent, Projection
 
     layers = plan_layers(CausalLM(), model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
-    segment = DenseSegment(
+    component = DenseComponent(
         name="blocks",
         kind="dense",
         model=0,
@@ -123,14 +123,14 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
         projection=Projection(kind=projection, rank=rank, seed=7),
         curvature=Curvature(kind=curvature, labels=labels, examples=0, tokens=0, damping=damping),
     )
-    return EncoderPlan((segment,), batch_tokens)
+    return EncoderPlan((component,), batch_tokens)
 
 
 def fit(model, plan, examples, parts=1):
-    from whence.indexer.curvature import add_sums
-    from whence.indexer.encoder import Encoder
-    from whence.indexer.fit import Fit
-    from whence.indexer.tasks import CausalLM
+    from wherefrom.indexer.curvature import add_sums
+    from wherefrom.indexer.encoder import Encoder
+    from wherefrom.indexer.fit import Fit
+    from wherefrom.indexer.tasks import CausalLM
 
     fitting, arrays = Fit(plan), {}
     for step in range(len(fitting.steps)):
@@ -152,25 +152,25 @@ def dense_index(path, like, rows, dtype="float32", shard_rows=500):
     from functools import partial
 
     import numpy as np
-    from whence.ray_jobs.worker import file_record
-    from whence.store.bits import rotate
-    from whence.store.index import Index
-    from whence.store.manifest import Layer, publish_manifest
-    from whence.store.rows import write_dense, write_shard
+    from wherefrom.ray_jobs.worker import file_record
+    from wherefrom.store.bits import rotate
+    from wherefrom.store.index import Index
+    from wherefrom.store.manifest import Layer, publish_manifest
+    from wherefrom.store.rows import write_dense, write_shard
 
     known, dim = Index(like).manifest, rows.shape[1]
     sizes = dict(outputs=1, inputs=dim, output_rank=1, input_rank=dim, input_group="a", offset=0, curvature="identity")
-    (segment,) = known.segments
-    segment = segment.model_copy(update={"layers": (Layer(name="a", **sizes),), "dtype": dtype})
+    (component,) = known.components
+    component = component.model_copy(update={"layers": (Layer(name="a", **sizes),), "dtype": dtype})
     shards = []
     for first in range(0, len(rows), shard_rows):
         own, id = rows[first : first + shard_rows].astype(np.float32), str(uuid.UUID(int=first + 1))
-        own = rotate(own, dim, segment.projection.seed) if dtype == "1bit" else own
+        own = rotate(own, dim, component.projection.seed) if dtype == "1bit" else own
         place = path / "rows" / f"{id}.zarr"
-        write_shard(place, {segment.name: partial(write_dense, rows=own, dtype=dtype)}, {}, {"losses": np.ones(len(own), np.float32)})
+        write_shard(place, {component.name: partial(write_dense, rows=own, dtype=dtype)}, {}, {"losses": np.ones(len(own), np.float32)})
         files = tuple(file_record(path, p) for p in sorted(p for p in place.rglob("*") if p.is_file()))
         shards.append(known.shards[0].model_copy(update={"id": id, "first": first, "rows": len(own), "files": files}))
-    changes = {"segments": (segment,), "shards": tuple(shards), "rows": len(rows), "number": 1, "tombstones": ()}
+    changes = {"components": (component,), "shards": tuple(shards), "rows": len(rows), "number": 1, "tombstones": ()}
     publish_manifest(path, known.model_copy(update=changes))
     Index(path).reindex()
     return Index(path)

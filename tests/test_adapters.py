@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import assert_close, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from whence import BuildConfig, Client, build
-from whence.indexer.models import ModelSource, load_causal_lm, loaded, model_fingerprint
-from whence.ray_jobs.change import add
-from whence.store.errors import IncompatibleError, NotFoundError, UsageError
+from wherefrom import BuildConfig, Client, build
+from wherefrom.indexer.models import ModelSource, load_causal_lm, loaded, model_fingerprint
+from wherefrom.ray_jobs.change import add
+from wherefrom.store.errors import IncompatibleError, NotFoundError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_an_adapters_index_is_that_of_the_merged_model(places, corpus_file, tmp_
         out = tmp_path / name
         build(BuildConfig(model=str(places / name), data=(str(corpus_file),), out=str(out), rank=4))
         client = Client(out)
-        (segment,) = client.index.manifest.segments
-        rows.append(np.stack([client.index.row(i, segment) for i in range(40)]))
+        (component,) = client.index.manifest.components
+        rows.append(np.stack([client.index.row(i, component) for i in range(40)]))
         assert client.query(prompt="w1 w2", completion=" w3").proponents
     assert_close(rows[0], rows[1], 1e-4)
     assert np.abs(rows[0] - rows[2]).max() > 0.05 * np.abs(rows[2]).max()
@@ -168,7 +168,7 @@ def test_a_merged_adapter_says_what_the_adapted_model_says(tied, tmp_path, kind)
 
 
 def test_a_merge_that_changes_the_predictions_is_refused(tied, tmp_path, monkeypatch):
-    import whence.indexer.models as module
+    import wherefrom.indexer.models as module
 
     adapted_logits(tied, tmp_path / "adapter", **ADAPTERS["the tied head"])
     monkeypatch.setattr(module, "_untie", lambda adapted: None)
@@ -230,7 +230,7 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     with pytest.warns(
         UserWarning, match=r"the rows measure 0.0% of the parameters that the adapter trained; .* do not measure model.layers"
     ):
-        manifest = build(BuildConfig(str(places / "adapter"), (str(corpus_file),), str(tmp_path / "i"), segments=("head",)))
+        manifest = build(BuildConfig(str(places / "adapter"), (str(corpus_file),), str(tmp_path / "i"), components=("head",)))
     (tracked,) = manifest.build.tracked
     assert (tracked.parameters, tracked.of) == (0, 2 * (16 * 16 + 24 * 16))
     manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "j"), rank=2))

@@ -9,10 +9,10 @@ import zarr
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence.indexer.fit import _kept
-from whence.store.bits import fold, padded_width, rotate, unfold, unrotate
-from whence.store.manifest import Curvature, DenseSegment, Layer, Projection
-from whence.store.rows import DenseRows, Reduction, row_bytes, write_dense, write_shard
+from wherefrom.indexer.fit import _kept
+from wherefrom.store.bits import fold, padded_width, rotate, unfold, unrotate
+from wherefrom.store.manifest import Curvature, DenseComponent, Layer, Projection
+from wherefrom.store.rows import DenseRows, Reduction, row_bytes, write_dense, write_shard
 
 
 def gaussian(*shape, seed=0):
@@ -128,10 +128,10 @@ def test_one_bit_shards_are_what_zarr_reads_and_are_hardly_padded(tmp_path):
     assert rows * row_bytes(dim, "1bit") <= size < 1.01 * rows * row_bytes(dim, "1bit")
 
 
-def segment(size, coordinates, dtype, damping=0.1):
+def component(size, coordinates, dtype, damping=0.1):
     layer = Layer(name="a", outputs=1, inputs=size, output_rank=1, input_rank=size, input_group="a", offset=0, curvature="diagonal")
     curvature = Curvature(kind="diagonal", labels="data", examples=9, tokens=9, damping=damping)
-    return DenseSegment(
+    return DenseComponent(
         name="blocks",
         kind="dense",
         model=0,
@@ -146,11 +146,11 @@ def segment(size, coordinates, dtype, damping=0.1):
 
 def test_what_is_kept_follows_the_spectrum():
     flat, steep = np.ones(400), np.exp(-np.arange(400.0) / 10)[np.random.default_rng(0).permutation(400)]
-    assert _kept(segment(400, 50, "1bit"), {"blocks/a/eigenvalues": flat}) == {}
-    few = _kept(segment(400, 50, "1bit"), {"blocks/a/eigenvalues": steep})["blocks/kept"]
+    assert _kept(component(400, 50, "1bit"), {"blocks/a/eigenvalues": flat}) == {}
+    few = _kept(component(400, 50, "1bit"), {"blocks/a/eigenvalues": steep})["blocks/kept"]
     assert len(few) < 100
     assert set(few) == set(np.argsort(-steep)[: len(few)])
-    assert len(_kept(segment(400, 50, "float32"), {"blocks/a/eigenvalues": steep})["blocks/kept"]) >= 50
+    assert len(_kept(component(400, 50, "float32"), {"blocks/a/eigenvalues": steep})["blocks/kept"]) >= 50
     # By simulation: independent coordinates of these energies, one-bit rows of them; no other number of kept ones is clearly better.
     energy = steep / (steep + 0.1 * steep.mean())
     order = np.argsort(-energy)

@@ -9,29 +9,29 @@ from click.testing import CliRunner
 from helpers import make_examples, random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bits import segment
-from test_keyed import head_plan, make_model
-from whence import BuildConfig, Client, build
-from whence.cli import main
-from whence.indexer.encoder import Encoder
-from whence.query.answers import Question
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores
-from whence.ray_jobs.budget import count_tokens, row_cost, spend
-from whence.store.errors import UsageError
+from test_bits import component
+from test_sparse import head_plan, make_model
+from wherefrom import BuildConfig, Client, build
+from wherefrom.cli import main
+from wherefrom.indexer.encoder import Encoder
+from wherefrom.query.answers import Query
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.budget import count_tokens, row_cost, spend
+from wherefrom.store.errors import UsageError
 
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def segments(width=256, vocabulary=50_000):
+def components(width=256, vocabulary=50_000):
     sizes = {"width": width, "vocabulary": vocabulary}
-    keyed = [head_plan(make_model(), role=role).segments[0].model_copy(update=sizes) for role in ("head", "embeddings")]
-    return [*keyed, segment(100_000, None, "float32")]
+    sparse = [head_plan(make_model(), role=role).components[0].model_copy(update=sizes) for role in ("head", "embeddings")]
+    return [*sparse, component(100_000, None, "float32")]
 
 
-SEGMENTS = segments()
+COMPONENTS = components()
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,8 +39,8 @@ SEGMENTS = segments()
 def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, seed, width, which):
     generator = np.random.default_rng(seed)
     counts = {name: generator.integers(1, longest + 1, 300) for name in ("head", "embeddings")}
-    offered = [s for i, s in enumerate(SEGMENTS) if which & (4 >> i)]
-    offered = [s.model_copy(update={"width": width}) if s.kind == "keyed" else s for s in offered]
+    offered = [s for i, s in enumerate(COMPONENTS) if which & (4 >> i)]
+    offered = [s.model_copy(update={"width": width}) if s.kind == "sparse" else s for s in offered]
     bought = spend(budget, offered, counts)
     cost = sum(row_cost(s, counts) for s in bought)
     assert cost <= budget
@@ -48,13 +48,13 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
     if whole and budget > 1000:  # else everything there is fits
         assert cost > 0.75 * budget
     assert [s.name for s in bought] == [s.name for s in offered if s.name in {b.name for b in bought}]
-    if budget < 1200 and any(s.kind == "keyed" for s in offered):
+    if budget < 1200 and any(s.kind == "sparse" for s in offered):
         assert "blocks" not in {s.name for s in bought}
 
 
-def test_more_bytes_never_take_a_segment_or_a_bit_away():
+def test_more_bytes_never_take_a_component_or_a_bit_away():
     counts = {name: np.random.default_rng(0).integers(40, 90, 300) for name in ("head", "embeddings")}
-    held = [{s.name: s for s in spend(budget, SEGMENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
+    held = [{s.name: s for s in spend(budget, COMPONENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
     assert [sorted(h) for h in held] == [["head"], ["embeddings", "head"], *[["blocks", "embeddings", "head"]] * 3]
     assert [h["head"].bits for h in held[2:]] == sorted(h["head"].bits for h in held[2:])
     assert held[-1]["head"].bits == 256  # as many as coordinates, of all tokens
@@ -62,7 +62,7 @@ def test_more_bytes_never_take_a_segment_or_a_bit_away():
 
 
 def test_tokens_are_counted_as_the_rows_hold_them():
-    from test_keyed import fitted
+    from test_sparse import fitted
 
     model, examples = make_model(), make_examples(12)
     counts = count_tokens(examples)
@@ -73,20 +73,20 @@ def test_tokens_are_counted_as_the_rows_hold_them():
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory, model_dir, corpus_file):
-    out = tmp_path_factory.mktemp("bytes") / "all.whence"
+    out = tmp_path_factory.mktemp("bytes") / "all.wherefrom"
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), bytes_per_example=1500, shard_rows=120))
     return out
 
 
 def test_an_index_of_so_many_bytes(index):
     client = Client(index)
-    head, embeddings, blocks = client.index.manifest.segments
+    head, embeddings, blocks = client.index.manifest.components
     assert (head.name, embeddings.name, blocks.name, blocks.dtype) == ("head", "embeddings", "blocks", "1bit")
     assert (head.curvature.damping, blocks.curvature.damping, blocks.curvature.labels) == (1.0, 1.0, "sampled")
     assert all(layer.inputs > layer.outputs for layer in blocks.layers)
     assert embeddings.weight > 0
     counts = count_tokens([client.index.example(i) for i in range(len(client.index))])
-    cost = sum(row_cost(s, counts) for s in client.index.manifest.segments)
+    cost = sum(row_cost(s, counts) for s in client.index.manifest.components)
     assert 1200 < cost <= 1500
     arrays = [p for p in (index / "rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
     assert sum(p.stat().st_size for p in arrays) == pytest.approx(cost * 120, rel=0.03)
@@ -102,10 +102,10 @@ def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, m
     build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=1 << 15, **config))
     build(BuildConfig(out=str(tmp_path / "few"), row_dtype="1bit", coordinates=1 << 11, **config))
     whole, bits, few = (Client(tmp_path / name) for name in ("whole", "bits", "few"))
-    questions = [Question(text=t) for t in random_texts(6, seed=9)]
+    queries = [Query(text=t) for t in random_texts(6, seed=9)]
 
     def scores(client, metric):
-        return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+        return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
 
     for metric in (Metric(), Metric("cosine"), Metric(damping=2.0), Metric(curvature=False)):
         exact = scores(whole, metric)
@@ -129,25 +129,25 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
     assert not (tmp_path / "i/manifests").exists()
     info = json.loads(run(*options, "--bytes-per-example", "300", "--json").stdout)
-    assert [s["name"] for s in info["segments"]] == ["head"]
+    assert [s["name"] for s in info["components"]] == ["head"]
 
 
-def test_an_index_says_what_each_segment_costs_and_holds(index):
+def test_an_index_says_what_each_component_costs_and_holds(index):
     info = json.loads(run("info", index, "--json").stdout)
     client = Client(index)
-    sizes = {s["name"]: s["bytes_per_example"] for s in info["segments"]}
+    sizes = {s["name"]: s["bytes_per_example"] for s in info["components"]}
     assert sum(sizes.values()) == pytest.approx(info["bytes_per_example"], rel=0.02)
     whole = client.encoder.rows([client.index.example(i) for i in range(len(client.index))])  # tokens bounded as in the index
-    for part in info["segments"][:2]:
-        entry = client.index.segment(part["name"])
+    for part in info["components"][:2]:
+        entry = client.index.component(part["name"])
         kept = float(np.square(client.index.norms(entry).astype(float)).sum())
 
-        plan = replace(client.encoder.plan, segments=(entry.model_copy(update={"keys": None}),))
+        plan = replace(client.encoder.plan, components=(entry.model_copy(update={"keys": None}),))
         every = Encoder(client.task, (client.encoder.model,), plan, client.encoder.arrays)
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
         assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
         assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
-    tracked = {n for s in client.index.manifest.segments for n in ([s.layer] if s.kind == "keyed" else [x.name for x in s.layers])}
+    tracked = {n for s in client.index.manifest.components for n in ([s.layer] if s.kind == "sparse" else [x.name for x in s.layers])}
     sizes = {id(m.weight): m.weight.numel() for n, m in client.encoder.model.named_modules() if n in tracked}
     (measured,) = info["tracked"]
     assert measured["parameters"] == sum(sizes.values())
@@ -156,7 +156,7 @@ def test_an_index_says_what_each_segment_costs_and_holds(index):
 
 
 def _linear_layers(client):
-    from whence.indexer.layers import find_layers
+    from wherefrom.indexer.layers import find_layers
 
     return find_layers(client.encoder.model)
 
@@ -164,12 +164,12 @@ def _linear_layers(client):
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
-    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "keyed" else s for s in client.encoder.plan.segments)
-    exact = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, segments=whole), client.encoder.arrays).rows(rows)
+    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
+    exact = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays).rows(rows)
     other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
     for one in whole:
         a = exact[one.name]
-        if one.kind == "keyed":
+        if one.kind == "sparse":
             dense = np.zeros((120, one.vocabulary, one.width))
             for i in range(120):
                 part = slice(a.indptr[i], a.indptr[i + 1])
@@ -180,7 +180,7 @@ def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(in
         found = np.concatenate([s for _, s in all_scores(client.index, exact, alone)], axis=1)
         correlations[one.name] = np.corrcoef(truth[other], found[other])[0, 1]
         expected[one.name] = correlations[one.name] ** 2 / truth[other].std()
-    info = {s["name"]: s for s in json.loads(run("info", index, "--json").stdout)["segments"]}
+    info = {s["name"]: s for s in json.loads(run("info", index, "--json").stdout)["components"]}
     frozen = info["head"]["mean_share"] > info["blocks"]["mean_share"]
     shares = {"head": 1.0, "embeddings": 0.5 if frozen else 0.3, "blocks": 1.5 if frozen else 0.5}
     for name, weight in expected.items():
@@ -193,8 +193,8 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     plan = json.loads(run("plan", *options, "--json").stdout)
     info = json.loads(run("build", *options, "--out", tmp_path / "i", "--json").stdout)
     assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
-    assert [s["name"] for s in plan["segments"]] == [s["name"] for s in info["segments"]]
-    assert [s.get("bits_a_token") for s in plan["segments"]] == [s.get("bits_a_key") for s in info["segments"]]
+    assert [s["name"] for s in plan["components"]] == [s["name"] for s in info["components"]]
+    assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_a_key") for s in info["components"]]
     arrays = [p for p in (tmp_path / "i/rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
     assert sum(p.stat().st_size for p in arrays) == pytest.approx(plan["bytes_of_rows"], rel=0.03)
     assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
@@ -211,13 +211,13 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
 def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_gradient(tmp_path, corpus_file, frozen):
     import torch
     from helpers import make_tokenizer
-    from whence.indexer.tasks import CausalLM
-    from whence.store.corpus import read_corpus
+    from wherefrom.indexer.tasks import CausalLM
+    from wherefrom.store.corpus import read_corpus
 
     model, task = make_model("gpt2", "float32"), CausalLM()
     make_tokenizer().save_pretrained(tmp_path / "m")
     model.save_pretrained(tmp_path / "m")
-    from whence.indexer.models import ModelSource
+    from wherefrom.indexer.models import ModelSource
 
     examples = list(task.encoder(ModelSource(str(tmp_path / "m"))).documents(read_corpus([str(corpus_file)])))
     model.requires_grad_(True)

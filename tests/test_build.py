@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
-from whence import BuildConfig, Client, build
-from whence.ray_jobs.progress import Console
-from whence.store.errors import BusyError, DataError, NotFoundError, NumericalError, UsageError
-from whence.store.files import exclusive
-from whence.store.index import Index
-from whence.store.manifest import read_manifest
+from wherefrom import BuildConfig, Client, build
+from wherefrom.ray_jobs.progress import Console
+from wherefrom.store.errors import BusyError, DataError, NotFoundError, NumericalError, UsageError
+from wherefrom.store.files import exclusive
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import read_manifest
 
 
 def config(model_dir, corpus, out, **options):
@@ -66,10 +66,10 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
     manifest = read_manifest(index_dir)
     options = manifest.build.what.options.model_dump()
     assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, None)
-    assert manifest.segments[0].curvature.damping == 0.1
+    assert manifest.components[0].curvature.damping == 0.1
     assert manifest.build.what.corpus[0]["path"] == str(corpus_file)
     assert manifest.models[0].id == str(Path(model_dir).resolve())
-    assert manifest.segments[0].curvature.examples == 120
+    assert manifest.components[0].curvature.examples == 120
     assert manifest.rows == 120
     assert manifest.tokens == sum(len(Index(index_dir).example(i).token_ids) - 1 for i in range(120))
 
@@ -77,14 +77,14 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir):
-    out = tmp_path / "two.whence"
+    out = tmp_path / "two.wherefrom"
     build(config(model_dir, corpus_file, out, workers=2))
     assert checksums(out) == checksums(index_dir)
 
 
 def test_what_of_a_folder_is_not_kept_is_recorded_and_changes_nothing(tmp_path, model_dir):
     from click.testing import CliRunner
-    from whence.cli import main
+    from wherefrom.cli import main
 
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -124,7 +124,7 @@ def test_documents_with_tokens_that_the_model_lacks_can_be_skipped(tmp_path, cor
 
 
 def test_a_shards_documents_are_bounded_in_bytes(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
-    monkeypatch.setattr("whence.ray_jobs.corpus._SHARD_BYTES", 1000)
+    monkeypatch.setattr("wherefrom.ray_jobs.corpus._SHARD_BYTES", 1000)
     build(config(model_dir, corpus_file, tmp_path / "i"))
     small, whole = Index(tmp_path / "i"), Index(index_dir)
     assert len(small.manifest.shards) > len(whole.manifest.shards)
@@ -197,8 +197,8 @@ def slow_corpus(tmp_path, count=400):
 
 BUILDER = """
 import sys
-from whence import BuildConfig, build
-import whence.ray_jobs.build, transformers.models.gpt2.modeling_gpt2
+from wherefrom import BuildConfig, build
+import wherefrom.ray_jobs.build, transformers.models.gpt2.modeling_gpt2
 print("ready", flush=True)
 build(BuildConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[3], rank=4, shard_rows=24, fit_examples=64))
 print("done", flush=True)
@@ -241,7 +241,7 @@ def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_
 
 
 def test_whole_shards_are_kept_and_damaged_ones_redone(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
-    from whence.ray_jobs import worker
+    from wherefrom.ray_jobs import worker
 
     out = tmp_path / "i"
     calls = []
@@ -271,7 +271,7 @@ def test_whole_shards_are_kept_and_damaged_ones_redone(tmp_path, model_dir, corp
 
 
 def test_a_damaged_encoder_is_fitted_again_with_its_rows(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
-    from whence.ray_jobs import build as module
+    from wherefrom.ray_jobs import build as module
 
     out = tmp_path / "i"
     monkeypatch.setattr(module, "_publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -390,8 +390,8 @@ def test_an_example_that_is_not_finite_is_a_row_of_zeros_and_the_others_are_as_w
     assert (manifest.build.not_finite, list(manifest.build.not_finite_first)) == (len(bad), bad[:20])
     a, b = Client(tmp_path / "a"), Client(tmp_path / "b")
     ids = a.index.column("id").to_pylist()
-    for segment in a.index.manifest.segments:
-        norms, others = a.index.norms(segment), b.index.norms(b.index.segment(segment.name))
+    for component in a.index.manifest.components:
+        norms, others = a.index.norms(component), b.index.norms(b.index.component(component.name))
         assert not norms[[ids.index(i) for i in bad]].any()
         np.testing.assert_allclose(norms[[ids.index(d["id"]) for d in good]], others, rtol=1e-3)
     answer = a.query(text=good[0]["text"], k=60)
@@ -403,11 +403,11 @@ def test_an_example_that_is_not_finite_is_a_row_of_zeros_and_the_others_are_as_w
 
 
 def all_scores_of(client, text):
-    from whence import Question
-    from whence.query.metric import Metric
-    from whence.query.scoring import all_scores
+    from wherefrom import Query
+    from wherefrom.query.metric import Metric
+    from wherefrom.query.scoring import all_scores
 
-    return all_scores(client.index, client.rows([Question(text=text)]), Metric("per-nat"))
+    return all_scores(client.index, client.rows([Query(text=text)]), Metric("loss-normalized"))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_every_kind_of_index_finds_its_own_rows(tmp_path, model_dir, corpus_file
 
 def test_layers_can_be_chosen(tmp_path, model_dir, corpus_file):
     manifest = build(config(model_dir, corpus_file, tmp_path / "i", layers=("h.1.mlp.*", "*.h.0.attn.c_attn")))
-    names = [layer.name for layer in manifest.segments[0].layers]
+    names = [layer.name for layer in manifest.components[0].layers]
     assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
 
 
@@ -462,7 +462,7 @@ def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path, 1600), tmp_path / "i"
     command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24", "--fit-examples", "64"]
-    run = [sys.executable, "-c", "from whence.cli import main; main()", *map(str, command)]
+    run = [sys.executable, "-c", "from wherefrom.cli import main; main()", *map(str, command)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard)  # noqa: PLW1509
     deadline = time.monotonic() + 120
@@ -486,7 +486,7 @@ def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_
         pytest.skip("this machine does not let tests mount a small disk")
     model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
     build_command = (
-        f"{sys.executable} -c 'from whence.cli import main; main()' build --model {model} --data {corpus} --rank 4 --shard-rows 24"
+        f"{sys.executable} -c 'from wherefrom.cli import main; main()' build --model {model} --data {corpus} --rank 4 --shard-rows 24"
     )
     script = f"""
     mkdir {tmp_path}/disk && mount -t tmpfs -o size=400k tmpfs {tmp_path}/disk
@@ -505,7 +505,7 @@ def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_
 def test_the_fitting_sample_is_seeded_and_bounded(tmp_path, model_dir, corpus_file):
     a = build(config(model_dir, corpus_file, tmp_path / "a", fit_examples=30))
     b = build(config(model_dir, corpus_file, tmp_path / "b", fit_examples=30, seed=1))
-    assert a.segments[0].curvature.examples == b.segments[0].curvature.examples == 30
+    assert a.components[0].curvature.examples == b.components[0].curvature.examples == 30
     assert a.encoder.sha256 != b.encoder.sha256
     name = "blocks/transformer.h.0.mlp.c_fc/eigenvalues"
     assert not np.allclose(Index(tmp_path / "a").arrays[name], Index(tmp_path / "b").arrays[name])

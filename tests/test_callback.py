@@ -10,10 +10,10 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, load_dataset
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from whence import Client
-from whence.callback import WhenceCallback
-from whence.indexer.models import ModelSource, load_causal_lm, model_fingerprint
-from whence.store.errors import NotFoundError, UsageError
+from wherefrom import Client
+from wherefrom.callback import WherefromCallback
+from wherefrom.indexer.models import ModelSource, load_causal_lm, model_fingerprint
+from wherefrom.store.errors import NotFoundError, UsageError
 
 
 class Listening(DataCollatorForLanguageModeling):
@@ -50,9 +50,9 @@ def train(path, callback, resume=None, tokenizer=True, **arguments):
 
 
 def test_a_run_is_kept_and_indexed_at_its_end(tmp_path):
-    out = str(tmp_path / "run.whence")
-    data, _ = train(tmp_path, WhenceCallback(data=(str(tmp_path / "train.jsonl"),), out=out, checkpoints=2, bytes_per_example=500))
-    record = json.loads((tmp_path / "run/whence.json").read_text())
+    out = str(tmp_path / "run.wherefrom")
+    data, _ = train(tmp_path, WherefromCallback(data=(str(tmp_path / "train.jsonl"),), out=out, checkpoints=2, bytes_per_example=500))
+    record = json.loads((tmp_path / "run/wherefrom.json").read_text())
     assert [c["step"] for c in record["checkpoints"]] == [5, 10, 15, 20]
     for c in record["checkpoints"]:
         assert model_fingerprint(load_causal_lm(ModelSource(str(tmp_path / "run" / c["path"])))) == c["fingerprint"]
@@ -69,17 +69,19 @@ def test_a_run_is_kept_and_indexed_at_its_end(tmp_path):
 def test_checkpoints_that_are_gone_are_left_out_and_none_is_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     train(
-        tmp_path / "a", WhenceCallback(data=(str(tmp_path / "a/train.jsonl"),), out=str(tmp_path / "i"), checkpoints=3), save_total_limit=2
+        tmp_path / "a",
+        WherefromCallback(data=(str(tmp_path / "a/train.jsonl"),), out=str(tmp_path / "i"), checkpoints=3),
+        save_total_limit=2,
     )
     assert [m.id.rsplit("-", 1)[1] for m in Client(tmp_path / "i").index.manifest.models] == ["15", "20"]
 
 
 def test_what_could_not_be_built_is_said_before_training(tmp_path):
     def refused(match, kind=UsageError, data=None, resume=None, **arguments):
-        callback = WhenceCallback(data=data or str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+        callback = WherefromCallback(data=data or str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
         with pytest.raises(kind, match=match):
             train(tmp_path, callback, **arguments)
-        assert not (tmp_path / "run/whence.json").exists()
+        assert not (tmp_path / "run/wherefrom.json").exists()
 
     refused("save_strategy", save_strategy="no")
     refused("there is no file or folder", NotFoundError, data=("nothere.jsonl",))
@@ -92,54 +94,54 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
 
     sizes = dict(vocab_size=62, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0)
     other = LlamaForSequenceClassification(LlamaConfig(**sizes))
-    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    callback = WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
     arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
     with pytest.raises(UsageError, match="a classifier or reward model"):
         callback.on_train_begin(arguments, TrainerState(), TrainerControl(), processing_class=make_tokenizer(), model=other)
     with pytest.raises(UsageError, match="data"):
-        WhenceCallback(out="x")
+        WherefromCallback(out="x")
     with pytest.raises(UsageError, match="at least 1"):
-        WhenceCallback(checkpoints=0)
+        WherefromCallback(checkpoints=0)
     with pytest.raises(UsageError, match="no such option: 'bytes'"):
-        WhenceCallback(out="x", data="y", bytes=400)
+        WherefromCallback(out="x", data="y", bytes=400)
     with pytest.raises(UsageError, match="--rank is 0"):
-        WhenceCallback(out="x", data="y", rank=0)
+        WherefromCallback(out="x", data="y", rank=0)
 
 
 def test_a_build_that_fails_never_ends_a_training_that_is_over(tmp_path, monkeypatch):
-    import whence.ray_jobs.build as module
-    from whence.store.errors import StorageError
+    import wherefrom.ray_jobs.build as module
+    from wherefrom.store.errors import StorageError
 
     def full(*_):
         raise StorageError("no space left on the disk of here")
 
     monkeypatch.setattr(module, "build", full)
-    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    callback = WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
     with pytest.warns(UserWarning, match="the index was not built: no space left on the disk of here; build it from the checkpoints"):
         train(tmp_path, callback)
-    assert len(json.loads((tmp_path / "run/whence.json").read_text())["checkpoints"]) == 4
+    assert len(json.loads((tmp_path / "run/wherefrom.json").read_text())["checkpoints"]) == 4
 
 
 def test_a_second_run_into_the_same_index_is_refused_before_training(tmp_path):
-    callback = WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    callback = WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
     train(tmp_path, callback)
     with pytest.raises(UsageError, match="is an index already, of another run"):
-        train(tmp_path, WhenceCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j")))
+        train(tmp_path, WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j")))
 
 
 def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):
     def kept():
-        return [np.load(tmp_path / f"run/whence-order-{epoch}.npy").tolist() for epoch in (0, 1)]
+        return [np.load(tmp_path / f"run/wherefrom-order-{epoch}.npy").tolist() for epoch in (0, 1)]
 
-    _, seen = train(tmp_path, WhenceCallback())
+    _, seen = train(tmp_path, WherefromCallback())
     assert len(seen) == 80
     assert kept() == [seen[:40], seen[40:]]
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
     assert seen[:40] != seen[40:]
     whole = kept()
-    for path in (tmp_path / "run").glob("whence-order-1.npy"):
+    for path in (tmp_path / "run").glob("wherefrom-order-1.npy"):
         path.unlink()
-    _, seen = train(tmp_path, WhenceCallback(), resume=str(tmp_path / "run/checkpoint-15"))
+    _, seen = train(tmp_path, WherefromCallback(), resume=str(tmp_path / "run/checkpoint-15"))
     assert seen[-20:] == whole[1][20:]
     assert kept() == whole
     plain = tmp_path / "plain"
@@ -159,9 +161,9 @@ def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):
 )
 def test_any_samplers_order_is_kept_and_a_new_run_forgets_the_old(tmp_path, how):
     (tmp_path / "run").mkdir()
-    np.save(tmp_path / "run/whence-order-5.npy", np.arange(3))  # of a longer run, earlier
-    _, seen = train(tmp_path, WhenceCallback(), num_train_epochs=1, **how)
-    (kept,) = (tmp_path / "run").glob("whence-order-*.npy")
+    np.save(tmp_path / "run/wherefrom-order-5.npy", np.arange(3))  # of a longer run, earlier
+    _, seen = train(tmp_path, WherefromCallback(), num_train_epochs=1, **how)
+    (kept,) = (tmp_path / "run").glob("wherefrom-order-*.npy")
     order = np.load(kept).tolist()
     assert sorted(order) == list(range(40))
     assert order == seen or how.get("dataloader_num_workers")  # whose collator is in another process
@@ -173,13 +175,13 @@ def test_the_order_of_two_processes_is_kept(tmp_path):
     loader = torch.utils.data.DataLoader(dataset, sampler=torch.utils.data.SequentialSampler(dataset), batch_size=2)
     shards = [prepare_data_loader(loader, num_processes=2, process_index=i, put_on_device=False) for i in range(2)]
     arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
-    callback, state = WhenceCallback(), TrainerState(epoch=0.0)
+    callback, state = WherefromCallback(), TrainerState(epoch=0.0)
     callback.on_train_begin(arguments, state, TrainerControl(), train_dataloader=shards[0])
     callback.on_epoch_begin(arguments, state, TrainerControl())
     mine = [int(x) for batch in shards[0] for x in batch["x"]]
     callback.on_epoch_end(arguments, state, TrainerControl())
     assert mine == [0, 1, 4, 5, 8, 9]
-    assert np.load(tmp_path / "run/whence-order-0.npy").tolist() == list(range(12))
+    assert np.load(tmp_path / "run/wherefrom-order-0.npy").tolist() == list(range(12))
 
 
 def test_a_stream_has_no_order(tmp_path):
@@ -187,6 +189,6 @@ def test_a_stream_has_no_order(tmp_path):
     stream = Dataset.from_list([{"input_ids": tokenizer(t)["input_ids"]} for t in random_texts(8, seed=2)]).to_iterable_dataset()
     stream = stream.map(lambda r: {**r, "labels": r["input_ids"]})
     arguments = TrainingArguments(str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=1, use_cpu=True, report_to=[])
-    Trainer(make_model("gpt2", "float32").requires_grad_(True), arguments, train_dataset=stream, callbacks=[WhenceCallback()]).train()
-    assert json.loads((tmp_path / "run/whence.json").read_text())["data"]["examples"] is None
+    Trainer(make_model("gpt2", "float32").requires_grad_(True), arguments, train_dataset=stream, callbacks=[WherefromCallback()]).train()
+    assert json.loads((tmp_path / "run/wherefrom.json").read_text())["data"]["examples"] is None
     assert not [*(tmp_path / "run").glob("*.npy")]

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import assert_close, make_model, make_tokenizer, random_texts, words, write_jsonl
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores
-from whence.ray_jobs.change import add, compact, delete, drifted, prune
-from whence.store.errors import BusyError, DataError, IncompatibleError, IntegrityError, UsageError
-from whence.store.files import exclusive
-from whence.store.index import Index
-from whence.store.manifest import latest_manifest
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.change import add, compact, delete, drifted, prune
+from wherefrom.store.errors import BusyError, DataError, IncompatibleError, IntegrityError, UsageError
+from wherefrom.store.files import exclusive
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import latest_manifest
 
-OPTIONS = dict(segments=("blocks", "head", "embeddings"), rank=4, row_dtype="1bit", head_bits=32, shard_rows=25)
-QUESTIONS = [Question(text=t) for t in random_texts(4, seed=31)]
+OPTIONS = dict(components=("blocks", "head", "embeddings"), rank=4, row_dtype="1bit", head_bits=32, shard_rows=25)
+QUERIES = [Query(text=t) for t in random_texts(4, seed=31)]
 
 
 def records(first, last):
@@ -35,7 +35,7 @@ def index(tmp_path, model_dir):
 
 def scores(path, metric=Metric()):
     client = Client(path)
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(QUESTIONS), metric)], axis=1)
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows(QUERIES), metric)], axis=1)
 
 
 def ids(path):
@@ -44,18 +44,18 @@ def ids(path):
 
 
 def codes(path):
-    """Every stored row by id, to the bit: all arrays of all segments."""
+    """Every stored row by id, to the bit: all arrays of all components."""
     index, found = Index(path), {}
     for shard in index.manifest.shards:
         names = index.documents(shard).ids()
-        for s in index.manifest.segments:
+        for s in index.manifest.components:
             for i, name in enumerate(names):
                 if s.kind == "dense":
                     rows = index.dense(shard, s)
                     block = np.concatenate([c for _, c in rows.blocks()])
                     found[s.name, name] = (block[i].tobytes(), rows.norms[i], rows.scales[i])
                 else:
-                    rows = index.keyed(shard, s)
+                    rows = index.sparse(shard, s)
                     part = slice(*rows.indptr[i : i + 2])
                     found[s.name, name] = (
                         rows.keys[part].tobytes(),
@@ -75,7 +75,7 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     after = scores(index)
     assert_close(after[:, :60], before, 1e-6)
     client = Client(index)
-    blocks = client.index.segment("blocks")
+    blocks = client.index.component("blocks")
     exact = client.measure(client.encode(list(_documents(records(60, 100)))))["blocks"]
     stored = np.stack([client.index.row(i, blocks) for i in range(60, 100)])
     assert (np.einsum("rd,rd->r", exact, stored) > 0).all()
@@ -94,7 +94,7 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
 
 
 def _documents(found):
-    from whence.store.corpus import Document
+    from wherefrom.store.corpus import Document
 
     return (Document(id=r["id"], source="s", where=r["id"], text=r["text"]) for r in found)
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_added(tmp_path, index):
 
 def test_an_interrupted_addition_is_taken_up_and_another_takes_its_place(tmp_path, index, monkeypatch):
     more = write_jsonl(tmp_path / "more.jsonl", records(60, 100))
-    monkeypatch.setattr("whence.ray_jobs.change.publish_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wherefrom.ray_jobs.change.publish_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add(index, [str(more)])
     monkeypatch.undo()
@@ -135,7 +135,7 @@ def test_an_interrupted_addition_is_taken_up_and_another_takes_its_place(tmp_pat
     assert Index(index).manifest.number == 1
     add(index, [str(more)])
     assert {p: p.stat().st_mtime_ns for p in (index / "rows").rglob("*") if p.is_file()} == made
-    monkeypatch.setattr("whence.ray_jobs.change.publish_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wherefrom.ray_jobs.change.publish_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add(index, [str(write_jsonl(tmp_path / "b.jsonl", records(100, 110)))])
     monkeypatch.undo()
@@ -156,8 +156,8 @@ def test_deleted_rows_are_in_no_answer_and_compacting_keeps_the_bits(tmp_path, i
     assert delete(index, where="year >= 1950") == 10
     assert delete(index, where="year >= 1950") == 0
     kept = [i for i in range(60) if i not in gone]
-    for mode in ("influence", "cosine", "per-nat"):
-        answers = Client(index).query_many(QUESTIONS, k=60, mode=mode, group_by="year")
+    for mode in ("influence", "cosine", "loss-normalized"):
+        answers = Client(index).query_many(QUERIES, k=60, mode=mode, group_by="year")
         for answer in answers:
             assert {a.row for a in (*answer.proponents, *answer.opponents)} <= set(kept)
             assert answer.search.rows == len(kept)
@@ -192,7 +192,7 @@ def test_what_cannot_be_deleted(index):
         delete(index, where="year > 0")
     assert ids(index) == [f"d{i}" for i in range(60)]
     path = latest_manifest(index)
-    from whence.store.manifest import seal
+    from wherefrom.store.manifest import seal
 
     for wrong in ([60], [4, 3], [2, 2]):
         content = json.loads(path.read_text())

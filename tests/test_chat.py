@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from whence.indexer.chat import Conversation
-from whence.indexer.examples import TextEncoder
-from whence.store.corpus import Fields, read_corpus
-from whence.store.errors import DataError, UsageError
+from wherefrom.indexer.chat import Conversation
+from wherefrom.indexer.examples import TextEncoder
+from wherefrom.store.corpus import Fields, read_corpus
+from wherefrom.store.errors import DataError, UsageError
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[test]'")
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -188,36 +188,36 @@ def test_a_text_that_has_its_first_token_already_gets_no_second(tmp_path):
         example = encoded(tmp_path, {"text": text}, None, bos="<s>")
         assert example.token_ids.tolist() == [259, *b"hi there", 256][: len(example.token_ids)] or example.token_ids[0] == 259
         assert (example.token_ids == 259).sum() == 1
-        asked = TextEncoder(tokenizer, 4096).question(text=text)
+        asked = TextEncoder(tokenizer, 4096).query(text=text)
         assert asked.token_ids.tolist() == example.token_ids.tolist()
-        assert (TextEncoder(tokenizer, 4096).question(prompt=text, completion=" you").token_ids == 259).sum() == 1
+        assert (TextEncoder(tokenizer, 4096).query(prompt=text, completion=" you").token_ids == 259).sum() == 1
 
 
-def test_a_question_of_messages_is_what_the_document_is(tmp_path):
+def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     encoder = TextEncoder(byte_tokenizer(MARKED), 4096)
     document = encoded(tmp_path, {"messages": CHATS["tools"], "tools": [TOOL]}, MARKED)
-    asked = encoder.question(messages=CHATS["tools"], tools=[TOOL])
+    asked = encoder.query(messages=CHATS["tools"], tools=[TOOL])
     length = len(document.token_ids)
     assert asked.token_ids[:length].tolist() == document.token_ids.tolist()
     assert asked.loss_mask[:length].tolist() == document.loss_mask.tolist()
     assert not asked.loss_mask[length:].any()
-    span = encoder.question(messages=CHATS["multi"], span="so long")
+    span = encoder.query(messages=CHATS["multi"], span="so long")
     assert bytes(span.token_ids[span.loss_mask].tolist()) == bytes(byte_tokenizer()("so long").input_ids)
     with pytest.raises(UsageError, match="stands 0 times"):
-        encoder.question(messages=CHATS["multi"], span="hi there")
+        encoder.query(messages=CHATS["multi"], span="hi there")
     with pytest.raises(UsageError, match="refuses these messages"):
-        TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).question(messages=[USER, SAID])
+        TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).query(messages=[USER, SAID])
 
 
 def test_templates_that_are_none_or_take_text_alone(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = 5
     with pytest.raises(UsageError, match="no chat template"):
-        TextEncoder(tokenizer, 64).question(messages=[USER, SAID])
+        TextEncoder(tokenizer, 64).query(messages=[USER, SAID])
     parts = {"role": "user", "content": [{"type": "text", "text": "hi there"}]}
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     with pytest.raises(UsageError, match="takes text, and these contents are lists of parts"):
-        TextEncoder(byte_tokenizer(plain), 64).question(messages=[parts, SAID])
+        TextEncoder(byte_tokenizer(plain), 64).query(messages=[parts, SAID])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_first_message_of_the_assistants_and_options_that_move_the_text(tmp_pa
     for option in ("continue_final_message", "add_generation_prompt", "tokenize"):
         assert isinstance(encoded(tmp_path, {"messages": [USER, SAID], "chat_template_kwargs": {option: True}}, CHATML), DataError)
     assert isinstance(encoded(tmp_path, {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, CHATML), DataError)
-    from whence import Question
+    from wherefrom import Query
 
     with pytest.raises(UsageError, match="messages must be a list"):
-        Question(messages=[{"role": "user", "content": b"x"}])
+        Query(messages=[{"role": "user", "content": b"x"}])

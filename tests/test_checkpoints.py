@@ -1,4 +1,4 @@
-"""Several models in one index: each has the segments that it would have alone, and scores are their weighted sum."""
+"""Several models in one index: each has the components that it would have alone, and scores are their weighted sum."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import assert_close, make_model, make_tokenizer, random_texts, words
-from whence import BuildConfig, Client, build
-from whence.cli import main
-from whence.query.answers import Question
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores
-from whence.store.errors import IncompatibleError, UsageError
+from wherefrom import BuildConfig, Client, build
+from wherefrom.cli import main
+from wherefrom.query.answers import Query
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores
+from wherefrom.store.errors import IncompatibleError, UsageError
 
-OPTIONS = dict(rank=4, segments=("head", "embeddings", "blocks"), head_bits=32, shard_rows=50)
+OPTIONS = dict(rank=4, components=("head", "embeddings", "blocks"), head_bits=32, shard_rows=50)
 
 
 @pytest.fixture(scope="module")
@@ -29,52 +29,52 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory, checkpoints, corpus_file):
-    out = tmp_path_factory.mktemp("both") / "both.whence"
+    out = tmp_path_factory.mktemp("both") / "both.wherefrom"
     build(BuildConfig(model=tuple(checkpoints), data=(str(corpus_file),), out=str(out), **OPTIONS))
     return out
 
 
-def scores(client, questions, metric=Metric()):
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+def scores(client, queries, metric=Metric()):
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
 
 
-def test_each_model_has_the_segments_that_it_has_alone(tmp_path, checkpoints, corpus_file, index):
-    both, questions = Client(index), [Question(text=t) for t in random_texts(5, seed=8)]
-    names = [s.name for s in both.index.manifest.segments]
+def test_each_model_has_the_components_that_it_has_alone(tmp_path, checkpoints, corpus_file, index):
+    both, queries = Client(index), [Query(text=t) for t in random_texts(5, seed=8)]
+    names = [s.name for s in both.index.manifest.components]
     assert names == [f"{part}-{number}" for number in (1, 2) for part in ("head", "embeddings", "blocks")]
     total = 0
     for number, path in enumerate(checkpoints, 1):
         # the seed of a further model's projections and rotations is its own, so that errors do not add up
         build(BuildConfig(model=path, data=(str(corpus_file),), out=str(tmp_path / str(number)), seed=number - 1, **OPTIONS))
         alone, own = Client(tmp_path / str(number)), {}
-        for segment in alone.index.manifest.segments:
-            name = f"{segment.name}-{number}"
-            assert both.index.segment(name) == segment.model_copy(
-                update={"name": name, "model": number - 1, "weight": both.index.segment(name).weight, "curvature": segment.curvature}
+        for component in alone.index.manifest.components:
+            name = f"{component.name}-{number}"
+            assert both.index.component(name) == component.model_copy(
+                update={"name": name, "model": number - 1, "weight": both.index.component(name).weight, "curvature": component.curvature}
             )
             for shard, other in zip(both.index.manifest.shards, alone.index.manifest.shards, strict=True):
                 files = [
                     {f.path.split("/", 3)[-1]: f.sha256 for f in s.files if f"/{at}/" in f.path}
-                    for s, at in ((shard, name), (other, segment.name))
+                    for s, at in ((shard, name), (other, component.name))
                 ]
                 assert files[0] == files[1]
                 assert files[0]
-            own[segment.name] = both.index.segment(name).weight / segment.weight
+            own[component.name] = both.index.component(name).weight / component.weight
         metric = Metric(weights=own)
-        total = total + scores(alone, questions, metric)
-    assert_close(scores(both, questions), total, 1e-4)
+        total = total + scores(alone, queries, metric)
+    assert_close(scores(both, queries), total, 1e-4)
 
 
-def test_weights_by_part_and_by_segment(index):
-    client, questions = Client(index), [Question(text=words(3, 4, 5))]
-    heads = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0}))
-    first = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-2": 0}))
-    second = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head-1": 0}))
+def test_weights_by_part_and_by_component(index):
+    client, queries = Client(index), [Query(text=words(3, 4, 5))]
+    heads = scores(client, queries, Metric(weights={"embeddings": 0, "blocks": 0}))
+    first = scores(client, queries, Metric(weights={"embeddings": 0, "blocks": 0, "head-2": 0}))
+    second = scores(client, queries, Metric(weights={"embeddings": 0, "blocks": 0, "head-1": 0}))
     assert_close(first + second, heads, 1e-5, np.abs(first).max() + np.abs(second).max())
-    twice = scores(client, questions, Metric(weights={"embeddings": 0, "blocks": 0, "head": 2, "head-1": 0.5}))
+    twice = scores(client, queries, Metric(weights={"embeddings": 0, "blocks": 0, "head": 2, "head-1": 0.5}))
     assert_close(twice, first + 2 * second, 1e-5, np.abs(first).max() + 2 * np.abs(second).max())
-    with pytest.raises(UsageError, match="no segment 'head-3'"):
-        scores(client, questions, Metric(weights={"head-3": 1}))
+    with pytest.raises(UsageError, match="no component 'head-3'"):
+        scores(client, queries, Metric(weights={"head-3": 1}))
 
 
 def test_a_number_of_bytes_is_shared_by_the_models(tmp_path, checkpoints, corpus_file):
@@ -83,7 +83,7 @@ def test_a_number_of_bytes_is_shared_by_the_models(tmp_path, checkpoints, corpus
     result = CliRunner().invoke(main, [str(a) for a in [*arguments, "--bytes-per-example", "2600", "--json"]])
     assert result.exit_code == 0, result.output
     info = json.loads(result.stdout)
-    own = {n: sum(s["bytes_per_example"] for s in info["segments"] if s["name"].endswith(f"-{n}")) for n in (1, 2)}
+    own = {n: sum(s["bytes_per_example"] for s in info["components"] if s["name"].endswith(f"-{n}")) for n in (1, 2)}
     assert own[1] == pytest.approx(own[2], rel=0.02)
     arrays = [p for p in (out / "rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
     assert 2000 < sum(p.stat().st_size for p in arrays) / 120 <= 2600 * 1.03

@@ -9,12 +9,12 @@ import sys
 import pytest
 from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
-from whence.cli import main
-from whence.store.manifest import latest_manifest, seal
+from wherefrom.cli import main
+from wherefrom.store.manifest import latest_manifest, seal
 
 
-def whence(*arguments, env=None, stdin=None):
-    return CliRunner().invoke(main, [str(a) for a in arguments], env=env, input=stdin, prog_name="whence")
+def wherefrom(*arguments, env=None, stdin=None):
+    return CliRunner().invoke(main, [str(a) for a in arguments], env=env, input=stdin, prog_name="wherefrom")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def index(index_dir):
 
 
 def test_query_prints_one_json_object(index):
-    done = whence("query", index, "--prompt", words(1, 2), "--completion", " w3", "-k", 3, "--json")
+    done = wherefrom("query", index, "--prompt", words(1, 2), "--completion", " w3", "-k", 3, "--json")
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["query"]["completion"] == " w3"
@@ -38,16 +38,16 @@ def test_query_prints_one_json_object(index):
 
 
 def test_query_by_text_row_and_without_opponents(index):
-    by_row = json.loads(whence("query", index, "--row", 7, "--no-opponents", "--mode", "cosine", "--json").stdout)
+    by_row = json.loads(wherefrom("query", index, "--row", 7, "--no-opponents", "--mode", "cosine", "--json").stdout)
     assert by_row["opponents"] == []
     assert by_row["proponents"][0]["row"] == 7
     assert len(by_row["proponents"]) == 10
     text = by_row["proponents"][0]["text"]
-    assert json.loads(whence("query", index, "--text", text, "--mode", "cosine", "--json", "-k", 1).stdout)["proponents"][0]["row"] == 7
+    assert json.loads(wherefrom("query", index, "--text", text, "--mode", "cosine", "--json", "-k", 1).stdout)["proponents"][0]["row"] == 7
 
 
 def test_query_prints_tables_for_people(index):
-    done = whence("query", index, "--row", 7, "-k", 2)
+    done = wherefrom("query", index, "--row", 7, "-k", 2)
     assert done.exit_code == 0
     assert "proponents" in done.stdout
     assert "opponents" in done.stdout
@@ -55,35 +55,37 @@ def test_query_prints_tables_for_people(index):
     assert "exact search of" in done.stdout
 
 
-def test_questions_from_a_file_give_one_line_each(index, tmp_path):
+def test_queries_from_a_file_give_one_line_each(index, tmp_path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "text": words(1, 2)}, {"row": 3}, {"prompt": "w1", "completion": " w2"}])
-    lines = whence("query", index, "--file", path, "--json", "-k", 2).stdout.splitlines()
+    lines = wherefrom("query", index, "--file", path, "--json", "-k", 2).stdout.splitlines()
     assert [json.loads(line)["query"].get("id") for line in lines] == ["a", "q.jsonl line 2", "q.jsonl line 3"]
-    done = whence("query", index, "--file", "-", "--json", stdin='{"row": 3}\n')
+    done = wherefrom("query", index, "--file", "-", "--json", stdin='{"row": 3}\n')
     assert json.loads(done.stdout)["query"]["row"] == 3, done.output
 
 
 def test_info_and_verify(index):
-    info = json.loads(whence("info", index, "--json").stdout)
-    assert (info["rows"], info["models"][0]["architecture"], info["segments"][0]["stored_as"]) == (120, "GPT2LMHeadModel", "float32")
-    assert info["segments"][0]["coordinates"] == 8 * 16
-    assert "GPT2LMHeadModel" in whence("info", index).stdout
-    verified = whence("verify", index, "--json")
+    info = json.loads(wherefrom("info", index, "--json").stdout)
+    assert (info["rows"], info["models"][0]["architecture"], info["components"][0]["stored_as"]) == (120, "GPT2LMHeadModel", "float32")
+    assert info["components"][0]["coordinates"] == 8 * 16
+    assert "GPT2LMHeadModel" in wherefrom("info", index).stdout
+    verified = wherefrom("verify", index, "--json")
     assert verified.exit_code == 0
     assert json.loads(verified.stdout)["whole"]
-    assert "none damaged" in whence("verify", index).stdout
+    assert "none damaged" in wherefrom("verify", index).stdout
 
 
 def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_path, model_dir, corpus_file):
     config = tmp_path / "build.toml"
     config.write_text('rank = 3\ndamping = 0.5\nlayers = ["h.1.*"]\n')
-    env = {"WHENCE_BUILD_DAMPING": "0.25", "WHENCE_BUILD_SEED": "4"}
-    done = whence("build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, env=env)
+    env = {"WHEREFROM_BUILD_DAMPING": "0.25", "WHEREFROM_BUILD_SEED": "4"}
+    done = wherefrom(
+        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, env=env
+    )
     assert done.exit_code == 0, done.output
-    assert "whence query" in done.stdout
+    assert "wherefrom query" in done.stdout
     options = json.loads(latest_manifest(tmp_path / "i").read_text())["build"]["what"]["options"]
     assert (options["rank"], options["damping"], options["seed"], options["layers"]) == (3, 0.25, 5, ["h.1.*"])
-    again = whence(
+    again = wherefrom(
         "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, "--json", env=env
     )
     assert json.loads(again.stdout)["rows"] == 120
@@ -91,11 +93,11 @@ def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_pa
 
 def test_help_of_every_command_teaches_by_example():
     for command in main.commands:
-        done = whence(command, "--help")
+        done = wherefrom(command, "--help")
         assert done.exit_code == 0
-        assert command == "demo" or f"whence {command} " in done.stdout
+        assert command == "demo" or f"wherefrom {command} " in done.stdout
         assert len(done.stdout.splitlines()[2]) < 120
-    assert whence("--version").stdout.startswith("whence, version 0.")
+    assert wherefrom("--version").stdout.startswith("wherefrom, version 0.")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
     (here / "broken.jsonl").write_text('{"text": "w1 w2"}\n{"text": \n')
     (here / "silent.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w9"}\n')
     (here / "nofield.jsonl").write_text('{"body": "w1 w2"}\n')
-    (here / "questions.jsonl").write_text('{"text": "w1 w2"}\n{"prompt": 3}\n')
+    (here / "queries.jsonl").write_text('{"text": "w1 w2"}\n{"prompt": 3}\n')
     (here / "occupied").mkdir()
     (here / "occupied/thesis.tex").write_text("precious")
     (here / "file").write_text("precious")
@@ -218,7 +220,7 @@ BAD_INPUTS = {
     "list that is not UTF-8": (("delete", "{index}", "--ids", "{bad}/latin.txt"), 1, "latin.txt line 1: not UTF-8"),
     "demo over other things": (("demo", "--out", "{bad}/occupied"), 2, "holds other things"),
     "no index": (("query", "{bad}/none", "--row", "1"), 3, "there is no index at"),
-    "not an index": (("query", "{bad}/occupied", "--row", "1"), 3, "not a Whence index"),
+    "not an index": (("query", "{bad}/occupied", "--row", "1"), 3, "not a Wherefrom index"),
     "index is a file": (("info", "{bad}/file"), 3, "there is no index at"),
     "unknown format version": (("info", "{bad}/future"), 3, "format version 99"),
     "unknown feature": (("info", "{bad}/feature"), 3, "holograms"),
@@ -230,17 +232,17 @@ BAD_INPUTS = {
     "changed tokenizer": ((*QUERY, "--text", "w1 w2", "--model", "{bad}/retokenized"), 3, "the tokenizer of"),
     "empty text": ((*QUERY, "--text", ""), 2, "is empty"),
     "empty completion": ((*QUERY, "--prompt", "w1", "--completion", ""), 2, "is empty"),
-    "no question": (QUERY, 2, "exactly one"),
-    "two questions": ((*QUERY, "--text", "w1 w2", "--row", "1"), 2, "exactly one"),
+    "no query": (QUERY, 2, "exactly one"),
+    "two queries": ((*QUERY, "--text", "w1 w2", "--row", "1"), 2, "exactly one"),
     "nothing to predict": ((*QUERY, "--completion", "w1"), 2, "no token to predict"),
     "query too long": ((*QUERY, "--text", words(*[1] * 65)), 2, "66 tokens long, the model's context is 64"),
     "row beyond": ((*QUERY, "--row", "120"), 2, "the rows 0 to 119"),
     "k 0": ((*QUERY, "--row", "1", "-k", "0"), 2, "k is 0"),
     "unknown mode": ((*QUERY, "--row", "1", "--mode", "dot"), 2, "influence, cosine"),
     "query damping 0": ((*QUERY, "--row", "1", "--damping", "0"), 2, "from 1e-6"),
-    "no question file": ((*QUERY, "--file", "{bad}/none.jsonl"), 3, "there is no file"),
-    "bad question": ((*QUERY, "--file", "{bad}/questions.jsonl"), 1, "questions.jsonl line 2"),
-    "file and text": ((*QUERY, "--file", "{bad}/questions.jsonl", "--text", "w1 w2"), 2, "brings its own questions"),
+    "no query file": ((*QUERY, "--file", "{bad}/none.jsonl"), 3, "there is no file"),
+    "bad query": ((*QUERY, "--file", "{bad}/queries.jsonl"), 1, "queries.jsonl line 2"),
+    "file and text": ((*QUERY, "--file", "{bad}/queries.jsonl", "--text", "w1 w2"), 2, "brings its own queries"),
     "not a number": ((*QUERY, "--row", "one"), 2, "not a valid integer"),
     "no such command": (("brew",), 2, "No such command"),
 }
@@ -249,8 +251,8 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_is_one_clear_sentence(name, bad, tmp_path, model_dir, corpus_file, index_dir):
     arguments, code, message = BAD_INPUTS[name]
-    out = tmp_path / "out.whence"
-    done = whence(*(a.format(bad=bad, out=out, model=model_dir, corpus=corpus_file, index=index_dir) for a in arguments))
+    out = tmp_path / "out.wherefrom"
+    done = wherefrom(*(a.format(bad=bad, out=out, model=model_dir, corpus=corpus_file, index=index_dir) for a in arguments))
     assert done.exit_code == code, done.output
     assert message in " ".join(done.stderr.split()), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
@@ -268,20 +270,20 @@ def test_there_are_enough_bad_inputs():
 
 
 def test_verify_lists_what_is_damaged(bad):
-    found = json.loads(whence("verify", bad / "flipped", "--json").stdout)
+    found = json.loads(wherefrom("verify", bad / "flipped", "--json").stdout)
     assert not found["whole"]
     assert [p["path"].endswith("codes/c/0/0") for p in found["problems"]] == [True]
 
 
 def test_an_early_failure_leaves_nothing_behind(tmp_path, model_dir, corpus_file):
-    out = tmp_path / "new.whence"
-    assert whence("build", "--model", model_dir, "--data", corpus_file, "--out", out, "--layers", "nothing").exit_code == 2
+    out = tmp_path / "new.wherefrom"
+    assert wherefrom("build", "--model", model_dir, "--data", corpus_file, "--out", out, "--layers", "nothing").exit_code == 2
     assert not out.exists()
 
 
 def test_a_reader_that_goes_away_is_no_error(index, tmp_path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"row": i % 120} for i in range(400)])
-    command = f"{sys.executable} -c 'from whence.cli import main; main()' query {index} --file {path} --json | head -n 1"
+    command = f"{sys.executable} -c 'from wherefrom.cli import main; main()' query {index} --file {path} --json | head -n 1"
     done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
     assert json.loads(done.stdout)["query"]["row"] == 0
     assert "Traceback" not in done.stderr
@@ -289,18 +291,18 @@ def test_a_reader_that_goes_away_is_no_error(index, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_puts_the_facts_documents_on_top(tmp_path):
-    from whence import Client
-    from whence.demo.run import QUESTIONS
+    from wherefrom import Client
+    from wherefrom.demo.run import QUERIES
 
-    done = whence("demo", "--out", tmp_path / "demo")
+    done = wherefrom("demo", "--out", tmp_path / "demo")
     assert done.exit_code == 0, done.output
     assert "Try next" in done.stdout
-    client = Client(tmp_path / "demo/index.whence")
-    for prompt, completion in QUESTIONS:
+    client = Client(tmp_path / "demo/index.wherefrom")
+    for prompt, completion in QUERIES:
         found = client.query(prompt=prompt, completion=completion, k=3).proponents
         assert all(prompt + completion in a.text for a in found), [a.id for a in found]
         assert prompt in done.stdout
-    again = whence("demo", "--out", tmp_path / "demo")
+    again = wherefrom("demo", "--out", tmp_path / "demo")
     assert again.exit_code == 0
     assert "training a small model" not in again.stderr
 
@@ -309,8 +311,8 @@ def test_texts_with_markup_are_shown_as_they_are(tmp_path, model_dir):
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"id": f"[bold]{i}", "text": "[red] w1 [/nonsense] " + t} for i, t in enumerate(random_texts(4))]
     )
-    assert whence("build", "--model", model_dir, "--data", corpus, "--out", tmp_path / "i", "--rank", 2).exit_code == 0
-    done = whence("query", tmp_path / "i", "--row", 0, "-k", 1)
+    assert wherefrom("build", "--model", model_dir, "--data", corpus, "--out", tmp_path / "i", "--rank", 2).exit_code == 0
+    done = wherefrom("query", tmp_path / "i", "--row", 0, "-k", 1)
     assert done.exit_code == 0, done.output
     assert "[bold]0" in done.stdout
     assert "[/nonsense]" in done.stdout

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from whence.store.corpus import Fields, read_corpus
-from whence.store.documents import Documents, Example, write_documents
-from whence.store.errors import DataError, IntegrityError, UsageError
-from whence.store.filters import Column, kind_of
-from whence.store.index import Index
+from wherefrom.store.corpus import Fields, read_corpus
+from wherefrom.store.documents import Documents, Example, write_documents
+from wherefrom.store.errors import DataError, IntegrityError, UsageError
+from wherefrom.store.filters import Column, kind_of
+from wherefrom.store.index import Index
 
 BERLIN = "Europe/Berlin"
 
@@ -449,7 +449,7 @@ def test_more_columns_than_are_read(tmp_path):
 
 
 def test_bytes_are_left_out_and_named(tmp_path):
-    from whence.store.corpus import Corpus
+    from wherefrom.store.corpus import Corpus
 
     images = [{"bytes": b"\x89PNG", "path": None}, None]
     table = pa.table(
@@ -474,7 +474,7 @@ def test_a_small_parquet_file_of_large_values_is_read_in_little_memory(tmp_path)
     tags = pa.ListArray.from_arrays(pa.array([0, 1, 150], pa.int32()), shared)
     pq.write_table(pa.table({"text": ["t", "u"], "x": tags}), tmp_path / "nested.parquet", compression="zstd", store_schema=False)
     code = (
-        "import resource, sys; from whence.store.corpus import read_corpus\n"
+        "import resource, sys; from wherefrom.store.corpus import read_corpus\n"
         "print([str(d)[:90] for d in read_corpus([sys.argv[1]])][-1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
     )
@@ -497,8 +497,8 @@ def test_a_small_parquet_file_of_large_values_is_read_in_little_memory(tmp_path)
 MUTATE = """
 import random, sys
 from pathlib import Path
-from whence.store.corpus import read_corpus
-from whence.store.errors import WhenceError
+from wherefrom.store.corpus import read_corpus
+from wherefrom.store.errors import WherefromError
 folder, generator, outcomes = Path(sys.argv[1]), random.Random(7), set()
 files = sorted(folder.iterdir())
 for _ in range(1500):
@@ -512,7 +512,7 @@ for _ in range(1500):
     path.write_bytes(content)
     try:
         outcomes |= {type(document).__name__ for document in read_corpus([str(path)])}
-    except WhenceError as error:
+    except WherefromError as error:
         outcomes.add(type(error).__name__)
 print(*sorted(outcomes))
 """
@@ -553,7 +553,7 @@ def test_a_date_that_python_has_not_is_one_bad_record(tmp_path):
 
 
 def test_csv_rows_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("whence.store.tables.LONGEST_BYTES", 100)
+    monkeypatch.setattr("wherefrom.store.tables.LONGEST_BYTES", 100)
     (tmp_path / "c.csv").write_text("text\n" + "x" * 200 + "\n")
     with pytest.raises(DataError, match="a line is longer than"):
         list(read_corpus([str(tmp_path / "c.csv")]))

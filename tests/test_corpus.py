@@ -12,10 +12,10 @@ import pytest
 from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence.indexer.examples import TextEncoder
-from whence.store.corpus import Corpus, Document, Fields, describe_sources, read_chat, read_corpus, read_ids, read_questions
-from whence.store.documents import Example
-from whence.store.errors import DataError, NotFoundError, UsageError
+from wherefrom.indexer.examples import TextEncoder
+from wherefrom.store.corpus import Corpus, Document, Fields, describe_sources, read_chat, read_corpus, read_ids, read_queries
+from wherefrom.store.documents import Example
+from wherefrom.store.errors import DataError, NotFoundError, UsageError
 
 RECORDS = [{"id": "a", "text": "w1 w2", "year": 7}, {"id": "b", "text": "w3 w4 é", "year": None}]
 
@@ -228,7 +228,7 @@ def test_ids_that_would_break_a_list_are_refused(tmp_path):
     ids = ["a\nb", "a\x85", "\u2028", "\x00", "\ufeffa", 'fine "{', " fine "]
     found = documents(write_jsonl(tmp_path / "c.jsonl", [{"id": id, "text": "t"} for id in ids]))
     assert [isinstance(d, DataError) for d in found] == [True] * 5 + [False] * 2
-    assert "line 1: the id 'a\\nb' holds a control character" in str(found[0])
+    assert "line 1: the id 'a\\nb' holds a baseline character" in str(found[0])
 
 
 _id = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufeff"), min_size=1, max_size=8)
@@ -314,9 +314,9 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
         documents(tmp_path / "hollow")
 
 
-def test_questions_and_their_errors(tmp_path):
+def test_queries_and_their_errors(tmp_path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a", "completion": "b", "id": 1}, {"row": 3}, {"text": "t"}])
-    assert list(read_questions(str(path))) == [
+    assert list(read_queries(str(path))) == [
         {"prompt": "a", "completion": "b", "id": "1"},
         {"row": 3, "id": "q.jsonl line 2"},
         {"text": "t", "id": "q.jsonl line 3"},
@@ -333,7 +333,7 @@ def test_questions_and_their_errors(tmp_path):
     ):
         bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, record])
         with pytest.raises(DataError, match=r"bad.jsonl line 2"):
-            list(read_questions(str(bad)))
+            list(read_queries(str(bad)))
 
 
 def test_messages_of_a_file_and_their_errors(tmp_path):
@@ -467,9 +467,9 @@ def test_truncation_is_counted_and_bad_documents_say_where():
     assert [c.token_ids[c.loss_mask].tolist() for c in chunks] == [[20]]
 
 
-def test_questions_are_never_cut():
+def test_queries_are_never_cut():
     encoder = TextEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
-    assert isinstance(encoder.question(text=words(*range(1, 30))), Example)
+    assert isinstance(encoder.query(text=words(*range(1, 30))), Example)
     for bad, message in [
         ({"text": words(1, 2, 3, 4)}, "4 tokens long"),
         ({"text": ""}, "empty"),
@@ -477,7 +477,7 @@ def test_questions_are_never_cut():
         ({"completion": ""}, "empty"),
     ]:
         with pytest.raises(UsageError, match=message):
-            encoder.question(**bad, context=2)
+            encoder.query(**bad, context=2)
 
 
 def test_batches_of_the_tokenizer_keep_the_order(tmp_path):

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.evaluation.checks import brittleness, labels, recall, tailpatch
-from whence.evaluation.controls import content_controls, gradient_controls, hidden_control, score_matrix
-from whence.evaluation.judge import judge_index, judge_scores
-from whence.evaluation.lds import ceiling, difference, estimate, interval, lds, split_half
-from whence.evaluation.packs import read_pack
-from whence.evaluation.retrain import draw_masks, measure_losses
-from whence.indexer.tasks import CausalLM
-from whence.store.documents import Example
-from whence.store.errors import UsageError, WhenceError
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.evaluation.baselines import content_baselines, gradient_baselines, hidden_baseline, score_matrix
+from wherefrom.evaluation.checks import brittleness, labels, recall, tailpatch
+from wherefrom.evaluation.judge import judge_index, judge_scores
+from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, lds, split_half
+from wherefrom.evaluation.packs import read_pack
+from wherefrom.evaluation.retrain import draw_masks, measure_losses
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.documents import Example
+from wherefrom.store.errors import UsageError, WherefromError
 
 HERE = Path(__file__).parent
 
@@ -153,7 +153,7 @@ def pack(tmp_path_factory, model_dir):
     queries = write_jsonl(here / "q.jsonl", [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(5, seed=2, shortest=5))])
     result = run(*pack_command(model_dir, train, queries, here / "pack"))
     assert result.exit_code == 0, result.output
-    assert "whence evaluate lds" in result.stdout
+    assert "wherefrom evaluate lds" in result.stdout
     return here / "pack"
 
 
@@ -197,7 +197,7 @@ def test_a_pack_holds_what_the_models_trained_on_its_subsets_lose(pack, model_di
 
 
 def _source(model_dir):
-    from whence.indexer.models import ModelSource
+    from wherefrom.indexer.models import ModelSource
 
     return ModelSource(str(model_dir), device="cpu")
 
@@ -205,7 +205,7 @@ def _source(model_dir):
 @pytest.mark.processes
 def test_a_killed_pack_goes_on_and_ends_the_same(pack, model_dir, tmp_path):
     train, queries = pack.parent / "t.jsonl", pack.parent / "q.jsonl"
-    script = "from whence.cli import main; main()"
+    script = "from wherefrom.cli import main; main()"
     command = [sys.executable, "-c", script, *pack_command(model_dir, train, queries, tmp_path / "pack")]
     killed = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     pieces = tmp_path / "pack/pieces"
@@ -228,7 +228,7 @@ def test_judging_a_pack_prints_a_table_and_an_object(pack):
     options = ["--rank", "4", "--shard-rows", "16"]
     shown = run("evaluate", "lds", pack, *options)
     assert shown.exit_code == 0, shown.output
-    assert all(name in shown.stdout for name in ("this index", "control: bm25", "control: hidden", "ceiling", "95 % intervals"))
+    assert all(name in shown.stdout for name in ("this index", "baseline: bm25", "baseline: hidden", "ceiling", "95 % intervals"))
     content = json.loads(run("evaluate", "lds", pack, *options, "--json").stdout)
     assert {
         "pack",
@@ -240,30 +240,30 @@ def test_judging_a_pack_prints_a_table_and_an_object(pack):
         "queries",
         "subsets",
         "ceiling",
-        "controls",
+        "baselines",
     } <= content.keys()
     assert (content["queries"], content["subsets"], content["seeds"]) == (5, 6, 2)
-    assert set(content["controls"]) == {"random", "tfidf", "chars", "bm25", "norm", "dot", "cosine", "hidden"}
-    assert all({"lds", "low", "high", "lead", "lead_low", "lead_high"} == set(c) for c in content["controls"].values())
+    assert set(content["baselines"]) == {"random", "tfidf", "chars", "bm25", "norm", "dot", "cosine", "hidden"}
+    assert all({"lds", "low", "high", "lead", "lead_low", "lead_high"} == set(c) for c in content["baselines"].values())
     odd = json.loads(run("evaluate", "lds", pack, *options, "--queries", "odd", "--json").stdout)
     assert odd["queries"] == 2
 
 
 def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
-    judgement = judge_index(pack, {"rank": 4}, out=tmp_path / "kept.whence")
-    read, client = read_pack(pack), Client(tmp_path / "kept.whence")
+    judgement = judge_index(pack, {"rank": 4}, out=tmp_path / "kept.wherefrom")
+    read, client = read_pack(pack), Client(tmp_path / "kept.wherefrom")
     scores = np.zeros((24, 5))
     for q, document in enumerate(client.encode(read.queries)):
         rows = client.measure([document])["blocks"]
         for i in range(24):
-            scores[i, q] = rows[0] @ client.index.row(i, client.index.segment("blocks"))
+            scores[i, q] = rows[0] @ client.index.row(i, client.index.component("blocks"))
     assert judgement.estimate.value == pytest.approx(np.nanmean(lds(scores, read.masks, read.losses)), abs=1e-3)
     np.save(tmp_path / "theirs.npy", scores)
     content = json.loads(run("evaluate", "lds", pack, "--scores", tmp_path / "theirs.npy", "--json").stdout)
     assert content["lds"] == pytest.approx(judgement.estimate.value, abs=1e-3)
     assert content["bytes_per_example"] is None
     cosine = judge_index(pack, {"rank": 4}, mode="cosine")
-    lengths = np.array([np.linalg.norm(client.index.row(i, client.index.segment("blocks"))) for i in range(24)])
+    lengths = np.array([np.linalg.norm(client.index.row(i, client.index.component("blocks"))) for i in range(24)])
     assert cosine.estimate.value == pytest.approx(np.nanmean(lds(scores / lengths[:, None], read.masks, read.losses)), abs=1e-3)
     half = judge_scores(pack, tmp_path / "theirs.npy", half="even")
     assert half.estimate.value == pytest.approx(np.nanmean(lds(scores[:, ::2], read.masks, read.losses[:, :, ::2])))
@@ -398,27 +398,27 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     missing = run("evaluate", "lds", place)
     assert (missing.exit_code, "--data" in missing.stderr) == (3, True)
     judgement = judge_index(place, {"rank": 100, "curvature": "identity"}, data=tmp_path / "data", out=tmp_path / "kept")
-    assert set(judgement.controls) == {"random", "pixels", "norm", "dot", "cosine", "hidden"}
+    assert set(judgement.baselines) == {"random", "pixels", "norm", "dot", "cosine", "hidden"}
     client = Client(tmp_path / "kept")
     assert client.index.manifest.task == "mlp"
-    row = client.index.row(3, client.index.segment("blocks"))
+    row = client.index.row(3, client.index.component("blocks"))
     x = torch.tensor((images[3].reshape(1, -1) / 255 - 0.1307) / 0.3081, dtype=torch.float32)
     loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([int(classes[3])]))
     gradients = torch.autograd.grad(loss, [model[0].weight, model[2].weight])
     assert_close(row, torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
-    # the plain product of gradients is the control of that name
+    # the plain product of gradients is the baseline of that name
     scores = (
-        client.index.row(3, client.index.segment("blocks"))
+        client.index.row(3, client.index.component("blocks"))
         @ client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"].T
     )
-    controls = gradient_controls(
+    baselines = gradient_baselines(
         client, [client.index.example(i) for i in range(30)], client.encode(read_pack(place, tmp_path / "data").queries)
     )
-    norms = [np.linalg.norm(client.index.row(3, client.index.segment("blocks")))]
+    norms = [np.linalg.norm(client.index.row(3, client.index.component("blocks")))]
     lengths = np.linalg.norm(client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
-    assert_close(controls["norm"][3], norms * 10, 1e-5)
-    assert_close(controls["dot"][3], scores, 1e-5, norms[0] * lengths)
-    assert_close(controls["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)
+    assert_close(baselines["norm"][3], norms * 10, 1e-5)
+    assert_close(baselines["dot"][3], scores, 1e-5, norms[0] * lengths)
+    assert_close(baselines["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)
     answer = Client(tmp_path / "kept").query(row=2, k=3)
     assert answer.proponents[0].row == 2
     with pytest.raises(UsageError, match="holds vectors, not texts"):
@@ -436,7 +436,7 @@ def test_image_packs_with_rows_or_files_that_do_not_fit(image_pack, tmp_path):
     assert (result.exit_code, "not a whole IDX file" in result.stderr) == (4, True)
 
 
-# --- controls
+# --- baselines
 
 
 def _text_examples(*texts):
@@ -445,18 +445,18 @@ def _text_examples(*texts):
 
 def test_word_controls_find_shared_rare_words():
     train = _text_examples("the cat sat on the mat", "the dog lay on the rug", "the zyzzyva ate the mat of the cat")
-    controls = content_controls(train, _text_examples("a zyzzyva", "dogs lay"))
+    baselines = content_baselines(train, _text_examples("a zyzzyva", "dogs lay"))
     for name in ("tfidf", "chars", "bm25"):
-        assert controls[name].shape == (3, 2)
-        assert controls[name][:, 0].argmax() == 2
-        assert controls[name][:, 1].argmax() == 1
-    assert controls["tfidf"].max() <= 1 + 1e-9
-    assert np.array_equal(controls["random"], content_controls(train, _text_examples("x", "y"))["random"])
+        assert baselines[name].shape == (3, 2)
+        assert baselines[name][:, 0].argmax() == 2
+        assert baselines[name][:, 1].argmax() == 1
+    assert baselines["tfidf"].max() <= 1 + 1e-9
+    assert np.array_equal(baselines["random"], content_baselines(train, _text_examples("x", "y"))["random"])
 
 
 def test_the_hidden_control_is_the_cosine_of_mean_last_states():
     model, examples = make_model(), make_examples(6)
-    found = hidden_control(CausalLM(), model, examples[:4], examples[4:], 64)
+    found = hidden_baseline(CausalLM(), model, examples[:4], examples[4:], 64)
     states = []
     for e in examples:
         out = model(torch.tensor(e.token_ids[None, :-1].astype(int)), output_hidden_states=True)
@@ -474,7 +474,7 @@ def test_the_hidden_control_is_the_cosine_of_mean_last_states():
 def planted(tmp_path_factory, model_dir):
     """A corpus where six documents say the same sentence, a model trained on it, and its index."""
     import training
-    from whence.indexer.models import ModelSource
+    from wherefrom.indexer.models import ModelSource
 
     here = tmp_path_factory.mktemp("planted")
     sentence = words(*range(3, 15))
@@ -482,7 +482,7 @@ def planted(tmp_path_factory, model_dir):
     corpus = write_jsonl(here / "c.jsonl", [{"id": f"d{i}", "text": t, "odd": i < 6} for i, t in enumerate(texts)])
     source = ModelSource(str(model_dir), device="cpu")
     encoder = CausalLM().encoder(source, 64)
-    from whence.store.corpus import read_corpus
+    from wherefrom.store.corpus import read_corpus
 
     model = training.train(list(encoder.documents(read_corpus([str(corpus)]))), str(model_dir), 0)
     model.save_pretrained(here / "model")
@@ -492,15 +492,15 @@ def planted(tmp_path_factory, model_dir):
             model=str(here / "model"), data=(str(corpus),), out=str(here / name), rank=8, row_dtype=dtype, curvature="ekfac"
         )
         build(config)
-    questions = write_jsonl(here / "q.jsonl", [{"prompt": words(3, 4, 5, 6), "completion": " " + words(*range(7, 15))}])
-    return here, questions
+    queries = write_jsonl(here / "q.jsonl", [{"prompt": words(3, 4, 5, 6), "completion": " " + words(*range(7, 15))}])
+    return here, queries
 
 
 def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted):
     here, _ = planted
     client = Client(here / "full")
-    question = Question(prompt=words(3, 4, 5, 6), completion=" " + words(7, 8, 9))
-    report = tailpatch(client, [question], k=5, rate=1e-5)
+    query = Query(prompt=words(3, 4, 5, 6), completion=" " + words(7, 8, 9))
+    report = tailpatch(client, [query], k=5, rate=1e-5)
     model, task = client.encoder.model, client.task
     model.requires_grad_(True)
 
@@ -509,9 +509,9 @@ def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted
         loss = task.loss(model, batch).sum() / ((batch.targets >= 0).sum() if mean else 1)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
 
-    (asked,) = client.examples([question])
+    (asked,) = client.examples([query])
     model.requires_grad_(False)
-    answer = client.query(prompt=question.prompt, completion=question.completion, k=5)
+    answer = client.query(prompt=query.prompt, completion=query.completion, k=5)
     model.requires_grad_(True)
     expected = np.mean([1e-5 * float(gradient(asked, False) @ gradient(client.index.example(a.row), True)) for a in answer.proponents])
     model.requires_grad_(False)
@@ -522,22 +522,22 @@ def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted
 
 
 def test_tailpatch_from_the_command_line(planted):
-    here, questions = planted
+    here, queries = planted
     content = json.loads(
-        run("evaluate", "tailpatch", here / "full", "--file", questions, "-k", 4, "--optimizer", "adam", "--rate", "1e-3", "--json").stdout
+        run("evaluate", "tailpatch", here / "full", "--file", queries, "-k", 4, "--optimizer", "adam", "--rate", "1e-3", "--json").stdout
     )
     assert content["figures"]["proponents: share of steps after which it fell"]["value"] > 0.9
-    assert (content["questions"], content["k"], content["optimizer"]) == (1, 4, "adam")
-    assert "proponents: loss falls by" in run("evaluate", "tailpatch", here / "full", "--file", questions, "-k", 2).stdout
-    assert "sgd, adam" in run("evaluate", "tailpatch", here / "full", "--file", questions, "--optimizer", "lion").stderr
-    assert "above 0" in run("evaluate", "tailpatch", here / "full", "--file", questions, "--rate", "0").stderr
+    assert (content["queries"], content["k"], content["optimizer"]) == (1, 4, "adam")
+    assert "proponents: loss falls by" in run("evaluate", "tailpatch", here / "full", "--file", queries, "-k", 2).stdout
+    assert "sgd, adam" in run("evaluate", "tailpatch", here / "full", "--file", queries, "--optimizer", "lion").stderr
+    assert "above 0" in run("evaluate", "tailpatch", here / "full", "--file", queries, "--rate", "0").stderr
 
 
 def test_training_again_without_the_planted_documents_hurts_more_than_chance(planted, model_dir):
-    here, questions = planted
+    here, queries = planted
     report = brittleness(
         str(here / "full"),
-        [Question(prompt=words(3, 4, 5, 6), completion=" " + words(*range(7, 15)))],
+        [Query(prompt=words(3, 4, 5, 6), completion=" " + words(*range(7, 15)))],
         "training:train_from_scratch",
         str(model_dir),
         k=6,
@@ -546,7 +546,7 @@ def test_training_again_without_the_planted_documents_hurts_more_than_chance(pla
     figures = {name.split(",")[0]: e.value for name, e in report.figures.items()}
     assert figures["without the proponents"] > 1.0
     assert figures["without the proponents"] > figures["without random examples"] + 1.0
-    result = run("evaluate", "brittleness", here / "full", "--train", "training:train", "--base", model_dir, "--file", questions, "-k", 60)
+    result = run("evaluate", "brittleness", here / "full", "--train", "training:train", "--base", model_dir, "--file", queries, "-k", 60)
     assert "must leave some of the index's 60 rows" in result.stderr
 
 
@@ -554,7 +554,7 @@ def test_the_auc_of_labels_is_sklearns(planted):
     here, _ = planted
     index = Client(here / "full").index
     truth = [index.example(i).metadata["odd"] for i in range(60)]
-    norms = np.concatenate([index.dense(s, index.segment("blocks")).norms for s in index.manifest.shards])
+    norms = np.concatenate([index.dense(s, index.component("blocks")).norms for s in index.manifest.shards])
     report = labels(str(here / "full"), "odd")
     assert report.figures["AUC of self-influence"].value == pytest.approx(roc_auc_score(truth, norms))
     largest = np.argsort(-norms)[: sum(truth)]
@@ -565,12 +565,12 @@ def test_the_auc_of_labels_is_sklearns(planted):
 
 
 def test_recall_of_an_index_in_itself_is_whole_and_of_int8_nearly(planted, index_dir):
-    here, questions = planted
+    here, queries = planted
     same = recall(str(here / "full"), str(here / "full"), k=5)
     assert {e.value for e in same.figures.values()} == {1.0}
     ours, rows = Client(here / "small").index, [3, 20, 41]
-    found = recall(str(here / "small"), str(here / "full"), [Question(row=r) for r in rows], k=3)
-    scores = [score_matrix(Client(here / n), Client(here / n).rows([Question(row=r) for r in rows])) for n in ("small", "full")]
+    found = recall(str(here / "small"), str(here / "full"), [Query(row=r) for r in rows], k=3)
+    scores = [score_matrix(Client(here / n), Client(here / n).rows([Query(row=r) for r in rows])) for n in ("small", "full")]
     for kind, sign in (("proponents", -1), ("opponents", 1)):
         shares = []
         for q, row in enumerate(rows):
@@ -580,9 +580,9 @@ def test_recall_of_an_index_in_itself_is_whole_and_of_int8_nearly(planted, index
     small = recall(str(here / "small"), str(here / "full"), k=5)
     assert 0.9 < small.figures["top 5 proponents found again"].value <= 1.0
     assert small.figures["rank correlation of all scores"].value > 0.99
-    asked = json.loads(run("evaluate", "recall", here / "small", here / "full", "--file", questions, "--json").stdout)
-    assert asked["questions"] == 1
+    asked = json.loads(run("evaluate", "recall", here / "small", here / "full", "--file", queries, "--json").stdout)
+    assert asked["queries"] == 1
     assert asked["bytes_per_example"] < asked["reference_bytes_per_example"] / 2
     assert "do not hold the same examples" in run("evaluate", "recall", here / "small", index_dir).stderr
-    with pytest.raises(WhenceError, match="below the indexes' 60 rows"):
+    with pytest.raises(WherefromError, match="below the indexes' 60 rows"):
         recall(str(here / "small"), str(here / "full"), k=61)

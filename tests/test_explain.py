@@ -11,27 +11,27 @@ from helpers import assert_close, make_tokenizer, random_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.indexer.examples import token_name, token_texts
-from whence.indexer.shares import token_shares
-from whence.query.answers import Answer, Attribution, Explanation, Part, SearchReport, TokenShares
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores
-from whence.query.terminal import heat, shortened, show, show_explanation
-from whence.store.errors import UsageError
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.indexer.examples import token_name, token_texts
+from wherefrom.indexer.shares import token_shares
+from wherefrom.query.answers import Answer, Attribution, Explanation, Part, SearchReport, TokenShares
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores
+from wherefrom.query.terminal import heat, shortened, show, show_explanation
+from wherefrom.store.errors import UsageError
 
-QUESTIONS = {
-    "text": Question(text=random_texts(1, seed=9, shortest=9)[0]),
-    "completion": Question(prompt="w1 w2 w3", completion=" w4 w5"),
-    "span": Question(text="w1 w2 w3 w4", span="w3"),
-    "against": Question(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
-    "row": Question(row=11),
+QUERIES = {
+    "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
+    "completion": Query(prompt="w1 w2 w3", completion=" w4 w5"),
+    "span": Query(text="w1 w2 w3 w4", span="w3"),
+    "against": Query(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
+    "row": Query(row=11),
 }
 METRICS = {
     "plain": {},
     "cosine": {"mode": "cosine"},
-    "per-nat": {"mode": "per-nat"},
+    "loss-normalized": {"mode": "loss-normalized"},
     "damped": {"damping": 3.0},
     "uncurved": {"curvature": False},
     "weights": {"weights": {"head": 0.3}},
@@ -41,12 +41,12 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory, model_dir, corpus_file):
-    """All segments, uncoded blocks; a dense segment alone; one of which only some coordinates are kept; and one bit a coordinate."""
+    """All components, uncoded blocks; a dense component alone; one of which only some coordinates are kept; and one bit a coordinate."""
     made = {}
     for name, options in {
-        "all": {"segments": ("head", "embeddings", "blocks"), "head_others": 3},
-        "blocks": {"segments": ("blocks",)},
-        "kept": {"segments": ("blocks",), "coordinates": 40, "curvature": "ekfac"},
+        "all": {"components": ("head", "embeddings", "blocks"), "head_others": 3},
+        "blocks": {"components": ("blocks",)},
+        "kept": {"components": ("blocks",), "coordinates": 40, "curvature": "ekfac"},
         "budget": {"bytes_per_example": 600},
     }.items():
         made[name] = tmp_path_factory.mktemp("explain") / name
@@ -55,9 +55,9 @@ def paths(tmp_path_factory, model_dir, corpus_file):
     return made
 
 
-def scores(client, question, options):
+def scores(client, query, options):
     metric = Metric(**{k: v for k, v in options.items() if k in ("mode", "damping", "curvature", "weights", "layers")})
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows([question]), metric)], axis=1)[0]
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows([query]), metric)], axis=1)[0]
 
 
 def assert_adds_up(parts, expected, rtol):
@@ -71,69 +71,69 @@ def assert_adds_up(parts, expected, rtol):
 def test_parts_add_up_to_the_score(paths, name, metric):
     options = METRICS[metric]
     client = Client(paths[name])
-    segments = client.index.manifest.segments
-    for question in QUESTIONS.values():
+    components = client.index.manifest.components
+    for query in QUERIES.values():
         try:
-            expected = scores(client, question, options)[[3, 70]]
+            expected = scores(client, query, options)[[3, 70]]
         except UsageError:  # cosines under another damping, of rows that cannot give them
             with pytest.raises(UsageError):
-                client.explain([3], question, **options)
+                client.explain([3], query, **options)
             continue
-        found = client.explain([3, 70], question, tokens=False, **options)
+        found = client.explain([3, 70], query, tokens=False, **options)
         for e, own in zip(found, expected, strict=True):
-            summed = sum(abs(p.score) for p in (*e.layers, *e.segments))
+            summed = sum(abs(p.score) for p in (*e.layers, *e.components))
             assert_close(e.score, own, 1e-4, summed)
-            assert_close(sum(p.score for p in e.segments), e.score, 1e-5, summed)
-            dense = {s.name for s in segments if s.kind == "dense" and not client.index.reduction(s).mixes}
-            for segment in e.segments:
-                layers = [p.score for p in e.layers if p.segment == segment.name]
-                assert bool(layers) == (segment.name in dense or segment.name in ("head", "embeddings"))
+            assert_close(sum(p.score for p in e.components), e.score, 1e-5, summed)
+            dense = {s.name for s in components if s.kind == "dense" and not client.index.reduction(s).mixes}
+            for component in e.components:
+                layers = [p.score for p in e.layers if p.component == component.name]
+                assert bool(layers) == (component.name in dense or component.name in ("head", "embeddings"))
                 if layers:
-                    assert_close(sum(layers), segment.score, 1e-5, sum(map(abs, layers)))
-                shared = [p.score for p in e.vocabulary if p.segment == segment.name]
-                if segment.name in ("head", "embeddings"):
-                    assert_close(sum(shared), segment.score, 1e-5, sum(map(abs, shared)))
+                    assert_close(sum(layers), component.score, 1e-5, sum(map(abs, layers)))
+                shared = [p.score for p in e.vocabulary if p.component == component.name]
+                if component.name in ("head", "embeddings"):
+                    assert_close(sum(shared), component.score, 1e-5, sum(map(abs, shared)))
             assert [abs(p.score) for p in e.layers] == sorted((abs(p.score) for p in e.layers), reverse=True)
-            assert (e.recomputed, e.example, e.question) == (None, None, None)
+            assert (e.recomputed, e.example, e.query) == (None, None, None)
 
 
 @pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "weights"])
-@pytest.mark.parametrize("kind", QUESTIONS)
+@pytest.mark.parametrize("kind", QUERIES)
 def test_token_shares_of_uncoded_rows_add_up_to_the_stored_score(paths, metric, kind):
     for name in ("blocks", "kept"):
         client = Client(paths[name])
         options = METRICS[metric] | ({"layers": ("h.0.*",)} if metric == "layers" else {})
-        for e in client.explain([3, 70], QUESTIONS[kind], **options):
+        for e in client.explain([3, 70], QUERIES[kind], **options):
             summed = sum(map(abs, e.example.scores))
             assert_close(e.recomputed, e.score, 1e-4, summed)
             assert_close(sum(e.example.scores), e.recomputed, 1e-5, summed)
-            assert (e.question is None) == (kind == "against")
-            if e.question:
-                assert_close(sum(e.question.scores), e.score, 1e-4, sum(map(abs, e.question.scores)))
+            assert (e.query is None) == (kind == "against")
+            if e.query:
+                assert_close(sum(e.query.scores), e.score, 1e-4, sum(map(abs, e.query.scores)))
 
 
 @pytest.mark.parametrize("name", ["all", "budget"])
-@pytest.mark.parametrize("kind", QUESTIONS)
+@pytest.mark.parametrize("kind", QUERIES)
 def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, name, kind):
     client = Client(paths[name])
-    question = QUESTIONS[kind]
-    (asking,) = client.examples([question if kind != "against" else Question(prompt="w1 w2 w3", completion=" w4")])
-    asked = client.encoder.rows([asking]) if kind == "row" else client.rows([question])
-    for e in client.explain([3, 70], question):
+    query = QUERIES[kind]
+    (asking,) = client.examples([query if kind != "against" else Query(prompt="w1 w2 w3", completion=" w4")])
+    asked = client.encoder.rows([asking]) if kind == "row" else client.rows([query])
+    for e in client.explain([3, 70], query):
         own, total = client.encoder.rows([client.index.example(e.row)]), 0.0
-        for segment in client.index.manifest.segments:
-            a, b = asked[segment.name], own[segment.name]
-            if segment.kind == "dense":
-                kept = client.index.reduction(segment).kept
-                total += segment.weight * float((a[0] * b[0])[slice(None) if kept is None else kept].sum())
+        for component in client.index.manifest.components:
+            a, b = asked[component.name], own[component.name]
+            if component.kind == "dense":
+                kept = client.index.reduction(component).kept
+                total += component.weight * float((a[0] * b[0])[slice(None) if kept is None else kept].sum())
             else:
                 products = a.vectors.astype(float) @ b.vectors.T.astype(float)
-                total += segment.weight * products[a.keys[:, None] == b.keys[None]].sum()
+                total += component.weight * products[a.keys[:, None] == b.keys[None]].sum()
         assert_adds_up(e.example.scores, e.recomputed, 1e-6)
         assert_adds_up(e.example.scores, total, 1e-4)
-        if e.question:
-            assert_adds_up(e.question.scores, total, 1e-4)
-            assert len(e.question.tokens) == len(e.question.scores) == len(asking.token_ids)
+        if e.query:
+            assert_adds_up(e.query.scores, total, 1e-4)
+            assert len(e.query.tokens) == len(e.query.scores) == len(asking.token_ids)
         assert len(e.example.tokens) == len(e.example.scores) == len(client.index.example(e.row).token_ids)
 
 
@@ -141,16 +141,16 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
     """Held against plain autograd: the head's gradient of single positions' losses."""
     client = Client(paths["blocks"])
     encoder, example = client.encoder, client.index.example(5)
-    vector = client.rows([QUESTIONS["text"]])["blocks"][0]
+    vector = client.rows([QUERIES["text"]])["blocks"][0]
     shares, opposite = token_shares(encoder, example, [{"blocks": vector}, {"blocks": -vector}])
     assert_close(opposite, -shares, 1e-6)
-    segment = client.index.manifest.segments[0]
+    component = client.index.manifest.components[0]
     model, part = encoder.model, encoder.parts["blocks"]
     batch = encoder.task.collate([example], torch.device("cpu"))
     seen = {}
     modules = dict(model.named_modules())
     handles = []
-    for layer in segment.layers:
+    for layer in component.layers:
 
         def keep(module, args, output, name=layer.name):
             output = output.requires_grad_(True) if not output.requires_grad else output
@@ -164,8 +164,8 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
         handle.remove()
     expected = np.zeros(len(example.token_ids))
     for t in range(batch.inputs.shape[1]):
-        row = np.zeros(segment.dim)
-        for layer in segment.layers:
+        row = np.zeros(component.dim)
+        for layer in component.layers:
             x, output = seen[layer.name]
             inward, outward = part.maps[layer.name]
             d = output.grad[0, t] if outward is None else outward @ output.grad[0, t]
@@ -183,17 +183,17 @@ def test_explain_on_the_command_line(paths):
         return done.output
 
     shown = run("--prompt", "w1 w2", "--completion", " w3")
-    for part in ("training example", "question", "segments", "layers", "tokens add up to"):
+    for part in ("training example", "query", "components", "layers", "tokens add up to"):
         assert part in shown
     lines = [json.loads(line) for line in run("--text", "w1 w2 w3", "--row", "5", "--row", "6", "--json").splitlines()]
     assert [e["row"] for e in lines] == [5, 6]
     assert lines[0]["example"]["tokens"][0].startswith("w")
-    plain = json.loads(run("--question-row", "7", "--row", "5", "--no-tokens", "--json"))
+    plain = json.loads(run("--query-row", "7", "--row", "5", "--no-tokens", "--json"))
     assert plain["example"] is None
     assert plain["vocabulary"] == [] or plain["vocabulary"][0]["name"].isdigit()
     wrong = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--row", "999"])
     assert (wrong.exit_code, "row 999 is not in the index" in wrong.output) == (2, True)
-    both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--question-row", "9"])
+    both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--query-row", "9"])
     assert both.exit_code == 2
 
 
@@ -201,9 +201,9 @@ def test_explain_on_the_command_line(paths):
 def test_a_row_asked_of_itself_recomputes_to_a_cosine_of_one(paths, name):
     client = Client(paths[name])
     for row in (3, 40):
-        (e,) = client.explain([row], Question(row=row), mode="cosine")
+        (e,) = client.explain([row], Query(row=row), mode="cosine")
         assert e.recomputed == pytest.approx(1.0, rel=1e-3)
-        assert_adds_up(e.question.scores, e.recomputed, 1e-4)
+        assert_adds_up(e.query.scores, e.recomputed, 1e-4)
 
 
 # --- texts of tokens
@@ -292,12 +292,12 @@ def test_bars_and_names_tell_parts_apart(capsys):
 
 def test_blocks_are_the_sums_of_their_layers(paths):
     client = Client(paths["all"])
-    question = QUESTIONS["completion"]
-    (found,) = client.explain([7], question, tokens=False)
+    query = QUERIES["completion"]
+    (found,) = client.explain([7], query, tokens=False)
     assert_adds_up([p.score for p in found.blocks], found.score, 1e-5)
     own = {p.name: p.score for p in found.blocks}
     assert own.keys() == {"transformer.h.0", "transformer.h.1", "lm_head", "transformer.wte"}
     for number in "01":
-        alone = scores(client, question, {"layers": (f"*.h.{number}.*",)})
+        alone = scores(client, query, {"layers": (f"*.h.{number}.*",)})
         assert_close(own[f"transformer.h.{number}"], alone[7], 1e-5, np.abs(alone).max())
     assert Explanation.from_dict(json.loads(json.dumps(found.to_dict()))) == found

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from test_server import Server
-from whence import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client, build
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = [
@@ -36,10 +36,10 @@ def server(tmp_path_factory):
     records[18]["text"] += " <script>alert(1)</script>"
     records[21]["text"] = words(*range(1, 60))
     data = write_jsonl(here / "c.jsonl", records)
-    options = dict(segments=("blocks", "head"), rank=4, hidden=True, shard_rows=60)
-    build(BuildConfig(model=str(here / "model"), data=(str(data),), out=str(here / "small.whence"), **options))
-    server = Server([here / "small.whence"], {"XDG_RUNTIME_DIR": str(here)})
-    server.client = Client(here / "small.whence")
+    options = dict(components=("blocks", "head"), rank=4, hidden=True, shard_rows=60)
+    build(BuildConfig(model=str(here / "model"), data=(str(data),), out=str(here / "small.wherefrom"), **options))
+    server = Server([here / "small.wherefrom"], {"XDG_RUNTIME_DIR": str(here)})
+    server.client = Client(here / "small.wherefrom")
     yield server
     _, said = server.stop()
     assert "Traceback" not in said
@@ -97,7 +97,7 @@ def test_ask_and_the_right_document_is_on_top_with_its_heat_map(page, server):
     assert heat.count() > 3
     colours = {heat.nth(i).evaluate("e => getComputedStyle(e).backgroundColor") for i in range(heat.count())}
     assert len(colours) > 1
-    assert page.locator("#question-heat .heat-for, #question-heat .heat-against").count() > 2
+    assert page.locator("#query-heat .heat-for, #query-heat .heat-against").count() > 2
     assert page.locator("#histogram svg rect").count() == 60
     assert page.locator("#histogram svg line.mark").count() == page.locator("ol .card").count()
     assert page.locator("#layers-chart svg rect").count() > 2
@@ -128,9 +128,9 @@ def test_filters_damping_groups_and_controls_rank_again_at_once(page, server):
     page.wait_for_selector("#groups tbody tr")
     settled(page)
     assert {row.split("\t")[0] for row in page.locator("#groups tbody tr").all_inner_texts()} == {"red", "green"}
-    page.check("#controls")
-    page.wait_for_selector("#controls-list .card")
-    assert {text.split()[0] for text in page.locator("#controls-list .card").all_inner_texts()} == {"bm25", "hidden", "norm"}
+    page.check("#baselines")
+    page.wait_for_selector("#baselines-list .card")
+    assert {text.split()[0] for text in page.locator("#baselines-list .card").all_inner_texts()} == {"bm25", "hidden", "norm"}
     page.check("#certified")
     page.wait_for_function("document.querySelector('#certificate').textContent.includes('with probability 0.99')")
     page.fill("#where", "nothing == 1")
@@ -169,8 +169,8 @@ def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
     ("link", "word"),
     [
         ("{}", "Write what the model said"),
-        ("[]", "no question"),
-        ("null", "no question"),
+        ("[]", "no query"),
+        ("null", "no query"),
         ('{"text":"w1 w2","span":"w2"}', "span"),
         ('{"text":"w1 w2","index":"retired"}', "retired"),
         ('{"text":"w1 w2","group_by":"nothing"}', "nothing"),
@@ -230,7 +230,7 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.type("w1 w2")
     page.keyboard.press("Tab")
     page.keyboard.type(" w3")
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Baseline+Enter")
     settled(page)
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("j")
@@ -322,7 +322,7 @@ def test_axe_finds_nothing_wrong(page, server, scheme, width):
     assert violations() == []  # empty
     page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
     page.select_option("#group", "color")
-    page.check("#controls")
+    page.check("#baselines")
     ask(page, prompt="w1 w2", completion=" w3")
     assert violations() == []  # answered
     page.add_style_tag(content=".card .text { max-height: 2em }")
@@ -384,7 +384,7 @@ def test_a_page_on_another_port_cannot_ask(browser, server, tmp_path):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=other.serve_forever, daemon=True).start()
-    counted = 'whence_responses_total{path="/v1/query",status="200"}'
+    counted = 'wherefrom_responses_total{path="/v1/query",status="200"}'
 
     def answered():
         metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()

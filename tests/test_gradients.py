@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from whence.indexer.capture import GradientSum
-from whence.indexer.curvature import whitening_scale
-from whence.indexer.encoder import Encoder, backward, batches
-from whence.indexer.fit import Fit
-from whence.indexer.projection import principal_projection, random_projection
-from whence.indexer.tasks import CausalLM, plan_batches, sample_targets
-from whence.store.documents import Example
-from whence.store.errors import IncompatibleError, NumericalError, UsageError
+from wherefrom.indexer.capture import GradientSum
+from wherefrom.indexer.curvature import whitening_scale
+from wherefrom.indexer.encoder import Encoder, backward, batches
+from wherefrom.indexer.fit import Fit
+from wherefrom.indexer.projection import principal_projection, random_projection
+from wherefrom.indexer.tasks import CausalLM, plan_batches, sample_targets
+from wherefrom.store.documents import Example
+from wherefrom.store.errors import IncompatibleError, NumericalError, UsageError
 
 TASK = CausalLM()
 ARCHITECTURES = list(CONFIGS)
@@ -63,7 +63,7 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
+        gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
         assert_close(row, np.concatenate([g.ravel() for g in gradients]), tolerance)
 
 
@@ -74,9 +74,9 @@ def test_projected_rows_equal_projected_autograd(architecture):
     examples = make_examples(4)
     rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
+        gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
         parts = []
-        for gradient, layer in zip(gradients, plan.segments[0].layers, strict=True):
+        for gradient, layer in zip(gradients, plan.components[0].layers, strict=True):
             left = random_projection(layer.name, "output", layer.output_rank, layer.outputs, 7).astype(float)
             right = random_projection(layer.input_group, "input", layer.input_rank, layer.inputs, 7).astype(float)
             parts.append((left @ gradient @ right.T).ravel())
@@ -88,15 +88,15 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
     examples = make_examples(5)
     losses = TASK.loss(model, TASK.collate(examples, torch.device("cpu")))
     for loss, example in zip(losses, examples, strict=True):
-        _, expected = autograd_gradients(model, make_plan(model).segments[0].layers[:1], example)
+        _, expected = autograd_gradients(model, make_plan(model).components[0].layers[:1], example)
         assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
 def whole_gradients(model, plan, examples):
     """Projected gradients by layer, from an encoder without curvature."""
-    plain = make_plan(model, rank=plan.segments[0].projection.rank, curvature="identity")
+    plain = make_plan(model, rank=plan.components[0].projection.rank, curvature="identity")
     rows = Encoder(TASK, (model,), plain, {}).rows(examples)["blocks"]
-    return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.segments[0].layers}
+    return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.components[0].layers}
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.1, 3.0])
@@ -108,7 +108,7 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
     influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
     train, asked = whole_gradients(model, plan, examples), whole_gradients(model, plan, queries)
     expected = 0
-    for layer in plan.segments[0].layers:
+    for layer in plan.components[0].layers:
         g = train[layer.name]
         H = g.T @ g / len(examples)
         a = damping * np.trace(H) / len(H)
@@ -118,11 +118,11 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
 
 def token_pairs(model, plan, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
-    found = {layer.name: [] for layer in plan.segments[0].layers}
+    found = {layer.name: [] for layer in plan.components[0].layers}
     for example in examples:
         for _, batch in batches(TASK, (model,), [example], 64):
-            maps = maps or {layer.name: (None, None) for layer in plan.segments[0].layers}
-            pair = Visit(plan.segments[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
+            maps = maps or {layer.name: (None, None) for layer in plan.components[0].layers}
+            pair = Visit(plan.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
             backward(model, batch, [pair], TASK.loss)
     return found
 
@@ -140,7 +140,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     pairs = token_pairs(model, plan, examples, plain.parts["blocks"].maps)
     train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     expected = 0
-    for layer in plan.segments[0].layers:
+    for layer in plan.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         tokens = sum(len(x) for x, _ in pairs[layer.name])
         A = sum(x.T @ x for x, _ in pairs[layer.name]) / tokens
@@ -162,7 +162,7 @@ def test_diagonal_and_identity_influence():
     train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
-    for layer in encoder.plan.segments[0].layers:
+    for layer in encoder.plan.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
         expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
@@ -186,9 +186,9 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     model = make_model("llama")
     examples = make_examples(24)
     fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
-    kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.segments[0].layers))]
-    layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.segments[0].layers, kinds, strict=True))
-    mixed = fit(model, replace(fisher, segments=(fisher.segments[0].model_copy(update={"layers": layers}),)), examples).rows(examples)[
+    kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.components[0].layers))]
+    layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.components[0].layers, kinds, strict=True))
+    mixed = fit(model, replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),)), examples).rows(examples)[
         "blocks"
     ]
     alone = {"fisher": fit(model, fisher, examples).rows(examples)["blocks"], "ekfac": fit(model, ekfac, examples).rows(examples)["blocks"]}
@@ -203,7 +203,7 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
     plan = make_plan(model, rank=3, curvature="identity", projection="pca")
     encoder = fit(model, plan, examples)
     pairs = token_pairs(model, plan, examples)
-    for layer in plan.segments[0].layers:
+    for layer in plan.components[0].layers:
         inputs = principal_projection(sum(x.T @ x for x, _ in pairs[layer.name]), 3)
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
         assert_close(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, 1e-7, 1)
@@ -257,7 +257,7 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     assert cosines.min() > 0.98
     sums = GradientSum()
     for _, batch in batches(TASK, (rough.model,), examples, 64):
-        backward(rough.model, batch, [Visit(rough.plan.segments[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
+        backward(rough.model, batch, [Visit(rough.plan.components[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
@@ -268,7 +268,7 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
     Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))["blocks"]
-    assert {layer.name.split(".")[2] for layer in plan.segments[0].layers} == {"1"}
+    assert {layer.name.split(".")[2] for layer in plan.components[0].layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
 
@@ -276,20 +276,20 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
 def test_layers_that_share_an_input_project_it_once(monkeypatch):
     model = make_model("llama")
     plan = make_plan(model, curvature="identity")
-    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.segments[0].layers}
+    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.components[0].layers}
     assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
     assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
     encoder = Encoder(TASK, (model,), plan, {})
-    assert len({id(encoder.parts["blocks"].maps[layer.name][0]) for layer in plan.segments[0].layers}) == len(
-        {layer.input_group for layer in plan.segments[0].layers}
+    assert len({id(encoder.parts["blocks"].maps[layer.name][0]) for layer in plan.components[0].layers}) == len(
+        {layer.input_group for layer in plan.components[0].layers}
     )
     products = []
     original = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
     encoder.rows(make_examples(1))["blocks"]
     inputs = [s for s in products if s[1] == 4]
-    assert len(inputs) == len({layer.input_group for layer in plan.segments[0].layers}) + len(
-        plan.segments[0].layers
+    assert len(inputs) == len({layer.input_group for layer in plan.components[0].layers}) + len(
+        plan.components[0].layers
     )  # each input once, each output once
 
 
@@ -298,7 +298,7 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     model.transformer.h[1] = model.transformer.h[0]
     plan = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
-    gradients, _ = autograd_gradients(model, plan.segments[0].layers, example)
+    gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
     (row,) = Encoder(TASK, (model,), plan, {}).rows([example])["blocks"]
     assert_close(row, np.concatenate([g.ravel() for g in gradients]), 1e-10)
 
@@ -354,7 +354,9 @@ def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
         expected = []
-        for gradient, layer in zip(autograd_gradients(model, plan.segments[0].layers, example)[0], plan.segments[0].layers, strict=True):
+        for gradient, layer in zip(
+            autograd_gradients(model, plan.components[0].layers, example)[0], plan.components[0].layers, strict=True
+        ):
             sides = (layer.name, "output"), (layer.input_group, "input")
             left, right = (np.eye(8) if rank == HUGE else random_projection(*side, 5, 8, 7).astype(float) for side in sides)
             expected.append((left @ gradient @ right.T).ravel())
@@ -385,7 +387,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
             x, d = x[0].numpy(), d[0].numpy()
             A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
 
-        backward(model, batch, [Visit(plan.segments[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
+        backward(model, batch, [Visit(plan.components[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
     assert_close(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), 1e-8)
 
@@ -399,9 +401,9 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     relabelled = []
     for example in examples:
         batch = TASK.collate([example], torch.device("cpu"))
-        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.segments[0].projection.seed)[0].numpy()
+        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.components[0].projection.seed)[0].numpy()
         relabelled.append((example, drawn))
-    (layer,) = plan.segments[0].layers
+    (layer,) = plan.components[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
     plain = Encoder(TASK, (model,), make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
     A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
@@ -409,7 +411,9 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
         batch = replace(TASK.collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
         pairs = []
         visit = Visit(
-            plan.segments[0].layers, plain.parts["blocks"].maps, lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy()))
+            plan.components[0].layers,
+            plain.parts["blocks"].maps,
+            lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())),
         )
         backward(model, batch, [visit], TASK.loss)
         x, d = pairs[0]
@@ -438,7 +442,7 @@ def test_a_model_that_looks_ahead_is_refused():
     bert = BertLMHeadModel(BertConfig(**size)).eval()
     with pytest.raises(IncompatibleError, match="BertLMHeadModel is not causal"):
         make_plan(bert)
-    assert make_plan(BertLMHeadModel(BertConfig(**size, is_decoder=True)).eval()).segments[0].layers
+    assert make_plan(BertLMHeadModel(BertConfig(**size, is_decoder=True)).eval()).components[0].layers
 
 
 def test_nan_weights_are_named_not_hidden():
@@ -497,7 +501,7 @@ def test_sampled_labels_make_the_true_fisher():
     model = make_model()
     examples = [Example(**{**e.__dict__, "id": f"{e.id}-{i}"}) for i in range(150) for e in make_examples(2, longest=3)]
     plan = make_plan(model, rank=2, curvature="diagonal", labels="sampled", patterns=("h.1.mlp.c_fc",))
-    (layer,) = plan.segments[0].layers
+    (layer,) = plan.components[0].layers
     estimated = fit(model, plan, examples).arrays[f"blocks/{layer.name}/eigenvalues"]
     expected = []
     for example in make_examples(2, longest=3):  # enumerate every label of every position

@@ -20,31 +20,33 @@ from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from whence import BuildConfig, Client, build
-from whence.cli import main
-from whence.ray_jobs.change import add, compact, delete, prune
-from whence.store.documents import Documents
-from whence.store.errors import IntegrityError, UsageError, WhenceError
-from whence.store.files import exclusive
-from whence.store.index import Index
-from whence.store.manifest import latest_manifest, seal
-from whence.store.printable import printable, to_json
+from wherefrom import BuildConfig, Client, build
+from wherefrom.cli import main
+from wherefrom.ray_jobs.change import add, compact, delete, prune
+from wherefrom.store.documents import Documents
+from wherefrom.store.errors import IntegrityError, UsageError, WherefromError
+from wherefrom.store.files import exclusive
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import latest_manifest, seal
+from wherefrom.store.printable import printable, to_json
 
 
 @pytest.fixture(scope="module")
 def index_800(tmp_path_factory, model_dir, corpus_file):
     """Head, embeddings and blocks, in several shards."""
-    out = tmp_path_factory.mktemp("indexes") / "small.whence"
+    out = tmp_path_factory.mktemp("indexes") / "small.wherefrom"
     build(
-        BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), segments=("head", "embeddings", "blocks"), shard_rows=32)
+        BuildConfig(
+            model=str(model_dir), data=(str(corpus_file),), out=str(out), components=("head", "embeddings", "blocks"), shard_rows=32
+        )
     )
     return out
 
 
 @pytest.fixture
 def index(tmp_path, index_800):
-    shutil.copytree(index_800, tmp_path / "copy.whence")
-    return tmp_path / "copy.whence"
+    shutil.copytree(index_800, tmp_path / "copy.wherefrom")
+    return tmp_path / "copy.wherefrom"
 
 
 def reseal(index, change=lambda content: None):
@@ -72,7 +74,7 @@ def use(index):
         opened.losses(shard)
     client = Client(index)
     answer = client.query(row=3, k=5, where="year >= 1900")
-    client.query(row=3, k=5, mode="per-nat", group_by="source")
+    client.query(row=3, k=5, mode="loss-normalized", group_by="source")
     return [a.row for a in answer.proponents]
 
 
@@ -111,15 +113,15 @@ def test_add_runs_no_code_that_an_index_names(tmp_path, index, model_dir, corpus
         with pytest.raises(UsageError, match="whose code runs only when you name it"):
             add(index, [str(more)])
     else:  # the options' own task is not what decides
-        with contextlib.suppress(WhenceError):
+        with contextlib.suppress(WherefromError):
             add(index, [str(more)])
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, asked):
-    from whence.indexer.models import ModelSource, load_causal_lm
-    from whence.store.errors import IncompatibleError
+    from wherefrom.indexer.models import ModelSource, load_causal_lm
+    from wherefrom.store.errors import IncompatibleError
 
     model = tmp_path / "model"
     model.mkdir()
@@ -149,7 +151,7 @@ def test_no_writer_follows_a_link_out_of_the_index(tmp_path, index, corpus_file,
     before = {p: p.read_bytes() for p in sorted([outside, *outside.rglob("*")]) if p.is_file()}
     more = write_jsonl(tmp_path / "more.jsonl", [{"id": "new", "text": "w1 w2 w3", "year": 2000}])
     config = BuildConfig(
-        model=str(model_dir), data=(str(corpus_file),), out=str(index), segments=("head", "embeddings", "blocks"), shard_rows=32
+        model=str(model_dir), data=(str(corpus_file),), out=str(index), components=("head", "embeddings", "blocks"), shard_rows=32
     )
     writers = [
         lambda: add(index, [str(more)]),
@@ -208,7 +210,7 @@ def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, ind
         parts = file.relative_to(index_800).parts
         kinds.setdefault((parts[0], *(p for p in parts[2:] if len(p) < 20)), file)
     for at in kinds.values():
-        copy_ = tmp_path / "copy.whence"
+        copy_ = tmp_path / "copy.wherefrom"
         shutil.rmtree(copy_, ignore_errors=True)
         shutil.copytree(index_800, copy_)
         path = copy_ / at.relative_to(index_800)
@@ -224,7 +226,7 @@ def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, ind
                 use(copy_)
                 assert path.relative_to(copy_).parts[0] in ("search", ".lock", "rows", "encoder"), path
                 list(Index(copy_).verify())
-            except WhenceError:
+            except WherefromError:
                 continue
 
 
@@ -244,7 +246,7 @@ def test_files_in_the_place_of_folders_end_in_a_sentence(index, model_dir, corpu
         lambda: build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(index))),
     )
     for writer in writers:
-        with pytest.raises(WhenceError, match=place):
+        with pytest.raises(WherefromError, match=place):
             writer()
     assert path.exists()
 
@@ -265,12 +267,12 @@ def test_an_index_of_which_every_row_is_deleted_is_not_compacted(index):
 
 
 def test_an_index_larger_than_the_limit_of_open_files_is_read(tmp_path, model_dir, corpus_file):
-    out = tmp_path / "many.whence"
-    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), segments=("head", "blocks"), shard_rows=2))
+    out = tmp_path / "many.wherefrom"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), components=("head", "blocks"), shard_rows=2))
     script = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-from whence import Client
+from wherefrom import Client
 client = Client({str(out)!r})
 client.index.summary()
 print([a.row for a in client.query(row=5, mode="cosine", where="year > 0", k=1).proponents])
@@ -327,12 +329,12 @@ def test_a_gap_between_states_is_said_by_verify(index):
 
 
 def test_a_forged_search_cache_is_found_by_verify_and_mended_by_reindex(index):
-    from whence.store.cache import read_cache, write_cache
+    from wherefrom.store.cache import read_cache, write_cache
 
     opened = Index(index)
-    segment = opened.segment("head")
+    component = opened.component("head")
     group = opened.groups[0]
-    place, source = opened._beside(group, segment), opened._source(group, segment)
+    place, source = opened._beside(group, component), opened._source(group, component)
     arrays = {name: np.array(array) for name, array in read_cache(place, source).items()}
     right = use(index)
     arrays["factors"] = arrays["factors"][::-1].copy()
@@ -409,13 +411,13 @@ def test_json_comes_back_whatever_it_holds(text):
 
 def test_nothing_printed_commands_the_terminal(tmp_path, index):
     def change(content):
-        content["models"][0]["id"] = content["models"][0]["architecture"] = content["whence"] = content["created"] = HOSTILE
+        content["models"][0]["id"] = content["models"][0]["architecture"] = content["wherefrom"] = content["created"] = HOSTILE
         content["build"]["notes"] = [HOSTILE]
         content["build"]["skipped_first"] = [HOSTILE]
         content["build"]["tracked"][0]["left_out"] = [HOSTILE]
 
     reseal(index, change)
-    place = tmp_path / "x\x1b]0;owned\x07\u202e.whence"
+    place = tmp_path / "x\x1b]0;owned\x07\u202e.wherefrom"
     index.rename(place)
     commands = [
         ["info", str(place)],
@@ -429,7 +431,7 @@ def test_nothing_printed_commands_the_terminal(tmp_path, index):
         ["add", str(place), "--data", str(tmp_path / HOSTILE)],
         ["build", "--model", HOSTILE, "--data", HOSTILE, "--out", str(tmp_path / "o")],
         ["delete", str(place), "--ids", HOSTILE],
-        ["explain", str(place), "--question-row", "1", "--row", "2", "--no-tokens"],
+        ["explain", str(place), "--query-row", "1", "--row", "2", "--no-tokens"],
     ]
     for command in commands:
         done = CliRunner().invoke(main, command, env={"HF_HUB_OFFLINE": "1"})
@@ -447,7 +449,7 @@ def test_output_in_any_encoding_is_whole(tmp_path, model_dir, encoding):
         command = [
             sys.executable,
             "-c",
-            "from whence.cli import main; main()",
+            "from wherefrom.cli import main; main()",
             "query",
             str(tmp_path / "i"),
             "--row",
@@ -470,7 +472,7 @@ import json, random, shutil, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_hostile_index import reseal, use
-from whence.store.errors import WhenceError
+from wherefrom.store.errors import WherefromError
 index, kind, seed, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 generator = random.Random(seed)
 wanted = {{
@@ -507,7 +509,7 @@ for number in range(rounds):
         found = use(index)
         answered += 1
         assert kind != "search" or found == right
-    except WhenceError:
+    except WherefromError:
         refused += 1
     path.write_bytes(whole)
     manifest.write_bytes(sealed)
@@ -517,9 +519,9 @@ print(refused, answered)
 
 @pytest.mark.parametrize("kind", ["arrow", "safetensors", "zarr", "search"])
 def test_no_mutated_file_ends_in_a_crash_or_a_traceback(index, kind):
-    rounds = int(os.environ.get("WHENCE_FUZZ_ROUNDS", "40"))
+    rounds = int(os.environ.get("WHEREFROM_FUZZ_ROUNDS", "40"))
     script = FUZZ.format(tests=os.path.dirname(__file__))
-    command = [sys.executable, "-c", script, str(index), kind, os.environ.get("WHENCE_FUZZ_SEED", "0"), str(rounds)]
+    command = [sys.executable, "-c", script, str(index), kind, os.environ.get("WHEREFROM_FUZZ_SEED", "0"), str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570)
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
     refused, answered = map(int, done.stdout.split())
@@ -591,19 +593,19 @@ def test_no_changed_manifest_ends_in_a_traceback(index_800, tmp_path_factory, da
         holder.append(copy.deepcopy(holder[at[-1]]))
     else:
         holder[str(at[-1]) + "x"] = holder[at[-1]]
-    place = tmp_path_factory.mktemp("fuzz") / "i.whence"
+    place = tmp_path_factory.mktemp("fuzz") / "i.wherefrom"
     place.mkdir()
     for name in ("rows", "documents", "encoder", "search"):
         (place / name).symlink_to(index_800 / name)
     (place / "manifests").mkdir()
     (place / "manifests" / source.name).write_bytes(seal(changed))
-    with contextlib.suppress(WhenceError):
+    with contextlib.suppress(WherefromError):
         use(place)
     shutil.rmtree(place)
 
 
 def test_headers_of_safetensors_files_are_bounded(tmp_path):
-    from whence.indexer.models import safetensors_problem
+    from wherefrom.indexer.models import safetensors_problem
 
     generator, path = random.Random(0), tmp_path / "model.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
@@ -643,7 +645,7 @@ def test_odd_descriptions_of_arrays_are_damage(index, change):
         change(meta)
         path.write_text(json.dumps(meta))
     reseal(index)
-    with pytest.raises(WhenceError):
+    with pytest.raises(WherefromError):
         use(index)
 
 
@@ -651,12 +653,12 @@ def test_a_manifest_of_other_layers_than_the_models_is_damage(index):
     saved = latest_manifest(index).read_bytes()
 
     def swapped(content):
-        for segment in content["segments"]:
-            if segment["kind"] == "keyed":
-                segment["role"] = {"head": "embeddings", "embeddings": "head"}[segment["role"]]
+        for component in content["components"]:
+            if component["kind"] == "sparse":
+                component["role"] = {"head": "embeddings", "embeddings": "head"}[component["role"]]
 
     def renamed(content):
-        content["segments"][-1]["layers"][0]["name"] = "transformer.h.0.nothing"
+        content["components"][-1]["layers"][0]["name"] = "transformer.h.0.nothing"
 
     for change in (swapped, renamed):
         reseal(index, change)
@@ -667,12 +669,12 @@ def test_a_manifest_of_other_layers_than_the_models_is_damage(index):
 
 
 def _doubled_layer(content):
-    layers = content["segments"][-1]["layers"]
+    layers = content["components"][-1]["layers"]
     layers[1]["name"] = layers[0]["name"]
 
 
 def _other_group(content):
-    layers = content["segments"][-1]["layers"]
+    layers = content["components"][-1]["layers"]
     layers[0]["input_group"] = next(layer["name"] for layer in layers if layer["inputs"] != layers[0]["inputs"])
 
 
@@ -681,9 +683,9 @@ def _other_group(content):
     [
         _doubled_layer,
         _other_group,
-        lambda content: content["segments"][-1]["layers"][0].update(inputs=10**14),
-        lambda content: content["segments"][0].update(bits=10**14),
-        lambda content: content["segments"][-1]["layers"][0].update(input_rank=10**6),
+        lambda content: content["components"][-1]["layers"][0].update(inputs=10**14),
+        lambda content: content["components"][0].update(bits=10**14),
+        lambda content: content["components"][-1]["layers"][0].update(input_rank=10**6),
         lambda content: content["encoder"].update(path="encoder/\0"),
         lambda content: content.update(number=10**16),
     ],
@@ -709,7 +711,7 @@ def test_curvature_below_zero_is_damage(index, array):
 
 
 def test_an_id_that_two_rows_have_is_found_by_verify(index):
-    from whence.store.documents import write_documents
+    from wherefrom.store.documents import write_documents
 
     opened = Index(index)
     for shard in opened.manifest.shards[:2]:
@@ -725,7 +727,7 @@ def test_an_id_that_two_rows_have_is_found_by_verify(index):
 @pytest.mark.parametrize("kind", ["bad json", "deep json", "late", "negative token", "first token", "one token", "chunk"])
 def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
     import pyarrow as pa
-    from whence.store.documents import Example, write_documents
+    from wherefrom.store.documents import Example, write_documents
 
     path = tmp_path / "d.arrow"
     good = Example("a", "t", "s", np.array([1, 2, 3], np.int32), np.array([False, True, True]), metadata={"m": 1})
@@ -751,7 +753,7 @@ def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
             at = table.schema.get_field_index("loss_mask")
             table = table.set_column(at, table.schema.field(at), pa.array([[False]] * 2))
     else:
-        encoded = {b"whence:encoding": b"json"} if "json" in kind else None
+        encoded = {b"wherefrom:encoding": b"json"} if "json" in kind else None
         field = pa.field("m", values.type, metadata=encoded)
         at = table.schema.get_field_index("metadata")
         struct = pa.StructArray.from_arrays([values], fields=[field])

@@ -11,19 +11,19 @@ import time
 import pytest
 from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
-from whence import BuildConfig, Client, build
-from whence.cli import main
-from whence.ray_jobs import build as building
-from whence.ray_jobs import change
-from whence.ray_jobs.change import add, compact, delete, prune
-from whence.store.errors import DataError, NotFoundError
-from whence.store.index import Index
-from whence.store.manifest import latest_manifest
+from wherefrom import BuildConfig, Client, build
+from wherefrom.cli import main
+from wherefrom.ray_jobs import build as building
+from wherefrom.ray_jobs import change
+from wherefrom.ray_jobs.change import add, compact, delete, prune
+from wherefrom.store.errors import DataError, NotFoundError
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import latest_manifest
 
 
 @pytest.fixture
 def config(tmp_path, model_dir, corpus_file):
-    options = dict(model=str(model_dir), data=(str(corpus_file),), out=str(tmp_path / "i"), segments=("head", "blocks"), shard_rows=32)
+    options = dict(model=str(model_dir), data=(str(corpus_file),), out=str(tmp_path / "i"), components=("head", "blocks"), shard_rows=32)
     return BuildConfig(**options)
 
 
@@ -61,7 +61,7 @@ def test_a_build_stopped_between_the_manifests_folder_and_its_first_file_goes_on
     assert not (tmp_path / "i/staging").exists()
 
 
-def test_an_addition_stopped_after_it_was_published_is_recognised(index, more, monkeypatch):
+def test_an_addition_stopped_after_it_was_published_is_recognized(index, more, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(change, "refresh_search", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def test_search_files_that_cannot_be_written_are_a_note_and_are_made_by_the_next
     }
     with monkeypatch.context() as patched:
         patched.setattr(Index, "reindex", full)
-        with pytest.warns(UserWarning, match="could not be written .No space left on device.; make them with whence reindex"):
+        with pytest.warns(UserWarning, match="could not be written .No space left on device.; make them with wherefrom reindex"):
             calls[writer]()
     assert [a.id for a in Client(index).query(row=3, k=3).proponents] == [a.id for a in before.proponents]
     prune(index)
@@ -141,8 +141,8 @@ def test_batch_tokens_do_not_make_another_build(index, config):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_additions_and_compactions_killed_at_any_moment_go_on(tmp_path, index, more):
-    """WHENCE_KILLS kills of each, at moments spread over the whole command; the same command then ends as one that was left alone."""
-    kills = int(os.environ.get("WHENCE_KILLS", "1"))
+    """WHEREFROM_KILLS kills of each, at moments spread over the whole command; the same command then ends as one that was left alone."""
+    kills = int(os.environ.get("WHEREFROM_KILLS", "1"))
     shutil.copytree(index, tmp_path / "left-alone")
     commands = [
         ["delete", "INDEX", "--where", "year > 2000"],
@@ -150,11 +150,11 @@ def test_additions_and_compactions_killed_at_any_moment_go_on(tmp_path, index, m
         ["compact", "INDEX", "--prune"],
         ["reindex", "INDEX"],
     ]
-    whence = [sys.executable, "-c", "from whence.cli import main; main()"]
+    wherefrom = [sys.executable, "-c", "from wherefrom.cli import main; main()"]
 
     def run(command, place):
         return subprocess.Popen(
-            [*whence, *[str(place) if part == "INDEX" else part for part in command]], stderr=subprocess.PIPE, text=True
+            [*wherefrom, *[str(place) if part == "INDEX" else part for part in command]], stderr=subprocess.PIPE, text=True
         )
 
     started = time.monotonic()

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import whence
+import wherefrom
 from click.testing import CliRunner
-from whence.cli import main
+from wherefrom.cli import main
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
@@ -56,7 +56,7 @@ def test_rooms_import_only_what_they_may_know(room):
                 assert name in ROOMS[room], f"{path.relative_to(ROOT)} imports {name}"
             else:
                 assert name not in FOREIGN[room], f"{path.relative_to(ROOT)} imports {name}"
-                assert name != "whence", f"{path.relative_to(ROOT)} imports whence absolutely"
+                assert name != "wherefrom", f"{path.relative_to(ROOT)} imports wherefrom absolutely"
 
 
 def modules_after(code):
@@ -69,25 +69,24 @@ HEAVY = {"torch", "ray", "faiss", "transformers", "zarr", "pyarrow", "numpy", "d
 
 @pytest.mark.parametrize("arguments", [["--help"], ["query", "--help"], ["build", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments):
-    code = f"from whence.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
+    code = f"from wherefrom.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
     assert not HEAVY & modules_after(code)
 
 
 def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir):
-    assert not (HEAVY | {"click", "pydantic"}) & modules_after("import whence")
-    code = (
-        f"from whence.cli import main\ntry:\n    main(['query', {str(index_dir)!r}, '--row', '1', '--json'])\nexcept SystemExit:\n    pass"
-    )
+    assert not (HEAVY | {"click", "pydantic"}) & modules_after("import wherefrom")
+    command = f"main(['query', {str(index_dir)!r}, '--row', '1', '--json'])"
+    code = f"from wherefrom.cli import main\ntry:\n    {command}\nexcept SystemExit:\n    pass"
     assert not {"torch", "ray", "faiss", "transformers", "zarr", "pandas"} & modules_after(code)
 
 
 def test_the_public_names():
-    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Question", "Task", "VectorTask", "WhenceError"]
-    assert whence.__all__ == [*classes, "build"]
-    assert all(getattr(whence, name) for name in whence.__all__)
-    assert {"Client", "build"} <= set(dir(whence))
+    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError"]
+    assert wherefrom.__all__ == [*classes, "build"]
+    assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
+    assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        whence.nonsense  # noqa: B018
+        wherefrom.nonsense  # noqa: B018
 
 
 @pytest.mark.slow
@@ -105,17 +104,17 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
-    expected = {f"whence/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
+    expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
     expected |= {
-        "whence/__init__.py",
-        "whence/cli.py",
-        "whence/client.py",
-        "whence/remote.py",
-        "whence/callback.py",
-        "whence/py.typed",
-        "whence/demo/corpus.jsonl",
+        "wherefrom/__init__.py",
+        "wherefrom/cli.py",
+        "wherefrom/client.py",
+        "wherefrom/remote.py",
+        "wherefrom/callback.py",
+        "wherefrom/py.typed",
+        "wherefrom/demo/corpus.jsonl",
     }
-    expected |= {f"whence/{n}" for n in tracked if n.startswith("server/static/")}
+    expected |= {f"wherefrom/{n}" for n in tracked if n.startswith("server/static/")}
     assert shipped == expected
 
 
@@ -127,8 +126,8 @@ def test_the_code_is_clean(command):
 
 HEADER = """# The command line
 
-An option comes from the command line, else from the environment (`WHENCE_BUILD_RANK=32` for `whence build --rank 32`), else from a TOML
-file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`: names with underscores), else it has its default. Results go to
+An option comes from the command line, else from the environment (`WHEREFROM_BUILD_RANK=32` for `wherefrom build --rank 32`), else from a
+TOML file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`: names with underscores), else it has its default. Results go to
 standard output, progress and errors to standard error. Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity,
 130 interrupted.
 
@@ -145,8 +144,8 @@ def commands(command, words=()):
 def help_page():
     parts = []
     for words in commands(main):
-        result = CliRunner().invoke(main, [*words, "--help"], prog_name="whence", terminal_width=100)
-        parts.append(f"## {' '.join(['whence', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
+        result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
+        parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
     return HEADER + "\n".join(parts)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
-from whence import BuildConfig, Client, build
-from whence.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
-from whence.indexer.tasks import CausalLM
-from whence.store.errors import IncompatibleError, NotFoundError
+from wherefrom import BuildConfig, Client, build
+from wherefrom.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.errors import IncompatibleError, NotFoundError
 
 
 def saved(path, architecture="gpt2", change=None):
@@ -78,13 +78,13 @@ def test_rows_of_a_model_that_computes_long_batches_otherwise_are_those_of_each_
     path = write_jsonl(tmp_path / "d.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(texts)])
     build(BuildConfig(model=str(place), data=(str(path),), out=str(tmp_path / "i"), rank=10**6, curvature="identity"))
     client = Client(tmp_path / "i")
-    (segment,) = client.index.manifest.segments
-    weights = [model.get_submodule(layer.name).weight.requires_grad_(True) for layer in segment.layers]
+    (component,) = client.index.manifest.components
+    weights = [model.get_submodule(layer.name).weight.requires_grad_(True) for layer in component.layers]
     for row in range(24):
         ids = torch.tensor(client.index.example(row).token_ids[None]).long()
         losses = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(losses, weights)]).numpy()
-        assert_close(client.index.row(row, segment), expected, 1e-4)
+        assert_close(client.index.row(row, component), expected, 1e-4)
 
 
 def test_most_models_may_share_batches():
@@ -117,7 +117,7 @@ def test_a_model_of_which_little_is_measured_says_so_everywhere(tmp_path, corpus
     """The experts of a Mixtral are one fused parameter, which is not tracked."""
     from click.testing import CliRunner
     from transformers import AutoConfig, AutoModelForCausalLM
-    from whence.cli import main
+    from wherefrom.cli import main
 
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     experts = dict(num_local_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -133,7 +133,7 @@ def test_a_model_of_which_little_is_measured_says_so_everywhere(tmp_path, corpus
     client = Client(tmp_path / "i")
     (tracked,) = client.index.manifest.build.tracked
     whole = sum(p.numel() for p in model.parameters())
-    measured = sum(layer.outputs * layer.inputs for layer in client.index.manifest.segments[0].layers)
+    measured = sum(layer.outputs * layer.inputs for layer in client.index.manifest.components[0].layers)
     assert (tracked.parameters, tracked.of) == (measured, whole)
     assert tracked.share < 0.5
     answer = client.query(row=1, k=1)
@@ -150,11 +150,11 @@ def test_a_component_without_gradients_is_zeros_and_said(tmp_path, corpus_file):
 
     for name, change in {"zeros": zero_head, "tiny": lambda w: {**w, "lm_head.weight": w["lm_head.weight"] * 1e-30}}.items():
         place = saved(tmp_path / name, "llama", change)
-        options = dict(segments=("head", "embeddings", "blocks"), rank=2, out=str(tmp_path / f"{name}.whence"))
+        options = dict(components=("head", "embeddings", "blocks"), rank=2, out=str(tmp_path / f"{name}.wherefrom"))
         with pytest.warns(UserWarning, match="the gradients of embeddings are zero .or too small for float32. for every example"):
             build(BuildConfig(model=place, data=(str(corpus_file),), **options))
-        client = Client(tmp_path / f"{name}.whence")
-        assert not client.index.norms(client.index.segment("embeddings")).any()
+        client = Client(tmp_path / f"{name}.wherefrom")
+        assert not client.index.norms(client.index.component("embeddings")).any()
         answer = client.query(text="w1 w2 w3", k=3)
         assert all(np.isfinite(a.score) for a in answer.proponents)
 
@@ -178,7 +178,7 @@ def test_the_context_of_roberta_leaves_out_the_positions_of_padding(tmp_path):
 
 
 def test_a_model_without_a_cache_option_is_read(tmp_path):
-    from whence.indexer.models import logits_of
+    from wherefrom.indexer.models import logits_of
 
     class Plain(torch.nn.Module):
         def forward(self, input_ids):
@@ -243,9 +243,9 @@ def test_a_model_that_is_set_to_return_tuples_is_read(tmp_path, corpus_file):
         config = json.loads((place / "config.json").read_text()) | change
         (place / "config.json").write_text(json.dumps(config))
         out = tmp_path / f"i{len(rows)}"
-        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2, segments=("blocks",)))
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2, components=("blocks",)))
         index = Client(out).index
-        rows.append(np.stack([index.row(row, index.manifest.segments[0]) for row in range(len(index))]))
+        rows.append(np.stack([index.row(row, index.manifest.components[0]) for row in range(len(index))]))
     assert_close(rows[1], rows[0], 1e-5)
 
 

@@ -9,24 +9,24 @@ from click.testing import CliRunner
 from helpers import assert_close, random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.query.scoring import all_scores
-from whence.store import postings as module
-from whence.store.bits import rotate, signs_of
-from whence.store.cache import write_cache
-from whence.store.index import Index
-from whence.store.kernels import add_lists
-from whence.store.keyed import KeyedRows, KeyedVectors, code, write_keyed
-from whence.store.postings import Postings, add_lists_plainly, byte_tables
-from whence.store.rows import write_shard
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.query.scoring import all_scores
+from wherefrom.store import postings as module
+from wherefrom.store.bits import rotate, signs_of
+from wherefrom.store.cache import write_cache
+from wherefrom.store.index import Index
+from wherefrom.store.kernels import add_lists
+from wherefrom.store.postings import Postings, add_lists_plainly, byte_tables
+from wherefrom.store.rows import write_shard
+from wherefrom.store.sparse import SparseRows, SparseVectors, code, write_sparse
 
 
 def random_rows(rows, vocabulary, width, seed):
     generator = np.random.default_rng(seed)
     keys = [np.sort(generator.choice(vocabulary, generator.integers(i == 0, min(9, vocabulary) + 1), replace=False)) for i in range(rows)]
     indptr = np.concatenate([[0], np.cumsum([len(k) for k in keys])]).astype(np.int64)
-    return KeyedVectors(indptr, np.concatenate(keys).astype(np.int64), generator.standard_normal((indptr[-1], width)).astype(np.float32))
+    return SparseVectors(indptr, np.concatenate(keys).astype(np.int64), generator.standard_normal((indptr[-1], width)).astype(np.float32))
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,8 +34,8 @@ def random_rows(rows, vocabulary, width, seed):
 def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows, vocabulary, bits, seed, queries):
     path = tmp_path_factory.mktemp("postings")
     known, asked = random_rows(rows, vocabulary, bits, seed), random_rows(queries, vocabulary, bits, seed + 1)
-    write_shard(path / "a.zarr", {"head": partial(write_keyed, rows=code(known, bits, 5), vocabulary=vocabulary, bits=bits)}, {})
-    read = KeyedRows(path / "a.zarr/head", rows, vocabulary, bits)
+    write_shard(path / "a.zarr", {"head": partial(write_sparse, rows=code(known, bits, 5), vocabulary=vocabulary, bits=bits)}, {})
+    read = SparseRows(path / "a.zarr/head", rows, vocabulary, bits)
     rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(queries), np.diff(asked.indptr))
     expected, size = np.zeros((2, queries, rows))
     for i in range(rows):
@@ -65,14 +65,14 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
 
 @pytest.fixture
 def index(tmp_path, model_dir, corpus_file):
-    options = dict(segments=("head", "embeddings"), head_bits=32, shard_rows=40)
+    options = dict(components=("head", "embeddings"), head_bits=32, shard_rows=40)
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(tmp_path / "i"), **options))
     return tmp_path / "i"
 
 
 def scores(path):
     client = Client(path)
-    rows = client.rows([Question(text=t) for t in random_texts(3, seed=4)])
+    rows = client.rows([Query(text=t) for t in random_texts(3, seed=4)])
     return np.concatenate([s for _, s in all_scores(client.index, rows)], axis=1)
 
 
@@ -118,12 +118,12 @@ def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatc
     assert not (index / "staging").exists()
 
 
-def test_one_question_of_a_small_index_loads_no_compiled_code(index):
+def test_one_query_of_a_small_index_loads_no_compiled_code(index):
     import subprocess
     import sys
 
     command = (
-        "import sys; from whence import Client; Client(sys.argv[1]).query(row=3); print('numba' in sys.modules, 'torch' in sys.modules)"
+        "import sys; from wherefrom import Client; Client(sys.argv[1]).query(row=3); print('numba' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", command, str(index)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
@@ -145,11 +145,11 @@ FORGED = {
 def test_lists_that_would_lead_the_loops_astray_are_not_read(index, name):
     before, opened = scores(index), Index(index)
     array, change = FORGED[name]
-    (group,), segment = opened.groups, opened.segment("head")
-    lists, place = opened.postings(group, segment), index / "search" / f"{group.id}.zarr" / "head"
+    (group,), component = opened.groups, opened.component("head")
+    lists, place = opened.postings(group, component), index / "search" / f"{group.id}.zarr" / "head"
     arrays = {f: np.array(getattr(lists, f)) for f in ("tokens", "starts", "rows", "codes", "factors")}
-    write_cache(place, arrays | {array: change(arrays[array])}, opened._source(group, segment), index / "staging")
-    assert Postings.read(place, opened._source(group, segment), group.rows, 4) is None
+    write_cache(place, arrays | {array: change(arrays[array])}, opened._source(group, component), index / "staging")
+    assert Postings.read(place, opened._source(group, component), group.rows, 4) is None
     assert np.array_equal(scores(index), before)
 
 

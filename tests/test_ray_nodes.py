@@ -14,15 +14,15 @@ import numpy as np
 import psutil
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
-from whence import BuildConfig, build
-from whence.ray_jobs import executor as module
-from whence.ray_jobs.executor import Resources, open_executor
-from whence.ray_jobs.progress import Silent
-from whence.store.errors import BusyError, DataError, UsageError, WorkerError
-from whence.store.manifest import read_manifest
+from wherefrom import BuildConfig, build
+from wherefrom.ray_jobs import executor as module
+from wherefrom.ray_jobs.executor import Resources, open_executor
+from wherefrom.ray_jobs.progress import Silent
+from wherefrom.store.errors import BusyError, DataError, UsageError, WorkerError
+from wherefrom.store.manifest import read_manifest
 
 pytestmark = pytest.mark.processes
-KILLS = int(os.environ.get("WHENCE_KILLS", "3"))
+KILLS = int(os.environ.get("WHEREFROM_KILLS", "3"))
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 LARGE = 60_000  # numbers of a result that Ray keeps on the worker's node
 
@@ -321,7 +321,7 @@ def test_a_build_whose_node_is_killed_makes_the_very_same_files(cluster, tmp_pat
 
 
 def test_random_kills_leave_results_whole(cluster, tmp_path):
-    """WHENCE_KILLS of nodes, workers and ledgers, at random times."""
+    """WHEREFROM_KILLS of nodes, workers and ledgers, at random times."""
     seed = int.from_bytes(os.urandom(4), "little")
     generator, kills, nodes = random.Random(seed), [], [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     at = time.monotonic() + 2
@@ -350,8 +350,8 @@ def test_random_kills_leave_results_whole(cluster, tmp_path):
 
 QUIET = """
 import os, sys
-from whence.ray_jobs.executor import Resources, open_executor
-from whence.ray_jobs.progress import Silent
+from wherefrom.ray_jobs.executor import Resources, open_executor
+from wherefrom.ray_jobs.progress import Silent
 
 def worker():
     class Once:

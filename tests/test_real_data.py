@@ -1,11 +1,11 @@
-"""A trained model and real documents: what is asked back is found, and questions of one kind find documents of that kind."""
+"""A trained model and real documents: what is asked back is found, and queries of one kind find documents of that kind."""
 
 import json
 
 import numpy as np
 import pytest
-from whence import BuildConfig, Client, Question, build
-from whence.query.search import search
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.query.search import search
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ def client(shared, tmp_path_factory):
                 kind.append(line)
     corpus = here / "some.jsonl"
     corpus.write_text("".join(by_source["gsm8k"] + by_source["wikitext"]))
-    out = here / "real.whence"
+    out = here / "real.wherefrom"
     build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=400, curvature="ekfac"))
     return Client(out)
 
@@ -31,17 +31,17 @@ def client(shared, tmp_path_factory):
 def test_every_training_text_asked_back_finds_itself_first(client):
     rows = range(0, len(client.index), 20)
     whole = [r for r in rows if client.index.example(r).document == client.index.example(r).id]
-    answers = client.query_many([Question(text=client.index.example(r).text) for r in whole], k=1, mode="cosine")
+    answers = client.query_many([Query(text=client.index.example(r).text) for r in whole], k=1, mode="cosine")
     assert len(whole) == 40
     assert [a.proponents[0].row for a in answers] == whole
     assert min(a.proponents[0].score for a in answers) > 0.999
 
 
 def test_school_problems_find_school_problems(client, shared):
-    with open(shared / "data/gsm8k-questions.jsonl") as lines:
+    with open(shared / "data/gsm8k-queries.jsonl") as lines:
         asked = [json.loads(line) for line in lines]
     short = [q for q in asked if len(q["prompt"] + q["completion"]) < 500][:20]
-    answers = client.query_many([Question(prompt=q["prompt"], completion=q["completion"]) for q in short], k=10)
+    answers = client.query_many([Query(prompt=q["prompt"], completion=q["completion"]) for q in short], k=10)
     found = [a.source for answer in answers for a in answer.proponents]
     # Half of these documents are of that kind; over the whole corpus it is 99.9 % (benchmarks/real_data.py).
     assert found.count("gsm8k") >= 0.95 * len(found)
@@ -49,9 +49,9 @@ def test_school_problems_find_school_problems(client, shared):
 
 @pytest.mark.parametrize("recall", [0.9, 0.99])
 def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, recall):
-    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
-    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
-    asked = client.rows([Question(row=row) for row in range(len(client.index))])
+    monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
+    monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
+    asked = client.rows([Query(row=row) for row in range(len(client.index))])
     whole, read = [], []
     for exact, hit in zip(search(client.index, asked, 10), search(client.index, asked, 10, recall=recall), strict=True):
         assert hit.recall == recall

@@ -8,23 +8,23 @@ import pytest
 from helpers import assert_close, assert_same_ranking, random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence import BuildConfig, Client, Question, build
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores, standard_errors
-from whence.query.search import _merge, search
-from whence.store.errors import UsageError
-from whence.store.index import Index
-from whence.store.keyed import inner_products
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores, standard_errors
+from wherefrom.query.search import _merge, search
+from wherefrom.store.errors import UsageError
+from wherefrom.store.index import Index
+from wherefrom.store.sparse import inner_products
 
 
 def dense_rows(index):
-    (segment,) = index.manifest.segments
-    return np.stack([index.row(i, segment) for i in range(len(index))])
+    (component,) = index.manifest.components
+    return np.stack([index.row(i, component) for i in range(len(index))])
 
 
 def random_queries(index, count, seed=0):
-    (segment,) = index.manifest.segments
-    return {"blocks": np.random.default_rng(seed).normal(size=(count, segment.dim)).astype(np.float32)}
+    (component,) = index.manifest.components
+    return {"blocks": np.random.default_rng(seed).normal(size=(count, component.dim)).astype(np.float32)}
 
 
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
@@ -74,7 +74,7 @@ def test_merging_blocks_is_sorting_the_whole(scores, k, block, sign):
 
 
 def built(tmp_path, model_dir, corpus_file, name, **options):
-    out = tmp_path / f"{name}.whence"
+    out = tmp_path / f"{name}.wherefrom"
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), shard_rows=32, **({"rank": 4} | options)))
     return out
 
@@ -84,8 +84,8 @@ def built(tmp_path, model_dir, corpus_file, name, **options):
 def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, corpus_file, curvature, mode):
     low = Client(built(tmp_path, model_dir, corpus_file, "low", curvature=curvature, damping=0.05))
     high = Client(built(tmp_path, model_dir, corpus_file, "high", curvature=curvature, damping=2.0))
-    questions = [Question(text=t) for t in random_texts(3, seed=9)]
-    rows_low, rows_high = low.rows(questions), high.rows(questions)
+    queries = [Query(text=t) for t in random_texts(3, seed=9)]
+    rows_low, rows_high = low.rows(queries), high.rows(queries)
     there = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 2.0))], axis=1)
     scratch = np.concatenate([s for _, s in all_scores(high.index, rows_high, Metric(mode))], axis=1)
     assert_close(there, scratch, 2e-4)
@@ -111,7 +111,7 @@ def test_smaller_rows_keep_the_scores(tmp_path, model_dir, corpus_file, index_di
 
 def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
     client = Client(index_dir)
-    answers = client.query_many([Question(row=i) for i in range(len(client.index))], k=1, mode="cosine")
+    answers = client.query_many([Query(row=i) for i in range(len(client.index))], k=1, mode="cosine")
     for i, answer in enumerate(answers):
         assert answer.proponents[0].score == pytest.approx(1, abs=1e-5)
         found = client.index.example(answer.proponents[0].row)
@@ -120,14 +120,14 @@ def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
 
 def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_norm(tmp_path, model_dir, corpus_file):
     client = Client(built(tmp_path, model_dir, corpus_file, "again"))
-    (segment,) = client.index.manifest.segments
+    (component,) = client.index.manifest.components
     for i in (0, 17, 119):
         example = client.index.example(i)
-        asked = client.rows([Question(text=example.text)])["blocks"][0]
-        assert_close(asked, client.index.row(i, segment), 1e-4)
+        asked = client.rows([Query(text=example.text)])["blocks"][0]
+        assert_close(asked, client.index.row(i, component), 1e-4)
         answer = client.query(text=example.text, k=120)
         (own,) = [a for a in answer.proponents if a.row == i]
-        assert own.score == pytest.approx(float(np.linalg.norm(client.index.row(i, segment))) ** 2, rel=1e-3)
+        assert own.score == pytest.approx(float(np.linalg.norm(client.index.row(i, component))) ** 2, rel=1e-3)
 
 
 def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
@@ -154,12 +154,12 @@ def test_answers_as_dictionaries_and_tables(index_dir):
     assert Client(index_dir).query(row=1, opponents=False).opponents == ()
 
 
-def test_many_questions_answer_like_each_alone(index_dir):
+def test_many_queries_answer_like_each_alone(index_dir):
     client = Client(index_dir)
-    questions = [Question(text=words(1, 2, 3, 4)), Question(row=7), Question(prompt="w5", completion=" w6 w7")]
-    together = client.query_many(questions, k=3)
-    for question, answer in zip(questions, together, strict=True):
-        (alone,) = client.query_many([question], k=3)
+    queries = [Query(text=words(1, 2, 3, 4)), Query(row=7), Query(prompt="w5", completion=" w6 w7")]
+    together = client.query_many(queries, k=3)
+    for query, answer in zip(queries, together, strict=True):
+        (alone,) = client.query_many([query], k=3)
         assert_same_ranking(answer.proponents, alone.proponents, 1e-5)
     assert client.query_many([]) == []
 
@@ -176,7 +176,7 @@ def test_more_answers_than_rows_are_all_rows(index_dir, recall):
     assert {a.id for a in (*few.proponents, *few.opponents)} == {"d1", "d2"}
 
 
-def test_bad_questions_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
+def test_bad_queries_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
     client = Client(index_dir)
     for options, message in [
         ({"row": 1, "k": 0}, "k is 0"),
@@ -206,12 +206,12 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 @pytest.mark.parametrize("curvature", ["fisher", "ekfac", "diagonal", "identity"])
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
-    from whence.query.metric import Metric
-    from whence.query.scoring import all_scores
+    from wherefrom.query.metric import Metric
+    from wherefrom.query.scoring import all_scores
 
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
-    rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.segment("blocks")) for r in (3, 50)])}
-    asked = {"blocks": np.stack([plain.index.row(r, plain.index.segment("blocks")) for r in (3, 50)])}
+    rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.component("blocks")) for r in (3, 50)])}
+    asked = {"blocks": np.stack([plain.index.row(r, plain.index.component("blocks")) for r in (3, 50)])}
     found, expected = (
         np.concatenate([s.T for _, s in all_scores(c.index, q, m)])
         for c, q, m in ((whitened, rows, Metric(mode, curvature=False)), (plain, asked, Metric(mode)))
@@ -219,32 +219,32 @@ def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corp
     assert_close(found, expected, 2e-4)
 
 
-@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+@pytest.mark.parametrize("mode", ["influence", "cosine", "loss-normalized"])
 def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_file, mode):
-    """Over many rows and questions, the errors of estimates over what is stated are as wide as a standard normal, or a little narrower."""
-    options = dict(model=str(model_dir), data=(str(corpus_file),), segments=("head", "embeddings", "blocks"), rank=12, labels="data")
+    """Over many rows and queries, the errors of estimates over what is stated are as wide as a standard normal, or a little narrower."""
+    options = dict(model=str(model_dir), data=(str(corpus_file),), components=("head", "embeddings", "blocks"), rank=12, labels="data")
     build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=512, head_bits=16, embedding_bits=32, **options))
     client = Client(tmp_path / "bits")
-    segments = client.index.manifest.segments
+    components = client.index.manifest.components
     examples = [client.index.example(i) for i in range(120)]
-    rows, questions = client.encoder.rows(examples), [Question(text=t) for t in random_texts(40, seed=77, shortest=12)]
-    asked = client.rows(questions)
+    rows, queries = client.encoder.rows(examples), [Query(text=t) for t in random_texts(40, seed=77, shortest=12)]
+    asked = client.rows(queries)
     exact, squared = 0, 0
-    for s in segments:
-        products = inner_products(asked[s.name], rows[s.name]) if s.kind == "keyed" else asked[s.name] @ rows[s.name].T
+    for s in components:
+        products = inner_products(asked[s.name], rows[s.name]) if s.kind == "sparse" else asked[s.name] @ rows[s.name].T
         exact = exact + s.weight * products
-        lengths = rows[s.name].squared_norms if s.kind == "keyed" else np.square(rows[s.name]).sum(1)
-        own = asked[s.name].squared_norms if s.kind == "keyed" else np.square(asked[s.name]).sum(1)
+        lengths = rows[s.name].squared_norms if s.kind == "sparse" else np.square(rows[s.name]).sum(1)
+        own = asked[s.name].squared_norms if s.kind == "sparse" else np.square(asked[s.name]).sum(1)
         squared = squared + s.weight * lengths
-        norms = s.weight * own + (0 if s is segments[0] else norms)
+        norms = s.weight * own + (0 if s is components[0] else norms)
     if mode == "cosine":
         exact = exact / np.sqrt(norms[:, None] * squared[None])
-    if mode == "per-nat":
+    if mode == "loss-normalized":
         exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
     metric = Metric(mode)
     found = np.concatenate([s for _, s in all_scores(client.index, asked, metric)], axis=1)
     errors = np.stack(standard_errors(client.index, asked, metric, [np.arange(120)] * 40))
-    z = ((found - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the question the stated error is too large
+    z = ((found - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the query the stated error is too large
     assert 0.8 < z.std() < 1.1
     assert np.mean(np.abs(z) > 3) < 0.01
     answer = client.query(text=examples[3].text, mode=mode, k=4)

@@ -19,23 +19,23 @@ import pytest
 import uvicorn
 from click.testing import CliRunner
 from helpers import assert_close, assert_same_ranking, random_texts, words
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.query.answers import Answer
-from whence.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
-from whence.server.app import create_app
-from whence.server.guard import Impatient
-from whence.store.errors import BusyError, NotFoundError, UsageError
-from whence.store.printable import to_json
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.query.answers import Answer
+from wherefrom.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
+from wherefrom.server.app import create_app
+from wherefrom.server.guard import Impatient
+from wherefrom.store.errors import BusyError, NotFoundError, UsageError
+from wherefrom.store.printable import to_json
 
 TOKEN = "a-token-of-20-letters"
 
 
 class Server:
-    """`whence serve` in a process of its own."""
+    """`wherefrom serve` in a process of its own."""
 
     def __init__(self, arguments, environment):
-        command = [sys.executable, "-c", "from whence.cli import main; main()", "serve", *map(str, arguments), "--port", "0"]
+        command = [sys.executable, "-c", "from wherefrom.cli import main; main()", "serve", *map(str, arguments), "--port", "0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
         line = self.process.stderr.readline()
         if " at http" not in line:
@@ -57,15 +57,15 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory, model_dir, corpus_file):
     made = {}
-    for name, options in {"dense": {"rank": 4}, "keyed": {"segments": ("head",), "hidden": True}}.items():
-        made[name] = tmp_path_factory.mktemp("served") / f"{name}.whence"
+    for name, options in {"dense": {"rank": 4}, "sparse": {"components": ("head",), "hidden": True}}.items():
+        made[name] = tmp_path_factory.mktemp("served") / f"{name}.wherefrom"
         build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(made[name]), shard_rows=50, **options))
     return made
 
 
 @pytest.fixture(scope="module")
 def server(paths, environment):
-    server = Server([paths["dense"], f"head={paths['keyed']}"], environment)
+    server = Server([paths["dense"], f"head={paths['sparse']}"], environment)
     yield server
     code, said = server.stop()
     assert code in (0, -signal.SIGTERM), said
@@ -76,7 +76,7 @@ def server(paths, environment):
 def servers_directory_of(environment):
     from pathlib import Path
 
-    return Path(environment["XDG_RUNTIME_DIR"]) / "whence"
+    return Path(environment["XDG_RUNTIME_DIR"]) / "wherefrom"
 
 
 def raw(port, method, path, body=None, headers=None, host=None):
@@ -110,35 +110,35 @@ def assert_alike(found, expected):
     assert_close(ours, theirs, 1e-5)
 
 
-QUESTIONS = [
-    Question(prompt="w1 w2", completion=" w3"),
-    Question(text=words(4, 5, 6)),
-    Question(row=7),
-    Question(prompt="w1", completion=" w2", against=" w9"),
+QUERIES = [
+    Query(prompt="w1 w2", completion=" w3"),
+    Query(text=words(4, 5, 6)),
+    Query(row=7),
+    Query(prompt="w1", completion=" w2", against=" w9"),
 ]
 OPTIONS = [
     {},
     {"k": 3, "mode": "cosine"},
     {"where": "year > 1950", "group_by": "source"},
     {"damping": 2.0, "opponents": False},
-    {"recall": 0.9, "controls": True},
+    {"recall": 0.9, "baselines": True},
 ]
 
 
-@pytest.mark.parametrize("name", ["dense", "keyed"])
+@pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_both_clients_answer_alike(server, paths, name):
-    here, there = Client(str(paths[name])), Client(server.url, index="head" if name == "keyed" else "dense")
+    here, there = Client(str(paths[name])), Client(server.url, index="head" if name == "sparse" else "dense")
     assert isinstance(there, RemoteClient)
     for options in OPTIONS:
-        for a, b in zip(here.query_many(QUESTIONS, **options), there.query_many(QUESTIONS, **options), strict=True):
+        for a, b in zip(here.query_many(QUERIES, **options), there.query_many(QUERIES, **options), strict=True):
             assert_alike(b, a)
             assert isinstance(b, Answer)
     assert_alike(there.query(prompt="w1 w2", completion=" w3", k=2), here.query(prompt="w1 w2", completion=" w3", k=2))
     assert_alike(asyncio.run(AsyncClient(server.url, index=str(paths[name])).query(row=7)), here.query(row=7))
-    (mean,) = there.query_many(QUESTIONS[:3], mean=True)
-    (own,) = here.query_many(QUESTIONS[:3], mean=True)
+    (mean,) = there.query_many(QUERIES[:3], mean=True)
+    (own,) = here.query_many(QUERIES[:3], mean=True)
     assert_same_ranking(mean.proponents, own.proponents, 1e-5)
-    for a, b in zip(here.explain([3, 70], QUESTIONS[0]), there.explain([3, 70], QUESTIONS[0]), strict=True):
+    for a, b in zip(here.explain([3, 70], QUERIES[0]), there.explain([3, 70], QUERIES[0]), strict=True):
         assert_alike(b, a)
     assert there.complete("w1 w2", 3) == here.complete("w1 w2", 3)
 
@@ -162,15 +162,15 @@ def test_the_command_line_asks_a_running_server_and_prints_the_same(server, path
     assert run("query", index, "--row", "999999", "--json")[0] == 2
     explained = run("explain", index, "--row", "3", "--prompt", "w1 w2", "--completion", " w3", "--json")
     assert json.loads(explained[1])["row"] == 3
-    assert_alike(json.loads(run(*arguments, WHENCE_URL=server.url)[1]), json.loads(run(*arguments, "--local")[1]))
-    code, said = run(*arguments, WHENCE_URL="http://127.0.0.1:9")
+    assert_alike(json.loads(run(*arguments, WHEREFROM_URL=server.url)[1]), json.loads(run(*arguments, "--local")[1]))
+    code, said = run(*arguments, WHEREFROM_URL="http://127.0.0.1:9")
     assert code == 3
-    assert "whence serve" in said
+    assert "wherefrom serve" in said
 
 
 def test_asking_a_server_loads_nothing_heavy(server, paths, environment):
     script = (
-        "import sys\nfrom whence.cli import main\ntry:\n"
+        "import sys\nfrom wherefrom.cli import main\ntry:\n"
         f"    main(['query', {str(paths['dense'])!r}, '--prompt', 'w1 w2', '--completion', ' w3', '--json'])\n"
         "except SystemExit:\n    pass\nprint(*sorted(sys.modules))"
     )
@@ -206,7 +206,7 @@ def test_what_the_pages_say(server, paths):
     best = Client(paths["dense"]).query(row=7, k=1).proponents[0]
     assert (int(np.argmax(numbers)), pytest.approx(best.score, rel=1e-5)) == (best.row, float(numbers.max()))
     metrics = get("/metrics").decode()
-    for name in ("whence_stage_seconds_bucket", "whence_candidates_total", "whence_remembered_total", "whence_responses_total"):
+    for name in ("wherefrom_stage_seconds_bucket", "wherefrom_candidates_total", "wherefrom_remembered_total", "wherefrom_responses_total"):
         assert name in metrics
     for page in ("/", "/docs", "/static/app.js", "/static/style.css", "/static/docs.js", "/static/icon.svg"):
         assert get(page)
@@ -218,8 +218,8 @@ BAD = {
     "not utf-8": (b'{"text": "\xff\xfe"}', (400, 422), ""),
     "a list": (b"[]", 422, ""),
     "unknown field": (b'{"index": "dense", "text": "w1 w2", "whatever": 1}', 422, "whatever"),
-    "no question": (b'{"index": "dense"}', 422, "exactly one"),
-    "two questions": (b'{"index": "dense", "text": "w1 w2", "row": 1}', 422, "exactly one"),
+    "no query": (b'{"index": "dense"}', 422, "exactly one"),
+    "two queries": (b'{"index": "dense", "text": "w1 w2", "row": 1}', 422, "exactly one"),
     "empty text": (b'{"index": "dense", "text": ""}', 422, ""),
     "no such row": (b'{"index": "dense", "row": 100000}', 422, "row 100000"),
     "negative row": (b'{"index": "dense", "row": -1}', 422, "row"),
@@ -240,13 +240,13 @@ BAD = {
     "nested filter": (json.dumps({"index": "dense", "row": 1, "where": "not " * 985 + "chunk == 0"}).encode(), 422, ""),
     "huge number in a filter": (json.dumps({"index": "dense", "row": 1, "where": "chunk == 0x" + "F" * 3900}).encode(), 422, ""),
     "mean of nothing": (
-        b'{"index": "dense", "mean": true, "questions": [{"row": 1, "weight": 0}, {"row": 2, "weight": 0}]}',
+        b'{"index": "dense", "mean": true, "queries": [{"row": 1, "weight": 0}, {"row": 2, "weight": 0}]}',
         422,
         "weight 0",
     ),
     "huge weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": 1e38}}', 422, "1e6"),
     "row that is true": (b'{"index": "dense", "row": true}', 422, "row"),
-    "too many answers": (json.dumps({"index": "dense", "questions": [{"row": 1}] * 250, "k": 120}).encode(), 422, "in parts"),
+    "too many answers": (json.dumps({"index": "dense", "queries": [{"row": 1}] * 250, "k": 120}).encode(), 422, "in parts"),
     "mean of one": (b'{"index": "dense", "row": 1, "mean": true}', 422, "mean"),
     "deep json": (b'{"index":' * 50_000, (400, 422), ""),
 }
@@ -280,7 +280,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(server):
 
 def test_both_clients_refuse_what_is_no_option(server, paths):
     for client in (Client(paths["dense"]), Client(server.url, index="dense")):
-        for call in (lambda c: c.query(row=1, K=3), lambda c: c.explain([1], Question(row=2), whatever=1)):
+        for call in (lambda c: c.query(row=1, K=3), lambda c: c.explain([1], Query(row=2), whatever=1)):
             with pytest.raises(UsageError, match="is no option; there are k, opponents"):
                 call(client)
 
@@ -312,45 +312,45 @@ def test_hostile_paths_sizes_hosts_and_clients(server):
 
 
 def test_many_at_once_get_their_own_answers(server, paths):
-    questions = [Question(text=t) for t in random_texts(24, seed=31)] + [Question(row=r) for r in range(8)]
-    expected = Client(paths["dense"]).query_many(questions, k=3)
-    found, errors = [None] * len(questions), []
+    queries = [Query(text=t) for t in random_texts(24, seed=31)] + [Query(row=r) for r in range(8)]
+    expected = Client(paths["dense"]).query_many(queries, k=3)
+    found, errors = [None] * len(queries), []
 
     def ask(number):
         client = RemoteClient(server.url, index="dense")
-        question = questions[number]
-        found[number] = client.query(text=question.text, row=question.row, k=3)
+        query = queries[number]
+        found[number] = client.query(text=query.text, row=query.row, k=3)
         try:
             client.query(row=10**6)
         except UsageError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(questions))]
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(queries))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(errors) == len(questions)
+    assert len(errors) == len(queries)
     for a, b in zip(found, expected, strict=True):  # batches change the last bits of a model's output
         assert_same_ranking(a.proponents, b.proponents, 1e-5)
 
 
 def test_a_changed_index_is_picked_up(paths, environment, tmp_path):
-    shutil.copytree(paths["dense"], tmp_path / "i.whence")
-    server = Server([tmp_path / "i.whence"], environment)
+    shutil.copytree(paths["dense"], tmp_path / "i.wherefrom")
+    server = Server([tmp_path / "i.wherefrom"], environment)
     try:
         client = RemoteClient(server.url)
         best = client.query(text=words(1, 2, 3), k=1).proponents[0].row
-        done = CliRunner().invoke(main, ["delete", str(tmp_path / "i.whence"), "--ids", "-"], input=f"d{best}\n")
+        done = CliRunner().invoke(main, ["delete", str(tmp_path / "i.wherefrom"), "--ids", "-"], input=f"d{best}\n")
         assert done.exit_code == 0, done.output
         again = client.query(text=words(1, 2, 3), k=1)
         assert again.proponents[0].row != best
         assert again.index["manifest"] == 2
-        shutil.move(tmp_path / "i.whence", tmp_path / "gone")
+        shutil.move(tmp_path / "i.wherefrom", tmp_path / "gone")
         with pytest.raises(NotFoundError, match="no index"):
             client.query(row=1)
-        shutil.copytree(paths["keyed"], tmp_path / "i.whence")  # another index in its place, its manifest of a number as the first had
-        assert client.query(row=1, k=1).index["segments"] == ["head"]
+        shutil.copytree(paths["sparse"], tmp_path / "i.wherefrom")  # another index in its place, its manifest of a number as the first had
+        assert client.query(row=1, k=1).index["components"] == ["head"]
     finally:
         assert server.stop()[0] in (0, -signal.SIGTERM)
 
@@ -379,7 +379,7 @@ def test_a_token_is_asked_for(paths, environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["nothing.whence"], 3, "no index"),
+        (["nothing.wherefrom"], 3, "no index"),
         (["{dense}", "--host", "0.0.0.0"], 2, "--token-file"),
         (["{dense}", "--token-file", "nothing"], 3, "no token file"),
         (["{dense}", "{dense}"], 2, "two indexes"),
@@ -401,7 +401,7 @@ def test_a_port_that_is_taken_and_a_short_token(paths, tmp_path, server):
 
 def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("WHENCE_URL", raising=False)
+    monkeypatch.delenv("WHEREFROM_URL", raising=False)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     word = announce(Served("http://127.0.0.1:1", gone.pid, None, {"i": str(tmp_path / "i")}))
@@ -429,25 +429,25 @@ def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
         RemoteClient("http://127.0.0.1:9", token="ключ")
     with pytest.raises(UsageError, match="address"):
         RemoteClient("127.0.0.1:80")
-    with pytest.raises(NotFoundError, match="whence serve"):
+    with pytest.raises(NotFoundError, match="wherefrom serve"):
         RemoteClient("http://127.0.0.1:9").query(row=1)
 
 
 def test_a_full_queue_refuses_and_a_slow_client_is_let_go(paths):
     """In process, where the queue can be made small and patience short."""
-    from whence.server.engine import Engine, Metrics
+    from wherefrom.server.engine import Engine, Metrics
 
     async def scenario():
         client = Client(paths["dense"])
         engine = Engine("i", client, Metrics(), batch=1, queue=2)
-        waiting = [asyncio.create_task(engine.ask(Question(row=n), {})) for n in range(2)]
+        waiting = [asyncio.create_task(engine.ask(Query(row=n), {})) for n in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(BusyError, match="2 requests wait"):
-            await engine.ask(Question(row=5), {})
+            await engine.ask(Query(row=5), {})
         engine.start()
         answers = await asyncio.gather(*waiting)
         assert [a.query["row"] for a in answers] == [0, 1]
-        last = asyncio.create_task(engine.ask(Question(row=3), {}))
+        last = asyncio.create_task(engine.ask(Query(row=3), {}))
         await last
         await engine.stop()
 
@@ -549,7 +549,7 @@ def test_schemathesis_finds_no_500(server):
 
 @pytest.mark.parametrize("said", [b"{}", b"[]", b"3", b"null", b"x", b'{"answers": [{}]}'])
 @pytest.mark.parametrize("status", [200, 500])
-def test_what_is_no_whence_server_is_said_to_be_none(said, status):
+def test_what_is_no_wherefrom_server_is_said_to_be_none(said, status):
     class Other(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -566,10 +566,10 @@ def test_what_is_no_whence_server_is_said_to_be_none(said, status):
         client = RemoteClient(f"http://127.0.0.1:{other.server_port}")
         for ask in (
             lambda: client.query(row=1),
-            lambda: client.query_many([Question(row=1)] * 2),
-            lambda: client.explain([1], Question(row=1)),
+            lambda: client.query_many([Query(row=1)] * 2),
+            lambda: client.explain([1], Query(row=1)),
         ):
-            with pytest.raises(NotFoundError, match="not as a Whence server"):
+            with pytest.raises(NotFoundError, match="not as a Wherefrom server"):
                 ask()
     finally:
         other.shutdown()
@@ -577,17 +577,17 @@ def test_what_is_no_whence_server_is_said_to_be_none(said, status):
 
 
 def test_an_engine_outlives_whatever_happens_and_drops_what_nobody_waits_for(paths, monkeypatch):
-    from whence.server.engine import Engine, Metrics
+    from wherefrom.server.engine import Engine, Metrics
 
     async def scenario():
         engine = Engine("i", Client(paths["dense"]), Metrics(), batch=4, queue=9)
         engine.start()
         monkeypatch.setattr(Client, "refreshed", lambda self: (_ for _ in ()).throw(OSError("no more files")))
         with pytest.raises(OSError, match="no more files"):
-            await engine.ask(Question(row=1), {})
+            await engine.ask(Query(row=1), {})
         monkeypatch.undo()
         assert engine.alive
-        assert (await engine.ask(Question(row=1), {})).proponents
+        assert (await engine.ask(Query(row=1), {})).proponents
         began = []
         slow = asyncio.create_task(engine.call(lambda client: time.sleep(0.3)))
         await asyncio.sleep(0.05)
@@ -595,7 +595,7 @@ def test_an_engine_outlives_whatever_happens_and_drops_what_nobody_waits_for(pat
         await asyncio.sleep(0.05)
         gone.cancel()
         await slow
-        assert (await engine.ask(Question(row=2), {})).proponents
+        assert (await engine.ask(Query(row=2), {})).proponents
         assert began == []
         waiting = asyncio.create_task(engine.call(lambda client: time.sleep(0.3)))
         await asyncio.sleep(0.05)
@@ -624,7 +624,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
 
 def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
     """uvicorn cancels them when its time of grace is over."""
-    from whence.server.guard import Guard
+    from wherefrom.server.guard import Guard
 
     async def scenario():
         sent, begun = [], asyncio.Event()

@@ -1,4 +1,4 @@
-"""Models spread over several devices: the same rows, questions and explanations as on one, and nothing that meets across devices."""
+"""Models spread over several devices: the same rows, queries and explanations as on one, and nothing that meets across devices."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,15 @@ import torch
 from click.testing import CliRunner
 from devices import FIRST, SECOND, Devices
 from helpers import assert_close, make_model, make_tokenizer
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
-from whence.ray_jobs.executor import Resources, gpus_of_each
-from whence.store.errors import UsageError
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
+from wherefrom.ray_jobs.executor import Resources, gpus_of_each
+from wherefrom.store.errors import UsageError
 
 ROWS = {
-    "whole": {"segments": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_others": 2, "labels": "sampled"},
-    "dense Fisher": {"segments": ("blocks",), "rank": 3, "curvature": "fisher", "projection": "pca", "hidden": True},
+    "whole": {"components": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_others": 2, "labels": "sampled"},
+    "dense Fisher": {"components": ("blocks",), "rank": 3, "curvature": "fisher", "projection": "pca", "hidden": True},
     "by bytes": {"bytes_per_example": 900},
 }
 ASKED = {"text": "w1 w2 w3 w4"}, {"prompt": "w5 w6", "completion": " w7 w8"}
@@ -38,11 +38,11 @@ def whole(place, corpus_file, out, rows, **options):
     config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", shard_rows=50, **ROWS[rows], **options)
     build(config)
     client = Client(out, task=options.get("task"))
-    stored = [np.stack([client.index.row(i, s) for i in range(0, 120, 7)]) for s in client.index.manifest.segments if s.kind == "dense"]
+    stored = [np.stack([client.index.row(i, s) for i in range(0, 120, 7)]) for s in client.index.manifest.components if s.kind == "dense"]
     answers = [client.query(k=5, **asked) for asked in ASKED]
     scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
-    (explained,) = client.explain([answers[0].proponents[0].row], Question(**ASKED[0]))
-    shares = np.concatenate([explained.example.scores, explained.question.scores])
+    (explained,) = client.explain([answers[0].proponents[0].row], Query(**ASKED[0]))
+    shares = np.concatenate([explained.example.scores, explained.query.scores])
     return client, stored, scores, shares
 
 
@@ -89,7 +89,7 @@ def test_two_gpus_give_the_rows_of_one(place, corpus_file, tmp_path):
     for device in ("map", "cuda:0"):
         build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path / device), rank=4, device=device))
         client = Client(tmp_path / device, device=device)
-        rows.append(np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(120)]))
+        rows.append(np.stack([client.index.row(i, client.index.manifest.components[0]) for i in range(120)]))
         if device == SPREAD:
             assert len({p.device for p in client.encoder.model.parameters()}) == 2
     assert_close(rows[0], rows[1], 1e-4)
@@ -130,7 +130,7 @@ def test_layers_without_maps_see_both_sides_on_their_own_device(place, corpus_fi
                 )
             )
         client = Client(tmp_path / task[:3], task=task)
-        rows[task] = np.stack([client.index.row(i, client.index.manifest.segments[0]) for i in range(0, 120, 9)])
+        rows[task] = np.stack([client.index.row(i, client.index.manifest.components[0]) for i in range(0, 120, 9)])
     assert_close(rows["devices:Spread"], rows["causal-lm"], 1e-5)
 
 
@@ -177,7 +177,7 @@ def test_more_spread_models_than_gpus_are_refused():
 
 
 def test_other_models_are_not_spread(tmp_path):
-    from whence.indexer.models import load_mlp
+    from wherefrom.indexer.models import load_mlp
 
     with pytest.raises(UsageError, match="'map' is not a device here"):
         load_mlp(ModelSource(str(tmp_path / "m.safetensors"), device="map"))

@@ -13,12 +13,12 @@ import zarr
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence.store.documents import Documents, Example, write_documents
-from whence.store.errors import BusyError, IncompatibleError, IntegrityError, NotFoundError, NumericalError, StorageError, UsageError
-from whence.store.files import create_only, exclusive, publish, storage_errors
-from whence.store.index import Index
-from whence.store.manifest import latest_manifest, read_manifest, seal
-from whence.store.rows import DenseRows, chunk_rows, quantise, write_dense, write_shard
+from wherefrom.store.documents import Documents, Example, write_documents
+from wherefrom.store.errors import BusyError, IncompatibleError, IntegrityError, NotFoundError, NumericalError, StorageError, UsageError
+from wherefrom.store.files import create_only, exclusive, publish, storage_errors
+from wherefrom.store.index import Index
+from wherefrom.store.manifest import latest_manifest, read_manifest, seal
+from wherefrom.store.rows import DenseRows, chunk_rows, quantize, write_dense, write_shard
 
 
 def random_rows(rows, dim, seed=0):
@@ -71,10 +71,10 @@ def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
     assert (tmp_path / "a.zarr/blocks/norms/c/0").read_bytes() == norms + google_crc32c.value(norms).to_bytes(4, "little")
 
 
-def test_quantising_refuses_what_is_not_finite():
+def test_quantizing_refuses_what_is_not_finite():
     for bad in (np.nan, np.inf, 3e38):
         with pytest.raises(NumericalError, match="row 1 of this shard"):
-            quantise(np.array([[1.0, 1.0], [bad, bad]]), "float32")
+            quantize(np.array([[1.0, 1.0], [bad, bad]]), "float32")
 
 
 _value = st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.text(max_size=8), st.lists(st.integers(0, 9), max_size=3))
@@ -107,14 +107,14 @@ def test_an_index_reads_with_plain_zarr_arrow_and_safetensors(index_dir):
 
     manifest = json.loads((index_dir / "manifests/000001.json").read_text())
     index = Index(index_dir)
-    (segment,) = index.manifest.segments
+    (component,) = index.manifest.components
     for shard in manifest["shards"]:
         group = zarr.open_group(index_dir / "rows" / f"{shard['id']}.zarr", mode="r")
         rows = group["blocks/codes"][:] * group["blocks/norms"][:][:, None]
         table = pa.ipc.open_file(index_dir / "documents" / f"{shard['id']}.arrow").read_all()
         assert table.num_rows == len(rows) == shard["rows"]
         for i in (0, shard["rows"] - 1):
-            np.testing.assert_array_equal(rows[i], index.row(shard["first"] + i, segment))
+            np.testing.assert_array_equal(rows[i], index.row(shard["first"] + i, component))
             example = index.example(shard["first"] + i)
             assert table["text"][i].as_py() == example.text
             assert table["metadata"][i].as_py() == dict(example.metadata)
@@ -123,13 +123,13 @@ def test_an_index_reads_with_plain_zarr_arrow_and_safetensors(index_dir):
 
 
 def copy(index_dir, tmp_path):
-    return shutil.copytree(index_dir, tmp_path / "copy.whence")
+    return shutil.copytree(index_dir, tmp_path / "copy.wherefrom")
 
 
 def read_everything(path):
     index = Index(path)
-    for segment in index.manifest.segments:
-        for _ in index.blocks(segment):
+    for component in index.manifest.components:
+        for _ in index.blocks(component):
             pass
     for row in range(len(index)):
         index.example(row)
@@ -215,7 +215,7 @@ def edit(path, change):
 MANIFEST_DAMAGE = {
     "version": (lambda m: m.update(version=99), IncompatibleError, "format version 99"),
     "feature": (lambda m: m["features"].append("telepathy"), IncompatibleError, "telepathy"),
-    "format": (lambda m: m.update(format="other"), IntegrityError, "not a Whence manifest"),
+    "format": (lambda m: m.update(format="other"), IntegrityError, "not a Wherefrom manifest"),
     "unknown field": (lambda m: m.update(surprise=1), IntegrityError, "surprise"),
     "missing field": (lambda m: m.pop("encoder"), IntegrityError, "encoder"),
     "wrong type": (lambda m: m.update(rows="many"), IntegrityError, "rows"),
@@ -225,8 +225,8 @@ MANIFEST_DAMAGE = {
     "path outside": (lambda m: m["encoder"].update(path="../../etc/passwd"), IntegrityError, "inside the index"),
     "absolute path": (lambda m: m["shards"][0]["files"][0].update(path="/etc/passwd"), IntegrityError, "inside the index"),
     "shard id": (lambda m: m["shards"][0].update(id="../../../etc"), IntegrityError, "id"),
-    "segment name": (lambda m: m["segments"][0].update(name="../x"), IntegrityError, "name"),
-    "huge row": (lambda m: m["segments"][0]["layers"][0].update(output_rank=2**20), IntegrityError, "a rank above its size"),
+    "component name": (lambda m: m["components"][0].update(name="../x"), IntegrityError, "name"),
+    "huge row": (lambda m: m["components"][0]["layers"][0].update(output_rank=2**20), IntegrityError, "a rank above its size"),
 }
 
 
@@ -284,7 +284,7 @@ def test_the_highest_manifest_is_the_index_and_is_never_replaced(index_dir, tmp_
 def test_not_an_index(tmp_path):
     with pytest.raises(NotFoundError, match="there is no index"):
         Index(tmp_path / "nothing")
-    with pytest.raises(NotFoundError, match="not a Whence index"):
+    with pytest.raises(NotFoundError, match="not a Wherefrom index"):
         Index(tmp_path)
     (tmp_path / "staging").mkdir()
     with pytest.raises(NotFoundError, match="not finished"):

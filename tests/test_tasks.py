@@ -9,10 +9,10 @@ import training
 from click.testing import CliRunner
 from helpers import assert_close, write_jsonl
 from safetensors.torch import save_file
-from whence import Client
-from whence.cli import main
-from whence.store.corpus import read_corpus
-from whence.store.errors import UsageError
+from wherefrom import Client
+from wherefrom.cli import main
+from wherefrom.store.corpus import read_corpus
+from wherefrom.store.errors import UsageError
 
 
 def run(*arguments):
@@ -51,31 +51,31 @@ def autograd(model, objective, record):
 def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp_path):
     model_file, data = pictures
     task = "training:Pictures"
-    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p.whence", "--task", task, "--rank", "1000"]
+    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p.wherefrom", "--task", task, "--rank", "1000"]
     result = run("build", *options, "--curvature", "fisher", "--batch-tokens", "7", "--damping", "0.3")
     assert result.exit_code == 0, result.output
-    client = Client(tmp_path / "p.whence", task=task)
+    client = Client(tmp_path / "p.wherefrom", task=task)
     model, records = client.encoder.model, vectors(20, 36, 3)
     rows = np.stack([autograd(model, client.task.loss, r) for r in records])
     asked = np.stack([autograd(model, client.task.measurement, r) for r in records[:4]])
     expected = 0
-    for layer in client.index.segment("blocks").layers:
+    for layer in client.index.component("blocks").layers:
         block = slice(layer.offset, layer.offset + layer.size)
         H = rows[:, block].T @ rows[:, block] / len(rows)
         expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
-    questions = client.measure(client.encode(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
-    stored = np.stack([client.index.row(i, client.index.segment("blocks")) for i in range(20)])
-    assert_close(questions @ stored.T, expected, 1e-4)
+    queries = client.measure(client.encode(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
+    stored = np.stack([client.index.row(i, client.index.component("blocks")) for i in range(20)])
+    assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
 
 
 def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_path):
-    from whence.indexer.encoder import Encoder
-    from whence.indexer.fit import Fit
-    from whence.indexer.models import ModelSource
-    from whence.indexer.tasks import MLP
-    from whence.ray_jobs.config import BuildConfig
-    from whence.ray_jobs.worker import Worker
+    from wherefrom.indexer.encoder import Encoder
+    from wherefrom.indexer.fit import Fit
+    from wherefrom.indexer.models import ModelSource
+    from wherefrom.indexer.tasks import MLP
+    from wherefrom.ray_jobs.config import BuildConfig
+    from wherefrom.ray_jobs.worker import Worker
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
@@ -102,7 +102,7 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
 
 
 def training_fields():
-    from whence.store.corpus import Fields
+    from wherefrom.store.corpus import Fields
 
     return Fields(form="vector")
 
@@ -114,9 +114,9 @@ def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
     result = run("build", *options, "--curvature", "identity")
     assert result.exit_code == 0, result.output
     client = Client(tmp_path / "p", task="training:Parallel")
-    segment, model = client.index.segment("blocks"), client.encoder.model
-    assert len({layer.input_group for layer in segment.layers}) == 4
-    weights = [model.get_submodule(layer.name).weight for layer in segment.layers]
+    component, model = client.index.component("blocks"), client.encoder.model
+    assert len({layer.input_group for layer in component.layers}) == 4
+    weights = [model.get_submodule(layer.name).weight for layer in component.layers]
     for row, record in enumerate(records):
         batch = training.Batch(
             ("x",), torch.tensor([record["features"]]).double(), torch.tensor([[record["label"]]]), torch.tensor([[True]])
@@ -124,7 +124,7 @@ def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
         for weight in weights:
             weight.requires_grad_(True)
         gradients = torch.autograd.grad(client.task.loss(model, batch).sum(), weights)
-        assert_close(client.index.row(row, segment), torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
+        assert_close(client.index.row(row, component), torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
 
 
 def test_kfac_of_a_convolution_counts_its_places(tmp_path):
@@ -160,7 +160,7 @@ def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvatu
     options = ["--model", model_file, "--data", data, "--out", tmp_path / "p", "--task", "training:Pictures", "--rank", "4"]
     assert run("build", *options, "--curvature", curvature, "--projection", "pca").exit_code == 0
     index = Client(tmp_path / "p").index
-    rows = np.stack([index.row(i, index.segment("blocks")) for i in range(20)])
+    rows = np.stack([index.row(i, index.component("blocks")) for i in range(20)])
     assert np.isfinite(rows).all()
     assert (np.linalg.norm(rows, axis=1) > 0).all()
 
@@ -184,7 +184,7 @@ def perceptron(tmp_path):
 
     def build(records, model="mlp.safetensors", task="mlp"):
         data = write_jsonl(tmp_path / "v.jsonl", records)
-        return run("build", "--model", tmp_path / model, "--data", data, "--out", tmp_path / "v.whence", "--task", task)
+        return run("build", "--model", tmp_path / model, "--data", data, "--out", tmp_path / "v.wherefrom", "--task", task)
 
     return build
 
@@ -205,9 +205,9 @@ def test_perceptrons_and_their_documents_are_checked(perceptron, tmp_path):
         assert result.exit_code == 1, name
         assert message in result.stderr, name
     assert perceptron(good).exit_code == 0
-    info = json.loads(run("info", tmp_path / "v.whence", "--json").stdout)
-    assert (info["rows"], info["segments"][0]["parameters"]) == (6, 5 * 4 + 4 * 3)
-    assert run("verify", tmp_path / "v.whence").exit_code == 0
+    info = json.loads(run("info", tmp_path / "v.wherefrom", "--json").stdout)
+    assert (info["rows"], info["components"][0]["parameters"]) == (6, 5 * 4 + 4 * 3)
+    assert run("verify", tmp_path / "v.wherefrom").exit_code == 0
 
 
 def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):

@@ -1,11 +1,11 @@
 """Training functions and a task as a user would write them; importable by name."""
 
 import torch
-from whence.indexer.tasks import Batch, VectorTask
+from wherefrom.indexer.tasks import Batch, VectorTask
 
 
 def _fit(model, examples, seed):
-    from whence.indexer.tasks import CausalLM
+    from wherefrom.indexer.tasks import CausalLM
 
     torch.manual_seed(seed)
     task, optimizer = CausalLM(), torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -58,7 +58,7 @@ def forget(examples, model, seed):
 
 
 class Pictures(VectorTask):
-    """A small convolutional classifier of 1 x 6 x 6 pictures; a question's measurement is the loss against the best other class."""
+    """A small convolutional classifier of 1 x 6 x 6 pictures; a query's measurement is the loss against the best other class."""
 
     def load(self, source):
         from safetensors.torch import load_file

@@ -28,7 +28,7 @@ function drawn(name, attributes, ...children) {
 // --- the server
 
 async function request(path, body) {
-  const token = sessionStorage.getItem("whence-token");
+  const token = sessionStorage.getItem("wherefrom-token");
   const headers = { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   let response;
   try {
@@ -50,13 +50,13 @@ function askForToken(refused) {
     $("token-refused").hidden = !refused;
     if (!$("token-dialog").open) $("token-dialog").showModal();
     $("token-dialog").addEventListener("close", () => {
-      sessionStorage.setItem("whence-token", $("token").value.trim().replace(/[^!-~]/g, "?")); // what no header can hold is refused, too
+      sessionStorage.setItem("wherefrom-token", $("token").value.trim().replace(/[^!-~]/g, "?")); // what no header can hold is refused, too
       resolve();
     }, { once: true });
   });
 }
 
-// --- the question
+// --- the query
 
 function number(name, what) {
   const value = Number($(name).value.trim().replace(",", "."));
@@ -65,28 +65,28 @@ function number(name, what) {
 }
 
 function read() {
-  const question = {};
+  const query = {};
   if (kind === "completion") {
-    if ($("prompt").value) question.prompt = $("prompt").value;
-    question.completion = $("completion").value;
-    if ($("against").value) question.against = $("against").value;
-  } else if (kind === "text") question.text = $("text").value;
-  else question.row = Number($("row").value);
+    if ($("prompt").value) query.prompt = $("prompt").value;
+    query.completion = $("completion").value;
+    if ($("against").value) query.against = $("against").value;
+  } else if (kind === "text") query.text = $("text").value;
+  else query.row = Number($("row").value);
   const how = { index: $("index").value, mode: $("mode").value };
   if ($("damping").value.trim()) how.damping = number("damping", "The damping");
   if ($("layers").value.trim()) how.layers = $("layers").value.split(",").map((part) => part.trim());
   const search = { k: $("k").value.trim() ? number("k", "How many") : 10 };
   if ($("where").value.trim()) search.where = $("where").value.trim();
   if ($("group").value) search.group_by = $("group").value;
-  if ($("controls").checked) search.controls = true;
+  if ($("baselines").checked) search.baselines = true;
   if ($("certified").checked) search.recall = 0.99;
-  return { question, how, search };
+  return { query, how, search };
 }
 
-const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "controls", "recall"];
+const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "baselines", "recall"];
 
 function write(given) {
-  if (typeof given !== "object" || given === null || Array.isArray(given)) throw new Error("This link holds no question.");
+  if (typeof given !== "object" || given === null || Array.isArray(given)) throw new Error("This link holds no query.");
   const other = Object.keys(given).find((name) => !SHOWN.includes(name));
   if (other) throw new Error(`This link asks with ${other}, which this page does not show; its answer is at /v1/query${location.search}`);
   show(given.text !== undefined ? "text" : given.row !== undefined ? "row" : "completion");
@@ -95,7 +95,7 @@ function write(given) {
     else if (!["k", "mode"].includes(name)) $(name).value = "";
   }
   $("layers").value = [given.layers ?? []].flat().join(", ");
-  $("controls").checked = Boolean(given.controls);
+  $("baselines").checked = Boolean(given.baselines);
   $("certified").checked = given.recall !== undefined && given.recall < 1;
   if (given.index !== undefined) choose("index", given.index);
 }
@@ -122,9 +122,9 @@ async function ask({ keep = false } = {}) {
   } catch (error) {
     return fail(error);
   }
-  const body = { ...now.question, ...now.how, ...now.search };
+  const body = { ...now.query, ...now.how, ...now.search };
   const own = ++serial;
-  if (now.question.completion === "" || now.question.text === "" || Number.isNaN(now.question.row) || (kind === "row" && !$("row").value)) {
+  if (now.query.completion === "" || now.query.text === "" || Number.isNaN(now.query.row) || (kind === "row" && !$("row").value)) {
     fail(new Error(kind === "row" ? "Give the number of a row." : "Write what the model said."));
     return;
   }
@@ -165,12 +165,12 @@ function render() {
   const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
   const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
   $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
-  $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.question, ...asked.how, ...asked.search }))}`;
+  $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.query, ...asked.how, ...asked.search }))}`;
   fill($("proponents"), proponents, "Nothing spoke for it.");
   fill($("opponents"), opponents, "Nothing spoke against it.");
-  for (const id of ["histogram", "layers-chart", "question-heat"]) $(id).replaceChildren();
+  for (const id of ["histogram", "layers-chart", "query-heat"]) $(id).replaceChildren();
   renderGroups();
-  renderControls();
+  renderBaselines();
   clipTexts();
 }
 
@@ -227,9 +227,9 @@ function renderGroups() {
   $("groups").querySelector("tbody").replaceChildren(...answer.groups.slice(0, 50).map((g) => element("tr", {}, ...[g.value ?? "(none)", g.rows.toLocaleString(), percent(g.positive_share), percent(g.negative_share), short(g.total), `${short(g.low)} to ${short(g.high)}`].map((cell) => element("td", {}, String(cell))))));
 }
 
-function renderControls() {
-  $("controls-column").hidden = !answer.controls;
-  $("controls-list").replaceChildren(...(answer.controls || []).map((c) => element("div", { class: "card" },
+function renderBaselines() {
+  $("baselines-column").hidden = !answer.baselines;
+  $("baselines-list").replaceChildren(...(answer.baselines || []).map((c) => element("div", { class: "card" },
     element("div", { class: "top" }, element("span", { class: "score" }, c.name), element("span", {}, c.correlation === null ? "" : `rank correlation ${c.correlation.toFixed(2)}`), element("span", {}, `has ${c.shared} of our ${answer.proponents.length}`)),
     element("div", { class: "meta" }, c.ids.join(", ")))));
 }
@@ -248,19 +248,19 @@ const AT_ONCE = 5; // explanations, so that the first are seen soon
 async function explain(own, now) {
   const { proponents, opponents } = answer, rows = [];
   for (let i = 0; i < Math.max(proponents.length, opponents.length); i += AT_ONCE) rows.push(...[...proponents.slice(i, i + AT_ONCE), ...opponents.slice(i, i + AT_ONCE)].map((a) => a.row));
-  const histogram = request("/v1/scores", { ...now.question, ...now.how, ...(now.search.where ? { where: now.search.where } : {}) });
+  const histogram = request("/v1/scores", { ...now.query, ...now.how, ...(now.search.where ? { where: now.search.where } : {}) });
   histogram.then((found) => own === serial && drawHistogram(found), () => {});
   if (!rows.length) return;
-  if (now.question.against) $("question-heat").textContent = "A contrast is the difference of two completions: it has no tokens of its own to colour.";
+  if (now.query.against) $("query-heat").textContent = "A contrast is the difference of two completions: it has no tokens of its own to colour.";
   const sums = new Map();
   for (let i = 0; i < rows.length; i += AT_ONCE) {
     busy("");
     $("state").textContent = `explaining ${i + 1} to ${Math.min(i + AT_ONCE, rows.length)} of ${rows.length} …`;
     let found;
     try {
-      found = (await request("/v1/explain", { ...now.question, ...now.how, rows: rows.slice(i, i + AT_ONCE) })).explanations;
+      found = (await request("/v1/explain", { ...now.query, ...now.how, rows: rows.slice(i, i + AT_ONCE) })).explanations;
     } catch (error) {
-      if (own === serial) $("question-heat").textContent = `No explanation: ${error.message}`;
+      if (own === serial) $("query-heat").textContent = `No explanation: ${error.message}`;
       return;
     }
     if (own !== serial) return;
@@ -271,7 +271,7 @@ async function explain(own, now) {
       if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers.length > MOST_BARS ? e.blocks : e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
     }
     drawLayers([...sums].map(([name, score]) => ({ name, score })));
-    if (i === 0 && found[0]?.question) $("question-heat").replaceChildren(element("span", { class: "dim" }, "The question, as the first proponent sees it: "), ...heat(found[0].question));
+    if (i === 0 && found[0]?.query) $("query-heat").replaceChildren(element("span", { class: "dim" }, "The query, as the first proponent sees it: "), ...heat(found[0].query));
   }
 }
 
@@ -378,11 +378,11 @@ async function restore(given) {
 
 function theme(dark) {
   document.documentElement.classList.toggle("dark", dark);
-  localStorage.setItem("whence-theme", dark ? "dark" : "light");
+  localStorage.setItem("wherefrom-theme", dark ? "dark" : "light");
 }
 
 async function begin() {
-  const stored = localStorage.getItem("whence-theme");
+  const stored = localStorage.getItem("wherefrom-theme");
   theme(stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
   show("completion");
   $("options").open = innerWidth > 820;
@@ -400,11 +400,11 @@ async function begin() {
       next.focus();
     });
   });
-  for (const id of ["mode", "group", "controls", "certified", "damping", "layers", "where", "k"]) $(id).addEventListener("change", () => answer && ask());
+  for (const id of ["mode", "group", "baselines", "certified", "damping", "layers", "where", "k"]) $(id).addEventListener("change", () => answer && ask());
   $("index").addEventListener("change", () => columns().then(() => answer && ask(), fail));
   addEventListener("resize", () => requestAnimationFrame(clipTexts));
   $("twin").addEventListener("click", async (event) => {
-    if (!sessionStorage.getItem("whence-token")) return;
+    if (!sessionStorage.getItem("wherefrom-token")) return;
     event.preventDefault(); // a plain link carries no token
     const found = await request($("twin").getAttribute("href"));
     open(URL.createObjectURL(new Blob([JSON.stringify(found, null, 1)], { type: "application/json" })));

@@ -5,7 +5,7 @@ const main = document.getElementById("paths");
 const api = await response.json();
 
 function authorization() {
-  const token = sessionStorage.getItem("whence-token");
+  const token = sessionStorage.getItem("wherefrom-token");
   return token ? { Authorization: `Bearer ${token}` } : {};
 }
 

@@ -1,4 +1,4 @@
-"""What a question may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
+"""What a query may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
 
 import json
 
@@ -11,13 +11,13 @@ from click.testing import CliRunner
 from helpers import assert_close, make_tokenizer, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whence import BuildConfig, Client, Question, build
-from whence.cli import main
-from whence.query.groups import _POISSON, group_scores
-from whence.query.metric import Metric
-from whence.query.scoring import all_scores
-from whence.store.errors import NumericalError, UsageError
-from whence.store.index import Index
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.cli import main
+from wherefrom.query.groups import _POISSON, group_scores
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import all_scores
+from wherefrom.store.errors import NumericalError, UsageError
+from wherefrom.store.index import Index
 
 COLORS = ("red", "green", None)
 
@@ -41,9 +41,9 @@ RECORDS = [record(i, t) for i, t in enumerate(random_texts(120, seed=3))]
 @pytest.fixture(scope="module")
 def index_path(tmp_path_factory, model_dir):
     """Dense float32 rows and a head; four shards, of which the first two lack two columns."""
-    here = tmp_path_factory.mktemp("questions")
+    here = tmp_path_factory.mktemp("queries")
     data = write_jsonl(here / "c.jsonl", RECORDS)
-    options = dict(segments=("blocks", "head"), rank=4, head_bits=32, shard_rows=30)
+    options = dict(components=("blocks", "head"), rank=4, head_bits=32, shard_rows=30)
     build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(here / "i"), **options))
     return here / "i"
 
@@ -53,8 +53,8 @@ def client(index_path):
     return Client(index_path)
 
 
-def matrix(client, questions, metric=Metric()):
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(questions), metric)], axis=1)
+def matrix(client, queries, metric=Metric()):
+    return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
 
 
 # --- filters
@@ -129,12 +129,12 @@ def test_what_a_filter_refuses(client, text, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+@pytest.mark.parametrize("mode", ["influence", "cosine", "loss-normalized"])
 def test_only_matching_rows_are_ranked(client, mode):
-    question = Question(text=words(3, 9, 27, 41))
-    scores = matrix(client, [question], Metric(mode))[0]
+    query = Query(text=words(3, 9, 27, 41))
+    scores = matrix(client, [query], Metric(mode))[0]
     allowed = np.array([r["year"] >= 1960 and r["good"] for r in RECORDS])
-    answer = client.query_many([question], mode=mode, where="year >= 1960 and good == True", k=5)[0]
+    answer = client.query_many([query], mode=mode, where="year >= 1960 and good == True", k=5)[0]
     assert answer.search.rows == allowed.sum()
     assert answer.query["where"] == "year >= 1960 and good == True"
     for found, sign in ((answer.proponents, 1), (answer.opponents, -1)):
@@ -151,9 +151,9 @@ def test_only_matching_rows_are_ranked(client, mode):
 
 
 def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
-    question = Question(text=words(3, 9, 27, 41))
-    scores = matrix(client, [question])[0].astype(float)
-    (groups,) = group_scores(client.index, client.rows([question]), "color")
+    query = Query(text=words(3, 9, 27, 41))
+    scores = matrix(client, [query])[0].astype(float)
+    (groups,) = group_scores(client.index, client.rows([query]), "color")
     assert {g.value for g in groups} == set(COLORS)
     generator = np.random.default_rng(5)
     for g in groups:
@@ -169,14 +169,14 @@ def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     assert [g.total for g in groups] == sorted((g.total for g in groups), reverse=True)
     assert _POISSON.mean() == pytest.approx(1, abs=1e-6)
     assert _POISSON.var() == pytest.approx(1, abs=0.03)
-    (some,) = group_scores(client.index, client.rows([question]), "color", allowed=np.arange(120) < 10)
+    (some,) = group_scores(client.index, client.rows([query]), "color", allowed=np.arange(120) < 10)
     assert sum(g.rows for g in some) == 10
     with pytest.raises(UsageError, match="there is no column 'colour'"):
         client.query(text="w1 w2", group_by="colour")
 
 
 def test_groups_of_a_column_of_several_kinds_are_told_apart(index_path, client):
-    (groups,) = group_scores(client.index, client.rows([Question(row=3)]), "mixed")
+    (groups,) = group_scores(client.index, client.rows([Query(row=3)]), "mixed")
     assert {(g.value, type(g.value), g.rows) for g in groups} == {(4, int, 40), ("4", str, 40), (None, type(None), 40)}
     shown = CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--group-by", "mixed"]).stdout
     assert {line.split()[0] for line in shown[shown.index("influence ") :].splitlines() if line.startswith((" 4", " '4'", " (none)"))} == {
@@ -191,7 +191,7 @@ def test_groups_of_a_column_of_several_kinds_are_told_apart(index_path, client):
 
 def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(client):
     prompt, one, other = "w1 w2", " w3 w4", " w9"
-    scores = matrix(client, [Question(prompt, one, against=other), Question(prompt, one), Question(prompt, other)])
+    scores = matrix(client, [Query(prompt, one, against=other), Query(prompt, one), Query(prompt, other)])
     assert_close(scores[0], scores[1] - scores[2], 1e-4, np.abs(scores).max())
     # and against autograd: rows of the blocks are whitened projections of the gradient, which is linear
     tokenizer, model = make_tokenizer(), client.encoder.model
@@ -202,41 +202,41 @@ def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(clien
         log_p = model(ids).logits.log_softmax(-1)
         return sum(log_p[0, t - 1, ids[0, t]] for t in range(2, ids.shape[1]))
 
-    layer = client.index.segment("blocks").layers[0]
+    layer = client.index.component("blocks").layers[0]
     weight = model.get_submodule(layer.name).weight
     (gradient,) = torch.autograd.grad(-(log_probability(one) - log_probability(other)), weight)
     model.requires_grad_(False)
     maps = client.encoder.parts["blocks"].maps[layer.name]
     projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
     whitened = client.encoder.parts["blocks"]._whiten(layer, projected)[0].numpy()
-    found = client.rows([Question(prompt, one, against=other)])["blocks"][0][: layer.size]
+    found = client.rows([Query(prompt, one, against=other)])["blocks"][0][: layer.size]
     assert_close(found, whitened, 1e-4)
 
 
 def test_spans_of_a_completion_add_up_to_the_whole(client):
-    whole = Question("w1 w2", " w3 w4 w5")
-    parts = [Question("w1 w2", " w3 w4 w5", span=span) for span in ("w3", "w4 w5")]
+    whole = Query("w1 w2", " w3 w4 w5")
+    parts = [Query("w1 w2", " w3 w4 w5", span=span) for span in ("w3", "w4 w5")]
     scores = matrix(client, [whole, *parts], Metric(weights={"head": 0}))  # the head's rows hold the tokens that are asked about alone
     assert_close(scores[0], scores[1] + scores[2], 1e-4, np.abs(scores).max())
-    in_text = matrix(client, [Question(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
+    in_text = matrix(client, [Query(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
     assert_close(in_text[0], in_text[1], 1e-5, np.abs(scores).max())
-    for question in (Question("w1", " w3 w3", span="w3"), Question("w1", " w3", span="w1"), Question(text="w1 w2", span="")):
+    for query in (Query("w1", " w3 w3", span="w3"), Query("w1", " w3", span="w1"), Query(text="w1 w2", span="")):
         with pytest.raises(UsageError, match="times in what is asked about"):
-            client.rows([question])
+            client.rows([query])
     with pytest.raises(UsageError, match="needs a completion"):
-        Question(text="w1 w2", against="w3")
+        Query(text="w1 w2", against="w3")
 
 
-def test_a_mean_of_questions_scores_the_mean_of_their_scores(client):
-    questions = [
-        Question(text=words(4, 5, 6), weight=2.0),
-        Question("w1", " w2"),
-        Question(row=7, weight=-0.5),
-        Question("w1", " w2", against=" w8"),
+def test_a_mean_of_queries_scores_the_mean_of_their_scores(client):
+    queries = [
+        Query(text=words(4, 5, 6), weight=2.0),
+        Query("w1", " w2"),
+        Query(row=7, weight=-0.5),
+        Query("w1", " w2", against=" w8"),
     ]
-    scores = matrix(client, questions)
+    scores = matrix(client, queries)
     expected = np.array([2.0, 1.0, -0.5, 1.0]) @ scores / 4
-    (answer,) = client.query_many(questions, mean=True, k=120)
+    (answer,) = client.query_many(queries, mean=True, k=120)
     found = np.zeros(120)
     for a in (*answer.proponents, *answer.opponents):
         found[a.row] = a.score
@@ -248,13 +248,13 @@ def test_layers_left_out_equal_an_index_without_them(tmp_path, client, model_dir
     data = write_jsonl(tmp_path / "c.jsonl", RECORDS)
     options = dict(rank=4, shard_rows=30, layers=("h.0.mlp.*", "h.1.attn.c_attn"))
     build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(tmp_path / "i"), **options))
-    scratch, questions = Client(tmp_path / "i"), [Question(text=t) for t in random_texts(3, seed=9)]
+    scratch, queries = Client(tmp_path / "i"), [Query(text=t) for t in random_texts(3, seed=9)]
     for mode in ("influence", "cosine"):
-        few = matrix(client, questions, Metric(mode, layers=options["layers"]))
-        own = matrix(scratch, questions, Metric(mode))
+        few = matrix(client, queries, Metric(mode, layers=options["layers"]))
+        own = matrix(scratch, queries, Metric(mode))
         assert_close(few / np.abs(few).max(), own / np.abs(own).max(), 1e-4)
-    head = matrix(client, questions, Metric(layers=("lm_head",)))
-    assert_close(head, matrix(client, questions, Metric(weights={"blocks": 0})), 1e-5)
+    head = matrix(client, queries, Metric(layers=("lm_head",)))
+    assert_close(head, matrix(client, queries, Metric(weights={"blocks": 0})), 1e-5)
     with pytest.raises(UsageError, match="no layer of this index matches"):
         client.query(text="w1 w2", layers=("x.*",))
 
@@ -262,24 +262,24 @@ def test_layers_left_out_equal_an_index_without_them(tmp_path, client, model_dir
 def test_without_curvature_scores_are_those_of_plain_projected_gradients(tmp_path, client, model_dir):
     data = write_jsonl(tmp_path / "c.jsonl", RECORDS)
     build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(tmp_path / "i"), rank=4, curvature="identity"))
-    plain, questions = Client(tmp_path / "i"), [Question(text=t) for t in random_texts(3, seed=9)]
+    plain, queries = Client(tmp_path / "i"), [Query(text=t) for t in random_texts(3, seed=9)]
     for mode in ("influence", "cosine"):
         metric = Metric(mode, curvature=False, weights={"head": 0})
-        found, expected = matrix(client, questions, metric), matrix(plain, questions, Metric(mode))
-        scale = 1 if mode == "cosine" else client.index.segment("blocks").weight
+        found, expected = matrix(client, queries, metric), matrix(plain, queries, Metric(mode))
+        scale = 1 if mode == "cosine" else client.index.component("blocks").weight
         assert_close(found, expected * scale, 1e-3)
     assert client.query(row=3, curvature=False).query["curvature"] is False
 
 
 def test_per_nat_divides_by_the_examples_own_losses(client):
     examples = [client.index.example(i) for i in range(120)]
-    from whence.evaluation.retrain import measure_losses
+    from wherefrom.evaluation.retrain import measure_losses
 
     losses = measure_losses(client.task, client.encoder.model, examples)
     stored = np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
     np.testing.assert_allclose(stored, losses, rtol=1e-4)
-    question = [Question(text=words(1, 2, 3))]
-    assert_close(matrix(client, question, Metric("per-nat")), matrix(client, question) / stored, 1e-5)
+    query = [Query(text=words(1, 2, 3))]
+    assert_close(matrix(client, query, Metric("loss-normalized")), matrix(client, query) / stored, 1e-5)
 
 
 # --- the whole matrix
@@ -292,19 +292,19 @@ def run(*arguments):
 def test_the_matrix_of_scores_in_zarr_and_parquet(tmp_path, client, index_path, monkeypatch):
     asked = [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(7, seed=2))]
     file = write_jsonl(tmp_path / "q.jsonl", asked)
-    expected = matrix(client, [Question(text=a["text"]) for a in asked])
-    monkeypatch.setattr("whence.query.matrix._BLOCK_BYTES", 4 * 30 * 3)  # three questions at a time
+    expected = matrix(client, [Query(text=a["text"]) for a in asked])
+    monkeypatch.setattr("wherefrom.query.matrix._BLOCK_BYTES", 4 * 30 * 3)  # three queries at a time
     done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
     assert done.exit_code == 0, done.output
     group = zarr.open_group(tmp_path / "s.zarr", mode="r")
     assert_close(group["scores"][:], expected, 1e-5)
     assert list(group["rows"][:]) == [r["id"] for r in RECORDS]
-    assert list(group["questions"][:]) == [a["id"] for a in asked]
+    assert list(group["queries"][:]) == [a["id"] for a in asked]
     done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.parquet", "--mode", "cosine")
     assert done.exit_code == 0, done.output
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["id"].to_pylist() == [r["id"] for r in RECORDS]
-    cosines = matrix(client, [Question(text=a["text"]) for a in asked], Metric("cosine"))
+    cosines = matrix(client, [Query(text=a["text"]) for a in asked], Metric("cosine"))
     assert_close(np.stack([table[a["id"]] for a in asked]), cosines, 1e-5, 1)
     again = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
     assert (again.exit_code, "exists" in again.stderr) == (2, True)
@@ -324,22 +324,22 @@ def test_everything_from_the_command_line(tmp_path, index_path):
     assert {a["metadata"]["color"] for a in answer["proponents"] + answer["opponents"]} == {"red"}
     assert sum(g["rows"] for g in answer["groups"]) == 40
     file = write_jsonl(tmp_path / "q.jsonl", [{"text": "w1 w2 w3", "weight": 2}, {"prompt": "w1", "completion": " w5", "against": " w6"}])
-    shown = run("query", index_path, "--file", file, "--mean", "--group-by", "color", "--mode", "per-nat")
+    shown = run("query", index_path, "--file", file, "--mean", "--group-by", "color", "--mode", "loss-normalized")
     assert shown.exit_code == 0, shown.output
-    assert "the mean of 2 questions" in shown.stdout
+    assert "the mean of 2 queries" in shown.stdout
     assert "(none)" in shown.stdout
     assert "with --file" in run("query", index_path, "--text", "w1 w2", "--mean").stderr
     assert Index(index_path).manifest.number == 1
 
 
-# --- controls
+# --- baselines
 
 
 @pytest.fixture(scope="module")
 def hidden_path(tmp_path_factory, model_dir):
-    here = tmp_path_factory.mktemp("controls")
+    here = tmp_path_factory.mktemp("baselines")
     data = write_jsonl(here / "c.jsonl", RECORDS)
-    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(here / "i"), segments=("head",), shard_rows=50, hidden=True))
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(here / "i"), components=("head",), shard_rows=50, hidden=True))
     return here / "i"
 
 
@@ -351,10 +351,10 @@ def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
     client = Client(hidden_path)
     texts = [r["text"] for r in RECORDS]
     asked = [words(5, 9, 11, 5), RECORDS[7]["text"]]
-    questions = [Question(text=asked[0]), Question(row=7)]
-    answers = client.query_many(questions, k=6, controls=True, where="year >= 1905")
+    queries = [Query(text=asked[0]), Query(row=7)]
+    answers = client.query_many(queries, k=6, baselines=True, where="year >= 1905")
     kept = np.arange(120) >= 5
-    ours = matrix(client, questions)
+    ours = matrix(client, queries)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), make_tokenizer()
 
     def state(text):
@@ -370,28 +370,28 @@ def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
         expected = {
             "bm25": engine.get_scores(tokenize([asked[number]], stopwords=None, show_progress=False, return_ids=False)[0]),
             "hidden": states @ own / np.linalg.norm(states, axis=1) / np.linalg.norm(own),
-            "norm": client.index.norms(client.index.manifest.segments[0]),
+            "norm": client.index.norms(client.index.manifest.components[0]),
         }
-        assert {c.name for c in answer.controls} == set(expected)
-        for control in answer.controls:
-            scores = expected[control.name]
-            assert_close(control.scores, np.sort(scores[kept])[::-1][:6], 2e-3)
-            assert control.correlation == pytest.approx(spearmanr(scores[kept], ours[number][kept]).statistic, abs=0.02)
-            assert all(kept[list(control.rows)])
-            assert control.ids == tuple(RECORDS[row]["id"] for row in control.rows)
-            assert control.shared == len(set(control.rows) & {a.row for a in answer.proponents})
+        assert {c.name for c in answer.baselines} == set(expected)
+        for baseline in answer.baselines:
+            scores = expected[baseline.name]
+            assert_close(baseline.scores, np.sort(scores[kept])[::-1][:6], 2e-3)
+            assert baseline.correlation == pytest.approx(spearmanr(scores[kept], ours[number][kept]).statistic, abs=0.02)
+            assert all(kept[list(baseline.rows)])
+            assert baseline.ids == tuple(RECORDS[row]["id"] for row in baseline.rows)
+            assert baseline.shared == len(set(baseline.rows) & {a.row for a in answer.proponents})
 
 
 def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
-    def said(questions, **options):
-        answers = Client(hidden_path).query_many(questions, k=120, controls=True, **options)
-        return [{c.name: np.array(c.scores)[np.argsort(c.rows)] for c in answer.controls} for answer in answers]
+    def said(queries, **options):
+        answers = Client(hidden_path).query_many(queries, k=120, baselines=True, **options)
+        return [{c.name: np.array(c.scores)[np.argsort(c.rows)] for c in answer.baselines} for answer in answers]
 
     ends = " w9 w11", " w5"
-    plain = said([*(Question(prompt="w3 w5", completion=end) for end in ends), Question(row=7)])
-    (contrast,) = said([Question(prompt="w3 w5", completion=ends[0], against=ends[1])])
-    questions = [Question(prompt="w3 w5", completion=ends[0], against=ends[1], weight=0.5), Question(row=7, weight=-3.0)]
-    (mean,) = said(questions, mean=True)
+    plain = said([*(Query(prompt="w3 w5", completion=end) for end in ends), Query(row=7)])
+    (contrast,) = said([Query(prompt="w3 w5", completion=ends[0], against=ends[1])])
+    queries = [Query(prompt="w3 w5", completion=ends[0], against=ends[1], weight=0.5), Query(row=7, weight=-3.0)]
+    (mean,) = said(queries, mean=True)
     for name in ("bm25", "hidden"):
         difference, largest = plain[0][name] - plain[1][name], max(np.abs(p[name]).max() for p in plain)
         assert np.abs(difference).max() > 0.01
@@ -402,17 +402,17 @@ def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
 
 
 def test_controls_on_the_command_line_and_without_hidden_states(hidden_path, index_path, monkeypatch, tmp_path):
-    shown = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--controls"])
+    shown = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--baselines"])
     assert shown.exit_code == 0, shown.output
     for name in ("what else would have said", "bm25", "hidden", "norm"):
         assert name in shown.output
-    found = json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--controls", "--json"]).stdout)
-    assert [c["name"] for c in found["controls"]] == ["norm", "bm25"]
-    assert "controls" not in json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--json"]).stdout)
-    import whence.query.controls as module
+    found = json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--baselines", "--json"]).stdout)
+    assert [c["name"] for c in found["baselines"]] == ["norm", "bm25"]
+    assert "baselines" not in json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--json"]).stdout)
+    import wherefrom.query.baselines as module
 
     monkeypatch.setattr(module.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    refused = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--controls"])
+    refused = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--baselines"])
     assert refused.exit_code == 2
     assert "pip install" in refused.output
 
@@ -428,7 +428,7 @@ def test_hidden_states_follow_additions_and_compaction(hidden_path, tmp_path):
         assert done.exit_code == 0, done.output
     index = Index(path)
     states = np.concatenate([index.hidden(shard) for shard in index.manifest.shards])
-    from whence.indexer.hidden import mean_hidden
+    from wherefrom.indexer.hidden import mean_hidden
 
     client = Client(path)
     fresh = mean_hidden(client.task, client.encoder.model, [index.example(i) for i in range(len(index))], 500)
@@ -459,21 +459,21 @@ def test_what_would_overflow_or_mislead_is_refused(client, options):
 def test_weights_of_a_mean_are_bounded_and_one_must_count(client):
     for weight in (1e300, -1e7, 1e-300, float("inf")):
         with pytest.raises(UsageError, match="1e6"):
-            Question(row=1, weight=weight)
+            Query(row=1, weight=weight)
     with pytest.raises(UsageError, match="weight 0"):
-        client.query_many([Question(row=1, weight=0), Question(row=2, weight=0)], mean=True)
+        client.query_many([Query(row=1, weight=0), Query(row=2, weight=0)], mean=True)
 
 
 def test_a_score_that_is_not_finite_is_an_error(client):
-    rows = client.rows([Question(row=3)])
+    rows = client.rows([Query(row=3)])
     huge = {**rows, "blocks": rows["blocks"] * np.float32(1e38)}
     for recall in (1.0, 0.9):
         with pytest.raises(NumericalError, match="not finite"), np.errstate(all="ignore"):
-            client.answer([Question(row=3)], huge, recall=recall)
+            client.answer([Query(row=3)], huge, recall=recall)
 
 
 def test_a_column_of_too_many_values_is_not_grouped_by(client, monkeypatch):
-    monkeypatch.setattr("whence.query.groups._MOST_GROUPS", 50)
+    monkeypatch.setattr("wherefrom.query.groups._MOST_GROUPS", 50)
     with pytest.raises(UsageError, match="more than 50 values"):
         client.query(row=1, group_by="id")
 
@@ -482,9 +482,9 @@ def test_a_column_of_too_many_values_is_not_grouped_by(client, monkeypatch):
     "wrong",
     [{"text": 5}, {"text": b"x"}, {"row": 1.5}, {"row": True}, {"text": "a", "span": 3}, {"text": "a", "weight": "1"}, {"messages": 5}],
 )
-def test_a_question_of_other_types_is_refused(wrong):
+def test_a_query_of_other_types_is_refused(wrong):
     with pytest.raises(UsageError):
-        Question(**wrong)
+        Query(**wrong)
 
 
 def test_options_and_messages_of_other_types_are_refused(client):
@@ -494,5 +494,5 @@ def test_options_and_messages_of_other_types_are_refused(client):
     circular = [{"role": "user", "content": []}]
     circular[0]["content"].append(circular)
     with pytest.raises(UsageError, match="what JSON cannot"):
-        Question(messages=circular)
+        Query(messages=circular)
     assert client.query(row=np.int64(3), k=np.int64(2)).proponents

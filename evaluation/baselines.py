@@ -1,4 +1,4 @@
-"""Controls: what would have been said without influence. A method that does not beat them has found topics, words or long texts.
+"""Baselines: what would have been said without influence. A method that does not beat them has found topics, words or long texts.
 
     random        independent normal numbers: where chance lies
     norm          the row's length alone, the same for every query: are the big examples simply everywhere?
@@ -23,11 +23,11 @@ from ..indexer.encoder import Encoder
 from ..indexer.hidden import mean_hidden
 from ..indexer.layers import find_layers, plan_layers
 from ..indexer.tasks import Task
-from ..query.controls import Scores, Words, cosines, library, row_norms
+from ..query.baselines import Scores, Words, cosines, library, row_norms
 from ..query.metric import Metric, QueryRows
 from ..query.scoring import all_scores
 from ..store.documents import Example
-from ..store.manifest import Curvature, DenseSegment, Layer, Projection
+from ..store.manifest import Curvature, DenseComponent, Layer, Projection
 
 _RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
 _QUERY_BYTES = 1 << 30
@@ -39,21 +39,21 @@ def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) 
     return np.concatenate([block.T for _, block in all_scores(client.index, queries, metric)])
 
 
-def gradient_controls(client: Client, train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
+def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
     """Norm, from the rows; dot and cosine, from plain gradients of the same layers, in the widest projection in which those of
     all queries fit into a gibibyte (none at all for a small model).
     """
     norms = row_norms(client.index)
     encoder = client.encoder
-    dense = [s for s in client.index.manifest.segments if isinstance(s, DenseSegment)]
+    dense = [s for s in client.index.manifest.components if isinstance(s, DenseComponent)]
     names = [n.name for n in dense[-1].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
     asked = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
         layers = plan_layers(client.task, encoder.model, names, rank, "identity", 0, explicit=bool(dense))
-        segment = _plain_segment(layers, rank)
-        plain = Encoder(client.task, (encoder.model,), replace(encoder.plan, segments=(segment,)), {})
-        if len(queries) * segment.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
-            asked = plain.rows(queries, questions=True)["plain"].astype(np.float32)
+        component = _plain_component(layers, rank)
+        plain = Encoder(client.task, (encoder.model,), replace(encoder.plan, components=(component,)), {})
+        if len(queries) * component.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
+            asked = plain.rows(queries, queries=True)["plain"].astype(np.float32)
             break
     products, lengths = [], []
     for first in range(0, len(train), _BLOCK):
@@ -66,8 +66,8 @@ def gradient_controls(client: Client, train: Sequence[Example], queries: Sequenc
     return {"norm": np.repeat(norms[:, None], len(queries), axis=1), "dot": dot, "cosine": cosine}
 
 
-def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
-    return DenseSegment(
+def _plain_component(layers: tuple[Layer, ...], rank: int) -> DenseComponent:
+    return DenseComponent(
         name="plain",
         kind="dense",
         model=0,
@@ -80,22 +80,22 @@ def _plain_segment(layers: tuple[Layer, ...], rank: int) -> DenseSegment:
     )
 
 
-def content_controls(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
-    """Controls from what the examples hold: random, and for texts tfidf, chars and bm25, for vectors pixels."""
-    controls = {"random": np.random.default_rng(0).standard_normal((len(train), len(queries)))}
+def content_baselines(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
+    """Baselines from what the examples hold: random, and for texts tfidf, chars and bm25, for vectors pixels."""
+    baselines = {"random": np.random.default_rng(0).standard_normal((len(train), len(queries)))}
     if train[0].features is not None:
-        return controls | {
+        return baselines | {
             "pixels": cosines(*(np.stack([e.features for e in part if e.features is not None]) for part in (train, queries)))
         }
     documents, asked = ([e.text for e in part] for part in (train, queries))
-    return controls | {
+    return baselines | {
         "tfidf": _tfidf(documents, asked),
         "chars": _tfidf(documents, asked, analyzer="char", ngram_range=(3, 5)),
         "bm25": Words(documents).scores(asked),
     }
 
 
-def hidden_control(task: Task, model: torch.nn.Module, train: Sequence[Example], queries: Sequence[Example], batch_tokens: int) -> Scores:
+def hidden_baseline(task: Task, model: torch.nn.Module, train: Sequence[Example], queries: Sequence[Example], batch_tokens: int) -> Scores:
     """Cosine of the mean, over an example's tokens, of what the output layer is given."""
     return cosines(*(mean_hidden(task, model, part, batch_tokens) for part in (train, queries)))
 

@@ -1,6 +1,6 @@
-"""Keyed rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
+"""Sparse rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
 
-A keyed segment of a shard is a Zarr group in the form of a sparse matrix whose entries are coded vectors:
+A sparse component of a shard is a Zarr group in the form of a sparse matrix whose entries are coded vectors:
 
     indptr   [rows + 1]        uint32: row i's entries are indptr[i] to indptr[i + 1]
     keys     [entries]         uint16 or uint32: tokens, ascending within a row
@@ -31,8 +31,8 @@ _FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the s
 
 
 @dataclass(frozen=True)
-class KeyedVectors:
-    """Rows (or questions) of a keyed segment before they are coded: vectors in eigen-coordinates.
+class SparseVectors:
+    """Rows (or queries) of a sparse component before they are coded: vectors in eigen-coordinates.
 
     Attributes:
         indptr: row i's entries are indptr[i] to indptr[i + 1].
@@ -49,19 +49,19 @@ class KeyedVectors:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
-    def part(self, first: int, last: int) -> "KeyedVectors":
+    def part(self, first: int, last: int) -> "SparseVectors":
         """Rows `first` to `last`, not included."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
         entries = slice(int(indptr[0]), int(indptr[-1]))
         whole = None if self.whole is None else self.whole[first:last]
-        return KeyedVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
+        return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
 
-    def only(self, keys: Int64[np.ndarray, " some"]) -> "KeyedVectors":
+    def only(self, keys: Int64[np.ndarray, " some"]) -> "SparseVectors":
         """Of a single row, the entries of some tokens."""
         at = np.flatnonzero(np.isin(self.keys, keys))
-        return KeyedVectors(np.array([0, len(at)]), self.keys[at], self.vectors[at])
+        return SparseVectors(np.array([0, len(at)]), self.keys[at], self.vectors[at])
 
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "KeyedVectors":
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
         """Linear combinations of the rows."""
         made = []
         for row in matrix:
@@ -72,7 +72,7 @@ class KeyedVectors:
             np.add.at(vectors, inverse, self.vectors[at] * weights[at, None])
             made.append((keys, vectors.astype(np.float32)))
         indptr = np.concatenate([[0], np.cumsum([len(keys) for keys, _ in made])]).astype(np.int64)
-        return KeyedVectors(indptr, np.concatenate([keys for keys, _ in made]), np.concatenate([v for _, v in made]))
+        return SparseVectors(indptr, np.concatenate([keys for keys, _ in made]), np.concatenate([v for _, v in made]))
 
     @property
     def squared_norms(self) -> Float32[np.ndarray, " rows"]:
@@ -86,17 +86,17 @@ def _by_row(indptr: np.ndarray, values: Float64[np.ndarray, " entries"]) -> Floa
     return np.bincount(np.repeat(np.arange(rows), np.diff(indptr)), values, rows)
 
 
-def concatenate(blocks: Sequence[tuple[Sequence[int], KeyedVectors]], width: int) -> KeyedVectors:
+def concatenate(blocks: Sequence[tuple[Sequence[int], SparseVectors]], width: int) -> SparseVectors:
     """Batches of rows, each with the positions of its rows, as one in the order of the positions."""
     rows = {at: (block, i) for chosen, block in blocks for i, at in enumerate(chosen)}
     parts = [(block.keys[s], block.vectors[s]) for at in sorted(rows) for block, i in [rows[at]] for s in [slice(*block.indptr[i : i + 2])]]
     counts = [len(keys) for keys, _ in parts]
     keys = np.concatenate([k for k, _ in parts]) if parts else np.zeros(0, np.int64)
     vectors = np.concatenate([v for _, v in parts]) if parts else np.zeros((0, width), np.float32)
-    return KeyedVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
+    return SparseVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
 
 
-def inner_products(a: KeyedVectors, b: KeyedVectors) -> Float32[np.ndarray, "rows_of_a rows_of_b"]:
+def inner_products(a: SparseVectors, b: SparseVectors) -> Float32[np.ndarray, "rows_of_a rows_of_b"]:
     """Exact scores between two lists of rows: sums over the tokens that both hold."""
     scores = np.zeros((len(a), len(b)), np.float32)
     owners = [np.repeat(np.arange(len(rows)), np.diff(rows.indptr)) for rows in (a, b)]
@@ -119,7 +119,7 @@ class Coded:
     whole: Float64[np.ndarray, " rows"]
 
 
-def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
+def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
     """Code rows with `bits` bits an entry.
 
     Raises:
@@ -127,7 +127,7 @@ def code(rows: KeyedVectors, bits: int, seed: int) -> Coded:
     """
     squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
     if not np.isfinite(squares).all():
-        raise NumericalError("a keyed row is not finite; look at its document and at the model's precision")
+        raise NumericalError("a sparse row is not finite; look at its document and at the model's precision")
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
@@ -152,11 +152,11 @@ def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
     return Coded(counts[order], keys, codes, factors, norms[order], whole[order])
 
 
-def write_keyed(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
+def write_sparse(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
     """Write coded rows into an empty Zarr group."""
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
     energy = [float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.whole.sum())]
-    group.attrs.update({"kind": "keyed", "bits": bits, "factor_scale": scale, "energy": energy})
+    group.attrs.update({"kind": "sparse", "bits": bits, "factor_scale": scale, "energy": energy})
     write_array(group, "indptr", np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32))
     write_array(group, "keys", rows.keys.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32))
     write_array(group, "codes", rows.codes)
@@ -164,12 +164,12 @@ def write_keyed(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
     write_array(group, "norms", rows.norms)
 
 
-def copy_keyed(group: Any, rows: "KeyedRows", kept: Int64[np.ndarray, " kept"]) -> None:
+def copy_sparse(group: Any, rows: "SparseRows", kept: Int64[np.ndarray, " kept"]) -> None:
     """Write some rows of a shard into an empty Zarr group, to the bit as they are."""
     entries = np.concatenate([np.arange(*rows.indptr[i : i + 2]) for i in kept])
     held = float(np.square(rows.norms[kept], dtype=np.float64).sum())
     energy = [held, held * rows.energy[1] / rows.energy[0] if rows.energy[0] > 0 else held]
-    group.attrs.update({"kind": "keyed", "bits": rows.bits, "factor_scale": rows.factor_scale, "energy": energy})
+    group.attrs.update({"kind": "sparse", "bits": rows.bits, "factor_scale": rows.factor_scale, "energy": energy})
     write_array(group, "indptr", np.concatenate([[0], np.cumsum(np.diff(rows.indptr)[kept])]).astype(np.uint32))
     write_array(group, "keys", rows.keys[entries])
     write_array(group, "codes", rows.codes[entries])
@@ -177,11 +177,11 @@ def copy_keyed(group: Any, rows: "KeyedRows", kept: Int64[np.ndarray, " kept"]) 
     write_array(group, "norms", rows.norms[kept])
 
 
-class KeyedRows:
-    """A keyed segment of one shard, read through memory maps; every array's checksum is compared when it is opened.
+class SparseRows:
+    """A sparse component of one shard, read through memory maps; every array's checksum is compared when it is opened.
 
     Args:
-        directory: the segment's group, `rows/<uuid>.zarr/<segment>`.
+        directory: the component's group, `rows/<uuid>.zarr/<component>`.
         rows, vocabulary, bits: what the manifest says lies there.
         checks: see `rows.Checks`.
 

@@ -1,4 +1,4 @@
-"""The output head's keyed rows: vectors against a dense head gradient, codes against the theory of their estimator, search against sums."""
+"""The output head's sparse rows: vectors against a dense gradient, codes against their theory, search against sums."""
 
 import json
 from functools import partial
@@ -9,27 +9,27 @@ import torch
 import zarr
 from click.testing import CliRunner
 from helpers import assert_close, make_examples, make_model, make_plan, words
-from whence import BuildConfig, Client, build
-from whence.cli import main
-from whence.indexer.curvature import add_sums
-from whence.indexer.encoder import Encoder, EncoderPlan
-from whence.indexer.fit import Fit
-from whence.indexer.tasks import CausalLM
-from whence.store.bits import padded_width, rotate
-from whence.store.errors import IntegrityError, UsageError
-from whence.store.keyed import KeyedRows, KeyedVectors, code, join, write_keyed
-from whence.store.manifest import Curvature, KeyedSegment
-from whence.store.postings import Postings, byte_tables
-from whence.store.rows import write_shard
+from wherefrom import BuildConfig, Client, build
+from wherefrom.cli import main
+from wherefrom.indexer.curvature import add_sums
+from wherefrom.indexer.encoder import Encoder, EncoderPlan
+from wherefrom.indexer.fit import Fit
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.bits import padded_width, rotate
+from wherefrom.store.errors import IntegrityError, UsageError
+from wherefrom.store.manifest import Curvature, SparseComponent
+from wherefrom.store.postings import Postings, byte_tables
+from wherefrom.store.rows import write_shard
+from wherefrom.store.sparse import SparseRows, SparseVectors, code, join, write_sparse
 
 TASK = CausalLM()
 
 
 def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None, role="head", others=0):
-    layer, vocabulary, width, *tail = TASK.keyed_head(model) if role == "head" else TASK.keyed_embeddings(model)
-    head = KeyedSegment(
+    layer, vocabulary, width, *tail = TASK.sparse_head(model) if role == "head" else TASK.sparse_embeddings(model)
+    head = SparseComponent(
         name=role,
-        kind="keyed",
+        kind="sparse",
         model=0,
         weight=1.0,
         role=role,
@@ -43,7 +43,7 @@ def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_to
         seed=3,
         curvature=Curvature(kind="kfac", labels=labels, examples=0, tokens=0, damping=damping),
     )
-    return EncoderPlan((*(blocks.segments if blocks else ()), head), batch_tokens)
+    return EncoderPlan((*(blocks.components if blocks else ()), head), batch_tokens)
 
 
 def fitted(model, plan, examples, parts=1):
@@ -93,7 +93,7 @@ def test_vectors_equal_the_whitened_dense_head_gradient(name, labels, monkeypatc
     tokens = np.mean([len(h) for _, h, _ in truth])
     e, U = np.linalg.eigh(sum(h.T @ h for _, h, _ in truth) / len(truth))
     q = encoder.arrays["head/vocabulary"]
-    tail = plan.segments[0].tail
+    tail = plan.components[0].tail
     assert tail == (name == "with a soft-cap")
     if labels == "sampled" and not tail:
         np.testing.assert_allclose(q, sum((p * (1 - p)).sum(0) for _, _, p in truth) / len(truth), rtol=1e-8)
@@ -137,7 +137,7 @@ def test_embeddings_equal_the_whitened_dense_gradient(name, labels, monkeypatch)
     moments = [dense_embedding_gradients(model, e, labels)[1] for e in examples]
     tokens = sum(len(m) for m in moments)
     e, U = np.linalg.eigh(sum(m.T @ m for m in moments) / tokens)
-    q = np.bincount(np.concatenate([x.token_ids[:-1] for x in examples]), minlength=plan.segments[0].vocabulary) / len(examples)
+    q = np.bincount(np.concatenate([x.token_ids[:-1] for x in examples]), minlength=plan.components[0].vocabulary) / len(examples)
     np.testing.assert_allclose(encoder.arrays["embeddings/vocabulary"], q)
     eigenvalues = q[:, None] * np.maximum(e, 0)[None]
     rows = encoder.rows(examples)["embeddings"]
@@ -152,11 +152,11 @@ def test_embeddings_equal_the_whitened_dense_gradient(name, labels, monkeypatch)
         assert_close(ours @ ours.T, expected @ expected.T, 1e-5)
 
 
-def test_embeddings_do_not_depend_on_the_batch_or_on_other_segments():
+def test_embeddings_do_not_depend_on_the_batch_or_on_other_components():
     model, examples = make_model(), make_examples(14)
     alone = fitted(model, head_plan(model, role="embeddings"), examples)
     every = EncoderPlan(
-        (*head_plan(model, blocks=make_plan(model, curvature="ekfac")).segments, *head_plan(model, role="embeddings").segments), 23
+        (*head_plan(model, blocks=make_plan(model, curvature="ekfac")).components, *head_plan(model, role="embeddings").components), 23
     )
     together = fitted(model, every, examples, parts=3)
     assert_close(together.arrays["embeddings/eigenvalues"], alone.arrays["embeddings/eigenvalues"], 1e-5)
@@ -256,7 +256,7 @@ def test_the_estimator_is_unbiased_with_the_variance_of_theory(width, bits):
     v, q = v / np.linalg.norm(v), q / np.linalg.norm(q)
     estimates, itself = [], []
     for seed in range(1500):
-        coded = code(KeyedVectors(np.array([0, 1]), np.array([0]), v[None]), bits, seed)
+        coded = code(SparseVectors(np.array([0, 1]), np.array([0]), v[None]), bits, seed)
         signs = np.unpackbits(coded.codes, axis=1, count=bits).astype(float)[0] * 2 - 1
         estimates.append(coded.factors[0] * (signs @ rotate(q[None], bits, seed)[0]))
         itself.append(coded.factors[0] * (signs @ rotate(v[None], bits, seed)[0]))
@@ -274,12 +274,12 @@ def random_rows(rows, vocabulary, width, seed=0):
     generator = np.random.default_rng(seed)
     keys = [np.sort(generator.choice(vocabulary, generator.integers(1, 9), replace=False)) for _ in range(rows)]
     indptr = np.concatenate([[0], np.cumsum([len(k) for k in keys])])
-    return KeyedVectors(indptr, np.concatenate(keys), generator.standard_normal((indptr[-1], width)).astype(np.float32))
+    return SparseVectors(indptr, np.concatenate(keys), generator.standard_normal((indptr[-1], width)).astype(np.float32))
 
 
 def written(tmp_path, rows, vocabulary, bits, seed=5):
-    write_shard(tmp_path / "a.zarr", {"head": partial(write_keyed, rows=code(rows, bits, seed), vocabulary=vocabulary, bits=bits)}, {})
-    return KeyedRows(tmp_path / "a.zarr/head", len(rows), vocabulary, bits)
+    write_shard(tmp_path / "a.zarr", {"head": partial(write_sparse, rows=code(rows, bits, seed), vocabulary=vocabulary, bits=bits)}, {})
+    return SparseRows(tmp_path / "a.zarr/head", len(rows), vocabulary, bits)
 
 
 @pytest.mark.parametrize("vocabulary", [40, 100_000])
@@ -294,7 +294,7 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
     factors = group["factors"][:].astype(float) * group.attrs["factor_scale"]
     np.testing.assert_allclose(read.norms, np.sqrt(rows.squared_norms), rtol=1e-6)
     asked = random_rows(4, vocabulary if vocabulary == 40 else 40, 12, seed=9)
-    asked = KeyedVectors(asked.indptr, np.where(np.isin(asked.keys, rows.keys), asked.keys, rows.keys[asked.keys]), asked.vectors)
+    asked = SparseVectors(asked.indptr, np.where(np.isin(asked.keys, rows.keys), asked.keys, rows.keys[asked.keys]), asked.vectors)
     rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(4), np.diff(asked.indptr))
     expected = np.zeros((4, 30))
     for i in range(30):
@@ -330,7 +330,7 @@ def test_batches_are_joined_in_the_rows_order():
     for part in parts:
         pieces = [rows.part(i, i + 1) for i in part]
         indptr = np.concatenate([[0], np.cumsum([len(p.keys) for p in pieces])])
-        merged = KeyedVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
+        merged = SparseVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
         blocks.append((part, code(merged, 8, 1)))
     joined, whole = join(blocks), code(rows, 8, 1)
     for name in ("counts", "keys", "codes", "factors", "norms"):
@@ -345,10 +345,10 @@ def test_a_flipped_byte_or_a_missing_end_is_an_error(tmp_path, array):
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
     with pytest.raises(IntegrityError):
-        KeyedRows(tmp_path / "a.zarr/head", 12, 40, 8)
+        SparseRows(tmp_path / "a.zarr/head", 12, 40, 8)
     path.write_bytes(whole[:-1])
     with pytest.raises(IntegrityError):
-        KeyedRows(tmp_path / "a.zarr/head", 12, 40, 8)
+        SparseRows(tmp_path / "a.zarr/head", 12, 40, 8)
 
 
 # --- indexes
@@ -356,8 +356,8 @@ def test_a_flipped_byte_or_a_missing_end_is_an_error(tmp_path, array):
 
 @pytest.fixture(scope="module")
 def head_index(tmp_path_factory, model_dir, corpus_file):
-    out = tmp_path_factory.mktemp("heads") / "both.whence"
-    config = dict(model=str(model_dir), data=(str(corpus_file),), rank=4, shard_rows=50, segments=("blocks", "head"), head_bits=32)
+    out = tmp_path_factory.mktemp("heads") / "both.wherefrom"
+    config = dict(model=str(model_dir), data=(str(corpus_file),), rank=4, shard_rows=50, components=("blocks", "head"), head_bits=32)
     build(BuildConfig(out=str(out), **config))
     return out
 
@@ -366,31 +366,31 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def test_scores_of_an_index_are_weighted_sums_over_segments_and_shared_tokens(head_index):
+def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(head_index):
     client = Client(head_index)
-    blocks, head = client.index.manifest.segments
+    blocks, head = client.index.manifest.components
     assert head.weight == 1.0
     assert blocks.weight > 0
     (example,) = client.encode(_documents(words(3, 9, 9, 30, 41)))
     rows = client.measure([example])
-    from whence.query.scoring import all_scores
+    from wherefrom.query.scoring import all_scores
 
     found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
     asked = rows["head"]
     rotated = rotate(asked.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
         shard, at = client.index.locate(i)
-        keyed = client.index.keyed(shard, head)
+        sparse = client.index.sparse(shard, head)
         score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))
-        for e in range(keyed.indptr[at], keyed.indptr[at + 1]):
-            signs = np.unpackbits(keyed.codes[e], count=head.bits).astype(float) * 2 - 1
-            score += sum(keyed.factors[e] * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == keyed.keys[e]))
+        for e in range(sparse.indptr[at], sparse.indptr[at + 1]):
+            signs = np.unpackbits(sparse.codes[e], count=head.bits).astype(float) * 2 - 1
+            score += sum(sparse.factors[e] * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == sparse.keys[e]))
         assert_close(found[i], score, 1e-4, np.abs(found).max())
 
 
-def test_weights_of_a_question_multiply_those_of_the_index(head_index):
-    from whence.query.metric import Metric
-    from whence.query.scoring import all_scores
+def test_weights_of_a_query_multiply_those_of_the_index(head_index):
+    from wherefrom.query.metric import Metric
+    from wherefrom.query.scoring import all_scores
 
     client = Client(head_index)
     rows = client.measure(client.encode(_documents(words(3, 9, 9, 30, 41))))
@@ -404,17 +404,17 @@ def test_weights_of_a_question_multiply_those_of_the_index(head_index):
     answer = json.loads(run("query", head_index, "--row", "3", "--weights", "head=2, blocks=0", "--json").stdout)
     assert answer["query"]["weights"] == {"head": 2.0, "blocks": 0.0}
     for weights, message in (
-        ("tail=1", "no segment 'tail'"),
+        ("tail=1", "no component 'tail'"),
         ("head", "is written as"),
         ("head=-1", "between 1e-6 and 1e6"),
-        ("head=0,blocks=0", "every segment"),
+        ("head=0,blocks=0", "every component"),
     ):
         refused = run("query", head_index, "--row", "3", "--weights", weights)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
 
 
 def _documents(*texts):
-    from whence.store.corpus import Document
+    from wherefrom.store.corpus import Document
 
     return [Document(id=f"q{i}", source="q", where="", text=t) for i, t in enumerate(texts)]
 
@@ -432,17 +432,19 @@ def test_a_text_asked_back_finds_itself_and_rows_need_no_model(head_index, corpu
     assert "head 1" in shown
     assert "scores are estimates" in shown
     info = json.loads(run("info", head_index, "--json").stdout)
-    assert [s["kind"] for s in info["segments"]] == ["dense", "keyed"]
+    assert [s["kind"] for s in info["components"]] == ["dense", "sparse"]
     assert run("verify", head_index).exit_code == 0
 
 
 def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, model_dir, corpus_file):
-    config = dict(model=str(model_dir), data=(str(corpus_file),), segments=("head",), head_bits=4096)  # so many bits that codes hardly err
+    config = dict(
+        model=str(model_dir), data=(str(corpus_file),), components=("head",), head_bits=4096
+    )  # so many bits that codes hardly err
     for name, damping in (("low", 0.3), ("high", 4.0)):
         build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
     low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
-    from whence.query.metric import Metric
-    from whence.query.scoring import all_scores
+    from wherefrom.query.metric import Metric
+    from wherefrom.query.scoring import all_scores
 
     examples = low.encode(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
     changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])
@@ -461,7 +463,7 @@ def test_a_resumed_head_build_and_the_command_line(tmp_path, model_dir, corpus_f
         corpus_file,
         "--out",
         tmp_path / "h",
-        "--segments",
+        "--components",
         "head",
         "--head-bits",
         "16",
@@ -471,8 +473,8 @@ def test_a_resumed_head_build_and_the_command_line(tmp_path, model_dir, corpus_f
     assert run("build", *options).exit_code == 0
     info = json.loads(run("info", tmp_path / "h", "--json").stdout)
     assert info["bytes_per_example"] < 200
-    assert info["segments"][0]["keys"] == "4 of largest norm"
+    assert info["components"][0]["keys"] == "4 of largest norm"
     assert "is already complete" in run("build", *options).stdout
-    refused = run("build", *options[:-4], "--segments", "head,tail")
+    refused = run("build", *options[:-4], "--components", "head,tail")
     assert (refused.exit_code, "can be blocks, head" in refused.stderr) == (2, True)
-    assert run("build", *options[:4], "--out", tmp_path / "x", "--segments", "head", "--head-bits", "0").exit_code == 2
+    assert run("build", *options[:4], "--out", tmp_path / "x", "--components", "head", "--head-bits", "0").exit_code == 2

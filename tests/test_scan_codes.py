@@ -1,22 +1,22 @@
-"""Coarse to fine: estimates are what theory says, certificates hold over thousands of questions, and only what is whole is trusted."""
+"""Quantized scan and rescore: estimates are what theory says, certificates hold over thousands of queries, and only what is whole is trusted."""
 
 import shutil
 
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts
-from whence import BuildConfig, Client, Question, build
-from whence.query.metric import Metric
-from whence.query.scoring import Scorer
-from whence.query.search import search
-from whence.store import coarse as module
-from whence.store import index as index_module
-from whence.store.cache import write_cache
-from whence.store.coarse import Coarse, Rounded
-from whence.store.errors import IntegrityError, NumericalError, UsageError
-from whence.store.index import Index
-from whence.store.kernels import count_differences, multiply_int8
-from whence.store.rows import DenseRows
+from wherefrom import BuildConfig, Client, Query, build
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import Scorer
+from wherefrom.query.search import search
+from wherefrom.store import index as index_module
+from wherefrom.store import scan_codes as module
+from wherefrom.store.cache import write_cache
+from wherefrom.store.errors import IntegrityError, NumericalError, UsageError
+from wherefrom.store.index import Index
+from wherefrom.store.kernels import count_differences, multiply_int8
+from wherefrom.store.rows import DenseRows
+from wherefrom.store.scan_codes import Rounded, ScanCodes
 
 DIM = 256
 
@@ -38,7 +38,7 @@ def kinds_of_rows(count, seed=0):
     yield "lopsided", lopsided  # whose int8 directions are far from unit length
 
 
-def questions_for(rows, count, seed):
+def queries_for(rows, count, seed):
     """Half are near some row, half are not; sparse ones among both."""
     generator = np.random.default_rng(seed)
     asked = generator.standard_normal((count, DIM)) * np.linalg.norm(rows, axis=1).mean() / 16
@@ -58,7 +58,7 @@ def questions_for(rows, count, seed):
 )
 def test_estimates_err_as_theory_says(tmp_path, index_dir, name, rows, dtype):
     index = dense_index(tmp_path / "i", index_dir, rows, dtype)
-    queries = questions_for(rows, 60, 1)
+    queries = queries_for(rows, 60, 1)
     scorer = Scorer.of(index, queries, Metric())
     (group,) = index.groups
     exact, e = scorer.scores(group), scorer.estimates(group)
@@ -67,7 +67,7 @@ def test_estimates_err_as_theory_says(tmp_path, index_dir, name, rows, dtype):
     assert empty.any() == (name == "sparse")  # a row of zeros
     assert not e.guess[empty].any()
     errors = ((e.guess - exact)[~empty] / e.deviations[~empty]).astype(float)
-    # Standard deviations are upper bounds, and within 15 % of the truth where question and row are not alike.
+    # Standard deviations are upper bounds, and within 15 % of the truth where query and row are not alike.
     assert abs(errors.mean()) < (0.3 if name == "clustered" else 0.05)  # errors of rows that are alike are alike
     assert np.square(errors).mean() < 1.1
     if name == "gauss":
@@ -88,15 +88,15 @@ def test_codes_of_fewer_bits_than_coordinates_err_as_theory_says(tmp_path, index
     assert 0.8 < np.square(errors).mean() < 1.1
 
 
-def test_several_dense_segments_add_their_variances(tmp_path, model_dir, corpus_file):
+def test_several_dense_components_add_their_variances(tmp_path, model_dir, corpus_file):
     other = make_model("gpt2", "float32", seed=5)
     other.save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     models = (str(model_dir), str(tmp_path / "other"))
-    build(BuildConfig(model=models, data=(str(corpus_file),), out=str(tmp_path / "i"), rank=4, segments=("blocks",)))
+    build(BuildConfig(model=models, data=(str(corpus_file),), out=str(tmp_path / "i"), rank=4, components=("blocks",)))
     client = Client(tmp_path / "i")
-    questions = [Question(text=t) for t in random_texts(40, seed=12)]
-    rows = client.rows(questions)
+    queries = [Query(text=t) for t in random_texts(40, seed=12)]
+    rows = client.rows(queries)
     scorer = Scorer.of(client.index, rows, Metric())
     (group,) = client.index.groups
     whole = scorer.estimates(group).deviations.astype(float) ** 2
@@ -106,15 +106,15 @@ def test_several_dense_segments_add_their_variances(tmp_path, model_dir, corpus_
         alone = Scorer.of(client.index, rows, Metric(weights={other_name: 0.0}))
         parts.append(alone.estimates(group).deviations.astype(float) ** 2)
     np.testing.assert_allclose(whole, parts[0] + parts[1], rtol=1e-4)
-    exact, found = (client.answer(questions, rows, k=5, recall=r) for r in (1.0, 0.99999))
+    exact, found = (client.answer(queries, rows, k=5, recall=r) for r in (1.0, 0.99999))
     for x, y in zip(exact, found, strict=True):
         assert_same_ranking(y.proponents, x.proponents, 1e-5)
-    assert found[0].search.method == "coarse to fine"
+    assert found[0].search.method == "by quantized scan and rescore"
 
 
-def test_a_recall_of_almost_one_and_questions_that_are_no_numbers(index_dir):
+def test_a_recall_of_almost_one_and_queries_that_are_no_numbers(index_dir):
     index = Index(index_dir)
-    asked = np.random.default_rng(0).standard_normal((2, index.manifest.segments[0].dim)).astype(np.float32)
+    asked = np.random.default_rng(0).standard_normal((2, index.manifest.components[0].dim)).astype(np.float32)
     for recall in (np.nextafter(1, 0), 1 - 1e-15):
         assert len(search(index, {"blocks": asked}, 10, recall=recall)) == 2
     asked[1, 0] = np.nan
@@ -123,7 +123,7 @@ def test_a_recall_of_almost_one_and_questions_that_are_no_numbers(index_dir):
 
 
 def complete(index, queries, k, recall):
-    """Of questions that were answered coarse to fine: the share that miss nothing, of proponents and of opponents; and rows read."""
+    """The share of scan-and-rescore answers that miss nothing, of proponents and of opponents; and rows read."""
     whole, rows_read = [], []
     for exact, hit in zip(search(index, queries, k), search(index, queries, k, recall=recall), strict=True):
         if hit.recall == 1:
@@ -145,11 +145,11 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, k, recall
     rows = dict(kinds_of_rows(3000, 4))[name]
     rows = rows * 1e-12 if k == 1 else rows  # the squares of their scores are no float32 numbers
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
-    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
-    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
+    monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
+    monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
     index = dense_index(tmp_path / "i", index_dir, rows, "int8" if name == "lopsided" else "float32")
     assert len(index.groups) == 3
-    share, asked, rows_read = complete(index, questions_for(rows, 300, 5), k, recall)
+    share, asked, rows_read = complete(index, queries_for(rows, 300, 5), k, recall)
     assert asked > 300
     assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / asked)
     assert rows_read < len(rows)
@@ -160,24 +160,24 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, k, recall
 @pytest.mark.parametrize("fault", ["too sure", "biased", "one group's codes are another's"])
 def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch, fault):
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
-    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 10**6)
-    monkeypatch.setattr("whence.query.search._READ_FIRST", 10)
+    monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
+    monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
     rows = dict(kinds_of_rows(3000, 4))["gauss"]
     index = dense_index(tmp_path / "i", index_dir, rows)
     for number, group in enumerate(index.groups):
-        codes = index.coarse(group, index.manifest.segments[0])
+        codes = index.scan_codes(group, index.manifest.components[0])
         if fault == "too sure":
-            broken = Coarse(codes.codes, codes.factors, codes.noises * 0.1, codes.norms, codes.checks)
+            broken = ScanCodes(codes.codes, codes.factors, codes.noises * 0.1, codes.norms, codes.checks)
         elif fault == "biased":
-            broken = Coarse(codes.codes, codes.factors * 0.1, codes.noises, codes.norms, codes.checks)
+            broken = ScanCodes(codes.codes, codes.factors * 0.1, codes.noises, codes.norms, codes.checks)
         else:
-            broken = Coarse(np.roll(codes.codes, number, axis=0), codes.factors, codes.noises, codes.norms, codes.checks)
-        index._coarse[(group.id, "blocks")] = broken
-    share, _, _ = complete(index, questions_for(rows, 300, 5), 10, 0.9)
+            broken = ScanCodes(np.roll(codes.codes, number, axis=0), codes.factors, codes.noises, codes.norms, codes.checks)
+        index._scan_codes[(group.id, "blocks")] = broken
+    share, _, _ = complete(index, queries_for(rows, 300, 5), 10, 0.9)
     assert share < 0.8
 
 
-def test_both_loops_count_alike_and_products_are_those_of_the_rounded_question():
+def test_both_loops_count_alike_and_products_are_those_of_the_rounded_query():
     generator = np.random.default_rng(0)
     for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
         vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
@@ -207,17 +207,17 @@ def test_int8_products_are_numpys():
 
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory, model_dir, corpus_file):
-    """Of one corpus: dense rows of every dtype, and with keyed segments beside them."""
+    """Of one corpus: dense rows of every dtype, and with sparse components beside them."""
     made = {}
     for name, options in {
         "float32": {},
         "int8": {"row_dtype": "int8"},
         "1bit": {"row_dtype": "1bit"},
-        "mixed": {"segments": ("head", "blocks")},
-        "mixed-1bit": {"segments": ("head", "blocks"), "row_dtype": "1bit"},
-        "head": {"segments": ("head",)},
+        "mixed": {"components": ("head", "blocks")},
+        "mixed-1bit": {"components": ("head", "blocks"), "row_dtype": "1bit"},
+        "head": {"components": ("head",)},
     }.items():
-        made[name] = tmp_path_factory.mktemp("coarse") / name
+        made[name] = tmp_path_factory.mktemp("scan-codes") / name
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index_module, "_GROUP_ROWS", 40)
             build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(made[name]), rank=4, shard_rows=32, **options))
@@ -225,17 +225,17 @@ def indexes(tmp_path_factory, model_dir, corpus_file):
 
 
 @pytest.mark.parametrize("name", ["float32", "int8", "1bit", "mixed", "mixed-1bit", "head"])
-@pytest.mark.parametrize("mode", ["influence", "cosine", "per-nat"])
+@pytest.mark.parametrize("mode", ["influence", "cosine", "loss-normalized"])
 def test_answers_are_those_of_the_exact_search(indexes, name, mode, monkeypatch):
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 40)
     assert len(Index(indexes[name]).groups) > 1
     client = Client(indexes[name])
-    questions = [Question(row=3), *(Question(text=t) for t in random_texts(9, seed=8))]
+    queries = [Query(row=3), *(Query(text=t) for t in random_texts(9, seed=8))]
     for options in ({}, {"where": "year >= 1960"}, {"weights": {"blocks": 2.0} if name != "head" else {}}):
-        exact = client.query_many(questions, k=5, mode=mode, **options)
-        found = client.query_many(questions, k=5, mode=mode, recall=0.99999, **options)
+        exact = client.query_many(queries, k=5, mode=mode, **options)
+        found = client.query_many(queries, k=5, mode=mode, recall=0.99999, **options)
         for a, b in zip(exact, found, strict=True):
-            assert b.search.method == ("exact" if name == "head" else "coarse to fine"), b.search.note
+            assert b.search.method == ("exact" if name == "head" else "by quantized scan and rescore"), b.search.note
             assert b.search.recall == (1.0 if name == "head" else 0.99999)
             assert b.search.candidates <= b.search.rows
             assert_same_ranking(b.proponents, a.proponents, 1e-5)
@@ -247,8 +247,8 @@ def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monk
     shutil.copytree(indexes["float32"], path)
     Index(path).reindex()
     assert "damping" in Client(path).query(row=1, recall=0.9, mode="cosine", damping=1.0).search.note
-    assert Client(path).query(row=1, recall=0.9, damping=1.0).search.method == "coarse to fine"
-    monkeypatch.setattr("whence.query.search._MOST_READ_OF_FEW", 5)
+    assert Client(path).query(row=1, recall=0.9, damping=1.0).search.method == "by quantized scan and rescore"
+    monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 5)
     answer = Client(path).query(row=1, recall=0.9)
     assert (answer.search.method, answer.search.recall, answer.search.candidates) == ("exact", 1.0, 120)
     assert "more rows" in answer.search.note
@@ -264,14 +264,14 @@ def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monk
             damaged.write_bytes(change)
             answer = Client(path).query(row=1, recall=0.9)
             if answer.search.recall == 1:
-                assert "whence reindex" in answer.search.note
+                assert "wherefrom reindex" in answer.search.note
                 assert [a.row for a in answer.proponents] == [a.row for a in Client(path).query(row=1).proponents]
             else:  # what was damaged describes a group, not an array
                 assert damaged.name == "zarr.json"
                 assert answer.proponents == before.proponents
         damaged.write_bytes(raw)
     shutil.rmtree(path / "search")
-    assert "whence reindex" in Client(path).query(row=1, recall=0.9).search.note
+    assert "wherefrom reindex" in Client(path).query(row=1, recall=0.9).search.note
     assert Index(path).reindex() == 1
     assert Client(path).query(row=1, recall=0.9).proponents == before.proponents
 
@@ -283,7 +283,7 @@ def test_codes_of_other_rows_are_not_used(indexes, tmp_path, index_dir):
     (a,), (b,) = ((tmp_path / n / "search").iterdir() for n in "ab")
     shutil.rmtree(a)
     shutil.copytree(b, a)
-    assert "whence reindex" in Client(tmp_path / "a").query(row=1, recall=0.9).search.note
+    assert "wherefrom reindex" in Client(tmp_path / "a").query(row=1, recall=0.9).search.note
 
 
 def test_a_damaged_row_is_an_error_when_it_is_read(indexes, tmp_path):
@@ -292,14 +292,14 @@ def test_a_damaged_row_is_an_error_when_it_is_read(indexes, tmp_path):
     client = Client(tmp_path / "i")
     row = client.query(row=1, recall=0.9).proponents[0].row
     shard, offset = client.index.locate(row)
-    (segment,) = client.index.manifest.segments
-    rows = DenseRows(tmp_path / "i/rows" / f"{shard.id}.zarr/blocks", shard.rows, segment.stored, segment.dtype)
+    (component,) = client.index.manifest.components
+    rows = DenseRows(tmp_path / "i/rows" / f"{shard.id}.zarr/blocks", shard.rows, component.stored, component.dtype)
     path = tmp_path / "i/rows" / f"{shard.id}.zarr/blocks/codes/c/0/0"
     raw = bytearray(path.read_bytes())
     raw[offset * rows.dim * 4 + 2] ^= 1
     path.write_bytes(bytes(raw))
     with pytest.raises(IntegrityError, match="checksum"):
-        search(Index(tmp_path / "i"), client.rows([Question(text="w1 w2 w3")]), 120, recall=0.9)
+        search(Index(tmp_path / "i"), client.rows([Query(text="w1 w2 w3")]), 120, recall=0.9)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +309,9 @@ def test_codes_that_cannot_be_are_not_read(indexes, tmp_path, name, change):
     shutil.copytree(indexes["float32"], tmp_path / "i")
     index = Index(tmp_path / "i")
     index.reindex()
-    (group,), (segment,) = index.groups, index.manifest.segments
-    codes, place = index.coarse(group, segment), tmp_path / "i/search" / f"{group.id}.zarr" / segment.name
+    (group,), (component,) = index.groups, index.manifest.components
+    codes, place = index.scan_codes(group, component), tmp_path / "i/search" / f"{group.id}.zarr" / component.name
     arrays = {f: np.array(getattr(codes, f)) for f in ("codes", "factors", "noises", "norms", "checks")}
     arrays[name] = arrays[name].astype(change) if isinstance(change, str) else np.full_like(arrays[name], change)
-    write_cache(place, arrays, index._source(group, segment), tmp_path / "staging")
-    assert "whence reindex" in Client(tmp_path / "i").query(row=1, recall=0.9).search.note
+    write_cache(place, arrays, index._source(group, component), tmp_path / "staging")
+    assert "wherefrom reindex" in Client(tmp_path / "i").query(row=1, recall=0.9).search.note

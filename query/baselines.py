@@ -1,12 +1,12 @@
-"""Controls beside an answer: what words, the model's own embedding, and the size of the gradient alone would have said.
+"""Baselines beside an answer: what words, the model's own embedding, and the size of the gradient alone would have said.
 
     bm25     the search engine's classic over words (Robertson and Zaragoza, 2009)
     hidden   cosine of the mean last hidden states, where the build kept them (--hidden)
-    norm     the row's length alone, the same for every question
+    norm     the row's length alone, the same for every query
 
 Of a contrast of two completions, words and states say the difference of what they say of each.
 
-Where a control finds the same rows, influence has told nothing that it does not.
+Where a baseline finds the same rows, influence has told nothing that it does not.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32
 
 from ..store.errors import UsageError
 from ..store.index import Index
-from .answers import Control
+from .answers import Baseline
 from .metric import Metric, QueryRows
 from .scoring import all_scores
 
@@ -39,14 +39,14 @@ class Words:
         self._engine.index(self._tokenize(documents), show_progress=False)
 
     def scores(self, asked: Sequence[str]) -> Scores:
-        """Of all texts, for some questions."""
-        nothing = np.zeros(self._count)  # of a question without a word
+        """Of all texts, for some queries."""
+        nothing = np.zeros(self._count)  # of a query without a word
         return np.stack([self._engine.get_scores(tokens) if tokens else nothing for tokens in self._tokenize(asked)], axis=1)
 
 
 def row_norms(index: Index) -> Float[np.ndarray, " examples"]:
-    """The rows' lengths over all segments, with their weights: the square root of self-influence."""
-    return np.sqrt(sum((s.weight * index.norms(s).astype(np.float64) ** 2 for s in index.manifest.segments), np.zeros(len(index))))
+    """The rows' lengths over all components, with their weights: the square root of self-influence."""
+    return np.sqrt(sum((s.weight * index.norms(s).astype(np.float64) ** 2 for s in index.manifest.components), np.zeros(len(index))))
 
 
 def cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries size"]) -> Scores:
@@ -58,31 +58,31 @@ def cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries
 def compare(
     index: Index,
     queries: QueryRows,
-    controls: Mapping[str, Scores],
+    baselines: Mapping[str, Scores],
     metric: Metric,
     allowed: Bool[np.ndarray, " rows"],
     found: Sequence[Sequence[int]],
     k: int,
-) -> list[tuple[Control, ...]]:
-    """For each question, what each control says.
+) -> list[tuple[Baseline, ...]]:
+    """For each query, what each baseline says.
 
     Args:
-        controls: name -> scores of all rows, by question.
+        baselines: name -> scores of all rows, by query.
         allowed: which rows were searched.
-        found: each question's proponents.
+        found: each query's proponents.
     """
     ours = np.concatenate([block for _, block in all_scores(index, queries, metric)], axis=1)[:, allowed]
     rows, ranks = np.flatnonzero(allowed), [_ranks(own) for own in ours]
     answers = []
-    for question, proponents in enumerate(found):
+    for query, proponents in enumerate(found):
         beside = []
-        for name, scores in controls.items():
-            own = scores[allowed, question]
+        for name, scores in baselines.items():
+            own = scores[allowed, query]
             best = np.argsort(-own, kind="stable")[:k]
             chosen = rows[best].tolist()
             ids = tuple(index.example(row).id for row in chosen)
             shared = len(set(chosen) & set(proponents))
-            beside.append(Control(name, tuple(chosen), ids, tuple(own[best].tolist()), _correlation(ranks[question], _ranks(own)), shared))
+            beside.append(Baseline(name, tuple(chosen), ids, tuple(own[best].tolist()), _correlation(ranks[query], _ranks(own)), shared))
         answers.append(tuple(beside))
     return answers
 
@@ -98,7 +98,7 @@ def _correlation(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -
 
 
 def library(name: str) -> Any:
-    """A library that controls need.
+    """A library that baselines need.
 
     Raises:
         UsageError: it is not installed.
@@ -106,4 +106,6 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"controls need {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s") from error
+        raise UsageError(
+            f"baselines need {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s"
+        ) from error

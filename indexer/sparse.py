@@ -1,4 +1,4 @@
-"""Keyed segments: the whitened gradients of the output head and of the input embeddings, a vector for each of an example's tokens.
+"""Sparse components: the whitened gradients of the output head and of the input embeddings, a vector for each of an example's tokens.
 
 **The head.** With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the
 head; whatever autograd makes of a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in
@@ -14,7 +14,7 @@ weights frozen below, autograd's graph begins at the head's output, so a forward
 
 **The embeddings** are the same with the roles exchanged: with d_t the gradient that arrives where token x_t was read, G[v] is the sum of
 d_t over the positions that read v, q_v the number of times that an example reads v, and E sum_t d_t d_t^T takes the place of the
-inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both segments, as if it were two.
+inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both components, as if it were two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from ..store.keyed import KeyedVectors
-from ..store.manifest import KeyedSegment, Layer
+from ..store.manifest import Layer, SparseComponent
+from ..store.sparse import SparseVectors
 from .capture import Map, accumulation_dtype
 from .curvature import Arrays
 from .projection import symmetric_eigen
@@ -34,40 +34,40 @@ from .tasks import IGNORED, Batch
 STATISTICS = ("moment", "vocabulary", "tokens")
 
 
-def vocabulary_layer(segment: KeyedSegment) -> Layer:
+def vocabulary_layer(component: SparseComponent) -> Layer:
     """The head or the embeddings as a layer that the capture can track."""
-    sizes = (segment.vocabulary, segment.width)
-    outputs, inputs = sizes if segment.role == "head" else sizes[::-1]
+    sizes = (component.vocabulary, component.width)
+    outputs, inputs = sizes if component.role == "head" else sizes[::-1]
     return Layer(
-        name=segment.layer,
+        name=component.layer,
         outputs=outputs,
         inputs=inputs,
         output_rank=outputs,
         input_rank=inputs,
-        input_group=segment.layer,
+        input_group=component.layer,
         offset=0,
         curvature="kfac",
     )
 
 
-class KeyedPart:
-    """Makes the rows of a keyed segment.
+class SparsePart:
+    """Makes the rows of a sparse component.
 
     Args:
-        segment: the layer, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
+        component: the layer, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
         arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary].
         device: the layer's.
         dtype: the model's.
     """
 
-    def __init__(self, segment: KeyedSegment, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
-        self.segment, self.layer, self.device = segment, vocabulary_layer(segment), device
+    def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
+        self.component, self.layer, self.device = component, vocabulary_layer(component), device
         if arrays:
             self.basis, self.eigenvalues, self.vocabulary = (
                 torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
                 for name in ("basis", "eigenvalues", "vocabulary")
             )
-            self.damping = segment.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
+            self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
     def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
         """The vectors M_v for which sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
@@ -78,26 +78,26 @@ class KeyedPart:
         damped = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
         return torch.where(damped > 0, damped, torch.inf).rsqrt()
 
-    def collector(self, batch: Batch) -> "KeyedCollector":
+    def collector(self, batch: Batch) -> "SparseCollector":
         """What is visited for one batch."""
-        return KeyedCollector(self, batch)
+        return SparseCollector(self, batch)
 
 
-class KeyedCollector:
+class SparseCollector:
     """A batch's gradients of the head or the embeddings on their way to rows."""
 
-    def __init__(self, part: KeyedPart, batch: Batch) -> None:
+    def __init__(self, part: SparsePart, batch: Batch) -> None:
         self._part, self._batch = part, batch
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        tokens = batch.targets if part.segment.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
+        tokens = batch.targets if part.component.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
         self._keys = [torch.unique(row[row != IGNORED]).to(part.device) for row in tokens]
         self._sums: list[Tensor] | None = None
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
-        if self._part.segment.role == "head":
-            if self._part.segment.others and self._sums is None:
+        if self._part.component.role == "head":
+            if self._part.component.others and self._sums is None:
                 self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
             found = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
         else:
@@ -107,7 +107,7 @@ class KeyedCollector:
     def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
         """The predicted tokens and so many of the others as are most probable (whose gradients, summed over positions, are largest)."""
         mass = d.sum(0).index_fill(0, keys, -torch.inf)
-        others = torch.topk(mass, min(self._part.segment.others, len(mass) - len(keys))).indices
+        others = torch.topk(mass, min(self._part.component.others, len(mass) - len(keys))).indices
         return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
@@ -115,9 +115,9 @@ class KeyedCollector:
         at = torch.searchsorted(keys, self._batch.inputs[example].to(d.device)[valid])
         return d.new_zeros(len(keys), d.shape[1]).index_add_(0, at, d[valid])
 
-    def rows(self) -> KeyedVectors:
+    def rows(self) -> SparseVectors:
         """The batch's whitened rows, by token."""
-        part, limit = self._part, self._part.segment.keys
+        part, limit = self._part, self._part.component.keys
         keys, vectors, counts, whole = [], [], [], []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
             z = (gradient @ part.basis) * part.scale(tokens)
@@ -130,7 +130,7 @@ class KeyedCollector:
             vectors.append(z.float().cpu().numpy())
             counts.append(len(tokens))
         indptr = np.concatenate([[0], np.cumsum(counts)])
-        return KeyedVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(whole))
+        return SparseVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(whole))
 
 
 class HeadMean:
@@ -140,7 +140,7 @@ class HeadMean:
     loss is stationary.
     """
 
-    def __init__(self, part: KeyedPart, tokens: int) -> None:
+    def __init__(self, part: SparsePart, tokens: int) -> None:
         self._part = part
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
@@ -164,12 +164,12 @@ class HeadMean:
         return between * n / self._squares if self._squares > 0 else 0.0
 
 
-class KeyedMeter:
-    """Sums a keyed segment's statistics over batches."""
+class SparseMeter:
+    """Sums a sparse component's statistics over batches."""
 
-    def __init__(self, segment: KeyedSegment) -> None:
-        self._closed_form, layer = segment.curvature.labels == "sampled" and not segment.tail, vocabulary_layer(segment)
-        self._segment = segment
+    def __init__(self, component: SparseComponent) -> None:
+        self._closed_form, layer = component.curvature.labels == "sampled" and not component.tail, vocabulary_layer(component)
+        self._component = component
         self.layers: Sequence[Layer] = (layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
@@ -182,10 +182,10 @@ class KeyedMeter:
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
         assert self._batch is not None
-        if self._segment.role == "embeddings":
+        if self._component.role == "embeddings":
             g = d[self._batch.valid.to(d.device)]
             self._add("moment", g.T @ g)
-            self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._segment.vocabulary))
+            self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._component.vocabulary))
             self._add("tokens", torch.tensor(float(len(g)), dtype=torch.float64))
             return
         valid = self._batch.valid.to(d.device)
@@ -211,7 +211,7 @@ def _variance(g: Float[Tensor, "tokens vocabulary"], targets: Tensor) -> Float[T
 
 
 def finish(totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
-    """The arrays of a keyed segment from the sums of its only pass."""
+    """The arrays of a sparse component from the sums of its only pass."""
     values, vectors = symmetric_eigen(totals["moment"] / examples)
     vocabulary: Float64[np.ndarray, " vocabulary"] = np.maximum(totals["vocabulary"], 0.0) / examples
     return {"basis": vectors, "eigenvalues": values / (totals["tokens"] / examples), "vocabulary": vocabulary}

@@ -7,12 +7,12 @@
     checks   [rows]         uint32: CRC-32C of the row's stored codes, by which single rows can be read and trusted
 
 With s the signs, u the rotated direction (of length 1, but for the rounding of its codes, which int8 can make felt) and q a rotated
-question, s = (A / |u|^2) u + r, and r, which is orthogonal to u, has |r|^2 = b - A^2 / |u|^2 and no preferred direction:
+query, s = (A / |u|^2) u + r, and r, which is orthogonal to u, has |r|^2 = b - A^2 / |u|^2 and no preferred direction:
 factor * <s, q> = |v| <u, q> + e with e of mean 0 and standard deviation at most noise * |q| (RaBitQ, Gao and Long, arXiv 2405.12497, here
-with each row's own A). The question is rounded to four bits a coordinate, so that an estimate is four exclusive ors
+with each row's own A). The query is rounded to four bits a coordinate, so that an estimate is four exclusive ors
 and bit counts; what rounding leaves over, of length p, adds the standard deviation factor * p.
 
-FAISS has RaBitQ too, but returns the best of a list alone: neither all estimates, which filters, opponents and other segments need, nor
+FAISS has RaBitQ too, but returns the best of a list alone: neither all estimates, which filters, opponents and other components need, nor
 their deviations, from which it follows which rows must be read (benchmarks/dense_search.py has its speed beside this one's).
 """
 
@@ -37,8 +37,8 @@ _count_differences = Compiled("count_differences", after=1 << 22)
 
 
 @dataclass(frozen=True)
-class Coarse:
-    """The codes of a dense segment's rows in a group of shards; see above."""
+class ScanCodes:
+    """The codes of a dense component's rows in a group of shards; see above."""
 
     codes: UInt64[np.ndarray, "rows words"]
     factors: Float32[np.ndarray, " rows"]
@@ -47,10 +47,10 @@ class Coarse:
     checks: UInt32[np.ndarray, " rows"]
 
     @classmethod
-    def of(cls, shards: Sequence[DenseRows], seed: int) -> "Coarse":
+    def of(cls, shards: Sequence[DenseRows], seed: int) -> "ScanCodes":
         """Codes of shards' rows, one shard after the other."""
         width = padded_width(shards[0].coordinates, 1)
-        bits = coarse_bits(shards[0].coordinates)
+        bits = scan_bits(shards[0].coordinates)
         codes, sums, squares, checks = [], [], [], []
         for rows in shards:
             factors = rows.factors()
@@ -72,11 +72,11 @@ class Coarse:
         write_cache(directory, {f.name: getattr(self, f.name) for f in fields(self)}, source, staging)
 
     @classmethod
-    def read(cls, directory: Path, source: str, rows: int, coordinates: int) -> "Coarse | None":
+    def read(cls, directory: Path, source: str, rows: int, coordinates: int) -> "ScanCodes | None":
         """The codes that lie there, of so many rows; None where they are missing, damaged, or of other rows."""
         arrays = read_cache(directory, source)
         vectors = ("factors", "noises", "norms", "checks")
-        shapes = {"codes": (rows, -(-coarse_bits(coordinates) // 64)), **dict.fromkeys(vectors, (rows,))}
+        shapes = {"codes": (rows, -(-scan_bits(coordinates) // 64)), **dict.fromkeys(vectors, (rows,))}
         dtypes = {"codes": "uint64", **dict.fromkeys(vectors, "float32"), "checks": "uint32"}
         if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
             return None
@@ -84,56 +84,56 @@ class Coarse:
         return cls(**arrays) if whole and {name: array.dtype.name for name, array in arrays.items()} == dtypes else None
 
 
-def coarse_bits(coordinates: int) -> int:
+def scan_bits(coordinates: int) -> int:
     """Bits of a code: as many as coordinates after the rotation, at most 8,192."""
     return min(padded_width(coordinates, 1), _MOST_BITS)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Rotated questions in four bits a coordinate.
+    """Rotated queries in four bits a coordinate.
 
     Attributes:
-        planes: [questions, 4, words]: the coordinates' first to fourth bits.
+        planes: [queries, 4, words]: the coordinates' first to fourth bits.
         steps: half of what two neighbouring levels differ by.
         rests: lengths of what rounding left over.
         bits: coordinates.
     """
 
-    planes: UInt64[np.ndarray, "questions planes words"]
-    steps: Float64[np.ndarray, " questions"]
-    rests: Float64[np.ndarray, " questions"]
+    planes: UInt64[np.ndarray, "queries planes words"]
+    steps: Float64[np.ndarray, " queries"]
+    rests: Float64[np.ndarray, " queries"]
     bits: int
 
     @classmethod
-    def of(cls, rotated: Float32[np.ndarray, "questions bits"]) -> "Rounded":
-        """Round each question to evenly spaced levels, cut off where that costs it least."""
+    def of(cls, rotated: Float32[np.ndarray, "queries bits"]) -> "Rounded":
+        """Round each query to evenly spaced levels, cut off where that costs it least."""
         bits = rotated.shape[1]
         planes = np.zeros((len(rotated), PLANES, -(-bits // 64)), np.uint64)
         steps, rests = np.zeros(len(rotated)), np.zeros(len(rotated))
-        for i, question in enumerate(rotated.astype(np.float64)):
-            spread, best = np.sqrt(np.mean(question**2)), np.inf
+        for i, query in enumerate(rotated.astype(np.float64)):
+            spread, best = np.sqrt(np.mean(query**2)), np.inf
             if spread == 0:
                 continue
             for step in _CLIPS * spread / _LEVELS:
-                levels = np.clip(np.rint((question / step + _LEVELS) / 2), 0, _LEVELS)
-                rest = float(np.linalg.norm(question - step * (2 * levels - _LEVELS)))
+                levels = np.clip(np.rint((query / step + _LEVELS) / 2), 0, _LEVELS)
+                rest = float(np.linalg.norm(query - step * (2 * levels - _LEVELS)))
                 if rest < best:
                     best, steps[i], chosen = rest, step, levels.astype(np.uint8)
             rests[i] = best
             planes[i] = [words(np.packbits((chosen >> p) & 1)[None])[0] for p in range(PLANES)]
         return cls(planes, steps, rests, bits)
 
-    def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "questions rows"]:
-        """Inner products of the rounded questions with the signs of some codes."""
+    def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "queries rows"]:
+        """Inner products of the rounded queries with the signs of some codes."""
         totals = np.zeros((len(self.planes), len(codes)), np.uint32)
         compiled = _count_differences.after(codes.size * len(self.planes))
         if compiled is not None:
             compiled(codes, self.planes, totals)
         else:
-            for question, planes in enumerate(self.planes):
+            for query, planes in enumerate(self.planes):
                 for p, plane in enumerate(planes):
-                    totals[question] += np.bitwise_count(codes ^ plane).sum(axis=1, dtype=np.uint32) << np.uint32(p)
+                    totals[query] += np.bitwise_count(codes ^ plane).sum(axis=1, dtype=np.uint32) << np.uint32(p)
         return (self.steps[:, None].astype(np.float32)) * (np.float32(_LEVELS * self.bits) - 2 * totals.astype(np.float32))
 
 
