@@ -63,7 +63,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
 
     Raises:
-        UsageError: fewer than one checkpoint is asked for, an index without data, or what is no option of a build.
+        UsageError: fewer than one checkpoint is asked for, an index without data, or what is not an option of a build.
     """
 
     def __init__(self, *, data: str | Sequence[str] = (), out: str | None = None, checkpoints: int = 1, **options: Any) -> None:

@@ -67,7 +67,7 @@ def _unforeseen(error: Exception) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
     reason = str(error).splitlines()[0] if str(error) else "no reason given"
     return (
-        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is no code of yours, it is a defect of Wherefrom: "
+        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is not your own code, it is a defect of Wherefrom: "
         "WHEREFROM_TRACEBACK=1 shows where it comes from"
     )
 

@@ -34,7 +34,7 @@ class RemoteClient(Asks):
         timeout: seconds to wait for an answer.
 
     Raises:
-        UsageError: that is no address.
+        UsageError: that is not an address.
     """
 
     def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
@@ -45,7 +45,7 @@ class RemoteClient(Asks):
         except (ValueError, AttributeError, TypeError):
             known = False
         if not known or parts.query or parts.fragment or parts.username:
-            raise UsageError(f"{url!r} is no server's address; it is written as http://127.0.0.1:8787")
+            raise UsageError(f"{url!r} is not a server's address; it is written as http://127.0.0.1:8787")
         if token is not None and not (token.isascii() and token.isprintable()):
             raise UsageError("a server's token holds visible ASCII characters alone; look at WHEREFROM_TOKEN")
         self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout

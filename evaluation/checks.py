@@ -284,7 +284,7 @@ def recall(
     if not 1 <= k < rows:
         raise UsageError(f"k is {k}; it must be at least 1 and below the indexes' {rows} rows")
     found, truth = (score_matrix(c, c.rows(queries), Metric(mode)) for c in (ours, theirs))
-    own = [(q.row, i) for i, q in enumerate(queries) if q.row is not None]  # a row that finds itself is no achievement
+    own = [(q.row, i) for i, q in enumerate(queries) if q.row is not None]  # a row that finds itself is not an achievement
     ranked = []
     for s in (found, truth):
         best_first, worst_first = -s, s.copy()

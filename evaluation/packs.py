@@ -135,7 +135,7 @@ def _meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads((directory / "meta.json").read_bytes())
     except FileNotFoundError as error:
-        raise NotFoundError(f"{directory} is no pack: it has no meta.json") from error
+        raise NotFoundError(f"{directory} is not a pack: it has no meta.json") from error
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{directory}/meta.json cannot be read ({error}); restore it or make the pack again") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("encoding", {}), dict):
@@ -149,7 +149,7 @@ def _truth(directory: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays}
     except FileNotFoundError as error:
-        raise NotFoundError(f"{directory} is no pack, or not a finished one: it has no ground_truth.npz") from error
+        raise NotFoundError(f"{directory} is not a pack, or not a finished one: it has no ground_truth.npz") from error
     except Exception as error:  # zip, zlib and header parsing raise what they like
         raise IntegrityError(f"{path} cannot be read ({error}); restore it or make the pack again") from error
 

@@ -318,7 +318,7 @@ def _documents(sources: Sequence[str]) -> tuple[Document, ...]:
         if isinstance(document, DataError):
             raise document
         if document.id in documents:
-            raise DataError(f"the id {document.id!r} stands twice in {', '.join(sources)}; ids must be unique")
+            raise DataError(f"duplicate id {document.id!r} in {', '.join(sources)}; ids must be unique")
         documents[document.id] = document
     if not documents:
         raise DataError(f"there is no document in {', '.join(sources)}")

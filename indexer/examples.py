@@ -245,7 +245,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, .
     """What each token adds to the text of those before it; joined, they are the text.
 
     A token that ends within a character adds nothing, the one that completes it adds the character. Decoded one by one, tokens would lose
-    such characters, and of many tokenizers the spaces between words. (Where bytes that are no characters run on and on, joints between
+    such characters, and of many tokenizers the spaces between words. (Where bytes that are not characters run on and on, joints between
     pieces of 48 tokens may be off by one of the signs that stand for them.)
     """
     decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
@@ -260,7 +260,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, .
 
 
 def token_name(tokenizer: Any, id: int) -> str:
-    """A token alone: its text, or where that is no whole character its bytes, as <0xE5>."""
+    """A token alone: its text, or where that is not a whole character its bytes, as <0xE5>."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     text: str = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)

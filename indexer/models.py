@@ -250,7 +250,7 @@ def _load_whole(source: ModelSource, device: torch.device | None) -> nn.Module:
 
 
 def _check_suitable(config: Any, source: ModelSource) -> None:
-    """Refuse, by its configuration, a model that is no causal language model.
+    """Refuse, by its configuration, a model that is not a causal language model.
 
     Raises:
         IncompatibleError: says what it is instead.
@@ -268,7 +268,7 @@ def _check_suitable(config: Any, source: ModelSource) -> None:
 
 
 def other_kind(config: Any, named: Sequence[str]) -> str | None:
-    """What a model is that is no causal language model, by its configuration and the names of its classes; None where it may be one."""
+    """What a model is that is not a causal language model, by its configuration and the names of its classes; None where it may be one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kinds = {} if getattr(config, "is_decoder", False) else _OTHER_KINDS
@@ -319,7 +319,7 @@ def _check_weights(source: ModelSource) -> None:
 def safetensors_problem(path: Path) -> str | None:
     """What is wrong with a safetensors file as a whole, by its header and size; None where nothing is."""
     if not path.is_file():
-        return "is no regular file"
+        return "is not a regular file"
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_LARGEST_POINTER)
@@ -327,13 +327,13 @@ def safetensors_problem(path: Path) -> str | None:
             return "is a pointer of Git LFS and not the file itself: run git lfs pull where it came from"
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            return "is no whole safetensors file (cut off?)"
+            return "is not a whole safetensors file (cut off?)"
         file.seek(8)
         try:
             header = json.loads(file.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            return "is no safetensors file: its header cannot be read"
+            return "is not a safetensors file: its header cannot be read"
     whole = [n for n, e in header.items() if n.endswith("weight") and str(e.get("dtype")).startswith(("I", "U", "BOOL"))]
     if whole:
         return f"holds whole numbers in {whole[0]} (quantized?), and gradients need floating-point weights"

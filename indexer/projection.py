@@ -3,7 +3,7 @@
 Random: Rademacher signs over sqrt(rank), so that E[P^T P] = I. The signs are the raw bits of a Philox generator keyed by seed, side and
 layer name: the same on every device, in every worker and with every version of numpy, so they are never stored. PCA: the
 leading eigenvectors of the second moments of what is projected (LoGra's PCA initialisation, arXiv 2405.13954 section 3.2), stored.
-A rank that reaches a layer's size is no projection at all: the identity, exact.
+A rank that reaches a layer's size is not a projection at all: the identity, exact.
 """
 
 import hashlib

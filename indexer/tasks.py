@@ -127,7 +127,7 @@ class Task(ABC):
         return None
 
     def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
-        """Name, vocabulary and width of the embeddings of the batch's inputs; None where these are no tokens."""
+        """Name, vocabulary and width of the embeddings of the batch's inputs; None where these are not tokens."""
         return None
 
 

@@ -50,14 +50,14 @@ class Options(TypedDict, total=False):
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Refuse what is no option, or of another type than it can have.
+    """Refuse what is not an option, or of another type than it can have.
 
     Raises:
         UsageError: names it.
     """
     unknown = sorted(options.keys() - Options.__annotations__.keys())
     if unknown:
-        raise UsageError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
+        raise UsageError(f"{unknown[0]} is not an option; there are {', '.join(Options.__annotations__)}")
     for name, kind in _KINDS.items():
         value = options.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):

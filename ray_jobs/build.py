@@ -245,7 +245,7 @@ def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
 
 
 def refresh_search(out: Path, reporter: Reporter) -> None:
-    """Write what searches read beside the rows where it is missing. That it cannot be written is no failure: searches then make it anew."""
+    """Write the missing search caches; one that cannot be written is not a failure, since searches then make it anew."""
     try:
         Index(out).reindex()
     except OSError as error:

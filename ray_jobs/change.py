@@ -304,7 +304,7 @@ def prune(out: Path) -> int:
 
 
 def _is_ours(place: Path) -> bool:
-    """Whether something carries the name of a file or folder that this library makes, and is no link."""
+    """Whether something carries the name of a file or folder that this library makes, and is not a link."""
     return not place.is_symlink() and (
         _UUID.fullmatch(place.stem) is not None or re.fullmatch(r"[0-9]{6,18}\.json", place.name) is not None
     )

@@ -205,7 +205,7 @@ def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray)
             example = documents[row - shard.first]
             if example.id in seen:
                 raise DataError(
-                    f"the id {example.id!r} stands twice in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
+                    f"duplicate id {example.id!r} in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
                     "be unique: fix them, or name another --id-field"
                 )
             seen[example.id] = example

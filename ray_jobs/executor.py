@@ -121,7 +121,7 @@ class _Actor:
             examples, tokens = examples + more, tokens + more_tokens
             if time.monotonic() - told > _POLL_SECONDS:
                 told = time.monotonic()
-                with suppress(Exception):  # that it cannot be told is no failure
+                with suppress(Exception):  # that it cannot be told is not a failure
                     ledger.record.remote(task, (examples, tokens))
 
         return getattr(self._worker, method)(*args, progress=progress), (examples, tokens)

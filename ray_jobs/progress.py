@@ -22,7 +22,7 @@ class Reporter(Protocol):
         """The stage has so far worked through so many examples and tokens."""
 
     def note(self, sentence: str) -> None:
-        """Something that whoever reads the answers should know, which is no error."""
+        """Something that whoever reads the answers should know, which is not an error."""
 
 
 class Silent:

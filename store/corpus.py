@@ -199,7 +199,7 @@ def _check_column(name: str, value: Any) -> None:
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the column {name!r} holds half of a surrogate pair, which is no character") from error
+        raise ValueError(f"the column {name!r} holds half of a surrogate pair, which is not a character") from error
     except RecursionError as error:
         raise ValueError(f"the column {name!r} is nested too deeply") from error
     except ValueError as error:
@@ -257,7 +257,7 @@ def _as_text(record: Mapping[str, Any], key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is no character") from error
+        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is not a character") from error
     return value
 
 
@@ -302,7 +302,7 @@ def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     try:
         json.dumps(value, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is no character") from error
+        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is not a character") from error
     return value
 
 
@@ -391,7 +391,7 @@ def read_queries(file: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         NotFoundError: no such file.
-        DataError: a line is no query; names it.
+        DataError: a line is not a query; names it.
     """
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}")

@@ -65,7 +65,9 @@ def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size > most:
             what = (
-                f"has {found.st_size:,} bytes, more than the {most:,} it may have" if stat.S_ISREG(found.st_mode) else "is no regular file"
+                f"has {found.st_size:,} bytes, more than the {most:,} it may have"
+                if stat.S_ISREG(found.st_mode)
+                else "is not a regular file"
             )
             raise IntegrityError(f"{path} {what}; restore the file or build the index again")
         return file.read(found.st_size)

@@ -130,7 +130,7 @@ def parse_filter(text: str) -> ast.expr:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(
-            f'the filter {text[:80]!r} is no expression ({error}); write one such as source == "web" and year >= 2020'
+            f'the filter {text[:80]!r} is not an expression ({error}); write one such as source == "web" and year >= 2020'
         ) from error
 
 
@@ -205,7 +205,7 @@ class _Evaluation:
     def _name(self, node: ast.expr) -> str:
         name = _column(node)
         if name is None:
-            raise UsageError(f"a filter compares columns with values, and {ast.unparse(node)[:80]!r} is no column's name")
+            raise UsageError(f"a filter compares columns with values, and {ast.unparse(node)[:80]!r} is not a column's name")
         if name not in self._kinds:
             raise UsageError(f"there is no column {name!r}; this index has {', '.join(sorted(self._kinds))}")
         return name
@@ -223,7 +223,7 @@ class _Evaluation:
         sign = _OPERATORS[type(op)]
         if _column(left) is None:
             if _column(right) is None:
-                raise UsageError(f"a filter compares a column with a value, and {ast.unparse(left)[:80]!r} is no column's name")
+                raise UsageError(f"a filter compares a column with a value, and {ast.unparse(left)[:80]!r} is not a column's name")
             left, right, sign = right, left, _TURNED.get(sign, sign)
         name = self._name(left)
         if _column(right) is not None:
@@ -424,7 +424,7 @@ def _kinds_of_constant(value: Any) -> set[str]:
 def _constant(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str, type(None))):
         if isinstance(node.value, str) and not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
-            raise UsageError("the filter holds half of a surrogate pair, which is no character; fix its encoding")
+            raise UsageError("the filter holds half of a surrogate pair, which is not a character; fix its encoding")
         if isinstance(node.value, int) and node.value.bit_length() > _LONGEST_BITS:
             raise UsageError("the filter holds a number that is larger than any that can be stored; fix it")
         return node.value

@@ -178,7 +178,7 @@ class Index:
         """
         written, beside = 0, self.path / "search"
         if beside.exists() and not beside.is_dir():
-            raise UsageError(f"{beside} is no directory of this index; remove it")
+            raise UsageError(f"{beside} is not a directory of this index; remove it")
         for group, component in self._searchable():
             kept = self._kept(group, component)
             if kept is not None and not (compare and not _alike(kept, self._made(group, component))):
@@ -542,7 +542,7 @@ class Index:
         if whole and (doubled := self._doubled_id()) is not None:
             yield (
                 "documents",
-                f"{self.path / 'documents'} holds the id {doubled[:80]!r} twice, which no build writes; build the index again",
+                f"{self.path / 'documents'} has the duplicate id {doubled[:80]!r}; build the index again",
             )
         try:
             self.arrays  # noqa: B018

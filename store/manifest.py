@@ -445,7 +445,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise IntegrityError(f"{path} is damaged: its deleted rows are not in order, or not rows of the index; build the index again")
     first = 0
     if len({shard.id for shard in manifest.shards}) != len(manifest.shards):
-        raise IntegrityError(f"{path} is damaged: a shard stands in it twice; build the index again")
+        raise IntegrityError(f"{path} is damaged: it names a shard twice; build the index again")
     for shard in manifest.shards:
         own = (f"rows/{shard.id}.zarr/", f"documents/{shard.id}.arrow")
         if not shard.files or not all(record.path.startswith(own) for record in shard.files):
@@ -469,7 +469,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
             shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
             if layer.name in names or shared != (layer.inputs, layer.input_rank):
-                raise IntegrityError(f"{path} is damaged: layer {layer.name} stands in it twice, or has not the inputs of its group")
+                raise IntegrityError(f"{path} is damaged: layer {layer.name} is a duplicate, or does not have the inputs of its group")
             if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} has a rank above its size; build the index again")
             names.add(layer.name)

@@ -94,7 +94,7 @@ def expand(given: Sequence[str]) -> tuple[list[Source], list[Unread]]:
 
 
 def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Name, size (bytes) and modification time (ns) of every file, those of a folder included; None of what is no file (a hub's name)."""
+    """Name, size (bytes) and modification time (ns) of every file, those of a folder included; None of a hub's name."""
     files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
     stats = [file.stat() if file.is_file() else None for file in files]
     return [
@@ -242,7 +242,7 @@ def lines(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str | DataErro
 
 
 def parse_json(text: str) -> Any:
-    """JSON, of which Python's limits are no secret.
+    """JSON, of which Python's limits are not secret.
 
     Raises:
         ValueError: says what is wrong, in words that go behind a colon.
@@ -270,7 +270,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise _DoubledKeyError(f"not one thing: the key {doubled[:80]!r} stands twice in an object; write it once")
+        raise _DoubledKeyError(f"not one thing: duplicate key {doubled[:80]!r} in an object")
     return found
 
 

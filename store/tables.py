@@ -86,7 +86,7 @@ def _fits(parse: _Parser, text: str) -> bool:
 def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, how: Reading) -> Iterator[Record]:
     """The records of a CSV file with a header.
 
-    A first pass over the whole file finds the type of each column that is no content: true and false, whole numbers of 64 bits, numbers,
+    A first pass over the whole file finds the type of each column that is not content: true and false, whole numbers of 64 bits, numbers,
     ISO dates, ISO times with or without a zone; a column that holds anything else stays text (so do numbers with leading zeros). What is
     blank is None, but for a prompt, which may be empty.
     """

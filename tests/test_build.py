@@ -320,7 +320,7 @@ def test_two_builds_at_once_into_one_directory(tmp_path, model_dir, corpus_file)
 def test_ids_that_stand_twice_are_refused_by_name(tmp_path, model_dir):
     first = write_jsonl(tmp_path / "a.jsonl", [{"id": f"x{i}", "text": words(1, 2)} for i in range(70)])
     second = write_jsonl(tmp_path / "b.jsonl", [{"id": "x33", "text": words(3, 4)}])
-    with pytest.raises(DataError, match=r"'x33' stands twice .*a.jsonl and b.jsonl"):
+    with pytest.raises(DataError, match=r"duplicate id 'x33' .*a.jsonl and b.jsonl"):
         build(config(model_dir, (str(first), str(second)), tmp_path / "i"))
     assert not (tmp_path / "i/manifests").exists()
 

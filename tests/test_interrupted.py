@@ -123,11 +123,11 @@ def test_what_a_killed_writer_left_in_staging_is_cleared_by_the_next(index, more
 
 def test_a_build_that_fails_before_its_first_row_leaves_no_folder(tmp_path, model_dir, corpus_file):
     twice = write_jsonl(tmp_path / "twice.jsonl", [{"id": "a", "text": "w1 w2"}, {"id": "a", "text": "w3 w4"}])
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="duplicate id"):
         build(BuildConfig(model=str(model_dir), data=(str(twice),), out=str(tmp_path / "i")))
     assert not (tmp_path / "i").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="duplicate id"):
         build(BuildConfig(model=str(model_dir), data=(str(twice),), out=str(tmp_path / "mine")))
     assert (tmp_path / "mine").is_dir()  # which was there before
 

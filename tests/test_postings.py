@@ -136,7 +136,7 @@ FORGED = {
     "tokens in two dimensions": ("tokens", lambda a: a[:, None]),
     "rows beyond": ("rows", lambda a: np.full_like(a, 60_000)),
     "rows of another type": ("rows", lambda a: a.astype(np.int64)),
-    "factors that are no numbers": ("factors", lambda a: np.full_like(a, np.nan)),
+    "factors that are not numbers": ("factors", lambda a: np.full_like(a, np.nan)),
     "too few codes": ("codes", lambda a: a[:-1]),
 }
 

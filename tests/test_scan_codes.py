@@ -1,4 +1,4 @@
-"""Quantized scan and rescore: estimates are what theory says, certificates hold over thousands of queries, and only what is whole is trusted."""
+"""Quantized scan and rescore: estimates follow theory, certificates hold over thousands of queries, only whole files are trusted."""
 
 import shutil
 
@@ -143,7 +143,7 @@ def complete(index, queries, k, recall):
 )
 def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, k, recall):
     rows = dict(kinds_of_rows(3000, 4))[name]
-    rows = rows * 1e-12 if k == 1 else rows  # the squares of their scores are no float32 numbers
+    rows = rows * 1e-12 if k == 1 else rows  # the squares of their scores are not float32 numbers
     monkeypatch.setattr(index_module, "_GROUP_ROWS", 1000)
     monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
     monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)

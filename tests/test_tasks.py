@@ -193,7 +193,7 @@ def test_perceptrons_and_their_documents_are_checked(perceptron, tmp_path):
     good = vectors(6, 5, 3)
     cases = {
         "a label that the model lacks": ([good[0] | {"label": 3}], "has the label 3, the model knows 0 to 2"),
-        "a label that is no class": ([good[0] | {"label": "cat"}], "is 'cat', not a class"),
+        "a label that is not a class": ([good[0] | {"label": "cat"}], "is 'cat', not a class"),
         "a vector of another size": ([good[0] | {"features": [1.0, 2.0]}], "does not take vectors of 2 numbers"),
         "vectors of two sizes": ([good[0], good[1] | {"features": [1.0]}], "vectors of 1 and 5 numbers"),
         "no number": ([good[0] | {"features": [1.0, "x", 2, 3, 4]}], "not a list of numbers"),
