@@ -179,5 +179,5 @@ def shortened(text: str) -> str:
 
 
 def _printable(text: str) -> Text:
-    """Stored text, with the baseline characters by which it could command the terminal spelled out."""
+    """Stored text, with the control characters by which it could command the terminal spelled out."""
     return Text(printable(text))

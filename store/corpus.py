@@ -138,7 +138,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
     try:
         base["id"] = id if _is_nothing(record.get(fields.id)) else _as_text(record, fields.id)
         if _BREAKS_LISTS.search(base["id"]):
-            raise ValueError(f"the id {base['id'][:80]!r} holds a baseline character, with which no list of ids could hold it; fix it")
+            raise ValueError(f"the id {base['id'][:80]!r} holds a control character, with which no list of ids could hold it; fix it")
         base["source"] = name if _is_nothing(record.get(fields.source)) else _as_text(record, fields.source)
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":

@@ -1,4 +1,4 @@
-"""Text from elsewhere made fit for a line of output: baseline characters and those that turn the direction of writing are spelled out.
+"""Text from elsewhere made fit for a line of output: control characters and those that turn the direction of writing are spelled out.
 
 A corpus, an index or a file name may hold the escape sequences by which a terminal is reprogrammed, or characters that make a line read as
 another one than it is.

@@ -228,7 +228,7 @@ def test_ids_that_would_break_a_list_are_refused(tmp_path):
     ids = ["a\nb", "a\x85", "\u2028", "\x00", "\ufeffa", 'fine "{', " fine "]
     found = documents(write_jsonl(tmp_path / "c.jsonl", [{"id": id, "text": "t"} for id in ids]))
     assert [isinstance(d, DataError) for d in found] == [True] * 5 + [False] * 2
-    assert "line 1: the id 'a\\nb' holds a baseline character" in str(found[0])
+    assert "line 1: the id 'a\\nb' holds a control character" in str(found[0])
 
 
 _id = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufeff"), min_size=1, max_size=8)
