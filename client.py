@@ -316,7 +316,7 @@ class Client(Asks):
     def _baselines(self, queries: Sequence[Query], mean: bool) -> dict[str, Scores]:
         """What baselines say of all rows for some queries, or for their mean: name -> [rows, queries]."""
         queries, matrix = _without_contrasts(queries)
-        examples, shards, asked_of = self.examples(queries), self.index.manifest.shards, len(matrix)
+        examples, shards, asked_of = self.examples(queries), self.index.shards, len(matrix)
         if mean:
             weights = [1.0 if q.weight is None else q.weight for q in queries[:asked_of]]
             matrix = np.array([weights]) @ matrix / asked_of

@@ -1,7 +1,7 @@
 """Does an index of real data answer as it must? Training documents asked back, and queries of one source.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom --workers 2
-    python benchmarks/real_data.py --index full.wherefrom --queries gsm8k-queries.jsonl --source gsm8k
+    python benchmarks/real_data.py --index full.wherefrom --queries gsm8k-questions.jsonl --source gsm8k
 
 Prints how many of the sampled training examples find themselves (or an exact copy, where the corpus has one) first in cosine mode when
 their text is asked, and the share of the

@@ -270,7 +270,7 @@ def recall(
         UsageError: the two do not hold the same examples.
     """
     ours, theirs = Client(index), Client(reference)
-    ids = [[i for shard in c.index.manifest.shards for i in c.index.documents(shard).ids()] for c in (ours, theirs)]
+    ids = [[i for shard in c.index.shards for i in c.index.documents(shard).ids()] for c in (ours, theirs)]
     if ids[0] != ids[1]:
         raise UsageError(f"{index} and {reference} do not hold the same examples in the same order; build both from the same corpus")
     rows = len(ours.index)

@@ -9,12 +9,13 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.bits import padded_width, rotate
 from ..store.compiled import Compiled
+from ..store.dense import DenseRows, row_bytes
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Group, Index
-from ..store.manifest import DenseComponent, Shard, SparseComponent
+from ..store.manifest import DenseComponent, SparseComponent
 from ..store.postings import byte_tables
-from ..store.rows import DenseRows, row_bytes
 from ..store.scan_codes import Rounded, scan_bits, words
+from ..store.shard import Shard
 from ..store.sparse import SparseVectors
 from .metric import Metric, matched
 
@@ -78,7 +79,7 @@ class DenseQueries:
 
     def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
         """A row's squared length under the metric."""
-        rows = index.dense(shard, self.component)
+        rows = index.rows(shard, self.component)
         measured = 1.0
         if self.change is not None:
             measured = float((rows.values(rows.code(offset)[None])[0] ** 2 * self.change).sum() * rows.factors()[offset] ** 2)
@@ -86,7 +87,7 @@ class DenseQueries:
 
     def split(self, index: Index, shard: Shard, offset: int, query: int) -> tuple[float, dict[str, float]]:
         """The product of one query with one row; and its parts by layer, none where coordinates are mixed."""
-        rows, reduction = index.dense(shard, self.component), index.reduction(self.component)
+        rows, reduction = index.rows(shard, self.component), index.reduction(self.component)
         length = float(rows.norms[offset]) * float(rows.factors()[offset])
         products = self.queries[query].astype(np.float64) * rows.values(rows.code(offset)[None])[0] * length
         if reduction.mixes:
@@ -109,7 +110,7 @@ class DenseQueries:
     ) -> None:
         """Add weighted inner products with a group's rows and, for cosines, the rows' weighted squared norms in the same metric."""
         for shard in group.shards:
-            rows, at = index.dense(shard, self.component), shard.first - group.first
+            rows, at = index.rows(shard, self.component), shard.first - group.first
             factors = rows.factors()
             for first, codes in rows.blocks():
                 own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
@@ -145,10 +146,10 @@ class DenseQueries:
         if self.component.dtype != "1bit":
             scan_codes = index.scan_codes(group, self.component)
             assert scan_codes is not None  # Scorer.refusal
-            yield slice(0, group.rows), scan_codes.codes, scan_codes.factors, scan_codes.noises, scan_codes.norms
+            yield slice(0, group.rows), scan_codes.codes.whole(), scan_codes.factors, scan_codes.noises, scan_codes.norms
             return
         for shard in group.shards:
-            rows, at = index.dense(shard, self.component), shard.first - group.first
+            rows, at = index.rows(shard, self.component), shard.first - group.first
             factors = rows.norms * rows.factors()
             for first, codes in rows.blocks():
                 own, part = slice(first, first + len(codes)), slice(at + first, at + first + len(codes))
@@ -169,7 +170,7 @@ class DenseQueries:
             np.empty((len(rows), row_bytes(self.component.stored, self.component.dtype)), np.uint8),
         )
         for group, shard, chosen, offsets in index.by_shard(rows):
-            own, part = index.dense(shard, self.component), slice(at, at + len(chosen))
+            own, part = index.rows(shard, self.component), slice(at, at + len(chosen))
             if own.one_bit:
                 raw[part] = [own.code(offset) for offset in offsets.tolist()]
             else:
@@ -211,22 +212,21 @@ class SparseQueries:
 
     def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
         """Of a score with one row: the sum over shared tokens."""
-        rows, width = index.sparse(shard, self.component), padded_width(self.component.width, self.component.bits)
-        part = slice(*rows.indptr[offset : offset + 2])
+        width = padded_width(self.component.width, self.component.bits)
+        keys, _, factors = index.rows(shard, self.component).entries(offset, offset + 1)
         own = self.owners == query
-        _, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
+        _, positions, shared = np.intersect1d(keys, self.keys[own], return_indices=True)
         # A factor is |v|^2 over the sum of |coordinates|, which in expectation is |v| times bits sqrt(2 / (pi width)).
-        lengths = rows.factors[part][at].astype(np.float64) * self.component.bits * np.sqrt(2 / (np.pi * width))
-        return float(_one_bit_variance(width, self.component.bits) * (np.square(lengths) * self.squares[own][asked]).sum())
+        lengths = factors[positions].astype(np.float64) * self.component.bits * np.sqrt(2 / (np.pi * width))
+        return float(_one_bit_variance(width, self.component.bits) * (np.square(lengths) * self.squares[own][shared]).sum())
 
     def split(self, index: Index, shard: Shard, offset: int, query: int) -> dict[int, float]:
         """The product of one query with one row, by the tokens that they share."""
-        rows = index.sparse(shard, self.component)
-        part, own = slice(*rows.indptr[offset : offset + 2].tolist()), np.flatnonzero(self.owners == query)
-        shared, at, asked = np.intersect1d(rows.keys[part], self.keys[own], return_indices=True)
-        codes = rows.codes[part][at]
-        values = self.tables[own[asked][:, None], np.arange(codes.shape[1]), codes].sum(axis=1, dtype=np.float64)
-        return dict(zip(shared.tolist(), (values * rows.factors[part][at]).tolist(), strict=True))
+        keys, codes, factors = index.rows(shard, self.component).entries(offset, offset + 1)
+        own = np.flatnonzero(self.owners == query)
+        tokens, positions, shared = np.intersect1d(keys, self.keys[own], return_indices=True)
+        values = self.tables[own[shared][:, None], np.arange(codes.shape[1]), codes[positions]].sum(axis=1, dtype=np.float64)
+        return dict(zip(tokens.tolist(), (values * factors[positions]).tolist(), strict=True))
 
     def weighed(self, index: Index, row: SparseVectors) -> SparseVectors:
         """A whitened row as its product with a plain one is this component's score: times weight and change of damping."""
@@ -235,7 +235,7 @@ class SparseQueries:
 
     def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
         """A row's squared length."""
-        return float(index.sparse(shard, self.component).norms[offset]) ** 2
+        return float(index.rows(shard, self.component).norms[offset]) ** 2
 
     def add(
         self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
@@ -243,7 +243,7 @@ class SparseQueries:
         """See `DenseQueries`; the products are unbiased estimates."""
         index.postings(group, self.component).add_scores(self.keys, self.owners, self.tables, scores)
         if squared is not None:
-            norms = np.concatenate([index.sparse(shard, self.component).norms for shard in group.shards])
+            norms = np.concatenate([index.rows(shard, self.component).norms for shard in group.shards])
             squared += self.weight * np.square(norms, dtype=np.float64)
 
 

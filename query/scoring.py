@@ -26,7 +26,8 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Group, Index
-from ..store.manifest import Shard, SparseComponent
+from ..store.manifest import SparseComponent
+from ..store.shard import Shard
 from ..store.sparse import SparseVectors
 from .metric import Metric, Mode, QueryRows, matched
 from .parts import DenseQueries, SparseQueries

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from ..store.bits import padded_width
+from ..store.dense import row_bytes
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.manifest import DenseComponent, SparseComponent
-from ..store.rows import row_bytes
 
 Component = DenseComponent | SparseComponent
 Counts = Mapping[str, Int64[np.ndarray, " examples"]]

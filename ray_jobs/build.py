@@ -24,8 +24,10 @@ from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderPlan
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.tasks import find_task
+from ..store.arrays import ArrayFile
 from ..store.bits import rotate
 from ..store.corpus import describe_sources
+from ..store.dense import DenseRows, block_rows, row_bytes
 from ..store.documents import Documents
 from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WherefromError, WorkerError
 from ..store.files import PLAN, exclusive, publish, read_json, regular_size, storage_errors, write_whole
@@ -37,24 +39,22 @@ from ..store.manifest import (
     FileRecord,
     Manifest,
     Model,
-    Shard,
     SparseComponent,
     Tokenizer,
     Tracked,
     What,
     latest_manifest,
-    publish_manifest,
     read_manifest,
 )
 from ..store.postings import Postings, byte_tables
-from ..store.rows import DenseRows, chunk_rows, map_array, row_bytes
+from ..store.shard import Shard, documents_path, open_rows, publish_index, rows_path
 from ..store.sparse import SparseRows, inner_products
 from .budget import count_tokens, spend
 from .config import BuildConfig
-from .corpus import CorpusPlan, documents_path, plan_corpus, shard_id
+from .corpus import CorpusPlan, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import AboutModel, Worker, absolute, document_encoder, file_record
+from .worker import AboutModel, Worker, absolute, document_encoder
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 8192
@@ -140,7 +140,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
             )
             for note in silent:
                 reporter.note(note)
-            return _publish(job, made, models, plan, file, corpus, shards)
+            return _publish(job, made, models, plan, file, shards)
     except BaseException as error:
         kept = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
         if fresh and not out.is_symlink() and out.is_dir() and not list(out.glob("rows/*")) and (not kept or not _begun(out)):
@@ -186,7 +186,7 @@ def not_finite(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     """How many rows were stored as zeros, because the model's loss or gradient of them is not finite, and the first of them."""
     count, first = 0, list[str]()
     for shard in shards:
-        losses = map_array(out / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32")
+        losses = ArrayFile(rows_path(out, shard.id)).array("losses", (shard.rows,), "float32")
         bad = np.flatnonzero(~np.isfinite(losses))
         count += len(bad)
         if len(bad) and len(first) < _NAMED:
@@ -206,8 +206,8 @@ def _zeros(out: Path, shard: Shard, components: Sequence[DenseComponent | Sparse
     """Components all of whose gradients (in the first shard) are zero: they add nothing to any score."""
     silent = []
     for component in components:
-        norms = map_array(out / "rows" / f"{shard.id}.zarr" / component.name, "norms", (shard.rows,), "float32")
-        if not norms.any():
+        rows = open_rows(ArrayFile(rows_path(out, shard.id)), component, shard.rows)
+        if not rows.norms.any():
             silent.append(
                 f"the gradients of {component.name} are zero (or too small for float32) for every example: they add nothing to scores"
             )
@@ -235,9 +235,11 @@ def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
         return None
     manifest = read_manifest(job.out)
     _refuse_other(job.out, manifest.build.what.model_dump(mode="json"), what)
-    for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files)):
-        path = job.out / record.path
-        if regular_size(path) != record.bytes:
+    sizes = {job.out / manifest.encoder.path: manifest.encoder.bytes}
+    for shard in Index(job.out).shards:
+        sizes |= {rows_path(job.out, shard.id): shard.bytes, documents_path(job.out, shard.id): shard.documents_bytes}
+    for path, size in sizes.items():
+        if regular_size(path) != size:
             raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
     (job.staging / PLAN).unlink(missing_ok=True)
     refresh_search(job.out, job.reporter)
@@ -331,7 +333,7 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     done = job.staging / "encoder.json"
     if done.is_file():
         record = read_json(done)
-        if path.is_file() and file_record(job.out, path).model_dump() == record["file"]:
+        if path.is_file() and FileRecord.of(job.out, path).model_dump() == record["file"]:
             return load_file(path), _fitted(plan, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing
     fit, arrays = Fit(plan), dict[str, np.ndarray]()
@@ -348,7 +350,7 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
         save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, staged)
     path.unlink(missing_ok=True)
     publish(staged, path)
-    file = file_record(job.out, path)
+    file = FileRecord.of(job.out, path)
     write_whole(done, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
     return arrays, _fitted(plan, counts), file
 
@@ -359,7 +361,7 @@ def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
 
 
 def _shard_rows(component: DenseComponent) -> int:
-    whole_chunks = chunk_rows(component.stored, component.dtype)
+    whole_chunks = block_rows(component.stored, component.dtype)
     fitting = _SHARD_BYTES // row_bytes(component.stored, component.dtype) // whole_chunks * whole_chunks
     return max(whole_chunks, fitting)
 
@@ -388,22 +390,24 @@ def _weighted(
     job.reporter.stage("weighing components", rows)
     ((exact, head_mean),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
     other = ~np.eye(rows, dtype=bool)
+    file = ArrayFile(rows_path(job.out, shard.id))
     known, spreads, means = dict[str, float](), dict[str, float](), dict[str, float]()
     for component in plan.components:
-        directory, block = job.out / "rows" / f"{shard.id}.zarr" / component.name, exact[component.name]
+        block = exact[component.name]
+        stored = open_rows(file, component, shard.rows)
         if isinstance(component, SparseComponent):
-            sparse = SparseRows(directory, shard.rows, component.vocabulary, component.bits)
+            assert isinstance(stored, SparseRows)
             owners = np.repeat(np.arange(rows), np.diff(block.indptr))
             tables = byte_tables(rotate(block.vectors, component.bits, component.seed))
             found = np.zeros((rows, shard.rows), np.float32)
-            Postings.of([sparse]).add_scores(block.keys, owners, tables, found)
+            Postings.of([stored]).add_scores(block.keys, owners, tables, found)
             found = found[:, :rows]
             truth = inner_products(block, block)
         else:
-            dense = DenseRows(directory, shard.rows, component.stored, component.dtype)
-            values = np.concatenate([dense.values(codes) for _, codes in dense.blocks()])[:rows]
+            assert isinstance(stored, DenseRows)
+            values = np.concatenate([stored.values(codes) for _, codes in stored.blocks()])[:rows]
             asked = dense_reduction(component, arrays).apply(block.astype(np.float32))
-            found = (asked @ values.T) * (dense.norms * dense.factors())[:rows]
+            found = (asked @ values.T) * (stored.norms * stored.factors())[:rows]
             truth = block @ block.T
         spreads[component.name] = float(truth[other].std())
         own = float(np.diag(truth).mean())
@@ -438,18 +442,15 @@ def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, i
 
 def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan) -> tuple[Shard, ...]:
     job.reporter.stage("building rows", corpus.rows)
-    entries = executor.map("build", (plan, arrays), [(shard,) for shard in corpus.shards], job.reporter)
-    return tuple(Shard(**entry) for entry in entries)
+    return tuple(executor.map("build", (plan, arrays), [(shard,) for shard in corpus.shards], job.reporter))
 
 
-def _publish(
-    job: _Job, made: Build, models: tuple[Model, ...], plan: EncoderPlan, file: FileRecord, corpus: CorpusPlan, shards: tuple[Shard, ...]
-) -> Manifest:
+def _publish(job: _Job, made: Build, models: tuple[Model, ...], plan: EncoderPlan, file: FileRecord, shards: tuple[Shard, ...]) -> Manifest:
     c, components = job.config, plan.components
     reduced = {"reduced" for s in components if isinstance(s, DenseComponent) and (s.coordinates or s.dtype == "1bit")}
     features = {s.kind for s in components} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
     say_not_finite(made.not_finite, made.not_finite_first, job.reporter)
-    manifest = Manifest(
+    fields = dict(
         features=tuple(sorted(features)),
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -459,12 +460,9 @@ def _publish(
         tokenizer=Tokenizer(fingerprint=made.what.tokenizer) if made.what.tokenizer else None,
         components=components,
         encoder=file,
-        rows=corpus.rows,
-        tokens=corpus.tokens,
-        shards=shards,
         build=made,
     )
-    publish_manifest(job.out, manifest)
+    manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)
     (job.staging / PLAN).unlink(missing_ok=True)
     refresh_search(job.out, job.reporter)
     return manifest

@@ -21,23 +21,23 @@ import numpy as np
 
 from ..indexer.encoder import EncoderPlan
 from ..indexer.tasks import find_task
+from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
-from ..store.documents import Documents, write_documents
+from ..store.documents import Documents
 from ..store.errors import DataError, IncompatibleError, UsageError
-from ..store.files import PLAN, exclusive, publish, read_json, write_whole
+from ..store.files import PLAN, exclusive, read_json, write_whole
 from ..store.index import Index
-from ..store.manifest import FORMAT_VERSION, Addition, Manifest, Shard, SparseComponent, manifest_path, publish_manifest
-from ..store.rows import copy_dense, write_shard
-from ..store.sparse import copy_sparse
+from ..store.manifest import Addition, Manifest, manifest_path
+from ..store.shard import Shard, documents_path, open_rows, publish_index, rows_path
 from .build import longest_example, not_finite, refresh_search, say_not_finite
 from .config import BuildConfig, recorded_config
-from .corpus import documents_path, plan_corpus, shard_id
+from .corpus import plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
 from .progress import Reporter, Silent
-from .worker import Worker, absolute, document_encoder, file_record
+from .worker import Worker, absolute, document_encoder
 
 _DRIFTED = 1.5
-_OURS = ("rows/*.zarr", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json")
+_OURS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -111,15 +111,14 @@ def _add(
     what = {"adds_to": known.number, "call": call}
     fingerprint = digest(json.dumps(what, sort_keys=True).encode()).hexdigest()
     _claim(out, what)
-    task, rows = find_task(own.task), max(shard.rows for shard in known.shards)
+    task, rows = find_task(own.task), max(shard.rows for shard in index.shards)
     form = own.fields if task.form == "auto" else replace(own.fields, form=task.form)
     corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter, executor.call("vocabulary"))
     _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     plan = EncoderPlan(known.components, own.batch_tokens or known.build.batch_tokens, own.hidden)
     shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
-    entries = executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter)
-    added = tuple(Shard(**entry) for entry in entries)
+    added = tuple(executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter))
     about = Addition(
         call=call,
         manifest=known.number + 1,
@@ -131,16 +130,8 @@ def _add(
     before, lost = known.build, not_finite(out, added)
     say_not_finite(lost["not_finite"], lost["not_finite_first"], reporter)
     counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **lost}.items() if not name.endswith("_first")}
-    grown = known.model_copy(
-        update={
-            "number": known.number + 1,
-            "rows": known.rows + corpus.rows,
-            "tokens": known.tokens + corpus.tokens,
-            "shards": (*known.shards, *added),
-            "build": before.model_copy(update={**counts, "added": (*before.added, about)}),
-        }
-    )
-    publish_manifest(out, grown)
+    fields = {**dict(known), "number": known.number + 1, "build": before.model_copy(update={**counts, "added": (*before.added, about)})}
+    grown = publish_index(out, (*index.shards, *added), index.deleted, fields)
     (out / "staging" / PLAN).unlink(missing_ok=True)
     refresh_search(out, reporter)
     return grown
@@ -174,7 +165,7 @@ def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
     found = {}
     for component in index.manifest.components:
         old = np.square(index.norms(component)[: max(1, first)], dtype=np.float64).mean()
-        rows = (index.sparse(s, component) if isinstance(component, SparseComponent) else index.dense(s, component) for s in added)
+        rows = (open_rows(ArrayFile(rows_path(index.path, s.id)), component, s.rows) for s in added)
         new = np.square(np.concatenate([r.norms for r in rows]), dtype=np.float64).mean()
         found[component.name] = round(float(new / old), 4) if old > 0 else 1.0
     return found
@@ -212,9 +203,7 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
         if not left.any():
             raise UsageError(f"that would delete every example of {out}; remove the directory instead")
         if gone.any():
-            features = tuple(sorted({*manifest.features, "deleted"}))
-            update = {"number": manifest.number + 1, "tombstones": tuple(np.flatnonzero(~left).tolist()), "features": features}
-            publish_manifest(out, manifest.model_copy(update=update))
+            publish_index(out, index.shards, np.flatnonzero(~left), {**dict(manifest), "number": manifest.number + 1})
     return int(gone.sum())
 
 
@@ -227,27 +216,19 @@ def compact(out: Path) -> int:
     Index(out)
     with exclusive(out):
         index = Index(out)
-        manifest, shards, first = index.manifest, [], 0
-        for shard in manifest.shards:
+        manifest = index.manifest
+        shards = []
+        for shard in index.shards:
             kept = np.flatnonzero(index.alive[shard.first : shard.first + shard.rows])
             if len(kept) == shard.rows:
-                shards.append(shard.model_copy(update={"first": first}))
+                shards.append(shard)
             elif len(kept):
-                shards.append(_without(index, shard, kept, first))
-            first += len(kept)
-        dropped = manifest.rows - first
-        if not first:
+                shards.append(_without(index, shard, kept))
+        dropped = manifest.rows - sum(shard.rows for shard in shards)
+        if not shards:
             raise UsageError(f"every example of {out} was deleted; remove the directory instead")
         if dropped:
-            update = {
-                "number": manifest.number + 1,
-                "rows": first,
-                "tokens": sum(shard.tokens for shard in shards),
-                "shards": tuple(shards),
-                "tombstones": (),
-                "features": tuple(name for name in manifest.features if name != "deleted"),
-            }
-            publish_manifest(out, manifest.model_copy(update=update))
+            publish_index(out, shards, np.zeros(0, np.int64), {**dict(manifest), "number": manifest.number + 1})
         _abandon(out)
         refresh_search(out, Silent())
     return dropped
@@ -258,32 +239,9 @@ def _abandon(out: Path) -> None:
     (out / "staging" / PLAN).unlink(missing_ok=True)
 
 
-def _without(index: Index, shard: Shard, kept: np.ndarray, first: int) -> Shard:
+def _without(index: Index, shard: Shard, kept: np.ndarray) -> Shard:
     """A shard's kept rows as a shard of its own, their codes to the bit as they were."""
-    out = index.path
-    id = shard_id(f"{shard.id}:{digest(kept.tobytes()).hexdigest()}", 0)
-    examples = [index.documents(shard)[int(i)] for i in kept]
-    final, documents = out / "rows" / f"{id}.zarr", documents_path(out, id)
-    staged = out / "staging" / f"{id}.arrow"
-    write_documents(staged, examples)
-    documents.unlink(missing_ok=True)
-    publish(staged, documents)
-    writers = {
-        s.name: partial(copy_sparse, rows=index.sparse(shard, s), kept=kept)
-        if isinstance(s, SparseComponent)
-        else partial(copy_dense, rows=index.dense(shard, s), kept=kept)
-        for s in index.manifest.components
-    }
-    about = {"format": FORMAT_VERSION, "shard": id, "rows": len(kept), "documents": f"documents/{id}.arrow"}
-    staged = out / "staging" / f"{id}.zarr"
-    beside, hidden = {"losses": index.losses(shard)[kept]}, index.hidden(shard)
-    if hidden is not None:
-        beside["hidden"] = hidden[kept]
-    write_shard(staged, writers, about, beside)
-    shutil.rmtree(final, ignore_errors=True)
-    publish(staged, final)
-    files = tuple(file_record(out, path) for path in (documents, *sorted(p for p in final.rglob("*") if p.is_file())))
-    return Shard(id=id, first=first, rows=len(kept), tokens=sum(e.tokens for e in examples), files=files)
+    return index.reader(shard).select(kept, shard_id(f"{shard.id}:{digest(kept.tobytes()).hexdigest()}", 0))
 
 
 def prune(out: Path) -> int:
@@ -294,33 +252,22 @@ def prune(out: Path) -> int:
     """
     Index(out)
     with exclusive(out):
-        manifest = Index(out).manifest
-        named = {out / record.path for record in (manifest.encoder, *(file for shard in manifest.shards for file in shard.files))}
-        named.add(manifest_path(out, manifest.number))
-        freed = sum(_remove(place, named) for pattern in _OURS for place in sorted(out.glob(pattern)) if _is_ours(place))
+        index = Index(out)
+        manifest = index.manifest
+        named = {out / manifest.encoder.path, out / manifest.table.path, manifest_path(out, manifest.number)}
+        for shard in index.shards:
+            named |= {rows_path(out, shard.id), documents_path(out, shard.id)}
+        freed = 0
+        for path in sorted(path for pattern in _OURS for path in out.glob(pattern)):
+            if path not in named and _is_ours(path):
+                freed += path.stat().st_size
+                path.unlink()
         _abandon(out)
         refresh_search(out, Silent())
     return freed
 
 
-def _is_ours(place: Path) -> bool:
-    """Whether something carries the name of a file or folder that this library makes, and is not a link."""
-    return not place.is_symlink() and (
-        _UUID.fullmatch(place.stem) is not None or re.fullmatch(r"[0-9]{6,18}\.json", place.name) is not None
-    )
-
-
-def _remove(place: Path, named: set[Path]) -> int:
-    """Remove the files of a shard, or a file, that the manifest does not name; returns their bytes."""
-    freed = 0
-    for path in sorted(place.rglob("*"), reverse=True) if place.is_dir() else [place]:
-        if path.is_symlink():  # of somebody who keeps files elsewhere: not ours to remove
-            continue
-        if path.is_file() and path not in named:
-            freed += path.lstat().st_size
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if place.is_dir() and not any(place.iterdir()):
-        place.rmdir()
-    return freed
+def _is_ours(path: Path) -> bool:
+    """Whether a regular file carries the name of a file that this library makes."""
+    named = _UUID.fullmatch(path.name.partition(".")[0]) is not None or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
+    return named and not path.is_symlink() and path.is_file()

@@ -20,6 +20,7 @@ from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.files import publish, read_json, sha256, write_whole
 from ..store.manifest import UnreadFiles
+from ..store.shard import documents_path
 from .config import BuildConfig
 from .progress import Reporter
 
@@ -75,11 +76,6 @@ class CorpusPlan:
         """What became of the documents, as an index records it."""
         names = ("documents", "split", "truncated", "skipped", "skipped_first")
         return {name: getattr(self, name) for name in names}
-
-
-def documents_path(out: Path, shard: str) -> Path:
-    """Where a shard's examples lie."""
-    return out / "documents" / f"{shard}.arrow"
 
 
 def shard_id(fingerprint: str, number: int) -> str:

@@ -23,7 +23,7 @@ from ..store.manifest import DenseComponent
 from .budget import count_tokens, row_cost, spend
 from .build import longest_example
 from .config import BuildConfig
-from .worker import Worker, component_writers, document_encoder
+from .worker import Worker, document_encoder, encode_rows
 
 _SAMPLED = 512
 _MEASURED_BATCHES = 6
@@ -100,9 +100,9 @@ def estimate(config: BuildConfig) -> Cost:
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
     worker_encoder = Encoder(task, worker.models, plan, arrays)
-    component_writers(worker_encoder, measured[:1])
+    encode_rows(worker_encoder, measured[:1])
     started = time.perf_counter()
-    component_writers(worker_encoder, measured)
+    encode_rows(worker_encoder, measured)
     row_seconds = (time.perf_counter() - started) / measured_tokens * tokens_each * rows / config.workers
     cost = sum(row_cost(s, counts) for s in plan.components)
     return Cost(

@@ -5,15 +5,14 @@ the same bytes. The same class runs in the driver's process (`--workers 1`) and 
 """
 
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float16, Float32
 from torch import nn
 
 from ..indexer import models
@@ -24,15 +23,16 @@ from ..indexer.fit import Fit
 from ..indexer.layers import NARROWING, find_layers, plan_layers
 from ..indexer.sparse import HeadMean, SparsePart
 from ..indexer.tasks import Task, find_task
+from ..store.arrays import ArrayGroup
+from ..store.dense import encode_dense
 from ..store.documents import Documents, Example
-from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
-from ..store.files import publish, sha256
+from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.index import dense_reduction
-from ..store.manifest import FORMAT_VERSION, Curvature, DenseComponent, FileRecord, LabelKind, Model, Projection, Shard, SparseComponent
-from ..store.rows import DenseRows, array_checksum, map_array, write_dense, write_shard
-from ..store.sparse import Coded, SparseRows, SparseVectors, code, join, write_sparse
+from ..store.manifest import Curvature, DenseComponent, LabelKind, Model, Projection, SparseComponent
+from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
+from ..store.sparse import Coded, SparseVectors, code, encode_sparse, join
 from .config import BuildConfig
-from .corpus import ShardPlan, documents_path
+from .corpus import ShardPlan
 
 _MEAN_TOKENS = 4096
 _LARGEST_HALF = 65504.0
@@ -202,23 +202,15 @@ class Worker:
         examples = [e for id, rows, chosen in parts for e in self._examples(id, rows, chosen)]
         return Fit(plan).measure(self._encoder(plan, arrays, f"pass {step}"), step, examples, progress)
 
-    def build(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress = ignore_progress) -> dict[str, Any]:
-        """Write one shard's rows, unless they lie there whole already, and return its manifest entry as a dictionary."""
+    def build(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress = ignore_progress) -> Shard:
+        """Write one shard's rows, unless they lie there whole already, and return its entry."""
         out = Path(self._config.out)
-        final = out / "rows" / f"{shard.id}.zarr"
-        if not self._is_whole(final, plan, shard):
-            shutil.rmtree(final, ignore_errors=True)
-            examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            components, beside = component_writers(self._encoder(plan, arrays, "rows"), examples, progress)
-            staged = out / "staging" / f"{shard.id}-{uuid.uuid4().hex}.zarr"
-            about = {"format": FORMAT_VERSION, "shard": shard.id, "rows": shard.rows, "documents": f"documents/{shard.id}.arrow"}
-            write_shard(staged, components, about, beside)
-            publish(staged, final)
-        else:
+        if is_whole(out, shard.id, shard.rows, plan.components):
             progress(shard.rows, shard.tokens)
-        paths = [documents_path(out, shard.id), *sorted(p for p in final.rglob("*") if p.is_file())]
-        files = tuple(file_record(out, path) for path in paths)
-        return Shard(id=shard.id, first=shard.first, rows=shard.rows, tokens=shard.tokens, files=files).model_dump()
+        else:
+            examples = self._examples(shard.id, shard.rows, range(shard.rows))
+            write_shard(out, shard.id, *encode_rows(self._encoder(plan, arrays, "rows"), examples, progress))
+        return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, plan.components)
 
     def exact_rows(
         self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
@@ -245,21 +237,6 @@ class Worker:
         """The process that this worker runs in."""
         return os.getpid()
 
-    def _is_whole(self, path: Path, plan: EncoderPlan, shard: ShardPlan) -> bool:
-        if not path.is_dir():
-            return False
-        try:
-            map_array(path, "losses", (shard.rows,), "float32")
-            for component in plan.components:
-                if isinstance(component, SparseComponent):
-                    SparseRows(path / component.name, shard.rows, component.vocabulary, component.bits)
-                else:
-                    for _ in DenseRows(path / component.name, shard.rows, component.stored, component.dtype).blocks():
-                        pass
-        except IntegrityError:
-            return False
-        return True
-
     def _examples(self, shard: str, rows: int, chosen: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
         return [documents[i] for i in chosen]
@@ -270,42 +247,42 @@ class Worker:
         return self._encoders[stage]
 
 
-def component_writers(
+def encode_rows(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
-) -> tuple[dict[str, Callable[[Any], None]], dict[str, np.ndarray]]:
-    """What writes each component of a shard of these examples, and what is kept beside the components (see `write_shard`).
+) -> tuple[dict[str, ArrayGroup], Float32[np.ndarray, " rows"], Float16[np.ndarray, "rows width"] | None]:
+    """The arrays of each component of a shard of these examples, their losses (nats), and perhaps their mean hidden states.
 
     Rows are reduced and sparse rows coded batch by batch, so that whole vectors never pile up.
     """
     components = encoder.plan.components
-    reductions = {s.name: dense_reduction(s, encoder.arrays) for s in components if isinstance(s, DenseComponent)}
-    dense = {s.name: np.zeros((len(examples), s.stored), np.float32) for s in components if isinstance(s, DenseComponent)}
-    coded: dict[str, list[tuple[list[int], Coded]]] = {s.name: [] for s in components if isinstance(s, SparseComponent)}
-    beside = {"losses": np.zeros(len(examples), np.float32)}
-    for chosen, rows in encoder.batches(examples, progress, tolerant=True):
-        beside["losses"][chosen] = np.asarray(rows["losses"])
+    reductions = {c.name: dense_reduction(c, encoder.arrays) for c in components if isinstance(c, DenseComponent)}
+    dense = {c.name: np.zeros((len(examples), c.stored), np.float32) for c in components if isinstance(c, DenseComponent)}
+    coded: dict[str, list[tuple[list[int], Coded]]] = {c.name: [] for c in components if isinstance(c, SparseComponent)}
+    losses = np.zeros(len(examples), np.float32)
+    hidden: np.ndarray | None = None
+    for positions, rows in encoder.batches(examples, progress, tolerant=True):
+        losses[positions] = np.asarray(rows["losses"])
         if encoder.plan.hidden:
             means = np.asarray(rows["hidden"]).clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
-            beside.setdefault("hidden", np.zeros((len(examples), means.shape[1]), np.float16))[chosen] = means
+            hidden = np.zeros((len(examples), means.shape[1]), np.float16) if hidden is None else hidden
+            hidden[positions] = means
         for component in components:
             block = rows[component.name]
             if isinstance(component, SparseComponent):
                 assert isinstance(block, SparseVectors)
-                coded[component.name].append((chosen, code(block, component.bits, component.seed)))
+                coded[component.name].append((positions, code(block, component.bits, component.seed)))
             else:
                 reduced = reductions[component.name].apply(block)  # type: ignore[arg-type]
                 if dense[component.name].dtype != reduced.dtype:
                     dense[component.name] = dense[component.name].astype(reduced.dtype)
-                dense[component.name][chosen] = reduced
-    writers: dict[str, Callable[[Any], None]] = {}
-    for component in components:
-        if isinstance(component, SparseComponent):
-            writers[component.name] = partial(
-                write_sparse, rows=join(coded[component.name]), vocabulary=component.vocabulary, bits=component.bits
-            )
-        else:
-            writers[component.name] = partial(write_dense, rows=dense[component.name], dtype=component.dtype)
-    return writers, beside
+                dense[component.name][positions] = reduced
+    groups = {
+        c.name: encode_sparse(join(coded[c.name]), c.vocabulary, c.bits)
+        if isinstance(c, SparseComponent)
+        else encode_dense(dense[c.name], c.dtype)
+        for c in components
+    }
+    return groups, losses, hidden
 
 
 def model_sources(config: BuildConfig, bases: Sequence[str | None] = ()) -> tuple[models.ModelSource, ...]:
@@ -331,11 +308,6 @@ def document_encoder(config: BuildConfig, max_tokens: int | None = None, bases: 
         if differs:
             raise IncompatibleError(f"the tokenizer of {other.id} is not that of {first.id}; the models of an index read the same tokens")
     return encoder
-
-
-def file_record(out: Path, path: Path) -> FileRecord:
-    """Name, size and checksums of one of the index's files."""
-    return FileRecord(path=path.relative_to(out).as_posix(), bytes=path.stat().st_size, sha256=sha256(path), chunks=array_checksum(path))
 
 
 def absolute(path: str) -> str:

@@ -325,7 +325,7 @@ def _static(name: str) -> Response:
 
 def _summary(engine: Engine) -> dict[str, Any]:
     index = engine.client.index
-    about = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": len(index.manifest.tombstones)}
+    about = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": index.manifest.deleted}
     components = [
         {"name": s.name, "kind": s.kind, "damping": s.curvature.damping, "layers": len(s.layers) if s.kind == "dense" else 1}
         for s in index.manifest.components

@@ -1,57 +1,40 @@
-"""What searches read beside the rows: sets of arrays that can be made anew from them, each marked with what it was made of.
+"""Search caches: arrays that searches read beside the rows of a group of shards, made from these and again where they are missing.
 
-No manifest names these files, and none is trusted: one that is missing, damaged, or made of other rows reads as not there.
+`search/<group>.zarr.zip` holds a group of arrays for each component (see postings.py, scan_codes.py), and `columns`: of each shard, by its
+number in the group, the columns that filters and groups read (an Arrow IPC stream, see documents.py). No manifest names these files. One
+that is missing, cannot be read, or was made of other rows counts as not there; a page that fails its checksum is an error.
 """
 
-import json
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+from .arrays import ArrayFile, ArrayGroup, write_arrays
+from .errors import IntegrityError
+from .files import publish
 
-from .errors import IncompatibleError, IntegrityError
-from .files import publish, read_bytes
-from .rows import map_array, write_array, write_shard
-
-_GROUP = "arrays"
-_VERSION = 2  # of how arrays are made: those of another are made anew
+_REMAKE = "make it anew with wherefrom reindex"
+_VERSION = 3  # of how arrays are made: those of another are made anew
 
 
-def write_cache(directory: Path, arrays: Mapping[str, np.ndarray], source: str, staging: Path) -> None:
-    """Put arrays into a directory, in place of what lies there.
+def write_cache(path: Path, source: str, groups: Mapping[str, ArrayGroup], staging: Path) -> None:
+    """Write a search cache in place of what lies there.
 
     Args:
-        source: what they were made of.
-        staging: where they are written before they are moved into place.
+        source: names what it was made of.
+        staging: where it is written before it is moved into place.
     """
-
-    def write(group: object) -> None:
-        for name, array in arrays.items():
-            write_array(group, name, array)
-
-    staged = staging / f"{uuid.uuid4().hex}.zarr"
-    kinds = {name: [list(array.shape), array.dtype.name] for name, array in arrays.items()}
-    write_shard(staged, {_GROUP: write}, {"version": _VERSION, "source": source, "arrays": kinds})
-    shutil.rmtree(directory, ignore_errors=True)
-    publish(staged, directory)
+    staged = staging / f"{uuid.uuid4().hex}.zarr.zip"
+    about = ArrayGroup({}, {"wherefrom": {"version": _VERSION, "source": source}})
+    write_arrays(staged, {"": about, **groups})
+    publish(staged, path)
 
 
-def read_cache(directory: Path, source: str) -> dict[str, np.ndarray] | None:
-    """The arrays that lie there, as memory maps whose checksums were compared; None where they are not whole, or not of this source."""
+def read_cache(path: Path, source: str) -> ArrayFile | None:
+    """The search cache that lies there; None where it cannot be read, or is of another source or version."""
     try:
-        about = json.loads(read_bytes(directory / "zarr.json"))["attributes"]["wherefrom"]
-        if about["source"] != source or about["version"] != _VERSION:
-            return None
-        arrays = {name: plain(map_array(directory / _GROUP, name, tuple(shape), dtype)) for name, (shape, dtype) in about["arrays"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, IntegrityError, IncompatibleError):
+        file = ArrayFile(path, remedy=_REMAKE)
+        about = file.attributes().get("wherefrom")
+    except IntegrityError:
         return None
-    return arrays
-
-
-def plain(array: np.ndarray) -> np.ndarray:
-    """An array as the compiled loops know it: no subclass, not to be written."""
-    bare = np.asarray(array).view(np.ndarray)
-    bare.flags.writeable = False
-    return bare
+    return file if about == {"version": _VERSION, "source": source} else None

@@ -1,5 +1,8 @@
 """Examples on disk: one Arrow IPC file for each shard, memory-mapped when read.
 
+The file holds record batches of 256 examples. The shard's arrays hold where each batch begins and its CRC-32C (see `batch_checksums`), so
+that showing one text reads and checks one batch. Filters and groups read `Columns`, which are kept for several shards together.
+
 Columns: `id`, `document` (the id of the document that a chunk was cut from; the same as `id` for a whole one), `chunk` (its number),
 `text`, `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of every
 other column that the corpus had. A metadata column whose values have no common Arrow type (a number here, a word there) is kept as JSON
@@ -8,18 +11,21 @@ text and says so in its field's metadata, so that nothing is lost and nothing is
 For filters and groups, columns of the corpus have their own names; one that is called as one of the examples' is `metadata.` and its name.
 """
 
+import contextlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64, UInt32
 
+from .arrays import crc32c
 from .errors import IntegrityError
 from .files import regular_size, storage_errors
 from .filters import JSON_KIND, Column, kind_of
@@ -29,6 +35,7 @@ _NESTING = 16
 _SHORTEST = 2  # tokens of a text: one to predict and one before it
 _MAGIC = b"ARROW1\0\0"
 _JSON = {b"wherefrom:encoding": b"json"}
+_LONG = ("text", "token_ids", "loss_mask", "features")
 _OWN = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
@@ -122,22 +129,53 @@ def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
     return pa.field(name, pa.string(), metadata=_JSON), pa.array(text, pa.string())
 
 
-def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
-    """The schema and the batches of a file, over a memory map that needs no open file. Every offset, length and text is checked, so that a
-    file that somebody else made leads nowhere out of itself.
+def batch_checksums(path: Path) -> tuple[Int64[np.ndarray, " batches_and_one"], UInt32[np.ndarray, " batches_and_one"]]:
+    """Where the record batches of a file of examples begin, and its checksums.
 
-    Raises:
-        pa.ArrowException, OSError, ValueError, ...: it is no such file.
+    Returns:
+        Byte offsets of the batches and of what follows the last; CRC-32C of what comes before the first batch, and of each batch.
     """
+    content = _map(path)
+    offsets = _batch_offsets(content)
+    bounds = [0, *offsets]
+    checksums = [crc32c(content.slice(begin, end - begin).to_pybytes()) for begin, end in pairwise(bounds)]
+    return np.array(offsets, np.int64), np.array(checksums, np.uint32)
+
+
+def _map(path: Path) -> pa.Buffer:
+    """The bytes of a file, as a memory map that needs no open file."""
     if not regular_size(path):
-        raise ValueError("missing, empty or no regular file")
+        raise ValueError("missing, empty or not a regular file")
     with pa.memory_map(str(path)) as file:
         content = file.read_buffer()
     if content.slice(0, len(_MAGIC)).to_pybytes() != _MAGIC:
-        raise ValueError("no Arrow file")
-    # The messages are read one after the other, as a stream, not by the positions at the file's end.
-    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content.slice(len(_MAGIC))))
-    schema, batches = pa.ipc.read_schema(messages.read_next_message()), []
+        raise ValueError("not an Arrow file")
+    return content
+
+
+def _batch_offsets(content: pa.Buffer) -> list[int]:
+    """Where record batches begin, and where the last ends; the messages are read one after the other, as of a stream, and not by the
+    positions at the file's end.
+    """
+    stream = pa.BufferReader(content)
+    stream.seek(len(_MAGIC))
+    offsets = list[int]()
+    pa.ipc.read_message(stream)  # the schema
+    while True:
+        offsets.append(stream.tell())
+        try:
+            pa.ipc.read_message(stream)
+        except EOFError:
+            return offsets
+
+
+def _read_schema(content: pa.Buffer) -> pa.Schema:
+    """The schema of a file of examples.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    schema = pa.ipc.read_schema(pa.ipc.read_message(pa.BufferReader(content.slice(len(_MAGIC)))))
     for field_ in schema:
         known = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
         if known.type != field_.type if known else field_.name != "metadata" or not pa.types.is_struct(field_.type):
@@ -147,21 +185,30 @@ def _read(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         raise ValueError("columns of its metadata are doubled, or features stand without their label")
     if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
         raise ValueError(f"columns are missing or doubled: {missing}")
-    for message in messages:
-        if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
-            raise ValueError(f"a {message.type} that is compressed or does not belong there")
-        batch = pa.ipc.read_record_batch(message, schema)
-        batch.validate(full=True)
-        lists = [batch.column(name) for name in ("token_ids", "loss_mask")]
-        nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
-        if nulls or lists[0].value_lengths() != lists[1].value_lengths():
-            raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
-        if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
-            raise ValueError("chunks of documents are numbered below 0")
-        if "features" not in schema.names and batch.num_rows:
-            _check_tokens(*lists)
-        batches.append(batch)
-    return schema, batches
+    return schema
+
+
+def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
+    """A record batch over the bytes of its message. Every offset, length and text is checked, so that a file that somebody else made leads
+    nowhere out of itself.
+
+    Raises:
+        pa.ArrowException, ValueError, ...: it is not one.
+    """
+    message = pa.ipc.read_message(pa.BufferReader(content))
+    if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
+        raise ValueError(f"a {message.type} that is compressed or does not belong there")
+    batch = pa.ipc.read_record_batch(message, schema)
+    batch.validate(full=True)
+    lists = [batch.column(name) for name in ("token_ids", "loss_mask") if name in schema.names]
+    nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
+    if nulls or (lists and lists[0].value_lengths() != lists[1].value_lengths()):
+        raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
+    if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
+        raise ValueError("chunks of documents are numbered below 0")
+    if lists and "features" not in schema.names and batch.num_rows:
+        _check_tokens(lists[0], lists[1])
+    return batch
 
 
 def _check_tokens(ids: pa.ListArray, masks: pa.ListArray) -> None:
@@ -200,40 +247,137 @@ def _is_encoded(field: pa.Field) -> bool:
     return bool(field.metadata) and field.metadata.get(b"wherefrom:encoding") == b"json"
 
 
+class Columns:
+    """The columns of a shard's examples that can be filtered and grouped by: their own and those of the corpus.
+
+    Args:
+        schema: of the examples, or of these columns.
+        batches: of all examples.
+    """
+
+    def __init__(self, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
+        self._schema = schema
+        self._batches = batches
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[pa.Field, int | None]]:
+        """By name the field, and of the corpus's columns the position in the metadata."""
+        schema = self._schema
+        own: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _OWN if name in schema.names}
+        metadata = schema.field("metadata").type if "metadata" in schema.names else ()
+        return {f"metadata.{f.name}" if f.name in own else f.name: (f, at) for at, f in enumerate(metadata)} | own
+
+    @property
+    def fields(self) -> dict[str, pa.Field]:
+        """The columns, by name."""
+        return {name: field for name, (field, _) in self._places.items()}
+
+    def kind(self, name: str) -> str | None:
+        """The kind of value that a column is compared as (see filters.py)."""
+        field, _ = self._places[name]
+        return JSON_KIND if _is_encoded(field) else kind_of(field.type)
+
+    def __getitem__(self, name: str) -> Column:
+        """A column, of all rows."""
+        field, position = self._places[name]
+        if position is None:
+            return Column(pa.chunked_array([batch.column(name) for batch in self._batches], field.type))
+        parts = [batch.column("metadata").flatten()[position] for batch in self._batches]
+        return Column(pa.chunked_array(parts, field.type), _is_encoded(field))
+
+    def to_bytes(self) -> bytes:
+        """The columns as an Arrow IPC stream of one record batch, without texts."""
+        names = [name for name in self._schema.names if name not in _LONG]
+        table = pa.Table.from_batches(self._batches, self._schema).select(names).combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        content: bytes = sink.getvalue().to_pybytes()
+        return content
+
+    @classmethod
+    def from_bytes(cls, content: pa.Buffer, rows: int) -> "Columns":
+        """The columns of `to_bytes`, checked as examples are.
+
+        Raises:
+            pa.ArrowException, ValueError, ...: they are damaged, or of another number of rows.
+        """
+        stream = pa.BufferReader(content)
+        schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
+        batch = _read_batch(content.slice(stream.tell()), schema)
+        if batch.num_rows != rows:
+            raise ValueError(f"{batch.num_rows} rows instead of {rows}")
+        return cls(schema, [batch])
+
+
 class Documents:
-    """The examples of one shard, read through a memory map.
+    """The examples of one shard, read through a memory map, batch by batch.
 
     Args:
         path: the Arrow file.
         rows: how many examples the manifest says it holds.
+        offsets, checksums: see `batch_checksums`; without them nothing is compared, and the batches are looked for.
 
     Raises:
-        IntegrityError: missing, truncated, not Arrow, or another number of rows.
+        IntegrityError: missing, truncated, not Arrow, or (when it is read) damaged.
     """
 
-    def __init__(self, path: Path, rows: int) -> None:
-        self.path, self.rows = path, rows
-        try:
-            self._schema, self._batches = _read(path)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise IntegrityError(
-                f"{path} is not a whole Arrow file of examples ({_first_line(error)}); restore it or build again"
-            ) from error
-        sizes = [batch.num_rows for batch in self._batches]
-        if sum(sizes) != rows:
-            raise IntegrityError(f"{path} holds {sum(sizes)} examples where the manifest says {rows}; build the index again")
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        offsets: Int64[np.ndarray, " batches_and_one"] | None = None,
+        checksums: UInt32[np.ndarray, " batches_and_one"] | None = None,
+    ) -> None:
+        self.path = path
+        self.rows = rows
+        self._checksums = None if checksums is None else checksums.tolist()
+        self._batches: dict[int, pa.RecordBatch] = {}
+        with self._damage():
+            self._content = _map(path)
+            self._offsets = _batch_offsets(self._content) if offsets is None else offsets.tolist()
+            bounds = [0, *self._offsets, self._content.size]
+            if len(self._offsets) != -(-rows // BATCH_ROWS) + 1 or any(end < begin for begin, end in pairwise(bounds)):
+                raise ValueError(f"its batches are not those of {rows:,} examples")
+            self._schema = _read_schema(self._checked(0))
 
     def __len__(self) -> int:
         return self.rows
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise IntegrityError(
+                f"{self.path} is not a whole Arrow file of examples ({_first_line(error)}); restore it or build again"
+            ) from error
+
+    def _checked(self, part: int) -> pa.Buffer:
+        """What comes before the first batch (part 0), or a batch's bytes, after its checksum was compared."""
+        begin, end = (0, *self._offsets)[part : part + 2]
+        content = self._content.slice(begin, end - begin)
+        if self._checksums is not None and crc32c(content.to_pybytes()) != self._checksums[part]:
+            raise ValueError("it fails a checksum")
+        return content
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        if number not in self._batches:
+            with self._damage():
+                batch = _read_batch(self._checked(number + 1), self._schema)
+                if batch.num_rows != min(BATCH_ROWS, self.rows - number * BATCH_ROWS):
+                    raise ValueError(f"a batch holds {batch.num_rows} examples")
+            self._batches[number] = batch
+        return self._batches[number]
 
     def __getitem__(self, row: int) -> Example:
         """The example at a row of this shard, with its metadata decoded.
 
         Raises:
-            IntegrityError: a value is none that Python, or JSON where it is kept as that, can hold.
+            IntegrityError: the batch is damaged, or a value cannot be held by Python, or by JSON where it is kept as that.
         """
-        batch, offset = self._locate(row)
+        number, offset = divmod(row, BATCH_ROWS)
+        batch = self._batch(number)
         arrays = ("token_ids", "loss_mask", "features")
         try:
             record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
@@ -256,38 +400,23 @@ class Documents:
         )
 
     @cached_property
-    def _places(self) -> dict[str, tuple[pa.Field, int | None]]:
-        """What can be filtered and grouped by: by name the field, and of the corpus's columns its place in the metadata."""
-        schema = self._schema
-        own: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _OWN if name in schema.names}
-        metadata = schema.field("metadata").type if "metadata" in schema.names else ()
-        return {f"metadata.{f.name}" if f.name in own else f.name: (f, at) for at, f in enumerate(metadata)} | own
-
-    @property
-    def columns(self) -> dict[str, pa.Field]:
-        """What can be filtered and grouped by: the examples' own columns and those of the corpus."""
-        return {name: field for name, (field, _) in self._places.items()}
-
-    def kind(self, name: str) -> str | None:
-        """What a column's values are compared as (see filters.py)."""
-        field, _ = self._places[name]
-        return JSON_KIND if _is_encoded(field) else kind_of(field.type)
+    def columns(self) -> Columns:
+        """All batches, as columns."""
+        return Columns(self._schema, [self._batch(number) for number in range(len(self._offsets) - 1)])
 
     def ids(self) -> list[str]:
         """All ids, in row order."""
-        return self.column("id").values.to_pylist()
+        ids: list[str] = self.columns["id"].values.to_pylist()
+        return ids
 
-    def column(self, name: str) -> Column:
-        """One of the columns, of all rows."""
-        field, place = self._places[name]
-        if place is None:
-            return Column(pa.chunked_array([batch.column(name) for batch in self._batches], field.type))
-        parts = [batch.column("metadata").flatten()[place] for batch in self._batches]
-        return Column(pa.chunked_array(parts, field.type), _is_encoded(field))
+    def check(self) -> None:
+        """Compare all batches with their checksums, and check their values.
 
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
-        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batches[batch], row - int(self._starts[batch])
+        Raises:
+            IntegrityError: one is damaged.
+        """
+        for number in range(len(self._offsets) - 1):
+            self._batch(number)
 
     def _decode(self, metadata: dict[str, Any]) -> dict[str, Any]:
         kind = self._schema.field("metadata").type if metadata else ()

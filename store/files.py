@@ -80,10 +80,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory and everything below it, to disk."""
-    if path.is_dir():
-        for child in path.iterdir():
-            sync(child)
+    """Flush a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,19 +89,11 @@ def sync(path: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Flush a staged file or directory and rename it to `final`.
-
-    Publishing what is already there (a shard that two workers made, byte for byte the same) keeps the first.
-    """
+    """Flush a staged file and rename it to `final`, in place of a file that lies there."""
     with storage_errors(final):
         sync(staged)
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(staged, final)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            shutil.rmtree(staged)
+        os.replace(staged, final)
         sync_name(final.parent)
 
 
@@ -182,9 +171,8 @@ def refuse_links(directory: Path) -> None:
                 for entry in entries:
                     if entry.is_symlink():
                         raise UsageError(f"{entry.path} is a link, which a change of the index would follow; remove it")
-                    folder = {"search": entry.name.endswith(".zarr"), "staging": entry.name != PLAN and entry.is_dir()}.get(place.name)
-                    if folder is not None and folder != entry.is_dir():
-                        raise UsageError(f"{entry.path} is {'a file' if folder else 'a folder'}, which it should not be; remove it")
+                    if entry.is_dir() and (entry.name == PLAN or place.name == "search"):
+                        raise UsageError(f"{entry.path} is a folder, where an index has a file; remove it")
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -194,8 +182,8 @@ def clear_leftovers(directory: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         return
     for leftover in staging.iterdir():
-        if leftover.suffix in (".zarr", ".arrow", ".safetensors"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.suffix in (".zip", ".arrow", ".safetensors") and leftover.is_file():
+            leftover.unlink()
 
 
 @contextlib.contextmanager
@@ -220,4 +208,6 @@ def exclusive(directory: Path) -> Iterator[None]:
         clear_leftovers(directory)
         yield
     finally:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            (directory / "staging").rmdir()
         lock.release()

@@ -1,7 +1,6 @@
 """An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
 
 import re
-import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,18 +9,21 @@ from functools import cached_property
 from hashlib import sha256 as digest
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
-from .documents import Documents, Example
-from .errors import IncompatibleError, IntegrityError, UsageError
-from .files import clear_leftovers, read_json, regular_size, sha256
-from .manifest import DenseComponent, FileRecord, Layer, Shard, SparseComponent, identity, manifest_numbers, read_manifest
+from .arrays import ArrayFile, ArrayGroup, PagedArray
+from .cache import read_cache, write_cache
+from .dense import DenseRows, Reduction
+from .documents import Columns, Documents, Example
+from .errors import IntegrityError, UsageError
+from .files import clear_leftovers, regular_size, sha256
+from .manifest import DenseComponent, FileRecord, Layer, SparseComponent, identity, manifest_numbers, read_manifest
 from .postings import Postings
-from .rows import Checks, DenseRows, Reduction, map_array
 from .scan_codes import ScanCodes
+from .shard import Shard, ShardReader, documents_path, read_table, rows_path
 from .sparse import SparseRows, SparseVectors
 
 if TYPE_CHECKING:
@@ -29,18 +31,8 @@ if TYPE_CHECKING:
 
 
 _GROUP_ROWS = 1 << 16
-_OPEN_DOCUMENTS = 1024
+_OPEN_SHARDS = 1024
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows of a component: row r is `norms[r] * factors[r] * codes[r]`, its unit direction `factors[r] * codes[r]`."""
-
-    first: int
-    codes: np.ndarray
-    factors: Float32[np.ndarray, " rows"]
-    norms: Float32[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,11 @@ class Group:
     def id(self) -> str:
         """A name that depends on the shards alone."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, "".join(shard.id for shard in self.shards)))
+
+    @cached_property
+    def source(self) -> str:
+        """A name of what the group's search cache is made from: the checksums of its shards' files."""
+        return digest("".join(shard.sha256 + shard.documents_sha256 for shard in self.shards).encode()).hexdigest()
 
 
 class Index:
@@ -73,72 +70,70 @@ class Index:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
-        self._firsts = np.array([shard.first for shard in self.manifest.shards])
-        self._rows: dict[tuple[str, str], DenseRows] = {}
-        self._sparse: dict[tuple[str, str], SparseRows] = {}
-        self._postings: dict[tuple[str, str], Postings] = {}
-        self._scan_codes: dict[tuple[str, str], ScanCodes | None] = {}
-        self._documents: OrderedDict[str, Documents] = OrderedDict()
-        self._described: set[str] = set()
+        self._compare([self.manifest.table])
+        table = ArrayFile(self.path / self.manifest.table.path)
+        m = self.manifest
+        self.shards, self.deleted = read_table(table, m.shards, len(m.components), m.rows)
+        if len(self.deleted) != m.deleted:
+            raise IntegrityError(f"{table.path} does not list the deleted rows; restore it or build the index again")
+        self._firsts = np.array([shard.first for shard in self.shards])
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._cache_files: dict[str, ArrayFile | None] = {}
+        self._caches: dict[tuple[str, str], Postings | ScanCodes | None] = {}
 
     def __len__(self) -> int:
         """Rows, deleted ones too."""
         return self.manifest.rows
 
     def _refuse_missing_rows(self) -> None:
-        """Refuse shards without a file of their rows' norms, before anything is allocated by the manifest's word alone."""
-        name = self.manifest.components[0].name
-        for shard in self.manifest.shards:
-            path = self.path / "rows" / f"{shard.id}.zarr" / name / "norms/c/0"
+        """Refuse shards without their file of rows, before anything is allocated by the table's word alone."""
+        for shard in self.shards:
+            path = rows_path(self.path, shard.id)
             size = regular_size(path)
-            if size != 4 * shard.rows + 4:
-                what = (
-                    "is missing"
-                    if size is None
-                    else f"has {size:,} bytes where {shard.rows:,} rows take {4 * shard.rows + 4:,} (truncated?)"
-                )
-                raise IntegrityError(f"{path} {what}; restore the file or build the index again")
+            if size != shard.bytes:
+                problem = "is missing" if size is None else f"has {size:,} bytes where {shard.bytes:,} belong (truncated?)"
+                raise IntegrityError(f"{path} {problem}; restore the file or build the index again")
 
     def component(self, name: str) -> DenseComponent | SparseComponent:
         """The manifest's entry for a component."""
-        return next(s for s in self.manifest.components if s.name == name)
+        return next(c for c in self.manifest.components if c.name == name)
 
-    def dense(self, shard: Shard, component: DenseComponent) -> DenseRows:
-        """A dense component's rows in one shard."""
-        key = (shard.id, component.name)
-        if key not in self._rows:
-            group = self.path / "rows" / f"{shard.id}.zarr" / component.name
-            self._rows[key] = DenseRows(group, shard.rows, component.stored, component.dtype, self._checks(shard, f"{component.name}/"))
-        return self._rows[key]
+    def reader(self, shard: Shard) -> ShardReader:
+        """The reader of a shard; those that were not used for longest are closed."""
+        if shard.id not in self._readers:
+            self._readers[shard.id] = ShardReader(self.path, shard, self.manifest.components)
+            while len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        self._readers.move_to_end(shard.id)
+        return self._readers[shard.id]
 
-    def _checks(self, shard: Shard, within: str = "") -> Checks:
-        """What the manifest says of the arrays in a group of a shard's, after the files that describe the arrays were compared whole."""
-        group = f"rows/{shard.id}.zarr/{within}"
-        if shard.id not in self._described:
-            self._compare(record for record in shard.files if record.path.endswith("zarr.json"))
-            self._described.add(shard.id)
-        arrays = {}
-        for record in shard.files:
-            name, _, rest = record.path.removeprefix(group).partition("/")
-            if record.path.startswith(group) and rest.startswith("c/"):
-                arrays[name] = record.chunks
-        return arrays
+    @overload
+    def rows(self, shard: Shard, component: DenseComponent) -> DenseRows: ...
+    @overload
+    def rows(self, shard: Shard, component: SparseComponent) -> SparseRows: ...
+    @overload
+    def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows: ...
+    def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows:
+        """A component's rows in one shard."""
+        return self.reader(shard).rows(component.name)
 
-    def sparse(self, shard: Shard, component: SparseComponent) -> SparseRows:
-        """A sparse component's rows in one shard."""
-        key = (shard.id, component.name)
-        if key not in self._sparse:
-            group = self.path / "rows" / f"{shard.id}.zarr" / component.name
-            self._sparse[key] = SparseRows(
-                group, shard.rows, component.vocabulary, component.bits, self._checks(shard, f"{component.name}/")
-            )
-        return self._sparse[key]
+    def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
+        """The examples' own losses under the (last) model, in nats."""
+        return self.reader(shard).losses
+
+    def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
+        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
+        return self.reader(shard).hidden
+
+    def documents(self, shard: Shard) -> Documents:
+        """A shard's examples."""
+        return self.reader(shard).documents
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """All shards, in groups that are large enough to be searched in one go, small enough for scores to stay in cache."""
         groups: list[list[Shard]] = []
-        for shard in self.manifest.shards:
+        for shard in self.shards:
             if groups and shard.first + shard.rows - groups[-1][0].first <= _GROUP_ROWS:
                 groups[-1].append(shard)
             else:
@@ -146,29 +141,29 @@ class Index:
         return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
 
     def postings(self, group: Group, component: SparseComponent) -> Postings:
-        """The posting lists of a sparse component's rows in a group: those that lie beside them, else made here."""
+        """The posting lists of a sparse component's rows in a group: those of the search cache, else made here."""
         key = (group.id, component.name)
-        if key not in self._postings:
-            lists = self._kept(group, component) or self._made(group, component)
-            assert isinstance(lists, Postings)
-            self._postings[key] = lists
-        return self._postings[key]
+        if key not in self._caches:
+            self._caches[key] = self._cached(group, component) or self._search_arrays(group, component)
+        postings = self._caches[key]
+        assert isinstance(postings, Postings)
+        return postings
 
     def scan_codes(self, group: Group, component: DenseComponent) -> ScanCodes | None:
-        """The one-bit codes of a dense component's rows in a group; None where they do not lie beside the rows.
+        """The one-bit codes of a dense component's rows in a group; None where the search cache does not hold them.
 
         Components that hold one-bit codes themselves have none.
         """
         key = (group.id, component.name)
-        if key not in self._scan_codes:
-            codes = self._kept(group, component)
-            assert codes is None or isinstance(codes, ScanCodes)
-            self._scan_codes[key] = codes
-        return self._scan_codes[key]
+        if key not in self._caches:
+            self._caches[key] = self._cached(group, component)
+        codes = self._caches[key]
+        assert codes is None or isinstance(codes, ScanCodes)
+        return codes
 
     def reindex(self, compare: bool = False) -> int:
-        """Write what the search can read beside the rows, posting lists and one-bit codes, where it is missing, damaged or of other rows;
-        and remove that of groups that are no more. The caller holds the index (see `files.exclusive`).
+        """Write the search caches that are missing, damaged or of other rows, and remove those of groups that are no more. The caller holds
+        the index (see `files.exclusive`).
 
         Args:
             compare: also make anew what seems whole, and write it where it differs.
@@ -176,116 +171,104 @@ class Index:
         Returns:
             How many files were written.
         """
-        written, beside = 0, self.path / "search"
-        if beside.exists() and not beside.is_dir():
-            raise UsageError(f"{beside} is not a directory of this index; remove it")
-        for group, component in self._searchable():
-            kept = self._kept(group, component)
-            if kept is not None and not (compare and not _alike(kept, self._made(group, component))):
-                continue
-            self._made(group, component).write(self._beside(group, component), self._source(group, component), self.path / "staging")
-            written += 1
-        for place in beside.glob("*.zarr"):
-            if place.stem not in {group.id for group in self.groups} and _UUID.fullmatch(place.stem) and not place.is_symlink():
-                shutil.rmtree(place)
+        written = 0
+        folder = self.path / "search"
+        for group in self.groups:
+            self._cache_files.pop(group.id, None)
+            if self._cache_problem(group, compare) is not None:
+                write_cache(self._cache_path(group), group.source, self._cache_groups(group), self.path / "staging")
+                written += 1
+        names = {self._cache_path(group).name for group in self.groups}
+        for path in folder.glob("*.zarr.zip"):
+            if path.name not in names and _UUID.fullmatch(path.name.partition(".")[0]) and regular_size(path) is not None:
+                path.unlink()
+        self._cache_files.clear()
+        self._caches.clear()
         clear_leftovers(self.path)
         return written
 
-    def _searchable(self) -> Iterator[tuple[Group, DenseComponent | SparseComponent]]:
-        """The groups and components beside whose rows something lies for the search."""
-        for group in self.groups:
-            for component in self.manifest.components:
-                if isinstance(component, SparseComponent) or component.dtype != "1bit":
-                    yield group, component
+    def _cache_problem(self, group: Group, compare: bool) -> str | None:
+        """What is wrong with a group's search cache; None where nothing is."""
+        file = self._cache_file(group)
+        if file is None:
+            return "is missing, or cannot be read"
+        try:
+            for component in self._searched():
+                cached = self._cached(group, component)
+                if cached is None or (compare and not _equal(cached, self._search_arrays(group, component))):
+                    return "is not made of the rows"
+            for number, shard in enumerate(group.shards):
+                if compare and _column_bytes(file, number) != self.documents(shard).columns.to_bytes():
+                    return "is not made of the documents"
+        except IntegrityError:
+            return "is damaged"
+        return None
 
-    def _kept(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
-        place, source = self._beside(group, component), self._source(group, component)
-        if isinstance(component, SparseComponent):
-            return Postings.read(place, source, group.rows, -(-component.bits // 8))
-        return ScanCodes.read(place, source, group.rows, component.stored)
+    def _cache_groups(self, group: Group) -> dict[str, ArrayGroup]:
+        arrays = {component.name: self._search_arrays(group, component).arrays() for component in self._searched()}
+        columns = {
+            str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
+        }
+        return {**arrays, "columns": ArrayGroup(columns)}
 
-    def _made(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes:
+    def _searched(self) -> list[DenseComponent | SparseComponent]:
+        """The components that have arrays in a search cache."""
+        return [c for c in self.manifest.components if isinstance(c, SparseComponent) or c.dtype != "1bit"]
+
+    def _cache_path(self, group: Group) -> Path:
+        return self.path / "search" / f"{group.id}.zarr.zip"
+
+    def _cache_file(self, group: Group) -> ArrayFile | None:
+        if group.id not in self._cache_files:
+            self._cache_files[group.id] = read_cache(self._cache_path(group), group.source)
+        return self._cache_files[group.id]
+
+    def _cached(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
+        file = self._cache_file(group)
+        if file is None:
+            return None
         if isinstance(component, SparseComponent):
-            return Postings.of([self.sparse(shard, component) for shard in group.shards])
-        return ScanCodes.of([self.dense(shard, component) for shard in group.shards], component.projection.seed)
+            return Postings.read(file, component, group.rows)
+        return ScanCodes.read(file, component, group.rows)
+
+    def _search_arrays(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes:
+        """The posting lists or scan codes of a component, made from the rows."""
+        if isinstance(component, SparseComponent):
+            return Postings.of([self.rows(shard, component) for shard in group.shards])
+        return ScanCodes.of([self.rows(shard, component) for shard in group.shards], component)
 
     def by_shard(
         self, rows: Int64[np.ndarray, " chosen"]
     ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " own"], Int64[np.ndarray, " own"]]]:
         """The shards that hold some rows: the group and the shard, which of the rows it holds, and where in it each lies."""
-        shards = np.searchsorted(self._firsts, rows, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        numbers, starts = np.unique(shards[order], return_index=True)
-        for number, chosen in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True):
-            shard = self.manifest.shards[number]
-            yield self._groups_of_shards[number], shard, chosen, rows[chosen] - shard.first
+        numbers_of_rows = np.searchsorted(self._firsts, rows, side="right") - 1
+        order = np.argsort(numbers_of_rows, kind="stable")
+        numbers, starts = np.unique(numbers_of_rows[order], return_index=True)
+        for number, positions in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True):
+            shard = self.shards[number]
+            yield self._groups_of_shards[number], shard, positions, rows[positions] - shard.first
 
     @cached_property
     def _groups_of_shards(self) -> list[Group]:
         return [group for group in self.groups for _ in group.shards]
 
-    def _beside(self, group: Group, component: DenseComponent | SparseComponent) -> Path:
-        return self.path / "search" / f"{group.id}.zarr" / component.name
-
-    def _source(self, group: Group, component: DenseComponent | SparseComponent) -> str:
-        """What lies beside the rows is made of: the checksums of their files."""
-        parts = [f.sha256 for shard in group.shards for f in shard.files if f.path.startswith(f"rows/{shard.id}.zarr/{component.name}/")]
-        return digest("".join(parts).encode()).hexdigest()
-
     def norms(self, component: DenseComponent | SparseComponent) -> Float32[np.ndarray, " rows"]:
         """The lengths of a component's rows."""
-        if isinstance(component, SparseComponent):
-            return np.concatenate([self.sparse(shard, component).norms for shard in self.manifest.shards])
-        return np.concatenate([self.dense(shard, component).norms for shard in self.manifest.shards])
-
-    def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
-        """The examples' own losses under the (last) model, in nats."""
-        if not any(f.path == f"rows/{shard.id}.zarr/losses/zarr.json" for f in shard.files):
-            raise IncompatibleError(f"{self.path} does not hold its examples' losses; build it again with this version")
-        return map_array(self.path / "rows" / f"{shard.id}.zarr", "losses", (shard.rows,), "float32", self._checks(shard))
-
-    def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
-        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
-        group = self.path / "rows" / f"{shard.id}.zarr"
-        if not any(f.path == f"rows/{shard.id}.zarr/hidden/zarr.json" for f in shard.files):
-            return None
-        checks, shape = self._checks(shard), read_json(group / "hidden/zarr.json").get("shape")
-        if not isinstance(shape, list) or len(shape) != 2 or not isinstance(shape[1], int) or not 0 < shape[1] < 1 << 24:
-            raise IntegrityError(f"{group}/hidden/zarr.json does not describe hidden states; restore the file or build the index again")
-        return map_array(group, "hidden", (shard.rows, shape[1]), "float16", checks)
-
-    def documents(self, shard: Shard) -> Documents:
-        """A shard's examples."""
-        if shard.id not in self._documents:
-            self._compare(record for record in shard.files if record.path.endswith(".arrow"))
-            self._documents[shard.id] = Documents(self.path / "documents" / f"{shard.id}.arrow", shard.rows)
-            while len(self._documents) > _OPEN_DOCUMENTS:
-                self._documents.popitem(last=False)
-        self._documents.move_to_end(shard.id)
-        return self._documents[shard.id]
-
-    def blocks(self, component: DenseComponent) -> Iterator[Block]:
-        """All rows of a component in order, in blocks of about a mebibyte that are views of memory maps."""
-        for shard in self.manifest.shards:
-            rows = self.dense(shard, component)
-            factors = rows.factors()
-            for first, codes in rows.blocks():
-                part = slice(first, first + len(codes))
-                yield Block(shard.first + first, codes, factors[part], rows.norms[part])
+        return np.concatenate([self.rows(shard, component).norms for shard in self.shards])
 
     def row(self, row: int, component: DenseComponent) -> Float32[np.ndarray, " dim"]:
         """One row of a component, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
         shard, offset = self.locate(row)
-        return self.reduction(component).undo(self.dense(shard, component).row(offset)[None])[0]
+        return self.reduction(component).undo(self.rows(shard, component).row(offset)[None])[0]
 
     def reduction(self, component: DenseComponent) -> Reduction:
-        """What brings a component's whitened rows to the stored coordinates."""
+        """The step from a component's whitened rows to the stored coordinates."""
         return dense_reduction(component, self.arrays if component.coordinates else {})
 
     def entries(self, row: int, component: SparseComponent) -> SparseVectors:
         """One row of a sparse component, its vectors estimated from their codes (see `SparseRows.vectors`)."""
         shard, offset = self.locate(row)
-        keys, vectors = self.sparse(shard, component).vectors(offset, component.width, component.seed)
+        keys, vectors = self.rows(shard, component).vectors(offset)
         return SparseVectors(np.array([0, len(keys)]), keys, vectors)
 
     def example(self, row: int) -> Example:
@@ -297,27 +280,44 @@ class Index:
         shard, offset = self.locate(row)
         return self.documents(shard)[offset]
 
-    @cached_property
-    def columns(self) -> "dict[str, pa.DataType]":
-        """What rows can be filtered and grouped by, with its Arrow type: text, where it differs or values are kept as JSON."""
+    def _columns_by_shard(self, names: Iterable[str] = ()) -> Iterator[tuple[Shard, Columns]]:
+        """Each shard's columns: those of the search caches, or of the documents where a cache lacks them or a text is asked for."""
+        with_texts = "text" in names
+        for group in self.groups:
+            file = None if with_texts else self._cache_file(group)
+            for number, shard in enumerate(group.shards):
+                yield shard, self._cached_columns(file, number, shard) or self.documents(shard).columns
+
+    def _cached_columns(self, file: ArrayFile | None, number: int, shard: Shard) -> Columns | None:
         import pyarrow as pa
 
-        found: dict[str, pa.DataType] = {}
-        for shard in self.manifest.shards:
-            for name, field in self.documents(shard).columns.items():
-                known = found.get(name, field.type)
-                found[name] = field.type if pa.types.is_null(known) else known if field.type in (known, pa.null()) else pa.string()
-        return found
+        try:
+            content = None if file is None else _column_bytes(file, number)
+            return None if content is None else Columns.from_bytes(pa.py_buffer(content), shard.rows)
+        except (IntegrityError, pa.ArrowException, ValueError, KeyError, TypeError, EOFError):
+            return None
+
+    @cached_property
+    def columns(self) -> "dict[str, pa.DataType]":
+        """Columns to filter and group rows by, with their Arrow types: text, where it differs or values are kept as JSON."""
+        import pyarrow as pa
+
+        types: dict[str, pa.DataType] = {"text": pa.string()}
+        for _, columns in self._columns_by_shard():
+            for name, field in columns.fields.items():
+                known = types.get(name, field.type)
+                types[name] = field.type if pa.types.is_null(known) else known if field.type in (known, pa.null()) else pa.string()
+        return types
 
     @cached_property
     def _kinds(self) -> dict[str, frozenset[str]]:
         """The kinds of values that each column holds anywhere (see filters.py)."""
         kinds: dict[str, set[str]] = {name: set() for name in self.columns}
-        for shard in self.manifest.shards:
-            documents = self.documents(shard)
-            for name in documents.columns:
-                kinds[name].add(documents.kind(name) or "")
-        return {name: frozenset(own - {""}) for name, own in kinds.items()}
+        kinds["text"] = {"text"}
+        for _, columns in self._columns_by_shard():
+            for name in columns.fields:
+                kinds[name].add(columns.kind(name) or "")
+        return {name: frozenset(values - {""}) for name, values in kinds.items()}
 
     def matching(self, expression: str) -> Bool[np.ndarray, " rows"]:
         """Which rows a filter matches (see filters.py).
@@ -327,11 +327,12 @@ class Index:
         """
         from .filters import matching, names_in, parse_filter
 
-        tree, parts = parse_filter(expression), list[np.ndarray]()
-        for shard in self.manifest.shards:
-            documents = self.documents(shard)
-            own = {name: documents.column(name) for name in names_in(tree) if name in documents.columns}
-            parts.append(matching(tree, own, self._kinds, shard.rows))
+        tree = parse_filter(expression)
+        names = names_in(tree)
+        parts = list[np.ndarray]()
+        for shard, columns in self._columns_by_shard(names):
+            named = {name: columns[name] for name in names if name in columns.fields}
+            parts.append(matching(tree, named, self._kinds, shard.rows))
         return np.concatenate(parts)
 
     def column(self, name: str) -> "pa.ChunkedArray":
@@ -344,12 +345,11 @@ class Index:
 
         self._check_column(name)
         parts, kind = list[Any](), self.columns[name]
-        for shard in self.manifest.shards:
-            known = self.documents(shard)
-            own = known.column(name) if name in known.columns else None
-            if own is not None and (own.encoded or own.values.type not in (kind, pa.null())):
+        for shard, columns in self._columns_by_shard([name]):
+            column = columns[name] if name in columns.fields else None
+            if column is not None and (column.encoded or column.values.type not in (kind, pa.null())):
                 raise UsageError(f"the column {name!r} holds values of several types; make them alike and build the index again")
-            parts += [pa.nulls(shard.rows, kind)] if own is None or own.kind is None else own.values.chunks
+            parts += [pa.nulls(shard.rows, kind)] if column is None or column.kind is None else column.values.chunks
         return pa.chunked_array(parts, kind)
 
     def distinct(self, name: str, most: int) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
@@ -367,12 +367,11 @@ class Index:
         if others:
             raise UsageError(f"the column {name!r} holds values of the kind {min(others)}; group by one of single values")
         places, values, parts = dict[Any, int](), list[Any](), []
-        for shard in self.manifest.shards:
-            documents = self.documents(shard)
-            if name not in documents.columns:
+        for shard, columns in self._columns_by_shard([name]):
+            if name not in columns.fields:
                 parts.append(np.full(shard.rows, -1))
                 continue
-            column = documents.column(name)
+            column = columns[name]
             coded = column.values.combine_chunks().dictionary_encode()
             lookup = np.full(len(coded.dictionary) + 1, -1)
             for at, value in enumerate(replace(column, values=coded.dictionary).decoded()):
@@ -394,13 +393,13 @@ class Index:
 
         wanted = pa.array(dict.fromkeys(ids), pa.string())
         found, parts = np.zeros(len(wanted), bool), list[np.ndarray]()
-        for shard in self.manifest.shards:
-            own = np.zeros(shard.rows, bool)
+        for shard, columns in self._columns_by_shard():
+            matches = np.zeros(shard.rows, bool)
             for name in ("id", "document"):
-                places = pc.index_in(self.documents(shard).column(name).values, wanted)
-                own |= np.asarray(pc.is_valid(places))
-                found[np.asarray(places.drop_null())] = True
-            parts.append(own)
+                positions = pc.index_in(columns[name].values, wanted)
+                matches |= np.asarray(pc.is_valid(positions))
+                found[np.asarray(positions.drop_null())] = True
+            parts.append(matches)
         return np.concatenate(parts), [id for id, is_found in zip(wanted.to_pylist(), found.tolist(), strict=True) if not is_found]
 
     def _check_column(self, name: str) -> None:
@@ -416,7 +415,7 @@ class Index:
         """
         self._refuse_missing_rows()
         alive = np.ones(self.manifest.rows, bool)
-        alive[list(self.manifest.tombstones)] = False
+        alive[self.deleted] = False
         return alive
 
     @cached_property
@@ -463,8 +462,9 @@ class Index:
     def summary(self) -> dict[str, Any]:
         """What the index holds, JSON-ready: model, rows, bytes, and each component's layers, projection and curvature."""
         m = self.manifest
-        files = [m.encoder, *(f for s in m.shards for f in s.files)]
-        row_bytes = sum(f.bytes for f in files if f.path.startswith("rows/"))
+        row_bytes = sum(shard.bytes for shard in self.shards)
+        component_bytes = np.sum([shard.component_bytes for shard in self.shards], axis=0).tolist()
+        documents_bytes = sum(shard.documents_bytes for shard in self.shards)
         return {
             "path": str(self.path),
             "manifest": m.number,
@@ -473,18 +473,18 @@ class Index:
             "wherefrom": m.wherefrom,
             "models": [{n: getattr(model, n) for n in ("id", "revision", "architecture", "parameters", "dtype")} for model in m.models],
             "rows": m.rows,
-            "deleted": len(m.tombstones),
+            "deleted": m.deleted,
             "tokens": m.tokens,
             **{name: getattr(m.build, name) for name in ("documents", "split", "truncated", "skipped", "not_finite")},
-            "shards": len(m.shards),
-            "bytes": sum(f.bytes for f in files),
+            "shards": m.shards,
+            "bytes": row_bytes + documents_bytes + m.encoder.bytes,
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
             "components": [
                 _describe(s)
-                | {"bytes_per_example": self._bytes(s), "energy_held": round(self.energy_held(s), 4)}
+                | {"bytes_per_example": round(component_bytes[i] / m.rows, 1), "energy_held": round(self.energy_held(s), 4)}
                 | m.build.weighed.get(s.name, {})
-                for s in m.components
+                for i, s in enumerate(m.components)
             ],
             "tracked": [
                 {"parameters": t.parameters, "of": t.of, "share": round(t.share, 4), "left_out": t.left_out} for t in m.build.tracked
@@ -501,7 +501,8 @@ class Index:
         Of sparse rows it is counted, of dense ones it is what their eigenvalues say.
         """
         if isinstance(component, SparseComponent):
-            sums = np.sum([self.sparse(shard, component).energy for shard in self.manifest.shards], axis=0)
+            number = self.manifest.components.index(component)
+            sums = np.sum([shard.energy[number] for shard in self.shards], axis=0)
             return float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
         kept = self.reduction(component).kept
         if kept is None:
@@ -510,63 +511,54 @@ class Index:
         energy = eigenvalues / (eigenvalues + component.curvature.damping * means)
         return float(energy[kept].sum() / energy.sum())
 
-    def _bytes(self, component: DenseComponent | SparseComponent) -> float:
-        files = (f for s in self.manifest.shards for f in s.files if f.path.startswith(f"rows/{s.id}.zarr/{component.name}/"))
-        return round(sum(f.bytes for f in files) / self.manifest.rows, 1)
-
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every byte that the manifest names, make anew what lies beside the rows for the search, and yield (relative path, what is
-        wrong with it or None).
-        """
+        """Read every byte that the manifest names, make the search caches anew, and yield (relative path, the problem or None)."""
         yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
+        yield self.manifest.table.path, _problem(self.path, self.manifest.table)
         whole = True
-        for shard in self.manifest.shards:
-            problems = [(record.path, _problem(self.path, record)) for record in shard.files]
+        for shard in self.shards:
+            rows = rows_path(self.path, shard.id).relative_to(self.path).as_posix()
+            documents = documents_path(self.path, shard.id).relative_to(self.path).as_posix()
+            records = (
+                FileRecord(path=rows, bytes=shard.bytes, sha256=shard.sha256),
+                FileRecord(path=documents, bytes=shard.documents_bytes, sha256=shard.documents_sha256),
+            )
+            problems = [(record.path, _problem(self.path, record)) for record in records]
             yield from problems
             if any(problem for _, problem in problems):
                 whole = False
                 continue
             try:
-                for component in self.manifest.components:
-                    if isinstance(component, SparseComponent):
-                        self.sparse(shard, component)
-                    else:
-                        for _ in self.dense(shard, component).blocks():
-                            pass
-                self.losses(shard)
-                self.hidden(shard)
-                self.documents(shard)
+                reader = ShardReader(self.path, shard, self.manifest.components)
+                reader.check()
+                energies = [reader.rows(component.name).energy for component in self.manifest.components]
+                if not np.allclose(energies, shard.energy, rtol=1e-9, atol=0):
+                    raise IntegrityError(f"{self.path / rows} does not have the energy that the table says; build the index again")
             except IntegrityError as error:
                 whole = False
-                yield f"rows/{shard.id}.zarr", str(error)
-        if whole and (doubled := self._doubled_id()) is not None:
-            yield (
-                "documents",
-                f"{self.path / 'documents'} has the duplicate id {doubled[:80]!r}; build the index again",
-            )
+                yield rows, str(error)
+        if whole and (duplicate := self._duplicate_id()) is not None:
+            yield "documents", f"{self.path / 'documents'} has the duplicate id {duplicate[:80]!r}; build the index again"
         try:
             self.arrays  # noqa: B018
         except IntegrityError as error:
             yield self.manifest.encoder.path, str(error)
-        for group, component in self._searchable() if whole else ():
-            kept, place = self._kept(group, component), self._beside(group, component)
-            if kept is not None:
-                forged = not _alike(kept, self._made(group, component))
-                yield (
-                    str(place.relative_to(self.path)),
-                    f"{place} is not made of the rows; fix it with wherefrom reindex" if forged else None,
-                )
+        for group in self.groups if whole else ():
+            path = self._cache_path(group)
+            if path.exists():
+                problem = self._cache_problem(group, compare=True)
+                yield str(path.relative_to(self.path)), f"{path} {problem}; fix it with wherefrom reindex" if problem else None
         yield from self._missing_manifests()
 
-    def _doubled_id(self) -> str | None:
+    def _duplicate_id(self) -> str | None:
         """An id that two rows have which are not deleted."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        chunks = [chunk for shard in self.manifest.shards for chunk in self.documents(shard).column("id").values.chunks]
+        chunks = [chunk for shard in self.shards for chunk in self.documents(shard).columns["id"].values.chunks]
         counts = pc.value_counts(pa.chunked_array(chunks, pa.string()).filter(pa.array(self.alive)))
-        doubled = counts.filter(pc.greater(counts.field("counts"), 1))
-        return str(doubled.field("values")[0].as_py()) if len(doubled) else None
+        duplicates = counts.filter(pc.greater(counts.field("counts"), 1))
+        return str(duplicates.field("values")[0].as_py()) if len(duplicates) else None
 
     def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
         """States between those that are there (pruning leaves the newest alone), and the record of which is the newest."""
@@ -595,12 +587,23 @@ class Index:
             raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
         if not self.alive[row]:
             raise UsageError(f"row {row} was deleted")
-        shard = self.manifest.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
+        shard = self.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
 
 
-def _alike(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
-    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+def _equal(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
+    """Whether two sets of arrays hold the same values."""
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare]
+    return all(np.array_equal(_values(one), _values(other)) for one, other in pairs)
+
+
+def _values(array: np.ndarray | PagedArray) -> np.ndarray:
+    return array.whole() if isinstance(array, PagedArray) else array
+
+
+def _column_bytes(file: ArrayFile, number: int) -> bytes:
+    name = f"columns/{number}"
+    return file.array(name, file.shape(name), "uint8").tobytes()
 
 
 def _misfit(component: DenseComponent | SparseComponent, arrays: Mapping[str, np.ndarray]) -> str | None:

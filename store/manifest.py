@@ -1,20 +1,20 @@
-"""Manifests: what an index is, in one JSON file that is created once and never changed.
+"""Manifests: the description of an index, in one JSON file that is created once and never changed.
 
-The highest number under `manifests/` is the index. Every model below is strict: an unknown field, a missing one or a wrong type
+Shards and deleted rows stand in a table beside it (see shard.py), so that a manifest stays small however many rows there are. The highest
+number under `manifests/` is the index. Every model below is strict: an unknown field, a missing one or a wrong type
 is a damaged manifest, an unknown version or feature is one that a newer Wherefrom wrote. Paths are relative and stay inside the index.
 """
 
 import hashlib
 import json
 import re
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
-from .files import create_only, read_bytes, write_whole
+from .files import create_only, read_bytes, sha256, write_whole
 
 FORMAT_VERSION = 2
 FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors"})
@@ -47,17 +47,16 @@ class _Model(BaseModel):
 
 
 class FileRecord(_Model):
-    """A file that the manifest vouches for.
+    """A file that the manifest vouches for, by its size and SHA-256."""
 
-    Attributes:
-        chunks: of an array's values, the CRC-32C over the checksums of its chunks, so that reading a few of them tells whether the file
-            is the one that belongs in this place; None for other files, which are compared whole.
-    """
+    @classmethod
+    def of(cls, index: Path, path: Path) -> "FileRecord":
+        """The record of one of an index's files."""
+        return cls(path=path.relative_to(index).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
 
     path: RelativePath
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    chunks: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
 
 
 class Layer(_Model):
@@ -191,16 +190,6 @@ class Tokenizer(_Model):
     fingerprint: str
 
 
-class Shard(_Model):
-    """Rows `first` to `first + rows`: `rows/<id>.zarr` and `documents/<id>.arrow`."""
-
-    id: Annotated[str, Field(pattern="^[0-9a-f-]{36}$")]
-    first: Count
-    rows: Size
-    tokens: Count
-    files: tuple[FileRecord, ...]
-
-
 class Options(_Model):
     """A build's options as they were recorded; those that a query needs are typed, the others kept as they are."""
 
@@ -293,7 +282,12 @@ class Build(_Model):
 
 
 class Manifest(_Model):
-    """The whole description of an index; see docs/format.md for the meaning of every field."""
+    """The description of an index; see docs/format.md for the meaning of every field.
+
+    Attributes:
+        rows: deleted ones, too.
+        shards, deleted: how many there are; `table` names the file that lists them (see `shard.read_table`).
+    """
 
     format: Literal["wherefrom"] = "wherefrom"
     version: Literal[2] = 2
@@ -308,8 +302,9 @@ class Manifest(_Model):
     encoder: FileRecord
     rows: Size
     tokens: Count
-    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
-    tombstones: tuple[Count, ...] = ()
+    shards: Size
+    deleted: Count
+    table: FileRecord
     build: Build
 
 
@@ -435,29 +430,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest whose parts contradict one another: another number than its name's, row ranges that leave gaps, more rows than
-    its files can hold, layers that overlap.
-    """
+    """Refuse a manifest whose parts contradict one another: another number than its name's, duplicate components, layers that overlap."""
     if int(path.stem) != manifest.number:
         raise IntegrityError(f"{path} is manifest {manifest.number} under another's name; restore it or build the index again")
-    gone = manifest.tombstones
-    if bool(gone) != ("deleted" in manifest.features) or any(b <= a for a, b in pairwise(gone)) or (gone and gone[-1] >= manifest.rows):
-        raise IntegrityError(f"{path} is damaged: its deleted rows are not in order, or not rows of the index; build the index again")
-    first = 0
-    if len({shard.id for shard in manifest.shards}) != len(manifest.shards):
-        raise IntegrityError(f"{path} is damaged: it names a shard twice; build the index again")
-    for shard in manifest.shards:
-        own = (f"rows/{shard.id}.zarr/", f"documents/{shard.id}.arrow")
-        if not shard.files or not all(record.path.startswith(own) for record in shard.files):
-            raise IntegrityError(f"{path} is damaged: shard {shard.id} does not name its own files; build the index again")
-        norms = f"rows/{shard.id}.zarr/{manifest.components[0].name}/norms/c/0"
-        if not any(record.path == norms and record.bytes == 4 * shard.rows + 4 for record in shard.files):
-            raise IntegrityError(f"{path} is damaged: shard {shard.id} has no room for {shard.rows} rows; build the index again")
-        if shard.first != first:
-            raise IntegrityError(f"{path} is damaged: shard {shard.id} begins at row {shard.first}, not {first}; build the index again")
-        first += shard.rows
-    if first != manifest.rows:
-        raise IntegrityError(f"{path} is damaged: its shards hold {first} rows, not {manifest.rows}; build the index again")
+    if bool(manifest.deleted) != ("deleted" in manifest.features) or manifest.deleted > manifest.rows:
+        raise IntegrityError(f"{path} is damaged: its features do not tell whether rows were deleted; build the index again")
+    if len({component.name for component in manifest.components}) < len(manifest.components):
+        raise IntegrityError(f"{path} is damaged: it names a component twice; build the index again")
     for component in manifest.components:
         if component.model >= len(manifest.models):
             raise IntegrityError(

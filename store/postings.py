@@ -14,19 +14,20 @@ largest factor of a list, some twenty times what it typically is: on real rows o
 nine tenths of the postings that a query touches, and the rest would need random access. Rows keep their longest vectors alone, and the
 tokens that every example has are seldom among them: a query touches one in twenty-five of the entries to begin with.
 
-The lists are a cache beside the rows, `search/<group>.zarr/<component>`: rebuilt where missing, damaged, or made of other rows.
+The lists are kept in a search cache (see cache.py). A query reads, and compares with their checksums, the pages of its own lists alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt8, UInt32
 
+from .arrays import ArrayFile, ArrayGroup, PagedArray
 from .bits import signs_of
-from .cache import plain, read_cache, write_cache
 from .compiled import Compiled
+from .errors import IntegrityError
+from .manifest import SparseComponent
 from .sparse import SparseRows
 
 _add_lists = Compiled("add_lists", after=1 << 19)
@@ -37,28 +38,32 @@ _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 class Postings:
     """A sparse component of a group of shards, by token; see above."""
 
-    tokens: np.ndarray
+    tokens: UInt32[np.ndarray, " lists"]
     starts: Int64[np.ndarray, " lists_and_one"]
-    rows: np.ndarray
-    codes: UInt32[np.ndarray, "postings words"]
-    factors: Float32[np.ndarray, " postings"]
+    rows: PagedArray
+    codes: PagedArray
+    factors: PagedArray
+    _checked: Bool[np.ndarray, " lists"] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_checked", np.zeros(len(self.tokens), bool))
 
     @classmethod
     def of(cls, shards: Sequence[SparseRows]) -> "Postings":
         """The lists of shards' rows, one shard after the other."""
-        keys, codes, factors = (np.concatenate([getattr(rows, name) for rows in shards]) for name in ("keys", "codes", "factors"))
+        entries = [rows.entries(0, len(rows)) for rows in shards]
+        keys, codes, factors = (np.concatenate([entry[i] for entry in entries]) for i in range(3))
         order = np.argsort(keys, kind="stable")
         tokens, starts = np.unique(keys[order], return_index=True)
         counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
         owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
-        arrays = (
+        return cls(
             tokens.astype(np.uint32),
             np.append(starts, len(order)).astype(np.int64),
-            owners[order],
-            _words(codes[order]),
-            factors[order],
+            PagedArray.of(owners[order]),
+            PagedArray.of(_words(codes[order])),
+            PagedArray.of(factors[order]),
         )
-        return cls(*(plain(array) for array in arrays))
 
     def add_scores(
         self,
@@ -78,40 +83,53 @@ class Postings:
         at = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
         known = self.tokens[at] == keys
         bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
+        self._check(np.unique(at[known]), scores.shape[1])
         add_lists = _add_lists.after(int((self.starts[at + 1] - self.starts[at])[known].sum())) or add_lists_plainly
         for query in range(len(scores)):
             part = slice(bounds[query], bounds[query + 1])
             lists, own = at[part], tables[part]
-            add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[query])
+            add_lists(lists, known[part], own, self.starts, self.rows.values, self.codes.values, self.factors.values, scores[query])
 
-    def write(self, directory: Path, source: str, staging: Path) -> None:
-        """Keep the lists in a directory, marked with what they were made of."""
-        write_cache(directory, {f.name: getattr(self, f.name) for f in fields(self)}, source, staging)
+    def _check(self, lists: Int64[np.ndarray, " some"], rows: int) -> None:
+        """Compare some lists with their checksums, once, and what the compiled loop would step over with the rows that there are.
+
+        Raises:
+            IntegrityError: a list is damaged, or of other rows.
+        """
+        for i in lists[~self._checked[lists]].tolist():
+            first, last = int(self.starts[i]), int(self.starts[i + 1])
+            self.codes.check(first, last)
+            factors = self.factors.rows(first, last)
+            owners = self.rows.rows(first, last)
+            if last > first and (int(owners.max()) >= rows or not np.isfinite(factors).all()):
+                raise IntegrityError(f"{self.rows.where} names rows that are not there; {self.rows.remedy}")
+            self._checked[i] = True
+
+    def arrays(self) -> ArrayGroup:
+        """The arrays that are kept in a search cache."""
+        postings = {name: getattr(self, name).whole() for name in ("rows", "codes", "factors")}
+        return ArrayGroup({"tokens": self.tokens, "starts": self.starts, **postings}, paged=frozenset(postings))
 
     @classmethod
-    def read(cls, directory: Path, source: str, rows: int, width: int) -> "Postings | None":
-        """The lists that lie there, of so many rows with codes of so many bytes; None where they are missing, damaged, or of other rows."""
-        arrays = read_cache(directory, source)
-        if arrays is None or arrays.keys() != {f.name for f in fields(cls)}:
+    def read(cls, file: ArrayFile, component: SparseComponent, rows: int) -> "Postings | None":
+        """The lists of so many rows in a search cache; None where they are missing, or cannot be lists of these."""
+        name = component.name
+        try:
+            (lists,), (postings,) = file.shape(f"{name}/tokens"), file.shape(f"{name}/rows")
+            tokens = file.array(f"{name}/tokens", (lists,), "uint32")
+            starts = file.array(f"{name}/starts", (lists + 1,), "int64")
+            found = cls(
+                tokens,
+                starts,
+                file.paged(f"{name}/rows", (postings,), _row_dtype(rows)),
+                file.paged(f"{name}/codes", (postings, -(-component.bits // 32)), "uint32"),
+                file.paged(f"{name}/factors", (postings,), "float32"),
+            )
+        except (IntegrityError, ValueError):
             return None
-        lists = cls(**arrays)
-        kinds = [(array.dtype.name, array.ndim) for array in (lists.tokens, lists.starts, lists.rows, lists.codes, lists.factors)]
-        if kinds != [("uint32", 1), ("int64", 1), (_row_dtype(rows), 1), ("uint32", 2), ("float32", 1)]:
-            return None
-        counts, postings = np.diff(lists.starts), len(lists.rows)
-        # Compiled loops check no bounds: what they would step over is looked at here.
-        fits = (
-            lists.codes.shape == (postings, -(-width // 4))
-            and lists.factors.shape == (postings,)
-            and lists.starts.shape == (len(lists.tokens) + 1,)
-            and lists.starts[0] == 0
-            and lists.starts[-1] == postings
-            and (counts >= 0).all()
-            and (lists.tokens[1:] > lists.tokens[:-1]).all()
-            and np.isfinite(lists.factors).all()
-            and int(lists.rows.max(initial=0)) < rows
-        )
-        return lists if fits else None
+        # Compiled loops check no bounds: what they would step over is compared here, and the rows when their pages are read.
+        ordered = starts[0] == 0 and starts[-1] == postings and (np.diff(starts) >= 0).all() and (tokens[1:] > tokens[:-1]).all()
+        return found if ordered else None
 
 
 def add_lists_plainly(

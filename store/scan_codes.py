@@ -17,17 +17,18 @@ their deviations, from which it follows which rows must be read (benchmarks/dens
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
 
+from .arrays import ArrayFile, ArrayGroup, PagedArray
 from .bits import padded_width, rotate
-from .cache import plain, read_cache, write_cache
 from .compiled import Compiled
-from .rows import DenseRows
+from .dense import DenseRows
+from .errors import IntegrityError
+from .manifest import DenseComponent
 
 PLANES = 4
 _LEVELS = (1 << PLANES) - 1
@@ -40,15 +41,16 @@ _count_differences = Compiled("count_differences", after=1 << 22)
 class ScanCodes:
     """The codes of a dense component's rows in a group of shards; see above."""
 
-    codes: UInt64[np.ndarray, "rows words"]
+    codes: PagedArray
     factors: Float32[np.ndarray, " rows"]
     noises: Float32[np.ndarray, " rows"]
     norms: Float32[np.ndarray, " rows"]
     checks: UInt32[np.ndarray, " rows"]
 
     @classmethod
-    def of(cls, shards: Sequence[DenseRows], seed: int) -> "ScanCodes":
+    def of(cls, shards: Sequence[DenseRows], component: DenseComponent) -> "ScanCodes":
         """Codes of shards' rows, one shard after the other."""
+        seed = component.projection.seed
         width = padded_width(shards[0].coordinates, 1)
         bits = scan_bits(shards[0].coordinates)
         codes, sums, squares, checks = [], [], [], []
@@ -64,24 +66,27 @@ class ScanCodes:
         norms, a, uu = np.concatenate([rows.norms for rows in shards]), np.concatenate(sums), np.concatenate(squares)
         over = np.divide(uu, a, out=np.zeros_like(a), where=a > 0)
         noises = norms * np.sqrt(np.maximum(bits * over**2 - uu, 0) / max(1, width - 1))
-        arrays = np.concatenate(codes), (norms * over).astype(np.float32), noises.astype(np.float32), norms, np.concatenate(checks)
-        return cls(*(plain(array) for array in arrays))
+        factors = (norms * over).astype(np.float32)
+        return cls(PagedArray.of(np.concatenate(codes)), factors, noises.astype(np.float32), norms, np.concatenate(checks))
 
-    def write(self, directory: Path, source: str, staging: Path) -> None:
-        """Keep the codes in a directory, marked with what they were made of."""
-        write_cache(directory, {f.name: getattr(self, f.name) for f in fields(self)}, source, staging)
+    def arrays(self) -> ArrayGroup:
+        """The arrays that are kept in a search cache."""
+        vectors = {name: getattr(self, name) for name in ("factors", "noises", "norms", "checks")}
+        return ArrayGroup({"codes": self.codes.whole(), **vectors}, paged=frozenset({"codes"}))
 
     @classmethod
-    def read(cls, directory: Path, source: str, rows: int, coordinates: int) -> "ScanCodes | None":
-        """The codes that lie there, of so many rows; None where they are missing, damaged, or of other rows."""
-        arrays = read_cache(directory, source)
-        vectors = ("factors", "noises", "norms", "checks")
-        shapes = {"codes": (rows, -(-scan_bits(coordinates) // 64)), **dict.fromkeys(vectors, (rows,))}
-        dtypes = {"codes": "uint64", **dict.fromkeys(vectors, "float32"), "checks": "uint32"}
-        if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
+    def read(cls, file: ArrayFile, component: DenseComponent, rows: int) -> "ScanCodes | None":
+        """The codes of so many rows in a search cache; None where they are missing, or cannot be codes of these."""
+        words_of_row = -(-scan_bits(component.stored) // 64)
+        try:
+            codes = file.paged(f"{component.name}/codes", (rows, words_of_row), "uint64")
+            factors, noises, norms = (file.array(f"{component.name}/{name}", (rows,), "float32") for name in ("factors", "noises", "norms"))
+            checks = file.array(f"{component.name}/checks", (rows,), "uint32")
+        except IntegrityError:
             return None
-        whole = all(np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all() for name in vectors[:3])
-        return cls(**arrays) if whole and {name: array.dtype.name for name, array in arrays.items()} == dtypes else None
+        lengths = factors, noises, norms
+        whole = all(np.isfinite(values).all() and (values >= 0).all() for values in lengths)
+        return cls(codes, factors, noises, norms, checks) if whole else None
 
 
 def scan_bits(coordinates: int) -> int:

@@ -1,6 +1,6 @@
 """Sparse rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
 
-A sparse component of a shard is a Zarr group in the form of a sparse matrix whose entries are coded vectors:
+A sparse component of a shard is a group of arrays (see arrays.py) in the form of a sparse matrix whose entries are coded vectors:
 
     indptr   [rows + 1]        uint32: row i's entries are indptr[i] to indptr[i + 1]
     keys     [entries]         uint16 or uint32: tokens, ascending within a row
@@ -8,7 +8,8 @@ A sparse component of a shard is a Zarr group in the form of a sparse matrix who
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
-and the attribute `energy`: the sum of the rows' squared lengths, and what it was before tokens were left out.
+and the attribute `energy`: the sum of the rows' squared lengths, and what it was before tokens were left out. Keys, codes and factors are
+read page by page.
 
 How a vector becomes bits, and an inner product an estimate, is told in bits.py. Fewer bits than coordinates take the first ones of the
 rotated vector: a random projection, unbiased likewise.
@@ -16,16 +17,14 @@ rotated vector: a random projection, unbiased likewise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8, UInt32
 
+from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
-from .files import read_bytes
-from .rows import NO_CHECKS, Checks, map_array, write_array
+from .manifest import SparseComponent
 
 _FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
 
@@ -152,82 +151,107 @@ def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
     return Coded(counts[order], keys, codes, factors, norms[order], whole[order])
 
 
-def write_sparse(group: Any, rows: Coded, vocabulary: int, bits: int) -> None:
-    """Write coded rows into an empty Zarr group."""
+def encode_sparse(rows: Coded, vocabulary: int, bits: int) -> ArrayGroup:
+    """The arrays of a sparse component, from coded rows."""
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
-    energy = [float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.whole.sum())]
-    group.attrs.update({"kind": "sparse", "bits": bits, "factor_scale": scale, "energy": energy})
-    write_array(group, "indptr", np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32))
-    write_array(group, "keys", rows.keys.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32))
-    write_array(group, "codes", rows.codes)
-    write_array(group, "factors", (rows.factors / scale).astype(np.float16))
-    write_array(group, "norms", rows.norms)
+    arrays = {
+        "indptr": np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32),
+        "keys": rows.keys.astype(_key_dtype(vocabulary)),
+        "codes": rows.codes,
+        "factors": (rows.factors / scale).astype(np.float16),
+        "norms": rows.norms,
+    }
+    return _group(arrays, bits, scale, (float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.whole.sum())))
 
 
-def copy_sparse(group: Any, rows: "SparseRows", kept: Int64[np.ndarray, " kept"]) -> None:
-    """Write some rows of a shard into an empty Zarr group, to the bit as they are."""
-    entries = np.concatenate([np.arange(*rows.indptr[i : i + 2]) for i in kept])
-    held = float(np.square(rows.norms[kept], dtype=np.float64).sum())
-    energy = [held, held * rows.energy[1] / rows.energy[0] if rows.energy[0] > 0 else held]
-    group.attrs.update({"kind": "sparse", "bits": rows.bits, "factor_scale": rows.factor_scale, "energy": energy})
-    write_array(group, "indptr", np.concatenate([[0], np.cumsum(np.diff(rows.indptr)[kept])]).astype(np.uint32))
-    write_array(group, "keys", rows.keys[entries])
-    write_array(group, "codes", rows.codes[entries])
-    write_array(group, "factors", (rows.factors[entries] / np.float32(rows.factor_scale)).astype(np.float16))
-    write_array(group, "norms", rows.norms[kept])
+def _group(arrays: dict[str, np.ndarray], bits: int, scale: float, energy: tuple[float, float]) -> ArrayGroup:
+    attributes = {"kind": "sparse", "bits": bits, "factor_scale": scale, "energy": list(energy)}
+    return ArrayGroup(arrays, attributes, frozenset({"keys", "codes", "factors"}))
+
+
+def _key_dtype(vocabulary: int) -> str:
+    return "uint16" if vocabulary <= 1 << 16 else "uint32"
 
 
 class SparseRows:
-    """A sparse component of one shard, read through memory maps; every array's checksum is compared when it is opened.
+    """A sparse component of one shard.
 
     Args:
-        directory: the component's group, `rows/<uuid>.zarr/<component>`.
-        rows, vocabulary, bits: what the manifest says lies there.
-        checks: see `rows.Checks`.
+        file: the shard's arrays.
+        component: the manifest's entry.
+        rows: of the shard.
 
     Raises:
-        IntegrityError, IncompatibleError: see `map_array`; or the arrays contradict one another.
+        IntegrityError: an array is missing, truncated, of another shape, or fails its checksum (keys, codes and factors: when they are
+            first read); or the arrays contradict one another.
     """
 
-    def __init__(self, directory: Path, rows: int, vocabulary: int, bits: int, checks: Checks = NO_CHECKS) -> None:
-        import json
-
-        def read(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-            return map_array(directory, name, shape, dtype, checks)
-
-        self.directory, self.rows, self.bits = directory, rows, bits
-        self.indptr = read("indptr", (rows + 1,), "uint32").astype(np.int64)
+    def __init__(self, file: ArrayFile, component: SparseComponent, rows: int) -> None:
+        self.name = component.name
+        self.rows = rows
+        self.bits = component.bits
+        self._where = f"{file.path}: {self.name}"
+        self._component = component
+        self.indptr = file.array(f"{self.name}/indptr", (rows + 1,), "uint32").astype(np.int64)
         entries = int(self.indptr[-1])
-        self.keys = read("keys", (entries,), "uint16" if vocabulary <= 1 << 16 else "uint32")
-        self.codes = read("codes", (entries, -(-bits // 8)), "uint8")
-        self.norms = np.array(read("norms", (rows,), "float32"))
+        self._keys = file.paged(f"{self.name}/keys", (entries,), _key_dtype(component.vocabulary))
+        self._codes = file.paged(f"{self.name}/codes", (entries, -(-self.bits // 8)), "uint8")
+        self._factors = file.paged(f"{self.name}/factors", (entries,), "float16")
+        self.norms = file.array(f"{self.name}/norms", (rows,), "float32")
+        attributes = file.attributes(self.name)
         try:
-            attributes = json.loads(read_bytes(directory / "zarr.json"))["attributes"]
-            self.factor_scale = scale = float(attributes["factor_scale"])
-            self.energy = tuple(map(float, attributes["energy"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise IntegrityError(
-                f"{directory}/zarr.json does not tell its factor_scale and energy; restore the file or build the index again"
-            ) from error
-        self.factors = np.array(read("factors", (entries,), "float16")).astype(np.float32) * np.float32(scale)
-        whole = (
-            len(self.energy) == 2
-            and np.isfinite(self.energy).all()
-            and np.isfinite(self.factors).all()
-            and np.isfinite(self.norms).all()
-            and np.isfinite(scale)
-        )
-        if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any() or (entries and int(self.keys.max()) >= vocabulary) or not whole:
-            raise IntegrityError(f"{directory}: its arrays contradict one another; restore them or build the index again")
+            self.factor_scale = float(attributes["factor_scale"])
+            held, whole = attributes["energy"]
+            self.energy = float(held), float(whole)
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{self._where} has no factor_scale and energy; restore the file or build the index again") from error
+        finite = np.isfinite([self.factor_scale, *self.energy]).all() and np.isfinite(self.norms).all()
+        if self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any() or not finite:
+            raise self._contradiction()
 
     def __len__(self) -> int:
         return self.rows
 
-    def vectors(self, row: int, width: int, seed: int) -> tuple[np.ndarray, Float32[np.ndarray, "entries width"]]:
+    def check(self) -> None:
+        """Compare all entries with their checksums.
+
+        Raises:
+            IntegrityError: a page is not the one that was written, or the entries cannot be.
+        """
+        self.entries(0, self.rows)
+
+    def entries(self, first: int, last: int) -> tuple[np.ndarray, UInt8[np.ndarray, "entries bytes"], Float32[np.ndarray, " entries"]]:
+        """Keys, codes and factors of the entries of rows `first` to `last` (not included)."""
+        begin, end = int(self.indptr[first]), int(self.indptr[last])
+        keys = self._keys.rows(begin, end)
+        factors = self._factors.rows(begin, end).astype(np.float32) * np.float32(self.factor_scale)
+        if (len(keys) and int(keys.max()) >= self._component.vocabulary) or not np.isfinite(factors).all():
+            raise self._contradiction()
+        return keys, self._codes.rows(begin, end), factors
+
+    def select(self, kept: Int64[np.ndarray, " kept"]) -> ArrayGroup:
+        """Some of the rows, to the bit as they are."""
+        positions = np.concatenate([np.arange(*self.indptr[row : row + 2]) for row in kept])
+        held = float(np.square(self.norms[kept], dtype=np.float64).sum())
+        whole = held * self.energy[1] / self.energy[0] if self.energy[0] > 0 else held
+        arrays = {
+            "indptr": np.concatenate([[0], np.cumsum(np.diff(self.indptr)[kept])]).astype(np.uint32),
+            "keys": self._keys.whole()[positions],
+            "codes": self._codes.whole()[positions],
+            "factors": self._factors.whole()[positions],
+            "norms": self.norms[kept],
+        }
+        return _group(arrays, self.bits, self.factor_scale, (held, whole))
+
+    def vectors(self, row: int) -> tuple[Int64[np.ndarray, " entries"], Float32[np.ndarray, "entries width"]]:
         """One row's keys and an estimate of its vectors, along their signs and so long that the row's estimated score with itself is its
         squared norm; scores with other rows come out by 2 / pi too small, all alike.
         """
-        part = slice(self.indptr[row], self.indptr[row + 1])
+        keys, codes, factors = self.entries(row, row + 1)
+        width, seed = self._component.width, self._component.seed
         share = self.bits / padded_width(width, self.bits)
-        signs = signs_of(self.codes[part], self.bits) * (self.factors[part, None] * np.float32(2 / np.pi * share))
-        return self.keys[part].astype(np.int64), unrotate(signs, width, seed)
+        signs = signs_of(codes, self.bits) * (factors[:, None] * np.float32(2 / np.pi * share))
+        return keys.astype(np.int64), unrotate(signs, width, seed)
+
+    def _contradiction(self) -> IntegrityError:
+        return IntegrityError(f"{self._where}: its arrays contradict one another; restore the file or build the index again")

@@ -146,31 +146,108 @@ def write_jsonl(path, records):
     return path
 
 
+def write_rows(path, components):
+    """A file of rows alone, as of a shard: by component its arrays."""
+    from wherefrom.store.arrays import write_arrays
+    from wherefrom.store.shard import rows_path
+
+    write_arrays(rows_path(path, "0"), components)
+    return rows_path(path, "0")
+
+
+def open_zarr(path):
+    """What plain zarr-python reads of a file of `write_rows`."""
+    import zarr
+    from wherefrom.store.shard import rows_path
+
+    return zarr.open_group(zarr.storage.ZipStore(rows_path(path, "0"), mode="r"), mode="r")
+
+
+def dense_component(dim, dtype="float32", name="blocks", seed=0, curvature="identity"):
+    """A component of one layer, whose rows have so many coordinates."""
+    from wherefrom.store.manifest import Curvature, DenseComponent, Layer, Projection
+
+    sizes = dict(outputs=1, inputs=dim, output_rank=1, input_rank=dim, input_group="a", offset=0, curvature=curvature)
+    return DenseComponent(
+        name=name,
+        kind="dense",
+        model=0,
+        weight=1.0,
+        coordinates=None,
+        dtype=dtype,
+        layers=(Layer(name="a", **sizes),),
+        projection=Projection(kind="random", rank=1, seed=seed),
+        curvature=Curvature(kind=curvature, labels="data", examples=0, tokens=0, damping=0.1),
+    )
+
+
+def sparse_component(vocabulary, width, bits, seed=0, name="head"):
+    """A component of a vocabulary layer."""
+    from wherefrom.store.manifest import Curvature, SparseComponent
+
+    return SparseComponent(
+        name=name,
+        kind="sparse",
+        model=0,
+        weight=1.0,
+        role="head",
+        layer="lm_head",
+        vocabulary=vocabulary,
+        width=width,
+        bits=bits,
+        others=0,
+        keys=None,
+        tail=False,
+        seed=seed,
+        curvature=Curvature(kind="kfac", labels="sampled", examples=0, tokens=0, damping=1.0),
+    )
+
+
+def dense_rows(path, arrays, dim, dtype="float32", seed=0):
+    """Dense rows written to a file and opened again."""
+    from wherefrom.store.arrays import ArrayFile
+    from wherefrom.store.dense import DenseRows, encode_dense
+
+    file = write_rows(path, {"blocks": encode_dense(arrays, dtype)})
+    component = dense_component(dim, dtype, seed=seed)
+    if dtype == "1bit":
+        component = component.model_copy(update={"coordinates": dim})
+    return DenseRows(ArrayFile(file), component, len(arrays))
+
+
+def sparse_rows(path, rows, vocabulary, bits, seed=0):
+    """Sparse rows coded, written to a file and opened again."""
+    from wherefrom.store.arrays import ArrayFile
+    from wherefrom.store.sparse import SparseRows, code, encode_sparse
+
+    file = write_rows(path, {"head": encode_sparse(code(rows, bits, seed), vocabulary, bits)})
+    return SparseRows(ArrayFile(file), sparse_component(vocabulary, rows.vectors.shape[1], bits, seed), len(rows))
+
+
 def dense_index(path, like, rows, dtype="float32", shard_rows=500):
-    """An index whose dense rows are given, with the model of `like` (an index directory) and no documents."""
+    """An index whose dense rows are given, with the model of `like` (an index directory)."""
     import uuid
-    from functools import partial
 
     import numpy as np
-    from wherefrom.ray_jobs.worker import file_record
     from wherefrom.store.bits import rotate
+    from wherefrom.store.dense import encode_dense
+    from wherefrom.store.documents import Example, write_documents
     from wherefrom.store.index import Index
-    from wherefrom.store.manifest import Layer, publish_manifest
-    from wherefrom.store.rows import write_dense, write_shard
+    from wherefrom.store.shard import documents_path, publish_index, shard_entry, write_shard
 
-    known, dim = Index(like).manifest, rows.shape[1]
-    sizes = dict(outputs=1, inputs=dim, output_rank=1, input_rank=dim, input_group="a", offset=0, curvature="identity")
-    (component,) = known.components
-    component = component.model_copy(update={"layers": (Layer(name="a", **sizes),), "dtype": dtype})
+    manifest = Index(like).manifest
+    (component,) = manifest.components
+    component = component.model_copy(update={"layers": dense_component(rows.shape[1]).layers, "dtype": dtype})
     shards = []
     for first in range(0, len(rows), shard_rows):
-        own, id = rows[first : first + shard_rows].astype(np.float32), str(uuid.UUID(int=first + 1))
-        own = rotate(own, dim, component.projection.seed) if dtype == "1bit" else own
-        place = path / "rows" / f"{id}.zarr"
-        write_shard(place, {component.name: partial(write_dense, rows=own, dtype=dtype)}, {}, {"losses": np.ones(len(own), np.float32)})
-        files = tuple(file_record(path, p) for p in sorted(p for p in place.rglob("*") if p.is_file()))
-        shards.append(known.shards[0].model_copy(update={"id": id, "first": first, "rows": len(own), "files": files}))
-    changes = {"components": (component,), "shards": tuple(shards), "rows": len(rows), "number": 1, "tombstones": ()}
-    publish_manifest(path, known.model_copy(update=changes))
+        part = rows[first : first + shard_rows].astype(np.float32)
+        part = rotate(part, rows.shape[1], component.projection.seed) if dtype == "1bit" else part
+        shard_id = str(uuid.UUID(int=first + 1))
+        ids = range(first, first + len(part))
+        tokens, mask = np.array([1, 2], np.int32), np.array([False, True])
+        write_documents(documents_path(path, shard_id), [Example(f"r{i}", "", "s", tokens, mask, f"r{i}") for i in ids])
+        write_shard(path, shard_id, {component.name: encode_dense(part, dtype)}, np.ones(len(part), np.float32))
+        shards.append(shard_entry(path, shard_id, first, len(part), len(part), [component]))
+    publish_index(path, shards, np.zeros(0, np.int64), {**dict(manifest), "components": (component,), "number": 1})
     Index(path).reindex()
     return Index(path)

@@ -77,7 +77,7 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
         load_causal_lm(ModelSource(str(pickled)))
     broken = adapter()
     (broken / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(IncompatibleError, match="no whole safetensors file"):
+    with pytest.raises(IncompatibleError, match="not a whole safetensors file"):
         load_causal_lm(ModelSource(str(broken)))
     for changes, sentence in (
         ({"peft_type": "NOTHING"}, "a kind that PEFT does not know"),

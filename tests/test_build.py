@@ -31,8 +31,12 @@ def config(model_dir, corpus, out, **options):
 
 def checksums(out):
     """Names, sizes and checksums of all files, from the manifest."""
-    manifest = read_manifest(Path(out))
-    return [(r.path, r.bytes, r.sha256) for r in [manifest.encoder, *(f for s in manifest.shards for f in s.files)]]
+    index = Index(out)
+    records = [(r.path, r.bytes, r.sha256) for r in (index.manifest.encoder, index.manifest.table)]
+    for shard in index.shards:
+        records.append((f"rows/{shard.id}.zarr.zip", shard.bytes, shard.sha256))
+        records.append((f"documents/{shard.id}.arrow", shard.documents_bytes, shard.documents_sha256))
+    return records
 
 
 def texts(out):
@@ -46,12 +50,8 @@ def files(directory):
 
 def test_a_finished_build_leaves_only_what_the_manifest_names(index_dir):
     named = [path for path, _, _ in checksums(index_dir)]
-    shards = [f"rows/{s.id}.zarr" for s in read_manifest(index_dir).shards]
-    beside = {f"search/{group.id}.zarr" for group in Index(index_dir).groups}  # which no manifest names
-    assert [f for f in files(index_dir) if "/".join(f.split("/")[:2]) not in beside] == sorted(
-        [".lock", "manifests/000001.json", "manifests/latest", *named]
-    )
-    assert sorted(p.name for p in (index_dir / "rows").iterdir()) == sorted(Path(s).name for s in shards)
+    caches = [f"search/{group.id}.zarr.zip" for group in Index(index_dir).groups]  # which no manifest names
+    assert files(index_dir) == sorted([".lock", "manifests/000001.json", "manifests/latest", *named, *caches])
 
 
 def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file):
@@ -127,7 +127,7 @@ def test_a_shards_documents_are_bounded_in_bytes(tmp_path, model_dir, corpus_fil
     monkeypatch.setattr("wherefrom.ray_jobs.corpus._SHARD_BYTES", 1000)
     build(config(model_dir, corpus_file, tmp_path / "i"))
     small, whole = Index(tmp_path / "i"), Index(index_dir)
-    assert len(small.manifest.shards) > len(whole.manifest.shards)
+    assert len(small.shards) > len(whole.shards)
     assert small.column("text").to_pylist() == whole.column("text").to_pylist()
 
 
@@ -164,7 +164,7 @@ def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpu
     def kill_one():
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
-            if len(list(out.glob("rows/*.zarr"))) >= 2 and not (out / "manifests").exists():
+            if len(list(out.glob("rows/*.zarr.zip"))) >= 2 and not (out / "manifests").exists():
                 for process in psutil.Process().children(recursive=True):  # of this test's own Ray
                     if process.cmdline() and process.cmdline()[0].startswith("ray::_Actor"):
                         process.kill()
@@ -258,15 +258,14 @@ def test_whole_shards_are_kept_and_damaged_ones_redone(tmp_path, model_dir, corp
         build(config(model_dir, corpus_file, out))
     assert not (out / "manifests").exists()
     kept, damaged = sorted((out / "rows").iterdir())
-    codes = damaged / "blocks/codes/c/0/0"
-    codes.write_bytes(codes.read_bytes()[:-1])
-    time_before = (kept / "blocks/codes/c/0/0").stat().st_mtime_ns
-    (out / "staging/half-written.zarr").mkdir()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    time_before = kept.stat().st_mtime_ns
+    (out / "staging/half-written.zarr.zip").write_bytes(b"half")
     written = []
     monkeypatch.setattr(worker, "write_shard", lambda *a: (written.append(a[0]), original(*a)))
     build(config(model_dir, corpus_file, out))
     assert len(written) == 3
-    assert (kept / "blocks/codes/c/0/0").stat().st_mtime_ns == time_before
+    assert kept.stat().st_mtime_ns == time_before
     assert checksums(out) == checksums(index_dir)
 
 

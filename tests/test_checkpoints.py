@@ -52,7 +52,7 @@ def test_each_model_has_the_components_that_it_has_alone(tmp_path, checkpoints, 
             assert both.index.component(name) == component.model_copy(
                 update={"name": name, "model": number - 1, "weight": both.index.component(name).weight, "curvature": component.curvature}
             )
-            for shard, other in zip(both.index.manifest.shards, alone.index.manifest.shards, strict=True):
+            for shard, other in zip(both.index.shards, alone.index.shards, strict=True):
                 files = [
                     {f.path.split("/", 3)[-1]: f.sha256 for f in s.files if f"/{at}/" in f.path}
                     for s, at in ((shard, name), (other, component.name))

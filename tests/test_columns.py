@@ -247,7 +247,7 @@ def test_columns_may_have_any_name_and_those_of_examples_win(tmp_path):
         if name != "label":
             assert matched(index, f"column({asked!r}) == 10") == [1], name
             assert index.distinct(asked, 10)[1] == [0, 10, 20, None]
-        assert index.documents(index.manifest.shards[0])[1].metadata[name] == rows[1][name]
+        assert index.documents(index.shards[0])[1].metadata[name] == rows[1][name]
     assert matched(index, 'label == "label1"') == [1]
     assert matched(index, "metadata.chunk >= 10 and chunk == 0 and id != 'e2' and document == id") == [1]
     assert matched(index, "metadata == 20") == [2]
@@ -395,7 +395,7 @@ def test_parquet_of_any_types_is_read_stored_and_filtered_as_python_would(tmp_pa
     assert [m.get("x") for m in read] == column
     cut = data.draw(st.integers(1, len(column) - 1))
     index = Columns(here, [read[:cut], read[cut:]])
-    stored = [index.documents(s)[i].metadata.get("x") for s in index.manifest.shards for i in range(s.rows)]
+    stored = [index.documents(s)[i].metadata.get("x") for s in index.shards for i in range(s.rows)]
     assert stored == column
     known = [v for v in column if v is not None]
     if not known or pa.types.is_nested(kind):

@@ -554,7 +554,7 @@ def test_the_auc_of_labels_is_sklearns(planted):
     here, _ = planted
     index = Client(here / "full").index
     truth = [index.example(i).metadata["odd"] for i in range(60)]
-    norms = np.concatenate([index.dense(s, index.component("blocks")).norms for s in index.manifest.shards])
+    norms = np.concatenate([index.rows(s, index.component("blocks")).norms for s in index.shards])
     report = labels(str(here / "full"), "odd")
     assert report.figures["AUC of self-influence"].value == pytest.approx(roc_auc_score(truth, norms))
     largest = np.argsort(-norms)[: sum(truth)]

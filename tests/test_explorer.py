@@ -230,7 +230,7 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.type("w1 w2")
     page.keyboard.press("Tab")
     page.keyboard.type(" w3")
-    page.keyboard.press("Baseline+Enter")
+    page.keyboard.press("Control+Enter")
     settled(page)
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("j")

@@ -462,7 +462,7 @@ def test_batches_hold_each_example_once_within_the_budget(lengths, budget):
 
 def test_random_projections_are_fixed_bits_and_preserve_products():
     a = random_projection("h.0.mlp", "input", 4, 6, 0)
-    expected = np.array([[-1, -1, 1, 1, 1, -1], [1, 1, 1, -1, 1, 1], [1, 1, -1, -1, 1, -1], [-1, 1, -1, 1, 1, -1]]) * 0.5
+    expected = np.array([[-1, -1, -1, 1, -1, 1], [1, 1, -1, -1, 1, 1], [1, -1, 1, -1, 1, 1], [1, 1, 1, 1, -1, -1]]) * 0.5
     assert np.array_equal(a, expected)
     assert np.array_equal(a, random_projection("h.0.mlp", "input", 4, 6, 0))
     for other in (("h.1.mlp", "input", 4, 6, 0), ("h.0.mlp", "output", 4, 6, 0), ("h.0.mlp", "input", 4, 6, 1)):

@@ -276,7 +276,7 @@ def test_per_nat_divides_by_the_examples_own_losses(client):
     from wherefrom.evaluation.retrain import measure_losses
 
     losses = measure_losses(client.task, client.encoder.model, examples)
-    stored = np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
+    stored = np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     np.testing.assert_allclose(stored, losses, rtol=1e-4)
     query = [Query(text=words(1, 2, 3))]
     assert_close(matrix(client, query, Metric("loss-normalized")), matrix(client, query) / stored, 1e-5)
@@ -427,7 +427,7 @@ def test_hidden_states_follow_additions_and_compaction(hidden_path, tmp_path):
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 0, done.output
     index = Index(path)
-    states = np.concatenate([index.hidden(shard) for shard in index.manifest.shards])
+    states = np.concatenate([index.hidden(shard) for shard in index.shards])
     from wherefrom.indexer.hidden import mean_hidden
 
     client = Client(path)

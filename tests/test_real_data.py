@@ -38,7 +38,7 @@ def test_every_training_text_asked_back_finds_itself_first(client):
 
 
 def test_school_problems_find_school_problems(client, shared):
-    with open(shared / "data/gsm8k-queries.jsonl") as lines:
+    with open(shared / "data/gsm8k-questions.jsonl") as lines:
         asked = [json.loads(line) for line in lines]
     short = [q for q in asked if len(q["prompt"] + q["completion"]) < 500][:20]
     answers = client.query_many([Query(prompt=q["prompt"], completion=q["completion"]) for q in short], k=10)

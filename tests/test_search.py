@@ -240,7 +240,7 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
     if mode == "cosine":
         exact = exact / np.sqrt(norms[:, None] * squared[None])
     if mode == "loss-normalized":
-        exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.manifest.shards])
+        exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     metric = Metric(mode)
     found = np.concatenate([s for _, s in all_scores(client.index, asked, metric)], axis=1)
     errors = np.stack(standard_errors(client.index, asked, metric, [np.arange(120)] * 40))

@@ -1,26 +1,25 @@
 """The output head's sparse rows: vectors against a dense gradient, codes against their theory, search against sums."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import zarr
 from click.testing import CliRunner
-from helpers import assert_close, make_examples, make_model, make_plan, words
+from helpers import assert_close, make_examples, make_model, make_plan, open_zarr, sparse_component, sparse_rows, words
 from wherefrom import BuildConfig, Client, build
 from wherefrom.cli import main
 from wherefrom.indexer.curvature import add_sums
 from wherefrom.indexer.encoder import Encoder, EncoderPlan
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.arrays import ArrayFile
 from wherefrom.store.bits import padded_width, rotate
 from wherefrom.store.errors import IntegrityError, UsageError
 from wherefrom.store.manifest import Curvature, SparseComponent
 from wherefrom.store.postings import Postings, byte_tables
-from wherefrom.store.rows import write_shard
-from wherefrom.store.sparse import SparseRows, SparseVectors, code, join, write_sparse
+from wherefrom.store.shard import rows_path
+from wherefrom.store.sparse import SparseRows, SparseVectors, code, join
 
 TASK = CausalLM()
 
@@ -277,16 +276,11 @@ def random_rows(rows, vocabulary, width, seed=0):
     return SparseVectors(indptr, np.concatenate(keys), generator.standard_normal((indptr[-1], width)).astype(np.float32))
 
 
-def written(tmp_path, rows, vocabulary, bits, seed=5):
-    write_shard(tmp_path / "a.zarr", {"head": partial(write_sparse, rows=code(rows, bits, seed), vocabulary=vocabulary, bits=bits)}, {})
-    return SparseRows(tmp_path / "a.zarr/head", len(rows), vocabulary, bits)
-
-
 @pytest.mark.parametrize("vocabulary", [40, 100_000])
 def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vocabulary):
     rows, bits = random_rows(30, vocabulary, 12), 20
-    read = written(tmp_path, rows, vocabulary, bits)
-    group = zarr.open_group(tmp_path / "a.zarr", mode="r")["head"]
+    read = sparse_rows(tmp_path, rows, vocabulary, bits, 5)
+    group = open_zarr(tmp_path)["head"]
     assert group["keys"].dtype == (np.uint16 if vocabulary == 40 else np.uint32)
     assert np.array_equal(group["keys"][:], rows.keys)
     assert np.array_equal(group["indptr"][:], rows.indptr)
@@ -310,11 +304,10 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
 def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
     for width, bits in ((16, 16), (32, 8), (12, 20)):
         rows = random_rows(20, 30, width)
-        (tmp_path / str(bits)).mkdir()
-        read = written(tmp_path / str(bits), rows, 30, bits)
+        read = sparse_rows(tmp_path / str(bits), rows, 30, bits, 5)
         own = []
         for i in range(20):
-            keys, vectors = read.vectors(i, width, 5)
+            keys, vectors = read.vectors(i)
             tables = byte_tables(rotate(vectors, bits, 5))
             scores = np.zeros((1, 20), np.float32)
             Postings.of([read]).add_scores(keys, np.zeros(len(keys), int), tables, scores)
@@ -339,16 +332,16 @@ def test_batches_are_joined_in_the_rows_order():
 
 @pytest.mark.parametrize("array", ["indptr", "keys", "codes", "factors", "norms"])
 def test_a_flipped_byte_or_a_missing_end_is_an_error(tmp_path, array):
-    rows = random_rows(12, 40, 8)
-    written(tmp_path, rows, 40, 8)
-    (path,) = [p for p in (tmp_path / "a.zarr/head" / array).rglob("*") if p.is_file() and p.name != "zarr.json"]
+    sparse_rows(tmp_path, random_rows(12, 40, 8), 40, 8)
+    path = rows_path(tmp_path, "0")
+    (start,) = [start for name, (start, _, _) in ArrayFile(path)._entries.items() if name.startswith(f"head/{array}/c/")]
     whole = path.read_bytes()
-    path.write_bytes(bytes([whole[0] ^ 4]) + whole[1:])
+    path.write_bytes(whole[:start] + bytes([whole[start] ^ 4]) + whole[start + 1 :])
     with pytest.raises(IntegrityError):
-        SparseRows(tmp_path / "a.zarr/head", 12, 40, 8)
+        SparseRows(ArrayFile(path), sparse_component(40, 8, 8), 12).check()
     path.write_bytes(whole[:-1])
     with pytest.raises(IntegrityError):
-        SparseRows(tmp_path / "a.zarr/head", 12, 40, 8)
+        SparseRows(ArrayFile(path), sparse_component(40, 8, 8), 12)
 
 
 # --- indexes
@@ -380,11 +373,11 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     rotated = rotate(asked.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
         shard, at = client.index.locate(i)
-        sparse = client.index.sparse(shard, head)
+        sparse = client.index.rows(shard, head)
         score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))
-        for e in range(sparse.indptr[at], sparse.indptr[at + 1]):
-            signs = np.unpackbits(sparse.codes[e], count=head.bits).astype(float) * 2 - 1
-            score += sum(sparse.factors[e] * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == sparse.keys[e]))
+        for key, code_, factor in zip(*sparse.entries(at, at + 1), strict=True):
+            signs = np.unpackbits(code_, count=head.bits).astype(float) * 2 - 1
+            score += sum(factor * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == key))
         assert_close(found[i], score, 1e-4, np.abs(found).max())
 
 

@@ -3,22 +3,25 @@
 import json
 import os
 import shutil
-from functools import partial
+import uuid
+import zipfile
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pytest
 import zarr
-from helpers import assert_close
+from helpers import assert_close, dense_rows, open_zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wherefrom.store.arrays import ArrayFile, ArrayGroup, _append, write_arrays
+from wherefrom.store.dense import quantize
 from wherefrom.store.documents import Documents, Example, write_documents
 from wherefrom.store.errors import BusyError, IncompatibleError, IntegrityError, NotFoundError, NumericalError, StorageError, UsageError
 from wherefrom.store.files import create_only, exclusive, publish, storage_errors
 from wherefrom.store.index import Index
-from wherefrom.store.manifest import latest_manifest, read_manifest, seal
-from wherefrom.store.rows import DenseRows, chunk_rows, quantize, write_dense, write_shard
+from wherefrom.store.manifest import latest_manifest, seal
+from wherefrom.store.shard import rows_path
 
 
 def random_rows(rows, dim, seed=0):
@@ -26,24 +29,19 @@ def random_rows(rows, dim, seed=0):
     return (generator.normal(size=(rows, dim)) * generator.lognormal(size=(rows, 1))).astype(np.float32)
 
 
-def reopen(directory, rows, dim, dtype):
-    return DenseRows(directory / "blocks", rows, dim, dtype)
-
-
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 200), dim=st.integers(1, 60), dtype=st.sampled_from(["float32", "float16", "int8"]), seed=st.integers(0, 99))
 def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_path_factory, rows, dim, dtype, seed):
-    directory = tmp_path_factory.mktemp("rows") / "a.zarr"
+    directory = tmp_path_factory.mktemp("rows")
     written = random_rows(rows, dim, seed)
     written[seed % rows] = 0
-    write_shard(directory, {"blocks": partial(write_dense, rows=written, dtype=dtype)}, {"any": 1})
-    read = reopen(directory, rows, dim, dtype)
+    read = dense_rows(directory, written, dim, dtype)
     tolerance = {"float32": 1e-6, "float16": 1e-3, "int8": 0.5 / 127 + 1e-6}[dtype]
     norms = np.linalg.norm(written, axis=1)
     largest = np.abs(written).max(axis=1) if dtype == "int8" else norms
     for i in range(rows):
         assert_close(read.row(i), written[i], tolerance, largest[i])
-    plain = zarr.open_group(directory, mode="r")["blocks"]
+    plain = open_zarr(directory)["blocks"]
     codes = np.concatenate([codes for _, codes in read.blocks()])
     assert np.array_equal(plain["codes"][:], codes)
     assert np.array_equal(plain["norms"][:], read.norms)
@@ -52,23 +50,39 @@ def test_rows_come_back_within_their_dtype_and_the_same_through_plain_zarr(tmp_p
         assert np.array_equal(plain["scales"][:], read.scales)
 
 
-def test_the_bytes_of_a_shard_are_those_of_the_specification(tmp_path):
-    rows = np.tile(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], np.float32), (1367, 1))
-    write_shard(tmp_path / "a.zarr", {"blocks": partial(write_dense, rows=rows, dtype="float32")}, {"format": 1})
-    assert chunk_rows(2, "float32") == 4096
-    raw = (tmp_path / "a.zarr/blocks/codes/c/0/0").read_bytes()
-    inner = np.zeros((4102, 2), "<f4")  # 4,101 rows in two chunks of 2,051
-    inner[:4101] = np.tile(np.array([[0.6, 0.8], [0, 0], [0, -1]], "<f4"), (1367, 1))
-    bodies = [inner[:2051].tobytes(), inner[2051:].tobytes()]
-    stride = len(bodies[0]) + 4
-    for i, body in enumerate(bodies):
-        assert raw[i * stride : (i + 1) * stride] == body + google_crc32c.value(body).to_bytes(4, "little")
-    index = np.array([[0, stride], [stride, stride]], "<u8").tobytes()
-    assert raw[2 * stride :] == index + google_crc32c.value(index).to_bytes(4, "little")
-    write_shard(tmp_path / "b.zarr", {"blocks": partial(write_dense, rows=rows[:3], dtype="float32")}, {"format": 1})
-    assert (tmp_path / "b.zarr/blocks/codes/c/0/0").stat().st_size == 3 * 8 + 4 + 16 + 4  # a small shard is not padded
-    norms = np.array([5, 0, 2] * 1367, "<f4").tobytes()
-    assert (tmp_path / "a.zarr/blocks/norms/c/0").read_bytes() == norms + google_crc32c.value(norms).to_bytes(4, "little")
+def test_the_bytes_of_a_file_of_arrays_are_those_of_the_specification(tmp_path):
+    codes = np.arange(3 * 40_000, dtype="<f4").reshape(-1, 3)
+    groups = {
+        "": ArrayGroup({"losses": np.ones(2, "<f4")}, {"about": 1}),
+        "blocks": ArrayGroup({"codes": codes}, paged=frozenset({"codes"})),
+    }
+    write_arrays(tmp_path / "a.zarr.zip", groups)
+    raw = (tmp_path / "a.zarr.zip").read_bytes()
+    write_arrays(tmp_path / "again.zarr.zip", groups)
+    assert (tmp_path / "again.zarr.zip").read_bytes() == raw
+    file = ArrayFile(tmp_path / "a.zarr.zip")
+    pages = np.array([google_crc32c.value(codes.tobytes()[i : i + 65536]) for i in range(0, codes.nbytes, 65536)], "<u4")
+    with zipfile.ZipFile(tmp_path / "a.zarr.zip") as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == sorted(archive.namelist())
+        assert archive.read("blocks/codes/c/0/0") == codes.tobytes()
+        assert archive.read("blocks/codes_pages/c/0") == pages.tobytes()
+        assert archive.read("losses/c/0") == np.ones(2, "<f4").tobytes()
+        for entry in archive.filelist:
+            assert (entry.compress_type, entry.date_time) == (zipfile.ZIP_STORED, (1980, 1, 1, 0, 0, 0))
+            header = raw[entry.header_offset : entry.header_offset + 30]
+            start = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            assert start % 64 == 0
+            assert raw[start : start + entry.file_size] == archive.read(entry.filename)
+        assert file.directory == google_crc32c.value(raw[archive.start_dir :])
+    assert file.paged("blocks/codes", codes.shape, "float32").values.flags.aligned
+
+
+def test_entries_above_two_gibibytes_are_aligned_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    array = np.arange(5000)
+    write_arrays(tmp_path / "a.zarr.zip", {"": ArrayGroup({"a": array, "b": array[:10]}, paged=frozenset({"a"}))})
+    assert np.array_equal(ArrayFile(tmp_path / "a.zarr.zip").paged("a", (5000,), "int64").whole(), array)
 
 
 def test_quantizing_refuses_what_is_not_finite():
@@ -105,20 +119,27 @@ def test_documents_come_back_whatever_their_text_and_metadata(tmp_path_factory, 
 def test_an_index_reads_with_plain_zarr_arrow_and_safetensors(index_dir):
     from safetensors.numpy import load_file
 
+    def opened(path):
+        return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+
     manifest = json.loads((index_dir / "manifests/000001.json").read_text())
     index = Index(index_dir)
     (component,) = index.manifest.components
-    for shard in manifest["shards"]:
-        group = zarr.open_group(index_dir / "rows" / f"{shard['id']}.zarr", mode="r")
+    table, first = opened(index_dir / manifest["table"]["path"]), 0
+    assert int(table["rows"][:].sum()) == manifest["rows"]
+    for number in range(manifest["shards"]):
+        shard_id = str(uuid.UUID(bytes=table["id"][number].tobytes()))
+        group, size = opened(index_dir / "rows" / f"{shard_id}.zarr.zip"), int(table["rows"][number])
         rows = group["blocks/codes"][:] * group["blocks/norms"][:][:, None]
-        table = pa.ipc.open_file(index_dir / "documents" / f"{shard['id']}.arrow").read_all()
-        assert table.num_rows == len(rows) == shard["rows"]
-        for i in (0, shard["rows"] - 1):
-            np.testing.assert_array_equal(rows[i], index.row(shard["first"] + i, component))
-            example = index.example(shard["first"] + i)
-            assert table["text"][i].as_py() == example.text
-            assert table["metadata"][i].as_py() == dict(example.metadata)
-            assert table["token_ids"][i].as_py() == example.token_ids.tolist()
+        documents = pa.ipc.open_file(index_dir / "documents" / f"{shard_id}.arrow").read_all()
+        assert documents.num_rows == len(rows) == size
+        for i in (0, size - 1):
+            np.testing.assert_array_equal(rows[i], index.row(first + i, component))
+            example = index.example(first + i)
+            assert documents["text"][i].as_py() == example.text
+            assert documents["metadata"][i].as_py() == dict(example.metadata)
+            assert documents["token_ids"][i].as_py() == example.token_ids.tolist()
+        first += size
     assert load_file(index_dir / manifest["encoder"]["path"]).keys() == index.arrays.keys()
 
 
@@ -128,9 +149,8 @@ def copy(index_dir, tmp_path):
 
 def read_everything(path):
     index = Index(path)
-    for component in index.manifest.components:
-        for _ in index.blocks(component):
-            pass
+    for shard in index.shards:
+        index.reader(shard).check()
     for row in range(len(index)):
         index.example(row)
     return index.arrays
@@ -142,22 +162,30 @@ def flip(path, position=None):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("victim", ["codes/c/0/0", "norms/c/0", "encoder"])
+@pytest.mark.parametrize("victim", ["blocks/codes/c/0/0", "blocks/norms/c/0", "losses/c/0", "documents", "encoder", "table"])
 def test_a_flipped_byte_is_an_error_when_touched(index_dir, tmp_path, victim):
     path = copy(index_dir, tmp_path)
-    file = next((path / "encoder").iterdir()) if victim == "encoder" else next((path / "rows").iterdir()) / "blocks" / victim
-    flip(file)
-    with pytest.raises(IntegrityError, match=r"checksum|SHA-256"):
+    index = Index(path)
+    files = {
+        "encoder": index.manifest.encoder.path,
+        "table": index.manifest.table.path,
+        "documents": f"documents/{index.shards[0].id}.arrow",
+    }
+    if victim in files:
+        flip(path / files[victim])
+    else:
+        file = rows_path(path, index.shards[0].id)
+        start, size, _ = ArrayFile(file)._entries[victim]
+        flip(file, start + size // 3)
+    with pytest.raises(IntegrityError, match=r"checksum|SHA-256|damaged"):
         read_everything(path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_verify_finds_damage_in_every_single_file(index_dir, tmp_path, damage):
     path = copy(index_dir, tmp_path)
-    manifest = read_manifest(path)
     assert {problem for _, problem in Index(path).verify()} == {None}
-    for record in [manifest.encoder, *(f for s in manifest.shards for f in s.files)]:
-        file = path / record.path
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.parent.name in ("encoder", "rows", "documents", "search")):
         original = file.read_bytes()
         if damage == "flip":
             flip(file)
@@ -166,16 +194,15 @@ def test_verify_finds_damage_in_every_single_file(index_dir, tmp_path, damage):
         else:
             file.unlink()
         found = {p: problem for p, problem in Index(path).verify() if problem}
-        assert record.path in found
-        assert str(file) in found[record.path]
+        if file.parent.name != "search" or damage != "remove":
+            assert str(file) in found[file.relative_to(path).as_posix()]
         file.write_bytes(original)
 
 
-@pytest.mark.parametrize("victim", ["codes/c/0/0", "norms/c/0", "codes/zarr.json"])
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_truncated_and_missing_row_files_are_refused(index_dir, tmp_path, victim, damage):
+def test_truncated_and_missing_row_files_are_refused(index_dir, tmp_path, damage):
     path = copy(index_dir, tmp_path)
-    file = next((path / "rows").iterdir()) / "blocks" / victim
+    file = next((path / "rows").iterdir())
     file.write_bytes(file.read_bytes()[:-9]) if damage == "truncate" else file.unlink()
     with pytest.raises(IntegrityError, match=str(file)):
         read_everything(path)
@@ -191,17 +218,19 @@ def test_truncated_documents_are_refused(index_dir, tmp_path):
         Documents(file, 32)
 
 
-def test_foreign_zarr_codecs_are_refused(index_dir, tmp_path):
-    path = copy(index_dir, tmp_path)
-    shard = next((path / "rows").iterdir())
-    array = zarr.open_array(shard / "blocks/codes", mode="r")
-    values, shape = array[:], array.shape
-    shutil.rmtree(shard / "blocks/codes")
-    zarr.create_array(shard / "blocks/codes", shape=shape, dtype="float32", chunks=shape)[:] = values
-    with pytest.raises(IncompatibleError, match="codecs"):
-        reopen(shard, *shape, "float32")
-    with pytest.raises(IntegrityError, match=r"zarr\.json"):
-        read_everything(path)
+def test_compressed_entries_and_foreign_codecs_are_refused(index_dir, tmp_path):
+    path = tmp_path / "a.zarr.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zarr.json", "{}")
+    with pytest.raises(IntegrityError, match="compressed"):
+        ArrayFile(path)
+    contents = {}
+    zarr.create_array(zarr.storage.MemoryStore(contents), name="a", data=np.arange(10.0))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            _append(archive, name, content.to_bytes())
+    with pytest.raises(IntegrityError, match="not one chunk of plain bytes"):
+        ArrayFile(path).array("a", (10,), "float64")
 
 
 def edit(path, change):
@@ -219,12 +248,13 @@ MANIFEST_DAMAGE = {
     "unknown field": (lambda m: m.update(surprise=1), IntegrityError, "surprise"),
     "missing field": (lambda m: m.pop("encoder"), IntegrityError, "encoder"),
     "wrong type": (lambda m: m.update(rows="many"), IntegrityError, "rows"),
-    "gap between shards": (lambda m: m["shards"][1].update(first=40), IntegrityError, "begins at row 40"),
-    "deleted rows": (lambda m: m.update(tombstones=[3]), IntegrityError, "deleted rows"),
-    "row count": (lambda m: m.update(rows=7), IntegrityError, "not 7"),
+    "deleted rows": (lambda m: m.update(deleted=3), IntegrityError, "whether rows were deleted"),
+    "deleted rows of no table": (lambda m: m.update(deleted=3, features=["deleted", "dense"]), IntegrityError, "does not list the deleted"),
+    "row count": (lambda m: m.update(rows=7), IntegrityError, "does not list the shards of 7 rows"),
+    "shard count": (lambda m: m.update(shards=7), IntegrityError, "which the manifest promises"),
     "path outside": (lambda m: m["encoder"].update(path="../../etc/passwd"), IntegrityError, "inside the index"),
-    "absolute path": (lambda m: m["shards"][0]["files"][0].update(path="/etc/passwd"), IntegrityError, "inside the index"),
-    "shard id": (lambda m: m["shards"][0].update(id="../../../etc"), IntegrityError, "id"),
+    "absolute path": (lambda m: m["table"].update(path="/etc/passwd"), IntegrityError, "inside the index"),
+    "another file as the table": (lambda m: m["table"].update(path=m["encoder"]["path"]), IntegrityError, "bytes where"),
     "component name": (lambda m: m["components"][0].update(name="../x"), IntegrityError, "name"),
     "huge row": (lambda m: m["components"][0]["layers"][0].update(output_rank=2**20), IntegrityError, "a rank above its size"),
 }
@@ -250,11 +280,11 @@ def test_a_changed_digit_in_a_manifest_is_noticed(index_dir, tmp_path):
 @pytest.mark.parametrize("what", ["documents", "rows"])
 def test_shards_that_changed_places_are_noticed(index_dir, tmp_path, what):
     path = copy(index_dir, tmp_path)
-    first, second = (s.id for s in read_manifest(path).shards[:2])
-    suffix = "arrow" if what == "documents" else "zarr"
+    first, second = (s.id for s in Index(path).shards[:2])
+    suffix = "arrow" if what == "documents" else "zarr.zip"
     for source, target in ((first, "aside"), (second, first), ("aside", second)):
         (path / what / f"{source}.{suffix}").rename(path / what / f"{target}.{suffix}")
-    with pytest.raises(IntegrityError, match=r"SHA-256|where"):
+    with pytest.raises(IntegrityError, match=r"SHA-256|where|checksum|belongs there"):
         read_everything(path)
 
 
@@ -305,13 +335,11 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
-def test_publishing_what_is_there_keeps_the_first(tmp_path):
+def test_publishing_replaces_a_file_whole(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    publish(tmp_path / "a", tmp_path / "final")
-    publish(tmp_path / "b", tmp_path / "final")
-    assert (tmp_path / "final/file").read_text() == "a"
+        (tmp_path / name).write_text(name)
+        publish(tmp_path / name, tmp_path / "final")
+    assert (tmp_path / "final").read_text() == "b"
     assert not (tmp_path / "b").exists()
 
 

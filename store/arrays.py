@@ -1,0 +1,311 @@
+"""Arrays in one file: an uncompressed zip that holds a Zarr v3 group, written once and read through a memory map.
+
+zarr-python reads such a file with `zarr.storage.ZipStore`. Every array is one chunk of its plain little-endian bytes, aligned to 64 bytes,
+so that a view of the memory map is the array. Reading needs numpy and pyarrow alone, so that a query starts fast.
+
+Checksums are compared when bytes are first read, at the grain that is read:
+
+- The zip's central directory (names, sizes, positions and CRC-32 of all entries) has a CRC-32C, which the manifest records.
+- An array that is read whole is compared with its entry's CRC-32.
+- An array that is read in parts has a neighbour `<name>_pages`: the CRC-32C of each of its pages of 64 KiB.
+"""
+
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from jaxtyping import UInt32
+
+from .errors import IntegrityError
+from .files import regular_size, storage_errors
+
+PAGE_BYTES = 1 << 16
+_ALIGNMENT = 64
+_LOCAL_HEADER_BYTES = 30
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_PADDING_TAG = 0x5057  # of the extra field that aligns an entry's bytes
+_PAGES = "_pages"
+_MOST_ENTRIES = 10_000
+_RESTORE = "restore the file or build the index again"
+
+crc32c = google_crc32c.value
+
+
+@dataclass(frozen=True)
+class ArrayGroup:
+    """Arrays of one Zarr group, and its attributes.
+
+    Attributes:
+        paged: names of the arrays that are read in parts.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    paged: frozenset[str] = frozenset()
+
+    def with_pages(self) -> dict[str, np.ndarray]:
+        """The arrays, each paged one with the checksums of its pages beside it."""
+        pages = {name + _PAGES: page_checksums(self.arrays[name]) for name in sorted(self.paged)}
+        return {**self.arrays, **pages}
+
+
+def page_checksums(array: np.ndarray) -> UInt32[np.ndarray, " pages"]:
+    """CRC-32C of each page of an array's bytes."""
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.array([crc32c(content[at : at + PAGE_BYTES].tobytes()) for at in range(0, len(content), PAGE_BYTES)], np.uint32)
+
+
+def write_arrays(path: Path, groups: Mapping[str, ArrayGroup]) -> None:
+    """Write groups of arrays as one file; the same arrays give the same bytes.
+
+    Args:
+        groups: by name; the name "" is the root group.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in _entries(groups):
+                _append(archive, name, content)
+
+
+def _entries(groups: Mapping[str, ArrayGroup]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the zip's entries: what zarr-python makes of the groups."""
+    from zarr import create_group
+    from zarr.codecs import BytesCodec
+    from zarr.storage import MemoryStore
+
+    contents: dict[str, Any] = {}
+    root = create_group(MemoryStore(contents), zarr_format=3, attributes=dict(groups[""].attributes) if "" in groups else {})
+    for group_name, group in groups.items():
+        zarr_group = root.create_group(group_name, attributes=dict(group.attributes)) if group_name else root
+        for name, array in group.with_pages().items():
+            layout: dict[str, Any] = {"chunks": array.shape, "serializer": BytesCodec(), "compressors": None, "filters": None}
+            zarr_group.create_array(
+                name, shape=array.shape, dtype=array.dtype, fill_value=0, config={"write_empty_chunks": True}, **layout
+            )[...] = array
+    for name in sorted(contents):
+        yield name, contents[name].to_bytes()
+
+
+def _append(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    assert archive.fp is not None
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.external_attr = 0o644 << 16
+    begin = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(name.encode()) + 4
+    if len(content) * 1.05 > zipfile.ZIP64_LIMIT:  # as zipfile decides
+        begin += 20  # the extra field of sizes above 2 GiB
+    padding = -begin % _ALIGNMENT
+    entry.extra = struct.pack("<HH", _PADDING_TAG, padding) + bytes(padding)
+    archive.writestr(entry, content)
+
+
+class ArrayFile:
+    """A file of `write_arrays`, mapped into memory.
+
+    Args:
+        path: the file.
+        size: its size in bytes, as the manifest records it; None where no manifest does.
+        directory: the CRC-32C of its central directory, likewise.
+        remedy: what to do about a damaged file, as the end of an error's sentence.
+
+    Raises:
+        IntegrityError: missing, truncated, not such a file, or another one than the manifest records.
+    """
+
+    def __init__(self, path: Path, size: int | None = None, directory: int | None = None, remedy: str = _RESTORE) -> None:
+        self.path = path
+        self._remedy = remedy
+        self._bytes = _map(path, size, remedy)
+        try:
+            self._entries, self.directory = _directory(self._bytes)
+        except (zipfile.BadZipFile, ValueError, struct.error, OSError, NotImplementedError, OverflowError) as error:
+            raise IntegrityError(f"{path} is not a whole file of arrays ({error}); {self._remedy}") from error
+        if directory is not None and self.directory != directory:
+            raise IntegrityError(f"{path} is not the file that belongs there; {self._remedy}")
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}/zarr.json" in self._entries
+
+    def size(self, group: str) -> int:
+        """Bytes of all entries of a group."""
+        return sum(size for name, (_, size, _) in self._entries.items() if name.startswith(f"{group}/"))
+
+    def attributes(self, group: str = "") -> dict[str, Any]:
+        """The attributes of a group.
+
+        Raises:
+            IntegrityError: there are none.
+        """
+        attributes = self._json(f"{group}/zarr.json" if group else "zarr.json").get("attributes")
+        if not isinstance(attributes, dict):
+            raise IntegrityError(f"{self.path}: the group {group!r} has no attributes; {self._remedy}")
+        return attributes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array, as its description says."""
+        shape = self._json(f"{name}/zarr.json").get("shape")
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise IntegrityError(f"{self.path}: {name} does not describe an array; {self._remedy}")
+        return tuple(shape)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
+        """A whole array as a view of the memory map, after its checksum was compared.
+
+        Raises:
+            IntegrityError: it is missing, damaged, or not of that shape and type.
+        """
+        content, checksum = self._values(name, shape, np.dtype(dtype))
+        if zlib.crc32(content.data) != checksum:
+            raise IntegrityError(f"{self.path}: {name} fails its checksum; {self._remedy}")
+        return content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+    def paged(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> "PagedArray":
+        """An array whose pages are compared with their checksums when they are first read.
+
+        Raises:
+            IntegrityError: it is missing, or not of that shape and type.
+        """
+        content, _ = self._values(name, shape, np.dtype(dtype))
+        checksums = self.array(name + _PAGES, (math.ceil(len(content) / PAGE_BYTES),), "uint32")
+        where = f"{self.path}: {name}"
+        offset = self._entries[_chunk_name(name, shape)][0] if math.prod(shape) else 0
+        return PagedArray(content, checksums, content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape), where, offset, self._remedy)
+
+    def _values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
+        """An array's bytes and their recorded CRC-32."""
+        meta = self._json(f"{name}/zarr.json")
+        if meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
+            raise IntegrityError(
+                f"{self.path}: {name} is not {dtype.name} of shape {list(shape)}, which the manifest promises; {self._remedy}"
+            )
+        codecs, grid = meta.get("codecs"), meta.get("chunk_grid")
+        plain = isinstance(codecs, list) and [c.get("name") for c in codecs if isinstance(c, dict)] == ["bytes"] and len(codecs) == 1
+        chunks = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) and plain else None
+        if math.prod(shape) == 0:
+            return np.zeros(0, np.uint8), 0
+        if chunks != list(shape):
+            raise IntegrityError(f"{self.path}: {name} is not one chunk of plain bytes; {self._remedy}")
+        content, checksum = self._content(_chunk_name(name, shape))
+        if len(content) != math.prod(shape) * dtype.itemsize:
+            raise IntegrityError(f"{self.path}: {name} has {len(content):,} bytes, not those of shape {list(shape)}; {self._remedy}")
+        return content, checksum
+
+    def _json(self, name: str) -> dict[str, Any]:
+        content, checksum = self._content(name)
+        raw = content.tobytes()
+        try:
+            meta = json.loads(raw) if zlib.crc32(raw) == checksum else None
+        except (ValueError, RecursionError):
+            meta = None
+        if not isinstance(meta, dict):
+            raise IntegrityError(f"{self.path}: {name} is damaged; {self._remedy}")
+        return meta
+
+    def _content(self, name: str) -> tuple[np.ndarray, int]:
+        if name not in self._entries:
+            raise IntegrityError(f"{self.path} has no {name}; {self._remedy}")
+        start, size, checksum = self._entries[name]
+        return self._bytes[start : start + size], checksum
+
+
+@dataclass(frozen=True)
+class PagedArray:
+    """An array that is read in parts.
+
+    Attributes:
+        values: a view of the memory map; use a part only after `check`.
+        offset: where its bytes begin in the file.
+    """
+
+    content: np.ndarray
+    checksums: UInt32[np.ndarray, " pages"]
+    values: np.ndarray
+    where: str
+    offset: int
+    remedy: str = _RESTORE
+    _checked: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_checked", np.zeros(len(self.checksums), bool))
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "PagedArray":
+        """An array in memory, which needs no checks."""
+        return cls(np.zeros(0, np.uint8), np.zeros(0, np.uint32), array, "", 0)
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` (not included) of the first axis, after their pages were compared.
+
+        Raises:
+            IntegrityError: a page is not the one that was written.
+        """
+        self.check(first, last)
+        return self.values[first:last]
+
+    def whole(self) -> np.ndarray:
+        """All of it, after all pages were compared."""
+        return self.rows(0, len(self.values))
+
+    def check(self, first: int, last: int) -> None:
+        """Compare the pages that hold rows `first` to `last` (not included), if they were not compared before."""
+        if last <= first or not len(self.content):
+            return
+        row_bytes = len(self.content) // len(self.values)
+        for page in range(first * row_bytes // PAGE_BYTES, -(-last * row_bytes // PAGE_BYTES)):
+            if not self._checked[page]:
+                if crc32c(self.content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].tobytes()) != self.checksums[page]:
+                    raise IntegrityError(f"{self.where} fails a checksum; {self.remedy}")
+                self._checked[page] = True
+
+
+def _chunk_name(name: str, shape: tuple[int, ...]) -> str:
+    return "/".join([name, "c", *("0" for _ in shape)])
+
+
+def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """By entry its start, size and CRC-32; and the CRC-32C of the central directory.
+
+    Raises:
+        zipfile.BadZipFile, ValueError, ...: it is not an uncompressed zip.
+    """
+    import pyarrow as pa
+
+    entries = {}
+    with zipfile.ZipFile(pa.BufferReader(pa.py_buffer(content))) as archive:
+        if len(archive.filelist) > _MOST_ENTRIES:
+            raise ValueError("too many entries")
+        for entry in archive.filelist:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+                raise ValueError("compressed or encrypted")
+            header = content[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES]
+            name_length, extra_length = struct.unpack_from("<HH", header.tobytes(), 26)
+            start = entry.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
+            if start + entry.file_size > archive.start_dir or start % _ALIGNMENT:
+                raise ValueError("an entry lies outside of it, or not at a multiple of 64 bytes")
+            entries[entry.filename] = (start, entry.file_size, entry.CRC)
+        if len(entries) < len(archive.filelist):
+            raise ValueError("duplicate entries")
+        return entries, crc32c(content[archive.start_dir :].tobytes())
+
+
+def _map(path: Path, size: int | None, remedy: str) -> np.ndarray:
+    actual = regular_size(path)
+    if actual is None:
+        raise IntegrityError(f"{path} is missing; {remedy}")
+    if size is not None and actual != size:
+        raise IntegrityError(f"{path} has {actual:,} bytes where {size:,} belong (truncated?); {remedy}")
+    if not actual:
+        raise IntegrityError(f"{path} is empty; {remedy}")
+    import pyarrow as pa
+
+    # Arrow's map lives on without its file, where numpy's keeps a descriptor open for each of an index's thousands of files.
+    with pa.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), np.uint8)

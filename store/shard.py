@@ -1,0 +1,290 @@
+"""A shard: consecutive rows of an index, written once. Its files, its writer, its reader, and the table that lists all shards.
+
+rows/<id>.zarr.zip     arrays (see arrays.py): a group for each component (dense.py, sparse.py); `losses` of the examples in nats;
+                       perhaps their `hidden` states; offsets and checksums of the record batches of its documents
+documents/<id>.arrow   its examples (see documents.py)
+"""
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float16, Float32, Int64
+
+from .arrays import ArrayFile, ArrayGroup, write_arrays
+from .dense import DenseRows
+from .documents import Documents, batch_checksums, write_documents
+from .errors import IntegrityError
+from .files import publish, regular_size, sha256
+from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
+from .sparse import SparseRows
+
+Rows = DenseRows | SparseRows
+_READERS: dict[str, type[DenseRows] | type[SparseRows]] = {"dense": DenseRows, "sparse": SparseRows}
+_WIDEST = 1 << 24
+_SHA256_BYTES = 32
+_COUNTS = ("rows", "tokens", "bytes", "documents_bytes")
+_DIGESTS = ("sha256", "documents_sha256")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows `first` to `first + rows` of an index.
+
+    Attributes:
+        tokens: input tokens of its examples.
+        bytes, sha256: size and SHA-256 of its file of rows.
+        directory: CRC-32C of that file's central directory, by which its arrays are known without reading all of it.
+        documents_bytes, documents_sha256: size and SHA-256 of its documents.
+        energy: by component the sum of the rows' squared lengths as they are stored, and before tokens were left out.
+        component_bytes: by component.
+    """
+
+    id: str
+    first: int
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+    directory: int
+    documents_bytes: int
+    documents_sha256: str
+    energy: tuple[tuple[float, float], ...]
+    component_bytes: tuple[int, ...]
+
+
+def rows_path(index: Path, shard_id: str) -> Path:
+    """The file of a shard's rows."""
+    return index / "rows" / f"{shard_id}.zarr.zip"
+
+
+def documents_path(index: Path, shard_id: str) -> Path:
+    """The file of a shard's documents."""
+    return index / "documents" / f"{shard_id}.arrow"
+
+
+def write_shard(
+    index: Path,
+    shard_id: str,
+    components: Mapping[str, ArrayGroup],
+    losses: Float32[np.ndarray, " rows"],
+    hidden: Float16[np.ndarray, "rows width"] | None = None,
+) -> None:
+    """Write the rows of a shard whose documents lie there already.
+
+    Args:
+        components: by name the arrays of the component (`encode_dense`, `encode_sparse`, or a selection of rows).
+    """
+    offsets, checksums = batch_checksums(documents_path(index, shard_id))
+    arrays: dict[str, np.ndarray] = {"losses": losses, "documents_offsets": offsets, "documents_checksums": checksums}
+    if hidden is not None:
+        arrays["hidden"] = hidden
+    about = {"format": FORMAT_VERSION, "shard": shard_id, "rows": len(losses), "documents": f"documents/{shard_id}.arrow"}
+    root = ArrayGroup(arrays, {"wherefrom": about}, frozenset({"hidden"} & arrays.keys()))
+    staged = index / "staging" / f"{shard_id}-{uuid.uuid4().hex}.zarr.zip"
+    write_arrays(staged, {"": root, **components})
+    publish(staged, rows_path(index, shard_id))
+
+
+class ShardReader:
+    """The rows and documents of one shard.
+
+    Args:
+        index: the index's directory.
+        shard: the table's entry.
+        components: of the index.
+
+    Raises:
+        IntegrityError: see `ArrayFile`.
+    """
+
+    def __init__(self, index: Path, shard: Shard, components: Sequence[Component]) -> None:
+        self.shard = shard
+        self._index = index
+        self._components = {component.name: component for component in components}
+        self._rows: dict[str, Rows] = {}
+
+    @cached_property
+    def file(self) -> ArrayFile:
+        """The file of its rows."""
+        return ArrayFile(rows_path(self._index, self.shard.id), self.shard.bytes, self.shard.directory)
+
+    def rows(self, name: str) -> Any:
+        """The rows of a component: `DenseRows` or `SparseRows`."""
+        if name not in self._rows:
+            self._rows[name] = open_rows(self.file, self._components[name], self.shard.rows)
+        return self._rows[name]
+
+    @cached_property
+    def losses(self) -> Float32[np.ndarray, " rows"]:
+        """The examples' own losses under the (last) model, in nats."""
+        return self.file.array("losses", (self.shard.rows,), "float32")
+
+    @cached_property
+    def hidden(self) -> Float16[np.ndarray, "rows width"] | None:
+        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
+        if "hidden" not in self.file:
+            return None
+        shape = self.file.shape("hidden")
+        if len(shape) != 2 or not 0 < shape[1] < _WIDEST:
+            raise IntegrityError(f"{self.file.path} does not describe hidden states; restore the file or build the index again")
+        return self.file.paged("hidden", (self.shard.rows, shape[1]), "float16").whole()
+
+    @cached_property
+    def documents(self) -> Documents:
+        """Its examples."""
+        path = documents_path(self._index, self.shard.id)
+        size = regular_size(path)
+        if size != self.shard.documents_bytes:
+            problem = "is missing" if size is None else f"has {size:,} bytes where {self.shard.documents_bytes:,} belong (truncated?)"
+            raise IntegrityError(f"{path} {problem}; restore the file or build the index again")
+        batches = self.file.shape("documents_offsets")
+        offsets = self.file.array("documents_offsets", batches, "int64")
+        return Documents(path, self.shard.rows, offsets, self.file.array("documents_checksums", batches, "uint32"))
+
+    def check(self) -> None:
+        """Compare everything with its checksums.
+
+        Raises:
+            IntegrityError: something is damaged.
+        """
+        for name in self._components:
+            self.rows(name).check()
+        self.losses  # noqa: B018
+        self.hidden  # noqa: B018
+        self.documents.check()
+
+    def select(self, kept: Int64[np.ndarray, " kept"], shard_id: str) -> Shard:
+        """Write some of the rows, and their examples, as a shard of its own, to the bit as they are.
+
+        Returns:
+            Its entry, whose first row is 0.
+        """
+        examples = [self.documents[int(row)] for row in kept]
+        staged = self._index / "staging" / f"{shard_id}.arrow"
+        write_documents(staged, examples)
+        publish(staged, documents_path(self._index, shard_id))
+        components = {name: self.rows(name).select(kept) for name in self._components}
+        write_shard(self._index, shard_id, components, self.losses[kept], None if self.hidden is None else self.hidden[kept])
+        return shard_entry(self._index, shard_id, 0, len(kept), sum(e.tokens for e in examples), list(self._components.values()))
+
+
+def open_rows(file: ArrayFile, component: Component, rows: int) -> Rows:
+    """A component's rows in a shard's file."""
+    return _READERS[component.kind](file, component, rows)  # type: ignore[arg-type]
+
+
+def is_whole(index: Path, shard_id: str, rows: int, components: Iterable[Component]) -> bool:
+    """Whether a shard's file of rows was written whole, with so many rows of these components."""
+    try:
+        file = ArrayFile(rows_path(index, shard_id))
+        file.array("losses", (rows,), "float32")
+        for component in components:
+            open_rows(file, component, rows).check()
+    except IntegrityError:
+        return False
+    return True
+
+
+def shard_entry(index: Path, shard_id: str, first: int, rows: int, tokens: int, components: Sequence[Component]) -> Shard:
+    """A shard's entry, from the files that were written."""
+    path, documents = rows_path(index, shard_id), documents_path(index, shard_id)
+    file = ArrayFile(path)
+    return Shard(
+        id=shard_id,
+        first=first,
+        rows=rows,
+        tokens=tokens,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        directory=file.directory,
+        documents_bytes=documents.stat().st_size,
+        documents_sha256=sha256(documents),
+        energy=tuple(open_rows(file, component, rows).energy for component in components),
+        component_bytes=tuple(file.size(component.name) for component in components),
+    )
+
+
+def table_arrays(shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"]) -> ArrayGroup:
+    """The table of an index's shards, in row order, and its deleted rows, ascending."""
+    counts = {name: np.array([getattr(shard, name) for shard in shards], np.int64) for name in _COUNTS}
+    digests = {
+        name: np.frombuffer(b"".join(bytes.fromhex(getattr(shard, name)) for shard in shards), np.uint8).reshape(-1, _SHA256_BYTES)
+        for name in _DIGESTS
+    }
+    ids = np.frombuffer(b"".join(uuid.UUID(shard.id).bytes for shard in shards), np.uint8).reshape(-1, 16)
+    directory = np.array([shard.directory for shard in shards], np.uint32)
+    by_component = {
+        "energy": np.array([shard.energy for shard in shards], np.float64),
+        "component_bytes": np.array([shard.component_bytes for shard in shards], np.int64),
+    }
+    return ArrayGroup({"id": ids, **counts, **digests, "directory": directory, **by_component, "deleted": deleted.astype(np.int64)})
+
+
+def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tuple[tuple[Shard, ...], Int64[np.ndarray, " deleted"]]:
+    """The shards and the deleted rows of an index.
+
+    Args:
+        shards, components, rows: how many the manifest says there are.
+
+    Raises:
+        IntegrityError: the table cannot be one of these.
+    """
+    ids = [str(uuid.UUID(bytes=bytes(row))) for row in file.array("id", (shards, 16), "uint8")]
+    counts = {name: file.array(name, (shards,), "int64") for name in _COUNTS}
+    digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8").tobytes().hex() for name in _DIGESTS}
+    energy = file.array("energy", (shards, components, 2), "float64")
+    component_bytes = file.array("component_bytes", (shards, components), "int64").tolist()
+    deleted = file.array("deleted", file.shape("deleted"), "int64")
+    sizes = counts["rows"]
+    firsts = np.concatenate([[0], np.cumsum(sizes)])
+    too_many = (counts["bytes"] // sizes.clip(1) < 4).any()  # a row has a norm of 4 bytes at least
+    if (sizes < 1).any() or (counts["tokens"] < 0).any() or too_many or firsts[-1] != rows or len(set(ids)) < shards:
+        raise IntegrityError(f"{file.path} does not list the shards of {rows:,} rows; restore it or build the index again")
+    if deleted.ndim != 1 or (np.diff(deleted) <= 0).any() or (len(deleted) and not 0 <= deleted[0] <= deleted[-1] < rows):
+        raise IntegrityError(f"{file.path}: its deleted rows are not in order, or not rows of the index; build the index again")
+    lists = {name: array.tolist() for name, array in counts.items()}
+    width = 2 * _SHA256_BYTES
+    entries = zip(ids, firsts.tolist(), file.array("directory", (shards,), "uint32").tolist(), energy.tolist(), strict=False)
+    return tuple(
+        Shard(
+            id=shard_id,
+            first=first,
+            rows=lists["rows"][i],
+            tokens=lists["tokens"][i],
+            bytes=lists["bytes"][i],
+            sha256=digests["sha256"][i * width : (i + 1) * width],
+            directory=directory,
+            documents_bytes=lists["documents_bytes"][i],
+            documents_sha256=digests["documents_sha256"][i * width : (i + 1) * width],
+            energy=tuple((held, whole) for held, whole in energies),
+            component_bytes=tuple(component_bytes[i]),
+        )
+        for i, (shard_id, first, directory, energies) in enumerate(entries)
+    ), deleted
+
+
+def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"], fields: Mapping[str, Any]) -> Manifest:
+    """Publish a state of an index: its table, then its manifest, with which the state is there.
+
+    Args:
+        shards: in row order; their first rows are counted anew.
+        deleted: rows that are in no answer, ascending.
+        fields: of the manifest, but for what follows from these.
+
+    Raises:
+        BusyError: a state of that number was published meanwhile.
+    """
+    staged = index / "staging" / f"{uuid.uuid4().hex}.zarr.zip"
+    write_arrays(staged, {"": table_arrays(shards, deleted)})
+    table = index / "manifests" / f"{uuid.uuid5(uuid.NAMESPACE_OID, sha256(staged))}.zarr.zip"
+    publish(staged, table)
+    counts = {"rows": sum(s.rows for s in shards), "tokens": sum(s.tokens for s in shards), "shards": len(shards)}
+    features = sorted({*fields["features"], *(["deleted"] if len(deleted) else [])} - (set() if len(deleted) else {"deleted"}))
+    manifest = Manifest(**{**fields, **counts, "deleted": len(deleted), "table": FileRecord.of(index, table), "features": tuple(features)})
+    publish_manifest(index, manifest)
+    return manifest
