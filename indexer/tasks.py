@@ -127,7 +127,7 @@ class Task(ABC):
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
     def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
-        """Name, vocabulary and width of an output head with sparse rows, and True if the logits are not its plain output; None without one."""
+        """Name, vocabulary and width of an output head with sparse rows, and whether the logits differ from its output; None if absent."""
         return None
 
     def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:

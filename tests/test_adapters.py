@@ -77,11 +77,11 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
         load_causal_lm(ModelSource(str(pickled)))
     broken = adapter()
     (broken / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(IncompatibleError, match="no whole safetensors file"):
+    with pytest.raises(IncompatibleError, match="not a complete safetensors file"):
         load_causal_lm(ModelSource(str(broken)))
     for changes, sentence in (
         ({"peft_type": "NOTHING"}, "a kind that PEFT does not know"),
-        ({"peft_type": "PROMPT_TUNING"}, "changes none of the model's weights"),
+        ({"peft_type": "PROMPT_TUNING"}, "does not change the model's weights"),
         ({"r": "4"}, "a value in adapter_config.json"),
         ({"r": 7}, "its weights have other shapes than adapter_config.json says"),
         ({"lora_alpha": "x"}, "a value in adapter_config.json"),
@@ -89,7 +89,7 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
         with pytest.raises(IncompatibleError, match=sentence):
             load_causal_lm(ModelSource(str(adapter(**changes))))
     (note,) = loaded(load_causal_lm(ModelSource(str(adapter(lora_alpha=0))))).notes
-    assert "changes nothing of its base's predictions" in note
+    assert "does not change its base's predictions" in note
     assert not loaded(load_causal_lm(ModelSource(str(adapter())))).notes
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match="pip install peft"):

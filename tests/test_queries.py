@@ -221,7 +221,7 @@ def test_spans_of_a_completion_add_up_to_the_whole(client):
     in_text = matrix(client, [Query(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
     assert_close(in_text[0], in_text[1], 1e-5, np.abs(scores).max())
     for query in (Query("w1", " w3 w3", span="w3"), Query("w1", " w3", span="w1"), Query(text="w1 w2", span="")):
-        with pytest.raises(UsageError, match="times in what is asked about"):
+        with pytest.raises(UsageError, match="times in the queried text"):
             client.rows([query])
     with pytest.raises(UsageError, match="needs a completion"):
         Query(text="w1 w2", against="w3")

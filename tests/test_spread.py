@@ -179,5 +179,5 @@ def test_more_spread_models_than_gpus_are_refused():
 def test_other_models_are_not_spread(tmp_path):
     from wherefrom.indexer.models import load_mlp
 
-    with pytest.raises(UsageError, match="'map' is not a device here"):
+    with pytest.raises(UsageError, match="'map' is not a device of this machine"):
         load_mlp(ModelSource(str(tmp_path / "m.safetensors"), device="map"))

@@ -218,7 +218,7 @@ def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):
     (tmp_path / "text").write_text("not safetensors")
     cases = {
         "other.safetensors": "not the layers 0, 2, 4",
-        "gap": "do not follow one another",
+        "gap": "do not match",
         "text": "not a safetensors file",
         "no": "no file",
     }
