@@ -69,7 +69,7 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
 
     with pytest.raises(NotFoundError, match="no model"):
         load_causal_lm(ModelSource(str(adapter(base_model_name_or_path=str(tmp_path / "nothing")))))
-    with pytest.raises(IncompatibleError, match="which model"):
+    with pytest.raises(IncompatibleError, match="base model"):
         load_causal_lm(ModelSource(str(adapter(base_model_name_or_path=None))))
     pickled = adapter()
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
@@ -254,5 +254,5 @@ def test_weights_that_the_adapters_configuration_does_not_name_are_refused(place
     weights = load_file(tmp_path / "more/adapter_model.safetensors")
     name = next(n for n in weights if "q_proj" in n)
     save_file({**weights, name.replace("q_proj", "v_proj"): weights[name].clone()}, tmp_path / "more/adapter_model.safetensors")
-    with pytest.raises(IncompatibleError, match=r"does not name .*v_proj"):
+    with pytest.raises(IncompatibleError, match=r"does not describe .*v_proj"):
         load_causal_lm(ModelSource(str(tmp_path / "more")))

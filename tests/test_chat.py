@@ -203,7 +203,7 @@ def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     assert not asked.loss_mask[length:].any()
     span = encoder.query(messages=CHATS["multi"], span="so long")
     assert bytes(span.token_ids[span.loss_mask].tolist()) == bytes(byte_tokenizer()("so long").input_ids)
-    with pytest.raises(UsageError, match="stands 0 times"):
+    with pytest.raises(UsageError, match="occurs 0 times"):
         encoder.query(messages=CHATS["multi"], span="hi there")
     with pytest.raises(UsageError, match="rejects these messages"):
         TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).query(messages=[USER, SAID])

@@ -298,7 +298,7 @@ BAD_PARTS = {
     "masks of more examples": (lambda p: {"masks": _masks(p, lambda m: np.hstack([m, m]))}, 4, "masks are not of 24"),
     "an empty subset": (lambda p: {"masks": _masks(p, lambda m: _set(m, 1, 0))}, 4, "subset 1 holds none or all"),
     "the same subsets": (lambda p: {"masks": _masks(p, lambda m: _set(m, slice(None), m[0]))}, 4, "all subsets are the same"),
-    "losses of another model": (lambda p: {"full_losses": np.full(5, 3.0, np.float32)}, 3, "is not the model that the pack was made with"),
+    "losses of another model": (lambda p: {"full_losses": np.full(5, 3.0, np.float32)}, 3, "is not the pack's model"),
     "full losses of other queries": (lambda p: {"full_losses": np.zeros(4, np.float32)}, 4, "full_losses are not"),
     "masks as floats": (lambda p: {"masks": np.zeros((6, 3))}, 4, "bit-packed bytes"),
 }
@@ -367,7 +367,7 @@ def test_packs_that_cannot_be_made(pack, model_dir, tmp_path):
     assert "between 0 and 1" in run(*pack_command(model_dir, train, queries, tmp_path / "x", "--fraction", "1")).stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full/other").touch()
-    assert "holds other things" in run(*pack_command(model_dir, train, queries, tmp_path / "full")).stderr
+    assert "has other content" in run(*pack_command(model_dir, train, queries, tmp_path / "full")).stderr
 
 
 # --- packs of images
@@ -433,7 +433,7 @@ def test_image_packs_with_rows_or_files_that_do_not_fit(image_pack, tmp_path):
     assert "outside the 40" in run("evaluate", "lds", place, "--data", tmp_path / "data").stderr
     (tmp_path / "data/t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     result = run("evaluate", "lds", place, "--data", tmp_path / "data")
-    assert (result.exit_code, "not a whole IDX file" in result.stderr) == (4, True)
+    assert (result.exit_code, "not a complete IDX file" in result.stderr) == (4, True)
 
 
 # --- baselines
