@@ -342,7 +342,7 @@ def test_messages_of_a_file_and_their_errors(tmp_path):
         path.write_text("\ufeff" + json.dumps(content))
         assert read_chat(str(path)) == {"messages": chat, "tools": tools}
     wrong = {
-        "": "empty or no regular file",
+        "": "empty or not a regular file",
         "{": "not valid JSON",
         "\ufeff\ufeff[]": "a byte order mark",
         "[]": "neither a list of messages",

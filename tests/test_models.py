@@ -28,7 +28,7 @@ def test_tensors_that_the_model_does_not_use_are_named_and_missing_ones_refused(
     place = saved(tmp_path / "more", change=lambda w: {**w, **more})
     (note,) = loaded(load_causal_lm(ModelSource(place))).notes
     assert "has 3 tensors that the model does not use: mtp.layers.0.weight, transformer.h.0.attn.odd, v_head.summary.weight" in note
-    with pytest.warns(UserWarning, match="holds 3 tensors"):
+    with pytest.warns(UserWarning, match="has 3 tensors"):
         build(BuildConfig(model=place, data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
     assert Client(tmp_path / "i").index.summary()["notes"][0] == note
     name = "transformer.h.0.mlp.c_fc.weight"
