@@ -614,7 +614,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
         for method, path in (("GET", ask), ("GET", "/v1/indexes"), ("POST", "/v1/query"), ("GET", "/openapi.json"), ("GET", "/metrics")):
             status, body, headers = raw(server.port, method, path, b"{}" if method == "POST" else None, {"Sec-Fetch-Site": site})
             assert status == 403, (site, path)
-            assert "a page of another address cannot ask" in json.loads(body)["detail"]
+            assert "a page of another address cannot use" in json.loads(body)["detail"]
             assert headers["cross-origin-resource-policy"] == "same-origin"
     for site in ("same-origin", "none"):
         status, _, headers = raw(server.port, "GET", ask, headers={"Sec-Fetch-Site": site})
