@@ -21,7 +21,11 @@ from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
 
 _TIMEOUT = 600.0
-_MOST_QUERIES, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
+_MOST_QUERIES = 256
+_MOST_COSTLY = 16
+_MOST_ANSWERS = 20_000
+_MOST_ROWS = 20
+_MOST_BYTES = 900_000
 
 
 class RemoteClient(Asks):

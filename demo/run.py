@@ -25,9 +25,15 @@ QUERIES = (
     ("The bridge over the River Aldous is made of", " blue granite"),
 )
 _VOCABULARY = 2048
-_WIDTH, _LAYERS, _HEADS, _CONTEXT = 128, 4, 4, 128
-_EPOCHS, _BATCH, _RATE = 24, 16, 2e-3
-_TRACKED, _RANK = ("*.mlp.c_proj",), 128
+_WIDTH = 128
+_LAYERS = 4
+_HEADS = 4
+_CONTEXT = 128
+_EPOCHS = 24
+_BATCH = 16
+_RATE = 2e-3
+_TRACKED = ("*.mlp.c_proj",)
+_RANK = 128
 
 
 def run(out: Path, workers: int) -> None:

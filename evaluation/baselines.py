@@ -56,7 +56,8 @@ def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequen
         if len(queries) * component.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
             query_rows = plain.rows(queries, queries=True)["plain"].astype(np.float32)
             break
-    products, row_lengths = [], []
+    products = []
+    row_lengths = []
     for first in range(0, len(train), _BLOCK):
         rows = plain.rows(train[first : first + _BLOCK])["plain"]
         products.append(rows @ query_rows.T)

@@ -350,7 +350,7 @@ def show(report: Report) -> None:
     for name in ("", "mean", "95 % interval"):
         table.add_column(name, justify="left" if not name else "right")
     for name, e in report.figures.items():
-        table.add_row(name, f"{e.value:.4g}", "one alone has none" if e.low is None else f"{e.low:.4g} to {e.high:.4g}")
+        table.add_row(name, f"{e.value:.4g}", "needs two values" if e.low is None else f"{e.low:.4g} to {e.high:.4g}")
     console = Console()
     console.print(table)
     counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.about.items())

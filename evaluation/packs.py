@@ -26,7 +26,8 @@ _IMAGES = {
     "images": ("t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"),
     "labels": ("t10k-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"),
 }
-_PIXEL_MEAN, _PIXEL_DEVIATION = 0.1307, 0.3081
+_PIXEL_MEAN = 0.1307
+_PIXEL_DEVIATION = 0.3081
 _EPOCH = re.compile(r"model-epoch(\d+)")
 
 

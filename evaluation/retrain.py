@@ -137,10 +137,10 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
         )
         with open_executor(partial(_with_threads, worker, config.threads), resources) as executor:
             reporter.stage("training on everything", len(train))
-            (full_losses,) = executor.map("whole", (), [()], reporter)
+            (full_losses,) = executor.map("train_full", (), [()], reporter)
             reporter.stage("retraining on subsets", int(masks.sum()) * config.seeds)
             tasks = [(f"{subset:05d}-{seed}", np.flatnonzero(masks[subset]), 1 + subset * config.seeds + seed) for subset, seed in pieces]
-            losses = np.stack(list(executor.map("piece", (), tasks, reporter)))
+            losses = np.stack(list(executor.map("train_subset", (), tasks, reporter)))
         _publish(out, config, masks, losses.reshape(config.subsets, config.seeds, -1), full_losses, append_token)
     return out
 
@@ -177,7 +177,7 @@ class Retrainer:
         self._max_tokens = max_tokens
         self._append_eos = append_eos
 
-    def whole(self, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
+    def train_full(self, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
         """Train on all examples (seed 0) and publish the model; returns the queries' losses."""
         final = self._directory / "model-epoch1"
         path = self._directory / "pieces" / "whole.npy"
@@ -193,7 +193,9 @@ class Retrainer:
         progress(len(self._examples), 0)
         return losses
 
-    def piece(self, name: str, indices: Sequence[int], seed: int, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
+    def train_subset(
+        self, name: str, indices: Sequence[int], seed: int, progress: Progress = ignore_progress
+    ) -> Float32[np.ndarray, " queries"]:
         """The queries' losses (nats) after training on some examples; computed once, then read."""
         path = self._directory / "pieces" / f"{name}.npy"
         losses = self._load_losses(path)

@@ -111,12 +111,12 @@ class Conversation:
         if offset < 0:
             return None
         before = _complete_tags(_common(self._render(self.messages[:i]), prompt)) if i else ""
-        alone = self._render([*self.messages[:i], marked])
-        ending = _ending(alone[alone.find(_MARK) + len(_MARK) :], full[offset + len(_MARK) :])
+        last = self._render([*self.messages[:i], marked])
+        ending = _ending(last[last.find(_MARK) + len(_MARK) :], full[offset + len(_MARK) :])
         suffix = full[offset + len(_MARK) + len(ending) :]
         start = len(_common(_common(full[:offset], prompt), self.text))
         end = len(self.text) - len(suffix)
-        if _MARK not in alone or not len(before) <= start <= end or self.text[end:] != suffix:
+        if _MARK not in last or not len(before) <= start <= end or self.text[end:] != suffix:
             raise DataError(
                 "the chat template changes other messages along with an assistant's turn, so it cannot be located; give prompt, completion"
             )
@@ -159,12 +159,12 @@ def _shows_contents(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
     return not any(endings) or any(ending in text for ending in endings if ending)
 
 
-def _ending(alone: str, followed: str) -> str:
+def _ending(suffix: str, rest: str) -> str:
     """End of a turn: the text after its content as the last turn, as far as it is the same before other turns; else the tag there."""
-    if followed.startswith(alone):
-        return alone
-    common = _complete_tags(_common(alone, followed))
-    tag = _TAG.match(followed, len(common))
+    if rest.startswith(suffix):
+        return suffix
+    common = _complete_tags(_common(suffix, rest))
+    tag = _TAG.match(rest, len(common))
     return common if common or tag is None else tag[0]
 
 

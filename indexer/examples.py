@@ -22,7 +22,8 @@ from ..store.errors import DataError, UsageError
 from .chat import Conversation
 from .models import tokenizer_fingerprint
 
-_TOKENIZE_BATCH, _MOST_PENDING = 256, 48
+_TOKENIZE_BATCH = 256
+_MOST_PENDING = 48
 _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
@@ -130,10 +131,10 @@ class TextEncoder:
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
         if span is not None:
-            places = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
-            if len(places) != 1:
-                raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(places)} times in the queried text; it must occur once")
-            rendered = replace(rendered, spans=((places[0], places[0] + len(span)),))
+            starts = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
+            if len(starts) != 1:
+                raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(starts)} times in the queried text; it must occur once")
+            rendered = replace(rendered, spans=((starts[0], starts[0] + len(span)),))
         ids, mask, offsets = self._tokenize([rendered])[0]
         if text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, offsets)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 
 SPREAD = "map"  # the device "all GPUs of the machine"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _SAME = {torch.bfloat16: 1e-2}  # relative tolerance between two computations of one number; else 1e-5
 _MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # relative tolerance of a merged model's predictions; else 1e-4
 _PROBED = 32
@@ -34,7 +35,9 @@ _DEEPEST = 10_000
 _ZERO = 1e-20
 _FILES = {"configuration": "config.json", "tokenizer": "tokenizer.json or tokenizer_config.json", "model": "config.json"}
 _SENTENCE = 240
-_LFS_POINTER, _LARGEST_POINTER, _LARGEST_HEADER = b"version https://git-lfs", 64, 100 << 20
+_LFS_POINTER = b"version https://git-lfs"
+_LARGEST_POINTER = 64
+_LARGEST_HEADER = 100 << 20
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin", "*.gguf", "tf_model.h5", "flax_model.msgpack", "consolidated*.pth")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -137,7 +140,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     if adapter is not None and not (adapter.folder / "tokenizer.json").is_file():
         return load_tokenizer(adapter.base)
     if (Path(source.id) / "config.json").is_file() and not any(any(Path(source.id).glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
+        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it with the model")
     if adapter is None:
         _load(AutoConfig, source, "configuration")  # it determines the tokenizer's class
     return _fast(_load(AutoTokenizer, source, "tokenizer", model=adapter is None), source)
@@ -145,7 +148,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 def _fast(tokenizer: Any, source: ModelSource) -> Any:
     if tokenizer.vocab_size < 2:
-        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it beside the model")
+        raise NotFoundError(f"there is no tokenizer at {source.id} (no tokenizer.json); save it with the model")
     if not tokenizer.is_fast:
         raise IncompatibleError(f"the tokenizer of {source.id} has no character offsets; convert it to a fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -349,12 +352,12 @@ def refuse_offloaded(model: nn.Module, id: str) -> None:
     Raises:
         UsageError: some are not; names one.
     """
-    places = {layer: str(place) for layer, place in getattr(model, "hf_device_map", {}).items()}
-    offloaded = [(place, layer) for layer, place in places.items() if place in ("cpu", "disk")]
-    if offloaded and (torch.cuda.is_available() or len(set(places.values())) > 1):
-        place, layer = max(offloaded)
+    devices = {layer: str(device) for layer, device in getattr(model, "hf_device_map", {}).items()}
+    offloaded = [(device, layer) for layer, device in devices.items() if device in ("cpu", "disk")]
+    if offloaded and (torch.cuda.is_available() or len(set(devices.values())) > 1):
+        device, layer = max(offloaded)
         raise UsageError(
-            f"{id} does not fit on this machine's GPUs: {layer} is offloaded to the {place}; use more or larger GPUs, dtype bfloat16, or "
+            f"{id} does not fit on this machine's GPUs: {layer} is offloaded to the {device}; use more or larger GPUs, dtype bfloat16, or "
             "device cpu"
         )
 

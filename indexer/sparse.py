@@ -123,7 +123,10 @@ class SparseCollector:
         """The batch's whitened rows, by token."""
         part = self._part
         limit = part.component.keys
-        keys, vectors, counts, totals = [], [], [], []
+        keys = []
+        vectors = []
+        counts = []
+        totals = []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
             z = (gradient @ part.basis) * part.scale(tokens)
             energy = z.square().sum(1)
@@ -199,7 +202,8 @@ class SparseMeter:
         valid = self._batch.valid.to(d.device)
         for i, targets in enumerate(self._batch.targets.to(d.device)):
             positions = ((targets != IGNORED) & valid[i]).nonzero()[:, 0]
-            h, g = x[i, positions], d[i, positions]
+            h = x[i, positions]
+            g = d[i, positions]
             self._add("moment", h.T @ h)
             self._add("vocabulary", _variance(g, targets[positions]) if self._closed_form else g.square().sum(0))
             self._add("tokens", torch.tensor(float(len(positions)), dtype=torch.float64))

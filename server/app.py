@@ -28,10 +28,13 @@ from ..store.printable import to_json
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem
 
-_BINS, _LONGEST_DETAIL = 60, 600
+_BINS = 60
+_LONGEST_DETAIL = 600
 _MOST_QUERIES = 256
 _MOST_MESSAGES = 200  # the chat template renders all previous messages for each of the assistant's turns
-_MOST_ANSWERS, _MOST_COSTLY, _LARGEST_K = 20_000, 16, 10_000
+_MOST_ANSWERS = 20_000
+_MOST_COSTLY = 16
+_LARGEST_K = 10_000
 _STATUS: tuple[tuple[type[WherefromError], int, str], ...] = (
     (BusyError, 503, "Busy"),
     (NotFoundError, 404, "Not found"),
@@ -54,13 +57,13 @@ class QueryFields(_Body):
     completion: Text | None = None
     text: Text | None = None
     messages: list[dict[str, Any]] | None = Field(
-        None, max_length=_MOST_MESSAGES, description="A conversation, put into text by the chat template."
+        None, max_length=_MOST_MESSAGES, description="A conversation, rendered as text by the chat template."
     )
     tools: list[dict[str, Any]] | None = Field(None, max_length=1000, description="For the chat template.")
     row: Row | None = None
     id: Annotated[str, Field(max_length=4096)] | None = None
-    against: Text | None = Field(None, description="Another completion: what made the model say the one rather than the other.")
-    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens alone.")
+    against: Text | None = Field(None, description="A contrasting completion: explain the completion rather than this one.")
+    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens only.")
     weight: float | None = None
 
     def query(self) -> Query:
@@ -72,7 +75,7 @@ class ScoringFields(_Body):
     """Options of scores."""
 
     index: Annotated[str, Field(max_length=4096)] | None = Field(
-        None, description="By name or absolute path; may be left out when there is one."
+        None, description="By name or absolute path; optional if there is only one."
     )
     mode: Literal["influence", "cosine", "loss-normalized"] = "influence"
     damping: float | None = Field(None, gt=0)
@@ -240,7 +243,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
             if k > _LARGEST_K:
-                raise UsageError(f"k is {body.k}; a server gives at most {_LARGEST_K:,} (wherefrom query --local gives more)")
+                raise UsageError(f"k is {body.k}; a server returns at most {_LARGEST_K:,} (wherefrom query --local returns more)")
         if body.queries is None:
             if body.mean:
                 raise UsageError("mean is over several queries; give them as queries")
@@ -249,9 +252,9 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         if any(getattr(body, name) not in (None, "") for name in QueryFields.model_fields):
             raise UsageError("give one query, or queries, not both")
         if len(queries) * (options["k"] or 10) > _MOST_ANSWERS:
-            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
+            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; split the request")
         if (body.group_by or body.baselines) and len(queries) > _MOST_COSTLY and not body.mean:
-            raise UsageError(f"groups and baselines are given for at most {_MOST_COSTLY} queries at a time; ask in parts")
+            raise UsageError(f"groups and baselines are limited to {_MOST_COSTLY} queries at a time; split the request")
         options["mean"] = body.mean
         answers = await engine.call(lambda client: client.query_many(queries, **options))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
@@ -356,7 +359,7 @@ def _handle_errors(app: FastAPI) -> None:
         return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
 
     @app.exception_handler(WherefromError)
-    async def ours(request: Request, error: WherefromError) -> Response:
+    async def known_error(request: Request, error: WherefromError) -> Response:
         status, title = next(((s, t) for kind, s, t in _STATUS if isinstance(error, kind)), (503, "The index cannot answer"))
         return respond(status, str(error), title, type(error).__name__)
 
@@ -371,5 +374,5 @@ def _handle_errors(app: FastAPI) -> None:
         return respond(error.status_code, str(error.detail), "Not possible")
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
+    async def unexpected(request: Request, error: Exception) -> Response:
         return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WherefromError")

@@ -45,7 +45,7 @@ class Metrics:
 class _Job(Generic[Result]):
     """Job for the worker thread: a query, or a call of the client."""
 
-    done: "asyncio.Future[Result]"
+    future: "asyncio.Future[Result]"
     query: tuple[Query, Options] | None = None
     call: Callable[[Client], Result] | None = None
     since: float = field(default_factory=time.perf_counter)
@@ -89,8 +89,8 @@ class Engine:
         while not self._queue.empty():
             self._running.append(self._queue.get_nowait())
         for job in self._running:
-            if not job.done.done():
-                job.done.set_exception(BusyError("the server is stopping; ask again later"))
+            if not job.future.done():
+                job.future.set_exception(BusyError("the server is stopping; ask again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, query: Query, options: Options) -> Answer:
@@ -111,7 +111,7 @@ class Engine:
         except asyncio.QueueFull as error:
             raise BusyError(f"{self._queue.maxsize} requests wait already; ask again later") from error
         self._metrics.waiting.labels(self.name).set(self._queue.qsize())
-        return await job.done
+        return await job.future
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -120,19 +120,19 @@ class Engine:
             while len(jobs) < self._batch and not self._queue.empty():
                 jobs.append(self._queue.get_nowait())
             self._metrics.waiting.labels(self.name).set(self._queue.qsize())
-            self._running = [job for job in jobs if not job.done.done()]  # requests may have been canceled
+            self._running = [job for job in jobs if not job.future.done()]  # requests may have been canceled
             jobs = self._running
             try:
                 outcomes = await loop.run_in_executor(self._pool, self._work, jobs)
             except Exception as error:
                 outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
-                if job.done.done():
+                if job.future.done():
                     continue
                 if isinstance(outcome, BaseException):
-                    job.done.set_exception(outcome)
+                    job.future.set_exception(outcome)
                 else:
-                    job.done.set_result(outcome)
+                    job.future.set_result(outcome)
 
     def _work(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
         """Process jobs on the worker thread; returns a result or an error for each."""

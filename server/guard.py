@@ -110,13 +110,13 @@ class Guard:
         # A page of another origin could send a query and learn from the response time.
         if headers.get(b"sec-fetch-site", b"").lower() in _CROSS_SITE and scope["path"] not in _OPEN and not _is_static(scope["path"]):
             return problem(403, "a page of another address cannot use this server; use the explorer, or a program", "Forbidden")
-        problem_of_body = _body_problem(scope, headers)
-        if problem_of_body is not None:
-            return problem_of_body
+        body_problem = _body_problem(scope, headers)
+        if body_problem is not None:
+            return body_problem
         if self._token is not None and scope["path"] not in _OPEN and not _is_static(scope["path"]):
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(token.strip(), self._token.encode()) or scheme.lower() != b"bearer":
-                return problem(401, "a bearer token is asked for: Authorization: Bearer TOKEN", "Unauthorized")
+                return problem(401, "a bearer token is required: Authorization: Bearer TOKEN", "Unauthorized")
         return None
 
     async def _body(self, receive: Receive) -> tuple[bytes, tuple[int, bytes] | None]:

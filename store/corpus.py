@@ -74,7 +74,7 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PREFERENCES = " (of preference pairs, what was trained as text is the field chosen: name it as the completion)"
+_PREFERENCES = " (for preference pairs, name the field chosen as the completion)"
 
 
 class Corpus:
@@ -188,7 +188,7 @@ def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str,
         raise ValueError("its columns are nested too deeply") from None
     if size > _METADATA_BYTES:
         largest = max(metadata, key=lambda name: len(json.dumps(metadata[name], default=str)))
-        raise ValueError(f"metadata of {size >> 20} MiB, and at most {_METADATA_BYTES >> 20} are kept; leave out the column {largest!r}")
+        raise ValueError(f"metadata of {size >> 20} MiB, at most {_METADATA_BYTES >> 20} are stored; leave out the column {largest!r}")
     return metadata
 
 
@@ -236,7 +236,7 @@ def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
     if fields.text in filled:
         return "text"
     if fields.completion in filled and fields.prompt in present:
-        raise ValueError(f"the field {fields.prompt!r} is null beside a completion; a prompt that is empty is written as an empty text")
+        raise ValueError(f"the field {fields.prompt!r} is null although there is a completion; write an empty prompt as an empty text")
     null = ", ".join(repr(name) for name in present if name not in filled)
     if null:
         raise ValueError(f"there is no document in it: {null} {'is' if len(present) - len(filled) == 1 else 'are'} null")
@@ -452,7 +452,7 @@ def read_chat(file: str) -> dict[str, Any]:
         raise DataError(f"{file}: {error}; it holds a list of messages, or an object with messages and tools") from error
     record = content if isinstance(content, dict) else {"messages": content}
     if not record.get("messages") or not record.keys() <= {"messages", "tools"}:
-        raise DataError(f"{file} holds neither a list of messages nor an object with messages (and tools) alone")
+        raise DataError(f"{file} has neither a list of messages nor an object with only messages and tools")
     problem = _chat_problem(record)
     if problem:
         raise DataError(f"{file}: {problem}")

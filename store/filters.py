@@ -54,7 +54,8 @@ _TEXT: dict[str, tuple[Callable[..., Any], Callable[[str, str], bool]]] = {
     "endswith": (pc.ends_with, str.endswith),
     "contains": (pc.match_substring, str.__contains__),
 }
-_LONGEST, _LONGEST_BITS = 10_000, 2048
+_LONGEST = 10_000
+_LONGEST_BITS = 2048
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _WRITTEN = {
     "date": "ISO dates, such as '2024-05-06'",
@@ -258,7 +259,8 @@ class _Evaluation:
         column = self._get_column(name)
         if column.encoded:
             return _by_value(column.values, lambda item: _compared(item, sign, value, name))
-        values, kind = _plain(column.values), column.kind
+        values = _plain(column.values)
+        kind = column.kind
         if kind is None:
             return pa.nulls(self._rows, pa.bool_())
         if kind not in _kinds_of_constant(value):
@@ -276,7 +278,8 @@ class _Evaluation:
         column = self._get_column(name)
         if column.encoded:
             return _by_value(column.values, lambda element: any(_compared(element, "==", item, name) for item in items))
-        values, kind = _plain(column.values), column.kind
+        values = _plain(column.values)
+        kind = column.kind
         constants = [item for item in items if kind in _kinds_of_constant(item)]
         if kind is None or not constants:
             return _constant_truth(values, False)
@@ -403,14 +406,14 @@ def _seconds(value: Any, kind: pa.DataType, name: str) -> Fraction | float:
             raise UsageError(f"the column {name!r} holds dates and times without a zone; write {value!r} without one")
         since = moment - datetime(1970, 1, 1, tzinfo=UTC if moment.tzinfo else None)
     except ZoneInfoNotFoundError as error:
-        raise UsageError(
-            f"the zone {kind.tz!r} of the column {name!r} is not known here; write the time with its own, as +01:00"
-        ) from error
+        raise UsageError(f"the zone {kind.tz!r} of the column {name!r} is unknown; write the time with its zone, as +01:00") from error
     except (ValueError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
         word = str(kind_of(kind))
-        raise UsageError(f"the column {name!r} holds values of the kind {word}, and {value!r} is none; write {_WRITTEN[word]}") from error
+        raise UsageError(
+            f"the column {name!r} holds values of the kind {word}, but {value!r} is not one; write {_WRITTEN[word]}"
+        ) from error
     return Fraction(since.days * 86400 + since.seconds) + Fraction(since.microseconds, 10**6)
 
 

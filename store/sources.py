@@ -251,7 +251,7 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if "BOM" in error.msg:
-            raise ValueError("not valid JSON (a byte order mark stands before it; remove it)") from error
+            raise ValueError("not valid JSON (it starts with a byte order mark; remove it)") from error
         raise ValueError(f"not valid JSON ({error.msg[:1].lower()}{error.msg[1:]}, at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not valid JSON that can be read: it is nested too deeply") from error

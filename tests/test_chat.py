@@ -229,7 +229,7 @@ def test_templates_that_are_none_or_take_text_alone(tmp_path):
         ({"messages": [USER, SAID], "tools": {"a": 1}}, "'tools' must be a list"),
         ({"messages": [USER, SAID], "chat_template_kwargs": {"messages": []}}, "'chat_template_kwargs' must be"),
         ({"messages": [USER]}, "no assistant turn"),
-        ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "of preference pairs"),
+        ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "for preference pairs"),
     ],
 )
 def test_chats_that_cannot_be_used_are_said(tmp_path, record, sentence):

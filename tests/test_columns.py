@@ -429,7 +429,7 @@ def test_metadata_that_cannot_be_kept_names_its_column(tmp_path):
         f'"big": {"1" * 5000}': "a number has more than 4,300 digits; write it as text",
         f'"deep": {"[" * 10**5}': "it is nested too deeply",
         '"a": 1, "a": 2': "duplicate key 'a' in an object",
-        f'"long": "{"x" * (1 << 24)}"': "metadata of 16 MiB, and at most 16 are kept; leave out the column 'long'",
+        f'"long": "{"x" * (1 << 24)}"': "metadata of 16 MiB, at most 16 are stored; leave out the column 'long'",
     }
     (tmp_path / "c.jsonl").write_text("".join(f'{{"text": "t", {columns}}}\n' for columns in cases) + '{"text": "t", "top": NaN}\n')
     *bad, good = read_corpus([str(tmp_path / "c.jsonl")])

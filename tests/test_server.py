@@ -246,7 +246,7 @@ BAD = {
     ),
     "huge weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": 1e38}}', 422, "1e6"),
     "row that is true": (b'{"index": "dense", "row": true}', 422, "row"),
-    "too many answers": (json.dumps({"index": "dense", "queries": [{"row": 1}] * 250, "k": 120}).encode(), 422, "in parts"),
+    "too many answers": (json.dumps({"index": "dense", "queries": [{"row": 1}] * 250, "k": 120}).encode(), 422, "split the request"),
     "mean of one": (b'{"index": "dense", "row": 1, "mean": true}', 422, "mean"),
     "deep json": (b'{"index":' * 50_000, (400, 422), ""),
 }
