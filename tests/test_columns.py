@@ -179,7 +179,7 @@ REFUSED = [
     ([["a"], ["b", "c"]], 'x == "a"', "holds values of the kind list, which cannot be compared with 'a'; a list or an object"),
     ([{"a": 1}, {"a": 2}], "x > 3", "holds values of the kind object, which cannot be compared with 3"),
     ([MOMENT, MOMENT], "x > 3", "kind time, which cannot be compared with 3; write ISO times, such as '2024-05-06 07:08'"),
-    ([MOMENT, MOMENT], 'x > "yesterday"', "'yesterday' is none; write ISO times"),
+    ([MOMENT, MOMENT], 'x > "yesterday"', "'yesterday' is not one; write ISO times"),
     ([MOMENT, MOMENT], 'x > "2024-05-06T00:00Z"', "without a zone; write '2024-05-06T00:00Z' without one"),
     ([timedelta(1), timedelta(2)], 'x > "1 day"', "kind duration, which cannot be compared with '1 day'; write seconds, such as 1.5"),
     ([1, "a"], "x > 0", 'values of several kinds, among them "a", which has no order with 0'),
