@@ -1,7 +1,7 @@
-"""Clients of a running server, and how one is found. Only the standard library is imported, so that a command starts at once.
+"""Clients of a running server, and its discovery. Only the standard library is imported, so that a command starts at once.
 
-A server leaves a file that says where it listens and which indexes it serves, readable by its owner alone; `wherefrom query` looks there
-first, and at WHEREFROM_URL before that.
+A server writes a discovery file with its address, token and indexes, which only its owner can read. `wherefrom query` uses the server of
+WHEREFROM_URL, else one with a discovery file.
 """
 
 import glob
@@ -21,45 +21,52 @@ from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
 
 _TIMEOUT = 600.0
-_MOST_QUERIES, _MOST_COSTLY, _MOST_ANSWERS, _MOST_ROWS, _MOST_BYTES = 256, 16, 20_000, 20, 900_000
+_MOST_QUERIES = 256
+_MOST_COSTLY = 16
+_MOST_ANSWERS = 20_000
+_MOST_ROWS = 20
+_MOST_BYTES = 900_000
 
 
 class RemoteClient(Asks):
-    """Asks a server as `Client` asks an index.
+    """Client of a server, with the interface of `Client`.
 
     Args:
         url: the server's address, such as "http://127.0.0.1:8787".
-        index: which of its indexes, by name or absolute path; may be left out when there is one.
-        token: its bearer token, if it asks for one.
+        index: one of its indexes, by name or absolute path; optional if there is only one.
+        token: its bearer token, if it requires one.
         timeout: seconds to wait for an answer.
 
     Raises:
-        UsageError: that is not an address.
+        UsageError: the address or the token is invalid.
     """
 
     def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
         try:
             parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
             (parts.hostname or "").encode("idna")
         except (ValueError, AttributeError, TypeError):
-            known = False
-        if not known or parts.query or parts.fragment or parts.username:
-            raise UsageError(f"{url!r} is not a server's address; it is written as http://127.0.0.1:8787")
+            valid = False
+        if not valid or parts.query or parts.fragment or parts.username:
+            raise UsageError(f"{url!r} is not a server's address; write it as http://127.0.0.1:8787")
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise UsageError("a server's token holds visible ASCII characters alone; look at WHEREFROM_TOKEN")
-        self.url, self.index, self._token, self._timeout = url.rstrip("/"), index, token, timeout
+            raise UsageError("a server's token has only visible ASCII characters; check WHEREFROM_TOKEN")
+        self.url = url.rstrip("/")
+        self.index = index
+        self._token = token
+        self._timeout = timeout
         self._parts = parts
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `Client.query_many`; so many in a request as a server takes."""
+        """See `Client.query_many`; splits the queries into requests of an accepted size."""
         check_options(options)
         answers: list[Answer] = []
         for part in [queries] if options.get("mean") else self._requests(queries, options):
             body = self._query_body(part, options)
-            found = self.request("POST", "/v1/query", body)
-            found = found if "queries" in body else {"answers": [found]}
-            answers += self._read(lambda r: list(map(Answer.from_dict, r["answers"])), found)
+            response = self.request("POST", "/v1/query", body)
+            response = response if "queries" in body else {"answers": [response]}
+            answers += self._parse(lambda r: list(map(Answer.from_dict, r["answers"])), response)
         return answers
 
     def explain(self, rows: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
@@ -68,22 +75,22 @@ class RemoteClient(Asks):
         explanations: list[Explanation] = []
         for first in range(0, len(rows), _MOST_ROWS):
             part = list(rows[first : first + _MOST_ROWS])
-            body = {**query.to_dict(), **_given(options), "rows": part, "tokens": tokens, "index": self.index}
-            found = self.request("POST", "/v1/explain", body)
-            explanations += self._read(lambda r: list(map(Explanation.from_dict, r["explanations"])), found)
+            body = {**query.to_dict(), **_set_options(options), "rows": part, "tokens": tokens, "index": self.index}
+            response = self.request("POST", "/v1/explain", body)
+            explanations += self._parse(lambda r: list(map(Explanation.from_dict, r["explanations"])), response)
         return explanations
 
     def complete(self, prompt: str, tokens: int = 16) -> str:
         """See `Client.complete`."""
-        found = self.request("POST", "/v1/complete", {"prompt": prompt, "tokens": tokens, "index": self.index})
-        return self._read(lambda r: str(r["completion"]), found)
+        response = self.request("POST", "/v1/complete", {"prompt": prompt, "tokens": tokens, "index": self.index})
+        return self._parse(lambda r: str(r["completion"]), response)
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request, as JSON.
+        """Send a request; returns the JSON of the response.
 
         Raises:
-            NotFoundError: nobody listens there.
-            WherefromError: what the server says was wrong, as the error that the library itself would have raised.
+            NotFoundError: no server answers at the address.
+            WherefromError: the server's error, of the class that the library would raise.
         """
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
@@ -91,44 +98,46 @@ class RemoteClient(Asks):
         try:
             connection.request(method, self._parts.path.rstrip("/") + path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
-            status, content = response.status, response.read()
+            status = response.status
+            content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise NotFoundError(
                 f"no server answers at {self.url} ({error}); start one with wherefrom serve, or ask with --local"
             ) from error
         finally:
             connection.close()
-        return _checked(status, content, self.url)
+        return _parse_response(status, content, self.url)
 
     def _requests(self, queries: Sequence[Query], options: Mapping[str, Any]) -> Iterator[Sequence[Query]]:
-        """Queries in parts that a server takes in one request."""
+        """Split queries into parts that a server accepts in one request."""
         most = _MOST_COSTLY if options.get("group_by") or options.get("baselines") else _MOST_QUERIES
         most = max(1, min(most, _MOST_ANSWERS // (options.get("k") or 10)))
         first = size = 0
-        for at, query in enumerate(queries):
-            own = len(json.dumps(query.to_dict())) + 2
-            if at > first and (at - first == most or size + own > _MOST_BYTES):
-                yield queries[first:at]
-                first, size = at, 0
-            size += own
+        for position, query in enumerate(queries):
+            query_size = len(json.dumps(query.to_dict())) + 2
+            if position > first and (position - first == most or size + query_size > _MOST_BYTES):
+                yield queries[first:position]
+                first = position
+                size = 0
+            size += query_size
         if first < len(queries):
             yield queries[first:]
 
-    def _read(self, read: Callable[[Any], Any], found: Any) -> Any:
-        """What a server's answer holds."""
+    def _parse(self, parse: Callable[[Any], Any], response: Any) -> Any:
+        """Parse a response; raise a NotFoundError if it is not that of a Wherefrom server."""
         try:
-            return read(found)
+            return parse(response)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise NotFoundError(f"{self.url} answers, but not as a Wherefrom server does") from error
 
     def _query_body(self, queries: Sequence[Query], options: Mapping[str, Any]) -> dict[str, Any]:
-        asked = [query.to_dict() for query in queries]
-        single = len(asked) == 1 and not options.get("mean")
-        return {**(asked[0] if single else {"queries": asked}), **_given(options), "index": self.index}
+        bodies = [query.to_dict() for query in queries]
+        single = len(bodies) == 1 and not options.get("mean")
+        return {**(bodies[0] if single else {"queries": bodies}), **_set_options(options), "index": self.index}
 
 
 class AsyncClient:
-    """The same for asyncio: every method of `RemoteClient` as a coroutine."""
+    """Client for asyncio: every method of `RemoteClient` as a coroutine."""
 
     def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
         self._client = RemoteClient(url, index=index, token=token, timeout=timeout)
@@ -149,33 +158,33 @@ class AsyncClient:
         """See `Client.complete`."""
         return await self._in_thread(self._client.complete, prompt, tokens)
 
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        import asyncio  # which takes as long as all else here
+    async def _in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        import asyncio  # as slow to import as the rest of this module
 
-        return await asyncio.to_thread(function, *arguments, **named)
+        return await asyncio.to_thread(function, *args, **kwargs)
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
     return {name: value for name, value in plain.items() if value is not None}
 
 
-def _checked(status: int, content: bytes, url: str) -> Any:
+def _parse_response(status: int, content: bytes, url: str) -> Any:
     try:
-        found = json.loads(content)
+        value = json.loads(content)
     except ValueError as error:
         raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})") from error
     if status < 400:
-        return found
-    kind = getattr(errors, str(found.get("kind")), None) if isinstance(found, dict) else None
-    if not (isinstance(kind, type) and issubclass(kind, WherefromError)) or "detail" not in found:
+        return value
+    kind = getattr(errors, str(value.get("kind")), None) if isinstance(value, dict) else None
+    if not (isinstance(kind, type) and issubclass(kind, WherefromError)) or "detail" not in value:
         raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})")
-    raise kind(str(found["detail"]))
+    raise kind(str(value["detail"]))
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a running server left word of."""
+    """A running server, as in its discovery file."""
 
     url: str
     pid: int
@@ -184,13 +193,13 @@ class Served:
 
 
 def servers_directory() -> Path:
-    """Where servers leave word of themselves."""
+    """Directory of the servers' discovery files."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "wherefrom" if runtime else Path.home() / ".cache/wherefrom/servers"
 
 
 def announce(served: Served) -> Path:
-    """Leave word of a server; the file is the owner's alone."""
+    """Register a server in a discovery file that only its owner can read."""
     directory = servers_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path, staged = (directory / f"{socket.gethostname()}-{served.pid}{ending}" for ending in (".json", ".tmp"))
@@ -202,26 +211,24 @@ def announce(served: Served) -> Path:
 
 
 def find_server(index: str) -> RemoteClient | None:
-    """A client of a running server that has an index: the one that WHEREFROM_URL names (its token in WHEREFROM_TOKEN), else one that left
-    word of itself on this machine.
-    """
-    where = str(Path(index).resolve()) if Path(index).exists() else index
+    """Connect to a running server of an index: that of WHEREFROM_URL (with WHEREFROM_TOKEN), else one registered on this machine."""
+    name = str(Path(index).resolve()) if Path(index).exists() else index
     url = os.environ.get("WHEREFROM_URL")
     if url:
-        return RemoteClient(url, index=where, token=os.environ.get("WHEREFROM_TOKEN"))
+        return RemoteClient(url, index=name, token=os.environ.get("WHEREFROM_TOKEN"))
     directory = servers_directory()
     for path in sorted(directory.glob(f"{glob.escape(socket.gethostname())}-*.json")) if directory.is_dir() else ():
         try:
-            found = json.loads(path.read_text())
-            os.kill(int(found["pid"]), 0)
-            if where not in dict(found["indexes"]).values():
+            server = json.loads(path.read_text())
+            os.kill(int(server["pid"]), 0)
+            if name not in dict(server["indexes"]).values():
                 continue
-            client = RemoteClient(found["url"], index=where, token=found["token"])
+            client = RemoteClient(server["url"], index=name, token=server["token"])
             client.request("GET", "/healthz")
         except ProcessLookupError:
             path.unlink(missing_ok=True)  # left by a server that was killed
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, WherefromError):
-            continue  # no word of a server, or of one that does not answer
+            continue  # not a discovery file, or the server does not answer
         else:
             return client
     return None

@@ -1,7 +1,7 @@
-"""The demonstration, end to end: train a tokenizer and a small GPT-2 on the shipped corpus, index it, ask three queries.
+"""End-to-end demonstration: train a tokenizer and a small GPT-2 on the included corpus, index it, run three queries.
 
-The corpus is the gazette of an archipelago that does not exist, so nothing the model says of it can come from anywhere else. Three
-facts stand in three documents each, about different things and in different words around the fact; they should come out on top.
+The corpus is the gazette of a fictional archipelago, so the model can only know it from the corpus. Each of three facts is in three
+documents, about different topics and in different words; these should rank highest.
 """
 
 from importlib.resources import files
@@ -25,17 +25,25 @@ QUERIES = (
     ("The bridge over the River Aldous is made of", " blue granite"),
 )
 _VOCABULARY = 2048
-_WIDTH, _LAYERS, _HEADS, _CONTEXT = 128, 4, 4, 128
-_EPOCHS, _BATCH, _RATE = 24, 16, 2e-3
-_TRACKED, _RANK = ("*.mlp.c_proj",), 128
+_WIDTH = 128
+_LAYERS = 4
+_HEADS = 4
+_CONTEXT = 128
+_EPOCHS = 24
+_BATCH = 16
+_RATE = 2e-3
+_TRACKED = ("*.mlp.c_proj",)
+_RANK = 128
 
 
 def run(out: Path, workers: int) -> None:
-    """Leave corpus, model and index under `out`, and print an answer for each query."""
+    """Write corpus, model and index to `out`, and print an answer for each query."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").is_file())):
-        raise UsageError(f"--out {out} holds other things; choose a directory that does not exist yet")
+        raise UsageError(f"{out} holds other things; choose an out that does not exist yet")
     out.mkdir(parents=True, exist_ok=True)
-    corpus, model, index = out / "corpus.jsonl", out / "model", out / "index.wherefrom"
+    corpus = out / "corpus.jsonl"
+    model = out / "model"
+    index = out / "index.wherefrom"
     if not corpus.exists():
         corpus.write_bytes(files(__package__).joinpath("corpus.jsonl").read_bytes())
     with Console() as reporter:
@@ -51,7 +59,7 @@ def run(out: Path, workers: int) -> None:
     for prompt, completion in QUERIES:
         show(client.query(prompt=prompt, completion=completion, k=3))
     click.echo(f"""
-{out}/ keeps the corpus, the model and the index. Try next:
+{out}/ has the corpus, the model and the index. Try next:
 
   wherefrom query {index} --prompt "The River Kell is known for" --completion " sudden spring floods" -k 3
   wherefrom query {index} --row 0 --no-opponents
@@ -60,7 +68,7 @@ def run(out: Path, workers: int) -> None:
 
 
 def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOCHS) -> None:
-    """Train a byte-level BPE tokenizer and a GPT-2 of 1.1 million parameters until it knows the corpus; save both."""
+    """Train a byte-level BPE tokenizer and a GPT-2 of 1.1 million parameters on the corpus; save both."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -99,7 +107,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     steps = epochs * -(-len(examples) // _BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
     reporter.stage("training a small model", epochs * len(examples))
-    seen = tokens = 0
+    examples_seen = tokens_seen = 0
     for _ in range(epochs):
         order = torch.randperm(len(examples)).tolist()
         for first in range(0, len(order), _BATCH):
@@ -110,8 +118,9 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            seen, tokens = seen + len(batch.ids), tokens + int(batch.valid.sum())
-            reporter.update(seen, tokens)
+            examples_seen += len(batch.ids)
+            tokens_seen += int(batch.valid.sum())
+            reporter.update(examples_seen, tokens_seen)
     staged = directory.with_name(directory.name + ".new")
     model.save_pretrained(staged)
     fast.save_pretrained(staged)

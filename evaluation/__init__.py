@@ -1,1 +1,1 @@
-"""Is the answer true? Ground truth by retraining, the statistic that compares scores with it, and baselines beside them."""
+"""Evaluation of scores: ground truth by retraining, the linear datamodeling score, checks, and baselines."""

@@ -1,14 +1,14 @@
-"""Baselines: what would have been said without influence. A method that does not beat them has found topics, words or long texts.
+"""Baselines without influence. A method that does not beat them finds only topics, words or long texts.
 
-    random        independent normal numbers: where chance lies
-    norm          the row's length alone, the same for every query: are the big examples simply everywhere?
-    dot, cosine   of the plain gradients of the same layers, hardly projected: what curvature adds
+    random        independent normal numbers: the chance level
+    norm          the row's norm, the same for every query
+    dot, cosine   of the plain gradients of the same layers, in a wide projection: shows the effect of curvature
     tfidf, chars  cosine of TF-IDF vectors of words, and of character 3- to 5-grams
-    bm25          the search engine's classic (Robertson and Zaragoza, 2009)
+    bm25          the classic ranking function of search engines (Robertson and Zaragoza, 2009)
     hidden        cosine of the mean input of the output layer: the model's own embedding of a text or image
-    pixels        cosine of the vectors themselves
+    pixels        cosine of the input vectors
 
-All give a matrix [examples, queries]. Texts are what the model saw of them (cut to the longest example).
+Each is a matrix [examples, queries]. Texts are cut to the longest example, as for the model.
 """
 
 from collections.abc import Sequence
@@ -35,34 +35,36 @@ _BLOCK = 32
 
 
 def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) -> Float32[np.ndarray, "examples queries"]:
-    """The index's score of every example for every query."""
+    """Score every example for every query with the index."""
     return np.concatenate([block.T for _, block in all_scores(client.index, queries, metric)])
 
 
 def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
-    """Norm, from the rows; dot and cosine, from plain gradients of the same layers, in the widest projection in which those of
-    all queries fit into a gibibyte (none at all for a small model).
+    """Norm, from the rows; dot and cosine, from plain gradients of the same layers.
+
+    The projection is the widest in which the gradients of all queries fit into a gibibyte (none for a small model).
     """
     norms = row_norms(client.index)
     encoder = client.encoder
-    dense = [s for s in client.index.manifest.components if isinstance(s, DenseComponent)]
-    names = [n.name for n in dense[-1].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
-    asked = np.zeros((0, 0), np.float32)
+    dense = [c for c in client.index.manifest.components if isinstance(c, DenseComponent)]
+    names = [layer.name for layer in dense[-1].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
+    query_rows = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
         layers = plan_layers(client.task, encoder.model, names, rank, "identity", 0, explicit=bool(dense))
         component = _plain_component(layers, rank)
         plain = Encoder(client.task, (encoder.model,), replace(encoder.plan, components=(component,)), {})
         if len(queries) * component.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
-            asked = plain.rows(queries, queries=True)["plain"].astype(np.float32)
+            query_rows = plain.rows(queries, queries=True)["plain"].astype(np.float32)
             break
-    products, lengths = [], []
+    products = []
+    row_lengths = []
     for first in range(0, len(train), _BLOCK):
         rows = plain.rows(train[first : first + _BLOCK])["plain"]
-        products.append(rows @ asked.T)
-        lengths.append(np.linalg.norm(rows, axis=1))
+        products.append(rows @ query_rows.T)
+        row_lengths.append(np.linalg.norm(rows, axis=1))
     dot = np.concatenate(products).astype(np.float64)
-    spread = np.concatenate(lengths)[:, None] * np.linalg.norm(asked, axis=1)
-    cosine = np.divide(dot, spread, out=np.zeros_like(dot), where=spread > 0)
+    scale = np.concatenate(row_lengths)[:, None] * np.linalg.norm(query_rows, axis=1)
+    cosine = np.divide(dot, scale, out=np.zeros_like(dot), where=scale > 0)
     return {"norm": np.repeat(norms[:, None], len(queries), axis=1), "dot": dot, "cosine": cosine}
 
 
@@ -81,35 +83,35 @@ def _plain_component(layers: tuple[Layer, ...], rank: int) -> DenseComponent:
 
 
 def content_baselines(train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
-    """Baselines from what the examples hold: random, and for texts tfidf, chars and bm25, for vectors pixels."""
+    """Baselines from the examples' contents: random, and for texts tfidf, chars and bm25, for vectors pixels."""
     baselines = {"random": np.random.default_rng(0).standard_normal((len(train), len(queries)))}
     if train[0].features is not None:
         return baselines | {
             "pixels": cosines(*(np.stack([e.features for e in part if e.features is not None]) for part in (train, queries)))
         }
-    documents, asked = ([e.text for e in part] for part in (train, queries))
+    documents, query_texts = ([e.text for e in part] for part in (train, queries))
     return baselines | {
-        "tfidf": _tfidf(documents, asked),
-        "chars": _tfidf(documents, asked, analyzer="char", ngram_range=(3, 5)),
-        "bm25": Words(documents).scores(asked),
+        "tfidf": _tfidf(documents, query_texts),
+        "chars": _tfidf(documents, query_texts, analyzer="char", ngram_range=(3, 5)),
+        "bm25": Words(documents).scores(query_texts),
     }
 
 
 def hidden_baseline(task: Task, model: torch.nn.Module, train: Sequence[Example], queries: Sequence[Example], batch_tokens: int) -> Scores:
-    """Cosine of the mean, over an example's tokens, of what the output layer is given."""
+    """Cosine of the output layer's mean input over an example's tokens."""
     return cosines(*(mean_hidden(task, model, part, batch_tokens) for part in (train, queries)))
 
 
-def _tfidf(documents: Sequence[str], asked: Sequence[str], **options: object) -> Scores:
+def _tfidf(documents: Sequence[str], queries: Sequence[str], **options: object) -> Scores:
     vectorizer = library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in documents):
-        return np.zeros((len(documents), len(asked)))  # not a word in any of them
-    return (vectorizer.fit_transform(documents) @ vectorizer.transform(asked).T).toarray()
+        return np.zeros((len(documents), len(queries)))  # no words
+    return (vectorizer.fit_transform(documents) @ vectorizer.transform(queries).T).toarray()
 
 
 def require_libraries() -> None:
-    """Refuse to begin what would end for want of a library.
+    """Check that the libraries of the baselines are installed.
 
     Raises:
         UsageError: scikit-learn, scipy or bm25s is not installed.

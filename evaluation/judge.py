@@ -33,18 +33,18 @@ _SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an index or a matrix of scores is worth on a pack.
+    """Result of an index or a matrix of scores on a pack.
 
     Attributes:
         pack: its name.
         estimate: the LDS with its interval.
         bytes_per_example, encoder_bytes: of the index; None for scores from a file.
-        queries, subsets, seeds, examples: how many the figure rests on; `half` of the queries were asked.
-        ceiling: what the noise between seeds admits; None with one seed.
-        split_half: how well one half of the seeds predicts the other; None with one seed.
+        queries, subsets, seeds, examples: their numbers; `half` names the queries used.
+        ceiling: the highest LDS that the noise between seeds allows; None with one seed.
+        split_half: correlation of one half of the seeds with the other; None with one seed.
         baselines: name -> estimate on the same queries and subsets.
-        leads: name -> by how much the judged scores are above that baseline.
-        method: what was judged: the build's options that differ from the defaults, or the file.
+        leads: name -> difference of the scores' LDS to that baseline's.
+        method: the build's options that differ from the defaults, or the file of scores.
     """
 
     pack: str
@@ -63,22 +63,22 @@ class Judgement:
     method: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as `wherefrom evaluate lds --json` prints it."""
-        found = {k: v for k, v in asdict(self).items() if k not in ("estimate", "baselines", "leads")}
-        found |= {name: None if found[name] is None else round(found[name], 4) for name in ("ceiling", "split_half")}
+        """JSON-ready form, as `wherefrom evaluate lds --json` prints it."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("estimate", "baselines", "leads")}
+        fields |= {name: None if fields[name] is None else round(fields[name], 4) for name in ("ceiling", "split_half")}
         leads = {
             name: {"lead": round(e.value, 4), "lead_low": round(e.low, 4), "lead_high": round(e.high, 4)} for name, e in self.leads.items()
         }
         baselines = {name: {**_plain(e), **leads[name]} for name, e in self.baselines.items()}
-        return {"pack": self.pack, **_plain(self.estimate), **found, "baselines": baselines, "protocol": self.protocol}
+        return {"pack": self.pack, **_plain(self.estimate), **fields, "baselines": baselines, "protocol": self.protocol}
 
     @property
     def protocol(self) -> str:
-        """How the figure came about, in a sentence."""
-        which = {"all": "all", "even": "the even-numbered", "odd": "the odd-numbered"}[self.half]
+        """Description of the protocol, in a sentence."""
+        half = {"all": "all", "even": "the even-numbered", "odd": "the odd-numbered"}[self.half]
         return (
             f"Spearman's correlation over {self.subsets} retrained subsets (mean of {self.seeds} seed{'s' if self.seeds > 1 else ''}) of "
-            f"{self.examples:,} examples, mean over {which} {self.queries} queries; 95 % intervals by bootstrap over subsets and queries"
+            f"{self.examples:,} examples, mean over {half} {self.queries} queries; 95 % intervals by bootstrap over subsets and queries"
             + ("; so few subsets say hardly anything: look at the interval" if self.subsets < _FEW_SUBSETS else "")
         )
 
@@ -98,97 +98,99 @@ def judge_index(
 
     Args:
         directory: the pack.
-        options: of the build (`BuildConfig`), but for data and out; the pack says how its documents are encoded.
-        data: where an image pack's IDX files lie.
-        half: which queries are asked.
+        options: of the build (`BuildConfig`), without data and out; the pack defines the encoding of its documents.
+        data: directory of an image pack's IDX files.
+        half: the queries to use.
         mode: "influence" or "cosine".
-        out: where the index is kept; by default it is thrown away.
-        baselines: whether they are judged too, which may take longer than the index.
+        out: the index to write; by default a temporary one.
+        baselines: judge these too, which may take longer than the index.
 
     Raises:
         NotFoundError, IntegrityError: see `read_pack`.
-        IncompatibleError: the model or its tokenizer is not one that the pack's documents fit.
+        IncompatibleError: the model or its tokenizer does not fit the pack's documents.
     """
     require_libraries()
     pack = read_pack(directory, data).half(half)
     with tempfile.TemporaryDirectory(prefix="wherefrom-") as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         if out is not None:
             refuse_occupied(out)
-        documents = pack.train_file or _images_file(pack, place, out)
-        given = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
-        config = BuildConfig(data=(str(documents),), out=str(out or place / "index.wherefrom"), **given)
-        _refuse_other_end(pack, config)
+        documents = pack.train_file or _images_file(pack, folder, out)
+        settings = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
+        config = BuildConfig(data=(str(documents),), out=str(out or folder / "index.wherefrom"), **settings)
+        _check_append_token(pack, config)
         build(config, reporter or Silent())
         client = Client(config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
         train = [client.index.example(row) for row in range(len(client.index))]
         if [e.id for e in train] != [d.id for d in pack.train]:
-            raise IntegrityError(f"{directory}: its {len(pack.train)} documents became {len(train)} other examples; each must become one")
-        asked = client.encode(pack.queries)
+            raise IntegrityError(f"{directory}: its {len(pack.train)} documents gave {len(train)} examples that differ; each must give one")
+        query_examples = client.encode(pack.queries)
         if options.get("model") is None:
-            _refuse_other_model(pack, client.task, client.encoder.model, asked)
-        queries = client.measure(asked)
+            _check_model(pack, client.task, client.encoder.model, query_examples)
+        queries = client.measure(query_examples)
         scores = score_matrix(client, queries, Metric(mode))
-        beside = {}
+        baseline_scores = {}
         if baselines:
-            beside = content_baselines(train, asked) | gradient_baselines(client, train, asked)
-            beside["hidden"] = hidden_baseline(client.task, client.encoder.model, train, asked, client.encoder.plan.batch_tokens)
+            baseline_scores = content_baselines(train, query_examples) | gradient_baselines(client, train, query_examples)
+            baseline_scores["hidden"] = hidden_baseline(
+                client.task, client.encoder.model, train, query_examples, client.encoder.plan.batch_tokens
+            )
         summary = client.index.summary()
-        judged = _judge(pack, half, scores, beside)
+        judgement = _judge(pack, half, scores, baseline_scores)
         defaults = BuildConfig(model="-", data=("x",), out="-")
-        ours = {"model", "data", "out", "task", "workers", "address", *pack.build}
-        method = {k: v for k, v in asdict(config).items() if k not in ours and v != asdict(defaults)[k]}
-        known = ("curvature", "projection", "damping", "bits_a_key", "weight")
-        components = {s["name"]: {k: v for k, v in s.items() if k in known} for s in summary["components"]}
+        hidden = {"model", "data", "out", "task", "workers", "address", *pack.build}
+        method = {k: v for k, v in asdict(config).items() if k not in hidden and v != asdict(defaults)[k]}
+        shown = ("curvature", "projection", "damping", "bits_a_key", "weight")
+        components = {c["name"]: {k: v for k, v in c.items() if k in shown} for c in summary["components"]}
         sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
-        return replace(judged, **sizes, method={"mode": mode, **components, **method})
+        return replace(judgement, **sizes, method={"mode": mode, **components, **method})
 
 
 def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:
-    """An image pack's examples as a file that a build reads; beside the index where that is kept, since a build may be taken up again."""
+    """Write an image pack's examples to a file for the build: next to the index if that is kept, so the build can resume."""
     file = scratch / "train.jsonl"
     write_documents_file(pack.train, file)
     if out is None:
         return file
-    kept = Path(f"{out.resolve()}.images.jsonl")
-    if not kept.exists():
-        write_whole(kept, file.read_bytes())
-    elif not kept.is_file() or kept.read_bytes() != file.read_bytes():
-        raise UsageError(f"{kept}, where the pack's images would be kept, is something else; choose another --out")
-    return kept
+    path = Path(f"{out.resolve()}.images.jsonl")
+    if not path.exists():
+        write_whole(path, file.read_bytes())
+    elif not path.is_file() or path.read_bytes() != file.read_bytes():
+        raise UsageError(f"{path} exists and is not the pack's images; choose another out")
+    return path
 
 
 def judge_scores(
     directory: Path, file: Path, *, model: str | None = None, data: Path | None = None, half: Half = "all", device: str = "auto"
 ) -> Judgement:
-    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, beside the baselines that need no index.
+    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, with the baselines without index.
 
     Args:
         file: scores of all the pack's queries, positive for an example that lowers the query's loss.
 
     Raises:
         NotFoundError, IntegrityError: see `read_pack`; there is no such file.
-        UsageError: it holds something else, or a shape that does not fit the pack.
+        UsageError: the file is not a matrix, or its shape does not fit the pack.
     """
     require_libraries()
-    whole = read_pack(directory, data)
-    pack = whole.half(half)
+    full_pack = read_pack(directory, data)
+    pack = full_pack.half(half)
     scores = _read_scores(file)
-    if scores.ndim != 2 or scores.shape[1] != whole.losses.shape[2]:
+    if scores.ndim != 2 or scores.shape[1] != full_pack.losses.shape[2]:
         raise UsageError(
-            f"{file} has the shape {scores.shape}; this pack needs {(len(whole.train), whole.losses.shape[2])} (examples, queries)"
+            f"{file} has the shape {scores.shape}; this pack needs {(len(full_pack.train), full_pack.losses.shape[2])} (examples, queries)"
         )
-    kept = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[half]
+    columns = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[half]
     task = find_task(pack.task)
     source = ModelSource(model or str(pack.model), device=device)
     encoder = task.encoder(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
-    train, asked = ([_example(e) for e in encoder.documents(documents)] for documents in (pack.train, pack.queries))
-    loaded = task.load(source)
+    train, query_examples = ([_example(e) for e in encoder.documents(documents)] for documents in (pack.train, pack.queries))
+    network = task.load(source)
     if model is None:
-        _refuse_other_model(pack, task, loaded, asked)
-    baselines = content_baselines(train, asked)
-    baselines["hidden"] = hidden_baseline(task, loaded, train, asked, task.batch_tokens["cpu"])
-    return replace(_judge(pack, half, scores[:, kept], baselines), method={"scores": str(file)})
+        _check_model(pack, task, network, query_examples)
+    baselines = content_baselines(train, query_examples)
+    baselines["hidden"] = hidden_baseline(task, network, train, query_examples, task.batch_tokens["cpu"])
+    return replace(_judge(pack, half, scores[:, columns], baselines), method={"scores": str(file)})
 
 
 def _judge(pack: Pack, half: Half, scores: Scores, baselines: Mapping[str, Scores]) -> Judgement:
@@ -211,8 +213,8 @@ def _judge(pack: Pack, half: Half, scores: Scores, baselines: Mapping[str, Score
     )
 
 
-def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
-    """The pack says which token ended its documents; the build appends the tokenizer's own."""
+def _check_append_token(pack: Pack, config: BuildConfig) -> None:
+    """Check that the tokenizer's end-of-text token is the one that the pack appended."""
     if pack.append_token is None:
         return
     from ..indexer.models import load_tokenizer
@@ -220,18 +222,18 @@ def _refuse_other_end(pack: Pack, config: BuildConfig) -> None:
     eos = load_tokenizer(model_sources(config)[0]).eos_token_id
     if eos != pack.append_token:
         raise IncompatibleError(
-            f"the pack's documents end with token {pack.append_token}, this tokenizer's with {eos}; is --model the right one?"
+            f"the pack's documents end with token {pack.append_token}, this tokenizer's with {eos}; give the pack's model"
         )
 
 
-def _refuse_other_model(pack: Pack, task: Task, model: nn.Module, asked: Sequence[Example]) -> None:
-    """The pack's own model must give its queries the losses that the pack tells (up to the precision that it was saved in)."""
+def _check_model(pack: Pack, task: Task, model: nn.Module, queries: Sequence[Example]) -> None:
+    """Check that the model gives the pack's queries the losses in the pack, up to the precision that it was saved in."""
     if pack.full_losses is not None:
-        measured = measure_losses(task, model, asked)
-        if np.abs(measured - pack.full_losses).mean() > _SAME_MODEL * pack.full_losses.mean():
+        losses = measure_losses(task, model, queries)
+        if np.abs(losses - pack.full_losses).mean() > _SAME_MODEL * pack.full_losses.mean():
             raise IncompatibleError(
-                f"{pack.model} is not the model that the pack was made with: its queries' loss is {measured.mean():.4g} nats under it, "
-                f"the pack says {pack.full_losses.mean():.4g}; restore it, or name the right one with --model"
+                f"{pack.model} is not the pack's model: its mean loss on the queries is {losses.mean():.4g} nats, in the pack it is "
+                f"{pack.full_losses.mean():.4g}; restore it, or set model"
             )
 
 
@@ -245,12 +247,12 @@ def _read_scores(file: Path) -> np.ndarray:
     if not file.is_file():
         raise NotFoundError(f"there is no file {file}")
     try:
-        loaded = np.load(file, allow_pickle=False)
-        matrix = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]] if len(loaded.files) == 1 else None
-    except Exception:  # numpy's readers raise what they like, and advise to allow pickles
+        content = np.load(file, allow_pickle=False)
+        matrix = content if isinstance(content, np.ndarray) else content[content.files[0]] if len(content.files) == 1 else None
+    except Exception:  # numpy's readers raise many kinds of error, and advise to allow pickles
         matrix = None
     if matrix is None or matrix.dtype.kind not in "fiu":
-        raise UsageError(f"{file} is not a matrix of numbers saved by numpy (.npy, or an .npz with nothing else in it)")
+        raise UsageError(f"{file} is not a matrix of numbers saved by numpy (.npy, or an .npz with one array)")
     return matrix.astype(np.float64)
 
 
@@ -259,7 +261,7 @@ def _plain(e: Estimate) -> dict[str, float]:
 
 
 def show(judgement: Judgement) -> None:
-    """Print a judgement for people."""
+    """Print a judgement as a table."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -270,10 +272,17 @@ def show(judgement: Judgement) -> None:
     size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
     rows = {"this index" if size else "these scores": (judgement.estimate, size)}
     rows |= {f"baseline: {name}": (e, "") for name, e in judgement.baselines.items()}
-    for name, (e, stored) in rows.items():
+    for name, (e, bytes_per_example) in rows.items():
         lead = judgement.leads.get(name.removeprefix("baseline: "))
-        shown = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
-        table.add_row(name, f"{e.value:.3f}", f"{e.low:.3f} to {e.high:.3f}", shown, stored, style="bold" if name.startswith("th") else "")
+        lead_interval = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
+        table.add_row(
+            name,
+            f"{e.value:.3f}",
+            f"{e.low:.3f} to {e.high:.3f}",
+            lead_interval,
+            bytes_per_example,
+            style="bold" if not name.startswith("baseline") else "",
+        )
     if judgement.ceiling is not None and judgement.split_half is not None:
         table.add_row("ceiling", f"{judgement.ceiling:.3f}", "", "", "")
         table.add_row("half of the seeds for the others", f"{judgement.split_half:.3f}", "", "", "")

@@ -1,12 +1,12 @@
-"""The linear datamodeling score: do summed scores rank subsets as retraining on them does?
+"""Linear datamodeling score (LDS): rank correlation of summed scores with the losses after retraining on subsets.
 
-For a query q and subsets A_1..A_S of the training examples, each retrained on:
+For a query q and subsets A_1..A_S of the training examples:
 
     LDS(q) = Spearman over s of ( -sum_{i in A_s} score(i, q),  mean over seeds of loss_q(model trained on A_s) )
 
-(Park et al., TRAK, arXiv 2303.14186, eq. 5), averaged over queries. 1 is a perfect ranking, 0 says nothing. Retraining is noisy, so a
-figure comes with an interval, by bootstrap over subsets and queries at once (wide rather than narrow: it counts the noise of single queries
-twice), and with the ceiling that the noise between seeds puts on any method.
+(Park et al., TRAK, arXiv 2303.14186, eq. 5), averaged over queries. 1 is a perfect ranking, 0 is chance. Retraining is noisy, so a figure
+has an interval, by bootstrap over subsets and queries together (conservative: it counts the noise of single queries twice), and a
+ceiling, the highest LDS that the noise between seeds allows.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,11 +36,11 @@ def lds(
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
 ) -> Float64[np.ndarray, " queries"]:
-    """Each query's LDS; NaN where its losses are the same on every subset, 0 where the scores are.
+    """Each query's LDS; NaN if its losses are the same on every subset, 0 if the scores are.
 
     Args:
         scores: positive for an example that lowers the query's loss.
-        masks: which examples each subset holds.
+        masks: True for the examples in each subset.
         losses: of the queries (nats) under the models trained on the subsets.
 
     Raises:
@@ -56,7 +56,7 @@ def lds(
 
 
 def _predicted(scores: np.ndarray, masks: np.ndarray) -> Float64[np.ndarray, "subsets queries"]:
-    """Minus the sums over subsets, without the round-off that would break ties."""
+    """Negative sums over subsets, rounded so that round-off does not break ties."""
     sums = -(masks.astype(np.float64) @ scores.astype(np.float64))
     size = np.abs(sums).max(axis=0)
     return np.round(sums / np.where(size > 0, size, 1.0), 10)
@@ -70,26 +70,27 @@ def estimate(
 ) -> Estimate:
     """The mean LDS over queries, with its interval by bootstrap over subsets and queries."""
     value = _mean(lds(scores, masks, losses))
-    predicted, actual = _predicted(scores, masks), losses.mean(axis=1, dtype=np.float64)
+    predicted = _predicted(scores, masks)
+    actual = losses.mean(axis=1, dtype=np.float64)
 
-    def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
-        at = np.ix_(subsets, queries)
-        return _mean(columns_correlation(predicted[at], actual[at]))
+    def statistic(subsets: np.ndarray, queries: np.ndarray) -> float:
+        cells = np.ix_(subsets, queries)
+        return _mean(columns_correlation(predicted[cells], actual[cells]))
 
-    return Estimate(value, *interval(drawn, actual.shape, seed))
+    return Estimate(value, *interval(statistic, actual.shape, seed))
 
 
 def split_half(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
-    """How well one half of the seeds ranks the subsets for the other, averaged over all such splits; None with one seed."""
+    """Rank correlation of one half of the seeds with the other, averaged over all splits; None with one seed."""
     seeds = losses.shape[1]
     return _agreement(losses, list(combinations(range(seeds), seeds // 2)), rest=True) if seeds > 1 else None
 
 
 def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
-    """The LDS of a method that knew each subset's expected loss, against the mean of the seeds that there are; None with one seed.
+    """The LDS of each subset's expected loss against the mean of the seeds; None with one seed.
 
-    With r the agreement of two single seeds, the mean of k seeds has reliability k r / (1 + (k - 1) r) (Spearman, Brown), and what is
-    free of noise correlates with it by the square root of that.
+    With r the agreement of two single seeds, the mean of k seeds has reliability k r / (1 + (k - 1) r) (Spearman, Brown), and its
+    correlation with noise-free values is the square root of that.
     """
     seeds = losses.shape[1]
     single = _agreement(losses, list(combinations(range(seeds), 2)), rest=False) if seeds > 1 else None
@@ -98,19 +99,19 @@ def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
     return float(np.sqrt(max(0.0, seeds * single / (1 + (seeds - 1) * single))))
 
 
-def _agreement(losses: np.ndarray, chosen: Sequence[tuple[int, ...]], rest: bool) -> float | None:
-    """The mean rank correlation of some seeds' mean with that of the rest, or of the two seeds of each pair."""
-    found = []
-    for group in chosen:
-        others = [s for s in range(losses.shape[1]) if s not in group] if rest else list(group[1:])
-        ours = list(group) if rest else [group[0]]
-        found.append(_mean(columns_correlation(*(losses[:, part].mean(axis=1, dtype=np.float64) for part in (ours, others)))))
-    known = [value for value in found if not np.isnan(value)]
-    return float(np.mean(known)) if known else None
+def _agreement(losses: np.ndarray, groups: Sequence[tuple[int, ...]], rest: bool) -> float | None:
+    """Mean rank correlation of each group of seeds with the rest, or of the two seeds of each pair."""
+    correlations = []
+    for group in groups:
+        first = list(group) if rest else [group[0]]
+        second = [s for s in range(losses.shape[1]) if s not in group] if rest else list(group[1:])
+        correlations.append(_mean(columns_correlation(*(losses[:, seeds].mean(axis=1, dtype=np.float64) for seeds in (first, second)))))
+    finite = [value for value in correlations if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else None
 
 
 def interval(statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[int, int], seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of `statistic(rows, columns)` when the rows and columns of a table are drawn with replacement."""
+    """95 % percentile interval of `statistic(rows, columns)` over rows and columns of a table drawn with replacement."""
     generator = np.random.default_rng(seed)
     draws = [statistic(*(generator.integers(n, size=n) for n in shape)) for _ in range(_RESAMPLES)]
     tail = (1 - _CONFIDENCE) / 2
@@ -119,8 +120,8 @@ def interval(statistic: Callable[[np.ndarray, np.ndarray], float], shape: tuple[
 
 
 def _mean(values: Float64[np.ndarray, " n"]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    finite = values[~np.isnan(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def columns_correlation(
@@ -141,12 +142,14 @@ def difference(
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
 ) -> Estimate:
-    """By how much the LDS of `scores` is above that of `others`, with the interval of the difference: both on the same drawn subsets."""
+    """Difference of the LDS of `scores` and `others`, with its interval from the same drawn subsets."""
     value = _mean(lds(scores, masks, losses)) - _mean(lds(others, masks, losses))
-    ours, theirs, actual = _predicted(scores, masks), _predicted(others, masks), losses.mean(axis=1, dtype=np.float64)
+    first = _predicted(scores, masks)
+    second = _predicted(others, masks)
+    actual = losses.mean(axis=1, dtype=np.float64)
 
-    def drawn(subsets: np.ndarray, queries: np.ndarray) -> float:
-        at = np.ix_(subsets, queries)
-        return _mean(columns_correlation(ours[at], actual[at])) - _mean(columns_correlation(theirs[at], actual[at]))
+    def statistic(subsets: np.ndarray, queries: np.ndarray) -> float:
+        cells = np.ix_(subsets, queries)
+        return _mean(columns_correlation(first[cells], actual[cells])) - _mean(columns_correlation(second[cells], actual[cells]))
 
-    return Estimate(value, *interval(drawn, actual.shape))
+    return Estimate(value, *interval(statistic, actual.shape))

@@ -1,8 +1,8 @@
-"""Ground-truth packs: what retraining on subsets of a training set did to the losses of some queries.
+"""Ground-truth packs: the losses of some queries after retraining on subsets of a training set.
 
 A pack is a directory (docs/evaluation.md specifies it): `meta.json`, `ground_truth.npz` with the subsets and the losses, the training
-examples and queries (JSON lines; or rows of MNIST's IDX files, which lie elsewhere), and the model trained on all examples. Nothing in it
-is believed before it is checked: a pack that contradicts itself would otherwise give a figure all the same.
+examples and queries (JSON lines; or rows of MNIST's IDX files, stored elsewhere), and the model trained on all examples. Every part is
+checked, since an inconsistent pack would otherwise give a meaningless figure.
 """
 
 import gzip
@@ -26,25 +26,26 @@ _IMAGES = {
     "images": ("t10k-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte"),
     "labels": ("t10k-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte"),
 }
-_PIXEL_MEAN, _PIXEL_DEVIATION = 0.1307, 0.3081
+_PIXEL_MEAN = 0.1307
+_PIXEL_DEVIATION = 0.3081
 _EPOCH = re.compile(r"model-epoch(\d+)")
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack that was read and checked.
+    """A pack, checked.
 
     Attributes:
         name: of its directory.
         task: "causal-lm" or "mlp".
         model: the model to index: a directory, or a safetensors file.
-        masks: which training examples each subset holds.
+        masks: True for the training examples in each subset.
         losses: the queries' losses (nats) under the models trained on the subsets.
         train, queries: the documents, in the masks' and the losses' order.
-        build: options that the pack dictates to a build: how its documents were encoded in training.
-        train_file: where the training documents lie as JSON lines; None for images.
-        append_token: the token that ended each document; None where there was none.
-        full_losses: the queries' losses under `model`, where the pack tells them.
+        build: options that the pack sets for a build: the encoding of its documents in training.
+        train_file: the training documents as JSON lines; None for images.
+        append_token: the token at the end of each document; None without one.
+        full_losses: the queries' losses under `model`, if the pack has them.
     """
 
     name: str
@@ -60,16 +61,16 @@ class Pack:
     full_losses: Float32[np.ndarray, " queries"] | None
 
     def half(self, which: Half) -> "Pack":
-        """The pack with all queries, or those of even or odd number: choose on one half, report on the other.
+        """The pack with all queries, or those of even or odd number: tune on one half, report on the other.
 
         Raises:
-            UsageError: there is no query in that half whose losses differ.
+            UsageError: no query in that half has losses that differ.
         """
         if which == "all":
             return self
         part = slice(0 if which == "even" else 1, None, 2)
         if not (self.losses[:, :, part].mean(axis=1).std(axis=0) > 0).any():
-            raise UsageError(f"of the {which}-numbered queries of {self.name} there is none whose losses differ; ask all of them")
+            raise UsageError(f"no {which}-numbered query of {self.name} has losses that differ; use all queries")
         full = None if self.full_losses is None else self.full_losses[part]
         return replace(self, losses=self.losses[:, :, part], queries=self.queries[part], full_losses=full)
 
@@ -79,19 +80,22 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
 
     Args:
         directory: the pack.
-        data: where an image pack's IDX files lie; by default in the pack, or in `../../data` from there.
+        data: directory of an image pack's IDX files; by default the pack, or `../../data` from there.
 
     Raises:
-        NotFoundError: no such pack, or a file that it names is missing.
-        IntegrityError: its parts do not fit one another, or hold numbers that cannot be.
+        NotFoundError: the pack or one of its files is missing.
+        IntegrityError: its parts are inconsistent, or have invalid values.
     """
     meta = _meta(directory)
     truth = _truth(directory)
-    masks, losses = _checked(directory, truth, meta)
+    packed_masks, losses = _read_arrays(directory, truth, meta)
     if "arch" in meta:
         pixels, labels = _idx_files(directory, data)
         train, queries = (_images(directory, pixels, labels, truth, name) for name in ("train_rows", "test_rows"))
-        task, build, append, file = "mlp", {}, None, None
+        task = "mlp"
+        build = {}
+        append = None
+        file = None
         model = directory / "model-0.safetensors"
     else:
         file = directory / str(meta.get("train_file", "train.jsonl"))
@@ -104,20 +108,17 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
                 raise IntegrityError(f"{directory}/meta.json: {name} is {value!r}, not a whole number from {least}; make the pack again")
         task = "causal-lm"
         build = {"long": "truncate", "max_tokens": encoding.get("max_tokens"), "append_eos": append is not None}
-        model = _newest(directory)
+        model = _last_model(directory)
     if not model.exists():
-        raise NotFoundError(f"{model} is missing from the pack; restore it, or name a model with --model")
-    unpacked = np.unpackbits(masks, axis=1)
-    wasted = unpacked[:, len(train) :]
-    if masks.shape[1] != -(-len(train) // 8) or wasted.any():
-        raise IntegrityError(
-            f"{directory}: the masks are not of {len(train)} training examples, which is how many there are; make the pack again"
-        )
-    chosen = unpacked[:, : len(train)].astype(bool)
+        raise NotFoundError(f"{model} is missing from the pack; restore it, or set model")
+    unpacked = np.unpackbits(packed_masks, axis=1)
+    if packed_masks.shape[1] != -(-len(train) // 8) or unpacked[:, len(train) :].any():
+        raise IntegrityError(f"{directory}: the masks are not of its {len(train)} training examples; make the pack again")
+    masks = unpacked[:, : len(train)].astype(bool)
     if losses.shape[2] != len(queries):
         raise IntegrityError(f"{directory}: there are losses of {losses.shape[2]} queries, but {len(queries)} queries; make the pack again")
-    empty = ~chosen.any(axis=1) | chosen.all(axis=1)
-    if empty.any() or len(np.unique(chosen, axis=0)) < 2:
+    empty = ~masks.any(axis=1) | masks.all(axis=1)
+    if empty.any() or len(np.unique(masks, axis=0)) < 2:
         raise IntegrityError(
             f"{directory}: subset {int(empty.argmax())} holds none or all of the examples, or all subsets are the same; make the pack again"
         )
@@ -126,7 +127,7 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
         raise IntegrityError(
             f"{directory}: full_losses are not a finite number for each of the {len(queries)} queries; make the pack again"
         )
-    return Pack(directory.resolve().name, task, model, chosen, losses, train, queries, build, file, append, full)
+    return Pack(directory.resolve().name, task, model, masks, losses, train, queries, build, file, append, full)
 
 
 def _meta(directory: Path) -> dict[str, Any]:
@@ -150,32 +151,31 @@ def _truth(directory: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays}
     except FileNotFoundError as error:
         raise NotFoundError(f"{directory} is not a pack, or not a finished one: it has no ground_truth.npz") from error
-    except Exception as error:  # zip, zlib and header parsing raise what they like
+    except Exception as error:  # zip, zlib and header parsing raise many kinds of error
         raise IntegrityError(f"{path} cannot be read ({error}); restore it or make the pack again") from error
 
 
-def _checked(directory: Path, truth: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _read_arrays(directory: Path, truth: dict[str, np.ndarray], meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     for name in ("masks", "losses", *(("train_rows", "test_rows") if "arch" in meta else ())):
         if name not in truth:
             raise IntegrityError(f"{directory}/ground_truth.npz has no {name}; restore it or make the pack again")
-    masks, losses = truth["masks"], truth["losses"]
+    masks = truth["masks"]
+    losses = truth["losses"]
     if masks.dtype != np.uint8 or masks.ndim != 2 or losses.ndim != 3 or not np.issubdtype(losses.dtype, np.floating):
         raise IntegrityError(
-            f"{directory}: masks must be bit-packed bytes [subsets, examples / 8] and losses numbers [subsets, seeds, queries]; they are "
+            f"{directory}: masks must be bit-packed bytes [subsets, examples / 8] and losses floats [subsets, seeds, queries]; they are "
             f"{masks.dtype} {list(masks.shape)} and {losses.dtype} {list(losses.shape)}"
         )
     if len(masks) != len(losses):
         raise IntegrityError(f"{directory}: there are masks of {len(masks)} subsets, but losses of {len(losses)}; make the pack again")
     if len(losses) < 2 or 0 in losses.shape:
-        raise IntegrityError(
-            f"{directory}: losses of shape {list(losses.shape)} rank nothing; a pack needs two subsets and a query at least"
-        )
+        raise IntegrityError(f"{directory}: losses have shape {list(losses.shape)}; a pack needs at least two subsets, a seed and a query")
     if not np.isfinite(losses).all():
         subset, seed, query = np.argwhere(~np.isfinite(losses))[0]
         raise IntegrityError(f"{directory}: the loss of query {query} on subset {subset}, seed {seed}, is not a finite number")
     if (losses.mean(axis=1).std(axis=0) == 0).all():
         raise IntegrityError(
-            f"{directory}: every query's loss is the same on all subsets, so there is nothing to rank; were they measured?"
+            f"{directory}: every query's loss is the same on all subsets, so there is nothing to rank; make the pack again"
         )
     return masks, losses
 
@@ -183,9 +183,9 @@ def _checked(directory: Path, truth: dict[str, np.ndarray], meta: dict[str, Any]
 def _documents(directory: Path, meta: dict[str, Any], kind: str) -> tuple[Document, ...]:
     path = directory / str(meta.get(f"{kind}_file", f"{kind}.jsonl"))
     if not path.is_file():
-        raise NotFoundError(f"{path}, which the pack's documents should be in, is missing; restore it")
-    written = meta.get("sha256", {})
-    if isinstance(written, dict) and written.get(f"{kind}.jsonl", sha256(path)) != sha256(path):
+        raise NotFoundError(f"the pack's file {path} is missing; restore it")
+    checksums = meta.get("sha256", {})
+    if isinstance(checksums, dict) and checksums.get(f"{kind}.jsonl", sha256(path)) != sha256(path):
         raise IntegrityError(f"{path} is not the file that the pack was made with (SHA-256 differs); restore it or make the pack again")
     documents = []
     for document in read_corpus([str(path)], Fields()):
@@ -195,37 +195,36 @@ def _documents(directory: Path, meta: dict[str, Any], kind: str) -> tuple[Docume
     return tuple(documents)
 
 
-def _newest(directory: Path) -> Path:
-    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _EPOCH.fullmatch(p.name)) and p.is_dir()]
-    return max(found)[1] if found else directory / "model-epoch1"
+def _last_model(directory: Path) -> Path:
+    models = [(int(m[1]), p) for p in directory.iterdir() if (m := _EPOCH.fullmatch(p.name)) and p.is_dir()]
+    return max(models)[1] if models else directory / "model-epoch1"
 
 
 def _idx_files(directory: Path, data: Path | None) -> tuple[np.ndarray, np.ndarray]:
     places = [data] if data else [directory, directory.resolve().parents[1] / "data"]
-    found = {}
+    arrays = {}
     for kind, names in _IMAGES.items():
         paths = [place / name for place in places for name in names if (place / name).is_file()]
         if not paths:
-            raise NotFoundError(
-                f"there is no {names[0]} in {' or '.join(map(str, places))}; name the directory of the IDX files with --data"
-            )
-        found[kind] = _idx(paths[0])
-    images, labels = found["images"], found["labels"]
+            raise NotFoundError(f"there is no {names[0]} in {' or '.join(map(str, places))}; set data to the directory of the IDX files")
+        arrays[kind] = _idx(paths[0])
+    images = arrays["images"]
+    labels = arrays["labels"]
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise IntegrityError(f"the IDX files hold arrays of shapes {images.shape} and {labels.shape}, not images and their labels")
+        raise IntegrityError(f"the IDX files have arrays of shapes {images.shape} and {labels.shape}, not images and their labels")
     return images, labels
 
 
 def _idx(path: Path) -> np.ndarray:
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        dimensions = raw[3]
-        shape = np.frombuffer(raw, ">i4", dimensions, 4)
-        if raw[:3] != b"\0\0\x08" or not 1 <= dimensions <= 3:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, 4)
+        if content[:3] != b"\0\0\x08" or not 1 <= dimensions <= 3:
             raise ValueError("its first bytes are not those of bytes in IDX format")
-        return np.frombuffer(raw, np.uint8, int(shape.prod()), 4 + 4 * dimensions).reshape(shape)
+        return np.frombuffer(content, np.uint8, int(shape.prod()), 4 + 4 * dimensions).reshape(shape)
     except (OSError, ValueError, IndexError, EOFError, zlib.error) as error:
-        raise IntegrityError(f"{path} is not a whole IDX file ({error}); fetch it again") from error
+        raise IntegrityError(f"{path} is not a complete IDX file ({error}); fetch it again") from error
 
 
 def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict[str, np.ndarray], name: str) -> tuple[Document, ...]:
@@ -238,9 +237,7 @@ def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict
         or rows.max() >= len(images)
         or len(set(rows.tolist())) < len(rows)
     ):
-        raise IntegrityError(
-            f"{directory}: {name} names images twice, or outside the {len(images)} that there are; is --data the right one?"
-        )
+        raise IntegrityError(f"{directory}: {name} has duplicates, or indices outside the {len(images)} images; check data")
     scaled = ((images[rows].reshape(len(rows), -1) / 255.0 - _PIXEL_MEAN) / _PIXEL_DEVIATION).astype(np.float32)
     return tuple(
         Document(id=f"{name}-{i}", source="mnist", where=f"image {row}", features=scaled[i], label=int(labels[row]))
@@ -249,7 +246,7 @@ def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict
 
 
 def write_documents_file(documents: Sequence[Document], path: Path) -> None:
-    """Documents as JSON lines that an ordinary build reads, in whatever form they are."""
+    """Write documents of any form as JSON lines that a build can read."""
 
     def lines() -> Iterator[str]:
         for d in documents:

@@ -1,12 +1,10 @@
-"""Making ground truth: the user's own training function, run on random subsets, and what it does to the losses of some queries.
+"""Creation of ground truth: a user's training function, run on random subsets, and the losses of some queries afterwards.
 
-A training function is `train(examples, model, seed) -> nn.Module`: it gets the examples that it may train on (token ids, loss mask, text;
-in the corpus' order), the directory or hub id given with --model, and a seed for whatever it draws. It is named as `module:function` and
-imported in every worker.
+A training function is `train(examples, model, seed) -> nn.Module`: its arguments are the training examples (token ids, loss mask, text; in
+the corpus' order), the directory or hub id of the model, and a random seed. It is named as `module:function` and imported in every worker.
 
-`wherefrom pack` retrains on many subsets, as a job of many short tasks: each (subset, seed) publishes its losses as one file that is never
-computed again, so a job that was killed goes on where it was. What the whole pack is goes into ground_truth.npz last; until then it is
-no pack.
+`wherefrom pack` retrains on many subsets, as a job of many short tasks: each (subset, seed) publishes its losses as one file, so a killed
+job resumes. ground_truth.npz is written last; without it the directory is not a pack.
 """
 
 import inspect
@@ -47,17 +45,17 @@ _MEASURE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What a pack is made of.
+    """Settings of a pack.
 
     Attributes:
         train: the training function, `module:function`.
         model: directory or hub id whose tokenizer encodes the documents (and which the function may start from).
         data, queries: files of documents, as for a build.
-        out: the directory to make.
-        subsets: how many random subsets; `fraction` of the examples are in each.
+        out: the directory to create.
+        subsets: number of random subsets; each has `fraction` of the examples.
         seeds: trainings on each subset.
-        max_tokens: longest example; what follows is cut off.
-        append_eos: whether the tokenizer's end-of-text token ends a document.
+        max_tokens: longest example; the rest of a document is cut off.
+        append_eos: append the tokenizer's end-of-text token to a document.
         seed: draws the subsets.
         workers, threads, address, device: as for a build.
     """
@@ -81,16 +79,16 @@ class PackConfig:
     def __post_init__(self) -> None:
         for name, least in (("subsets", 2), ("seeds", 1), ("max_tokens", 2), ("workers", 1), ("threads", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.fraction < 1:
-            raise UsageError(f"--fraction is {self.fraction}; it must be between 0 and 1")
+            raise UsageError(f"fraction is {self.fraction}; it must be between 0 and 1")
         if max(self.subsets, self.seeds, self.seed) >= 1 << 31:
-            raise UsageError("--subsets, --seeds or --seed is beyond any that could be meant")
+            raise UsageError("subsets, seeds or seed is too large; it must be below 2**31")
         if not all((self.model, self.queries, self.out, *self.data)) or "-" in (*self.data, self.queries):
-            raise UsageError("--model, --data, --queries or --out is empty or standard input, which could not be read again; name files")
+            raise UsageError("model, data, queries or out is empty, or standard input, which cannot be read twice; name files")
 
-    def what(self) -> dict[str, Any]:
-        """The options that decide what the pack holds."""
+    def content_options(self) -> dict[str, Any]:
+        """Options that determine the pack's content."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW}
 
 
@@ -98,36 +96,37 @@ _HOW = ("out", "workers", "threads", "address", "device")
 
 
 def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
-    """Make a pack, or go on with one that was interrupted; returns its directory.
+    """Make a pack, or resume one that was interrupted; returns its directory.
 
     Raises:
-        UsageError: options that cannot be meant, or `out` holds something else.
-        NotFoundError: the training function, the model or a file is not there.
-        DataError, NumericalError: a document cannot be used; a training ends in losses that are not finite.
+        UsageError: invalid options, or `out` has other content.
+        NotFoundError: the training function, the model or a file is missing.
+        DataError, NumericalError: a document is unusable; a training ends in losses that are not finite.
     """
-    reporter, out = reporter or Silent(), Path(config.out)
+    reporter = reporter or Silent()
+    out = Path(config.out)
     function = import_object(config.train, "training function")
     if not callable(function):
         raise UsageError(f"{config.train} is not a function")
     resolve_device(config.device)
-    end = load_tokenizer(ModelSource(config.model)).eos_token_id if config.append_eos else None
+    append_token = load_tokenizer(ModelSource(config.model)).eos_token_id if config.append_eos else None
     if out.exists() and (not out.is_dir() or ({p.name for p in out.iterdir()} - {".lock"} and not (out / "pack.json").is_file())):
-        raise UsageError(f"--out {out} holds other things; choose a directory that does not exist yet")
+        raise UsageError(f"{out} has other content; choose an out that does not exist yet")
     train, queries = (_documents(sources) for sources in (config.data, (config.queries,)))
     masks = draw_masks(len(train), config.subsets, config.fraction, config.seed)
-    what = {
-        **config.what(),
+    description = {
+        **config.content_options(),
         "the documents": sha256(repr((train, queries)).encode()).hexdigest(),
         "the training function's module": _source_hash(function),
         "the model's files": json.loads(json.dumps(describe_files([Path(config.model)]))),
     }
     with exclusive(out):
-        begun = (out / "pack.json").is_file() and any((out / "pieces").glob("*.npy"))  # what has no training yet is nothing to protect
-        known = read_json(out / "pack.json") if begun else what
-        different = [k for k in what if known.get(k) != what[k]]
+        started = (out / "pack.json").is_file() and any((out / "pieces").glob("*.npy"))  # without any training it can be overwritten
+        previous = read_json(out / "pack.json") if started else description
+        different = [k for k in description if previous.get(k) != description[k]]
         if different:
-            raise UsageError(f"--out {out} holds a pack that differs from this one ({', '.join(different)}); choose another --out")
-        write_whole(out / "pack.json", json.dumps(what).encode())
+            raise UsageError(f"{out} has a pack that differs from this one ({', '.join(different)}); choose another out")
+        write_whole(out / "pack.json", json.dumps(description).encode())
         for name, documents in (("train.jsonl", train), ("query.jsonl", queries)):
             write_documents_file(documents, out / f".{name}")
             (out / f".{name}").replace(out / name)
@@ -138,11 +137,11 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
         )
         with open_executor(partial(_with_threads, worker, config.threads), resources) as executor:
             reporter.stage("training on everything", len(train))
-            (whole,) = executor.map("whole", (), [()], reporter)
+            (full_losses,) = executor.map("train_full", (), [()], reporter)
             reporter.stage("retraining on subsets", int(masks.sum()) * config.seeds)
             tasks = [(f"{subset:05d}-{seed}", np.flatnonzero(masks[subset]), 1 + subset * config.seeds + seed) for subset, seed in pieces]
-            losses = np.stack(list(executor.map("piece", (), tasks, reporter)))
-        _publish(out, config, masks, losses.reshape(config.subsets, config.seeds, -1), whole, end)
+            losses = np.stack(list(executor.map("train_subset", (), tasks, reporter)))
+        _publish(out, config, masks, losses.reshape(config.subsets, config.seeds, -1), full_losses, append_token)
     return out
 
 
@@ -150,11 +149,11 @@ def draw_masks(examples: int, subsets: int, fraction: float, seed: int) -> Bool[
     """Random subsets of a fixed size, each drawn without replacement.
 
     Raises:
-        UsageError: the fraction leaves none or all of the examples.
+        UsageError: a subset would have none or all of the examples.
     """
     size = round(fraction * examples)
     if not 0 < size < examples:
-        raise UsageError(f"--fraction {fraction} of {examples} examples is {size}; a subset must hold some and leave some")
+        raise UsageError(f"fraction {fraction} of {examples} examples is {size}; a subset must have some and leave some out")
     masks = np.zeros((subsets, examples), bool)
     for i, mask in enumerate(masks):
         mask[np.random.Generator(np.random.Philox(key=[seed, i])).choice(examples, size, replace=False)] = True
@@ -166,43 +165,48 @@ class Retrainer:
 
     Args:
         train: the training function, `module:function`.
-        model: whose tokenizer encodes the documents.
-        directory: the pack that is being made.
+        model: provides the tokenizer.
+        directory: of the pack.
     """
 
     def __init__(self, train: str, model: str, directory: str, max_tokens: int, append_eos: bool, device: str) -> None:
         self._train: Train = import_object(train, "training function")
         self._task: Task = CausalLM()
         self._source = ModelSource(model, device=device)
-        self._directory, self._max_tokens, self._append_eos = Path(directory), max_tokens, append_eos
+        self._directory = Path(directory)
+        self._max_tokens = max_tokens
+        self._append_eos = append_eos
 
-    def whole(self, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
+    def train_full(self, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
         """Train on all examples (seed 0) and publish the model; returns the queries' losses."""
-        final, path = self._directory / "model-epoch1", self._directory / "pieces" / "whole.npy"
-        losses = self._known(path)
+        final = self._directory / "model-epoch1"
+        path = self._directory / "pieces" / "whole.npy"
+        losses = self._load_losses(path)
         if losses is None or not (final / "config.json").is_file() or not list(final.glob("*.safetensors*")):
             model = self._model(range(len(self._examples)), 0)
             context = self._task.context(model)
             if context is not None and context < self._max_tokens:
-                raise UsageError(f"--max-tokens is {self._max_tokens}, the trained model's context is {context}; it can be at most that")
+                raise UsageError(f"max_tokens is {self._max_tokens}, above the trained model's context of {context}; lower it")
             losses = measure_losses(self._task, model, self._queries)
             self._save_model(model, final)
             _save(path, losses)
         progress(len(self._examples), 0)
         return losses
 
-    def piece(self, name: str, chosen: Sequence[int], seed: int, progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
+    def train_subset(
+        self, name: str, indices: Sequence[int], seed: int, progress: Progress = ignore_progress
+    ) -> Float32[np.ndarray, " queries"]:
         """The queries' losses (nats) after training on some examples; computed once, then read."""
         path = self._directory / "pieces" / f"{name}.npy"
-        losses = self._known(path)
+        losses = self._load_losses(path)
         if losses is None:
-            losses = measure_losses(self._task, self._model(chosen, seed), self._queries)
+            losses = measure_losses(self._task, self._model(indices, seed), self._queries)
             _save(path, losses)
-        progress(len(chosen), 0)
+        progress(len(indices), 0)
         return losses
 
-    def _known(self, path: Path) -> Float32[np.ndarray, " queries"] | None:
-        """A piece that is there already; a damaged one is as good as none."""
+    def _load_losses(self, path: Path) -> Float32[np.ndarray, " queries"] | None:
+        """Load stored losses; None if missing or damaged."""
         try:
             losses = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -229,8 +233,8 @@ class Retrainer:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _model(self, chosen: Sequence[int], seed: int) -> nn.Module:
-        return trained(self._train, [self._examples[i] for i in chosen], self._source.id, seed, self._source.device)
+    def _model(self, indices: Sequence[int], seed: int) -> nn.Module:
+        return trained(self._train, [self._examples[i] for i in indices], self._source.id, seed, self._source.device)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -249,30 +253,30 @@ class Retrainer:
         for example in self._encoder.documents(read_corpus([str(self._directory / name)], Fields())):
             if isinstance(example, DataError):
                 raise example
-            example.token_ids.setflags(write=False)  # all trainings share them
+            example.token_ids.setflags(write=False)  # shared by all trainings
             example.loss_mask.setflags(write=False)
             examples.append(example)
         return examples
 
 
 def trained(train: Train, examples: Sequence[Example], model: str, seed: int, device: str) -> nn.Module:
-    """What the user's function makes of some examples, on its device and ready to be measured.
+    """Train with the user's function; returns the model on its device, frozen and in evaluation mode.
 
     Raises:
-        WorkerError: the function raised, or tried to end the process; says where.
-        UsageError: it returned something else than a module.
+        WorkerError: the function raised, or tried to exit; names the line.
+        UsageError: it did not return a module.
     """
     try:
-        found = train(list(examples), model, seed)
-        if isinstance(found, nn.Module):
-            return found.requires_grad_(False).eval().to(resolve_device(device))
+        result = train(list(examples), model, seed)
+        if isinstance(result, nn.Module):
+            return result.requires_grad_(False).eval().to(resolve_device(device))
     except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise WorkerError(
-            f"the training function failed with {reason} (at {last.filename}:{last.lineno}); fix it and run the command again"
+            f"the training function failed with {reason} (at {frame.filename}:{frame.lineno}); fix it and run the command again"
         ) from error
-    raise UsageError(f"the training function returned {type(found).__name__}, not a torch module")
+    raise UsageError(f"the training function returned {type(result).__name__}, not a torch module")
 
 
 @torch.no_grad()
@@ -283,9 +287,9 @@ def measure_losses(task: Task, model: nn.Module, examples: Sequence[Example]) ->
         NumericalError: one is not finite; names the example.
     """
     losses = np.zeros(len(examples), np.float32)
-    for chosen in task.group((model,), [e.tokens for e in examples], _MEASURE_TOKENS):
-        batch = task.collate([examples[i] for i in chosen], next(model.parameters()).device)
-        losses[chosen] = task.measurement(model, batch).float().cpu().numpy()
+    for positions in task.group((model,), [e.tokens for e in examples], _MEASURE_TOKENS):
+        batch = task.collate([examples[i] for i in positions], next(model.parameters()).device)
+        losses[positions] = task.measurement(model, batch).float().cpu().numpy()
     if not np.isfinite(losses).all():
         raise NumericalError(
             f"the loss of {examples[int(np.argmin(np.isfinite(losses)))].id!r} is not finite after training; does the training diverge?"
@@ -321,11 +325,13 @@ def _documents(sources: Sequence[str]) -> tuple[Document, ...]:
             raise DataError(f"duplicate id {document.id!r} in {', '.join(sources)}; ids must be unique")
         documents[document.id] = document
     if not documents:
-        raise DataError(f"there is no document in {', '.join(sources)}")
+        raise DataError(f"no documents in {', '.join(sources)}")
     return tuple(documents.values())
 
 
-def _publish(out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarray, whole: np.ndarray, end: int | None) -> None:
+def _publish(
+    out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarray, full_losses: np.ndarray, append_token: int | None
+) -> None:
     meta = {
         "pack": out.resolve().name,
         "train": masks.shape[1],
@@ -334,11 +340,11 @@ def _publish(out: Path, config: PackConfig, masks: np.ndarray, losses: np.ndarra
         "seeds": losses.shape[1],
         "subset_fraction": config.fraction,
         "recipe": {"train": config.train, "model": config.model},
-        "encoding": {"text": "the document's text", "append_token": end, "max_tokens": config.max_tokens},
+        "encoding": {"text": "the document's text", "append_token": append_token, "max_tokens": config.max_tokens},
         "loss": "sum of nats over a query's loss tokens",
         "sha256": {name: file_sha256(out / name) for name in ("train.jsonl", "query.jsonl")},
     }
     write_whole(out / "meta.json", json.dumps(meta, indent=1).encode())
     buffer = io.BytesIO()
-    np.savez(buffer, masks=np.packbits(masks, axis=1), losses=losses, full_losses=whole)
+    np.savez(buffer, masks=np.packbits(masks, axis=1), losses=losses, full_losses=full_losses)
     write_whole(out / "ground_truth.npz", buffer.getvalue())

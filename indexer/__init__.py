@@ -1,1 +1,1 @@
-"""From a model and examples to whitened rows: capture, projection, curvature. Knows no files, no Ray, no server."""
+"""Whitened rows from a model and examples: capture, projection, curvature. Independent of files, Ray and the server."""

@@ -3,7 +3,7 @@
 For y = W x the gradient of one example is G = sum_t d_t x_t^T. A hook projects the layer's input x_t on the way forward and its output's
 gradient d_t on the way back, and the products of the few projected coordinates are summed over tokens (LoGra, arXiv 2405.13954
 eq. 5). Weights are frozen, so autograd forms no weight gradient and keeps no layer inputs; the graph starts at the outputs of the
-first tracked layers, so nothing flows into the embeddings. That is 4 of the 6 floating-point operations of a training step.
+first tracked layers, so no gradient flows into the embeddings. That is 4 of the 6 floating-point operations of a training step.
 
 Rejected: torch.func per-example gradients (form out x in for every example), full backward hooks (three times the overhead of tensor
 hooks), reading weight gradients of batches of one (no batching).
@@ -25,7 +25,7 @@ Visit = Callable[[Layer, Float[Tensor, "batch tokens in_rank"], Float[Tensor, "b
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Products are summed in float32, in float64 for a float64 model."""
+    """Dtype in which products are summed: float32, for a float64 model float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -33,7 +33,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def capture(
     model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], shape: tuple[int, int], visit: Visit
 ) -> Iterator[None]:
-    """While open, every forward and backward pass of `model` calls `visit(layer, x, d)` for every call of a tracked layer.
+    """Call `visit(layer, x, d)` for every call of a tracked layer in every forward and backward pass of `model` while open.
 
     Args:
         model: with frozen weights.
@@ -51,14 +51,15 @@ def capture(
     recent: list[tuple[Tensor, int, Map, Geometry, Tensor]] = []
 
     def project(x: Tensor, map_: Map) -> Tensor:
-        x, dtype = x.detach(), accumulation_dtype(x.dtype)
+        x = x.detach()
+        dtype = accumulation_dtype(x.dtype)
         return x.to(dtype, copy=True) if map_ is None else (x.to(map_.device) @ map_.T).to(dtype)  # a copy, as the model may write into x
 
     def project_input(module: nn.Module, x: Tensor, map_: Map) -> Tensor:
-        known = (x._version, map_, geometry(module))
-        if recent and recent[0][0] is x and recent[0][1] == known[0] and recent[0][2] is map_ and recent[0][3] == known[2]:
+        kernel = geometry(module)
+        if recent and recent[0][0] is x and recent[0][1] == x._version and recent[0][2] is map_ and recent[0][3] == kernel:
             return recent[0][4]
-        recent[:] = [(x, *known, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
+        recent[:] = [(x, x._version, map_, kernel, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
         return recent[0][4]
 
     def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
@@ -69,11 +70,11 @@ def capture(
             return value.reshape(*shape, value.shape[-1])
         raise UsageError(
             f"layer {layer.name} sees a tensor of shape {tuple(value.shape)} for {shape[0]} examples of {shape[1]} tokens, not a vector "
-            "for each token (a routed expert?); leave it out with --layers"
+            "for each token (a routed expert?); leave it out of layers"
         )
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:
-        place = next(modules[layer.name].parameters()).device
+        device = next(modules[layer.name].parameters()).device
 
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0] if isinstance(module, nn.Embedding) else by_example(module, project_input(module, args[0], input_map), layer)
@@ -82,7 +83,7 @@ def capture(
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                visit(layer, x.to(place), by_example(module, project(d, output_map), layer).to(place))
+                visit(layer, x.to(device), by_example(module, project(d, output_map), layer).to(device))
 
             output.register_hook(backward)
             return output
@@ -98,12 +99,12 @@ def capture(
 
 
 def geometry(module: nn.Module) -> Geometry:
-    """What decides which inputs a layer sees of a tensor: nothing but for a convolution."""
+    """Parameters that select a layer's inputs from a tensor: those of a convolution's kernel, else None."""
     return (module.kernel_size, module.dilation, module.padding, module.stride) if isinstance(module, nn.Conv2d) else None
 
 
 def _under_kernel(module: nn.Conv2d, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch places size"]:
-    """A convolution is a linear layer over the values under its kernel, with its places as tokens."""
+    """Values under a convolution's kernel: it is a linear layer over these, with its places as tokens."""
     patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
     return patches.transpose(1, 2)
 
@@ -117,5 +118,5 @@ class GradientSum:
     def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: Float[Tensor, "b t o"]) -> None:
         """Add one call of a layer; a `Visit`."""
         gradient = torch.einsum("bto,bti->boi", d, x).flatten(1)
-        known = self.by_layer.get(layer.name)
-        self.by_layer[layer.name] = gradient if known is None else known + gradient
+        total = self.by_layer.get(layer.name)
+        self.by_layer[layer.name] = gradient if total is None else total + gradient

@@ -1,6 +1,6 @@
-"""Curvature: what whitens a layer's block of a row, estimated as a mergeable sum over examples.
+"""Curvature: the whitening of a layer's block of a row, estimated as a mergeable sum over examples.
 
-A strategy declares, pass by pass, the statistics that it needs, and turns their sums into arrays. With g = vec(G) a layer's
+A strategy declares the statistics of each pass, and turns their sums into arrays. With g = vec(G) a layer's
 (projected) gradient of one example, x_t and d_t its inputs and output gradients at token t:
 
     fisher    E[g g^T] = U diag(l) U^T, dense n x n                             (empirical or true Fisher, LoGra eq. 4)
@@ -9,8 +9,8 @@ A strategy declares, pass by pass, the statistics that it needs, and turns their
     diagonal  U = I; l = E[g^2]
     identity  no curvature: rows are plain (projected) gradients
 
-The Kronecker bases are folded into the projections, so that `kfac` and `ekfac` whiten with one elementwise product. Sums of
-batches are added in float64, so a fit merged over any split of the examples is the fit of the whole up to the round-off of the batches.
+The Kronecker bases are folded into the projections, so `kfac` and `ekfac` whiten with one elementwise product. Sums of
+batches are added in float64, so a fit merged over any split of the examples is the same up to the round-off of the batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from .projection import symmetric_eigen
 
 Arrays = dict[str, np.ndarray]
 
-# A statistic of one batch, from a layer's inputs x, output gradients d, gradients g and the mask of real tokens; summed over the batch.
+# Sums over a batch, from a layer's inputs x, output gradients d, gradients g and the mask of valid tokens.
 TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "input_covariance": lambda x, d, valid: _second_moment((x * valid[..., None]).flatten(0, 1)),
     "input_tokens": lambda x, d, valid: valid.expand(x.shape[:2]).sum(),  # a layer that runs twice sees each token twice
@@ -43,7 +43,7 @@ def _second_moment(v: Float[Tensor, "rows n"]) -> Float[Tensor, "n n"]:
 
 @dataclass(frozen=True)
 class Sums:
-    """What one layer's strategy gets after a pass: sums over the fitted examples, and how many there were."""
+    """Sums of one layer's statistics after a pass, and the number of examples."""
 
     statistics: Mapping[str, Float64[np.ndarray, "..."]]
     examples: int
@@ -51,11 +51,11 @@ class Sums:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Statistics by pass, and what is made of them.
+    """Statistics of each pass, and the functions that turn their sums into arrays.
 
     Attributes:
-        passes: the names of the statistics that each pass over the fitting sample must sum; those of `input_` are the input group's.
-        finish: one function for each pass, from its sums to arrays (`input_rotation`, `output_rotation`, `basis`, `eigenvalues`).
+        passes: names of the statistics of each pass over the sample; those that start with `input_` belong to the input group.
+        finish: a function for each pass, from its sums to arrays (`input_rotation`, `output_rotation`, `basis`, `eigenvalues`).
     """
 
     passes: tuple[tuple[str, ...], ...]
@@ -96,10 +96,10 @@ _DENSE_EXAMPLES = 4
 
 
 def choose_curvature(kind: CurvatureKind, size: int, examples: int) -> LayerCurvature:
-    """The strategy of a layer with `size` coordinates fitted on so many examples.
+    """Select the strategy of a layer with `size` coordinates, fitted on a number of examples.
 
-    "auto" is the dense Fisher where it is small (512 coordinates) and known well (4 examples a coordinate), else EK-FAC. A dense matrix
-    of fewer examples whitens just those: they come out nearly orthogonal to one another, and unlike any query.
+    "auto" is the dense Fisher for at most 512 coordinates and at least 4 examples per coordinate, else EK-FAC. A dense matrix of fewer
+    examples overfits: it makes their rows nearly orthogonal to each other and to any query.
     """
     if kind != "auto":
         return kind
@@ -113,5 +113,5 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
 
 
 def add_sums(total: Arrays, part: Arrays) -> Arrays:
-    """Merge two fits' sums; associative and commutative up to float64 round-off."""
+    """Add the sums of two fits; associative and commutative up to float64 round-off."""
     return {name: total[name] + value if name in total else value for name, value in part.items()}

@@ -23,43 +23,46 @@ from .tasks import Batch
 
 
 def key(name: str, array: str) -> str:
-    """Where a layer's (or input group's) array lies among a dense component's."""
+    """Key of a layer's (or input group's) array in a dense component's arrays."""
     return f"{name}/{array}"
 
 
 class DensePart:
-    """Makes the rows of a dense component.
+    """Computation of a dense component's rows.
 
     Args:
-        component: its layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
-        arrays: the component's own.
-        devices: of each layer.
+        component: the layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
+        arrays: the component's arrays, by `key`.
+        devices: the layers' devices, by name.
         dtype: the model's.
     """
 
     def __init__(
         self, component: DenseComponent, arrays: Mapping[str, np.ndarray], devices: Mapping[str, torch.device], dtype: torch.dtype
     ) -> None:
-        self.component, self.arrays, self._devices, self._dtype = component, arrays, devices, dtype
+        self.component = component
+        self.arrays = arrays
+        self._devices = devices
+        self._dtype = dtype
 
     def collector(self, batch: Batch) -> "DenseCollector":
-        """What is visited for one batch."""
+        """Visitor of one batch."""
         return DenseCollector(self, len(batch.ids))
 
     @cached_property
     def maps(self) -> dict[str, tuple[Map, Map]]:
         """Layer name -> (input map, output map) in the model's dtype: the projection, then the rotation into the Kronecker eigenbasis.
 
-        Layers with the same input and map hold the same object, by which the capture projects that input once.
+        Layers with the same input and map share one object, so that the capture projects that input once.
         """
         shared: dict[tuple[str, bool], Map] = {}
         maps = {}
         for layer in self.component.layers:
             rotated = key(layer.name, "output_rotation") in self.arrays
-            at = (layer.input_group, rotated)
-            if at not in shared:
-                shared[at] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
-            maps[layer.name] = shared[at], self._map(layer.name, "output", layer.output_rank, layer.outputs, rotated)
+            group = (layer.input_group, rotated)
+            if group not in shared:
+                shared[group] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
+            maps[layer.name] = shared[group], self._map(layer.name, "output", layer.output_rank, layer.outputs, rotated)
         return maps
 
     def _map(self, name: str, side: str, rank: int, size: int, rotated: bool) -> Map:
@@ -81,12 +84,12 @@ class DensePart:
         return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
 
     def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
-        """The matrix M for which <M, sum_t d_t x_t^T> is the product of the layer's whitened block with a vector."""
+        """Matrix M such that <M, sum_t d_t x_t^T> is the product of the layer's whitened block with a vector."""
         whitener = self._whiteners[layer.name]
-        found = torch.from_numpy(vector).to(self._devices[layer.name], accumulation_dtype(self._dtype))
+        matrix = torch.from_numpy(vector).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         if whitener is not None:
-            found = found * whitener if whitener.dim() == 1 else whitener @ found
-        return found.reshape(layer.output_rank, layer.input_rank)
+            matrix = matrix * whitener if whitener.dim() == 1 else whitener @ matrix
+        return matrix.reshape(layer.output_rank, layer.input_rank)
 
     @cached_property
     def _whiteners(self) -> dict[str, Tensor | None]:
@@ -104,11 +107,12 @@ class DensePart:
 
 
 class DenseCollector(GradientSum):
-    """A batch's gradients on their way to rows."""
+    """Visitor that turns a batch's gradients into rows."""
 
     def __init__(self, part: DensePart, examples: int) -> None:
         super().__init__()
-        self._part, self._examples = part, examples
+        self._part = part
+        self._examples = examples
         self.layers: Sequence[Layer] = part.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
 

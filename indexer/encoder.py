@@ -1,8 +1,8 @@
-"""The encoder: frozen models with what each component of a row needs, from examples to whitened rows, in one pass of each model.
+"""Encoder: frozen models and the arrays of each component, from examples to whitened rows in one pass of each model.
 
-A component's part (dense.py, sparse.py) says which layers it tracks and through which maps, and gets a collector for every batch, which is
-visited with their inputs and output gradients and then gives the batch's rows. An encoder's state is a flat dictionary of arrays (`Arrays`)
-under `<component>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry as they are.
+A component's part (dense.py, sparse.py) declares the layers that it tracks and their maps. It creates a collector for every batch, which is
+called with the layers' inputs and output gradients and returns the batch's rows. An encoder's state is a flat dictionary of arrays
+(`Arrays`) under `<component>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry unchanged.
 
 When only the output head is tracked, autograd's graph starts at the head's output: there is no backward pass through the model.
 """
@@ -30,36 +30,36 @@ from .sparse import SparsePart, vocabulary_layer
 from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
-"""Called after each batch with the examples and the tokens that it held."""
+"""Callback after each batch, with its numbers of examples and tokens."""
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
 BatchRows = Mapping[str, np.ndarray | SparseVectors]
-"""A batch's rows, by component; under "losses" its examples' losses (or measurements) under the last model, and under "hidden" their mean
-hidden states, where these are kept."""
+"""A batch's rows, by component; "losses" holds its examples' losses (or measurements) under the last model, "hidden" their mean hidden
+states where the plan has them."""
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
-    """A Progress for callers that need none."""
+    """Progress that does nothing."""
 
 
 class Visitor(Protocol):
-    """What is visited in a pass: rows being made, or statistics being summed."""
+    """Callback of a pass, which collects rows or sums statistics."""
 
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
-        """One call of one layer."""
+        """Process one call of one layer."""
 
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """All that an encoder is besides the model and its arrays.
+    """Settings of an encoder.
 
     Attributes:
         components: of a row, as in the manifest.
         batch_tokens: padded tokens in a batch, at most (but one example may exceed it alone).
-        hidden: whether the last model's mean hidden states are kept too.
+        hidden: whether to return the last model's mean hidden states too.
     """
 
     components: tuple[DenseComponent | SparseComponent, ...]
@@ -69,12 +69,12 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Whitened rows of examples under one model, or under several (checkpoints, an ensemble), each with components of its own.
+    """Whitened rows of examples under one model, or under several (checkpoints, an ensemble), each with its own components.
 
     Attributes:
-        task: what the models are asked.
+        task: the loss and the measurement.
         models: frozen, on their device.
-        plan: which components, and how each is projected, whitened and sparse.
+        plan: the components, with projection and curvature.
         arrays: the state; rows need every pass of the fit in it.
     """
 
@@ -85,24 +85,25 @@ class Encoder:
 
     @property
     def model(self) -> nn.Module:
-        """The last of the models, which of several checkpoints is the final one."""
+        """The last model: the final one of several checkpoints."""
         return self.models[-1]
 
     @cached_property
     def parts(self) -> dict[str, DensePart | SparsePart]:
-        """What makes each component's rows."""
-        found: dict[str, DensePart | SparsePart] = {}
+        """The part that computes each component's rows, by component."""
+        parts: dict[str, DensePart | SparsePart] = {}
         for component in self.plan.components:
             model = self.models[component.model]
             _check_layers(component, model)
             dtype = next(model.parameters()).dtype
-            own = {at.removeprefix(f"{component.name}/"): a for at, a in self.arrays.items() if at.startswith(f"{component.name}/")}
+            prefix = f"{component.name}/"
+            arrays = {key.removeprefix(prefix): array for key, array in self.arrays.items() if key.startswith(prefix)}
             if isinstance(component, SparseComponent):
-                found[component.name] = SparsePart(component, own, layer_device(model, component.layer), dtype)
+                parts[component.name] = SparsePart(component, arrays, layer_device(model, component.layer), dtype)
             else:
                 devices = {layer.name: layer_device(model, layer.name) for layer in component.layers}
-                found[component.name] = DensePart(component, own, devices, dtype)
-        return found
+                parts[component.name] = DensePart(component, arrays, devices, dtype)
+        return parts
 
     def batches(
         self, examples: Sequence[Example], progress: Progress = ignore_progress, queries: bool = False, tolerant: bool = False
@@ -112,24 +113,24 @@ class Encoder:
         The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
 
         Args:
-            queries: whether these are of the task's measurement, to be compared with rows of its loss.
-            tolerant: whether an example whose loss or gradient is not finite gets rows of zeros, and NaN as its loss.
+            queries: use the task's measurement instead of its loss.
+            tolerant: give an example whose loss or gradient is not finite rows of zeros, and NaN as its loss.
 
         Raises:
-            NumericalError: a loss or a row is not finite and that is not tolerated; names the example.
+            NumericalError: a loss or a row is not finite and not tolerated; names the example.
         """
         objective = self.task.measurement if queries else self.task.loss
-        for chosen, batch in batches(self.task, self.models, examples, self.plan.batch_tokens):
-            broken = torch.zeros(len(chosen), dtype=torch.bool)
+        for positions, batch in batches(self.task, self.models, examples, self.plan.batch_tokens):
+            broken = torch.zeros(len(positions), dtype=torch.bool)
             collectors = {name: part.collector(batch) for name, part in self.parts.items()}
             with HiddenMeans(self.task, self.model) if self.plan.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
-                    own = [collectors[s.name] for s in self.plan.components if s.model == number]
-                    if own:
-                        losses = backward(model, batch, own, objective, tolerant)
+                    visitors = [collectors[c.name] for c in self.plan.components if c.model == number]
+                    if visitors:
+                        losses = backward(model, batch, visitors, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
             rows = {name: collector.rows() for name, collector in collectors.items()}
-            beside = {"hidden": means.of(batch)} if means else {}
+            hidden = {"hidden": means.of(batch)} if means else {}
             for block in rows.values():
                 squares = torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None])
                 if not tolerant:
@@ -137,31 +138,31 @@ class Encoder:
                 broken |= ~torch.isfinite(squares).all(dim=1)
             if broken.any():
                 losses = losses.masked_fill(broken.to(losses.device), torch.nan)
-                for block in (*rows.values(), *beside.values()):
+                for block in (*rows.values(), *hidden.values()):
                     _clear(block, broken.numpy())
-            yield chosen, {**rows, **beside, "losses": losses.float().cpu().numpy()}
-            progress(len(chosen), int(batch.valid.sum()))
+            yield positions, {**rows, **hidden, "losses": losses.float().cpu().numpy()}
+            progress(len(positions), int(batch.valid.sum()))
 
     def rows(
         self, examples: Sequence[Example], queries: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
     ) -> dict[str, Any]:
         """All rows at once, by component, in the examples' order: an array [rows, dim], or `SparseVectors`; see `batches`."""
-        made = list(self.batches(examples, progress, queries, tolerant))
+        batches = list(self.batches(examples, progress, queries, tolerant))
         result: dict[str, Any] = {}
         for component in self.plan.components:
-            blocks = [(chosen, rows[component.name]) for chosen, rows in made]
+            blocks = [(positions, rows[component.name]) for positions, rows in batches]
             if isinstance(component, SparseComponent):
                 result[component.name] = concatenate(blocks, component.width)  # type: ignore[arg-type]
             else:
                 dtype = blocks[0][1].dtype if blocks else np.float32  # type: ignore[union-attr]
                 result[component.name] = np.zeros((len(examples), component.dim), dtype)
-                for chosen, block in blocks:
-                    result[component.name][chosen] = block
+                for positions, block in blocks:
+                    result[component.name][positions] = block
         return result
 
 
 def _check_layers(component: DenseComponent | SparseComponent, model: nn.Module) -> None:
-    """Refuse a component that describes other layers than the model has: a manifest may have come from anybody.
+    """Check that a component's layers are those of the model, since a manifest may come from an untrusted source.
 
     Raises:
         IntegrityError: names the layer.
@@ -184,7 +185,7 @@ def _check_layers(component: DenseComponent | SparseComponent, model: nn.Module)
 
 
 def _clear(rows: np.ndarray | SparseVectors, broken: np.ndarray) -> None:
-    """Set some of a batch's rows to zero."""
+    """Set the rows of broken examples to zero."""
     if isinstance(rows, SparseVectors):
         rows.vectors[np.repeat(broken, np.diff(rows.indptr))] = 0.0
         if rows.whole is not None:
@@ -196,40 +197,39 @@ def _clear(rows: np.ndarray | SparseVectors, broken: np.ndarray) -> None:
 def batches(task: Task, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:
     """Length-bucketed batches with the positions of their examples, on the last model's device."""
     device = next(models[-1].parameters()).device
-    for chosen in task.group(models, [e.tokens for e in examples], token_budget):
-        yield chosen, task.collate([examples[i] for i in chosen], device)
+    for positions in task.group(models, [e.tokens for e in examples], token_budget):
+        yield positions, task.collate([examples[i] for i in positions], device)
 
 
 def backward(
     model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective, tolerant: bool = False
 ) -> Float[Tensor, " batch"]:
-    """One forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
+    """Run one forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Args:
-        tolerant: whether what is not finite of an example is visited as zeros; its value is NaN then, and none of its tokens is
-            valid in the batch any more.
+        tolerant: visit an example that is not finite as zeros; its value is NaN then, and its tokens become invalid in the batch.
 
     Raises:
-        NumericalError: a loss is not finite and that is not tolerated; names the example.
+        NumericalError: a loss is not finite and not tolerated; names the example.
     """
     broken = torch.zeros(len(batch.ids), dtype=torch.bool)
     owners = {layer.name: visitor for visitor in visitors for layer in visitor.layers}
     layers = [layer for visitor in visitors for layer in visitor.layers]
     maps = {name: pair for visitor in visitors for name, pair in visitor.maps.items()}
-    tokens_in = {layer.name for layer in layers if isinstance(model.get_submodule(layer.name), nn.Embedding)}
+    embeddings = {layer.name for layer in layers if isinstance(model.get_submodule(layer.name), nn.Embedding)}
 
-    def drop(bad: Tensor) -> None:
-        """Take examples out of the batch, so that whoever counts its tokens does not count theirs."""
-        if bad.any():
-            broken.logical_or_(bad.cpu())
-            batch.valid[bad.to(batch.valid.device)] = False
+    def drop(invalid: Tensor) -> None:
+        """Mark examples as broken and their tokens as invalid, so that they are not counted."""
+        if invalid.any():
+            broken.logical_or_(invalid.cpu())
+            batch.valid[invalid.to(batch.valid.device)] = False
 
     def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
-        if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not, or their sum is too large
-            bad = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
-            drop(bad)
-            d = d.masked_fill(bad[:, None, None], 0)
-            x = x if layer.name in tokens_in else x.masked_fill(bad[:, None, None], 0)
+        if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not finite, or their sum overflows
+            invalid = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
+            drop(invalid)
+            d = d.masked_fill(invalid[:, None, None], 0)
+            x = x if layer.name in embeddings else x.masked_fill(invalid[:, None, None], 0)
         owners[layer.name](layer, x, d)
 
     with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
@@ -243,12 +243,12 @@ def backward(
     return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses
 
 
-def check_finite(values: Float[Tensor, "batch n"], batch: Batch, what: str) -> None:
+def check_finite(values: Float[Tensor, "batch n"], batch: Batch, quantity: str) -> None:
     """Raise a NumericalError that names the first example with a value that is not finite."""
     finite = torch.isfinite(values).all(dim=1)
     if not bool(finite.all()):
         id = batch.ids[int(finite.to(torch.int8).argmin())]
         raise NumericalError(
-            f"the {what} of example {id!r} is not finite under this model; try --dtype float32, or look for broken weights with a "
+            f"the {quantity} of example {id!r} is not finite under this model; try dtype float32, or look for broken weights with a "
             "plain evaluation of that text"
         )

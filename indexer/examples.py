@@ -1,8 +1,8 @@
-"""Documents to examples: token ids and a loss mask, long documents cut to the model's window.
+"""Encoding of documents as examples: token ids and a loss mask, long documents cut to the model's window.
 
-Every form of document becomes one text with *loss spans* (all of it; the completion; the assistant's turns). The text is tokenized as
-a whole, as it was in training, and a token is in the loss when it holds a character of a span: a token that straddles the end of a
-prompt belongs to the completion. The first token is never in the loss, since nothing predicts it.
+Every form of document becomes one text with *loss spans* (all of it; the completion; the assistant's turns). The full text is tokenized
+at once, as in training, and a token is in the loss when it holds a character of a span: a token across the end of a prompt belongs to the
+completion. The first token is never in the loss, since nothing predicts it.
 
 Split documents overlap by one token, which is context in the later chunk: every loss token is counted in exactly one chunk.
 """
@@ -22,7 +22,8 @@ from ..store.errors import DataError, UsageError
 from .chat import Conversation
 from .models import tokenizer_fingerprint
 
-_TOKENIZE_BATCH, _MOST_PENDING = 256, 48
+_TOKENIZE_BATCH = 256
+_MOST_PENDING = 48
 _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
@@ -34,46 +35,53 @@ class _Rendered:
 
 
 class DocumentEncoder(Protocol):
-    """Turns documents into examples."""
+    """Encoder of documents as examples."""
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 of the tokenizer that it uses; None where there is none."""
+        """SHA-256 of the tokenizer; None without one."""
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """Encode a stream of documents; what cannot be used comes out as its error, in order."""
+        """Encode a stream of documents, in order; an unusable one yields its error."""
 
 
 @dataclass(frozen=True)
 class VectorEncoder:
-    """Documents that are vectors already."""
+    """Encoder of documents that hold vectors."""
 
     fingerprint: None = None
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
         """See `DocumentEncoder`."""
-        nothing = np.zeros(0, np.int32), np.zeros(0, bool)
-        for d in documents:
-            if isinstance(d, DataError):
-                yield d
-            elif d.features is None:
-                yield DataError(f"{d.where}: a text, where this task needs the fields features and label")
+        for document in documents:
+            if isinstance(document, DataError):
+                yield document
+            elif document.features is None:
+                yield DataError(f"{document.where}: a text, but this task needs the fields features and label")
             else:
                 yield Example(
-                    d.id, f"label {d.label}", d.source, *nothing, document=d.id, metadata=d.metadata, features=d.features, label=d.label
+                    id=document.id,
+                    text=f"label {document.label}",
+                    source=document.source,
+                    token_ids=np.zeros(0, np.int32),
+                    loss_mask=np.zeros(0, bool),
+                    document=document.id,
+                    metadata=document.metadata,
+                    features=document.features,
+                    label=document.label,
                 )
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns documents of text into examples.
+    """Encoder of text documents.
 
     Attributes:
         tokenizer: a fast `transformers` tokenizer (character offsets are needed).
         max_tokens: longest example, in tokens.
-        long: what becomes of a longer document: "split" into chunks, or "truncate".
-        append_eos: whether the end-of-text token follows a document (and is predicted), as in most pre-training. Chat templates write
-            their own, and a completion that is asked about is never ended.
+        long: treatment of a longer document: "split" into chunks, or "truncate".
+        append_eos: append the end-of-text token to a document (and predict it), as in most pre-training; not to chats, whose template
+            writes it, nor to a query's completion.
     """
 
     tokenizer: Any
@@ -87,7 +95,7 @@ class TextEncoder:
         return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """Encode a stream of documents, some hundred at a time; what cannot be used comes out as its error, in order."""
+        """Encode a stream of documents in batches, in order; an unusable one yields its error."""
         stream = iter(documents)
         while batch := list(islice(stream, _TOKENIZE_BATCH)):
             rendered = [self._try_render(d) for d in batch]
@@ -110,34 +118,30 @@ class TextEncoder:
         context: int | None = None,
         where: str = "the query",
     ) -> Example:
-        """Encode one query whole: the loss is on the completion, or on all of the text, or on the assistant's turns of messages, or on
-        a `span` of these.
+        """Encode one query, uncut: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
 
-        A text is encoded as a document is, with its end where `append_eos` says so (unless a span is asked about); a completion is never
-        ended.
+        A text without a span ends with the end-of-text token where `append_eos` is set, as a document does; a completion never does.
 
         Raises:
-            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens); the span is not there, or twice.
+            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens); the span is missing or ambiguous.
         """
-        asked: dict[str, Any] = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
-        document = Document(id="query", source="query", where=where, template={"tools": tools} if tools else {}, **asked)
+        fields: dict[str, Any] = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
+        document = Document(id="query", source="query", where=where, template={"tools": tools} if tools else {}, **fields)
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
         if span is not None:
-            places = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
-            if len(places) != 1:
-                raise UsageError(
-                    f"{where}: the span {span[:80]!r} stands {len(places)} times in what is asked about; it must stand there once"
-                )
-            rendered = replace(rendered, spans=((places[0], places[0] + len(span)),))
-        ids, mask, at = self._tokenize([rendered])[0]
+            starts = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
+            if len(starts) != 1:
+                raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(starts)} times in the queried text; it must occur once")
+            rendered = replace(rendered, spans=((starts[0], starts[0] + len(span)),))
+        ids, mask, offsets = self._tokenize([rendered])[0]
         if text is not None and span is None:
-            ids, mask, _ = self._end(document, rendered, ids, mask, at)
+            ids, mask, _ = self._end(document, rendered, ids, mask, offsets)
         if context is not None and len(ids) - 1 > context:  # the last token is only predicted
             raise UsageError(f"{where} is {len(ids)} tokens long, the model's context is {context}; shorten it")
         if not mask.any():
-            raise UsageError(f"{where} has no token to predict (a single token has nothing before it); give a prompt or more text")
+            raise UsageError(f"{where} has no token to predict (nothing precedes a single token); give a prompt or more text")
         return Example(id="query", text=rendered.text, source="query", token_ids=ids, loss_mask=mask)
 
     def _try_render(self, document: Document | DataError) -> _Rendered | DataError:
@@ -157,13 +161,13 @@ class TextEncoder:
             if not document.completion:
                 raise DataError("the completion is empty; there is nothing to predict")
             text = document.prompt + document.completion
-            return _Rendered(text, ((len(document.prompt), len(text)),), not self._begun(text))
+            return _Rendered(text, ((len(document.prompt), len(text)),), not self._has_bos(text))
         if not document.text or not document.text.strip():
             raise DataError("the text is empty; there is nothing to predict")
-        return _Rendered(document.text, ((0, len(document.text)),), not self._begun(document.text))
+        return _Rendered(document.text, ((0, len(document.text)),), not self._has_bos(document.text))
 
-    def _begun(self, text: str) -> bool:
-        """Whether a text has the token already by which the tokenizer would begin it."""
+    def _has_bos(self, text: str) -> bool:
+        """True if a text already starts with the token that the tokenizer would prepend."""
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos) and self._adds_bos
 
@@ -172,14 +176,14 @@ class TextEncoder:
         return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
 
     def _tokenize(self, rendered: Sequence[_Rendered]) -> list[_Tokens]:
-        """(token ids, loss mask, character offsets [tokens, 2]) of each text."""
+        """Tokenize texts; a character span of a text becomes its loss mask."""
         results: dict[int, _Tokens] = {}
         for special in (True, False):
-            chosen = [i for i, r in enumerate(rendered) if r.special_tokens == special]
-            if not chosen:
+            indices = [i for i, r in enumerate(rendered) if r.special_tokens == special]
+            if not indices:
                 continue
             encoded = self.tokenizer(
-                [rendered[i].text for i in chosen],
+                [rendered[i].text for i in indices],
                 add_special_tokens=special,
                 return_offsets_mapping=True,
                 return_attention_mask=False,
@@ -187,84 +191,92 @@ class TextEncoder:
                 truncation=False,
                 verbose=False,
             )
-            for i, ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                at = np.array(offsets, np.int64).reshape(-1, 2)
+            for i, ids, pairs in zip(indices, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                offsets = np.array(pairs, np.int64).reshape(-1, 2)
                 mask = np.zeros(len(ids), bool)
-                empty = at[:, 0] == at[:, 1]  # whitespace of a tokenizer that trims offsets stands behind it; special tokens at 0
+                empty = offsets[:, 0] == offsets[:, 1]  # whitespace that a tokenizer trims follows its offset; special tokens are at 0
                 for start, end in rendered[i].spans:
-                    mask |= np.where(empty, (at[:, 0] > start) & (at[:, 0] <= end), (at[:, 0] < end) & (at[:, 1] > start))
+                    mask |= np.where(
+                        empty, (offsets[:, 0] > start) & (offsets[:, 0] <= end), (offsets[:, 0] < end) & (offsets[:, 1] > start)
+                    )
                 mask[:1] = False
-                results[i] = (np.array(ids, np.int32), mask, at)
+                results[i] = (np.array(ids, np.int32), mask, offsets)
         return [results[i] for i in range(len(rendered))]
 
-    def _end(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray) -> _Tokens:
-        """The tokens of a document with the end-of-text token after them, where it is wanted."""
+    def _end(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray) -> _Tokens:
+        """Append the end-of-text token to a document's tokens, where `append_eos` applies."""
         eos = self.tokenizer.eos_token_id
         if not self.append_eos or document.messages is not None or eos is None:
-            return ids, mask, at
-        if len(ids) and ids[-1] == eos:  # the tokenizer has ended it already
+            return ids, mask, offsets
+        if len(ids) and ids[-1] == eos:  # the tokenizer appended it already
             mask = mask.copy()
             mask[-1] = len(ids) > 1
-            return ids, mask, at
+            return ids, mask, offsets
         end = len(rendered.text)
-        return np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([at, [[end, end]]])
+        return np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([offsets, [[end, end]]])
 
     def _cut(
-        self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, at: np.ndarray
+        self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray
     ) -> Iterator[Example | DataError]:
-        ids, mask, at = self._end(document, rendered, ids, mask, at)
+        ids, mask, offsets = self._end(document, rendered, ids, mask, offsets)
         starts = range(0, max(1, len(ids) - 1), self.max_tokens - 1) if self.long == "split" else (0,)
+        complete = len(ids) <= self.max_tokens
         pieces = []
         for start in starts:
             piece = slice(start, start + self.max_tokens)
             piece_mask = mask[piece].copy()
             piece_mask[:1] = False
             if piece_mask.any():
-                length = int(np.flatnonzero(piece_mask)[-1]) + 1  # what follows the last loss token cannot change the loss
+                length = int(np.flatnonzero(piece_mask)[-1]) + 1  # tokens after the last loss token cannot change the loss
                 pieces.append((start, ids[piece][:length], piece_mask[:length]))
         if not pieces:
-            yield DataError(f"{document.where}: no token to predict within {self.max_tokens} tokens (too short, or the prompt fills them)")
+            yield DataError(f"{document.where}: no token to predict within {self.max_tokens} tokens (too short, or all prompt)")
         for number, (start, token_ids, loss_mask) in enumerate(pieces):
-            shown = at[start : start + len(token_ids)]
-            shown = shown[shown[:, 1] > shown[:, 0]] if (shown[:, 1] > shown[:, 0]).any() else shown
-            whole = len(ids) <= self.max_tokens
+            characters = offsets[start : start + len(token_ids)]
+            visible = characters[:, 1] > characters[:, 0]
+            characters = characters[visible] if visible.any() else characters
             yield Example(
                 id=document.id if len(starts) == 1 else f"{document.id}#{number}",
-                text=rendered.text if whole else rendered.text[int(shown[0, 0]) : int(shown[-1, 1])],
+                text=rendered.text if complete else rendered.text[int(characters[0, 0]) : int(characters[-1, 1])],
                 source=document.source,
                 token_ids=token_ids,
                 loss_mask=loss_mask,
                 document=document.id,
                 chunk=number,
                 metadata=document.metadata,
-                truncated=not whole and self.long == "truncate",
+                truncated=not complete and self.long == "truncate",
             )
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """What each token adds to the text of those before it; joined, they are the text.
+    """The text that each token adds to the tokens before it; the parts join to the full text.
 
-    A token that ends within a character adds nothing, the one that completes it adds the character. Decoded one by one, tokens would lose
-    such characters, and of many tokenizers the spaces between words. (Where bytes that are not characters run on and on, joints between
-    pieces of 48 tokens may be off by one of the signs that stand for them.)
+    A token that ends within a character adds nothing, the one that completes it adds the character. Decoding tokens one by one would lose
+    such characters, and for many tokenizers the spaces between words. (In long runs of bytes that are not characters, boundaries between
+    pieces of 48 tokens may be off by one replacement character.)
     """
     decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
-    texts, known, read = [""] * len(ids), 0, 0  # ids[known:read] have been decoded, and stand before what comes next
+    texts = [""] * len(ids)
+    start = 0
+    end = 0  # ids[start:end] are decoded already, as context of the next token
     ids = [int(id) for id in ids]
     for i in range(len(ids)):
-        before, now = decode(ids[known:read]), decode(ids[known : i + 1])
-        waits = len(now) <= len(before) or now.endswith("\ufffd")
-        if i == len(ids) - 1 or not waits or i - read == _MOST_PENDING - 1:
-            texts[i], known, read = now[len(before) :], read, i + 1
+        context = decode(ids[start:end])
+        text = decode(ids[start : i + 1])
+        incomplete = len(text) <= len(context) or text.endswith("\ufffd")
+        if i == len(ids) - 1 or not incomplete or i - end == _MOST_PENDING - 1:
+            texts[i] = text[len(context) :]
+            start, end = end, i + 1
     return tuple(texts)
 
 
 def token_name(tokenizer: Any, id: int) -> str:
-    """A token alone: its text, or where that is not a whole character its bytes, as <0xE5>."""
+    """Name of a single token: its text, or its bytes, as <0xE5>, where these are not a character."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     text: str = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)
     if "\ufffd" not in text:
         return text
-    name, known = tokenizer.backend_tokenizer.id_to_token(id) or text, {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return "".join(f"<0x{known[c]:02X}>" for c in name) if all(c in known for c in name) and not name.startswith("<0x") else name
+    name = tokenizer.backend_tokenizer.id_to_token(id) or text
+    codes = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return "".join(f"<0x{codes[c]:02X}>" for c in name) if all(c in codes for c in name) and not name.startswith("<0x") else name

@@ -1,8 +1,8 @@
-"""Fitting projections and curvature: passes over a sample, each a sum that any split of the sample adds up to.
+"""Fitting of projections and curvature: passes over a sample, each a sum that can be split over parts of the sample.
 
 A step is `measure` (on parts of the sample, anywhere) -> `add_sums` -> `finish` (once), which returns the encoder's next arrays. A
-component needs one step or more (PCA where it is asked for, then the passes that its curvature declares); components of one model whose
-steps ask the same labels share them.
+component needs one or more steps (PCA if configured, then the passes that its curvature declares); components of one model share the steps
+that use the same labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ..store.errors import NumericalError
 from ..store.manifest import DenseComponent, Layer, SparseComponent
 from . import sparse
 from .capture import GradientSum, Map
-from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, whitening_scale
+from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, choose_curvature, whitening_scale
 from .dense import DensePart, key
 from .encoder import Encoder, EncoderPlan, Objective, Progress, backward, batches, ignore_progress
 from .projection import principal_projection
@@ -31,95 +31,98 @@ Component = DenseComponent | SparseComponent
 
 
 class Meter(Protocol):
-    """Sums a component's statistics, batch by batch."""
+    """Sums of a component's statistics, batch by batch."""
 
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
     sums: dict[str, Tensor]
 
     def begin(self, batch: Batch) -> None:
-        """The batch that comes next."""
+        """Start a batch."""
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
-        """One call of one layer."""
+        """Process one call of one layer."""
 
     def end(self) -> None:
-        """The batch is over."""
+        """End the batch."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The steps that an encoder's arrays need; labels that are sampled from the model are seeded by the component's seed."""
+    """Steps that fit an encoder's arrays; the component's seed seeds labels that are sampled from the model."""
 
     plan: EncoderPlan
 
     @property
     def steps(self) -> list[list[tuple[Component, int]]]:
-        """The components of each step, and the pass that each is in."""
+        """The components of each step, each with the number of its pass."""
         steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
         for component in self.plan.components:
             for number in range(_passes(component)):
-                at = (number, component.model, _label_seed(component), component.curvature.labels == "expected")
-                steps.setdefault(at, []).append((component, number))
-        return [steps[at] for at in sorted(steps, key=lambda at: (at[0], at[1], at[2] is not None, at[3]))]
+                order = (number, component.model, _label_seed(component), component.curvature.labels == "expected")
+                steps.setdefault(order, []).append((component, number))
+        return [steps[o] for o in sorted(steps, key=lambda o: (o[0], o[1], o[2] is not None, o[3]))]
 
     def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
-        """The sums of a step over some examples.
+        """Sum a step's statistics over some examples.
 
         Args:
-            encoder: this plan's, with the arrays of the steps before.
+            encoder: of this plan, with the arrays of the steps before.
 
         Returns:
-            `<component>/<layer or input group>/<statistic>` -> float64 array, and `examples` and `tokens` counted beside them.
+            `<component>/<layer or input group>/<statistic>` -> float64 array, and the numbers `examples` and `tokens`.
         """
         members = self.steps[step]
-        meters: dict[str, Meter] = {s.name: _meter(s, number, encoder) for s, number in members}
-        labels, seed = members[0][0].curvature.labels, _label_seed(members[0][0])
-        model = encoder.models[members[0][0].model]
-        classes = encoder.task.classes(model) if labels == "expected" else None
-        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=seed)]
+        meters: dict[str, Meter] = {component.name: _meter(component, number, encoder) for component, number in members}
+        first = members[0][0]
+        model = encoder.models[first.model]
+        classes = encoder.task.classes(model) if first.curvature.labels == "expected" else None
+        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=_label_seed(first))]
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
-        for chosen, batch in batches(encoder.task, (model,), examples, self.plan.batch_tokens):
-            whole = torch.ones(len(chosen), dtype=torch.bool)
+        for positions, batch in batches(encoder.task, (model,), examples, self.plan.batch_tokens):
+            finite = torch.ones(len(positions), dtype=torch.bool)
             for objective in objectives:
                 for meter in meters.values():
                     meter.begin(batch)
-                whole &= torch.isfinite(backward(model, batch, list(meters.values()), objective, tolerant=True).cpu())
+                finite &= torch.isfinite(backward(model, batch, list(meters.values()), objective, tolerant=True).cpu())
                 for meter in meters.values():
                     meter.end()
-            counts["examples"] += int(whole.sum())
-            counts["tokens"] += int(batch.valid[whole.to(batch.valid.device)].sum())
-            progress(len(chosen), int(batch.valid.sum()))
-        arrays = {f"{name}/{at}": v.to("cpu", torch.float64).numpy() for name, meter in meters.items() for at, v in meter.sums.items()}
+            counts["examples"] += int(finite.sum())
+            counts["tokens"] += int(batch.valid[finite.to(batch.valid.device)].sum())
+            progress(len(positions), int(batch.valid.sum()))
+        arrays = {f"{name}/{key}": v.to("cpu", torch.float64).numpy() for name, meter in meters.items() for key, v in meter.sums.items()}
         return arrays | {name: np.array(float(count)) for name, count in counts.items()}
 
     def finish(self, step: int, arrays: Arrays, totals: Arrays) -> Arrays:
-        """The encoder's arrays after a step, from those before it and its merged sums.
+        """Compute the encoder's arrays after a step, from those before it and its merged sums.
 
         Raises:
-            NumericalError: a statistic is not finite; names the layer. Or no example has a finite loss and gradient.
+            NumericalError: a statistic is not finite (names the layer), or no example has a finite loss and gradient.
         """
-        made, examples = dict(arrays), int(totals["examples"])
+        arrays = dict(arrays)
+        examples = int(totals["examples"])
         if examples == 0:
             raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
         for component, number in self.steps[step]:
-            own = {at.removeprefix(f"{component.name}/"): v for at, v in totals.items() if at.startswith(f"{component.name}/")}
+            prefix = f"{component.name}/"
+            sums = {key.removeprefix(prefix): value for key, value in totals.items() if key.startswith(prefix)}
             if isinstance(component, SparseComponent):
-                statistics = {name: _finite(own.get(name), name, component.layer) for name in sparse.STATISTICS}
-                found = sparse.finish(statistics, examples)
+                statistics = {name: _finite(sums.get(name), name, component.layer) for name in sparse.STATISTICS}
+                results = sparse.finish(statistics, examples)
             else:
-                found = _finish_dense(component, number, own, examples)
-            made |= {f"{component.name}/{name}": array for name, array in found.items()}
+                results = _finish_dense(component, number, sums, examples)
+            arrays |= {f"{component.name}/{name}": array for name, array in results.items()}
             if isinstance(component, DenseComponent) and component.coordinates and number == _passes(component) - 1:
-                made |= _kept(component, made)
-        return made
+                arrays |= _coordinates(component, arrays)
+        return arrays
 
 
 def _weighted_loss(task: Task, model: nn.Module, batch: Batch, label: int) -> Float[Tensor, " batch"]:
-    """The loss for a label, times the square root of the probability that the model gives it: squares of gradients, summed over all labels,
-    are then their expectation under the model.
+    """The loss for a label, times the square root of its probability under the model.
+
+    Squares of gradients, summed over all labels, are then their expectation under the model.
     """
     losses = task.loss(model, replace(batch, targets=torch.full_like(batch.targets, label)))
     return losses * torch.exp(-losses.detach() / 2)
@@ -132,7 +135,7 @@ def _passes(component: Component) -> int:
 
 
 def _label_seed(component: Component) -> int | None:
-    """The seed of sampled labels; None where the data's are used, or a closed form needs none."""
+    """Seed of sampled labels; None for the data's labels, and for a closed form."""
     if component.curvature.labels != "sampled" or (
         isinstance(component, SparseComponent) and component.role == "head" and not component.tail
     ):
@@ -149,21 +152,22 @@ def _meter(component: Component, number: int, encoder: Encoder) -> Meter:
 
 
 class DenseMeter:
-    """Sums a dense component's statistics; those of a shared input are summed by the group's first layer alone."""
+    """Sums of a dense component's statistics; the first layer of an input group sums those of the shared input."""
 
     def __init__(self, component: DenseComponent, number: int, part: DensePart) -> None:
         self._computed: dict[str, set[str]] = {layer.name: set() for layer in component.layers}
         for layer in component.layers:
-            for statistic in _wanted(component, number, layer):
+            for statistic in _statistics(component, number, layer):
                 self._computed[_owner(layer, statistic)].add(statistic)
         self.layers: Sequence[Layer] = tuple(layer for layer in component.layers if self._computed[layer.name])
-        whole = number < _pca(component)
-        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if whole else part.maps[n.name] for n in self.layers}
+        unprojected = number < _pca(component)
+        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if unprojected else part.maps[n.name] for n in self.layers}
         self.sums: dict[str, Tensor] = {}
 
     def begin(self, batch: Batch) -> None:
         """See `Meter`."""
-        self._gradients, self._valid = GradientSum(), batch.valid
+        self._gradients = GradientSum()
+        self._valid = batch.valid
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
         """See `Meter`."""
@@ -181,34 +185,34 @@ class DenseMeter:
                     self._add(layer, statistic, GRADIENT_STATISTICS[statistic](self._gradients.by_layer[layer.name]))
 
     def _add(self, layer: Layer, statistic: str, value: Tensor) -> None:
-        at = f"{layer.name}/{statistic}"
-        self.sums[at] = value.double() if at not in self.sums else self.sums[at].add_(value)
+        name = f"{layer.name}/{statistic}"
+        self.sums[name] = value.double() if name not in self.sums else self.sums[name].add_(value)
 
 
 def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
-    made: Arrays = {}
+    arrays: Arrays = {}
     for layer in component.layers:
-        wanted = _wanted(component, number, layer)
-        statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in wanted}
+        names = _statistics(component, number, layer)
+        statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in names}
         if number < _pca(component):
-            found = {
+            projections = {
                 "input_projection": principal_projection(statistics["input_covariance"], layer.input_rank),
                 "output_projection": principal_projection(statistics["output_covariance"], layer.output_rank),
             }
-            made |= {key(_owner(layer, name), name): array for name, array in found.items() if array is not None}
+            arrays |= {key(_owner(layer, name), name): array for name, array in projections.items() if array is not None}
         elif statistics:
-            arrays = STRATEGIES[layer.curvature].finish[number - _pca(component)](Sums(statistics, examples))
-            made |= {key(_owner(layer, name), name): array for name, array in arrays.items()}
-    return made
+            results = STRATEGIES[layer.curvature].finish[number - _pca(component)](Sums(statistics, examples))
+            arrays |= {key(_owner(layer, name), name): array for name, array in results.items()}
+    return arrays
 
 
-def _kept(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Which coordinates a reduced component keeps: those of most energy, as many as make the best estimate of all scores.
+def _coordinates(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Select the coordinates of a reduced component: those of most energy, as many as give the best estimate of all scores.
 
-    A coordinate of eigenvalue l has the energy e = l / (l + a). Were coordinates independent, the scores between rows would have the
-    variance sum e^2, and those of the kept ones, from m random projections (or their signs: c = pi / 2, without them c = 1), the variance
-    sum e^2 + c (sum e)^2 / m about zero. What is kept maximises the correlation of the two. Where energy is spread out that is everything,
-    where it falls off steeply it is less than could be stored.
+    A coordinate of eigenvalue l has the energy e = l / (l + a). If coordinates are independent, the scores between rows have the variance
+    sum e^2, and those of the selected ones, from m random projections (or their signs: c = pi / 2, without them c = 1), the variance
+    sum e^2 + c (sum e)^2 / m about zero. The selection maximizes the correlation of the two: all coordinates where energy is spread out,
+    fewer than could be stored where it falls off steeply.
     """
     spectra = [arrays.get(f"{component.name}/{key(layer.name, 'eigenvalues')}") for layer in component.layers]
     if any(values is None for values in spectra):
@@ -216,8 +220,10 @@ def _kept(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Arrays
     whitened = [values * whitening_scale(values, component.curvature.damping) ** 2 for values in spectra if values is not None]
     energy = np.concatenate(whitened)
     order = np.argsort(-energy, kind="stable")
-    signal, total = np.cumsum(energy[order] ** 2), np.cumsum(energy[order])
-    count, one_bit = np.arange(1, len(energy) + 1), component.dtype == "1bit"
+    signal = np.cumsum(energy[order] ** 2)
+    total = np.cumsum(energy[order])
+    count = np.arange(1, len(energy) + 1)
+    one_bit = component.dtype == "1bit"
     loss = np.where(count > component.stored, np.pi / 2 if one_bit else 1.0, np.pi / 2 if one_bit else 0.0)
     fidelity = signal**2 / np.maximum(signal + loss * total**2 / component.stored, np.finfo(np.float64).tiny)
     best = max(int(np.argmax(fidelity)) + 1, 1 if one_bit else component.stored)
@@ -228,12 +234,12 @@ def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
     if value is None or not np.isfinite(value).all():
         raise NumericalError(
             f"the {statistic} of layer {layer} is {'missing: no gradient reaches it' if value is None else 'not finite'}; "
-            "leave the layer out with --layers, try --dtype float32, or look for broken weights"
+            "leave the layer out of layers, try dtype float32, or look for broken weights"
         )
     return value
 
 
-def _wanted(component: DenseComponent, number: int, layer: Layer) -> tuple[str, ...]:
+def _statistics(component: DenseComponent, number: int, layer: Layer) -> tuple[str, ...]:
     if number < _pca(component):
         return _PCA
     passes = STRATEGIES[layer.curvature].passes
@@ -245,14 +251,12 @@ def _pca(component: DenseComponent) -> int:
 
 
 def _owner(layer: Layer, name: str) -> str:
-    """Whose a statistic or an array is: what concerns inputs belongs to all layers that share the input."""
+    """Owner of a statistic or an array: the input group for inputs, else the layer."""
     return layer.input_group if name.startswith("input_") else layer.name
 
 
 def with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
-    """The plan with each dense layer's curvature chosen for the sample that there really is."""
-    from .curvature import choose_curvature
-
+    """The plan with each dense layer's curvature selected for the actual number of examples."""
     components: list[Component] = []
     for component in plan.components:
         if isinstance(component, DenseComponent):

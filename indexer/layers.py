@@ -1,4 +1,4 @@
-"""Which layers of a model are tracked, and what is known of each before anything is fitted."""
+"""Selection of the tracked layers of a model, and their sizes and shared inputs."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ NARROWING = "@narrowing"
 def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: bool = True) -> list[str]:
     """Names of the layers to track, in the model's order.
 
-    Without patterns, every layer that can be tracked; `within_blocks` those inside the transformer blocks (the outermost ModuleLists), so
-    that the output head and the embeddings are not among them. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the whole name or
-    its end; "@narrowing" stands for the default layers that have more inputs than outputs, such as the second half of an MLP (all of them
-    where there are none).
+    Without patterns, every layer that can be tracked; with `within_blocks` only those inside the transformer blocks (the outermost
+    ModuleLists), so without the output head and the embeddings. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the full name or
+    its end; "@narrowing" selects the default layers with more inputs than outputs, such as the second half of an MLP (all of them if there
+    are none).
 
     Raises:
         UsageError: a pattern, or the default, matches no layer.
@@ -33,7 +33,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     candidates = {name: module for name, module in candidates.items() if module is not head}
     if NARROWING in patterns:
         if len(patterns) > 1:
-            raise UsageError(f"--layers {NARROWING} stands alone; give it or patterns")
+            raise UsageError(f"layers: {NARROWING} cannot be combined with other patterns")
         names = find_layers(model, (), within_blocks)
         narrowing = [name for name in names if (sizes := layer_sizes(candidates[name])) and sizes[1] > sizes[0]]
         return narrowing or names
@@ -42,35 +42,35 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     if not patterns:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         outermost = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]
-        chosen = [name for name in candidates if any(name.startswith(o + ".") for o in outermost)]
-        if not chosen:
-            raise UsageError("the model has no Linear or Conv1D layers inside blocks; name the layers to track with --layers")
-        return chosen
+        selected = [name for name in candidates if any(name.startswith(o + ".") for o in outermost)]
+        if not selected:
+            raise UsageError("the model has no Linear or Conv1D layers inside blocks; name the layers to track in layers")
+        return selected
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in candidates if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, "*." + pattern)}
-        if not hits:
-            some = ", ".join(list(candidates)[:4])
-            raise UsageError(f"no layer matches {pattern!r}; this model has {len(candidates)} linear layers, such as {some}")
-        matched |= hits
+        matches = {n for n in candidates if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, "*." + pattern)}
+        if not matches:
+            sample = ", ".join(list(candidates)[:4])
+            raise UsageError(f"no layer matches {pattern!r}; this model has {len(candidates)} linear layers, such as {sample}")
+        matched |= matches
     return [name for name in candidates if name in matched]
 
 
 def plan_layers(
     task: Task, model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
 ) -> tuple[Layer, ...]:
-    """Sizes, ranks, shared inputs and offsets of the tracked layers, found by running two small examples through the model.
+    """Sizes, ranks, shared inputs and offsets of the tracked layers, from a run of two small examples through the model.
 
     Args:
-        task: whose probe is run.
+        task: provides the two examples.
         names: from `find_layers`.
-        rank: coordinates kept of inputs and outputs each, capped by the layer's sizes.
-        curvature: a strategy's name, or "auto" for the choice by size and by the number of `examples` that it will be fitted on.
+        rank: coordinates of inputs and outputs each, capped by the layer's sizes.
+        curvature: a strategy's name, or "auto" to select by size and by the number of `examples` of the fit.
         explicit: whether the user named the layers; one that does not run, or that does not see one vector for each token of each
             text (routers, some experts), is then an error, else it is left out.
 
     Raises:
-        IncompatibleError: the model does not suit the task.
+        IncompatibleError: the model does not fit the task.
         UsageError: a named layer does not run.
     """
     task.check(model)
@@ -93,33 +93,34 @@ def plan_layers(
     finally:
         for handle in handles:
             handle.remove()
-    idle = [n for n in names if n not in inputs]
-    if idle and (explicit or len(idle) == len(names)):
-        raise UsageError(f"layer {idle[0]} does not see a vector for each token when the model reads text; leave it out with --layers")
+    unused = [n for n in names if n not in inputs]
+    if unused and (explicit or len(unused) == len(names)):
+        raise UsageError(f"layer {unused[0]} does not see a vector for each token when the model reads text; leave it out of layers")
     groups: dict[tuple[object, ...], str] = {}
     layers: list[Layer] = []
     for name in names:
         if name in inputs:
             x, version = inputs[name]
             outputs, width = layer_sizes(modules[name]) or (0, 0)
-            ranks = min(rank, outputs), min(rank, width)
+            output_rank = min(rank, outputs)
+            input_rank = min(rank, width)
             layers.append(
                 Layer(
                     name=name,
                     outputs=outputs,
                     inputs=width,
-                    output_rank=ranks[0],
-                    input_rank=ranks[1],
+                    output_rank=output_rank,
+                    input_rank=input_rank,
                     input_group=groups.setdefault((id(x), version, geometry(modules[name])), name),
                     offset=layers[-1].offset + layers[-1].size if layers else 0,
-                    curvature=choose_curvature(curvature, ranks[0] * ranks[1], examples),
+                    curvature=choose_curvature(curvature, output_rank * input_rank, examples),
                 )
             )
     return tuple(layers)
 
 
 def _sees_each_token(x: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether a layer's input is one vector for each token of each of the probe's two examples, example by example."""
+    """Check that a layer's input is one vector for each token of each of the probe's two examples, example by example."""
     leading = [size for size in x.shape[:-1] if size != 1]
     if shape[1] > 1 and leading == [shape[0] * shape[1]]:  # all tokens but the last are equal in both
         by_example = x.reshape(*shape, x.shape[-1])

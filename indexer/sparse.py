@@ -1,20 +1,20 @@
 """Sparse components: the whitened gradients of the output head and of the input embeddings, a vector for each of an example's tokens.
 
 **The head.** With h_t the head's input and d_t the gradient of the loss at its output (p_t - onehot(y_t) where nothing follows the
-head; whatever autograd makes of a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in
+head; autograd covers a soft-cap or a scale), the head's gradient is G[v] = sum_t d_t(v) h_t. Its curvature is taken in
 Kronecker form with a diagonal on the vocabulary side:
 
-    q_v = E sum_t p_t(v) (1 - p_t(v))      the closed form of E d_t(v)^2 under the model's own labels; where something follows the head,
-                                            or for the data's labels, d_t(v)^2 itself
+    q_v = E sum_t p_t(v) (1 - p_t(v))      the closed form of E d_t(v)^2 under the model's own labels; d_t(v)^2 itself for the data's labels
+                                            or where something follows the head
     E sum_t h_t h_t^T = U diag(e) U^T,      l_vj = q_v e_j / E[loss tokens],      z[v, j] = (G U)[v, j] / sqrt(l_vj + a)
 
-Only the tokens that an example predicts are kept, and where asked for the most probable others: they hold most of the energy, and the
-vocabulary x width gradient is never formed. With
-weights frozen below, autograd's graph begins at the head's output, so a forward pass is all that the model is asked for.
+Only the tokens that an example predicts are stored, and optionally the most probable others: they hold most of the energy, and the
+vocabulary x width gradient is never formed. With the weights below frozen, autograd's graph begins at the head's output, so the model only
+runs a forward pass.
 
-**The embeddings** are the same with the roles exchanged: with d_t the gradient that arrives where token x_t was read, G[v] is the sum of
+**The embeddings** are the same with the roles exchanged: with d_t the gradient at the embedding of token x_t, G[v] is the sum of
 d_t over the positions that read v, q_v the number of times that an example reads v, and E sum_t d_t d_t^T takes the place of the
-inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both components, as if it were two.
+inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both components.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ STATISTICS = ("moment", "vocabulary", "tokens")
 
 
 def vocabulary_layer(component: SparseComponent) -> Layer:
-    """The head or the embeddings as a layer that the capture can track."""
+    """Layer record of the head or the embeddings, for the capture."""
     sizes = (component.vocabulary, component.width)
     outputs, inputs = sizes if component.role == "head" else sizes[::-1]
     return Layer(
@@ -51,17 +51,19 @@ def vocabulary_layer(component: SparseComponent) -> Layer:
 
 
 class SparsePart:
-    """Makes the rows of a sparse component.
+    """Computation of a sparse component's rows.
 
     Args:
-        component: the layer, the keys, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
+        component: the layer, the tokens, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
         arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary].
         device: the layer's.
         dtype: the model's.
     """
 
     def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
-        self.component, self.layer, self.device = component, vocabulary_layer(component), device
+        self.component = component
+        self.layer = vocabulary_layer(component)
+        self.device = device
         if arrays:
             self.basis, self.eigenvalues, self.vocabulary = (
                 torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
@@ -70,24 +72,25 @@ class SparsePart:
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
     def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
-        """The vectors M_v for which sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
+        """Vectors M_v such that sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
         return (vectors.to(self.basis.dtype) * self.scale(keys)) @ self.basis.T
 
     def scale(self, keys: Int[Tensor, " keys"]) -> Float[Tensor, "keys width"]:
-        """(l + a)^(-1/2) of some tokens' eigenvalues; 0 where the layer never had a gradient."""
+        """(l + a)^(-1/2) for some tokens' eigenvalues; 0 where the layer never had a gradient."""
         damped = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
         return torch.where(damped > 0, damped, torch.inf).rsqrt()
 
     def collector(self, batch: Batch) -> "SparseCollector":
-        """What is visited for one batch."""
+        """Visitor of one batch."""
         return SparseCollector(self, batch)
 
 
 class SparseCollector:
-    """A batch's gradients of the head or the embeddings on their way to rows."""
+    """Visitor that turns a batch's gradients of the head or the embeddings into rows."""
 
     def __init__(self, part: SparsePart, batch: Batch) -> None:
-        self._part, self._batch = part, batch
+        self._part = part
+        self._batch = batch
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
         tokens = batch.targets if part.component.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
@@ -99,45 +102,50 @@ class SparseCollector:
         if self._part.component.role == "head":
             if self._part.component.others and self._sums is None:
                 self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
-            found = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
+            sums = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
         else:
-            found = [self._by_token(d[i], i) for i in range(len(self._keys))]
-        self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+            sums = [self._by_token(d[i], i) for i in range(len(self._keys))]
+        self._sums = sums if self._sums is None else [a + b for a, b in zip(self._sums, sums, strict=True)]
 
     def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
-        """The predicted tokens and so many of the others as are most probable (whose gradients, summed over positions, are largest)."""
+        """The predicted tokens and the most probable others (those whose gradients, summed over positions, are largest)."""
         mass = d.sum(0).index_fill(0, keys, -torch.inf)
         others = torch.topk(mass, min(self._part.component.others, len(mass) - len(keys))).indices
         return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
-        keys, valid = self._keys[example], self._batch.valid[example].to(d.device)
-        at = torch.searchsorted(keys, self._batch.inputs[example].to(d.device)[valid])
-        return d.new_zeros(len(keys), d.shape[1]).index_add_(0, at, d[valid])
+        keys = self._keys[example]
+        valid = self._batch.valid[example].to(d.device)
+        positions = torch.searchsorted(keys, self._batch.inputs[example].to(d.device)[valid])
+        return d.new_zeros(len(keys), d.shape[1]).index_add_(0, positions, d[valid])
 
     def rows(self) -> SparseVectors:
         """The batch's whitened rows, by token."""
-        part, limit = self._part, self._part.component.keys
-        keys, vectors, counts, whole = [], [], [], []
+        part = self._part
+        limit = part.component.keys
+        keys = []
+        vectors = []
+        counts = []
+        totals = []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
             z = (gradient @ part.basis) * part.scale(tokens)
             energy = z.square().sum(1)
-            whole.append(float(energy.double().sum()))
+            totals.append(float(energy.double().sum()))
             if limit is not None and len(tokens) > limit:
-                kept = torch.sort(torch.topk(energy, limit).indices).values
-                tokens, z = tokens[kept], z[kept]  # noqa: PLW2901
+                largest = torch.sort(torch.topk(energy, limit).indices).values
+                tokens, z = tokens[largest], z[largest]  # noqa: PLW2901
             keys.append(tokens.cpu().numpy())
             vectors.append(z.float().cpu().numpy())
             counts.append(len(tokens))
         indptr = np.concatenate([[0], np.cumsum(counts)])
-        return SparseVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(whole))
+        return SparseVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(totals))
 
 
 class HeadMean:
-    """Sums the head's whole whitened gradients over examples, for the tokens of largest variance: whether they cancel (a `Visitor`).
+    """Visitor that sums the head's full whitened gradients over examples, for the tokens of largest variance, to see whether they cancel.
 
-    Rows hold predicted tokens alone, whose gradients never cancel; over all tokens they do where training has moved the head to where the
-    loss is stationary.
+    Rows hold only predicted tokens, whose gradients never cancel; over all tokens they do where training has brought the head to a
+    stationary point of the loss.
     """
 
     def __init__(self, part: SparsePart, tokens: int) -> None:
@@ -146,7 +154,9 @@ class HeadMean:
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
         self._tokens = torch.topk(part.vocabulary, min(tokens, len(part.vocabulary))).indices
         self._scale = part.scale(self._tokens)
-        self._sum, self._squares, self._examples = torch.zeros_like(self._scale, dtype=torch.float64), 0.0, 0
+        self._sum = torch.zeros_like(self._scale, dtype=torch.float64)
+        self._squares = 0.0
+        self._examples = 0
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the head's call."""
@@ -158,25 +168,26 @@ class HeadMean:
 
     @property
     def mean_share(self) -> float:
-        """The mean score between different examples over an example's mean score with itself."""
+        """Mean score between different examples, divided by an example's mean score with itself."""
         n = self._examples
         between = (float(self._sum.square().sum()) - self._squares) / max(1, n * (n - 1))
         return between * n / self._squares if self._squares > 0 else 0.0
 
 
 class SparseMeter:
-    """Sums a sparse component's statistics over batches."""
+    """Sums of a sparse component's statistics over batches."""
 
     def __init__(self, component: SparseComponent) -> None:
-        self._closed_form, layer = component.curvature.labels == "sampled" and not component.tail, vocabulary_layer(component)
+        layer = vocabulary_layer(component)
         self._component = component
+        self._closed_form = component.curvature.labels == "sampled" and not component.tail
         self.layers: Sequence[Layer] = (layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
         self._batch: Batch | None = None
 
     def begin(self, batch: Batch) -> None:
-        """The batch that comes next."""
+        """Start a batch."""
         self._batch = batch
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
@@ -190,14 +201,15 @@ class SparseMeter:
             return
         valid = self._batch.valid.to(d.device)
         for i, targets in enumerate(self._batch.targets.to(d.device)):
-            at = ((targets != IGNORED) & valid[i]).nonzero()[:, 0]
-            h, g = x[i, at], d[i, at]
+            positions = ((targets != IGNORED) & valid[i]).nonzero()[:, 0]
+            h = x[i, positions]
+            g = d[i, positions]
             self._add("moment", h.T @ h)
-            self._add("vocabulary", _variance(g, targets[at]) if self._closed_form else g.square().sum(0))
-            self._add("tokens", torch.tensor(float(len(at)), dtype=torch.float64))
+            self._add("vocabulary", _variance(g, targets[positions]) if self._closed_form else g.square().sum(0))
+            self._add("tokens", torch.tensor(float(len(positions)), dtype=torch.float64))
 
     def end(self) -> None:
-        """The batch is over."""
+        """End the batch."""
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = value.double() if name not in self.sums else self.sums[name].add_(value)
@@ -211,7 +223,7 @@ def _variance(g: Float[Tensor, "tokens vocabulary"], targets: Tensor) -> Float[T
 
 
 def finish(totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
-    """The arrays of a sparse component from the sums of its only pass."""
+    """Arrays of a sparse component from the sums of its single pass."""
     values, vectors = symmetric_eigen(totals["moment"] / examples)
     vocabulary: Float64[np.ndarray, " vocabulary"] = np.maximum(totals["vocabulary"], 0.0) / examples
     return {"basis": vectors, "eigenvalues": values / (totals["tokens"] / examples), "vocabulary": vocabulary}

@@ -1,13 +1,13 @@
-"""Tasks: what a model is asked, and the two functions whose gradients are indexed and compared.
+"""Tasks: the model's loss and measurement, the two functions whose gradients are indexed and compared.
 
-A task's *loss* is what training lowered, its gradients are the rows; its *measurement* is what a query asks about, its gradients are the
-queries. Both are numbers that fall as the model does better (nats), so the score's sign reads: positive, training on the example
-lowered the query's measurement. They are the same unless a task says otherwise. Around them a task says how to load the model and how
-examples become a batch; capture, projection and curvature know nothing else of it. A causal language model and a perceptron come
-with Wherefrom; any other nn.Module is a subclass of `Task` or `VectorTask`, named as `module:Class`.
+The gradients of a task's *loss*, which training lowered, are the rows; those of its *measurement*, which a query explains, are the
+queries. Both fall as the model improves (nats), so a positive score means that training on the example lowered the query's measurement.
+They are the same unless a task overrides the measurement. A task also loads the model and collates examples to a batch; capture,
+projection and curvature depend on nothing else of it. Wherefrom has a causal language model and a perceptron; any other nn.Module needs a
+subclass of `Task` or `VectorTask`, named as `module:Class`.
 
 A text batch is right-padded and carries no attention mask: in a causal model nothing to the left can see the padding, and positions count
-from the left, so that padding cannot change a row. The last token is only ever predicted, so it is not in the input.
+from the left, so that padding cannot change a row. The last token is only predicted, so it is not in the input.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ _SPLITS: "WeakKeyDictionary[nn.Module, dict[int, bool]]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side.
+    """Batch of examples.
 
     Attributes:
         ids: of the examples, for messages and for seeding sampled labels.
-        inputs: what the model is given; for text token ids, right-padded with 0.
+        inputs: the model's input; for text token ids, right-padded with 0.
         targets: the class (for text, the token) that each position predicts, -100 where it is not in the loss.
         valid: False on padding.
     """
@@ -53,11 +53,11 @@ class Batch:
 
 
 class Task(ABC):
-    """What a model is asked.
+    """Interface of a task.
 
     Attributes:
-        form: the form of its documents; "auto" takes text, prompt and completion, or chat messages, as they come.
-        within_blocks: whether only layers inside the model's blocks (its outermost ModuleLists) are tracked by default.
+        form: the form of its documents; "auto" accepts text, prompt and completion, or chat messages.
+        within_blocks: track only layers inside the model's blocks (its outermost ModuleLists) by default.
         batch_tokens: padded tokens in a batch by default, by kind of device.
     """
 
@@ -67,55 +67,59 @@ class Task(ABC):
 
     @abstractmethod
     def load(self, source: models.ModelSource) -> nn.Module:
-        """The model, in evaluation mode, in its dtype and on its device; the caller freezes it."""
+        """Load the model, in evaluation mode, in its dtype and on its device; the caller freezes it."""
 
     @abstractmethod
     def encoder(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
     ) -> DocumentEncoder:
-        """What turns documents into examples; longest example (tokens), what becomes of a longer document, whether an end token follows."""
+        """Encoder of documents.
+
+        Args:
+            max_tokens: the longest example.
+            long: treatment of a longer document, "split" or "truncate".
+            append_eos: append the end-of-text token.
+        """
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """One batch of examples."""
+        """Combine examples to a batch."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """Each example's training loss (nats).
 
         Args:
-            sample_seed: when given, targets are drawn from the model's own distribution (the true Fisher's labels) instead of the data's;
-                the draw depends on the seed and the example's id, not on the batch.
+            sample_seed: draw targets from the model's distribution (the true Fisher's labels) instead of the data's; the draw depends on
+                the seed and the example's id, not on the batch.
         """
 
     def measurement(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
-        """Each query's measurement (nats), lower when the model does better; the training loss unless a task says otherwise."""
+        """Each query's measurement (nats), lower when the model is better; the training loss by default."""
         return self.loss(model, batch)
 
     @abstractmethod
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """Two small examples, by which the layers' calls are seen; of several tokens, all but the last are equal in both."""
+        """Two small examples that show the layers' calls; if they have several tokens, all but the last are equal in both."""
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
-        """Refuse a model that does not suit the task; any does, unless a task says otherwise."""
+        """Raise an IncompatibleError if the model does not fit the task; any does by default."""
 
     def group(self, models: Sequence[nn.Module], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-        """Which examples of some lengths (tokens) share a batch; see `plan_batches`."""
+        """Group examples by length (tokens) into batches of indices; see `plan_batches`."""
         splits = {split for model in models for split in self.splits(model, max(lengths, default=0))}
         return plan_batches(lengths, token_budget, sorted(splits))
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
-        """Lengths (tokens) that must not share a batch with longer examples, since the model computes these differently; see
-        `plan_batches`.
-        """
+        """Lengths (tokens) at and below which the model computes differently, as in `plan_batches`."""
         return ()
 
     def context(self, model: nn.Module) -> int | None:
-        """The longest input, in tokens; None where nothing bounds it."""
+        """The longest input, in tokens; None if unbounded."""
         return None
 
     def classes(self, model: nn.Module) -> int | None:
-        """How many classes there are, where each example has one label among them; None for texts, which predict many tokens."""
+        """Number of classes of a model with one label per example; None for texts, which predict many tokens."""
         return None
 
     def head(self, model: nn.Module) -> nn.Module:
@@ -123,11 +127,11 @@ class Task(ABC):
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
     def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
-        """Name, vocabulary and width of an output head whose rows can be keyed by token, and whether something follows it; None without."""
+        """Name, vocabulary and width of an output head with sparse rows, and whether the logits differ from its output; None if absent."""
         return None
 
     def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
-        """Name, vocabulary and width of the embeddings of the batch's inputs; None where these are not tokens."""
+        """Name, vocabulary and width of the embeddings of the batch's inputs; None if these are not tokens."""
         return None
 
 
@@ -149,7 +153,7 @@ class CausalLM(Task):
         return TextEncoder(models.load_tokenizer(source), max_tokens or 1 << 30, long, append_eos)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """One batch, each example without its last token as input."""
+        """Combine examples to a batch, without their last tokens as inputs."""
         longest = max(e.tokens for e in examples)
         inputs = np.zeros((len(examples), longest), np.int64)
         targets = np.full((len(examples), longest), IGNORED, np.int64)
@@ -163,12 +167,12 @@ class CausalLM(Task):
 
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
-        largest, known = int(torch.maximum(batch.inputs, batch.targets).max()), models.vocabulary_size(model)
-        if largest >= known:
-            holder = int(torch.maximum(batch.inputs, batch.targets).amax(1).argmax())
-            raise DataError(
-                f"example {batch.ids[holder]!r} has token {largest}, the model embeds only {known}; tokenizer and model do not fit"
-            )
+        tokens = torch.maximum(batch.inputs, batch.targets).amax(1)
+        largest = int(tokens.max())
+        vocabulary = models.vocabulary_size(model)
+        if largest >= vocabulary:
+            id = batch.ids[int(tokens.argmax())]
+            raise DataError(f"example {id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
         return cross_entropies(models.logits_of(model, batch.inputs), batch, sample_seed)
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
@@ -178,29 +182,30 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def check(self, model: nn.Module) -> None:
-        """Refuse a model whose prediction for a token depends on what follows it.
+        """Check that the prediction for a token does not depend on the tokens after it.
 
         Raises:
-            IncompatibleError: it looks ahead.
+            IncompatibleError: it does.
         """
         probe = self.probe(model, next(model.parameters()).device)
         first, second = models.logits_of(model, probe.inputs)[:, :2].float()
         if models.differ(first, second, next(model.parameters()).dtype):
             raise IncompatibleError(
-                f"{type(model).__name__} is not causal as it is configured: a token's prediction depends on the tokens after it; give a "
+                f"{type(model).__name__} is not causal in this configuration: a token's prediction depends on the tokens after it; give a "
                 "causal language model"
             )
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
-        """See `Task`: a short text is run alone and padded, to a few tokens and to where the configuration says that positions change."""
-        known, switches = _SPLITS.setdefault(model, {}), models.rotary_switches(model)
-        found: list[int] = []
+        """See `Task`; runs a short text alone and padded, to a few tokens and to the lengths where the configuration changes positions."""
+        results = _SPLITS.setdefault(model, {})
+        switches = models.rotary_switches(model)
+        splits: list[int] = []
         for padded, split in ((min((_PADDED, *switches)), 0), *((length + 1, length) for length in switches)):
             if split < longest and padded <= (self.context(model) or padded):
-                if padded not in known:
-                    known[padded] = _depends_on_padding(model, padded)
-                found += [split] if known[padded] else []
-        return range(1, longest) if 0 in found else found
+                if padded not in results:
+                    results[padded] = _depends_on_padding(model, padded)
+                splits += [split] if results[padded] else []
+        return range(1, longest) if 0 in splits else splits
 
     def context(self, model: nn.Module) -> int | None:
         """See `Task`."""
@@ -212,18 +217,19 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
-        """See `Task`; something follows the head where the logits are not its output."""
+        """See `Task`."""
         head = self.head(model)
-        sizes, names = models.layer_sizes(head) if head is not None else None, [n for n, m in model.named_modules() if m is head]
+        sizes = models.layer_sizes(head) if head is not None else None
+        names = [name for name, module in model.named_modules() if module is head]
         if sizes is None or not names:
             return None
-        seen: list[Tensor] = []
-        handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        outputs: list[Tensor] = []
+        handle = head.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
         try:
             logits = models.logits_of(model, self.probe(model, next(model.parameters()).device).inputs)
         finally:
             handle.remove()
-        return names[0], sizes[0], sizes[1], len(seen) != 1 or not torch.equal(seen[0].to(logits.device), logits)
+        return names[0], sizes[0], sizes[1], len(outputs) != 1 or not torch.equal(outputs[0].to(logits.device), logits)
 
     def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
         """See `Task`."""
@@ -237,7 +243,7 @@ class CausalLM(Task):
 class VectorTask(Task):
     """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy.
 
-    A subclass says how its model is loaded, and may reshape a batch's vectors (images), or take another loss or measurement.
+    A subclass loads its model, and may reshape a batch's vectors (images), or override the loss or the measurement.
     """
 
     form: Form = "vector"
@@ -250,11 +256,11 @@ class VectorTask(Task):
         return VectorEncoder()
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """Vectors side by side, in float32."""
+        """Stack vectors, in float32."""
         sizes = {len(e.features) for e in examples if e.features is not None}
         if len(sizes) != 1:
             raise DataError(
-                f"examples of one batch have vectors of {' and '.join(map(str, sorted(sizes))) or 'no'} numbers; they must be alike"
+                f"examples of one batch have vectors of {' and '.join(map(str, sorted(sizes))) or 'no'} numbers; make them equally long"
             )
         inputs = torch.from_numpy(np.stack([e.features for e in examples if e.features is not None])).to(device)
         targets = torch.tensor([[e.label] for e in examples], device=device)
@@ -268,9 +274,9 @@ class VectorTask(Task):
             raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
         wrong = (batch.targets < 0) | (batch.targets >= logits.shape[-1])
         if bool(wrong.any()):
-            at = int(wrong[:, 0].int().argmax())
+            index = int(wrong[:, 0].int().argmax())
             raise DataError(
-                f"example {batch.ids[at]!r} has the label {int(batch.targets[at])}, the model knows 0 to {logits.shape[-1] - 1}"
+                f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {logits.shape[-1] - 1}"
             )
         return cross_entropies(logits[:, None], batch, sample_seed)
 
@@ -281,21 +287,21 @@ class VectorTask(Task):
         return int(model(self.probe(model, weight.device).inputs.to(weight.dtype)).shape[-1])
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """Two vectors of the size that the first layer takes.
+        """Two vectors of the first layer's input size.
 
         Raises:
-            UsageError: the model begins otherwise, so that its task must override this.
+            UsageError: the first layer is not an nn.Linear, so the task must override this.
         """
         first = next((m for m in model.modules() if models.layer_sizes(m)), None)
         if not isinstance(first, nn.Linear):
-            raise UsageError(f"{type(self).__name__}.probe must say what the model takes: two examples (see docs/evaluation.md)")
+            raise UsageError(f"{type(self).__name__}.probe must be overridden to return two of the model's inputs (see docs/evaluation.md)")
         size = first.in_features
         targets = torch.zeros((2, 1), dtype=torch.int64, device=device)
         return Batch(("probe", "probe"), torch.zeros((2, size), device=device), targets, torch.ones_like(targets, dtype=torch.bool))
 
 
 class MLP(VectorTask):
-    """A perceptron with ReLU between its layers, from a safetensors file with the names of a `torch.nn.Sequential`."""
+    """A perceptron with ReLU between its layers, from a safetensors file with the parameter names of a `torch.nn.Sequential`."""
 
     def load(self, source: models.ModelSource) -> nn.Module:
         """See `Task`."""
@@ -304,54 +310,54 @@ class MLP(VectorTask):
 
 @torch.no_grad()
 def _depends_on_padding(model: nn.Module, padded: int) -> bool:
-    """Whether a short text's predictions differ when it is padded to a length (tokens)."""
+    """True if a short text's predictions change when it is padded to a length (tokens)."""
     device = next(model.parameters()).device
     short = torch.tensor([[0, 1, 2]])[:, : padded - 1].to(device)
-    beside = torch.nn.functional.pad(short, (0, padded - short.shape[1]))
-    alone, together = (models.logits_of(model, ids)[:, : short.shape[1]].float() for ids in (short, beside))
-    return models.differ(alone, together, next(model.parameters()).dtype)
+    long = F.pad(short, (0, padded - short.shape[1]))
+    first, second = (models.logits_of(model, ids)[:, : short.shape[1]].float() for ids in (short, long))
+    return models.differ(first, second, next(model.parameters()).dtype)
 
 
 _TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "mlp": MLP}
 
 
 def find_task(name: str) -> Task:
-    """A task by its name: "causal-lm", "mlp", or `module:Class` for one's own (whose module is imported: its code runs).
+    """Create a task by its name: "causal-lm", "mlp", or `module:Class` for a custom one, whose module is imported (its code runs).
 
     Raises:
         UsageError, NotFoundError: there is no such task.
     """
     if name in _TASKS:
         return _TASKS[name]()
-    found = import_object(name, "task")
-    if not (isinstance(found, type) and issubclass(found, Task)):
+    cls = import_object(name, "task")
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UsageError(f"{name} is not a subclass of wherefrom.Task")
     try:
-        return found()
-    except TypeError as error:  # abstract still, or with arguments
-        raise UsageError(f"the task {name} cannot be made: {error}") from error
+        return cls()
+    except TypeError as error:  # abstract, or with arguments
+        raise UsageError(f"the task {name} cannot be created: {error}") from error
 
 
-def import_object(path: str, what: str) -> Any:
-    """What lies under `module:attribute`; the module is imported from the path that Python has, the working directory included.
+def import_object(path: str, kind: str) -> Any:
+    """Import `module:attribute` from Python's path, including the working directory.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the path does not have that form.
         NotFoundError: there is no such module or attribute.
     """
     import sys
 
     module, colon, attribute = path.partition(":")
     if not colon or not module or not attribute:
-        raise UsageError(f"the {what} {path!r} is neither known nor of the form module:name")
+        raise UsageError(f"the {kind} {path!r} is neither built in nor of the form module:name")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # an import runs whatever the module does
+    except (Exception, SystemExit) as error:  # an import runs arbitrary code
         reason = f"{type(error).__name__}: {error}"
         raise NotFoundError(
-            f"the {what} {path} cannot be imported ({reason}); is its module in this directory, or on PYTHONPATH?"
+            f"the {kind} {path} cannot be imported ({reason}); is its module in this directory, or on PYTHONPATH?"
         ) from error
 
 
@@ -361,7 +367,7 @@ def plan_batches(lengths: Sequence[int], token_budget: int, splits: Sequence[int
     A function of the lengths alone, longest first, so the same examples always share the same batches.
 
     Args:
-        splits: lengths; an example of at most so many tokens shares no batch with one of more.
+        splits: lengths; an example of at most that length shares no batch with a longer one.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

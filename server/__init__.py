@@ -1,1 +1,1 @@
-"""The server and the explorer in front of it."""
+"""HTTP server of indexes, with the explorer."""

@@ -1,7 +1,7 @@
-"""The HTTP interface: what `wherefrom query` and the Python client ask, and what the explorer shows.
+"""HTTP interface for `wherefrom query`, the Python client and the explorer.
 
 Every answer is the JSON that the command line prints; every error is problem+json (RFC 9457) with one sentence. `/openapi.json` describes
-it all, `/docs` shows that.
+the interface, `/docs` shows the description.
 """
 
 import asyncio
@@ -28,10 +28,13 @@ from ..store.printable import to_json
 from .engine import Engine, Metrics
 from .guard import App, Guard, problem
 
-_BINS, _LONGEST_DETAIL = 60, 600
+_BINS = 60
+_LONGEST_DETAIL = 600
 _MOST_QUERIES = 256
-_MOST_MESSAGES = 200  # for each of the assistant's turns the chat template reads all before it
-_MOST_ANSWERS, _MOST_COSTLY, _LARGEST_K = 20_000, 16, 10_000
+_MOST_MESSAGES = 200  # the chat template renders all previous messages for each of the assistant's turns
+_MOST_ANSWERS = 20_000
+_MOST_COSTLY = 16
+_LARGEST_K = 10_000
 _STATUS: tuple[tuple[type[WherefromError], int, str], ...] = (
     (BusyError, 503, "Busy"),
     (NotFoundError, 404, "Not found"),
@@ -47,32 +50,32 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Asked(_Body):
+class QueryFields(_Body):
     """One query: a completion after a prompt, a text, messages, or a row."""
 
     prompt: Text = ""
     completion: Text | None = None
     text: Text | None = None
     messages: list[dict[str, Any]] | None = Field(
-        None, max_length=_MOST_MESSAGES, description="A conversation, put into text by the chat template."
+        None, max_length=_MOST_MESSAGES, description="A conversation, rendered as text by the chat template."
     )
     tools: list[dict[str, Any]] | None = Field(None, max_length=1000, description="For the chat template.")
     row: Row | None = None
     id: Annotated[str, Field(max_length=4096)] | None = None
-    against: Text | None = Field(None, description="Another completion: what made the model say the one rather than the other.")
-    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens alone.")
+    against: Text | None = Field(None, description="A contrasting completion: explain the completion rather than this one.")
+    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens only.")
     weight: float | None = None
 
     def query(self) -> Query:
-        """As the library has it."""
-        return Query(**{name: getattr(self, name) for name in Asked.model_fields})
+        """Convert to the library's query."""
+        return Query(**{name: getattr(self, name) for name in QueryFields.model_fields})
 
 
-class How(_Body):
-    """How scores are made."""
+class ScoringFields(_Body):
+    """Options of scores."""
 
     index: Annotated[str, Field(max_length=4096)] | None = Field(
-        None, description="By name or absolute path; may be left out when there is one."
+        None, description="By name or absolute path; optional if there is only one."
     )
     mode: Literal["influence", "cosine", "loss-normalized"] = "influence"
     damping: float | None = Field(None, gt=0)
@@ -81,14 +84,14 @@ class How(_Body):
     layers: list[Name] = Field([], max_length=64)
 
     def scoring(self) -> Options:
-        """The options that concern scores."""
+        """Options of scores, for the client."""
         return {"mode": self.mode, "damping": self.damping, "curvature": self.curvature, "weights": self.weights, "layers": self.layers}
 
 
-class QueryBody(Asked, How):
-    """A query, or several, and how they are answered."""
+class QueryBody(QueryFields, ScoringFields):
+    """One or several queries, with their options."""
 
-    queries: list[Asked] | None = Field(None, max_length=_MOST_QUERIES, description="Several queries instead of one.")
+    queries: list[QueryFields] | None = Field(None, max_length=_MOST_QUERIES, description="Several queries instead of one.")
     mean: bool = False
     k: int | None = Field(None, ge=1, le=2**53, strict=True)
     opponents: bool = True
@@ -103,22 +106,22 @@ class QueryBody(Asked, How):
         return {**self.scoring(), **{name: getattr(self, name) for name in names}}  # type: ignore[typeddict-item]
 
 
-class ExplainBody(Asked, How):
-    """A query, and the rows whose scores are to be taken apart."""
+class ExplainBody(QueryFields, ScoringFields):
+    """A query, and the rows whose scores to explain."""
 
     rows: list[Row] = Field(min_length=1, max_length=20)
     tokens: bool = True
 
 
-class ScoresBody(Asked, How):
-    """A query whose score with every row is wanted."""
+class ScoresBody(QueryFields, ScoringFields):
+    """A query to score with every row."""
 
     where: Annotated[str, Field(max_length=4000)] | None = None
     format: Literal["histogram", "float32"] = "histogram"
 
 
 class CompleteBody(_Body):
-    """A prompt that the model is to complete."""
+    """A prompt for the model to complete."""
 
     index: Annotated[str, Field(max_length=4096)] | None = None
     prompt: Text
@@ -134,14 +137,14 @@ def create_app(
     queue: int = 256,
     patience: float = 15.0,
 ) -> App:
-    """The application over some open indexes, by name.
+    """Create the application over some open indexes, by name.
 
     Args:
-        token: asked for as a bearer token.
-        hosts: names by which the server may be called; None admits any.
-        batch: queries in one pass over the model and the rows, at most.
-        queue: requests that may wait for an index.
-        patience: seconds that a client may take for each piece of its request.
+        token: the required bearer token.
+        hosts: accepted host names of the server; None accepts any.
+        batch: most queries in one pass over the model and the rows.
+        queue: most requests that wait for an index.
+        patience: time limit (seconds) for receiving a request.
     """
     metrics = Metrics()
     engines = {name: Engine(name, client, metrics, batch, queue) for name, client in clients.items()}
@@ -166,12 +169,12 @@ def create_app(
 def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:
     if name is None and len(engines) == 1:
         return next(iter(engines.values()))
-    by_path = next((engine for engine in engines.values() if str(engine.client.index.path.resolve()) == name), None)
-    if by_path is not None:
-        return by_path
+    engine_by_path = next((engine for engine in engines.values() if str(engine.client.index.path.resolve()) == name), None)
+    if engine_by_path is not None:
+        return engine_by_path
     if name is None or name not in engines:
-        known = ", ".join(engines)
-        raise NotFoundError(f"there is no index {name!r} here; there is {known}" if name else f"name an index (index=...): {known}")
+        names = ", ".join(engines)
+        raise NotFoundError(f"there is no index {name!r} here; there is {names}" if name else f"name an index (index=...): {names}")
     return engines[name]
 
 
@@ -185,79 +188,80 @@ def _state_routes(app: FastAPI, engines: Mapping[str, Engine], metrics: Metrics)
 
     @app.get("/healthz", tags=["state"])
     async def healthz() -> dict[str, str]:
-        """Whether the process lives."""
+        """Liveness of the process."""
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["state"])
     async def readyz() -> dict[str, Any]:
-        """Whether queries are answered."""
-        idle = [name for name, engine in engines.items() if not engine.alive]
-        if idle:
-            raise BusyError(f"{len(idle)} indexes are not answered; start the server again")
+        """Readiness to answer queries."""
+        stopped = [name for name, engine in engines.items() if not engine.alive]
+        if stopped:
+            raise BusyError(f"{len(stopped)} indexes are not answered; start the server again")
         return {"status": "ok"}
 
     @app.get("/metrics", tags=["state"])
     async def prometheus() -> Response:
-        """Counters and times, for Prometheus."""
+        """Metrics in Prometheus format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     @app.get("/v1/indexes", tags=["indexes"])
     async def indexes() -> Response:
-        """The indexes that are served."""
+        """List the served indexes."""
         return _json([_summary(engine) for engine in engines.values()])
 
     @app.get("/v1/indexes/{name}", tags=["indexes"])
     async def index(name: str) -> Response:
-        """What an index holds."""
+        """Describe an index."""
         engine = _engine_of(engines, name)
         return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
 
     @app.get("/v1/rows/{row}", tags=["indexes"])
     async def row(row: Annotated[int, Path(ge=0, le=2**53)], index: Name | None = None) -> Response:
-        """A training example, by its row."""
+        """Read a training example by its row."""
 
-        def found(client: Client) -> dict[str, Any]:
+        def read(client: Client) -> dict[str, Any]:
             e = client.index.example(row)
             shard, offset = client.index.locate(row)
-            about = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
+            fields = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
             try:
                 loss = float(client.index.losses(shard)[offset])
             except IncompatibleError:  # an older index
-                return about
-            return {**about, "tokens": int(e.loss_mask.sum()), "loss": loss}
+                return fields
+            return {**fields, "tokens": int(e.loss_mask.sum()), "loss": loss}
 
-        return _json(await _engine_of(engines, index).call(found))
+        return _json(await _engine_of(engines, index).call(read))
 
 
 def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     @app.post("/v1/query", tags=["queries"])
     async def query(body: QueryBody) -> Response:
-        """Which training examples made the model say this? One answer, or for `queries` a list of them under `answers`."""
-        engine, options = _engine_of(engines, body.index), body.options()
+        """Find the training examples that influenced the model: one answer, or for `queries` a list under `answers`."""
+        engine = _engine_of(engines, body.index)
+        options = body.options()
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
             if k > _LARGEST_K:
-                raise UsageError(f"k is {body.k}; a server gives at most {_LARGEST_K:,} (wherefrom query --local gives more)")
+                raise UsageError(f"k is {body.k}; a server returns at most {_LARGEST_K:,} (wherefrom query --local returns more)")
         if body.queries is None:
             if body.mean:
                 raise UsageError("mean is over several queries; give them as queries")
             return _json((await engine.ask(body.query(), options)).to_dict())
-        queries = [asked.query() for asked in body.queries]
-        if any(getattr(body, name) not in (None, "") for name in Asked.model_fields):
+        queries = [fields.query() for fields in body.queries]
+        if any(getattr(body, name) not in (None, "") for name in QueryFields.model_fields):
             raise UsageError("give one query, or queries, not both")
         if len(queries) * (options["k"] or 10) > _MOST_ANSWERS:
-            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; ask in parts")
+            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; split the request")
         if (body.group_by or body.baselines) and len(queries) > _MOST_COSTLY and not body.mean:
-            raise UsageError(f"groups and baselines are given for at most {_MOST_COSTLY} queries at a time; ask in parts")
+            raise UsageError(f"groups and baselines are limited to {_MOST_COSTLY} queries at a time; split the request")
         options["mean"] = body.mean
         answers = await engine.call(lambda client: client.query_many(queries, **options))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
     @app.get("/v1/query", tags=["queries"])
     async def linked(q: Annotated[str, QueryParameter(max_length=20_000)]) -> Response:
-        """The same for a link: `q` is the body of the POST, as JSON. The explorer's address with it shows the answer."""
+        """Answer a query given as a link: `q` is the JSON body of the POST. The explorer's address with it shows the answer."""
         try:
             body = QueryBody.model_validate_json(q)
         except ValidationError as error:
@@ -266,30 +270,32 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
 
     @app.post("/v1/explain", tags=["queries"])
     async def explain(body: ExplainBody) -> Response:
-        """Scores of some rows, taken apart by component, layer, shared token, and token of either text."""
+        """Explain the scores of some rows by component, layer, shared token, and token of either text."""
         query = body.query()
-        found = await _engine_of(engines, body.index).call(lambda c: c.explain(body.rows, query, tokens=body.tokens, **body.scoring()))
-        return _json({"explanations": [e.to_dict() for e in found]})
+        explanations = await _engine_of(engines, body.index).call(
+            lambda c: c.explain(body.rows, query, tokens=body.tokens, **body.scoring())
+        )
+        return _json({"explanations": [e.to_dict() for e in explanations]})
 
     @app.post("/v1/scores", tags=["queries"])
     async def scores(body: ScoresBody) -> Response:
-        """The scores of all rows: a histogram, or little-endian float32 numbers in the rows' order (of deleted rows NaN)."""
+        """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
 
-        def made(client: Client) -> np.ndarray:
+        def compute(client: Client) -> np.ndarray:
             metric = Metric(body.mode, body.damping, body.curvature, body.weights, tuple(body.layers))
-            found = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([query]), metric)])
-            kept = client.index.alive if body.where is None else client.index.alive & client.index.matching(body.where)
-            return np.where(kept, found, np.float32(np.nan))
+            values = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([query]), metric)])
+            mask = client.index.alive if body.where is None else client.index.alive & client.index.matching(body.where)
+            return np.where(mask, values, np.float32(np.nan))
 
-        found = await _engine_of(engines, body.index).call(made)
+        values = await _engine_of(engines, body.index).call(compute)
         if body.format == "float32":
-            return Response(found.astype("<f4").tobytes(), media_type="application/octet-stream")
-        return _json(_histogram(found[np.isfinite(found)]))
+            return Response(values.astype("<f4").tobytes(), media_type="application/octet-stream")
+        return _json(_histogram(values[np.isfinite(values)]))
 
     @app.post("/v1/complete", tags=["queries"])
     async def complete(body: CompleteBody) -> Response:
-        """What the model itself says after a prompt."""
+        """Complete a prompt with the model."""
         return _json({"completion": await _engine_of(engines, body.index).call(lambda client: client.complete(body.prompt, body.tokens))})
 
 
@@ -317,21 +323,22 @@ _TYPES = {
 
 def _static(name: str) -> Response:
     folder = resources.files(__package__) / "static"
-    known = {item.name: item for item in folder.iterdir()}
-    if name not in known:
+    items = {item.name: item for item in folder.iterdir()}
+    if name not in items:
         raise NotFoundError(f"there is no page {name[:100]!r}")
-    return Response(known[name].read_bytes(), media_type=_TYPES.get(name.rpartition(".")[2], "application/octet-stream"))
+    return Response(items[name].read_bytes(), media_type=_TYPES.get(name.rpartition(".")[2], "application/octet-stream"))
 
 
 def _summary(engine: Engine) -> dict[str, Any]:
     index = engine.client.index
-    about = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": index.manifest.deleted}
+    fields = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": index.manifest.deleted}
     components = [
-        {"name": s.name, "kind": s.kind, "damping": s.curvature.damping, "layers": len(s.layers) if s.kind == "dense" else 1}
-        for s in index.manifest.components
+        {"name": c.name, "kind": c.kind, "damping": c.curvature.damping, "layers": len(c.layers) if c.kind == "dense" else 1}
+        for c in index.manifest.components
     ]
-    models, texts = [m.id for m in index.manifest.models], index.manifest.tokenizer is not None
-    return {**about, "path": str(index.path.resolve()), "models": models, "texts": texts, "components": components}
+    models = [model.id for model in index.manifest.models]
+    texts = index.manifest.tokenizer is not None
+    return {**fields, "path": str(index.path.resolve()), "models": models, "texts": texts, "components": components}
 
 
 def _histogram(scores: np.ndarray) -> dict[str, Any]:
@@ -352,7 +359,7 @@ def _handle_errors(app: FastAPI) -> None:
         return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
 
     @app.exception_handler(WherefromError)
-    async def ours(request: Request, error: WherefromError) -> Response:
+    async def known_error(request: Request, error: WherefromError) -> Response:
         status, title = next(((s, t) for kind, s, t in _STATUS if isinstance(error, kind)), (503, "The index cannot answer"))
         return respond(status, str(error), title, type(error).__name__)
 
@@ -367,5 +374,5 @@ def _handle_errors(app: FastAPI) -> None:
         return respond(error.status_code, str(error.detail), "Not possible")
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
+    async def unexpected(request: Request, error: Exception) -> Response:
         return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WherefromError")

@@ -1,7 +1,7 @@
-"""One index behind the server: a bounded queue, one thread that answers, and what it remembers of queries.
+"""Engine of one served index: a bounded queue, one worker thread, and a cache of query rows.
 
-While a batch is being answered the next one gathers, so that an idle server adds no wait and a busy one shares passes over the model and
-the rows. Rows of queries are remembered: asked again with another filter, damping or mode, a query costs a search alone.
+While a batch is processed the next one accumulates, so an idle server adds no delay and a busy one shares passes over the model and the
+rows. The rows of queries are cached: the same query with another filter, damping or mode only costs a search.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from ..query.asking import Options
 from ..query.metric import QueryRows, cut, join
 from ..store.errors import BusyError
 
-_REMEMBERED = 128
+_CACHED = 128
 _SIZES = (1, 2, 4, 8, 16, 32)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 Result = TypeVar("Result")
 
 
 class Metrics:
-    """What Prometheus is told."""
+    """Prometheus metrics."""
 
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
@@ -43,27 +43,30 @@ class Metrics:
 
 @dataclass
 class _Job(Generic[Result]):
-    """Something that waits for the thread: a query, or any call of the client."""
+    """Job for the worker thread: a query, or a call of the client."""
 
-    done: "asyncio.Future[Result]"
-    asked: tuple[Query, Options] | None = None
+    future: "asyncio.Future[Result]"
+    query: tuple[Query, Options] | None = None
     call: Callable[[Client], Result] | None = None
     since: float = field(default_factory=time.perf_counter)
 
 
 class Engine:
-    """Answers queries about one index.
+    """Queue and worker of one index.
 
     Args:
-        name: what requests call the index.
-        client: opened on it.
-        metrics: where times are counted.
-        batch: queries in one pass, at most.
-        queue: requests that may wait; more are refused.
+        name: of the index, in requests.
+        client: of the index.
+        metrics: to update.
+        batch: most queries in one pass.
+        queue: most requests that wait; more are rejected.
     """
 
     def __init__(self, name: str, client: Client, metrics: Metrics, batch: int, queue: int) -> None:
-        self.name, self.client, self._metrics, self._batch = name, client, metrics, batch
+        self.name = name
+        self.client = client
+        self._metrics = metrics
+        self._batch = batch
         self._queue: asyncio.Queue[_Job[Any]] = asyncio.Queue(queue)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"wherefrom-{name}")
         self._rows: OrderedDict[Query, QueryRows] = OrderedDict()
@@ -72,34 +75,34 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether queries are being answered."""
+        """True while queries are processed."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
-        """Begin to answer; needs a running loop."""
+        """Start processing; needs a running event loop."""
         self._task = asyncio.create_task(self._serve())
 
     async def stop(self) -> None:
-        """Answer no more; what waits is refused."""
+        """Stop processing; reject the waiting jobs."""
         if self._task is not None:
             self._task.cancel()
         while not self._queue.empty():
             self._running.append(self._queue.get_nowait())
         for job in self._running:
-            if not job.done.done():
-                job.done.set_exception(BusyError("the server is stopping; ask again later"))
+            if not job.future.done():
+                job.future.set_exception(BusyError("the server is stopping; ask again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, query: Query, options: Options) -> Answer:
-        """The answer to one query.
+        """Answer one query.
 
         Raises:
-            BusyError: too many wait.
+            BusyError: the queue is full.
         """
-        return await self._submit(_Job(asyncio.get_running_loop().create_future(), asked=(query, options)))
+        return await self._submit(_Job(asyncio.get_running_loop().create_future(), query=(query, options)))
 
     async def call(self, function: Callable[[Client], Result]) -> Result:
-        """What a function makes of the client, in its turn."""
+        """Run a function of the client on the worker thread."""
         return await self._submit(_Job(asyncio.get_running_loop().create_future(), call=function))
 
     async def _submit(self, job: "_Job[Result]") -> Result:
@@ -108,7 +111,7 @@ class Engine:
         except asyncio.QueueFull as error:
             raise BusyError(f"{self._queue.maxsize} requests wait already; ask again later") from error
         self._metrics.waiting.labels(self.name).set(self._queue.qsize())
-        return await job.done
+        return await job.future
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -117,87 +120,87 @@ class Engine:
             while len(jobs) < self._batch and not self._queue.empty():
                 jobs.append(self._queue.get_nowait())
             self._metrics.waiting.labels(self.name).set(self._queue.qsize())
-            self._running = [job for job in jobs if not job.done.done()]  # whoever asked may have gone
+            self._running = [job for job in jobs if not job.future.done()]  # requests may have been canceled
             jobs = self._running
             try:
                 outcomes = await loop.run_in_executor(self._pool, self._work, jobs)
             except Exception as error:
                 outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
-                if job.done.done():
+                if job.future.done():
                     continue
                 if isinstance(outcome, BaseException):
-                    job.done.set_exception(outcome)
+                    job.future.set_exception(outcome)
                 else:
-                    job.done.set_result(outcome)
+                    job.future.set_result(outcome)
 
     def _work(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
-        """What becomes of each job: a result or an error. Runs in the thread."""
-        started = time.perf_counter()
+        """Process jobs on the worker thread; returns a result or an error for each."""
+        start = time.perf_counter()
         for job in jobs:
-            self._metrics.seconds.labels(self.name, "queue").observe(started - job.since)
+            self._metrics.seconds.labels(self.name, "queue").observe(start - job.since)
         outcomes: dict[int, Any] = {}
         self._refresh()
         groups: dict[str, list[int]] = {}
         for number, job in enumerate(jobs):
             if job.call is not None:
                 outcomes[number] = _outcome(job.call, self.client)
-            elif job.asked is not None:
-                groups.setdefault(json.dumps(job.asked[1], sort_keys=True), []).append(number)
-        asked = [number for group in groups.values() for number in group]
-        rows = self._measured([jobs[n].asked[0] for n in asked])  # type: ignore[index]
-        by_job = dict(zip(asked, rows, strict=True))
+            elif job.query is not None:
+                groups.setdefault(json.dumps(job.query[1], sort_keys=True), []).append(number)
+        numbers = [number for group in groups.values() for number in group]
+        rows = self._query_rows([jobs[n].query[0] for n in numbers])  # type: ignore[index]
+        rows_by_job = dict(zip(numbers, rows, strict=True))
         for group in groups.values():
             for number in group:
-                if isinstance(by_job[number], BaseException):
-                    outcomes[number] = by_job[number]
-            left = [n for n in group if n not in outcomes]
-            if left:
-                outcomes |= dict(zip(left, self._answered([jobs[n].asked for n in left], [by_job[n] for n in left]), strict=True))
+                if isinstance(rows_by_job[number], BaseException):
+                    outcomes[number] = rows_by_job[number]
+            valid = [n for n in group if n not in outcomes]
+            if valid:
+                answers = self._answers([jobs[n].query for n in valid], [rows_by_job[n] for n in valid])
+                outcomes |= dict(zip(valid, answers, strict=True))
         return [outcomes[number] for number in range(len(jobs))]
 
-    def _measured(self, queries: Sequence[Query]) -> list[Any]:
-        """Each query's rows, or the error that it met."""
-        started = time.perf_counter()
+    def _query_rows(self, queries: Sequence[Query]) -> list[Any]:
+        """Rows of each query from the cache or the model, or its error."""
+        start = time.perf_counter()
         missing = [q for q in dict.fromkeys(queries) if q not in self._rows]
-        for found in ("hit", "miss"):
-            count = len(missing) if found == "miss" else len(queries) - len(missing)
-            self._metrics.remembered.labels(self.name, found).inc(count)
-        made: dict[Query, Any] = {}
+        self._metrics.remembered.labels(self.name, "hit").inc(len(queries) - len(missing))
+        self._metrics.remembered.labels(self.name, "miss").inc(len(missing))
+        outcomes: dict[Query, Any] = {}
         if missing:
-            together = _outcome(lambda client: client.rows(missing), self.client)
+            batch = _outcome(lambda client: client.rows(missing), self.client)
             for number, query in enumerate(missing):
-                if isinstance(together, BaseException):
-                    made[query] = _outcome(partial(_rows_of, query=query), self.client)
+                if isinstance(batch, BaseException):
+                    outcomes[query] = _outcome(partial(_rows_of, query=query), self.client)
                 else:
-                    made[query] = cut(together, number, number + 1)
-            self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - started)
-        result = [made[q] if q in made else self._rows[q] for q in queries]
-        for query, rows in made.items():
+                    outcomes[query] = cut(batch, number, number + 1)
+            self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - start)
+        result = [outcomes[q] if q in outcomes else self._rows[q] for q in queries]
+        for query, rows in outcomes.items():
             if not isinstance(rows, BaseException):
                 self._rows[query] = rows
         for query in queries:
             if query in self._rows:
                 self._rows.move_to_end(query)
-        while len(self._rows) > _REMEMBERED:
+        while len(self._rows) > _CACHED:
             self._rows.popitem(last=False)
         return result
 
-    def _answered(self, asked: Sequence[Any], rows: Sequence[QueryRows]) -> list[Any]:
-        """The answers to queries that are asked the same way, or the errors that they met."""
-        options = asked[0][1]
-        together = _outcome(lambda client: client.answer([q for q, _ in asked], join(rows), **options), self.client)
-        if isinstance(together, BaseException) and len(asked) > 1:
-            return [self._answered([one], [own])[0] for one, own in zip(asked, rows, strict=True)]
-        if isinstance(together, BaseException):
-            return [together]
-        self._metrics.batch.labels(self.name).observe(len(asked))
-        self._metrics.seconds.labels(self.name, "search").observe(together[0].search.seconds)
-        self._metrics.candidates.labels(self.name).inc(sum(answer.search.candidates for answer in together))
-        return together
+    def _answers(self, queries: Sequence[Any], rows: Sequence[QueryRows]) -> list[Any]:
+        """Answers to queries with the same options, or their errors."""
+        options = queries[0][1]
+        answers = _outcome(lambda client: client.answer([query for query, _ in queries], join(rows), **options), self.client)
+        if isinstance(answers, BaseException) and len(queries) > 1:
+            return [self._answers([query], [query_rows])[0] for query, query_rows in zip(queries, rows, strict=True)]
+        if isinstance(answers, BaseException):
+            return [answers]
+        self._metrics.batch.labels(self.name).observe(len(queries))
+        self._metrics.seconds.labels(self.name, "search").observe(answers[0].search.seconds)
+        self._metrics.candidates.labels(self.name).inc(sum(answer.search.candidates for answer in answers))
+        return answers
 
     def _refresh(self) -> None:
-        """Go over to a newer state of the index."""
+        """Switch to a newer state of the index, if any."""
         newer = self.client.refreshed()
         if newer is not self.client:
             self.client = newer

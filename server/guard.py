@@ -1,6 +1,6 @@
-"""What every request must pass before it reaches the application: host, token, size and patience; and what every response carries.
+"""Checks of every request before the application (host, token, size, time limit), and security headers of every response.
 
-Plain ASGI, so that nothing of a body is read before it is known to be wanted.
+This is plain ASGI, so that a body is only read after the checks of the headers.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
-_ELSEWHERE = (b"cross-site", b"same-site")
+_CROSS_SITE = (b"cross-site", b"same-site")
 
 
 def problem(status: int, detail: str, title: str, kind: str = "UsageError") -> tuple[int, bytes]:
@@ -38,18 +38,20 @@ def problem(status: int, detail: str, title: str, kind: str = "UsageError") -> t
 
 
 class Guard:
-    """Wraps the application.
+    """ASGI wrapper of the application.
 
     Args:
-        app: what is guarded.
-        token: a bearer token that all but the explorer's own files and the health checks ask for; None asks for none.
-        hosts: names by which the server may be called, so that no page elsewhere can reach it through a name of its own (DNS rebinding);
-            None admits any.
-        patience: seconds that a client may take for its request.
+        app: the application.
+        token: bearer token, required except for the explorer's files and the health checks; None requires none.
+        hosts: accepted host names, against DNS rebinding by pages of other hosts; None accepts any.
+        patience: time limit (seconds) for receiving a request.
     """
 
     def __init__(self, app: App, token: str | None, hosts: frozenset[str] | None, patience: float = _PATIENCE) -> None:
-        self._app, self._token, self._hosts, self._patience = app, token, hosts, patience
+        self._app = app
+        self._token = token
+        self._hosts = hosts
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection."""
@@ -57,71 +59,73 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refused = self._refused(scope, headers)
-        if refused is not None:
-            await _respond(send, *refused)
+        rejection = self._rejection(scope, headers)
+        if rejection is not None:
+            await _respond(send, *rejection)
             return
-        body, failed = await self._body(receive)
-        if failed is not None:
-            await _respond(send, *failed)
+        body, failure = await self._body(receive)
+        if failure is not None:
+            await _respond(send, *failure)
             return
-        sent, begun, gone = False, False, asyncio.Event()
+        sent = False
+        started = False
+        disconnected = asyncio.Event()
 
         async def replay() -> MutableMapping[str, Any]:
             nonlocal sent
             if not sent:
                 sent = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def secured(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
         work = asyncio.ensure_future(self._app(scope, replay, secured))
-        left = asyncio.ensure_future(receive())
+        disconnect = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():  # whoever asked is gone
-                gone.set()
+            await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # the client disconnected
+                disconnected.set()
                 work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
-        except asyncio.CancelledError:  # the server is stopping, and has waited long enough
-            if not begun:
+        except asyncio.CancelledError:  # the server's grace period is over
+            if not started:
                 await _respond(send, *problem(503, "the server is stopping; ask again later", "Busy", "BusyError"))
         finally:
-            left.cancel()
+            disconnect.cancel()
             work.cancel()
 
-    def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
+    def _rejection(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._hosts is not None and name.lower() not in self._hosts:
             return problem(421, f"this server is not called {name[:100]!r}; use the address that it printed", "Misdirected")
-        # A page of another address, or of another port here, may send a query and learn from the time that the answer takes.
-        if headers.get(b"sec-fetch-site", b"").lower() in _ELSEWHERE and scope["path"] not in _OPEN and not _is_static(scope["path"]):
-            return problem(403, "a page of another address cannot ask this server; ask from the explorer, or from a program", "Forbidden")
-        unwanted = _unwanted(scope, headers)
-        if unwanted is not None:
-            return unwanted
+        # A page of another origin could send a query and learn from the response time.
+        if headers.get(b"sec-fetch-site", b"").lower() in _CROSS_SITE and scope["path"] not in _OPEN and not _is_static(scope["path"]):
+            return problem(403, "a page of another address cannot use this server; use the explorer, or a program", "Forbidden")
+        body_problem = _body_problem(scope, headers)
+        if body_problem is not None:
+            return body_problem
         if self._token is not None and scope["path"] not in _OPEN and not _is_static(scope["path"]):
-            given = headers.get(b"authorization", b"")
-            scheme, _, token = given.partition(b" ")
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(token.strip(), self._token.encode()) or scheme.lower() != b"bearer":
-                return problem(401, "a bearer token is asked for: Authorization: Bearer TOKEN", "Unauthorized")
+                return problem(401, "a bearer token is required: Authorization: Bearer TOKEN", "Unauthorized")
         return None
 
     async def _body(self, receive: Receive) -> tuple[bytes, tuple[int, bytes] | None]:
-        parts, size = [], 0
-        until = asyncio.get_running_loop().time() + self._patience
+        parts = []
+        size = 0
+        deadline = asyncio.get_running_loop().time() + self._patience
         while True:
             try:
-                message = await asyncio.wait_for(receive(), until - asyncio.get_running_loop().time())
+                message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
             except TimeoutError:
                 return b"", problem(408, "the request did not come to its end", "Timeout")
             if message["type"] != "http.request":
@@ -134,8 +138,8 @@ class Guard:
                 return b"".join(parts), None
 
 
-def _unwanted(scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
-    """What is wrong with a body, as far as its headers tell."""
+def _body_problem(scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | None:
+    """Problem of a body, by its headers; None without one."""
     try:
         length = int(headers.get(b"content-length", b"0"))
     except ValueError:
@@ -144,7 +148,7 @@ def _unwanted(scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, bytes] | 
         return problem(413, f"the body has {length:,} bytes; at most {MOST_BYTES:,} are read", "Too large")
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if scope["method"] == "POST" and kind != "application/json":
-        return problem(415, "the body is JSON, which its sender must say: Content-Type: application/json", "Unsupported media type")
+        return problem(415, "the body must be JSON, with the header Content-Type: application/json", "Unsupported media type")
     return None
 
 
@@ -153,43 +157,41 @@ def _is_static(path: str) -> bool:
 
 
 class Impatient(H11Protocol):
-    """uvicorn's connection, closed where the headers of a request do not come to their end, or an answer is not read; idle between requests
-    uvicorn ends it.
-    """
+    """Connection of uvicorn with a time limit for a request's headers and for reading an answer."""
 
     patience = _PATIENCE
-    _waits: TimerHandle | None = None
-    _unread: TimerHandle | None = None
+    _header_timer: TimerHandle | None = None
+    _write_timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def pause_writing(self) -> None:
-        """See `asyncio.Protocol`: whoever does not read what was asked for is let go."""
+        """See `asyncio.Protocol`; closes the connection if the answer is not read in time."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self.patience, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.patience, self.transport.abort)
 
     def resume_writing(self) -> None:
         """See `asyncio.Protocol`."""
         super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
-            self._wait()
-        elif self._waits is not None:
-            self._waits.cancel()
-            self._waits = None
+            self._start_timer()
+        elif self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
-    def _wait(self) -> None:
-        """Seconds count from the first byte on: more bytes do not begin them anew."""
-        if self._waits is None:
-            self._waits = self.loop.call_later(self.patience, self.transport.close)
+    def _start_timer(self) -> None:
+        """Start the time limit of a request; later bytes do not restart it."""
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.patience, self.transport.close)
 
 
 async def _respond(send: Send, status: int, body: bytes) -> None:

@@ -1,4 +1,4 @@
-"""`wherefrom serve`: opens the indexes, binds, leaves word of itself, and stops gracefully."""
+"""Startup of `wherefrom serve`: bind, register the server in a discovery file, and stop gracefully."""
 
 import os
 import signal
@@ -25,23 +25,23 @@ def named(paths: list[str]) -> dict[str, Path]:
     Raises:
         UsageError: two have the same name, or one has none.
     """
-    found: dict[str, Path] = {}
-    for given in paths:
-        name, equals, path = given.partition("=")
-        place = Path(path if equals and "/" not in name else given)
-        name = name if equals and "/" not in name else place.resolve().stem
-        if not name or name in found:
-            raise UsageError(f"two indexes are called {name!r}; name them: NAME={place}" if name else f"{given!r} names no index")
-        found[name] = place
-    return found
+    indexes: dict[str, Path] = {}
+    for argument in paths:
+        name, equals, path = argument.partition("=")
+        index = Path(path if equals and "/" not in name else argument)
+        name = name if equals and "/" not in name else index.resolve().stem
+        if not name or name in indexes:
+            raise UsageError(f"two indexes are called {name!r}; name them: NAME={index}" if name else f"{argument!r} names no index")
+        indexes[name] = index
+    return indexes
 
 
 def read_token(file: str | None) -> str | None:
-    """The token in a file.
+    """Read the token in a file.
 
     Raises:
         NotFoundError: there is no such file.
-        UsageError: it holds no token of at least 16 visible ASCII characters.
+        UsageError: it does not contain one token of at least 16 visible ASCII characters.
     """
     if file is None:
         return None
@@ -49,18 +49,18 @@ def read_token(file: str | None) -> str | None:
         raise NotFoundError(f"there is no token file {file}")
     token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
     if len(token) < 16 or not all(33 <= ord(c) < 127 for c in token):
-        raise UsageError(f"{file} must hold one token of at least 16 visible ASCII characters")
+        raise UsageError(f"{file} must contain one token of at least 16 visible ASCII characters")
     return token
 
 
 def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None, batch: int) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal.
 
     Raises:
-        UsageError: the address cannot be had, or is open to others without a token.
+        UsageError: the address is not available, or is reachable from other machines without a token.
     """
     if host not in _LOOPBACK and token is None:
-        raise UsageError(f"{host} can be reached from elsewhere; give --token-file, or stay on 127.0.0.1")
+        raise UsageError(f"{host} can be reached from elsewhere; give --token-file, or use 127.0.0.1")
     hosts = _LOOPBACK if host in _LOOPBACK else None
     config = uvicorn.Config(
         create_app(clients, token=token, hosts=hosts, batch=batch),
@@ -80,21 +80,21 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         socket = config.bind_socket()
     except (SystemExit, OSError) as error:
         raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another --port, or 0 for any") from error
-    socket.listen(_MOST_CONNECTIONS)  # so that whoever reads the word that is left can connect already
+    socket.listen(_MOST_CONNECTIONS)  # before the discovery file is written, so that its readers can connect
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
     served = Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()})
-    word: Path | None = None
+    discovery_file: Path | None = None
     try:
-        word = announce(served)
+        discovery_file = announce(served)
     except OSError as error:
         sys.stderr.write(f"commands will not find this server by themselves ({error}); set WHEREFROM_URL\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
     sys.stderr.flush()
 
     def leave(*_: object) -> None:
-        """The server hands signals on when it has answered what it was asked, or has waited long enough: no thread is waited for then."""
-        if word is not None:
-            word.unlink(missing_ok=True)
+        """Exit without waiting for threads: uvicorn passes signals on after its last answer or the grace period."""
+        if discovery_file is not None:
+            discovery_file.unlink(missing_ok=True)
         os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,5 +102,5 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
     try:
         uvicorn.Server(config).run(sockets=[socket])
     finally:
-        if word is not None:
-            word.unlink(missing_ok=True)
+        if discovery_file is not None:
+            discovery_file.unlink(missing_ok=True)

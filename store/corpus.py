@@ -1,7 +1,6 @@
-"""Corpora as they lie around: records of files, folders and hub datasets (see sources.py) made into a stream of documents.
+"""Corpora: a stream of documents from the records of files, folders and hub datasets (see sources.py).
 
-A document that cannot be used comes out as the DataError that says why and where; the reader's caller decides whether that ends the build
-or is counted.
+An unusable document is returned as a DataError that names the reason and the place; the caller raises or counts it.
 """
 
 import contextlib
@@ -34,9 +33,9 @@ Form = Literal["auto", "text", "completion", "chat", "vector"]
 
 @dataclass(frozen=True)
 class Fields:
-    """Which columns of a record hold what; `form` says which of them to use, "auto" takes the first that a record has.
+    """Names of a record's columns; `form` selects those to use, "auto" the first that a record has.
 
-    `split_text` says what a document of a text file is: the whole "file", or what stands between "blank-lines".
+    `split_text` defines a document of a text file: the full "file", or the text between "blank-lines".
     """
 
     form: Form = "auto"
@@ -56,10 +55,9 @@ class Document:
     """One document, before any tokenizer: exactly one of text, completion (with its prompt), messages and features (with a label) is set.
 
     Attributes:
-        where: file and line, for messages to people.
-        prompt_messages: how many of the messages are a prompt; the loss is on all that follows them, and where this is 0 on the
-            assistant's turns.
-        template: what the chat template is given besides the messages: `tools`, and its own options.
+        where: file and line, for messages.
+        prompt_messages: number of messages of the prompt; the loss is on all messages after them, or if 0 on the assistant's turns.
+        template: inputs of the chat template besides the messages: `tools`, and options.
     """
 
     id: str
@@ -76,11 +74,11 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PREFERENCES = " (of preference pairs, what was trained as text is the field chosen: name it as the completion)"
+_PREFERENCES = " (for preference pairs, name the field chosen as the completion)"
 
 
 class Corpus:
-    """The documents of some sources, in order: iterating reads them.
+    """The documents of some sources, read in order by iteration.
 
     A source is a file (JSON lines as .jsonl, .ndjson or .json, .csv, .tsv, .txt, .md, each also with .gz, .bz2, .xz or .zst; .parquet), a
     folder of such files, a dataset saved with `datasets` (of several splits all, or one as `folder:split`), or a hub dataset as
@@ -88,10 +86,10 @@ class Corpus:
 
     Attributes:
         unread: files of folders that are not read.
-        left_out: column -> what it holds, of those that cannot be kept as metadata; whole when all documents were read.
+        left_out: column -> type, for columns that cannot be metadata; complete after all documents were read.
 
     Raises:
-        NotFoundError, UsageError: a source does not exist, or is nothing that can be read.
+        NotFoundError, UsageError: a source does not exist, or cannot be read.
     """
 
     def __init__(self, sources: Sequence[str], fields: Fields = Fields()) -> None:
@@ -100,20 +98,19 @@ class Corpus:
         self.left_out: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Document | DataError]:
-        fields, columns = self._fields, set[str]()
+        fields = self._fields
+        columns: set[str] = set()
         content = {getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id", "source")}
         content |= {fields.features} if fields.form == "vector" else set()
-        how = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
+        reading = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
         for source, name in zip(self._sources, _display_names(self._sources), strict=True):
-            for where, id, record in source.records(name, how):
+            for where, id, record in source.records(name, reading):
                 if isinstance(record, DataError):
                     yield record
                     continue
                 columns.update(record)
                 if len(columns) > MOST_COLUMNS:
-                    raise DataError(
-                        f"{where}: more than {MOST_COLUMNS:,} columns by now; put what differs from record to record into one column"
-                    )
+                    raise DataError(f"{where}: more than {MOST_COLUMNS:,} columns; put values that vary by record into one column")
                 yield _document(record, name, where, id, fields, self.left_out)
 
 
@@ -123,12 +120,12 @@ def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[D
 
 
 def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Every file that is read, as `describe_files` does: by which a resumed build knows its corpus again."""
+    """Describe every input file as `describe_files` does, so that a resumed build can recognize its corpus."""
     return describe_files([path for source in expand(sources)[0] for path in source.files])
 
 
 def unread_record(unread: Sequence[Unread]) -> dict[str, Any]:
-    """What a build's record says of files that were not read: how many, and the first of them with the reasons."""
+    """Summary of unread files for a build's record: their number, and the first of them with the reasons."""
     return {"files": len(unread), "first": [str(file) for file in unread[:_REPORTED]]}
 
 
@@ -148,8 +145,8 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
             used |= {fields.prompt, fields.completion}
             if isinstance(record.get(fields.prompt), list) and isinstance(record.get(fields.completion), list):
                 used |= set(_TEMPLATE)
-                asked, said = (_messages(record, name) for name in (fields.prompt, fields.completion))
-                content = {"messages": [*asked, *said], "prompt_messages": len(asked), "template": _template(record)}
+                prompt, completion = (_messages(record, name) for name in (fields.prompt, fields.completion))
+                content = {"messages": [*prompt, *completion], "prompt_messages": len(prompt), "template": _template(record)}
             else:
                 content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
         elif form == "vector":
@@ -171,28 +168,28 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
 
 
 def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
-    """The columns that can be kept, as values that Arrow and JSON know.
+    """Columns that can be stored, with values that Arrow and JSON support.
 
     Raises:
-        ValueError: names a column that cannot, and says why.
+        ValueError: a column cannot; names it with the reason.
     """
-    kept = {}
+    metadata: dict[str, Any] = {}
     for name, value in columns.items():
-        foreign = _foreign(value)
-        if foreign is None:
-            kept[name] = _plain(value)
+        unsupported = _unsupported_type(value)
+        if unsupported is None:
+            metadata[name] = _plain(value)
         else:
-            left_out[name] = foreign
+            left_out[name] = unsupported
     try:
-        size = len(json.dumps(kept, ensure_ascii=False, allow_nan=False, default=str).encode())
+        size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False, default=str).encode())
     except (ValueError, RecursionError):
-        for name, value in kept.items():
+        for name, value in metadata.items():
             _check_column(name, value)
         raise ValueError("its columns are nested too deeply") from None
     if size > _METADATA_BYTES:
-        largest = max(kept, key=lambda name: len(json.dumps(kept[name], default=str)))
-        raise ValueError(f"metadata of {size >> 20} MiB, and at most {_METADATA_BYTES >> 20} are kept; leave out the column {largest!r}")
-    return kept
+        largest = max(metadata, key=lambda name: len(json.dumps(metadata[name], default=str)))
+        raise ValueError(f"metadata of {size >> 20} MiB, at most {_METADATA_BYTES >> 20} are stored; leave out the column {largest!r}")
+    return metadata
 
 
 def _check_column(name: str, value: Any) -> None:
@@ -206,13 +203,13 @@ def _check_column(name: str, value: Any) -> None:
         raise ValueError(f"the column {name!r} holds a number that is not finite (NaN or Infinity); write null instead") from error
 
 
-def _foreign(value: Any) -> str | None:
-    """What a value is that no column can hold: bytes, or an object of a library's own."""
+def _unsupported_type(value: Any) -> str | None:
+    """Type of a value that cannot be stored: bytes, or an object of a library; None if it can."""
     if value is None or isinstance(value, _STORABLE):
         return None
     if isinstance(value, (list, tuple, Mapping)):
         items = value.values() if isinstance(value, Mapping) else value
-        return next((kind for kind in map(_foreign, items) if kind is not None), None)
+        return next((kind for kind in map(_unsupported_type, items) if kind is not None), None)
     return "binary" if isinstance(value, (bytes, bytearray, memoryview)) else type(value).__name__
 
 
@@ -225,24 +222,24 @@ def _plain(value: Any) -> Any:
 
 
 def _is_nothing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN is how tables say nothing
+    return value is None or (isinstance(value, float) and math.isnan(value))  # tables store missing values as NaN
 
 
 def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
-    """The form of a record by its columns that are not null, which they are where datasets of several forms were joined."""
-    known = [name for name in (fields.text, fields.messages, fields.prompt, fields.completion) if name in record]
-    given = {name for name in known if not _is_nothing(record[name])}
-    if fields.messages in given:
+    """Form of a record by its columns that are not null; joined datasets of several forms have null columns."""
+    present = [name for name in (fields.text, fields.messages, fields.prompt, fields.completion) if name in record]
+    filled = {name for name in present if not _is_nothing(record[name])}
+    if fields.messages in filled:
         return "chat"
-    if {fields.prompt, fields.completion} <= given:
+    if {fields.prompt, fields.completion} <= filled:
         return "completion"
-    if fields.text in given:
+    if fields.text in filled:
         return "text"
-    if fields.completion in given and fields.prompt in known:
-        raise ValueError(f"the field {fields.prompt!r} is null beside a completion; a prompt that is empty is written as an empty text")
-    null = ", ".join(repr(name) for name in known if name not in given)
+    if fields.completion in filled and fields.prompt in present:
+        raise ValueError(f"the field {fields.prompt!r} is null although there is a completion; write an empty prompt as an empty text")
+    null = ", ".join(repr(name) for name in present if name not in filled)
     if null:
-        raise ValueError(f"there is no document in it: {null} {'is' if len(known) - len(given) == 1 else 'are'} null")
+        raise ValueError(f"there is no document in it: {null} {'is' if len(present) - len(filled) == 1 else 'are'} null")
     raise KeyError(f"{fields.text!r}, {fields.messages!r}, or {fields.prompt!r} with {fields.completion!r}")
 
 
@@ -291,7 +288,7 @@ _NO_OPTIONS = {
 
 
 def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Chat messages, without the nulls by which tables fill keys that a message lacks; ShareGPT's `from` and `value` are read, too."""
+    """Chat messages, without the nulls of tables for missing keys; also accepts ShareGPT's `from` and `value`."""
     if key not in record:
         raise KeyError(repr(key))
     value = _without_nulls(record[key])
@@ -307,22 +304,23 @@ def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _is_message(message: Any) -> bool:
-    spoken = isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1
-    return spoken and isinstance(message.get("content"), str | list | None)
+    complete = isinstance(message, dict) and isinstance(message.get("role"), str) and len(message) > 1
+    return complete and isinstance(message.get("content"), str | list | None)
 
 
 def _template(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record gives its chat template besides messages."""
-    given = _without_nulls({name: record[name] for name in _TEMPLATE if record.get(name) is not None})
-    for name, value in given.items():
+    """Inputs of a record's chat template besides the messages."""
+    inputs = _without_nulls({name: record[name] for name in _TEMPLATE if record.get(name) is not None})
+    for name, value in inputs.items():
         if isinstance(value, str):
             try:
-                given[name] = parse_json(value)
+                inputs[name] = parse_json(value)
             except ValueError as error:
                 raise ValueError(f"the field {name!r} is text that is {error}") from error
-    tools, options = given.get("tools"), given.get("chat_template_kwargs", {})
+    tools = inputs.get("tools")
+    options = inputs.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("the field 'tools' must be a list of JSON objects, each of which describes a tool")
+        raise ValueError("the field 'tools' must be a list of JSON objects, each describing a tool")
     if not isinstance(options, dict) or options.keys() & _NO_OPTIONS:
         raise ValueError("the field 'chat_template_kwargs' must be an object of the template's own options, such as enable_thinking")
     return {**options, **({"tools": tools} if tools else {})}
@@ -335,41 +333,41 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _display_names(sources: Sequence[Source]) -> list[str]:
-    """Names for people and ids: the last part where that tells the sources apart, else the whole path."""
+    """Names for messages and ids: the last parts of the paths if these differ, else the full paths."""
     short = [source.short for source in sources]
     return short if len(set(short)) == len(short) else [source.name for source in sources]
 
 
 def read_ids(file: str) -> list[str]:
-    """The ids of a list (`-` is standard input), one a line, in the list's order.
+    """Read the ids of a list (`-` is standard input), one per line, in the list's order.
 
-    Lines end at a newline, perhaps after a carriage return, and nowhere else; a byte order mark and empty lines are passed over. A line
-    that begins with a quotation mark or a brace is JSON: a text, or an object with an `id`. Any other line is the id as it stands.
+    Lines end only at a newline, optionally after a carriage return; a byte order mark and empty lines are skipped. A line that starts with
+    a quotation mark or a brace is JSON: a text, or an object with an `id`. Any other line is the id itself.
 
     Raises:
         NotFoundError: no such file.
-        DataError: a line is not UTF-8, or begins as JSON and is none; names it.
+        DataError: a line is not UTF-8, or starts as JSON and is not valid JSON; names it.
     """
     import sys
 
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}")
-    found = []
-    with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as opened:
-        for where, _, line in lines(opened, "stdin" if file == "-" else Path(file).name):
+    ids = []
+    with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+        for where, _, line in lines(stream, "stdin" if file == "-" else Path(file).name):
             if isinstance(line, DataError):
                 raise line
             id = line.removesuffix("\n").removesuffix("\r")
             if id:
-                found.append(_listed(id, where) if id[0] in '"{' else id)
-    return found
+                ids.append(_json_id(id, where) if id[0] in '"{' else id)
+    return ids
 
 
-def _listed(line: str, where: str) -> str:
+def _json_id(line: str, where: str) -> str:
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{where}: {error}; an id that begins with a quotation mark or a brace is written as JSON text") from error
+        raise DataError(f"{where}: {error}; write an id that starts with a quotation mark or a brace as JSON text") from error
     if isinstance(value, dict):
         value = value.get("id")
     if isinstance(value, int) and not isinstance(value, bool):
@@ -384,10 +382,9 @@ _QUERY = ("prompt", "completion", "text", "messages", "tools", "row", "against",
 
 
 def read_queries(file: str) -> Iterator[dict[str, Any]]:
-    """The queries of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
+    """Read the queries of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
 
-    Optional are an id, another completion `against` which to hold it, a `span` that alone is asked about, and a `weight` for a mean of
-    queries.
+    Optional are an id, a contrasting completion `against`, a `span` to which the loss is restricted, and a `weight` for a mean of queries.
 
     Raises:
         NotFoundError: no such file.
@@ -396,22 +393,22 @@ def read_queries(file: str) -> Iterator[dict[str, Any]]:
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}")
     (source,) = [standard_input()] if file == "-" else expand([file])[0]
-    how = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
-    for where, _, record in source.records(source.short, how):
+    reading = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
+    for where, _, record in source.records(source.short, reading):
         if isinstance(record, DataError):
             raise record
-        wrong = _mistyped(record) or _query_problem(record) or _chat_problem(record)
-        if wrong:
-            raise DataError(f"{where}: {wrong}")
+        problem = _misspelling(record) or _query_problem(record) or _chat_problem(record)
+        if problem:
+            raise DataError(f"{where}: {problem}")
         query = {k: record[k] for k in _QUERY if record.get(k) is not None}
         yield query | {"id": str(where if record.get("id") is None else record["id"])}
 
 
-def _mistyped(record: Mapping[str, Any]) -> str | None:
-    """A field that is none of a query's but is nearly one of their names; others are a file's own and are not read."""
+def _misspelling(record: Mapping[str, Any]) -> str | None:
+    """Problem of a field with nearly the name of a query's field; other fields are ignored."""
     for key in record.keys() - set(_QUERY):
-        if meant := get_close_matches(str(key).lower(), _QUERY, 1, 0.8):
-            return f"the field {str(key)[:80]!r} is none of a query's; is {meant[0]!r} meant?"
+        if names := get_close_matches(str(key).lower(), _QUERY, 1, 0.8):
+            return f"unknown field {str(key)[:80]!r} of a query; rename it to {names[0]!r}, or to something else"
     return None
 
 
@@ -419,13 +416,13 @@ def _query_problem(record: Mapping[str, Any]) -> str | None:
     options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
     if options:
         return f"{options[0]} is an option of the command, the same for all queries of a file, not a field of a query"
-    given = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
-    if len(given) != 1 or (record.get("prompt") and given != ["completion"]):
+    forms = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
+    if len(forms) != 1 or (record.get("prompt") and forms != ["completion"]):
         return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
     for key in ("prompt", "completion", "text", "against", "span"):
         if record.get(key) is not None and not isinstance(record[key], str):
             return f"{key} holds {type(record[key]).__name__}, not text"
-    if "row" in given and (not isinstance(record["row"], int) or isinstance(record["row"], bool)):
+    if "row" in forms and (not isinstance(record["row"], int) or isinstance(record["row"], bool)):
         return f"row is {record['row']!r}, not a whole number"
     weight = record.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
@@ -434,17 +431,17 @@ def _query_problem(record: Mapping[str, Any]) -> str | None:
 
 
 def read_chat(file: str) -> dict[str, Any]:
-    """The messages of a JSON file: a list of them, or an object with `messages` and perhaps `tools`.
+    """Read the messages of a JSON file: a list, or an object with `messages` and optionally `tools`.
 
     Raises:
         NotFoundError: no such file.
-        DataError: it is no regular file, or holds something else.
+        DataError: it is not a regular file, or has other content.
     """
     path = Path(file)
     if not path.exists():
         raise NotFoundError(f"there is no file {file}")
     if not regular_size(path):
-        raise DataError(f"{file} is empty or no regular file; give a JSON file with a list of messages")
+        raise DataError(f"{file} is empty or not a regular file; give a JSON file with a list of messages")
     if (regular_size(path) or 0) > _CHAT_BYTES:
         raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB, more than a query's messages can be")
     try:
@@ -455,10 +452,10 @@ def read_chat(file: str) -> dict[str, Any]:
         raise DataError(f"{file}: {error}; it holds a list of messages, or an object with messages and tools") from error
     record = content if isinstance(content, dict) else {"messages": content}
     if not record.get("messages") or not record.keys() <= {"messages", "tools"}:
-        raise DataError(f"{file} holds neither a list of messages nor an object with messages (and tools) alone")
-    wrong = _chat_problem(record)
-    if wrong:
-        raise DataError(f"{file}: {wrong}")
+        raise DataError(f"{file} has neither a list of messages nor an object with only messages and tools")
+    problem = _chat_problem(record)
+    if problem:
+        raise DataError(f"{file}: {problem}")
     return {"messages": _messages(record, "messages"), "tools": _template(record).get("tools")}
 
 

@@ -1,10 +1,10 @@
-"""What a corpus is read from: files, folders and datasets, each as a stream of records.
+"""Sources of a corpus: files, folders and datasets, each as a stream of records.
 
-One record at a time is in memory (of tables one batch, of text files one file), so the size of a corpus does not matter. A record that
-cannot be read comes out as the DataError that says why and where; what cannot be read any further is raised.
+One record is in memory at a time (one batch of a table, one file of text), so a corpus can be larger than memory. An unreadable record is
+returned as a DataError that names the reason and the place; a source that cannot be read further raises.
 
-In a folder all files are read whose kind is known, in sorted order, but for hidden ones (dot files and all below dot folders), which are
-passed over, and dataset cards, licenses and descriptions of datasets. Files that are not read are named, each with the reason.
+A folder's files of known kinds are read in sorted order, without hidden ones (dot files, and files below dot folders), dataset cards,
+licenses and dataset descriptions. Files that are not read are reported with the reason, except hidden ones.
 """
 
 import bz2
@@ -34,18 +34,18 @@ LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
 
 SplitText = Literal["file", "blank-lines"]
-Record = tuple[str, str, Any]  # where it stands, its id if it brings none, and its columns or the DataError
+Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read.
+    """Options for reading records.
 
     Attributes:
-        text: the column that the text of a text file becomes; `prompt`: the one that may be empty.
-        split_text: what a document of a text file is: the whole "file", or the lines between "blank-lines".
-        content: columns that hold a document's content, id or source: of CSV they stay text as they stand.
-        left_out: column -> what it holds, of those that hold no values that could be kept; filled while records are read.
+        text: the column for the text of a text file; `prompt`: the column that may be empty.
+        split_text: a document of a text file: the full "file", or the lines between "blank-lines".
+        content: columns of a document's content, id or source: CSV keeps these as text.
+        left_out: column -> type, for columns whose values cannot be stored; filled while records are read.
     """
 
     text: str
@@ -60,9 +60,9 @@ class Source:
     """A file, or a split of a dataset.
 
     Attributes:
-        name: as it was given or found; `short` is its last part.
-        files: by which it is known again.
-        records: given the name that is shown, and how to read.
+        name: its path or name; `short` is the last part.
+        files: that identify it.
+        records: function of a display name and the `Reading`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Unread:
-    """A file of a folder that is not read, and why."""
+    """A file of a folder that is not read, with the reason."""
 
     path: Path
     reason: str
@@ -83,18 +83,18 @@ class Unread:
         return f"{name} ({self.reason})"
 
 
-def expand(given: Sequence[str]) -> tuple[list[Source], list[Unread]]:
-    """All that some names stand for, in order, and what lies beside it and is not read.
+def expand(names: Sequence[str]) -> tuple[list[Source], list[Unread]]:
+    """Resolve names to sources, in order, and to the unread files of their folders.
 
     Raises:
-        NotFoundError, UsageError: a name stands for nothing that can be read.
+        NotFoundError, UsageError: a name does not exist, or cannot be read.
     """
-    parts = [_expand(name) for name in given]
+    parts = [_expand(name) for name in names]
     return [source for sources, _ in parts for source in sources], [file for _, unread in parts for file in unread]
 
 
 def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Name, size (bytes) and modification time (ns) of every file, those of a folder included; None of a hub's name."""
+    """Path, size (bytes) and modification time (ns) of every file, including a folder's files; None for a hub dataset."""
     files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
     stats = [file.stat() if file.is_file() else None for file in files]
     return [
@@ -107,56 +107,56 @@ def standard_input() -> Source:
     """JSON lines from standard input."""
     import sys
 
-    return Source("-", "stdin", (), lambda name, how: json_lines(sys.stdin.buffer, name))
+    return Source("-", "stdin", (), lambda name, reading: json_lines(sys.stdin.buffer, name))
 
 
 def _files(folder: Path) -> list[Path]:
-    """What lies in a folder and below, but for what is hidden; links to folders are not followed."""
+    """Files in a folder and below, without hidden ones; links to folders are not followed."""
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise error
 
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    files: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if Path(root, name).is_symlink()]
-        found += [Path(root, name) for name in (*names, *links) if not name.startswith(".")]
-    return sorted(found)
+        files += [Path(root, name) for name in (*names, *links) if not name.startswith(".")]
+    return sorted(files)
 
 
-def _expand(given: str) -> tuple[list[Source], list[Unread]]:
-    path = Path(given)
+def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
+    path = Path(name_or_path)
     if path.is_dir():
-        return (_saved(given, None), []) if _is_saved(path) else _folder(given)
+        return (_saved(name_or_path, None), []) if _is_saved(path) else _folder(name_or_path)
     if path.is_file():
         reason = _why_unread(path, named=True)
         if reason:
             raise UsageError(f"{path} cannot be read as documents: it is {reason}; what can be read is {_READ}")
         return [_file(path)], []
     if path.exists():
-        raise UsageError(f"{given} is neither a file nor a folder (a pipe?), and a build may read it twice; save it to a file")
-    base, _, split = given.rpartition(":")
+        raise UsageError(f"{name_or_path} is neither a file nor a folder (a pipe?), and a build may read it twice; save it to a file")
+    base, _, split = name_or_path.rpartition(":")
     if base and _is_saved(Path(base)):
         return _saved(base, split), []
     name, *config = base.split(":")
-    place = Path(name) if base and Path(name).is_dir() else path  # of files for the hub's own loader
-    if not base or (place is path and (path.suffix or given.startswith((".", "/", "~")))):
-        raise NotFoundError(f"there is no file or folder {given} (a hub dataset is written name:split or name:config:split)")
-    return [Source(given, given, (place,), partial(_hub_dataset, name, config[0] if config else None, split))], []
+    local = Path(name) if base and Path(name).is_dir() else path  # a folder for the hub's loader
+    if not base or (local is path and (path.suffix or name_or_path.startswith((".", "/", "~")))):
+        raise NotFoundError(f"there is no file or folder {name_or_path} (a hub dataset is written name:split or name:config:split)")
+    return [Source(name_or_path, name_or_path, (local,), partial(_hub_dataset, name, config[0] if config else None, split))], []
 
 
-def _folder(given: str) -> tuple[list[Source], list[Unread]]:
-    files = [(path, _why_unread(path)) for path in _files(Path(given))]
+def _folder(folder: str) -> tuple[list[Source], list[Unread]]:
+    files = [(path, _why_unread(path)) for path in _files(Path(folder))]
     sources = [_file(path) for path, reason in files if reason is None]
     unread = [Unread(path, reason) for path, reason in files if reason is not None]
     if not sources:
-        has = f"; it has {', '.join(map(str, unread[:_NAMED]))}{' ...' if len(unread) > _NAMED else ''}" if unread else ""
-        raise NotFoundError(f"{given} has no file that can be read as documents ({_READ}), nor a saved dataset{has}")
+        details = f"; it has {', '.join(map(str, unread[:_NAMED]))}{' ...' if len(unread) > _NAMED else ''}" if unread else ""
+        raise NotFoundError(f"{folder} has no file that can be read as documents ({_READ}), nor a saved dataset{details}")
     return sources, unread
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """The endings that say what a file holds, and how it is compressed."""
+    """A file's endings for its kind and its compression."""
     name = path.name.lower()
     compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
     return Path(name.removesuffix(compression)).suffix, compression
@@ -171,7 +171,7 @@ def _is_text(name: str) -> bool:
 
 
 def _why_unread(path: Path, named: bool = False) -> str | None:
-    """Why a file is not read; a text file that is `named` is, whatever it is called."""
+    """Reason why a file is not read; None if it is. A `named` text file is read even if it looks like a card."""
     kind, compression = _kind(path)
     card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
     reasons = {
@@ -191,7 +191,7 @@ def _file(path: Path) -> Source:
     return Source(str(path), path.name, (path,), partial(_file_records, path))
 
 
-def _file_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
+def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
     from .tables import csv_records, parquet_records
 
     kind, compression = _kind(path)
@@ -200,16 +200,16 @@ def _file_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
         return
     try:
         if kind == ".parquet":
-            yield from parquet_records(path, name, how)
+            yield from parquet_records(path, name, reading)
         elif kind in (".csv", ".tsv"):
-            yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", how)
+            yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", reading)
         else:
             with _open(path, compression) as file:
-                read: Callable[[IO[bytes], str], Iterator[Record]] = json_lines
+                reader: Callable[[IO[bytes], str], Iterator[Record]] = json_lines
                 if kind in _TEXT:
-                    read = _whole_text if how.split_text == "file" else _paragraphs
-                for where, id, record in read(file, name):
-                    yield where, id, {how.text: record} if isinstance(record, str) else record
+                    reader = _full_text if reading.split_text == "file" else _paragraphs
+                for where, id, record in reader(file, name):
+                    yield where, id, {reading.text: record} if isinstance(record, str) else record
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if not compression or getattr(error, "errno", None):
             raise
@@ -223,18 +223,18 @@ def _open(path: Path, compression: str) -> IO[bytes]:
         import pyarrow as pa
 
         return cast("IO[bytes]", io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
-    opened: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast("IO[bytes]", opened[compression](path, "rb"))
+    openers: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast("IO[bytes]", openers[compression](path, "rb"))
 
 
 def lines(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str | DataError]]:
-    """The lines of a UTF-8 file, which end at a newline and nowhere else, as (where, number, line with its end or the error)."""
+    """The lines of a UTF-8 file, which end only at a newline, as (where, number, line with its end or the error)."""
     number = 0
     while line := file.readline(LONGEST_BYTES):
         number += 1
         where = f"{name} line {number}"
         if len(line) == LONGEST_BYTES:
-            raise DataError(f"{where}: longer than {LONGEST_BYTES >> 20} MiB; is this file really lines?")
+            raise DataError(f"{where}: longer than {LONGEST_BYTES >> 20} MiB; give a file of lines")
         try:
             yield where, number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -242,40 +242,40 @@ def lines(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str | DataErro
 
 
 def parse_json(text: str) -> Any:
-    """JSON, of which Python's limits are not secret.
+    """Parse JSON, with plain messages for Python's limits.
 
     Raises:
-        ValueError: says what is wrong, in words that go behind a colon.
+        ValueError: the problem, as a phrase to follow a colon.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if "BOM" in error.msg:
-            raise ValueError("not valid JSON (a byte order mark stands before it; remove it)") from error
+            raise ValueError("not valid JSON (it starts with a byte order mark; remove it)") from error
         raise ValueError(f"not valid JSON ({error.msg[:1].lower()}{error.msg[1:]}, at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not valid JSON that can be read: it is nested too deeply") from error
-    except _DoubledKeyError:
+    except _DuplicateKeyError:
         raise
     except ValueError as error:
         raise ValueError("not valid JSON that can be read: a number has more than 4,300 digits; write it as text") from error
 
 
-class _DoubledKeyError(ValueError):
-    """A JSON object names a key twice."""
+class _DuplicateKeyError(ValueError):
+    """Duplicate key in a JSON object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise _DoubledKeyError(f"not one thing: duplicate key {doubled[:80]!r} in an object")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKeyError(f"not one thing: duplicate key {duplicate[:80]!r} in an object")
+    return record
 
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[Record]:
-    """An object on each line that is not blank."""
+    """Records of JSON lines, without blank lines."""
     for where, number, line in lines(file, name):
         id = f"{name}:{number}"
         if isinstance(line, DataError):
@@ -293,10 +293,10 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[Record]:
                 yield where, id, DataError(f"{where}: a JSON {kind}, not an object; there must be one object on each line")
 
 
-def _whole_text(file: IO[bytes], name: str) -> Iterator[Record]:
+def _full_text(file: IO[bytes], name: str) -> Iterator[Record]:
     content = file.read(LONGEST_BYTES + 1)
     if len(content) > LONGEST_BYTES:
-        reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or use --split-text blank-lines"
+        reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or set split_text to blank-lines"
         yield name, name, DataError(reason)
         return
     try:
@@ -306,81 +306,81 @@ def _whole_text(file: IO[bytes], name: str) -> Iterator[Record]:
 
 
 def _paragraphs(file: IO[bytes], name: str) -> Iterator[Record]:
-    """What stands between lines that are blank, exactly, without the last line's end."""
-    held: list[str] = []
-    at = name, name
+    """The exact text between blank lines, without the last line's end."""
+    paragraph_lines: list[str] = []
+    place = name, name
 
     def paragraph() -> str:
-        text = "".join(held)
-        held.clear()
+        text = "".join(paragraph_lines)
+        paragraph_lines.clear()
         return text.removesuffix("\n").removesuffix("\r")
 
     for where, number, line in lines(file, name):
         if isinstance(line, DataError):
             yield where, f"{name}:{number}", line
         elif line.strip():
-            at = at if held else (where, f"{name}:{number}")
-            held.append(line)
-        elif held:
-            yield *at, paragraph()
-    if held:
-        yield *at, paragraph()
+            place = place if paragraph_lines else (where, f"{name}:{number}")
+            paragraph_lines.append(line)
+        elif paragraph_lines:
+            yield *place, paragraph()
+    if paragraph_lines:
+        yield *place, paragraph()
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether a folder holds what `datasets` saves: a dataset, or several as splits."""
+    """True if a folder was saved by `datasets`: a dataset, or several as splits."""
     return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
 
 
-def _saved(given: str, split: str | None) -> list[Source]:
-    """A saved dataset: one source, or of splits one each, or the one that is named."""
-    path = Path(given)
+def _saved(name_or_path: str, split: str | None) -> list[Source]:
+    """Sources of a saved dataset: one, or one for each split, or for the named split."""
+    path = Path(name_or_path)
     if not (path / "dataset_dict.json").is_file():
         if split is not None:
-            raise UsageError(f"{given} is one dataset, without splits; name it without :{split}")
-        return [Source(given, path.resolve().name, (path,), partial(_saved_records, path))]
+            raise UsageError(f"{name_or_path} is one dataset, without splits; name it without :{split}")
+        return [Source(name_or_path, path.resolve().name, (path,), partial(_saved_records, path))]
     try:
-        known = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
-        splits = [name for name in known if isinstance(name, str) and name == Path(name).name]
+        names = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
+        splits = [name for name in names if isinstance(name, str) and name == Path(name).name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path / 'dataset_dict.json'} does not list a dataset's splits; save the dataset again") from error
     if not splits or split not in (None, *splits):
-        raise NotFoundError(f"{given} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+        raise NotFoundError(f"{name_or_path} has no split {split!r}; it has {', '.join(splits) or 'none'}")
     return [
-        Source(f"{given}:{name}", f"{path.resolve().name}:{name}", (path / name,), partial(_saved_records, path / name))
+        Source(f"{name_or_path}:{name}", f"{path.resolve().name}:{name}", (path / name,), partial(_saved_records, path / name))
         for name in splits
         if split in (None, name)
     ]
 
 
-def _saved_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
+def _saved_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
     import datasets
 
     from .tables import table_records
 
     try:
-        loaded = datasets.load_from_disk(str(path)).with_format("arrow")
-        yield from table_records(_validated(loaded), name, how)
+        dataset = datasets.load_from_disk(str(path)).with_format("arrow")
+        yield from table_records(_validated(dataset), name, reading)
     except DataError:
         raise
-    except Exception as error:  # whatever the library says of files that are not what it saved
+    except Exception as error:  # the library raises many kinds of error for damaged files
         raise DataError(f"{name}: the saved dataset at {path} cannot be read ({type(error).__name__}); save it again") from error
 
 
 def _validated(dataset: Any) -> Iterator[Any]:
-    """A dataset's batches, each checked whole: its files, which anybody may have written, are read through memory maps."""
+    """A dataset's batches, fully validated, since its memory-mapped files may come from an untrusted source."""
     for table in dataset.iter(batch_size=256):
         for batch in table.to_batches():
             batch.validate(full=True)
             yield batch
 
 
-def _hub_dataset(dataset: str, config: str | None, split: str, name: str, how: Reading) -> Iterator[Record]:
+def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading) -> Iterator[Record]:
     import datasets
 
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
-    except Exception as error:  # the hub client raises a zoo of its own; whatever it was, the dataset cannot be had
+    except Exception as error:  # the hub client raises many kinds of error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded: {reason}") from error
     for column, feature in (stream.features or {}).items():

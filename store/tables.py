@@ -1,8 +1,8 @@
-"""Records of tables: CSV with the types of its columns inferred, Parquet and Arrow in bounded batches.
+"""Records of tables: CSV with inferred column types, Parquet and Arrow in bounded batches.
 
-A small Parquet file may hold much more than memory does: a value that stands a million times is written once, and levels of nesting are
-run lengths. So batches are made small enough for the largest value that a column's chunk can hold, and what a batch would take as Python
-values is measured before it is made.
+A small Parquet file may expand beyond memory: a value that repeats a million times is stored once, and levels of nesting are run lengths.
+So batches are small enough for the largest value that a column's chunk can hold, and the size of a batch as Python values is computed
+before the conversion.
 """
 
 import csv
@@ -46,7 +46,7 @@ def _integer(text: str) -> int:
 
 def _number(text: str) -> float:
     value = float(text) if _NUMBER.fullmatch(text) else math.inf
-    if math.isinf(value) or (text.lstrip("-").isdigit() and abs(int(text)) > 1 << 53):  # another number than was written
+    if math.isinf(value) or (text.lstrip("-").isdigit() and abs(int(text)) > 1 << 53):  # the float would differ from the text
         raise ValueError
     return value
 
@@ -83,29 +83,29 @@ def _fits(parse: _Parser, text: str) -> bool:
     return True
 
 
-def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, how: Reading) -> Iterator[Record]:
-    """The records of a CSV file with a header.
+def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, reading: Reading) -> Iterator[Record]:
+    """Records of a CSV file with a header.
 
-    A first pass over the whole file finds the type of each column that is not content: true and false, whole numbers of 64 bits, numbers,
-    ISO dates, ISO times with or without a zone; a column that holds anything else stays text (so do numbers with leading zeros). What is
-    blank is None, but for a prompt, which may be empty.
+    A first pass over the file infers the type of each column that is not content: booleans, 64-bit integers, floats, ISO dates, ISO times
+    with or without a zone; any other column is text (also numbers with leading zeros). An empty cell is None, except in a prompt.
     """
-    possible: dict[str, tuple[_Parser, ...]] = {}
+    candidates: dict[str, tuple[_Parser, ...]] = {}
     with open_file() as file:
         for header, _, row in _rows(file, name, delimiter):
             for column, text in zip(header, row, strict=False) if len(row) == len(header) else ():
-                if text and column not in how.content:
-                    parsers = possible.get(column, _PARSERS)
-                    possible[column] = parsers and tuple(parse for parse in parsers if _fits(parse, text))
-    types = {column: parsers[0] if parsers else str for column, parsers in possible.items()}
+                if text and column not in reading.content:
+                    parsers = candidates.get(column, _PARSERS)
+                    candidates[column] = parsers and tuple(parse for parse in parsers if _fits(parse, text))
+    types = {column: parsers[0] if parsers else str for column, parsers in candidates.items()}
     with open_file() as file:
         for number, (header, line, row) in enumerate(_rows(file, name, delimiter), 1):
-            where, id = f"{name} record {number}", f"{name}:{number}"
+            where = f"{name} record {number}"
+            id = f"{name}:{number}"
             if len(row) != len(header):
                 yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}")
             else:
                 cells = zip(header, row, strict=True)
-                yield where, id, {c: types.get(c, str)(text) if text else "" if c == how.prompt else None for c, text in cells}
+                yield where, id, {c: types.get(c, str)(text) if text else "" if c == reading.prompt else None for c, text in cells}
 
 
 def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
@@ -127,7 +127,7 @@ def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str
 def _text_lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
     while line := file.readline(LONGEST_BYTES):
         if len(line) == LONGEST_BYTES:
-            raise DataError(f"{name}: a line is longer than {LONGEST_BYTES >> 20} MiB; is this file really CSV?")
+            raise DataError(f"{name}: a line is longer than {LONGEST_BYTES >> 20} MiB; give a CSV file")
         yield line
 
 
@@ -135,41 +135,42 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     if len(set(names)) != len(names):
         raise DataError(f"{name}: two columns have the same name; rename one")
     if len(names) > MOST_COLUMNS:
-        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; leave out those that are not needed")
+        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; leave some out")
 
 
-def parquet_records(path: Path, name: str, how: Reading) -> Iterator[Record]:
-    """The records of a Parquet file."""
+def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
+    """Records of a Parquet file."""
     try:
-        with pq.ParquetFile(path) as opened:
-            schema, about = opened.schema_arrow, opened.metadata
-            leaves = [about.schema.column(i) for i in range(min(about.num_columns, MOST_COLUMNS + 1))]
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            metadata = file.metadata
+            leaves = [metadata.schema.column(i) for i in range(min(metadata.num_columns, MOST_COLUMNS + 1))]
             _check_columns([leaf.path for leaf in leaves], name)
             _check_columns(schema.names, name)
-            columns = [f.name for f in schema if not _leave_out(f, how)]
-            read = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
-            nested = {leaves[i].path for i in read if leaves[i].max_repetition_level}
+            columns = [f.name for f in schema if not _leave_out(f, reading)]
+            indices = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
+            nested = {leaves[i].path for i in indices if leaves[i].max_repetition_level}
             plans = []
-            for number in range(about.num_row_groups):
-                # Reading no rows raises what is wrong with the columns' descriptions; to ask for these first would abort the process.
-                next(opened.reader.iter_batches(0, row_groups=[number], column_indices=read, use_threads=False), None)
-                chunks = [about.row_group(number).column(i) for i in read]
-                plans.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {about.num_row_groups}"))
+            for number in range(metadata.num_row_groups):
+                # Reading no rows raises errors in the columns' metadata; accessing these first would abort the process.
+                next(file.reader.iter_batches(0, row_groups=[number], column_indices=indices, use_threads=False), None)
+                chunks = [metadata.row_group(number).column(i) for i in indices]
+                plans.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {metadata.num_row_groups}"))
         first = 0
         for number, (rows, shared) in enumerate(plans):
             with pq.ParquetFile(path, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
-                yield from table_records(file.iter_batches(rows, [number], columns), name, how, first)
-            first += about.row_group(number).num_rows
+                yield from table_records(file.iter_batches(rows, [number], columns), name, reading, first)
+            first += metadata.row_group(number).num_rows
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, DataError) or getattr(error, "errno", None):
             raise
         if isinstance(error, pa.ArrowNotImplementedError):
-            raise DataError(f"{name}: this Parquet file uses what cannot be read here; write it again with common encodings") from error
+            raise DataError(f"{name}: this Parquet file uses unsupported features; write it again with common encodings") from error
         raise DataError(f"{name}: damaged, or not a Parquet file; fetch or write it again") from error
 
 
 def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, list[str]]:
-    """How many rows of a row group may be read at a time, and the columns whose values must stay shared while they are."""
+    """Number of rows of a row group to read at a time, and the columns to read as dictionaries."""
     largest = max(
         (c.total_uncompressed_size for c in chunks if c.physical_type == "BYTE_ARRAY" and c.path_in_schema not in nested), default=1
     )
@@ -184,23 +185,24 @@ def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, l
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest))), shared
 
 
-def table_records(batches: Iterable[pa.RecordBatch], name: str, how: Reading, first: int = 0) -> Iterator[Record]:
-    """The records of Arrow batches, numbered from `first` + 1."""
+def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading, first: int = 0) -> Iterator[Record]:
+    """Records of Arrow batches, numbered from `first` + 1."""
     for batch in batches:
-        kept, whole = batch.select([f.name for f in batch.schema if not _leave_out(f, how)]), None
-        if _expanded(kept.columns) <= _BATCH_BYTES:
+        selected = batch.select([f.name for f in batch.schema if not _leave_out(f, reading)])
+        records = None
+        if _expanded_bytes(selected.columns) <= _BATCH_BYTES:
             try:
-                whole = kept.to_pylist() or [{}] * batch.num_rows
+                records = selected.to_pylist() or [{}] * batch.num_rows
             except (pa.ArrowException, ValueError, OverflowError):
-                whole = None  # one of them cannot be: each by itself
+                records = None  # a value cannot be converted: convert row by row
         for i in range(batch.num_rows):
             where = f"{name} record {first + i + 1}"
-            yield where, f"{name}:{first + i + 1}", _record(kept.slice(i, 1), where) if whole is None else whole[i]
+            yield where, f"{name}:{first + i + 1}", _record(selected.slice(i, 1), where) if records is None else records[i]
         first += batch.num_rows
 
 
 def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
-    size = _expanded(row.columns)
+    size = _expanded_bytes(row.columns)
     if size > LONGEST_BYTES:
         return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; leave a column out")
     record = {}
@@ -216,11 +218,11 @@ def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
     return record
 
 
-def _leave_out(field: pa.Field, how: Reading) -> bool:
-    """Whether a column holds bytes; notes that it is left out. Content that is bytes is not: it is refused by name."""
-    if field.name in how.content or not _has_bytes(field.type):
+def _leave_out(field: pa.Field, reading: Reading) -> bool:
+    """True if a column has bytes and is not content; records it in `left_out`. Bytes as content raise an error later."""
+    if field.name in reading.content or not _has_bytes(field.type):
         return False
-    how.left_out[field.name] = "binary"
+    reading.left_out[field.name] = "binary"
     return True
 
 
@@ -229,29 +231,29 @@ def _has_bytes(kind: pa.DataType) -> bool:
         return _has_bytes(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
         return kind.extension_name not in _READABLE and _has_bytes(kind.storage_type)
-    of = pa.types
-    if of.is_binary(kind) or of.is_large_binary(kind) or of.is_binary_view(kind) or of.is_fixed_size_binary(kind):
+    types = pa.types
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind):
         return True
     return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _expanded(arrays: Iterable[pa.Array]) -> int:
-    """The bytes that values take when each stands for itself."""
+def _expanded_bytes(arrays: Iterable[pa.Array]) -> int:
+    """Size of values without sharing."""
     total = 0
     for array in arrays:
         kind = array.type
         if pa.types.is_dictionary(kind):
-            known = array.dictionary
-            lengths = pc.binary_length(known) if _is_bytes_like(known.type) else None
+            values = array.dictionary
+            lengths = pc.binary_length(values) if _is_bytes_like(values.type) else None
             total += 8 * len(array) if lengths is None else pc.sum(pc.take(lengths, array.indices)).as_py() or 0
         elif isinstance(kind, pa.BaseExtensionType):
-            total += _expanded([array.storage])
+            total += _expanded_bytes([array.storage])
         elif pa.types.is_struct(kind):
-            total += _expanded(array.flatten())
+            total += _expanded_bytes(array.flatten())
         elif pa.types.is_map(kind):
-            total += _expanded([array.keys, array.items])
+            total += _expanded_bytes([array.keys, array.items])
         elif pa.types.is_nested(kind) and not pa.types.is_union(kind):
-            total += _expanded([array.flatten()])
+            total += _expanded_bytes([array.flatten()])
         else:
             total += array.nbytes
     return total

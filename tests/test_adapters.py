@@ -69,7 +69,7 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
 
     with pytest.raises(NotFoundError, match="no model"):
         load_causal_lm(ModelSource(str(adapter(base_model_name_or_path=str(tmp_path / "nothing")))))
-    with pytest.raises(IncompatibleError, match="which model"):
+    with pytest.raises(IncompatibleError, match="base model"):
         load_causal_lm(ModelSource(str(adapter(base_model_name_or_path=None))))
     pickled = adapter()
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
@@ -77,19 +77,19 @@ def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
         load_causal_lm(ModelSource(str(pickled)))
     broken = adapter()
     (broken / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(IncompatibleError, match="not a whole safetensors file"):
+    with pytest.raises(IncompatibleError, match="not a complete safetensors file"):
         load_causal_lm(ModelSource(str(broken)))
     for changes, sentence in (
         ({"peft_type": "NOTHING"}, "a kind that PEFT does not know"),
-        ({"peft_type": "PROMPT_TUNING"}, "changes none of the model's weights"),
+        ({"peft_type": "PROMPT_TUNING"}, "does not change the model's weights"),
         ({"r": "4"}, "a value in adapter_config.json"),
-        ({"r": 7}, "its weights have other shapes than adapter_config.json says"),
+        ({"r": 7}, "its weights do not have the shapes in adapter_config.json"),
         ({"lora_alpha": "x"}, "a value in adapter_config.json"),
     ):
         with pytest.raises(IncompatibleError, match=sentence):
             load_causal_lm(ModelSource(str(adapter(**changes))))
     (note,) = loaded(load_causal_lm(ModelSource(str(adapter(lora_alpha=0))))).notes
-    assert "changes nothing of its base's predictions" in note
+    assert "does not change its base's predictions" in note
     assert not loaded(load_causal_lm(ModelSource(str(adapter())))).notes
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match="pip install peft"):
@@ -254,5 +254,5 @@ def test_weights_that_the_adapters_configuration_does_not_name_are_refused(place
     weights = load_file(tmp_path / "more/adapter_model.safetensors")
     name = next(n for n in weights if "q_proj" in n)
     save_file({**weights, name.replace("q_proj", "v_proj"): weights[name].clone()}, tmp_path / "more/adapter_model.safetensors")
-    with pytest.raises(IncompatibleError, match=r"does not name .*v_proj"):
+    with pytest.raises(IncompatibleError, match=r"does not describe .*v_proj"):
         load_causal_lm(ModelSource(str(tmp_path / "more")))

@@ -122,7 +122,7 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
         (["--bytes-per-example", "9"], "does not pay for one token of the head"),
         (["--bytes-per-example", "800", "--head-bits", "64"], "--bytes-per-example chooses --head-bits"),
         (["--bytes-per-example", "0"], "must be at least 1"),
-        (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "stands alone"),
+        (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "cannot be combined"),
         (["--labels", "expected"], "sums over the classes"),
     ):
         refused = run(*options, *more)

@@ -102,7 +102,7 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
         WherefromCallback(out="x")
     with pytest.raises(UsageError, match="at least 1"):
         WherefromCallback(checkpoints=0)
-    with pytest.raises(UsageError, match="no such option: 'bytes'"):
+    with pytest.raises(UsageError, match="no option 'bytes'"):
         WherefromCallback(out="x", data="y", bytes=400)
     with pytest.raises(UsageError, match="--rank is 0"):
         WherefromCallback(out="x", data="y", rank=0)
@@ -125,7 +125,7 @@ def test_a_build_that_fails_never_ends_a_training_that_is_over(tmp_path, monkeyp
 def test_a_second_run_into_the_same_index_is_refused_before_training(tmp_path):
     callback = WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
     train(tmp_path, callback)
-    with pytest.raises(UsageError, match="is an index already, of another run"):
+    with pytest.raises(UsageError, match="is already an index, of another run"):
         train(tmp_path, WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j")))
 
 

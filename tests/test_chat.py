@@ -61,7 +61,7 @@ def test_turns_under_the_templates_of_the_field(family):
         try:
             text, ours = turns(plain, messages)
         except DataError as error:
-            refused += [name] if "refuses these messages" in str(error) else [str(error)]
+            refused += [name] if "rejects these messages" in str(error) else [str(error)]
             continue
         answers = [m["content"].rpartition("</think>")[2].strip() for m in messages if m["role"] == "assistant"]
         assert len(ours) == len(answers), (name, ours)
@@ -203,9 +203,9 @@ def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     assert not asked.loss_mask[length:].any()
     span = encoder.query(messages=CHATS["multi"], span="so long")
     assert bytes(span.token_ids[span.loss_mask].tolist()) == bytes(byte_tokenizer()("so long").input_ids)
-    with pytest.raises(UsageError, match="stands 0 times"):
+    with pytest.raises(UsageError, match="occurs 0 times"):
         encoder.query(messages=CHATS["multi"], span="hi there")
-    with pytest.raises(UsageError, match="refuses these messages"):
+    with pytest.raises(UsageError, match="rejects these messages"):
         TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).query(messages=[USER, SAID])
 
 
@@ -216,7 +216,7 @@ def test_templates_that_are_none_or_take_text_alone(tmp_path):
         TextEncoder(tokenizer, 64).query(messages=[USER, SAID])
     parts = {"role": "user", "content": [{"type": "text", "text": "hi there"}]}
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
-    with pytest.raises(UsageError, match="takes text, and these contents are lists of parts"):
+    with pytest.raises(UsageError, match="accepts text, and these contents are lists of parts"):
         TextEncoder(byte_tokenizer(plain), 64).query(messages=[parts, SAID])
 
 
@@ -229,7 +229,7 @@ def test_templates_that_are_none_or_take_text_alone(tmp_path):
         ({"messages": [USER, SAID], "tools": {"a": 1}}, "'tools' must be a list"),
         ({"messages": [USER, SAID], "chat_template_kwargs": {"messages": []}}, "'chat_template_kwargs' must be"),
         ({"messages": [USER]}, "no assistant turn"),
-        ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "of preference pairs"),
+        ({"prompt": "hi", "chosen": "a", "rejected": "b"}, "for preference pairs"),
     ],
 )
 def test_chats_that_cannot_be_used_are_said(tmp_path, record, sentence):

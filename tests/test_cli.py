@@ -199,7 +199,7 @@ BAD_INPUTS = {
     "NaN damping": ((*ON_CORPUS, "--damping", "nan"), 2, "the damping is nan"),
     "unknown curvature": ((*ON_CORPUS, "--curvature", "hessian"), 2, "it can be auto, fisher"),
     "unknown device": ((*ON_CORPUS, "--device", "abacus"), 2, "not a device"),
-    "no such GPU": ((*ON_CORPUS, "--device", "cuda:7"), 2, "does not go onto cuda:7"),
+    "no such GPU": ((*ON_CORPUS, "--device", "cuda:7"), 2, "cannot be moved to cuda:7"),
     "too long examples": ((*ON_CORPUS, "--max-tokens", "9999"), 2, "the model's context is 64"),
     "one-token examples": ((*ON_CORPUS, "--max-tokens", "1"), 2, "at least 2 tokens"),
     "out is a file": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{bad}/file"), 2, "is a file"),

@@ -219,7 +219,7 @@ def test_columns_that_are_null_are_absent(tmp_path):
         (None, "", None, chat, {}),
     ]
     assert "record 4: there is no document in it: 'text', 'messages', 'prompt', 'completion' are null" in str(empty)
-    assert "record 5: the field 'prompt' is null beside a completion; a prompt that is empty is written as an empty text" in str(alone)
+    assert "record 5: the field 'prompt' is null although there is a completion; write an empty prompt as an empty text" in str(alone)
     (named, *_) = documents(path, fields=Fields(form="completion"))
     assert "the field 'prompt' is null" in str(named)
 
@@ -342,7 +342,7 @@ def test_messages_of_a_file_and_their_errors(tmp_path):
         path.write_text("\ufeff" + json.dumps(content))
         assert read_chat(str(path)) == {"messages": chat, "tools": tools}
     wrong = {
-        "": "empty or no regular file",
+        "": "empty or not a regular file",
         "{": "not valid JSON",
         "\ufeff\ufeff[]": "a byte order mark",
         "[]": "neither a list of messages",
@@ -360,7 +360,7 @@ def test_messages_of_a_file_and_their_errors(tmp_path):
         read_chat(str(path))
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(DataError, match="no regular file"):
+        with pytest.raises(DataError, match="regular file"):
             read_chat(str(place))
     with pytest.raises(NotFoundError):
         read_chat(str(tmp_path / "nothing"))
@@ -416,7 +416,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
     [
         (None, [{"role": "assistant", "content": "w1"}], "no chat template"),
         (TEMPLATE, [{"role": "user", "content": "w1"}], "no assistant turn"),
-        ("{{ raise_exception('no') }}", [{"role": "assistant", "content": "w1"}], "refuses"),
+        ("{{ raise_exception('no') }}", [{"role": "assistant", "content": "w1"}], "rejects"),
         (
             "{{ messages | length }} w1 {{ messages[-1].content }}",
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],

@@ -290,15 +290,15 @@ BAD_PARTS = {
     "no losses": (lambda p: {"losses": None}, 4, "has no losses"),
     "NaN loss": (lambda p: {"losses": _losses(p, lambda x: _set(x, (2, 1, 3), np.nan))}, 4, "query 3 on subset 2, seed 1"),
     "constant losses": (lambda p: {"losses": _losses(p, np.zeros_like)}, 4, "nothing to rank"),
-    "losses without seeds": (lambda p: {"losses": _losses(p, lambda x: x[:, 0])}, 4, "numbers \\[subsets, seeds, queries\\]"),
+    "losses without seeds": (lambda p: {"losses": _losses(p, lambda x: x[:, 0])}, 4, "floats \\[subsets, seeds, queries\\]"),
     "too few queries": (lambda p: {"losses": _losses(p, lambda x: x[:, :, :3])}, 4, "losses of 3 queries, but 5"),
     "too few subsets": (lambda p: {"losses": _losses(p, lambda x: x[:4])}, 4, "masks of 6 subsets, but losses of 4"),
     "one subset": (lambda p: {"losses": _losses(p, lambda x: x[:1]), "masks": _masks(p, lambda m: m[:1])}, 4, "two subsets"),
-    "masks of other examples": (lambda p: {"masks": _masks(p, lambda m: m[:, :16])}, 4, "masks are not of 24"),
-    "masks of more examples": (lambda p: {"masks": _masks(p, lambda m: np.hstack([m, m]))}, 4, "masks are not of 24"),
+    "masks of other examples": (lambda p: {"masks": _masks(p, lambda m: m[:, :16])}, 4, "masks are not of its 24"),
+    "masks of more examples": (lambda p: {"masks": _masks(p, lambda m: np.hstack([m, m]))}, 4, "masks are not of its 24"),
     "an empty subset": (lambda p: {"masks": _masks(p, lambda m: _set(m, 1, 0))}, 4, "subset 1 holds none or all"),
     "the same subsets": (lambda p: {"masks": _masks(p, lambda m: _set(m, slice(None), m[0]))}, 4, "all subsets are the same"),
-    "losses of another model": (lambda p: {"full_losses": np.full(5, 3.0, np.float32)}, 3, "is not the model that the pack was made with"),
+    "losses of another model": (lambda p: {"full_losses": np.full(5, 3.0, np.float32)}, 3, "is not the pack's model"),
     "full losses of other queries": (lambda p: {"full_losses": np.zeros(4, np.float32)}, 4, "full_losses are not"),
     "masks as floats": (lambda p: {"masks": np.zeros((6, 3))}, 4, "bit-packed bytes"),
 }
@@ -367,7 +367,7 @@ def test_packs_that_cannot_be_made(pack, model_dir, tmp_path):
     assert "between 0 and 1" in run(*pack_command(model_dir, train, queries, tmp_path / "x", "--fraction", "1")).stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full/other").touch()
-    assert "holds other things" in run(*pack_command(model_dir, train, queries, tmp_path / "full")).stderr
+    assert "has other content" in run(*pack_command(model_dir, train, queries, tmp_path / "full")).stderr
 
 
 # --- packs of images
@@ -396,7 +396,7 @@ def image_pack(tmp_path):
 def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     place, model, images, classes = image_pack
     missing = run("evaluate", "lds", place)
-    assert (missing.exit_code, "--data" in missing.stderr) == (3, True)
+    assert (missing.exit_code, "set data" in missing.stderr) == (3, True)
     judgement = judge_index(place, {"rank": 100, "curvature": "identity"}, data=tmp_path / "data", out=tmp_path / "kept")
     assert set(judgement.baselines) == {"random", "pixels", "norm", "dot", "cosine", "hidden"}
     client = Client(tmp_path / "kept")
@@ -433,7 +433,7 @@ def test_image_packs_with_rows_or_files_that_do_not_fit(image_pack, tmp_path):
     assert "outside the 40" in run("evaluate", "lds", place, "--data", tmp_path / "data").stderr
     (tmp_path / "data/t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     result = run("evaluate", "lds", place, "--data", tmp_path / "data")
-    assert (result.exit_code, "not a whole IDX file" in result.stderr) == (4, True)
+    assert (result.exit_code, "not a complete IDX file" in result.stderr) == (4, True)
 
 
 # --- baselines

@@ -166,7 +166,7 @@ def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, asked):
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(IncompatibleError, match="cannot be loaded" if asked else "code of its own"):
+    with pytest.raises(IncompatibleError, match="cannot be loaded" if asked else "custom code"):
         load_causal_lm(ModelSource(str(model), trust_remote_code=asked))
     assert (tmp_path / "ran").exists() == asked
 

@@ -27,8 +27,8 @@ def test_tensors_that_the_model_does_not_use_are_named_and_missing_ones_refused(
     more = {"v_head.summary.weight": torch.zeros(1, 16), "transformer.h.0.attn.odd": torch.zeros(2), "mtp.layers.0.weight": torch.zeros(2)}
     place = saved(tmp_path / "more", change=lambda w: {**w, **more})
     (note,) = loaded(load_causal_lm(ModelSource(place))).notes
-    assert "holds 3 tensors that the model does not use: mtp.layers.0.weight, transformer.h.0.attn.odd, v_head.summary.weight" in note
-    with pytest.warns(UserWarning, match="holds 3 tensors"):
+    assert "has 3 tensors that the model does not use: mtp.layers.0.weight, transformer.h.0.attn.odd, v_head.summary.weight" in note
+    with pytest.warns(UserWarning, match="has 3 tensors"):
         build(BuildConfig(model=place, data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
     assert Client(tmp_path / "i").index.summary()["notes"][0] == note
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -211,10 +211,10 @@ def test_weights_that_are_no_weights_are_said_in_a_sentence_of_our_own(tmp_path,
 @pytest.mark.parametrize(
     ("file", "change", "sentence"),
     [
-        ("config.json", {"n_layer": 10**9}, "names 1,000,000,000 layers"),
+        ("config.json", {"n_layer": 10**9}, "has 1,000,000,000 layers"),
         ("config.json", {"vocab_size": 10**12}, "takes more memory than there is"),
         ("config.json", {"activation_function": "nonsense"}, "'nonsense' is not known, or missing in config.json"),
-        ("config.json", {"n_head": 0}, "a value in config.json is missing, or none that it can be"),
+        ("config.json", {"n_head": 0}, "a value in config.json is missing or invalid"),
         ("config.json", {"n_embd": "16"}, "the configuration of"),
         ("config.json", {"model_type": "zzz"}, "the configuration of .* does not recognize this architecture"),
         ("config.json", [], "the configuration of"),
@@ -263,7 +263,7 @@ def test_pipes_in_the_place_of_a_models_files_end_in_a_sentence(tmp_path):
 def test_weights_of_whole_numbers_are_refused(tmp_path):
     name = "transformer.h.0.mlp.c_fc.weight"
     place = saved(tmp_path / "m", change=lambda w: {**w, name: (w[name] * 100).to(torch.int8)})
-    with pytest.raises(IncompatibleError, match=f"holds whole numbers in {name}"):
+    with pytest.raises(IncompatibleError, match=f"has integers in {name}"):
         load_causal_lm(ModelSource(place))
 
 

@@ -246,7 +246,7 @@ BAD = {
     ),
     "huge weight": (b'{"index": "dense", "row": 1, "weights": {"blocks": 1e38}}', 422, "1e6"),
     "row that is true": (b'{"index": "dense", "row": true}', 422, "row"),
-    "too many answers": (json.dumps({"index": "dense", "queries": [{"row": 1}] * 250, "k": 120}).encode(), 422, "in parts"),
+    "too many answers": (json.dumps({"index": "dense", "queries": [{"row": 1}] * 250, "k": 120}).encode(), 422, "split the request"),
     "mean of one": (b'{"index": "dense", "row": 1, "mean": true}', 422, "mean"),
     "deep json": (b'{"index":' * 50_000, (400, 422), ""),
 }
@@ -614,7 +614,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
         for method, path in (("GET", ask), ("GET", "/v1/indexes"), ("POST", "/v1/query"), ("GET", "/openapi.json"), ("GET", "/metrics")):
             status, body, headers = raw(server.port, method, path, b"{}" if method == "POST" else None, {"Sec-Fetch-Site": site})
             assert status == 403, (site, path)
-            assert "a page of another address cannot ask" in json.loads(body)["detail"]
+            assert "a page of another address cannot use" in json.loads(body)["detail"]
             assert headers["cross-origin-resource-policy"] == "same-origin"
     for site in ("same-origin", "none"):
         status, _, headers = raw(server.port, "GET", ask, headers={"Sec-Fetch-Site": site})

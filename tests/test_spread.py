@@ -106,7 +106,7 @@ def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch)
 
     asked = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
-    with pytest.raises(UsageError, match="lm_head is left to the cpu"):
+    with pytest.raises(UsageError, match="lm_head is offloaded to the cpu"):
         load_causal_lm(ModelSource(str(place), device="map"))
     assert asked == ["auto"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -141,12 +141,12 @@ def test_a_model_without_room_on_the_gpus_is_refused(place, tmp_path):
     names = [f"model.{name}" for name, _ in model.model.named_children()] + ["lm_head"]
     offloaded = dispatch_model(model, {name: "disk" if name == "model.layers" else "cpu" for name in names}, offload_dir=str(tmp_path))
     assert {p.device.type for p in offloaded.parameters()} == {"cpu", "meta"}
-    with pytest.raises(UsageError, match=r"model\.layers is left to the disk; use more or larger GPUs"):
+    with pytest.raises(UsageError, match=r"model\.layers is offloaded to the disk; use more or larger GPUs"):
         refuse_offloaded(offloaded, "m")
     offloaded.hf_device_map = {"": "cpu"}
     refuse_offloaded(offloaded, "m")  # a machine without GPUs
     offloaded.hf_device_map = {"model": 0, "lm_head": "cpu"}
-    with pytest.raises(UsageError, match="lm_head is left to the cpu"):
+    with pytest.raises(UsageError, match="lm_head is offloaded to the cpu"):
         refuse_offloaded(offloaded, "m")
 
 
@@ -179,5 +179,5 @@ def test_more_spread_models_than_gpus_are_refused():
 def test_other_models_are_not_spread(tmp_path):
     from wherefrom.indexer.models import load_mlp
 
-    with pytest.raises(UsageError, match="'map' is not a device here"):
+    with pytest.raises(UsageError, match="'map' is not a device of this machine"):
         load_mlp(ModelSource(str(tmp_path / "m.safetensors"), device="map"))

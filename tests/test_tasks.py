@@ -151,7 +151,7 @@ def test_kfac_of_a_convolution_counts_its_places(tmp_path):
 def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):
     data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
     result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Unprobed")
-    assert (result.exit_code, "Unprobed.probe must say" in result.stderr) == (2, True), result.output
+    assert (result.exit_code, "Unprobed.probe must be overridden" in result.stderr) == (2, True), result.output
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
@@ -218,7 +218,7 @@ def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):
     (tmp_path / "text").write_text("not safetensors")
     cases = {
         "other.safetensors": "not the layers 0, 2, 4",
-        "gap": "do not follow one another",
+        "gap": "do not match",
         "text": "not a safetensors file",
         "no": "no file",
     }
