@@ -23,11 +23,12 @@ from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.budget import count_tokens, spend
-from wherefrom.ray_jobs.worker import Worker, component_writers
+from wherefrom.ray_jobs.worker import Worker, encode_rows
 from wherefrom.store.corpus import read_corpus
-from wherefrom.store.documents import Example
-from wherefrom.store.rows import write_shard
+from wherefrom.store.documents import Example, write_documents
+from wherefrom.store.shard import documents_path, write_shard
 
+_SHARD = "00000000-0000-0000-0000-000000000001"
 _CONFIGURATIONS = {
     "rank 16": {"rank": 16},
     "rank 64": {"rank": 64},
@@ -43,10 +44,6 @@ def plain_step(model, batch):
     CausalLM().loss(model, batch).sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def _with_attributes(components, losses):
-    return components, {}, losses
 
 
 def main():
@@ -84,6 +81,7 @@ def main():
             planned = [b for _, b in batches(task, examples, args.batch_tokens, torch.device("cpu"))]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())
+            write_documents(documents_path(folder, _SHARD), examples)
             ratios = []
             for round_ in range(args.rounds + 1):
                 times = {}
@@ -93,7 +91,7 @@ def main():
                         for batch in planned:
                             plain_step(trained, batch)
                     else:
-                        write_shard(folder / "shard.zarr", *_with_attributes(*component_writers(encoder, examples)))
+                        write_shard(folder, _SHARD, *encode_rows(encoder, examples))
                     times[side] = time.process_time() - started
                 if round_:  # the first warms both up
                     ratios.append(times["plain"] / times["wherefrom"])

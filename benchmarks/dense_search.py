@@ -18,21 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+from growing import grow as grow_index
 from wherefrom import Client, Query
 from wherefrom.indexer.models import keep_freed_memory
 from wherefrom.query.search import search
-from wherefrom.ray_jobs.worker import file_record
 from wherefrom.store.bits import fold
 from wherefrom.store.corpus import read_queries
+from wherefrom.store.dense import encode_dense, row_bytes
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
-from wherefrom.store.manifest import Layer, publish_manifest
-from wherefrom.store.rows import write_dense, write_shard
+from wherefrom.store.manifest import Layer
 
 _DIM, _SHARD_ROWS, _K = 4096, 8192, 10
 _RECALLS = (1.0, 0.9, 0.99, 0.999)
@@ -45,25 +43,23 @@ def folded(rows):
 
 def grow(index, rows, out):
     """An index of so many rows like those of `index`, at `out`."""
-    generator, shards = np.random.default_rng(0), []
     (component,) = index.manifest.components
-    real = np.concatenate([folded(b.codes * b.factors[:, None]) for b in index.blocks(component)])
+    real = []
+    for shard in index.shards:
+        stored = index.rows(shard, component)
+        real += [folded(stored.values(codes) * stored.factors()[first : first + len(codes), None]) for first, codes in stored.blocks()]
+    real = np.concatenate(real)
     norms = index.norms(component)
     sizes = dict(outputs=1, inputs=_DIM, output_rank=1, input_rank=_DIM, input_group="all", offset=0, curvature="identity")
     grown = component.model_copy(update={"layers": (Layer(name="all", **sizes),), "dtype": "int8"})
-    for first in range(0, rows, _SHARD_ROWS):
-        count, id = min(_SHARD_ROWS, rows - first), str(uuid.UUID(int=first + 1))
+
+    def sample(generator, count):
         one, other = generator.integers(0, len(real), (2, count))
         made = 0.9 * real[one] + 0.4 * real[other]
         made *= (norms[one] / np.linalg.norm(made, axis=1))[:, None]
-        place = out / "rows" / f"{id}.zarr"
-        write_shard(place, {grown.name: partial(write_dense, rows=made, dtype="int8")}, {}, {"losses": np.ones(count, np.float32)})
-        files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
-        shards.append(index.manifest.shards[0].model_copy(update={"id": id, "first": first, "rows": count, "files": files}))
-    changes = {"components": (grown,), "rows": rows, "shards": tuple(shards), "number": 1, "tombstones": ()}
-    publish_manifest(out, index.manifest.model_copy(update=changes))
-    Index(out).reindex()
-    return Index(out), real
+        return {grown.name: encode_dense(made, "int8")}
+
+    return grow_index(index, out, (grown,), rows, sample), real
 
 
 def cosines(queries, rows):
@@ -97,7 +93,7 @@ def measure(place, queries, recall, repeats):
     if recall == 1:
         np.save(kept, found)
     right = [len(set(a) & set(b)) / len(a) for a, b in zip(np.load(kept).tolist(), found.tolist(), strict=True)]
-    stored = sum(f.bytes for s in index.manifest.shards for f in s.files if "/codes/" in f.path)
+    stored = len(index) * row_bytes(index.manifest.components[0].stored, index.manifest.components[0].dtype)
     beside = sum(p.stat().st_size for p in (place / "search").rglob("*") if p.is_file())
     times = queries.with_name(f"{place.name}-times.json")
     known = (json.loads(times.read_text()) if times.exists() else {}) | {str(recall): float(np.median(seconds))}

@@ -4,7 +4,7 @@
     python benchmarks/search_speed.py --index full.wherefrom --queries queries.jsonl [--rows 1000000]
 
 Grown rows have the tokens and lengths of real rows drawn at random, with a quarter of their bits flipped, so that the tokens' distribution
-is the real one and hardly two rows are alike; they have no documents. Prints, for the top 10 proponents and opponents of real queries
+is the real one and hardly two rows are alike. Prints, for the top 10 proponents and opponents of real queries
 asked one at a time: wall time (median and 95th percentile), postings touched, bytes of posting lists, memory; and the wall time of a whole
 process that asks for one row of the real index.
 """
@@ -17,62 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+from growing import grow, sparse_sampler
 from wherefrom import Client, Query
 from wherefrom.query.search import search
-from wherefrom.ray_jobs.worker import file_record
 from wherefrom.store.corpus import read_queries
 from wherefrom.store.errors import UsageError
-from wherefrom.store.index import Index
-from wherefrom.store.manifest import publish_manifest
-from wherefrom.store.rows import write_shard
-from wherefrom.store.sparse import Coded, write_sparse
-
-_SHARD_ROWS = 8192
-_FLIPPED = 4  # one bit in so many
-
-
-def grow(index, rows, out):
-    """An index of so many rows like those of `index`, at `out`; returns it."""
-    generator, shards, components = np.random.default_rng(0), [], index.manifest.components
-    real = {s.name: [index.sparse(shard, s) for shard in index.manifest.shards] for s in components}
-    arrays = {
-        name: {
-            "counts": np.concatenate([np.diff(r.indptr) for r in parts]),
-            **{array: np.concatenate([getattr(r, array) for r in parts]) for array in ("keys", "codes", "factors", "norms")},
-        }
-        for name, parts in real.items()
-    }
-    for first in range(0, rows, _SHARD_ROWS):
-        count = min(_SHARD_ROWS, rows - first)
-        chosen, writers, id = generator.integers(0, len(index), count), {}, str(uuid.UUID(int=first + 1))
-        for s in components:
-            own = arrays[s.name]
-            starts = np.concatenate([[0], np.cumsum(own["counts"])])
-            entries = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
-            flips = generator.integers(0, 256, (len(entries), own["codes"].shape[1]), np.uint8)
-            flips &= generator.integers(0, 256, flips.shape, np.uint8)
-            norms = own["norms"][chosen]
-            coded = Coded(
-                own["counts"][chosen],
-                own["keys"][entries].astype(np.uint32),
-                own["codes"][entries] ^ flips,
-                own["factors"][entries],
-                norms,
-                norms**2,
-            )
-            writers[s.name] = partial(write_sparse, rows=coded, vocabulary=s.vocabulary, bits=s.bits)
-        place = out / "rows" / f"{id}.zarr"
-        write_shard(place, writers, {}, {"losses": np.ones(count, np.float32)})
-        files = tuple(file_record(out, path) for path in sorted(p for p in place.rglob("*") if p.is_file()))
-        shards.append(index.manifest.shards[0].model_copy(update={"id": id, "first": first, "rows": count, "files": files}))
-    publish_manifest(out, index.manifest.model_copy(update={"rows": rows, "shards": tuple(shards), "number": 1}))
-    Index(out).reindex()
-    return Index(out)
 
 
 def measure(index, asked, repeats):
@@ -95,7 +47,7 @@ def measure(index, asked, repeats):
                 at = np.flatnonzero(np.isin(lists.tokens, part[s.name].keys))
                 total += int((lists.starts[at + 1] - lists.starts[at]).sum())
         touched.append(total)
-    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.components)
+    entries = sum(len(index.postings(group, s).rows.values) for group in index.groups for s in index.manifest.components)
     lists = sum(p.stat().st_size for p in (index.path / "search").rglob("*") if p.is_file())
     return {
         "rows": len(index),
@@ -140,7 +92,14 @@ def main():
     for rows in args.rows:
         place = Path(tempfile.mkdtemp(dir=args.index.parent))
         try:
-            print(json.dumps(measure(grow(client.index, rows, place), asked, args.repeats)), flush=True)
+            print(
+                json.dumps(
+                    measure(
+                        grow(client.index, place, client.index.manifest.components, rows, sparse_sampler(client.index)), asked, args.repeats
+                    )
+                ),
+                flush=True,
+            )
         finally:
             shutil.rmtree(place)
 

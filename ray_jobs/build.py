@@ -57,7 +57,7 @@ from .progress import Reporter, Silent
 from .worker import AboutModel, Worker, absolute, document_encoder
 
 _SHARD_BYTES = 16 << 20
-_SHARD_ROWS = 8192
+_SHARD_ROWS = 16384
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
 _COMPARED_ROWS = 256
