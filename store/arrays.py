@@ -7,7 +7,7 @@ Checksums are compared when bytes are first read, at the grain that is read:
 
 - The zip's central directory (names, sizes, positions and CRC-32 of all entries) has a CRC-32C, which the manifest records.
 - An array that is read whole is compared with its entry's CRC-32.
-- An array that is read in parts has a neighbour `<name>_pages`: the CRC-32C of each of its pages of 64 KiB.
+- An array that is read in parts, and has more than one page of 64 KiB, has a neighbour `<name>_pages`: the CRC-32C of each page.
 """
 
 import json
@@ -15,8 +15,8 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ class ArrayGroup:
     paged: frozenset[str] = frozenset()
 
     def with_pages(self) -> dict[str, np.ndarray]:
-        """The arrays, each paged one with the checksums of its pages beside it."""
-        pages = {name + _PAGES: page_checksums(self.arrays[name]) for name in sorted(self.paged)}
+        """The arrays, each paged one of several pages with the checksums of these beside it."""
+        several = [name for name in sorted(self.paged) if self.arrays[name].nbytes > PAGE_BYTES]
+        pages = {name + _PAGES: page_checksums(self.arrays[name]) for name in several}
         return {**self.arrays, **pages}
 
 
@@ -72,27 +73,26 @@ def write_arrays(path: Path, groups: Mapping[str, ArrayGroup]) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for name, content in _entries(groups):
+            for name, content in _entries(groups).items():
                 _append(archive, name, content)
 
 
-def _entries(groups: Mapping[str, ArrayGroup]) -> Iterator[tuple[str, bytes]]:
+def _entries(groups: Mapping[str, ArrayGroup]) -> dict[str, bytes]:
     """Names and contents of the zip's entries: what zarr-python makes of the groups."""
-    from zarr import create_group
+    from zarr import config, create_group
     from zarr.codecs import BytesCodec
     from zarr.storage import MemoryStore
 
     contents: dict[str, Any] = {}
-    root = create_group(MemoryStore(contents), zarr_format=3, attributes=dict(groups[""].attributes) if "" in groups else {})
-    for group_name, group in groups.items():
-        zarr_group = root.create_group(group_name, attributes=dict(group.attributes)) if group_name else root
-        for name, array in group.with_pages().items():
-            layout: dict[str, Any] = {"chunks": array.shape, "serializer": BytesCodec(), "compressors": None, "filters": None}
-            zarr_group.create_array(
-                name, shape=array.shape, dtype=array.dtype, fill_value=0, config={"write_empty_chunks": True}, **layout
-            )[...] = array
-    for name in sorted(contents):
-        yield name, contents[name].to_bytes()
+    layout: dict[str, Any] = {"serializer": BytesCodec(), "compressors": None, "filters": None, "config": {"write_empty_chunks": True}}
+    with config.set({"json_indent": None}):
+        root = create_group(MemoryStore(contents), zarr_format=3, attributes=dict(groups[""].attributes) if "" in groups else {})
+        for group_name, group in groups.items():
+            zarr_group = root.create_group(group_name, attributes=dict(group.attributes)) if group_name else root
+            for name, array in group.with_pages().items():
+                chunk: dict[str, Any] = {"shape": array.shape, "chunks": array.shape, "dtype": array.dtype}
+                zarr_group.create_array(name, fill_value=0, **chunk, **layout)[...] = array
+    return {name: contents[name].to_bytes() for name in sorted(contents)}
 
 
 def _append(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -135,8 +135,8 @@ class ArrayFile:
         return f"{name}/zarr.json" in self._entries
 
     def size(self, group: str) -> int:
-        """Bytes of all entries of a group."""
-        return sum(size for name, (_, size, _) in self._entries.items() if name.startswith(f"{group}/"))
+        """Bytes of a group's arrays."""
+        return sum(size for name, (_, size, _) in self._entries.items() if name.startswith(f"{group}/") and "/c/" in name)
 
     def attributes(self, group: str = "") -> dict[str, Any]:
         """The attributes of a group.
@@ -174,9 +174,12 @@ class ArrayFile:
             IntegrityError: it is missing, or not of that shape and type.
         """
         content, _ = self._values(name, shape, np.dtype(dtype))
+        offset = self._entries[_chunk_name(name, shape)][0] if len(content) else 0
+        if len(content) <= PAGE_BYTES:
+            values = PagedArray.of(self.array(name, shape, dtype))
+            return replace(values, where=f"{self.path}: {name}", offset=offset, remedy=self._remedy)
         checksums = self.array(name + _PAGES, (math.ceil(len(content) / PAGE_BYTES),), "uint32")
         where = f"{self.path}: {name}"
-        offset = self._entries[_chunk_name(name, shape)][0] if math.prod(shape) else 0
         return PagedArray(content, checksums, content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape), where, offset, self._remedy)
 
     def _values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:

@@ -155,6 +155,14 @@ def write_rows(path, components):
     return rows_path(path, "0")
 
 
+def array_bytes(index):
+    """Bytes of all arrays of an index's rows, without the files' descriptions of them."""
+    from wherefrom.store.arrays import ArrayFile
+
+    entries = [entry for path in (index / "rows").iterdir() for entry in ArrayFile(path)._entries.items()]
+    return sum(size for name, (_, size, _) in entries if "/c/" in name)
+
+
 def open_zarr(path):
     """What plain zarr-python reads of a file of `write_rows`."""
     import zarr

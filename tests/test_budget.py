@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import make_examples, random_texts
+from helpers import array_bytes, make_examples, random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bits import component
@@ -88,8 +88,7 @@ def test_an_index_of_so_many_bytes(index):
     counts = count_tokens([client.index.example(i) for i in range(len(client.index))])
     cost = sum(row_cost(s, counts) for s in client.index.manifest.components)
     assert 1200 < cost <= 1500
-    arrays = [p for p in (index / "rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
-    assert sum(p.stat().st_size for p in arrays) == pytest.approx(cost * 120, rel=0.03)
+    assert array_bytes(index) == pytest.approx(cost * 120, rel=0.03)
     assert run("verify", index).exit_code == 0
     for row in (0, 17, 63):
         assert client.query(row=row, mode="cosine", k=1).proponents[0].row == row
@@ -136,7 +135,7 @@ def test_an_index_says_what_each_component_costs_and_holds(index):
     info = json.loads(run("info", index, "--json").stdout)
     client = Client(index)
     sizes = {s["name"]: s["bytes_per_example"] for s in info["components"]}
-    assert sum(sizes.values()) == pytest.approx(info["bytes_per_example"], rel=0.02)
+    assert sum(sizes.values()) <= info["bytes_per_example"] <= sum(sizes.values()) + 25_000 / 120  # descriptions, losses
     whole = client.encoder.rows([client.index.example(i) for i in range(len(client.index))])  # tokens bounded as in the index
     for part in info["components"][:2]:
         entry = client.index.component(part["name"])
@@ -195,8 +194,7 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
     assert [s["name"] for s in plan["components"]] == [s["name"] for s in info["components"]]
     assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_a_key") for s in info["components"]]
-    arrays = [p for p in (tmp_path / "i/rows").rglob("*") if p.is_file() and p.name != "zarr.json"]
-    assert sum(p.stat().st_size for p in arrays) == pytest.approx(plan["bytes_of_rows"], rel=0.03)
+    assert array_bytes(tmp_path / "i") == pytest.approx(plan["bytes_of_rows"], rel=0.03)
     assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
     assert plan["row_seconds"] > 0
     assert plan["memory_per_worker"] > 1 << 20

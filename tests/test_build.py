@@ -177,7 +177,7 @@ def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpu
     manifest = build(config(model, corpus, out, shard_rows=24, fit_examples=64, workers=2))
     watcher.join()
     assert killed
-    assert manifest.shards == expected.shards
+    assert manifest.table == expected.table
 
 
 def make_slow_model(directory):
@@ -475,7 +475,7 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     assert not (out / "manifests").exists()
     kept = len(list(out.glob("rows/*")))
     assert subprocess.run(run, check=False, capture_output=True).returncode == 0
-    assert len(read_manifest(out).shards) > kept > 0
+    assert read_manifest(out).shards > kept > 0
 
 
 @pytest.mark.processes
@@ -498,7 +498,7 @@ def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_
     assert "Traceback" not in done.stderr
     words_ = done.stdout.split()
     assert words_[:2] == ["exit", "1"], done.stdout
-    assert words_[-4:] == ["exit", "0", "000001.json", "latest"], done.stdout + done.stderr
+    assert words_[-5:-2] == ["exit", "0", "000001.json"], done.stdout + done.stderr
 
 
 def test_the_fitting_sample_is_seeded_and_bounded(tmp_path, model_dir, corpus_file):

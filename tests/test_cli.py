@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from wherefrom.cli import main
+from wherefrom.store.arrays import ArrayFile
 from wherefrom.store.manifest import latest_manifest, seal
 
 
@@ -150,12 +151,12 @@ def bad(tmp_path_factory, model_dir, corpus_file, index_dir):
     make_tokenizer().save_pretrained(here / "nan")
     for name in ("flipped", "truncated", "future", "feature", "moved"):
         shutil.copytree(index_dir, here / name)
-    codes = next((here / "flipped/rows").iterdir()) / "blocks/codes/c/0/0"
-    raw = bytearray(codes.read_bytes())
-    raw[100] ^= 1
-    codes.write_bytes(raw)
-    codes = next((here / "truncated/rows").iterdir()) / "blocks/codes/c/0/0"
-    codes.write_bytes(codes.read_bytes()[:-100])
+    rows = next((here / "flipped/rows").iterdir())
+    raw = bytearray(rows.read_bytes())
+    raw[ArrayFile(rows)._entries["blocks/codes/c/0/0"][0] + 100] ^= 1
+    rows.write_bytes(raw)
+    rows = next((here / "truncated/rows").iterdir())
+    rows.write_bytes(rows.read_bytes()[:-100])
     for name, change in (("future", {"version": 99}), ("feature", {"features": ["dense", "holograms"]})):
         path = latest_manifest(here / name)
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -224,7 +225,7 @@ BAD_INPUTS = {
     "index is a file": (("info", "{bad}/file"), 3, "there is no index at"),
     "unknown format version": (("info", "{bad}/future"), 3, "format version 99"),
     "unknown feature": (("info", "{bad}/feature"), 3, "holograms"),
-    "flipped byte": (("query", "{bad}/flipped", "--row", "1"), 4, "fail their checksum"),
+    "flipped byte": (("query", "{bad}/flipped", "--row", "1"), 4, "fails its checksum"),
     "verify flipped byte": (("verify", "{bad}/flipped", "--json"), 4, ""),
     "truncated shard": (("query", "{bad}/truncated", "--row", "1"), 4, "truncated?"),
     "model is gone": (("query", "{bad}/moved", "--text", "w1 w2"), 3, "there is no model at"),
@@ -272,7 +273,7 @@ def test_there_are_enough_bad_inputs():
 def test_verify_lists_what_is_damaged(bad):
     found = json.loads(wherefrom("verify", bad / "flipped", "--json").stdout)
     assert not found["whole"]
-    assert [p["path"].endswith("codes/c/0/0") for p in found["problems"]] == [True]
+    assert [p["path"].startswith("rows/") for p in found["problems"]] == [True]
 
 
 def test_an_early_failure_leaves_nothing_behind(tmp_path, model_dir, corpus_file):

@@ -36,10 +36,14 @@ class Columns(Index):
             self._documents[str(number)] = Documents(path / f"{number}.arrow", len(rows))
             entries.append(SimpleNamespace(id=str(number), first=first, rows=len(rows)))
             first += len(rows)
-        self.manifest = SimpleNamespace(shards=entries, rows=first)
+        self.shards = entries
+        self.manifest = SimpleNamespace(rows=first)
 
     def documents(self, shard):
         return self._documents[shard.id]
+
+    def _columns_by_shard(self, names=()):
+        return ((shard, self.documents(shard).columns) for shard in self.shards)
 
 
 def columns(path, *shards):
@@ -265,9 +269,13 @@ def test_columns_are_compared_with_one_another(tmp_path):
 
 def test_values_that_no_build_writes_are_an_integrity_error(tmp_path):
     index = columns(tmp_path, [1, "a"])
-    forged = SimpleNamespace(columns=["x"], column=lambda name: Column(pa.chunked_array([["{", None]]), encoded=True))
     index._kinds  # noqa: B018
-    index._documents["0"] = forged
+    forged = Column(pa.chunked_array([["{", None]]), encoded=True)
+
+    class Forged(dict):
+        fields = ("x",)
+
+    index._documents["0"] = SimpleNamespace(columns=Forged(x=forged))
     for call in (lambda: index.matching("x == 1"), lambda: index.distinct("x", 10)):
         with pytest.raises(IntegrityError, match="invalid values"):
             call()
@@ -289,9 +297,9 @@ def test_ten_thousand_ids_are_found_in_a_moment(tmp_path):
     for first in range(0, count, shard):
         rows = min(shard, count - first)
         ids = pa.chunked_array([pa.array([f"document-{i}" for i in range(first, first + rows)])])
-        parts[str(first)] = SimpleNamespace(column=lambda name, ids=ids: Column(ids))
+        parts[str(first)] = {"id": Column(ids), "document": Column(ids)}
         entries.append(SimpleNamespace(id=str(first), first=first, rows=rows))
-    index.manifest, index.documents = SimpleNamespace(shards=entries, rows=count), lambda s: parts[s.id]
+    index._columns_by_shard = lambda: ((entry, parts[entry.id]) for entry in entries)
     started = clock.perf_counter()
     found, unknown = index.rows_of([f"document-{i}" for i in range(0, count, 100)] + ["nobody", "nobody"])
     assert clock.perf_counter() - started < 20

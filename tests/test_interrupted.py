@@ -48,7 +48,6 @@ def stop(*_, **__):
 
 def test_a_build_stopped_between_the_manifests_folder_and_its_first_file_goes_on(config, tmp_path, monkeypatch):
     def made(directory, manifest):
-        (directory / "manifests").mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

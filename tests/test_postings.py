@@ -64,7 +64,8 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
 
 
 @pytest.fixture
-def index(tmp_path, model_dir, corpus_file):
+def index(tmp_path, model_dir, corpus_file, monkeypatch):
+    monkeypatch.setattr("wherefrom.store.arrays.PAGE_BYTES", 256)  # several pages in small arrays, too
     options = dict(components=("head", "embeddings"), head_bits=32, shard_rows=40)
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(tmp_path / "i"), **options))
     return tmp_path / "i"
