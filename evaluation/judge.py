@@ -268,7 +268,7 @@ def show(judgement: Judgement) -> None:
 
     table = Table(title=f"LDS on {judgement.pack}", title_justify="left", box=SIMPLE_HEAD)
     for name in ("", "LDS", "95 % interval", "lead over it", "bytes/example"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
     rows = {"this index" if size else "these scores": (judgement.estimate, size)}
     rows |= {f"baseline: {name}": (e, "") for name, e in judgement.baselines.items()}
