@@ -40,6 +40,10 @@ __all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", 
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("wherefrom")
     if name not in _HOMES:
         raise AttributeError(f"module 'wherefrom' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -175,4 +175,4 @@ def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any, model: 
         raise UsageError("no checkpoint will be saved to build an index from; set save_strategy")
     if config.task == "causal-lm" and tokenizer is None:
         raise UsageError("checkpoints will be saved without a tokenizer; give it to the Trainer as processing_class")
-    next(iter(read_corpus(config.data, config.fields)), None)
+    next(iter(read_corpus(config.sources, config.fields)), None)

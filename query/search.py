@@ -1,9 +1,8 @@
 """The best and the worst rows: by an exact scan of all, or by quantized scan and rescore with a certificate.
 
 Exact, in one blocked pass, is what everything else is held against, and what posting lists do anyway. By quantized scan and rescore, where
-rows are
-dense: one-bit codes estimate all scores (store/scan_codes.py), and rows are read, from the finest that is stored, that could be among the
-best k.
+rows are dense: one-bit codes estimate all scores (store/scan_codes.py), and rows are read, from the finest that is stored, that could be
+among the best k.
 
 The certificate. Let s be the k-th best score among the rows that were read; it can only be below the true k-th best. A row is left unread
 when its estimate, plus z times the estimate's standard deviation, does not exceed s. A row that belongs to the true k best scores s or

@@ -97,7 +97,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
     reporter = reporter or Silent()
     out = Path(config.out)
     refuse_occupied(out)
-    sources = describe_sources(config.data)
+    sources = describe_sources(config.sources)
     encoder = document_encoder(config)
     fresh = not out.exists()
     try:

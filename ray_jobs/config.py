@@ -46,10 +46,10 @@ class BuildConfig:
 
     Attributes:
         model: a directory or hub id of a causal language model, or several: checkpoints of one run in their order, or models trained
-            apart, which read the same tokens. Each has components of its own, and scores are their mean.
+            apart, which read the same tokens. Each has components of its own, and their weighted scores add up.
         revision: of a hub id, or several: one for each model, or several of one model.
         task: "causal-lm", "mlp" (a perceptron of vectors with labels), or one's own as `module:Class`.
-        data: files, folders or hub datasets (see `store.corpus.read_corpus`).
+        data: a file, folder or hub dataset, or several (see `store.corpus.read_corpus`).
         out: the index directory to make.
         dtype, device, trust_remote_code: how the model is loaded.
         fields: which columns hold text, prompt and completion, messages, id and source, and what a document of a text file is.
@@ -77,7 +77,7 @@ class BuildConfig:
     """
 
     model: str | tuple[str, ...]
-    data: tuple[str, ...]
+    data: str | tuple[str, ...]
     out: str
     task: str = "causal-lm"
     revision: str | tuple[str, ...] | None = None
@@ -139,14 +139,14 @@ class BuildConfig:
             check_damping(self.damping)
         if self.threads > _MAX_THREADS:
             raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
-        if not self.model or "" in self.models or not self.out or "" in self.data:
-            raise UsageError("--model, --data or --out is empty; is a variable of your shell not set?")
+        if not self.model or "" in self.models or not self.out or "" in self.sources:
+            raise UsageError("model, data or out is empty; name a model, a corpus and the index's directory")
         for name in ("seed", "head_others"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
-        if not self.data:
+        if not self.sources:
             raise UsageError("no --data given; name at least one file, folder or dataset")
-        if "-" in self.data:
+        if "-" in self.sources:
             raise UsageError(
                 "--data cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
             )
@@ -165,6 +165,11 @@ class BuildConfig:
         return self.bytes_per_example or (None if named else _DEFAULT_BYTES)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Files, folders and hub datasets of the corpus."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Directories or hub ids, one for each model."""
         named = (self.model,) if isinstance(self.model, str) else self.model
@@ -180,6 +185,7 @@ class BuildConfig:
     def what(self) -> dict[str, Any]:
         """The options that decide what the index holds (not how or where it is made), JSON-ready."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW_NOT_WHAT}
+        options["data"] = list(self.sources)
         return options | {"bytes_per_example": self.budget}
 
     def how(self) -> dict[str, Any]:

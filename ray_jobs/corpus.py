@@ -127,7 +127,7 @@ def plan_corpus(
         shards.append(ShardPlan(id, first, len(pending), tokens, digest))
         pending.clear()
 
-    read = Corpus(config.data, fields)
+    read = Corpus(config.sources, fields)
     held = 0
     for encoded in encoder.documents(read):
         example = _usable(encoded, vocabulary)
@@ -150,7 +150,7 @@ def plan_corpus(
     reporter.update(counts["examples"], counts["tokens"])
     if not shards:
         raise DataError(
-            f"there is no usable document in {', '.join(config.data)}"
+            f"there is no usable document in {', '.join(config.sources)}"
             + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else "")
         )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))

@@ -76,7 +76,7 @@ def estimate(config: BuildConfig) -> Cost:
         elif config.bad_documents == "error":
             raise example
     if not examples:
-        raise DataError(f"there is no usable document in {', '.join(config.data)}")
+        raise DataError(f"there is no usable document in {', '.join(config.sources)}")
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
@@ -124,7 +124,7 @@ def _sampled(config: BuildConfig, fields: Any) -> tuple[int, list[Document | Dat
     """How many documents there are, and a seeded sample of them (reservoir sampling: Vitter, algorithm R) in the corpus's order."""
     generator, kept = random.Random(config.seed), list[tuple[int, Document | DataError]]()
     number = -1
-    for number, document in enumerate(read_corpus(config.data, fields)):
+    for number, document in enumerate(read_corpus(config.sources, fields)):
         at = number if number < _SAMPLED else generator.randrange(number + 1)
         if at < _SAMPLED:
             kept[at : at + 1] = [(number, document)]

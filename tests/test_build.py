@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from wherefrom import BuildConfig, Client, build
 from wherefrom.ray_jobs.progress import Console
@@ -52,6 +53,14 @@ def test_a_finished_build_leaves_only_what_the_manifest_names(index_dir):
     named = [path for path, _, _ in checksums(index_dir)]
     caches = [f"search/{group.id}.zarr.zip" for group in Index(index_dir).groups]  # which no manifest names
     assert files(index_dir) == sorted([".lock", "manifests/000001.json", "manifests/latest", *named, *caches])
+
+
+def test_a_corpus_may_be_one_plain_path(tmp_path, model_dir, corpus_file, index_dir):
+    build(BuildConfig(model=str(model_dir), data=str(corpus_file), out=str(tmp_path / "i"), rank=4, shard_rows=32))
+    assert checksums(tmp_path / "i") == checksums(index_dir)
+    assert wherefrom.__version__ == Index(tmp_path / "i").manifest.wherefrom
+    with pytest.raises(UsageError, match="model, data or out is empty"):
+        BuildConfig(model=str(model_dir), data="", out=str(tmp_path / "j"))
 
 
 def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file):
