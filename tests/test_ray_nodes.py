@@ -18,6 +18,7 @@ from wherefrom.ray_jobs import executor as module
 from wherefrom.ray_jobs.executor import Resources, open_executor
 from wherefrom.ray_jobs.progress import Silent
 from wherefrom.store.errors import BusyError, DataError, UsageError, WorkerError
+from wherefrom.store.index import Index
 from wherefrom.store.manifest import read_manifest
 
 pytestmark = pytest.mark.processes
