@@ -47,7 +47,7 @@ def measure(index, asked, repeats):
                 at = np.flatnonzero(np.isin(lists.tokens, part[s.name].keys))
                 total += int((lists.starts[at + 1] - lists.starts[at]).sum())
         touched.append(total)
-    entries = sum(len(index.postings(group, s).rows.values) for group in index.groups for s in index.manifest.components)
+    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.components)
     lists = sum(p.stat().st_size for p in (index.path / "search").rglob("*") if p.is_file())
     return {
         "rows": len(index),

@@ -37,6 +37,7 @@ _MOST_ENTRIES = 10_000
 _RESTORE = "restore the file or build the index again"
 
 crc32c = google_crc32c.value
+crc32c_extend = google_crc32c.extend
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ArrayGroup:
 def page_checksums(array: np.ndarray) -> UInt32[np.ndarray, " pages"]:
     """CRC-32C of each page of an array's bytes."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return np.array([crc32c(content[at : at + PAGE_BYTES].tobytes()) for at in range(0, len(content), PAGE_BYTES)], np.uint32)
+    return np.array([crc32c(content[at : at + PAGE_BYTES]) for at in range(0, len(content), PAGE_BYTES)], np.uint32)
 
 
 def write_arrays(path: Path, groups: Mapping[str, ArrayGroup]) -> None:
@@ -182,6 +183,14 @@ class ArrayFile:
         where = f"{self.path}: {name}"
         return PagedArray(content, checksums, content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape), where, offset, self._remedy)
 
+    def unchecked(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
+        """A whole array as a view of the memory map, whose values the caller compares with checksums of its own.
+
+        Raises:
+            IntegrityError: it is missing, or not of that shape and type.
+        """
+        return self._values(name, shape, np.dtype(dtype))[0].view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
     def _values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
         """An array's bytes and their recorded CRC-32."""
         meta = self._json(f"{name}/zarr.json")
@@ -264,7 +273,7 @@ class PagedArray:
         row_bytes = len(self.content) // len(self.values)
         for page in range(first * row_bytes // PAGE_BYTES, -(-last * row_bytes // PAGE_BYTES)):
             if not self._checked[page]:
-                if crc32c(self.content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].tobytes()) != self.checksums[page]:
+                if crc32c(self.content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]) != self.checksums[page]:
                     raise IntegrityError(f"{self.where} fails a checksum; {self.remedy}")
                 self._checked[page] = True
 

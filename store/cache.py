@@ -14,7 +14,7 @@ from .errors import IntegrityError
 from .files import publish
 
 _REMAKE = "make it anew with wherefrom reindex"
-_VERSION = 3  # of how arrays are made: those of another are made anew
+_VERSION = 4  # of how arrays are made: those of another are made anew
 
 
 def write_cache(path: Path, source: str, groups: Mapping[str, ArrayGroup], staging: Path) -> None:

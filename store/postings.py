@@ -5,6 +5,7 @@
     rows     [postings]         of the group, in 16 bits where these suffice
     codes    [postings, words]  as in the rows, four bytes to a little-endian word (zeros behind the last)
     factors  [postings]         float32
+    checks   [lists]            CRC-32C of a list's rows, codes and factors, one after the other
 
 An exact score costs one table look-up for each byte of a shared token's code: the query's vector is turned into a table of what each of
 the 256 values of a byte adds. A group's scores fit into a core's cache, so that adding to them costs little, and groups are independent.
@@ -14,16 +15,17 @@ largest factor of a list, some twenty times what it typically is: on real rows o
 nine tenths of the postings that a query touches, and the rest would need random access. Rows keep their longest vectors alone, and the
 tokens that every example has are seldom among them: a query touches one in twenty-five of the entries to begin with.
 
-The lists are kept in a search cache (see cache.py). A query reads, and compares with their checksums, the pages of its own lists alone.
+The lists are kept in a search cache (see cache.py). A query reads, and compares with their checksums, its own lists alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8, UInt32
 
-from .arrays import ArrayFile, ArrayGroup, PagedArray
+from .arrays import ArrayFile, ArrayGroup, crc32c, crc32c_extend
 from .bits import signs_of
 from .compiled import Compiled
 from .errors import IntegrityError
@@ -40,13 +42,15 @@ class Postings:
 
     tokens: UInt32[np.ndarray, " lists"]
     starts: Int64[np.ndarray, " lists_and_one"]
-    rows: PagedArray
-    codes: PagedArray
-    factors: PagedArray
+    rows: np.ndarray
+    codes: UInt32[np.ndarray, "postings words"]
+    factors: Float32[np.ndarray, " postings"]
+    checks: UInt32[np.ndarray, " lists"]
+    where: str = field(default="", compare=False)
     _checked: Bool[np.ndarray, " lists"] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_checked", np.zeros(len(self.tokens), bool))
+        object.__setattr__(self, "_checked", np.full(len(self.tokens), not self.where))  # those made here need no check
 
     @classmethod
     def of(cls, shards: Sequence[SparseRows]) -> "Postings":
@@ -57,13 +61,10 @@ class Postings:
         tokens, starts = np.unique(keys[order], return_index=True)
         counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
         owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
-        return cls(
-            tokens.astype(np.uint32),
-            np.append(starts, len(order)).astype(np.int64),
-            PagedArray.of(owners[order]),
-            PagedArray.of(_words(codes[order])),
-            PagedArray.of(factors[order]),
-        )
+        starts = np.append(starts, len(order)).astype(np.int64)
+        rows_of_postings, words, factors = owners[order], _words(codes[order]), factors[order]
+        checks = [_checksum(rows_of_postings[i:j], words[i:j], factors[i:j]) for i, j in pairwise(starts.tolist())]
+        return cls(tokens.astype(np.uint32), starts, rows_of_postings, words, factors, np.array(checks, np.uint32))
 
     def add_scores(
         self,
@@ -88,7 +89,7 @@ class Postings:
         for query in range(len(scores)):
             part = slice(bounds[query], bounds[query + 1])
             lists, own = at[part], tables[part]
-            add_lists(lists, known[part], own, self.starts, self.rows.values, self.codes.values, self.factors.values, scores[query])
+            add_lists(lists, known[part], own, self.starts, self.rows, self.codes, self.factors, scores[query])
 
     def _check(self, lists: Int64[np.ndarray, " some"], rows: int) -> None:
         """Compare some lists with their checksums, once, and what the compiled loop would step over with the rows that there are.
@@ -97,18 +98,17 @@ class Postings:
             IntegrityError: a list is damaged, or of other rows.
         """
         for i in lists[~self._checked[lists]].tolist():
-            first, last = int(self.starts[i]), int(self.starts[i + 1])
-            self.codes.check(first, last)
-            factors = self.factors.rows(first, last)
-            owners = self.rows.rows(first, last)
-            if last > first and (int(owners.max()) >= rows or not np.isfinite(factors).all()):
-                raise IntegrityError(f"{self.rows.where} names rows that are not there; {self.rows.remedy}")
+            postings = slice(int(self.starts[i]), int(self.starts[i + 1]))
+            owners, factors = self.rows[postings], self.factors[postings]
+            if _checksum(owners, self.codes[postings], factors) != self.checks[i]:
+                raise IntegrityError(f"{self.where} fails a checksum; make it anew with wherefrom reindex")
+            if len(owners) and (int(owners.max()) >= rows or not np.isfinite(factors).all()):
+                raise IntegrityError(f"{self.where} names rows that are not there; make it anew with wherefrom reindex")
             self._checked[i] = True
 
     def arrays(self) -> ArrayGroup:
         """The arrays that are kept in a search cache."""
-        postings = {name: getattr(self, name).whole() for name in ("rows", "codes", "factors")}
-        return ArrayGroup({"tokens": self.tokens, "starts": self.starts, **postings}, paged=frozenset(postings))
+        return ArrayGroup({name: getattr(self, name) for name in ("tokens", "starts", "rows", "codes", "factors", "checks")})
 
     @classmethod
     def read(cls, file: ArrayFile, component: SparseComponent, rows: int) -> "Postings | None":
@@ -121,9 +121,11 @@ class Postings:
             found = cls(
                 tokens,
                 starts,
-                file.paged(f"{name}/rows", (postings,), _row_dtype(rows)),
-                file.paged(f"{name}/codes", (postings, -(-component.bits // 32)), "uint32"),
-                file.paged(f"{name}/factors", (postings,), "float32"),
+                file.unchecked(f"{name}/rows", (postings,), _row_dtype(rows)),
+                file.unchecked(f"{name}/codes", (postings, -(-component.bits // 32)), "uint32"),
+                file.unchecked(f"{name}/factors", (postings,), "float32"),
+                file.array(f"{name}/checks", (lists,), "uint32"),
+                f"{file.path}: {name}",
             )
         except (IntegrityError, ValueError):
             return None
@@ -152,6 +154,10 @@ def add_lists_plainly(
             values.append(low + (table[b + 2, (code >> 16) & 255] + table[b + 3, code >> 24]))
         for word in range(0, len(values), 2):
             scores[rows[part]] += factors[part] * (sum(values[word + 1 : word + 2], values[word]))
+
+
+def _checksum(rows: np.ndarray, codes: np.ndarray, factors: np.ndarray) -> int:
+    return crc32c_extend(crc32c_extend(crc32c(rows), codes), factors)
 
 
 def _row_dtype(rows: int) -> str:

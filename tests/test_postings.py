@@ -59,7 +59,7 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
         tables = byte_tables(np.random.default_rng(seed).standard_normal((len(at), bits)).astype(np.float32))
         both = [np.zeros(rows, np.float32) for _ in range(2)]
         for loop, scores in zip((add_lists, add_lists_plainly), both, strict=True):
-            loop(at, at % 3 != 1, tables, lists.starts, lists.rows.values, lists.codes.values, lists.factors.values, scores)
+            loop(at, at % 3 != 1, tables, lists.starts, lists.rows, lists.codes, lists.factors, scores)
         assert np.array_equal(*both)
 
 
@@ -102,7 +102,7 @@ def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatc
         assert made == []
     for name in ("head/codes/c/0/0", "head/factors/c/0", "head/rows/c/0", "head/starts/c/0", "embeddings/tokens/c/0"):
         start, size, _ = ArrayFile(path)._entries[name]
-        path.write_bytes(raw[: start + size // 2] + bytes([raw[start + size // 2] ^ 1]) + raw[start + size // 2 + 1 :])
+        path.write_bytes(raw[:start] + bytes(byte ^ 1 for byte in raw[start : start + size]) + raw[start + size :])
         if "starts" in name or "tokens" in name:  # read whole when the file is opened
             assert np.array_equal(scores(index), before)
         else:
