@@ -1,7 +1,7 @@
 """Wherefrom: a search index for training-data attribution.
 
-    >>> from wherefrom import Client
-    >>> Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
+    >>> from wherefrom import connect
+    >>> connect("my.wherefrom").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
 
 Everything is imported when it is first used, so that `import wherefrom` costs nothing.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .query.answers import Query as Query
     from .ray_jobs.build import build as build
     from .ray_jobs.config import BuildConfig as BuildConfig
+    from .remote import connect as connect
     from .store.corpus import Fields as Fields
     from .store.errors import WherefromError as WherefromError
     from .store.index import Index as Index
@@ -34,9 +35,23 @@ _HOMES = {
     "VectorTask": "indexer.tasks",
     "WherefromError": "store.errors",
     "build": "ray_jobs.build",
+    "connect": "remote",
 }
 
-__all__ = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError", "build"]
+__all__ = [
+    "Answer",
+    "Attribution",
+    "BuildConfig",
+    "Client",
+    "Fields",
+    "Index",
+    "Query",
+    "Task",
+    "VectorTask",
+    "WherefromError",
+    "build",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> Any:

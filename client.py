@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from .query.answers import Answer, Explanation, Query, TokenShares
-from .query.asking import Asks, Options, check_options
+from .query.asking import BaseClient, Options, check_options
 from .query.assemble import make_answers
 from .query.baselines import Scores, Words, compare, cosines, row_norms
 from .query.explain import by_block, split_score
@@ -51,7 +51,7 @@ def _metric(options: Options) -> Metric:
     )
 
 
-class Client(Asks):
+class Client(BaseClient):
     """Asks an index.
 
     Args:
@@ -66,19 +66,11 @@ class Client(Asks):
         >>> answer = Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
         >>> answer.proponents[0].text  # doctest: +SKIP
 
-    `Client("http://127.0.0.1:8787")` asks a running server instead (see remote.py) and answers the same.
+    `connect` makes one of a directory, or of a running server (see remote.py), which answers the same.
 
     Raises:
         NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first query in words) its model, is not what it must be.
     """
-
-    def __new__(cls, *where: str | Path, **how: Any) -> Any:
-        """A client of an index, or of a server."""
-        if where and str(where[0]).startswith(("http://", "https://")):
-            from .remote import RemoteClient
-
-            return RemoteClient(str(where[0]), **how)
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -94,6 +86,9 @@ class Client(Asks):
         self._models = [model] if isinstance(model, str) else list(model or [])
         self._device = device
         self._trust_remote_code = trust_remote_code
+
+    def __repr__(self) -> str:
+        return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
         """Many queries in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from urllib.parse import urlsplit
 
 from .query.answers import Answer, Explanation, Query
-from .query.asking import Asks, Options, check_options
+from .query.asking import BaseClient, Options, check_options
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
 
@@ -28,7 +28,7 @@ _MOST_ROWS = 20
 _MOST_BYTES = 900_000
 
 
-class RemoteClient(Asks):
+class RemoteClient(BaseClient):
     """Client of a server, with the interface of `Client`.
 
     Args:
@@ -57,6 +57,9 @@ class RemoteClient(Asks):
         self._token = token
         self._timeout = timeout
         self._parts = parts
+
+    def __repr__(self) -> str:
+        return f"RemoteClient({self.url!r}" + (f", index={self.index!r})" if self.index else ")")
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
         """See `Client.query_many`; splits the queries into requests of an accepted size."""
@@ -136,32 +139,22 @@ class RemoteClient(Asks):
         return {**(bodies[0] if single else {"queries": bodies}), **_set_options(options), "index": self.index}
 
 
-class AsyncClient:
-    """Client for asyncio: every method of `RemoteClient` as a coroutine."""
+def connect(where: str | Path, **options: Any) -> BaseClient:
+    """A client of an index directory or of a server; both have the same methods and give the same answers.
 
-    def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
-        self._client = RemoteClient(url, index=index, token=token, timeout=timeout)
+    Args:
+        where: a directory, or a server's address such as "http://127.0.0.1:8787".
+        options: of `Client` (model, device, trust_remote_code, task) or of `RemoteClient` (index, token, timeout).
 
-    async def query(self, **query_and_options: Any) -> Answer:
-        """See `Client.query`."""
-        return await self._in_thread(self._client.query, **query_and_options)
+    Raises:
+        NotFoundError, IncompatibleError, IntegrityError: there is no index, or it cannot be read.
+        UsageError: the address is invalid.
+    """
+    if str(where).startswith(("http://", "https://")):
+        return RemoteClient(str(where), **options)
+    from .client import Client
 
-    async def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `Client.query_many`."""
-        return await self._in_thread(self._client.query_many, queries, **options)
-
-    async def explain(self, rows: Sequence[int], query: Query, **options: Any) -> list[Explanation]:
-        """See `Client.explain`."""
-        return await self._in_thread(self._client.explain, rows, query, **options)
-
-    async def complete(self, prompt: str, tokens: int = 16) -> str:
-        """See `Client.complete`."""
-        return await self._in_thread(self._client.complete, prompt, tokens)
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        import asyncio  # as slow to import as the rest of this module
-
-        return await asyncio.to_thread(function, *args, **kwargs)
+    return Client(where, **options)
 
 
 def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:

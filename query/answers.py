@@ -6,16 +6,19 @@ Nothing heavy is imported here, so that a command that asks a server starts at o
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ..store.errors import UsageError
+from ..store.printable import printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 _WEIGHTS = 1e-6, 1e6
+_SHOWN_TEXT = 400  # characters of a text in a notebook
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("prompt", "completion", "text", "id", "against", "span"), str),
     "row": Integral,
@@ -190,6 +193,19 @@ class Answer:
     index: Mapping[str, Any]
     groups: tuple[Group, ...] | None = None
     baselines: tuple[Baseline, ...] | None = None
+
+    def __repr__(self) -> str:
+        best = f", best {self.proponents[0].id!r} ({self.proponents[0].score:.4g})" if self.proponents else ""
+        return f"Answer({len(self.proponents)} proponents, {len(self.opponents)} opponents of {self.search.rows:,} rows{best})"
+
+    def _repr_html_(self) -> str:
+        """Tables of proponents and opponents, for notebooks."""
+        parts = []
+        for title, attributions in (("Proponents", self.proponents), ("Opponents", self.opponents)):
+            cells = ((str(a.rank), f"{a.score:.4g}", a.id, a.text[:_SHOWN_TEXT]) for a in attributions)
+            rows = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row) + "</tr>" for row in cells)
+            parts.append(f"<h4>{title}</h4><table><tr><th></th><th>score</th><th>id</th><th>text</th></tr>{rows}</table>")
+        return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready dictionaries and lists, keys as in `wherefrom query --json`."""

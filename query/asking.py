@@ -64,8 +64,8 @@ def check_options(options: Mapping[str, object]) -> None:
             raise UsageError(f"{name} is {value!r:.80}, of another type than it can have")
 
 
-class Asks(ABC):
-    """Whoever answers queries."""
+class BaseClient(ABC):
+    """Interface shared by local and remote clients."""
 
     @abstractmethod
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:

@@ -81,6 +81,10 @@ class Index:
         self._cache_files: dict[str, ArrayFile | None] = {}
         self._caches: dict[tuple[str, str], Postings | ScanCodes | None] = {}
 
+    def __repr__(self) -> str:
+        components = ", ".join(component.name for component in self.manifest.components)
+        return f"Index({str(self.path)!r}, {len(self):,} rows of {components})"
+
     def __len__(self) -> int:
         """Rows, deleted ones too."""
         return self.manifest.rows

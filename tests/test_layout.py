@@ -82,7 +82,7 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 def test_the_public_names():
     classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError"]
-    assert wherefrom.__all__ == [*classes, "build"]
+    assert wherefrom.__all__ == [*classes, "build", "connect"]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -1,5 +1,6 @@
 """What a query may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from helpers import assert_close, make_tokenizer, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query, build, connect
 from wherefrom.cli import main
 from wherefrom.query.groups import _POISSON, group_scores
 from wherefrom.query.metric import Metric
@@ -496,3 +497,21 @@ def test_options_and_messages_of_other_types_are_refused(client):
     with pytest.raises(UsageError, match="what JSON cannot"):
         Query(messages=circular)
     assert client.query(row=np.int64(3), k=np.int64(2)).proponents
+
+
+def test_clients_indexes_and_answers_show_themselves(client):
+    names = ", ".join(component.name for component in client.index.manifest.components)
+    answer = client.query(row=3, k=2)
+    assert (
+        repr(answer)
+        == f"Answer(2 proponents, 2 opponents of 120 rows, best {answer.proponents[0].id!r} ({answer.proponents[0].score:.4g}))"
+    )
+    assert repr(client) == f"Client({str(client.index.path)!r}, 120 rows)"
+    assert repr(client.index) == f"Index({str(client.index.path)!r}, 120 rows of {names})"
+    assert repr(connect("http://127.0.0.1:9", index="a")) == "RemoteClient('http://127.0.0.1:9', index='a')"
+    assert connect(client.index.path).query(row=3, k=2).proponents == answer.proponents
+    hostile = dataclasses.replace(answer.proponents[0], id="<script>alert(1)</script>", text="a\x1b[2J<b>")
+    shown = dataclasses.replace(answer, proponents=(hostile,))._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
+    assert "\x1b" not in shown

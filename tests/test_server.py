@@ -19,10 +19,10 @@ import pytest
 import uvicorn
 from click.testing import CliRunner
 from helpers import assert_close, assert_same_ranking, random_texts, words
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query, build, connect
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
-from wherefrom.remote import AsyncClient, RemoteClient, Served, announce, find_server, servers_directory
+from wherefrom.remote import RemoteClient, Served, announce, find_server, servers_directory
 from wherefrom.server.app import create_app
 from wherefrom.server.guard import Impatient
 from wherefrom.store.errors import BusyError, NotFoundError, UsageError
@@ -127,14 +127,13 @@ OPTIONS = [
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_both_clients_answer_alike(server, paths, name):
-    here, there = Client(str(paths[name])), Client(server.url, index="head" if name == "sparse" else "dense")
+    here, there = Client(str(paths[name])), connect(server.url, index="head" if name == "sparse" else "dense")
     assert isinstance(there, RemoteClient)
     for options in OPTIONS:
         for a, b in zip(here.query_many(QUERIES, **options), there.query_many(QUERIES, **options), strict=True):
             assert_alike(b, a)
             assert isinstance(b, Answer)
     assert_alike(there.query(prompt="w1 w2", completion=" w3", k=2), here.query(prompt="w1 w2", completion=" w3", k=2))
-    assert_alike(asyncio.run(AsyncClient(server.url, index=str(paths[name])).query(row=7)), here.query(row=7))
     (mean,) = there.query_many(QUERIES[:3], mean=True)
     (own,) = here.query_many(QUERIES[:3], mean=True)
     assert_same_ranking(mean.proponents, own.proponents, 1e-5)
@@ -266,7 +265,7 @@ def test_bad_requests_get_one_sentence(server, name):
 
 
 def test_both_clients_give_all_rows_where_more_are_asked_for(server, paths):
-    answers = [client.query(row=1, k=10**9) for client in (Client(paths["dense"]), Client(server.url, index="dense"))]
+    answers = [client.query(row=1, k=10**9) for client in (Client(paths["dense"]), connect(server.url, index="dense"))]
     assert answers[0].proponents == answers[1].proponents
     assert len(answers[0].proponents) + len(answers[0].opponents) > 100
 
@@ -279,7 +278,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(server):
 
 
 def test_both_clients_refuse_what_is_no_option(server, paths):
-    for client in (Client(paths["dense"]), Client(server.url, index="dense")):
+    for client in (Client(paths["dense"]), connect(server.url, index="dense")):
         for call in (lambda c: c.query(row=1, K=3), lambda c: c.explain([1], Query(row=2), whatever=1)):
             with pytest.raises(UsageError, match="is not an option; there are k, opponents"):
                 call(client)
