@@ -6,6 +6,7 @@ Every room is imported inside the command that needs it, so that `wherefrom --he
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ class _Group(click.Group):
             sys.stderr.close()
             sys.exit(1)
         except WherefromError as error:
-            _fail(str(error), error.exit_code)
+            _fail(self._as_flags(str(error)), error.exit_code)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
@@ -59,6 +60,20 @@ class _Group(click.Group):
             _fail(_unforeseen(error), 1)
         except MemoryError:
             _fail("out of memory; use a smaller --batch-tokens, fewer --workers or a smaller --rank", 1)
+
+    def _as_flags(self, message: str) -> str:
+        """A message of the library, which names options as `batch_tokens`, with the command line's names of them."""
+        commands = [
+            *self.commands.values(),
+            *(c for group in self.commands.values() if isinstance(group, click.Group) for c in group.commands.values()),
+        ]
+        flags = {
+            parameter.name: max(parameter.opts, key=len)
+            for command in commands
+            for parameter in command.params
+            if isinstance(parameter, click.Option)
+        }
+        return re.sub("`([a-z_]+)`", lambda name: flags.get(name[1], name[0]), message)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -346,7 +346,7 @@ class Client(BaseClient):
 
         name = self.index.manifest.task
         if ":" in name and self._task_name != name:
-            raise UsageError(f"{self.index.path} was built with the task {name}, whose code runs only when you name it: --task {name}")
+            raise UsageError(f"{self.index.path} was built with the task {name}, whose code runs only when you name it: `task` {name}")
         return find_task(name)
 
     @cached_property
@@ -357,7 +357,7 @@ class Client(BaseClient):
         if encoder.fingerprint != (recorded.fingerprint if recorded else None):
             raise IncompatibleError(
                 f"the tokenizer of {self._sources[0].id} is not the one that {self.index.path} was built with; "
-                "point --model at the original, or build the index again"
+                "point `model` at the original, or build the index again"
             )
         return encoder
 
@@ -399,7 +399,7 @@ class Client(BaseClient):
             if model_fingerprint(model) != recorded.fingerprint:
                 raise IncompatibleError(
                     f"the weights at {source.id} are not those that {self.index.path} was built with (another model, or trained "
-                    "since); point --model at the original, or build the index again"
+                    "since); point `model` at the original, or build the index again"
                 )
             models.append(model)
         plan = EncoderPlan(manifest.components, _QUERY_BATCH_TOKENS)
@@ -417,7 +417,7 @@ class Client(BaseClient):
         recorded = self.index.manifest.models
         if self._models and len(self._models) != len(recorded):
             raise UsageError(
-                f"{self.index.path} was built with {len(recorded)} models, --model names {len(self._models)}; name all in order"
+                f"{self.index.path} was built with {len(recorded)} models, `model` names {len(self._models)}; name all in order"
             )
         how = self._device, self._trust_remote_code
         if self._models:

@@ -41,9 +41,9 @@ def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Pa
         UsageError: another ending, `out` exists, or there are no queries.
     """
     if out.suffix not in (".zarr", ".parquet"):
-        raise UsageError(f"--out {out} must end in .zarr or .parquet")
+        raise UsageError(f"`out` {out} must end in .zarr or .parquet")
     if out.exists():
-        raise UsageError(f"--out {out} exists; choose another name, or remove it first")
+        raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
     if not queries:
         raise UsageError("there is no query in the file")
     names = [query.id or str(i) for i, query in enumerate(queries)]

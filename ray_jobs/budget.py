@@ -69,13 +69,13 @@ def spend(budget: int, components: Sequence[Component], counts: Counts) -> tuple
         assert isinstance(component, SparseComponent)
         sized = _sparse(component, share + (0.0 if for_blocks else spare), counts)
         if sized is None:
-            raise UsageError(f"--bytes-per-example {budget} does not pay for one token of the {component.name}; give some hundreds")
+            raise UsageError(f"`bytes_per_example` {budget} does not pay for one token of the {component.name}; give some hundreds")
         chosen.append(sized)
         spare += share - row_cost(sized, counts)
     if isinstance(blocks, DenseComponent) and for_blocks:
         bits = int(for_blocks + max(0.0, spare) - _FIXED) * 8
         if bits < 1:
-            raise UsageError(f"--bytes-per-example {budget} does not pay for one coordinate; give some hundreds")
+            raise UsageError(f"`bytes_per_example` {budget} does not pay for one coordinate; give some hundreds")
         chosen.append(blocks.model_copy(update={"coordinates": bits, "dtype": "1bit"}))
     return tuple(chosen)
 

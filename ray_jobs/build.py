@@ -221,12 +221,12 @@ def refuse_occupied(out: Path) -> None:
         UsageError: it does.
     """
     if out.is_symlink() and not out.exists():
-        raise UsageError(f"--out {out} is a link to nothing; choose another place")
+        raise UsageError(f"`out` {out} is a link to nothing; choose another place")
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; choose a directory that does not exist yet")
+        raise UsageError(f"`out` {out} is a file; choose a directory that does not exist yet")
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if names - {".lock"} and not names & {"manifests", "staging"}:
-        raise UsageError(f"--out {out} holds other things and no index; choose a directory that does not exist yet")
+        raise UsageError(f"`out` {out} holds other things and no index; choose a directory that does not exist yet")
 
 
 def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
@@ -280,7 +280,7 @@ def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> N
         short = {"models": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
         listed = ", ".join(short.get(k) or f"{k} {known.get(k)!r}, now {wanted[k]!r}" for k in different)
         raise UsageError(
-            f"--out {out} holds a build that differs from this one ({listed}); choose another --out, or remove that directory first"
+            f"`out` {out} holds a build that differs from this one ({listed}); choose another `out`, or remove that directory first"
         )
 
 
@@ -292,7 +292,7 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
     """
     limit = min((model.context for model in models if model.context), default=None)
     if config.max_tokens and limit and config.max_tokens > limit:
-        raise UsageError(f"--max-tokens is {config.max_tokens}, the model's context is {limit}; it can be at most that")
+        raise UsageError(f"`max_tokens` is {config.max_tokens}, the model's context is {limit}; it can be at most that")
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 

@@ -67,7 +67,7 @@ def add(
     reporter = reporter or Silent()
     known = Index(out).manifest  # an error before the lock is made
     if ":" in known.task and known.task != task:
-        raise UsageError(f"{out} was built with the task {known.task}, whose code runs only when you name it: --task {known.task}")
+        raise UsageError(f"{out} was built with the task {known.task}, whose code runs only when you name it: `task` {known.task}")
     options = known.build.what.options.model_dump(mode="json")
     kept = {name: value for name, value in options.items() if name not in ("model", "revision", "task")}
     moved = {"model": tuple(models), "revision": None} if models else {}
@@ -76,7 +76,7 @@ def add(
     own = recorded_config({**kept, **recorded, **moved, "task": known.task, "data": tuple(data), "out": str(out.resolve()), **given})
     own = replace(own, model=tuple(map(absolute, own.models)))
     if len(own.models) != len(known.models):
-        raise UsageError(f"{out} was built with {len(known.models)} models, --model names {len(own.models)}; name all in order")
+        raise UsageError(f"{out} was built with {len(known.models)} models, `model` names {len(own.models)}; name all in order")
     bases = () if models else tuple(m.base for m in known.models)
     sources = describe_sources(data)
     resources = Resources(own.workers, own.threads, own.address, own.device, ":" in own.task)

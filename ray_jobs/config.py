@@ -117,38 +117,38 @@ class BuildConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+                raise UsageError(f"`{name}` is {value}; it must be at least 1")
         if self.max_tokens == 1:
-            raise UsageError("--max-tokens is 1; an example needs at least 2 tokens, one to predict and one before it")
+            raise UsageError("`max_tokens` is 1; an example needs at least 2 tokens, one to predict and one before it")
         if self.fields.split_text not in get_args(SplitText):
-            raise UsageError(f"--split-text is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
+            raise UsageError(f"`split_text` is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
+                raise UsageError(f"`{name}` is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
         if self.bytes_per_example is not None:
             given = [name for name in _SIZES if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
             if given:
-                raise UsageError(f"--bytes-per-example chooses --{given[0].replace('_', '-')}; give one or the other")
+                raise UsageError(f"`bytes_per_example` chooses `{given[0]}`; give one or the other")
         if self.components is not None and not self.components:
-            raise UsageError("--components names nothing; leave it out, or name at least one")
+            raise UsageError("`components` names nothing; leave it out, or name at least one")
         if self.components is not None and (len(set(self.components)) < len(self.components) or set(self.components) - set(_COMPONENTS)):
             raise UsageError(
-                f"--components is {','.join(self.components)!r}; it can be {', '.join(_COMPONENTS)}, or several with commas between"
+                f"`components` is {','.join(self.components)!r}; it can be {', '.join(_COMPONENTS)}, or several with commas between"
             )
         if self.damping is not None:
             check_damping(self.damping)
         if self.threads > _MAX_THREADS:
-            raise UsageError(f"--threads is {self.threads}; it can be at most {_MAX_THREADS}")
+            raise UsageError(f"`threads` is {self.threads}; it can be at most {_MAX_THREADS}")
         if not self.model or "" in self.models or not self.out or "" in self.sources:
             raise UsageError("model, data or out is empty; name a model, a corpus and the index's directory")
         for name in ("seed", "head_others"):
             if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0")
+                raise UsageError(f"`{name}` is {getattr(self, name)}; it must be at least 0")
         if not self.sources:
-            raise UsageError("no --data given; name at least one file, folder or dataset")
+            raise UsageError("no `data` given; name at least one file, folder or dataset")
         if "-" in self.sources:
             raise UsageError(
-                "--data cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
+                "`data` cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
             )
 
         revisions = () if self.revision is None else (self.revision,) if isinstance(self.revision, str) else self.revision

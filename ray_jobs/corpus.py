@@ -133,7 +133,7 @@ def plan_corpus(
         example = _usable(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":
-                raise DataError(f"{example} (--bad-documents skip leaves such documents out and counts them)")
+                raise DataError(f"{example} (`bad_documents` skip leaves such documents out and counts them)")
             skipped_count += 1
             skipped += [str(example)] if len(skipped) < _REPORTED else []
             continue
@@ -202,6 +202,6 @@ def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray)
             if example.id in seen:
                 raise DataError(
                     f"duplicate id {example.id!r} in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
-                    "be unique: fix them, or name another --id-field"
+                    "be unique: fix them, or name another `id_field`"
                 )
             seen[example.id] = example

@@ -346,7 +346,7 @@ class _OnRay:
             if count >= _DEATHS:
                 raise WorkerError(
                     f"a worker died {_DEATHS} times (killed for memory?); what is finished is kept: run the same command with fewer "
-                    "--workers or a smaller --batch-tokens"
+                    "`workers` or a smaller `batch_tokens`"
                 ) from last.error
 
     @staticmethod
@@ -393,7 +393,7 @@ def gpus_of_each(nodes: Sequence[float], wanted: Resources) -> float:
         if sum(int(node) // each for node in nodes) >= wanted.workers:
             return each
     raise UsageError(
-        f"{wanted.workers} workers of --device map need a GPU each at least, the cluster has {sum(nodes):.0f}; use fewer --workers"
+        f"{wanted.workers} workers of `device` map need a GPU each at least, the cluster has {sum(nodes):.0f}; use fewer `workers`"
     )
 
 
@@ -433,7 +433,7 @@ def _ray(factory: Factory, wanted: Resources) -> Iterator[_OnRay]:
             cpus, each = sum(node.get("CPU", 0) for node in nodes), "; ".join(map(_amounts, nodes))
             raise UsageError(
                 f"the Ray cluster has {cpus:.0f} CPUs, {wanted.workers} workers of {wanted.threads} threads need {_amounts(bundle)} each "
-                f"on one node, and its nodes ({each}) have room for {room}; ask for fewer --workers or --threads"
+                f"on one node, and its nodes ({each}) have room for {room}; ask for fewer `workers` or `threads`"
             )
         yield _OnRay(ray, factory, _placed(ray, bundle, wanted), bundle)
     except ConnectionError as error:
@@ -460,6 +460,6 @@ def _placed(ray: Any, bundle: Mapping[str, float], wanted: Resources) -> Any:
             free, whole = _amounts(ray.available_resources()), _amounts(ray.cluster_resources())
             raise BusyError(
                 f"{wanted.workers} workers wait for {_amounts(bundle)} each on one node; the Ray cluster has {free} free now of {whole}, "
-                "other jobs hold the rest; run the same command again when they are done, or with fewer --workers"
+                "other jobs hold the rest; run the same command again when they are done, or with fewer `workers`"
             )
     return group

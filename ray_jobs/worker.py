@@ -158,7 +158,7 @@ class Worker:
     def _labels(self, default: LabelKind) -> LabelKind:
         chosen = self._config.labels or default
         if chosen == "expected" and self.task.classes(self.models[0]) is None:
-            raise UsageError(f"--labels expected sums over the classes of an example's one label, which task {self._config.task} has not")
+            raise UsageError(f"`labels` expected sums over the classes of an example's one label, which task {self._config.task} has not")
         return chosen
 
     def _sparse(self, role: Any, number: int) -> SparseComponent:
@@ -166,7 +166,7 @@ class Worker:
         found = task.sparse_head(model) if role == "head" else task.sparse_embeddings(model)
         if found is None:
             what = "output head whose rows" if role == "head" else "embeddings that"
-            raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of --components")
+            raise UsageError(f"the model has no {what} could be keyed by token (task {c.task}); leave {role} out of `components`")
         layer, vocabulary, width, *tail = found
         head = role == "head"
         return SparseComponent(

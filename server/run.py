@@ -60,7 +60,7 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         UsageError: the address is not available, or is reachable from other machines without a token.
     """
     if host not in _LOOPBACK and token is None:
-        raise UsageError(f"{host} can be reached from elsewhere; give --token-file, or use 127.0.0.1")
+        raise UsageError(f"{host} can be reached from elsewhere; give `token_file`, or use 127.0.0.1")
     hosts = _LOOPBACK if host in _LOOPBACK else None
     config = uvicorn.Config(
         create_app(clients, token=token, hosts=hosts, batch=batch),
@@ -79,7 +79,7 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
     try:
         socket = config.bind_socket()
     except (SystemExit, OSError) as error:
-        raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another --port, or 0 for any") from error
+        raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another `port`, or 0 for any") from error
     socket.listen(_MOST_CONNECTIONS)  # before the discovery file is written, so that its readers can connect
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
     served = Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()})

@@ -159,7 +159,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
     except KeyError as error:
         return DataError(
             f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; "
-            "name yours with --text-field, --prompt-field and --completion-field, or --messages-field"
+            "name yours with `text_field`, `prompt_field` and `completion_field`, or `messages_field`"
             + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
         )
     except ValueError as error:

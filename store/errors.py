@@ -11,8 +11,8 @@
     ├── IncompatibleError        3   it exists, but does not fit: another model, an unknown format version
     └── IntegrityError           4   stored bytes are not what was written
 
-A message is one sentence or two that say what is wrong, where, and what to do. The library raises; only `cli.py` turns an
-error into an exit code.
+A message is one sentence or two that say what is wrong, where, and what to do. It names options as `batch_tokens`, which `cli.py` shows as
+--batch-tokens; only `cli.py` turns an error into an exit code.
 """
 
 

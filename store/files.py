@@ -203,7 +203,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise BusyError(f"another build is writing into {directory}; wait for it, or choose another --out") from error
+            raise BusyError(f"another build is writing into {directory}; wait for it, or choose another `out`") from error
     try:
         clear_leftovers(directory)
         yield

@@ -453,7 +453,7 @@ class Index:
         values, means = [], []
         for layer in component.layers:
             if layer.curvature == "identity":
-                raise UsageError("this index was built with --curvature identity: there are no eigenvalues to damp")
+                raise UsageError("this index was built with `curvature` identity: there are no eigenvalues to damp")
             eigenvalues = self.arrays[f"{component.name}/{layer.name}/eigenvalues"].astype(np.float64)
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))

@@ -104,7 +104,7 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
         WherefromCallback(checkpoints=0)
     with pytest.raises(UsageError, match="no option 'bytes'"):
         WherefromCallback(out="x", data="y", bytes=400)
-    with pytest.raises(UsageError, match="--rank is 0"):
+    with pytest.raises(UsageError, match="`rank` is 0"):
         WherefromCallback(out="x", data="y", rank=0)
 
 

@@ -172,7 +172,7 @@ def test_workers_share_the_gpus(nodes, workers, device, each):
 
 
 def test_more_spread_models_than_gpus_are_refused():
-    with pytest.raises(UsageError, match="3 workers of --device map need a GPU each at least, the cluster has 2; use fewer --workers"):
+    with pytest.raises(UsageError, match="3 workers of `device` map need a GPU each at least, the cluster has 2; use fewer `workers`"):
         gpus_of_each([1, 1], Resources(workers=3, device="map"))
 
 
