@@ -336,6 +336,17 @@ def test_queries_and_their_errors(tmp_path):
             list(read_queries(str(bad)))
 
 
+def test_file_names_that_are_not_utf8_are_named_and_not_read(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "a b"}\n')
+    with pytest.raises(NotFoundError, match="named in bytes that are not UTF-8"):
+        documents(tmp_path / "c")
+    write_jsonl(tmp_path / "c/good.jsonl", [{"text": "a b"}])
+    corpus = Corpus([str(tmp_path / "c")])
+    assert [document.text for document in corpus] == ["a b"]
+    assert any("not UTF-8" in str(unread) for unread in corpus.unread)
+
+
 def test_messages_of_a_file_and_their_errors(tmp_path):
     path, chat = tmp_path / "m.json", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     for content, tools in ((chat, None), ({"messages": chat}, None), ({"messages": chat, "tools": [{"name": "f"}]}, [{"name": "f"}])):
