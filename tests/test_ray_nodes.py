@@ -274,7 +274,7 @@ def test_workers_without_a_place_are_a_sentence(cluster, tmp_path, monkeypatch):
     began = time.monotonic()
     sentence = (
         "the Ray cluster has 2 CPUs, 1 workers of 2 threads need 2 CPUs each on one node, "
-        r"and its nodes \(1 CPUs; 1 CPUs\) have room for 0; ask for fewer --workers or --threads"
+        r"and its nodes \(1 CPUs; 1 CPUs\) have room for 0; ask for fewer `workers` or `threads`"
     )
     with pytest.raises(UsageError, match=sentence), workers(cluster, tmp_path, count=1, threads=2):
         pass
