@@ -78,7 +78,7 @@ def main():
             for step in range(len(fit.steps)):
                 arrays = fit.finish(step, arrays, fit.measure(Encoder(task, (frozen,), plan, arrays), step, examples))
             encoder = Encoder(task, (frozen,), plan, arrays)
-            planned = [b for _, b in batches(task, examples, args.batch_tokens, torch.device("cpu"))]
+            planned = [b for _, b in batches(task, (frozen,), examples, args.batch_tokens)]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())
             write_documents(documents_path(folder, _SHARD), examples)
