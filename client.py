@@ -405,11 +405,6 @@ class Client(BaseClient):
         plan = EncoderPlan(manifest.components, _QUERY_BATCH_TOKENS)
         return Encoder(self.task, tuple(models), plan, self.index.arrays)
 
-    @property
-    def model_id(self) -> str:
-        """Directory or hub id of the model that queries are asked of; of several, the last."""
-        return self._sources[-1].id
-
     @cached_property
     def _sources(self) -> "list[ModelSource]":
         from .indexer.models import ModelSource

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wherefrom.indexer.encoder import Encoder, EncoderPlan
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.tasks import CausalLM
-from wherefrom.ray_jobs.worker import component_writers
+from wherefrom.ray_jobs.worker import encode_rows
 from wherefrom.store.documents import Example
 from wherefrom.store.manifest import Curvature, SparseComponent
 
@@ -78,7 +78,7 @@ def main():
     fit = Fit(plan)
     arrays = fit.finish(0, {}, fit.measure(Encoder(task, (model,), plan, {}), 0, examples))
     fitted = _peak()
-    component_writers(Encoder(task, (model,), plan, arrays), examples)
+    encode_rows(Encoder(task, (model,), plan, arrays), examples)
     dense = vocabulary * width * 4
     found = {"dense_gradient": dense, "model": loaded, "forward": forward - loaded, "fit": fitted - loaded, "rows": _peak() - loaded}
     print(json.dumps({name: f"{value / 2**30:.2f} GiB" for name, value in found.items()}))

@@ -146,7 +146,7 @@ class DenseQueries:
         if self.component.dtype != "1bit":
             scan_codes = index.scan_codes(group, self.component)
             assert scan_codes is not None  # Scorer.refusal
-            yield slice(0, group.rows), scan_codes.codes.whole(), scan_codes.factors, scan_codes.noises, scan_codes.norms
+            yield slice(0, group.rows), scan_codes.codes, scan_codes.factors, scan_codes.noises, scan_codes.norms
             return
         for shard in group.shards:
             rows, at = index.rows(shard, self.component), shard.first - group.first

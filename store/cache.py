@@ -2,7 +2,7 @@
 
 `search/<group>.zarr.zip` holds a group of arrays for each component (see postings.py, scan_codes.py), and `columns`: of each shard, by its
 number in the group, the columns that filters and groups read (an Arrow IPC stream, see documents.py). No manifest names these files. One
-that is missing, cannot be read, or was made of other rows counts as not there; a page that fails its checksum is an error.
+that is missing, cannot be read, or was made of other rows counts as not there; a posting list that fails its checksum is an error.
 """
 
 import uuid

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
-from .arrays import ArrayFile, ArrayGroup, PagedArray
+from .arrays import ArrayFile, ArrayGroup
 from .cache import read_cache, write_cache
 from .dense import DenseRows, Reduction
 from .documents import Columns, Documents, Example
@@ -597,12 +597,7 @@ class Index:
 
 def _equal(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
     """Whether two sets of arrays hold the same values."""
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare]
-    return all(np.array_equal(_values(one), _values(other)) for one, other in pairs)
-
-
-def _values(array: np.ndarray | PagedArray) -> np.ndarray:
-    return array.whole() if isinstance(array, PagedArray) else array
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare)
 
 
 def _column_bytes(file: ArrayFile, number: int) -> bytes:

@@ -17,13 +17,13 @@ their deviations, from which it follows which rows must be read (benchmarks/dens
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
 
-from .arrays import ArrayFile, ArrayGroup, PagedArray
+from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate
 from .compiled import Compiled
 from .dense import DenseRows
@@ -41,7 +41,7 @@ _count_differences = Compiled("count_differences", after=1 << 22)
 class ScanCodes:
     """The codes of a dense component's rows in a group of shards; see above."""
 
-    codes: PagedArray
+    codes: UInt64[np.ndarray, "rows words"]
     factors: Float32[np.ndarray, " rows"]
     noises: Float32[np.ndarray, " rows"]
     norms: Float32[np.ndarray, " rows"]
@@ -67,19 +67,18 @@ class ScanCodes:
         over = np.divide(uu, a, out=np.zeros_like(a), where=a > 0)
         noises = norms * np.sqrt(np.maximum(bits * over**2 - uu, 0) / max(1, width - 1))
         factors = (norms * over).astype(np.float32)
-        return cls(PagedArray.of(np.concatenate(codes)), factors, noises.astype(np.float32), norms, np.concatenate(checks))
+        return cls(np.concatenate(codes), factors, noises.astype(np.float32), norms, np.concatenate(checks))
 
     def arrays(self) -> ArrayGroup:
         """The arrays that are kept in a search cache."""
-        vectors = {name: getattr(self, name) for name in ("factors", "noises", "norms", "checks")}
-        return ArrayGroup({"codes": self.codes.whole(), **vectors}, paged=frozenset({"codes"}))
+        return ArrayGroup({f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def read(cls, file: ArrayFile, component: DenseComponent, rows: int) -> "ScanCodes | None":
         """The codes of so many rows in a search cache; None where they are missing, or cannot be codes of these."""
         words_of_row = -(-scan_bits(component.stored) // 64)
         try:
-            codes = file.paged(f"{component.name}/codes", (rows, words_of_row), "uint64")
+            codes = file.array(f"{component.name}/codes", (rows, words_of_row), "uint64")
             factors, noises, norms = (file.array(f"{component.name}/{name}", (rows,), "float32") for name in ("factors", "noises", "norms"))
             checks = file.array(f"{component.name}/checks", (rows,), "uint32")
         except IntegrityError:

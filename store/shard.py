@@ -84,7 +84,7 @@ def write_shard(
     if hidden is not None:
         arrays["hidden"] = hidden
     about = {"format": FORMAT_VERSION, "shard": shard_id, "rows": len(losses), "documents": f"documents/{shard_id}.arrow"}
-    root = ArrayGroup(arrays, {"wherefrom": about}, frozenset({"hidden"} & arrays.keys()))
+    root = ArrayGroup(arrays, {"wherefrom": about})
     staged = index / "staging" / f"{shard_id}-{uuid.uuid4().hex}.zarr.zip"
     write_arrays(staged, {"": root, **components})
     publish(staged, rows_path(index, shard_id))
@@ -132,7 +132,7 @@ class ShardReader:
         shape = self.file.shape("hidden")
         if len(shape) != 2 or not 0 < shape[1] < _WIDEST:
             raise IntegrityError(f"{self.file.path} does not describe hidden states; restore the file or build the index again")
-        return self.file.paged("hidden", (self.shard.rows, shape[1]), "float16").whole()
+        return self.file.array("hidden", (self.shard.rows, shape[1]), "float16")
 
     @cached_property
     def documents(self) -> Documents:

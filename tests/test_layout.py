@@ -1,6 +1,7 @@
 """The project's own habits: import directions, a fast start, what the wheel ships, docs that match the code."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -157,6 +158,16 @@ def test_ci_runs_the_readmes_test_command():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     (command,) = re.findall(r"```sh\n(.*pytest.*)\n```", readme)
     assert command in ci
+
+
+def test_scripts_import_what_the_package_has():
+    """Benchmarks and the docs' scripts are not run by the tests; a name that is gone would go unnoticed."""
+    for path in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "wherefrom":
+                module = importlib.import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, (path.name, node.module, missing)
 
 
 def test_links_in_the_docs_lead_somewhere():

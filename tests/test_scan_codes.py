@@ -11,7 +11,7 @@ from wherefrom.query.scoring import Scorer
 from wherefrom.query.search import search
 from wherefrom.store import index as index_module
 from wherefrom.store import scan_codes as module
-from wherefrom.store.arrays import ArrayFile, ArrayGroup, PagedArray
+from wherefrom.store.arrays import ArrayFile, ArrayGroup
 from wherefrom.store.cache import write_cache
 from wherefrom.store.errors import IntegrityError, NumericalError, UsageError
 from wherefrom.store.index import Index
@@ -172,9 +172,7 @@ def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch
         elif fault == "biased":
             broken = ScanCodes(codes.codes, codes.factors * 0.1, codes.noises, codes.norms, codes.checks)
         else:
-            broken = ScanCodes(
-                PagedArray.of(np.roll(codes.codes.whole(), number, axis=0)), codes.factors, codes.noises, codes.norms, codes.checks
-            )
+            broken = ScanCodes(np.roll(codes.codes, number, axis=0), codes.factors, codes.noises, codes.norms, codes.checks)
         index._caches[(group.id, "blocks")] = broken
     share, _, _ = complete(index, queries_for(rows, 300, 5), 10, 0.9)
     assert share < 0.8
@@ -316,6 +314,6 @@ def test_codes_that_cannot_be_are_not_read(indexes, tmp_path, name, change):
     blocks = groups["blocks"]
     array = np.array(blocks.arrays[name])
     array = array.astype(change) if isinstance(change, str) else np.full_like(array, change)
-    groups["blocks"] = ArrayGroup({**blocks.arrays, name: array}, paged=blocks.paged)
+    groups["blocks"] = ArrayGroup({**blocks.arrays, name: array})
     write_cache(index._cache_path(group), group.source, groups, tmp_path / "staging")
     assert "wherefrom reindex" in Client(tmp_path / "i").query(row=1, recall=0.9).search.note
