@@ -3,6 +3,7 @@
 Only safetensors weights are loaded (a pickle can run code), and a model's own code runs only with trust_remote_code.
 """
 
+import copy
 import ctypes
 import hashlib
 import importlib.util
@@ -61,13 +62,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with the tokenizer of its texts (None for a model of vectors)."""
+
+    model: nn.Module
+    tokenizer: Any = None
+
+    @property
+    def id(self) -> str:
+        """The directory or hub id that it was loaded from, if it has one; the index then finds the model again there."""
+        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "")) or "in-memory"
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model's location, and its form in memory.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1" ..., or "map" for a language model whose layers are spread over all GPUs.
         base: the location of an adapter's base model; None to read it from the adapter.
+        loaded: the model itself, where it is in memory.
     """
+
+    @classmethod
+    def of(cls, model: str | LoadedModel, dtype: str, device: str, trust_remote_code: bool) -> "ModelSource":
+        """Source of a directory or hub id, or of a model in memory."""
+        if isinstance(model, LoadedModel):
+            return cls(model.id, None, dtype, device, trust_remote_code, loaded=model)
+        return cls(model, None, dtype, device, trust_remote_code)
 
     id: str
     revision: str | None = None
@@ -75,6 +97,7 @@ class ModelSource:
     device: str = "auto"
     trust_remote_code: bool = False
     base: str | None = None
+    loaded: LoadedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +159,10 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if source.loaded is not None:
+        if source.loaded.tokenizer is None:
+            raise UsageError("a language model in memory needs its tokenizer; give `tokenizer`, too")
+        return _fast(source.loaded.tokenizer, source)
     adapter = find_adapter(source)
     if adapter is not None and not (adapter.folder / "tokenizer.json").is_file():
         return load_tokenizer(adapter.base)
@@ -152,6 +179,32 @@ def _fast(tokenizer: Any, source: ModelSource) -> Any:
     if not tokenizer.is_fast:
         raise IncompatibleError(f"the tokenizer of {source.id} has no character offsets; convert it to a fast tokenizer (tokenizer.json)")
     return tokenizer
+
+
+def frozen_copy(source: ModelSource, loaded: LoadedModel) -> nn.Module:
+    """Copy the structure of a model in memory: frozen, in evaluation mode, with the same weights in the same memory.
+
+    The original keeps its mode, hooks and `requires_grad`.
+
+    Raises:
+        UsageError: it has adapters that are not merged.
+        IncompatibleError: its weights have a dtype that is not supported.
+    """
+    model = getattr(loaded.model, "_orig_mod", loaded.model)  # of torch.compile
+    if hasattr(model, "peft_config"):
+        raise UsageError("the model in memory has adapters that are not merged; merge them (merge_and_unload), or name the adapter's folder")
+    unsupported = {p.dtype for p in model.parameters()} - {DTYPES[source.dtype]}
+    if unsupported:
+        dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in unsupported))
+        raise IncompatibleError(f"the model in memory has weights in {dtypes}, where {source.dtype} is expected; convert it with model.to(...)")
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    copied = copy.deepcopy(model, shared).eval()
+    if hasattr(copied, "config"):
+        copied.config.return_dict = True
+        copied.config.output_hidden_states = False
+        copied.config.output_attentions = False
+    return copied if source.device == "auto" else onto_device(copied, resolve_device(source.device))
 
 
 def load_mlp(source: ModelSource) -> nn.Module:

@@ -338,6 +338,13 @@ def find_task(name: str) -> Task:
         raise UsageError(f"the task {name} cannot be created: {error}") from error
 
 
+def load_model(task: Task, source: models.ModelSource) -> nn.Module:
+    """Load a task's model and freeze it; of a model in memory, take a frozen copy that shares its weights."""
+    if source.loaded is not None:
+        return models.frozen_copy(source, source.loaded)
+    return task.load(source).requires_grad_(False)
+
+
 def import_object(path: str, kind: str) -> Any:
     """Import `module:attribute` from Python's path, including the working directory.
 

@@ -1,13 +1,11 @@
-"""Queries, answers and explanations: frozen records of what was asked, what was found, why, and how far it can be trusted.
+"""Answers and explanations: frozen records of the rows that were found, the parts of their scores, and how far they can be trusted.
 
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from html import escape
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ..store.errors import UsageError
@@ -17,78 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_WEIGHTS = 1e-6, 1e6
 _SHOWN_TEXT = 400  # characters of a text in a notebook
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("prompt", "completion", "text", "id", "against", "span"), str),
-    "row": Integral,
-    "weight": Real,
-}
-
-
-@dataclass(frozen=True)
-class Query:
-    """What to attribute: a completion after a prompt, a whole text, chat messages, or a row of the index; exactly one of them.
-
-    Attributes:
-        messages: each with role and content, put into text by the tokenizer's chat template; asked about are the assistant's turns, as they
-            are of documents. `tools` are given to the template, too.
-        against: another completion after the same prompt: what made the model say the one rather than the other.
-        span: a part of the completion or the text, as it stands there: its tokens alone are asked about.
-        weight: in a mean of queries.
-    """
-
-    prompt: str = ""
-    completion: str | None = None
-    text: str | None = None
-    row: int | None = None
-    id: str | None = None
-    against: str | None = None
-    span: str | None = None
-    weight: float | None = None
-    messages: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
-    tools: Sequence[Mapping[str, Any]] | None = field(default=None, hash=False)
-
-    def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise UsageError(f"a query's {name} is {value!r:.80}, of another type than it can have")
-        if self.row is not None:
-            object.__setattr__(self, "row", int(self.row))  # of a numpy number, too
-        given = [name for name in ("completion", "text", "messages", "row") if getattr(self, name) is not None]
-        if len(given) != 1 or (self.prompt and given != ["completion"]):
-            raise UsageError("a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them")
-        if self.tools is not None and self.messages is None:
-            raise UsageError("tools are given to the chat template with messages; give both")
-        chat = self.messages is None or (
-            isinstance(self.messages, (list, tuple))
-            and all(
-                isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | list | tuple | None)
-                for m in self.messages
-            )
-        )
-        if not chat or (self.messages is not None and not self.messages):
-            raise UsageError('messages must be a list like [{"role": "user", "content": "..."}, ...]')
-        if self.against is not None and self.completion is None:
-            raise UsageError("another completion to hold against needs a completion; give both")
-        if self.span is not None and (self.row is not None or self.against is not None):
-            raise UsageError("a span is a part of one completion or text; give it without a row and without another completion")
-        if self.weight is not None and not (self.weight == 0 or _WEIGHTS[0] <= abs(self.weight) <= _WEIGHTS[1]):
-            raise UsageError(f"a query's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size")
-        try:
-            f"{self.prompt}{self.completion}{self.text}{self.id}{self.against}{self.span}".encode()
-            json.dumps([self.messages, self.tools], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            raise UsageError("the query holds bytes that are not UTF-8 text; fix its encoding") from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UsageError("the messages or tools hold what JSON cannot, or are nested too deeply") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that are set."""
-        asked = {"prompt": self.prompt, "completion": self.completion} if self.completion is not None else {}
-        more = {name: getattr(self, name) for name in ("text", "messages", "tools", "row", "against", "span", "weight")}
-        return {k: v for k, v in {"id": self.id, **asked, **more}.items() if v is not None}
 
 
 @dataclass(frozen=True)

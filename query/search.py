@@ -13,8 +13,8 @@ read. If these are too many, the exact scan is cheaper, and is what is done.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Group, Index
-from ..store.manifest import DenseComponent
-from .metric import Metric, QueryRows, cut
+from .metric import Metric, QueryRows, count, cut
 from .scoring import Scorer, by_group
 
 _EXACT_PASS, _SCAN_PASS = 64, 8
@@ -63,82 +62,118 @@ def search(
     allowed: Bool[np.ndarray, " rows"] | None = None,
     recall: float = 1.0,
 ) -> list[Hits]:
-    """The k rows of highest and of lowest score for each query, among those that are not deleted.
+    """Find the k rows of highest and of lowest score for each query, among those that are not deleted.
 
     Args:
         queries: component name -> whitened query rows.
-        k: at least 1; of more than there are rows, all are given.
-        allowed: which rows may be found; None allows all.
-        recall: 1 scans all rows; below 1, rows are searched by quantized scan and rescore (see above), except where sparse components alone
+        k: at least 1; where there are fewer rows, all are returned.
+        allowed: rows to search; None searches all.
+        recall: 1 scans all rows; below 1, rows are searched by quantized scan and rescore (see above), except where only sparse components
             count: their posting lists are exact.
 
     Raises:
-        UsageError: k or recall is out of range, or the metric does not go with the index.
+        UsageError: k or recall is out of range, or the metric is not possible with the index.
+    """
+    searched = index.alive if allowed is None else index.alive & allowed
+    hits: list[Hits] = []
+    for part in passes(queries, pass_size(recall)):
+        hits += find(Scorer.of(index, part, metric), k, searched, recall)[0]
+    return hits
+
+
+def pass_size(recall: float) -> int:
+    """Queries that share one pass over the rows."""
+    return _EXACT_PASS if recall == 1 else _SCAN_PASS
+
+
+def passes(queries: QueryRows, size: int) -> Iterator[QueryRows]:
+    """Split queries into passes."""
+    for first in range(0, count(queries), size):
+        yield cut(queries, first, first + size)
+
+
+def find(
+    scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], recall: float, with_scores: bool = False
+) -> tuple[list[Hits], Float32[np.ndarray, "queries searched"] | None]:
+    """Find the best and the worst rows for the queries of a scorer, in one pass.
+
+    Args:
+        searched: rows to search.
+        with_scores: return the scores of all searched rows too, which needs an exact scan.
+
+    Raises:
+        UsageError: k or recall is out of range.
     """
     if k < 1:
         raise UsageError(f"k is {k}; it must be at least 1")
     if not 0.5 <= recall <= 1:
         raise UsageError(f"the recall is {recall}; it must be between 0.5 and 1 (1 scans all rows)")
-    k = min(k, len(index))
-    searched = index.alive if allowed is None else index.alive & allowed
-    count = len(next(iter(queries.values())))
-    size = _EXACT_PASS if recall == 1 else _SCAN_PASS
-    return [hit for first in range(0, count, size) for hit in _pass(index, cut(queries, first, first + size), k, metric, searched, recall)]
-
-
-def _pass(index: Index, queries: QueryRows, k: int, metric: Metric, allowed: Bool[np.ndarray, " rows"], recall: float) -> list[Hits]:
-    started, note = time.perf_counter(), None
-    scorer = Scorer.of(index, queries, metric)
-    found: list[_Found] | None = None
-    if recall < 1 and not any(isinstance(p.component, DenseComponent) for p in scorer.parts):
-        note = "these are all keyed by token, and the lists of a query's tokens are short"
+    k = min(k, len(scorer.index))
+    started = time.perf_counter()
+    note = None
+    results: list[_Result] | None = None
+    matrix: np.ndarray | None = None
+    if recall < 1 and with_scores:
+        note = "groups and baselines need the scores of all rows"
     elif recall < 1:
         note = scorer.refusal()
         if note is None:
-            found = _scan_and_rescore(scorer, k, allowed, -NormalDist().inv_cdf((1 - recall) / k))
-            if found is None:
+            results = _scan_and_rescore(scorer, k, searched, -NormalDist().inv_cdf((1 - recall) / k))
+            if results is None:
                 note = "more rows could be among the best than an exact scan takes time for"
-    if found is None:
-        recall, found = 1.0, _scan(scorer, k, allowed)
+    if results is None:
+        recall = 1.0
+        results, matrix = _scan(scorer, k, searched, with_scores)
     seconds = time.perf_counter() - started
-    bound = 1.0 if metric.mode == "cosine" else np.inf  # estimates from one-bit codes may lie beyond; they rank as they are
+    bound = 1.0 if scorer.mode == "cosine" else np.inf  # estimates from one-bit codes may exceed 1; they are ranked as they are
     hits = []
-    for best, worst, read in found:
-        scores = best[1].clip(-bound, bound), worst[1].clip(-bound, bound)
-        hits.append(Hits(best[0], scores[0], worst[0], scores[1], seconds, read, recall, note))
-    return hits
+    for (best, best_scores), (worst, worst_scores), candidates in results:
+        clipped = best_scores.clip(-bound, bound), worst_scores.clip(-bound, bound)
+        hits.append(Hits(best, clipped[0], worst, clipped[1], seconds, candidates, recall, note))
+    return hits, matrix
 
 
-_Ranked = tuple[Int64[np.ndarray, " found"], Float32[np.ndarray, " found"]]
-_Found = tuple[_Ranked, _Ranked, int]
+_Ranked = tuple[Int64[np.ndarray, " ranked"], Float32[np.ndarray, " ranked"]]
+_Result = tuple[_Ranked, _Ranked, int]
 _NOTHING: _Ranked = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-def _scan(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"]) -> list[_Found]:
-    best, worst = [_NOTHING] * len(scorer), [_NOTHING] * len(scorer)
-    for group, scores in by_group(scorer.index.groups, scorer.scores):
+def _scan(
+    scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], with_scores: bool
+) -> tuple[list[_Result], Float32[np.ndarray, "queries searched"] | None]:
+    """Score all searched rows; returns each query's best and worst, and all scores if asked for."""
+    best = [_NOTHING] * len(scorer)
+    worst = [_NOTHING] * len(scorer)
+    blocks = []
+    for group, group_scores in by_group(scorer.index.groups, scorer.scores):
         rows = np.arange(group.first, group.first + group.rows)
-        if not (own := allowed[group.first : group.first + group.rows]).all():
-            rows, scores = rows[own], scores[:, own]  # noqa: PLW2901
+        mask = searched[rows]
+        rows = rows[mask]
+        scores = group_scores if mask.all() else group_scores[:, mask]
         for q in range(len(scorer)):
             best[q] = _merge(best[q], rows, scores[q], k, 1)
             worst[q] = _merge(worst[q], rows, scores[q], k, -1)
-    return [(*both, int(allowed.sum())) for both in zip(best, worst, strict=True)]
+        if with_scores:
+            blocks.append(scores)
+    matrix = np.concatenate(blocks, axis=1) if with_scores else None
+    candidates = int(searched.sum())
+    return [(top, bottom, candidates) for top, bottom in zip(best, worst, strict=True)], matrix
 
 
-def _merge(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
-    """The k entries of largest positive sign * score among the known and the new; equal scores in row order."""
-    threshold = known[1][-1] if len(known[0]) == k else np.float32(0)
-    chosen = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
-    if not len(chosen):
-        return known
-    if len(chosen) > 4 * k:  # sort those alone that may stay, equal ones among them
-        costs = -sign * scores[chosen]
-        chosen = chosen[costs <= np.partition(costs, k - 1)[k - 1]]
-    rows = np.concatenate([known[0], rows[chosen]])
-    scores = np.concatenate([known[1], scores[chosen]])
-    order = np.lexsort((rows, -sign * scores))[:k]
-    return rows[order], scores[order]
+def _merge(ranked: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
+    """Return the k entries of largest positive sign * score among ranked and new rows; equal scores in row order."""
+    best_rows, best_scores = ranked
+    threshold = best_scores[-1] if len(best_rows) == k else np.float32(0)
+    candidates = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
+    if not len(candidates):
+        return ranked
+    if len(candidates) > 4 * k:  # sort only those that may stay, equal ones among them
+        costs = -sign * scores[candidates]
+        candidates = candidates[costs <= np.partition(costs, k - 1)[k - 1]]
+    all_rows = np.concatenate([best_rows, rows[candidates]])
+    all_scores = np.concatenate([best_scores, scores[candidates]])
+    order = np.lexsort((all_rows, -sign * all_scores))[:k]
+    return all_rows[order], all_scores[order]
 
 
 class _TooManyError(Exception):
@@ -147,107 +182,121 @@ class _TooManyError(Exception):
 
 @dataclass
 class _Side:
-    """A query's best rows (sign 1) or worst (sign -1) while it is searched: the best k of those that were read."""
+    """A query's best rows (sign 1) or worst (sign -1) during a search: the best k of those that were read."""
 
     k: int
     sign: int
-    found: _Ranked = _NOTHING
+    ranked: _Ranked = _NOTHING
 
     @property
     def threshold(self) -> float:
-        """What sign * score must reach to matter."""
-        return float(self.sign * self.found[1][-1]) if len(self.found[0]) == self.k else 0.0
+        """The value of sign * score that a row must reach to be among the best."""
+        rows, scores = self.ranked
+        return float(self.sign * scores[-1]) if len(rows) == self.k else 0.0
+
+    def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
+        """Add rows in any order; of equal scores, the lower row goes first."""
+        rows = np.concatenate([self.ranked[0], rows])
+        scores = np.concatenate([self.ranked[1], scores])
+        positive = self.sign * scores > 0
+        order = np.lexsort((rows[positive], -self.sign * scores[positive]))[: self.k]
+        self.ranked = rows[positive][order], scores[positive][order]
 
 
 @dataclass
+class _Candidates:
+    """Rows that may be among the best and were not read, with the exact part of their scores and their scales."""
+
+    rows: Int64[np.ndarray, " candidates"]
+    bounds: Float32[np.ndarray, " candidates"]
+    exact: Float32[np.ndarray, " candidates"]
+    scale: Float32[np.ndarray, " candidates"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, positions: np.ndarray) -> "_Candidates":
+        """Some of them, by position or mask."""
+        return _Candidates(self.rows[positions], self.bounds[positions], self.exact[positions], self.scale[positions])
+
+    def split(self, count: int) -> tuple["_Candidates", "_Candidates"]:
+        """Those with the `count` highest bounds, and the others."""
+        head = np.ones(len(self), bool)
+        if len(self) > count:
+            head[np.argpartition(-self.bounds, count - 1)[count:]] = False
+        return self.take(head), self.take(~head)
+
+
 class _Queue:
-    """Rows that were not read, and may be among the best, highest upper bound of sign * score first; with their exact parts and scales."""
+    """Candidates of several groups whose bounds (of sign * score) reach a threshold, highest bound first."""
 
-    rows: Int64[np.ndarray, " waiting"]
-    bounds: Float32[np.ndarray, " waiting"]
-    sure: Float32[np.ndarray, " waiting"]
-    scale: Float32[np.ndarray, " waiting"]
-    at: int = 0
+    def __init__(self, parts: Sequence[_Candidates], threshold: float) -> None:
+        every = _Candidates(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
+        positions = np.flatnonzero(every.bounds >= threshold)
+        positions = positions[np.argsort(-every.bounds[positions], kind="stable")]  # parts come in the order of their rows
+        self._candidates = every.take(positions)
+        self._first = 0
 
-    @classmethod
-    def of(cls, parts: Sequence[tuple[np.ndarray, ...]], threshold: float) -> "_Queue":
-        """Those of some groups' rows whose bounds reach a threshold."""
-        rows, bounds, sure, scale = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        order = np.flatnonzero(bounds >= threshold)
-        order = order[np.argsort(-bounds[order], kind="stable")]  # parts come in the rows' order
-        return cls(rows[order], bounds[order], sure[order], scale[order])
-
-    def next(self, size: int, threshold: float) -> Int64[np.ndarray, " next"]:
-        """At most so many further rows, of those whose bounds reach the threshold."""
-        first, last = self.at, min(self.at + size, int(np.searchsorted(-self.bounds, -threshold, side="right")))
-        self.at = max(first, last)
-        return np.arange(first, self.at)
+    def next(self, size: int, threshold: float) -> _Candidates:
+        """Remove at most `size` candidates, of those whose bounds reach the threshold."""
+        reached = int(np.searchsorted(-self._candidates.bounds, -threshold, side="right"))
+        last = max(self._first, min(self._first + size, reached))
+        candidates = self._candidates.take(np.arange(self._first, last))
+        self._first = last
+        return candidates
 
 
-def _split(part: tuple[np.ndarray, ...], count: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Rows that wait, in two: so many of the highest bounds, and the others."""
-    if len(part[0]) <= count:
-        return part, tuple(array[:0] for array in part)
-    head = np.zeros(len(part[0]), bool)
-    head[np.argpartition(-part[1], count - 1)[:count]] = True
-    return tuple(array[head] for array in part), tuple(array[~head] for array in part)
+def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], z: float) -> list[_Result] | None:
+    """Search by one-bit codes (see above); None where more rows would have to be read than is worth it."""
+    queries = range(len(scorer))
+    sides = [(_Side(k, 1), _Side(k, -1)) for _ in queries]
+    rows_read: list[list[np.ndarray]] = [[] for _ in queries]
+    most = max(_MOST_READ_OF_FEW, int(searched.sum()) // _MOST_READ)
+    size = max(k, _READ_FIRST)
 
-
-def _merge_all(known: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
-    """`_merge` of rows that come in any order: an equal score of a lower row goes first."""
-    rows, scores = np.concatenate([known[0], rows]), np.concatenate([known[1], scores])
-    chosen = sign * scores > 0
-    rows, scores = rows[chosen], scores[chosen]
-    order = np.lexsort((rows, -sign * scores))[:k]
-    return rows[order], scores[order]
-
-
-def _scan_and_rescore(scorer: Scorer, k: int, allowed: Bool[np.ndarray, " rows"], z: float) -> list[_Found] | None:
-    """See above; None where more rows would have to be read than is worth it."""
-    sides = [(_Side(k, 1), _Side(k, -1)) for _ in range(len(scorer))]
-    read: list[list[np.ndarray]] = [[] for _ in range(len(scorer))]
-    most = max(_MOST_READ_OF_FEW, int(allowed.sum()) // _MOST_READ)
-
-    def look(group: Group) -> list[tuple[np.ndarray, ...]]:
-        """The rows of a group that wait, for each query and sign."""
-        made: list[tuple[np.ndarray, ...]] = []
-        e = scorer.estimates(group)
-        barred = np.flatnonzero(~allowed[group.first : group.first + group.rows])
-        for q in range(len(scorer)):
-            scores, reach = (e.sure[q] + e.guess[q]) * e.scale[q], z * e.deviations[q] * e.scale[q]
+    def candidates_of(group: Group) -> list[list[_Candidates]]:
+        """The candidates of a group, for each query and side."""
+        estimates = scorer.estimates(group)
+        excluded = np.flatnonzero(~searched[group.first : group.first + group.rows])
+        result = []
+        for q in queries:
+            scores = (estimates.exact[q] + estimates.estimate[q]) * estimates.scale[q]
+            margin = z * estimates.deviations[q] * estimates.scale[q]
+            by_side = []
             for side, threshold in zip(sides[q], thresholds[q], strict=True):
-                bounds = side.sign * scores + reach
-                bounds[barred] = -np.inf
-                chosen = np.flatnonzero(bounds >= threshold) if threshold > 0 else np.flatnonzero(bounds > 0)
-                made.append((group.first + chosen, bounds[chosen], e.sure[q, chosen], e.scale[q, chosen]))
-        return made
+                bounds = side.sign * scores + margin
+                bounds[excluded] = -np.inf
+                offsets = np.flatnonzero(bounds >= threshold) if threshold > 0 else np.flatnonzero(bounds > 0)
+                by_side.append(
+                    _Candidates(group.first + offsets, bounds[offsets], estimates.exact[q, offsets], estimates.scale[q, offsets])
+                )
+            result.append(by_side)
+        return result
 
-    def read_on(q: int, size: int) -> bool:
-        """Read so many of the rows that wait on each of a query's sides, those of highest bounds; whether there were any."""
-        parts = [queue.next(size, side.threshold) for queue, side in zip(queues[q], sides[q], strict=True)]
-        rows = np.concatenate([queue.rows[part] for queue, part in zip(queues[q], parts, strict=True)])
-        read[q].append(rows)
-        if sum(map(len, read[q])) > most:
+    def read(q: int, queues: Sequence[_Queue], count: int) -> bool:
+        """Read up to `count` candidates of each side of a query, those of highest bounds; False if there were none."""
+        batches = [queue.next(count, side.threshold) for queue, side in zip(queues, sides[q], strict=True)]
+        rows = np.concatenate([batch.rows for batch in batches])
+        rows_read[q].append(rows)
+        if sum(map(len, rows_read[q])) > most:
             raise _TooManyError
-        products = np.split(scorer.read(q, rows), [len(parts[0])])
-        for side, queue, part, own in zip(sides[q], queues[q], parts, products, strict=True):
-            scores = (queue.sure[part] + own) * queue.scale[part]
-            side.found = _merge_all(side.found, queue.rows[part], scores, k, side.sign)
+        products = np.split(scorer.read(q, rows), [len(batches[0])])
+        for side, batch, dense in zip(sides[q], batches, products, strict=True):
+            side.add(batch.rows, (batch.exact + dense) * batch.scale)
         return len(rows) > 0
 
     first, *others = scorer.index.groups
-    thresholds, count = [(0.0, 0.0)] * len(scorer), max(k, _READ_FIRST)
-    begun = [_split(part, count) for part in look(first)]
-    queues = [[_Queue.of([head], 0.0) for head, _ in begun[2 * q : 2 * q + 2]] for q in range(len(scorer))]
+    thresholds = [(0.0, 0.0)] * len(scorer)
+    begun = [[candidates.split(size) for candidates in by_side] for by_side in candidates_of(first)]
     try:
-        for q in range(len(scorer)):  # what the first group gives is a threshold for the others, whatever their threads' order
-            read_on(q, count)
+        for q in queries:  # the first group gives thresholds for the others, whatever the order of their threads
+            read(q, [_Queue([head], 0.0) for head, _ in begun[q]], size)
         thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
-        waiting = [[tail for _, tail in begun], *(made for _, made in by_group(others, look))]
-        for q in range(len(scorer)):
-            queues[q] = [_Queue.of([made[2 * q + n] for made in waiting], thresholds[q][n]) for n in range(2)]
-            while read_on(q, count) and read_on(q, most):
+        waiting = [[[tail for _, tail in by_side] for by_side in begun], *(result for _, result in by_group(others, candidates_of))]
+        for q in queries:
+            queues = [_Queue([group[q][n] for group in waiting], thresholds[q][n]) for n in range(2)]
+            while read(q, queues, size) and read(q, queues, most):
                 pass
     except _TooManyError:
         return None
-    return [(best.found, worst.found, len(np.unique(np.concatenate(rows)))) for (best, worst), rows in zip(sides, read, strict=True)]
+    return [(best.ranked, worst.ranked, len(np.unique(np.concatenate(rows)))) for (best, worst), rows in zip(sides, rows_read, strict=True)]

@@ -1,196 +1,251 @@
-"""What a build is asked to do: one frozen record, checked when made, written into the manifest."""
+"""The configuration of a build: one frozen pydantic model, which the Python interface, the command line and TOML files share.
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+Nothing heavy is imported here, since `wherefrom build --help` is generated from the model.
+"""
 
-from ..store.corpus import Fields
+import os
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
 from ..store.errors import IntegrityError, UsageError
-from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype, check_damping
-from ..store.sources import SplitText
+from ..store.fields import Fields, Form, SplitText
+from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype
 
-_POSITIVE = (
-    "bytes_per_example",
-    "rank",
-    "head_bits",
-    "head_keys",
-    "embedding_bits",
-    "embedding_keys",
-    "coordinates",
-    "max_tokens",
-    "batch_tokens",
-    "shard_rows",
-    "fit_examples",
-    "workers",
-    "threads",
-)
-_CHOICES = {
-    "dtype": ("float32", "bfloat16", "float64"),
-    "long": ("split", "truncate"),
-    "bad_documents": ("error", "skip"),
-    "projection": ("random", "pca", None),
-    "curvature": ("auto", "fisher", "ekfac", "kfac", "diagonal", "identity"),
-    "labels": ("data", "sampled", "expected", None),
-    "row_dtype": ("float32", "float16", "int8", "1bit", None),
-}
-_SIZES = ("head_bits", "head_keys", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
-_OF_ROWS = (*_SIZES, "head_others", "components", "layers", "projection", "rank", "curvature", "labels")
 _DEFAULT_BYTES = 800
-_COMPONENTS = ("blocks", "head", "embeddings")
 _MAX_THREADS = 1024
-_HOW_NOT_WHAT = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
+_SIZES = ("head_bits", "head_keys", "head_others", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
+_ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels")
+_RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
 
 
-@dataclass(frozen=True)
-class BuildConfig:
-    """A build's options; None means a default that depends on the model, the data or the machine.
+def _path(value: Any) -> Any:
+    """A path as text; a list of paths or names as a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(map(_path, value)) if isinstance(value, list | tuple) else value
 
-    Attributes:
-        model: a directory or hub id of a causal language model, or several: checkpoints of one run in their order, or models trained
-            apart, which read the same tokens. Each has components of its own, and their weighted scores add up.
-        revision: of a hub id, or several: one for each model, or several of one model.
-        task: "causal-lm", "mlp" (a perceptron of vectors with labels), or one's own as `module:Class`.
-        data: a file, folder or hub dataset, or several (see `store.corpus.read_corpus`).
-        out: the index directory to make.
-        dtype, device, trust_remote_code: how the model is loaded.
-        fields: which columns hold text, prompt and completion, messages, id and source, and what a document of a text file is.
-        max_tokens: longest example in tokens; by default the model's context, at most 2,048.
-        long, append_eos, bad_documents: what becomes of long documents, their ends, and bad ones.
-        bytes_per_example: of a row, from which components and their sizes follow (see `ray_jobs.budget`); 800 where none of the options
-            that say what a row is made of is given (`_OF_ROWS`).
-        components: parts of a row: "blocks" (dense rows of linear layers), "head" and "embeddings" (keyed by token); by default what the
-            bytes afford, and without a number of bytes the blocks.
-        layers: globs over layer names of the blocks; by default every linear layer inside them, or, for a number of bytes, those that
-            narrow ("@narrowing").
-        projection, rank, seed: how gradients are projected; by default at random to rank 16, or, for a number of bytes, by PCA to 128.
-        curvature, labels, fit_examples, damping: how rows are whitened; damping is relative to the mean eigenvalue. By default labels
-            are the data's and damping 0.1 for the blocks, the model's and 1 for head and embeddings; for a number of bytes all labels are
-            the model's and all dampings 1. "expected" labels are all classes by their probability under the model, where an example has
-            one label.
-        coordinates, row_dtype: how many of the blocks' coordinates are stored (None stores all), and how.
-        head_bits, head_keys, embedding_bits, embedding_keys: bits of each of an example's tokens, and how many tokens are kept (those of
-            largest norm; None keeps all); 64 bits by default. `head_others`: how many tokens of the head are stored beside those that the
-            example predicts, the most probable ones.
-        hidden: keep each example's mean last hidden state (float16), for the baseline beside answers.
-        shard_rows: examples in a shard; by default about 16 MiB of rows.
-        batch_tokens: padded tokens in a batch; by default 2,048, on a GPU 16,384.
-        workers: processes; 1 runs in this one, without Ray. `threads` of each; `address` of a Ray cluster.
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fields(value: Any) -> Any:
+    """`Fields` from a mapping of its names, or from text such as "prompt=question,completion=answer"; naming a column selects its form."""
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        value = {name.strip(): column.strip() for name, _, column in pairs}
+    if not isinstance(value, dict):
+        return value
+    if "form" in value:  # as recorded
+        return Fields(**value)
+    unknown = sorted(value.keys() - set(Fields.__dataclass_fields__))
+    if unknown or not all(value.values()):
+        raise UsageError(
+            f"`fields` names columns as {', '.join(list(Fields.__dataclass_fields__)[1:])}, such as prompt=question,completion=answer; "
+            f"there is no {(unknown or [min(value)])[0]!r}"
+        )
+    forms: dict[Form, tuple[str, ...]] = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
+    named: list[Form] = [form for form, names in forms.items() if value.keys() & set(names)]
+    if len(named) > 1:
+        raise UsageError("`fields` names several forms of document; name text, or prompt with completion, or messages")
+    return Fields(form=named[0] if named else "auto", **value)
+
+
+Names = Annotated[str | tuple[str, ...], BeforeValidator(_path)]
+Path = Annotated[str, BeforeValidator(_path)]
+Globs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Positive = Annotated[int, Field(ge=1)]
+ComponentPart = Literal["blocks", "head", "embeddings"]
+
+
+class BuildConfig(BaseModel):
+    """Options of a build; None means a default that depends on the model, the data or the machine.
+
+    An option's description is its help on the command line; `wherefrom build --help-all` lists all of them.
+
+    Raises:
+        UsageError: an option is unknown, missing, or has a value that it cannot have.
     """
 
-    model: str | tuple[str, ...]
-    data: str | tuple[str, ...]
-    out: str
-    task: str = "causal-lm"
-    revision: str | tuple[str, ...] | None = None
-    dtype: ModelDtype = "float32"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    fields: Fields = Fields()
-    max_tokens: int | None = None
-    long: Literal["split", "truncate"] = "split"
-    append_eos: bool = True
-    bad_documents: Literal["error", "skip"] = "error"
-    bytes_per_example: int | None = None
-    components: tuple[str, ...] | None = None
-    layers: tuple[str, ...] = ()
-    projection: Literal["random", "pca"] | None = None
-    rank: int | None = None
-    seed: int = 0
-    curvature: CurvatureKind = "auto"
-    labels: LabelKind | None = None
-    fit_examples: int = 5000
-    damping: float | None = None
-    coordinates: int | None = None
-    row_dtype: RowDtype | None = None
-    head_bits: int | None = None
-    head_keys: int | None = None
-    head_others: int = 0
-    embedding_bits: int | None = None
-    embedding_keys: int | None = None
-    hidden: bool = False
-    shard_rows: int | None = None
-    batch_tokens: int | None = None
-    workers: int = 1
-    threads: int = 1
-    address: str | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` is {value}; it must be at least 1")
-        if self.max_tokens == 1:
-            raise UsageError("`max_tokens` is 1; an example needs at least 2 tokens, one to predict and one before it")
-        if self.fields.split_text not in get_args(SplitText):
-            raise UsageError(f"`split_text` is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"`{name}` is {getattr(self, name)!r}; it can be {', '.join(filter(None, allowed))}")
+    model: Names
+    """Directory or hub id of a causal language model (safetensors), or several: checkpoints of one run in their order, or an ensemble."""
+    data: Names
+    """JSONL, CSV, Parquet or text file (also .gz, .bz2, .xz, .zst), folder, saved dataset (of one split, folder:split), or hub
+    name:split; several are read in order."""
+    out: Path
+    """Index directory to make."""
+    bytes_per_example: Positive | None = None
+    """Storage budget of a row; chooses components and their sizes.  [default: 800 where no option names what a row is made of]"""
+    layers: Globs = ()
+    """Globs over layer names of the blocks, such as 'h.[0-3].mlp.*'.  [default: all inside the blocks; for a number of bytes, those with
+    more inputs than outputs]"""
+    fields: Annotated[Fields, BeforeValidator(_fields)] = Fields()
+    """Names of columns, such as prompt=question,completion=answer,id=key; the loss is on a completion alone, on all of a text, on the
+    assistant's turns of messages. `split_text=blank-lines` splits text files at blank lines.  [default: the columns text, prompt,
+    completion, messages, id, source]"""
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Longest example in tokens.  [default: the model's context, at most 2048]"""
+    workers: Positive = 1
+    """Processes, started by Ray; 1 stays in this one."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N, or map: a language model too large for one GPU, spread over all of them."""
+    dtype: ModelDtype = "float32"
+    """The model's precision."""
+    task: str = "causal-lm"
+    """causal-lm, mlp (vectors with labels), or module:Class of your own."""
+    revision: Names | None = None
+    """Branch, tag or commit of a hub model; several for several checkpoints of one."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    long: Literal["split", "truncate"] = "split"
+    """Longer documents are split into chunks, or truncated."""
+    append_eos: bool = True
+    """End each document with the end-of-text token."""
+    bad_documents: Literal["error", "skip"] = "error"
+    """A document that cannot be used is an error, or is skipped and counted."""
+    components: Annotated[tuple[ComponentPart, ...], BeforeValidator(_tuple), Field(min_length=1)] | None = None
+    """Parts of a row: blocks (dense rows of linear layers), head and embeddings (sparse, keyed by token).  [default: those that the bytes
+    afford, else blocks]"""
+    projection: Literal["random", "pca"] | None = None
+    """How gradients are projected.  [default: random; for a number of bytes pca]"""
+    rank: Positive | None = None
+    """Coordinates of a layer's inputs and outputs each.  [default: 16; for a number of bytes 128]"""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of projections, the fitting sample and sampled labels."""
+    curvature: CurvatureKind = "auto"
+    """How rows are whitened; auto chooses by a layer's size."""
+    labels: LabelKind | None = None
+    """Labels of the curvature: the data's, sampled from the model, or expected (all classes by their probability, where an example has one
+    label).  [default: data for the blocks, sampled for head and embeddings; for a number of bytes the model's for all]"""
+    fit_examples: Positive = 5000
+    """Examples that the curvature is fitted on."""
+    damping: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
+    """Relative to the mean eigenvalue; a query can change it.  [default: 0.1 for the blocks, 1 for head and embeddings; for a number of
+    bytes 1]"""
+    row_dtype: RowDtype | None = None
+    """Storage of the blocks' coordinates.  [default: float32]"""
+    coordinates: Positive | None = None
+    """Stored coordinates of the blocks; fewer than there are, are selected or mixed.  [default: all]"""
+    head_bits: Positive | None = None
+    """Bits of each token of the head.  [default: 64]"""
+    head_keys: Positive | None = None
+    """Tokens of the head kept of an example, those of largest norm.  [default: all]"""
+    head_others: Annotated[int, Field(ge=0)] = 0
+    """Tokens of the head stored beside those that an example predicts: the most probable ones."""
+    embedding_bits: Positive | None = None
+    """Bits of each token of the embeddings.  [default: 64]"""
+    embedding_keys: Positive | None = None
+    """Tokens of the embeddings kept of an example, those of largest norm.  [default: all]"""
+    hidden: bool = False
+    """Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."""
+    shard_rows: Positive | None = None
+    """Examples in a shard.  [default: about 16 MiB of rows]"""
+    batch_tokens: Positive | None = None
+    """Padded tokens in a batch.  [default: 2048, on a GPU 16384]"""
+    threads: Annotated[int, Field(ge=1, le=_MAX_THREADS)] = 1
+    """Threads of each worker."""
+    address: str | None = None
+    """Address of a Ray cluster.  [default: a local Ray]"""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            config = handler(values)
+        except ValidationError as error:
+            raise UsageError(option_problem(error.errors()[0], cls)) from error
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Check options that depend on one another."""
         if self.bytes_per_example is not None:
-            given = [name for name in _SIZES if getattr(self, name) is not None] + ["head_others"] * bool(self.head_others)
-            if given:
-                raise UsageError(f"`bytes_per_example` chooses `{given[0]}`; give one or the other")
-        if self.components is not None and not self.components:
-            raise UsageError("`components` names nothing; leave it out, or name at least one")
-        if self.components is not None and (len(set(self.components)) < len(self.components) or set(self.components) - set(_COMPONENTS)):
-            raise UsageError(
-                f"`components` is {','.join(self.components)!r}; it can be {', '.join(_COMPONENTS)}, or several with commas between"
-            )
-        if self.damping is not None:
-            check_damping(self.damping)
-        if self.threads > _MAX_THREADS:
-            raise UsageError(f"`threads` is {self.threads}; it can be at most {_MAX_THREADS}")
+            sizes = [name for name in _SIZES if getattr(self, name)]
+            if sizes:
+                raise UsageError(f"`bytes_per_example` chooses `{sizes[0]}`; give one or the other")
+        if self.components is not None and len(set(self.components)) < len(self.components):
+            raise UsageError(f"`components` names {','.join(self.components)}; name each once")
         if not self.model or "" in self.models or not self.out or "" in self.sources:
             raise UsageError("model, data or out is empty; name a model, a corpus and the index's directory")
-        for name in ("seed", "head_others"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"`{name}` is {getattr(self, name)}; it must be at least 0")
         if not self.sources:
             raise UsageError("no `data` given; name at least one file, folder or dataset")
+        if self.fields.split_text not in get_args(SplitText):
+            raise UsageError(f"`split_text` is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
         if "-" in self.sources:
-            raise UsageError(
-                "`data` cannot be standard input, which a build that is taken up again could not read twice; save it to a file"
-            )
-
-        revisions = () if self.revision is None else (self.revision,) if isinstance(self.revision, str) else self.revision
-        named = (self.model,) if isinstance(self.model, str) else self.model
-        if min(len(revisions), len(named)) > 1 and len(revisions) != len(named):
-            raise UsageError(f"there are {len(named)} models and {len(revisions)} revisions; give one for each model, or one for all")
+            raise UsageError("`data` cannot be standard input, which a resumed build could not read again; save it to a file")
+        revisions = _as_tuple(self.revision)
+        models = _as_tuple(self.model)
+        if min(len(revisions), len(models)) > 1 and len(revisions) != len(models):
+            raise UsageError(f"there are {len(models)} models and {len(revisions)} revisions; give one for each model, or one for all")
         if len(set(zip(self.models, self.revisions, strict=True))) < len(self.models):
             raise UsageError("a model is named twice; its rows would only count double")
 
     @property
     def budget(self) -> int | None:
-        """Bytes of a row to be spent; None where what a row is made of was named."""
-        named = any(getattr(self, name) != _DEFAULTS[name] for name in _OF_ROWS)
+        """Bytes of a row to be spent; None where options name what a row is made of."""
+        defaults = type(self).model_fields
+        named = any(getattr(self, name) != defaults[name].default for name in _ROW_OPTIONS)
         return self.bytes_per_example or (None if named else _DEFAULT_BYTES)
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Files, folders and hub datasets of the corpus."""
-        return (self.data,) if isinstance(self.data, str) else self.data
+        return _as_tuple(self.data)
 
     @property
     def models(self) -> tuple[str, ...]:
         """Directories or hub ids, one for each model."""
-        named = (self.model,) if isinstance(self.model, str) else self.model
-        return named * len(self.revision) if len(named) == 1 and isinstance(self.revision, tuple) else named
+        models = _as_tuple(self.model)
+        return models * len(_as_tuple(self.revision)) if len(models) == 1 and self.revision else models
 
     @property
     def revisions(self) -> tuple[str | None, ...]:
         """Revisions, one for each model."""
-        if not isinstance(self.revision, tuple) or len(self.revision) == 1:
-            return (self.revision[0] if isinstance(self.revision, tuple) else self.revision,) * len(self.models)
-        return self.revision
+        revisions = _as_tuple(self.revision)
+        return revisions if len(revisions) > 1 else (revisions[0] if revisions else None,) * len(self.models)
 
-    def what(self) -> dict[str, Any]:
-        """The options that decide what the index holds (not how or where it is made), JSON-ready."""
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in _HOW_NOT_WHAT}
-        options["data"] = list(self.sources)
-        return options | {"bytes_per_example": self.budget}
+    def content_options(self) -> dict[str, Any]:
+        """The options that decide what the index contains, JSON-ready."""
+        options = self.model_dump(mode="json", exclude=set(_RUNTIME_OPTIONS))
+        return options | {"data": list(self.sources), "bytes_per_example": self.budget}
 
-    def how(self) -> dict[str, Any]:
-        """The other options, which may differ when a build is taken up again."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _HOW_NOT_WHAT}
+    def runtime_options(self) -> dict[str, Any]:
+        """The options that may differ when a build is resumed: where and by what it runs."""
+        return self.model_dump(mode="json", include=set(_RUNTIME_OPTIONS))
+
+    def replace(self, **options: Any) -> Self:
+        """A configuration with other values of some options."""
+        return type(self)(**{**dict(self), **options})
+
+
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def option_problem(error: ErrorDetails, config: type[BaseModel]) -> str:
+    """One sentence about an option that pydantic refused."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    value = error["input"]
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "missing":
+            return f"no `{name}` given; name it"
+        case "extra_forbidden":
+            return f"there is no option {name!r}; the options are {', '.join(config.model_fields)}"
+        case "greater_than_equal":
+            return f"`{name}` is {value}; it must be at least {context['ge']:g}"
+        case "less_than_equal":
+            return f"`{name}` is {value}; it can be at most {context['le']:g}"
+        case "literal_error":
+            return f"`{name}` is {value!r}; it can be {context['expected'].replace(chr(39), '')}"
+        case "too_short":
+            return f"`{name}` is empty; leave it out, or name at least one"
+        case _:
+            return f"`{name}` is {value!r:.80}: {error['msg']}"
 
 
 def recorded_config(options: dict[str, Any]) -> BuildConfig:
@@ -199,17 +254,10 @@ def recorded_config(options: dict[str, Any]) -> BuildConfig:
     Raises:
         IntegrityError: an option is unknown, or of another type than it can have.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
-        return TypeAdapter(BuildConfig).validate_python(options)
-    except (ValidationError, TypeError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        else:
-            reason = str(error)
-        raise IntegrityError(f"the index's record of its build is damaged ({reason}); restore its manifest") from error
+        return BuildConfig(**options)
+    except (UsageError, TypeError) as error:
+        raise IntegrityError(f"the index's record of its build is damaged ({error}); restore its manifest") from error
 
 
-_DEFAULTS = {f.name: f.default for f in fields(BuildConfig)}
+COMPONENT_PARTS = get_args(ComponentPart)

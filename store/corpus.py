@@ -13,42 +13,21 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import numpy as np
 from jaxtyping import Float32
 
 from .errors import DataError, NotFoundError
+from .fields import Fields, Form
 from .files import regular_size
-from .sources import MOST_COLUMNS, Reading, Source, SplitText, Unread, describe_files, expand, lines, parse_json, standard_input
+from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expand, lines, parse_json, standard_input
 
 _METADATA_BYTES = 1 << 24
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _REPORTED = 20
 _STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
-
-Form = Literal["auto", "text", "completion", "chat", "vector"]
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Names of a record's columns; `form` selects those to use, "auto" the first that a record has.
-
-    `split_text` defines a document of a text file: the full "file", or the text between "blank-lines".
-    """
-
-    form: Form = "auto"
-    text: str = "text"
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    features: str = "features"
-    label: str = "label"
-    id: str = "id"
-    source: str = "source"
-    split_text: SplitText = "file"
-
 
 @dataclass(frozen=True)
 class Document:

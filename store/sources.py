@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 from .errors import DataError, NotFoundError, UsageError
+from .fields import SplitText
 
 _TEXT = (".txt", ".md")
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT)
@@ -33,7 +34,6 @@ _NAMED = 5
 LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
 
-SplitText = Literal["file", "blank-lines"]
 Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
 
 

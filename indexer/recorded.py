@@ -1,0 +1,133 @@
+"""The encoder that an index records: its task, models and tokenizer, opened and compared with the index's fingerprints."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+
+from ..store.errors import IncompatibleError, UsageError
+from ..store.index import Index
+from .encoder import Encoder, EncoderPlan
+from .examples import DocumentEncoder
+from .models import LoadedModel, ModelSource, model_fingerprint
+from .tasks import Task, find_task, load_model
+
+_QUERY_BATCH_TOKENS = 2048
+
+
+class RecordedEncoder:
+    """The encoder of an index, loaded when first needed.
+
+    Args:
+        index: the index.
+        models: directories or hub ids of its models, in order, or loaded ones, if they are not where the index was built from.
+        device: "auto", "cpu", "cuda", "cuda:1" or "map".
+        trust_remote_code: run code that comes with a model.
+        task: for an index of a custom task, the task's name again, since an index does not name code to run.
+
+    Raises:
+        UsageError: another number of models than the index has, or a custom task that is not named.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        models: Sequence[str | LoadedModel] = (),
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        task: str | None = None,
+    ) -> None:
+        self.index = index
+        self._device = device
+        self._trust_remote_code = trust_remote_code
+        self._models = models
+        self._task_name = task
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the index was built for."""
+        name = self.index.manifest.task
+        if ":" in name and self._task_name != name:
+            raise UsageError(f"{self.index.path} was built with the task {name}, whose code runs only when you name it: `task` {name}")
+        return find_task(name)
+
+    @cached_property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Where the models are loaded from."""
+        records = self.index.manifest.models
+        options = self._device, self._trust_remote_code
+        if not self._models:
+            return tuple(ModelSource(model.id, model.revision, model.dtype, *options, model.base) for model in records)
+        if len(self._models) != len(records):
+            raise UsageError(
+                f"{self.index.path} was built with {len(records)} models, `model` names {len(self._models)}; name all in order"
+            )
+        return tuple(ModelSource.of(model, record.dtype, *options) for model, record in zip(self._models, records, strict=True))
+
+    @cached_property
+    def context(self) -> int | None:
+        """The shortest context of the models, in tokens; None where they have no limit."""
+        return min((model.context for model in self.index.manifest.models if model.context), default=None)
+
+    @cached_property
+    def documents(self) -> DocumentEncoder:
+        """The tokenizer's encoder of documents.
+
+        Raises:
+            IncompatibleError: the tokenizer is not the one that the index was built with.
+        """
+        options = self.index.manifest.build.what.options
+        encoder = self.task.encoder(self.sources[0], options.max_tokens or self.context, options.long, options.append_eos)
+        self.check_documents(encoder)
+        return encoder
+
+    @cached_property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The models, frozen.
+
+        Raises:
+            IncompatibleError: a model is not the one that the index was built with.
+        """
+        models = tuple(load_model(self.task, source) for source in self.sources)
+        self.check_models([model_fingerprint(model) for model in models])
+        return models
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder that computed the rows of the index."""
+        plan = EncoderPlan(self.index.manifest.components, _QUERY_BATCH_TOKENS)
+        return Encoder(self.task, self.models, plan, self.index.arrays)
+
+    def check_models(self, fingerprints: Sequence[str]) -> None:
+        """Compare the fingerprints of models with those that the index records.
+
+        Raises:
+            IncompatibleError: names the first model that differs.
+        """
+        for source, record, fingerprint in zip(self.sources, self.index.manifest.models, fingerprints, strict=True):
+            if fingerprint != record.fingerprint:
+                raise IncompatibleError(
+                    f"the weights at {source.id} are not those that {self.index.path} was built with (another model, or trained "
+                    "since); point `model` at the original, or build the index again"
+                )
+
+    def check_documents(self, encoder: DocumentEncoder) -> None:
+        """Compare the fingerprint of a tokenizer with the one that the index records.
+
+        Raises:
+            IncompatibleError: they differ.
+        """
+        record = self.index.manifest.tokenizer
+        if encoder.fingerprint != (record.fingerprint if record else None):
+            raise IncompatibleError(
+                f"the tokenizer of {self.sources[0].id} is not the one that {self.index.path} was built with; "
+                "point `model` at the original, or build the index again"
+            )
+
+    def moved_to(self, index: Index) -> "RecordedEncoder":
+        """The encoder of a newer state of the index, with the loaded models where both states have the same encoder."""
+        newer = RecordedEncoder(index, self._models, self._device, self._trust_remote_code, self._task_name)
+        if (index.manifest.encoder, index.manifest.models) == (self.index.manifest.encoder, self.index.manifest.models):
+            loaded = {"task", "sources", "documents", "models"} & self.__dict__.keys()
+            newer.__dict__.update({name: self.__dict__[name] for name in loaded})
+        return newer

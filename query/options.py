@@ -1,0 +1,250 @@
+"""Queries and the options of their answers: the one definition that Python, command line, server and explorer follow.
+
+Each field and option is annotated with its help, its limits and how it is shown on the command line (`Option`). Nothing heavy is imported
+here, so that a command that asks a server starts at once.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from ..store.errors import UsageError
+
+Mode = Literal["influence", "cosine", "loss-normalized"]
+_WEIGHTS = 1e-6, 1e6
+_LARGEST_ROW = 2**53
+
+
+@dataclass(frozen=True)
+class Option:
+    """Help and limits of an option, or of a query's field.
+
+    Attributes:
+        help: one sentence for the command line and the HTTP interface.
+        low, high: smallest and largest number, in requests and in Python.
+        longest: of a text in characters, of a list or mapping in items; in requests to a server.
+        flags: on the command line, where it is not "--" and the name.
+        default: shown on the command line; the value that an option has when it is not given.
+        file: the command line names a file of it.
+    """
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    longest: int | None = None
+    flags: tuple[str, ...] = ()
+    default: Any = None
+    file: bool = False
+
+
+Text = 200_000
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query: a completion after a prompt, a text, chat messages, a vector, or a row of the index; exactly one of them.
+
+    Raises:
+        UsageError: not exactly one of them is given, or a field has a value that it cannot have.
+    """
+
+    prompt: Annotated[str, Option("What comes before the completion.", longest=Text)] = ""
+    completion: Annotated[str | None, Option("What the model said; the loss is on it alone.", longest=Text)] = None
+    text: Annotated[
+        str | None, Option("A full text; the loss is on all of it, with the end-of-text token where the build appended it.", longest=Text)
+    ] = None
+    row: Annotated[int | None, Option("A training example by its row; needs no model.", low=0, high=_LARGEST_ROW)] = None
+    id: Annotated[str | None, Option("Name of the query in its answer.", longest=4096)] = None
+    against: Annotated[
+        str | None, Option("A contrasting completion: proponents made the model prefer the completion to it.", longest=Text)
+    ] = None
+    span: Annotated[
+        str | None, Option("A part of the completion or text, exactly as it occurs there; the loss is on its tokens alone.", longest=Text)
+    ] = None
+    weight: Annotated[float | None, Option("In a mean of queries.")] = None
+    messages: Annotated[
+        Messages | None,
+        Option("Chat messages, rendered by the chat template; the loss is on the assistant's turns.", longest=200, file=True),
+    ] = field(default=None, hash=False)
+    tools: Annotated[Messages | None, Option("Tools for the chat template.", longest=1000)] = field(default=None, hash=False)
+    features: Annotated[
+        Sequence[float] | None, Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000)
+    ] = field(default=None, hash=False)
+    label: Annotated[int | None, Option("Label of the vector.", low=0, high=2**31)] = None
+
+    def __post_init__(self) -> None:
+        for name, option in option_fields(Query).items():
+            option.check(f"a query's {name}", getattr(self, name))
+        if self.row is not None:
+            object.__setattr__(self, "row", int(self.row))  # of a numpy integer, too
+        if self.features is not None:
+            object.__setattr__(self, "features", tuple(map(float, self.features)))
+        problem = self._problem()
+        if problem is not None:
+            raise UsageError(problem)
+
+    def _problem(self) -> str | None:
+        forms = [name for name in ("completion", "text", "messages", "row", "features") if getattr(self, name) is not None]
+        if len(forms) != 1 or (self.prompt and forms != ["completion"]):
+            return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
+        if self.tools is not None and self.messages is None:
+            return "tools are given to the chat template with messages; give both"
+        if self.messages is not None and not _are_messages(self.messages):
+            return 'messages must be a list like [{"role": "user", "content": "..."}, ...]'
+        if (self.features is None) != (self.label is None):
+            return "a vector has features and a label; give both"
+        if self.against is not None and self.completion is None:
+            return "another completion to hold against needs a completion; give both"
+        if self.span is not None and (self.row is not None or self.features is not None or self.against is not None):
+            return "a span is a part of one completion or text; give it without a row and without another completion"
+        if self.weight is not None and not (self.weight == 0 or _WEIGHTS[0] <= abs(self.weight) <= _WEIGHTS[1]):
+            return f"a query's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size"
+        try:
+            json.dumps(self.to_dict(), ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return "the query holds bytes that are not UTF-8 text; fix its encoding"
+        except (TypeError, ValueError, RecursionError):
+            return "the messages or tools hold what JSON cannot, or are nested too deeply"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, in the order of an answer."""
+        names = ("id", "prompt", "completion", "text", "messages", "tools", "row", "against", "span", "features", "label", "weight")
+        values = {name: getattr(self, name) for name in names}
+        values["prompt"] = None if self.completion is None else self.prompt
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _are_messages(messages: Any) -> bool:
+    return (
+        isinstance(messages, list | tuple)
+        and bool(messages)
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str | list | tuple | None)
+            for m in messages
+        )
+    )
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Options of scores; an absent one has its default."""
+
+    mode: Annotated[
+        Mode,
+        Option(
+            "influence (examples with large gradients weigh more), cosine, or loss-normalized (over the example's own loss).",
+            default="influence",
+        ),
+    ]
+    damping: Annotated[
+        float | None, Option("Another damping than the build's, relative to the mean eigenvalue; exact.", low=1e-6, high=1e9)
+    ]
+    curvature: Annotated[bool, Option("Without curvature, scores are plain products of gradients.", default=True)]
+    weights: Annotated[
+        Mapping[str, float] | None,
+        Option("Weights of components, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.", longest=64),
+    ]
+    layers: Annotated[Sequence[str], Option("Glob over layer names, such as 'h.[0-3].*'; other layers count nothing.", longest=64)]
+
+
+class Options(ScoreOptions, total=False):
+    """Options of an answer; an absent one has its default."""
+
+    k: Annotated[
+        int | None,
+        Option("At most so many proponents, and opponents.  [default: 10]", low=1, high=_LARGEST_ROW, flags=("-k",)),
+    ]
+    opponents: Annotated[bool, Option("Return opponents, too.", default=True)]
+    where: Annotated[
+        str | None,
+        Option("Search only rows that match a filter, such as 'source == \"web\" and year >= 2020'.", longest=4000),
+    ]
+    group_by: Annotated[
+        str | None, Option("A column, such as source: the influence of each of its values, with intervals.", longest=200)
+    ]
+    mean: Annotated[bool, Option("Answer the queries' weighted mean as one query.")]
+    recall: Annotated[
+        float,
+        Option(
+            "Below 1, dense rows are searched by quantized scan and rescore: none of the best is missing with this probability.",
+            low=0.5,
+            high=1.0,
+            default=1.0,
+        ),
+    ]
+    baselines: Annotated[bool, Option("Beside the answer: what BM25, mean hidden states and the norm alone find.")]
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """An option or a query's field: its annotation taken apart.
+
+    Attributes:
+        kind: its type without None: str, int, float, bool, or a generic type of a list or mapping.
+        choices: the texts that it can be; empty where it is free.
+    """
+
+    name: str
+    option: Option
+    annotation: Any
+    kind: Any
+    choices: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its flags on the command line."""
+        dashed = self.name.replace("_", "-")
+        if self.option.flags:
+            return self.option.flags
+        return (f"--{dashed}/--no-{dashed}",) if self.kind is bool and self.option.default else (f"--{dashed}",)
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse a value of another type, or out of range.
+
+        Raises:
+            UsageError: it is one.
+        """
+        types: dict[Any, Any] = {str: str, int: Integral, float: Real, bool: (bool, int)}
+        if value is None or self.kind not in types:
+            return
+        if not isinstance(value, types[self.kind]) or (isinstance(value, bool) and self.kind is not bool):
+            raise UsageError(f"{name} is {value!r:.80}, of another type than it can have")
+        low, high = self.option.low, self.option.high
+        if isinstance(value, Real) and not isinstance(value, bool) and not (value if low is None else low) <= value <= (value if high is None else high):
+            limits = f"at least {low:g}" if high is None or high >= _LARGEST_ROW else f"between {low:g} and {high:g}"
+            raise UsageError(f"{name} is {value}; it must be {limits}")
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{name} is {value!r:.80}; it can be {', '.join(self.choices)}")
+
+
+@cache
+def option_fields(owner: type) -> dict[str, OptionField]:
+    """The fields of `Query`, `ScoreOptions` or `Options`, by name."""
+    fields = {}
+    for name, annotation in get_type_hints(owner, include_extras=True).items():
+        if get_origin(annotation) is not Annotated:
+            continue
+        plain, option = get_args(annotation)
+        members = [member for member in get_args(plain) if member is not type(None)] if get_origin(plain) in (UnionType, Union) else [plain]
+        choices = get_args(members[0]) if get_origin(members[0]) is Literal else ()
+        fields[name] = OptionField(name, option, plain, str if choices else members[0], choices)
+    return fields
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Refuse an unknown option, or a value of another type or out of range.
+
+    Raises:
+        UsageError: names it.
+    """
+    fields = option_fields(Options)
+    unknown = sorted(options.keys() - fields.keys())
+    if unknown:
+        raise UsageError(f"{unknown[0]} is not an option; there are {', '.join(fields)}")
+    for name, value in options.items():
+        fields[name].check(f"`{name}`", value)

@@ -1,0 +1,205 @@
+"""Whitened rows in memory, of examples before they are coded or of queries: a matrix for a dense component, a vector for each token for a
+sparse one. Both kinds have the same methods.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+
+class Vectors(Protocol):
+    """Rows of one component."""
+
+    def __len__(self) -> int: ...
+
+    @classmethod
+    def concatenate(cls, blocks: Sequence[tuple[Sequence[int], Self]], width: int) -> Self:
+        """Combine blocks, each with the positions of its rows, in the order of the positions."""
+
+    def part(self, first: int, last: int) -> Self:
+        """Copy rows `first` to `last`, not included."""
+
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> Self:
+        """Compute linear combinations of the rows, as float32."""
+
+    def shared_with(self, other: Self) -> Self:
+        """Take the coordinates of a single row at which another single row can have products other than 0."""
+
+    def inner_products(self, other: Self) -> Float[np.ndarray, "rows others"]:
+        """Compute exact inner products with other rows."""
+
+    def as_float32(self) -> Self:
+        """Convert to float32."""
+
+    def clear(self, mask: Bool[np.ndarray, " rows"]) -> None:
+        """Set rows to zero."""
+
+    @property
+    def squared_norms(self) -> Float[np.ndarray, " rows"]:
+        """Each row's squared length; not finite where a coordinate is not."""
+
+
+Rows = Mapping[str, Vectors]
+"""Rows of all components, by name."""
+
+
+@dataclass(frozen=True)
+class DenseVectors:
+    """Rows of a dense component."""
+
+    values: Float[np.ndarray, "rows dim"]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @classmethod
+    def concatenate(cls, blocks: Sequence[tuple[Sequence[int], "DenseVectors"]], width: int) -> "DenseVectors":
+        """See `Vectors`."""
+        dtype = blocks[0][1].values.dtype if blocks else np.dtype(np.float32)
+        values = np.zeros((sum(len(block) for _, block in blocks), width), dtype)
+        for positions, block in blocks:
+            values[np.asarray(positions, np.int64)] = block.values
+        return cls(values)
+
+    def part(self, first: int, last: int) -> "DenseVectors":
+        """See `Vectors`."""
+        return DenseVectors(self.values[first:last].copy())
+
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "DenseVectors":
+        """See `Vectors`."""
+        return DenseVectors((matrix @ self.values).astype(np.float32))
+
+    def shared_with(self, other: "DenseVectors") -> "DenseVectors":
+        """See `Vectors`."""
+        return self
+
+    def inner_products(self, other: "DenseVectors") -> Float[np.ndarray, "rows others"]:
+        """See `Vectors`."""
+        return self.values @ other.values.T
+
+    def as_float32(self) -> "DenseVectors":
+        """See `Vectors`."""
+        return DenseVectors(self.values.astype(np.float32, copy=False))
+
+    def clear(self, mask: Bool[np.ndarray, " rows"]) -> None:
+        """See `Vectors`."""
+        self.values[mask] = 0.0
+
+    @property
+    def squared_norms(self) -> Float64[np.ndarray, " rows"]:
+        """See `Vectors`."""
+        return np.einsum("rd,rd->r", self.values, self.values, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class SparseVectors:
+    """Rows of a sparse component: a vector in eigen-coordinates for each of a row's tokens.
+
+    Attributes:
+        indptr: the entries of row i are indptr[i] to indptr[i + 1].
+        keys: tokens, ascending within a row.
+        vectors: one for each entry.
+        whole: each row's squared length before entries were left out; None where none was.
+    """
+
+    indptr: Int64[np.ndarray, " rows_and_one"]
+    keys: Int64[np.ndarray, " entries"]
+    vectors: Float32[np.ndarray, "entries width"]
+    whole: Float64[np.ndarray, " rows"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @classmethod
+    def concatenate(cls, blocks: Sequence[tuple[Sequence[int], "SparseVectors"]], width: int) -> "SparseVectors":
+        """See `Vectors`."""
+        rows = {position: (block, i) for positions, block in blocks for i, position in enumerate(positions)}
+        keys = [np.zeros(0, np.int64)]
+        vectors = [np.zeros((0, width), np.float32)]
+        for position in sorted(rows):
+            block, i = rows[position]
+            entries = slice(int(block.indptr[i]), int(block.indptr[i + 1]))
+            keys.append(block.keys[entries])
+            vectors.append(block.vectors[entries])
+        indptr = np.cumsum([len(row_keys) for row_keys in keys]).astype(np.int64)
+        return cls(indptr, np.concatenate(keys), np.concatenate(vectors))
+
+    @property
+    def owners(self) -> Int64[np.ndarray, " entries"]:
+        """The row of each entry."""
+        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+
+    def part(self, first: int, last: int) -> "SparseVectors":
+        """See `Vectors`."""
+        indptr = self.indptr[first : min(last, len(self)) + 1]
+        entries = slice(int(indptr[0]), int(indptr[-1]))
+        whole = None if self.whole is None else self.whole[first:last]
+        return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries].copy(), whole)
+
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
+        """See `Vectors`."""
+        keys = [np.zeros(0, np.int64)]
+        vectors = [np.zeros((0, self.vectors.shape[1]), np.float32)]
+        for combination in matrix:
+            weights = combination[self.owners]
+            entries = np.flatnonzero(weights)
+            tokens, inverse = np.unique(self.keys[entries], return_inverse=True)
+            sums = np.zeros((len(tokens), self.vectors.shape[1]))
+            np.add.at(sums, inverse, self.vectors[entries] * weights[entries, None])
+            keys.append(tokens)
+            vectors.append(sums.astype(np.float32))
+        indptr = np.cumsum([len(tokens) for tokens in keys]).astype(np.int64)
+        return SparseVectors(indptr, np.concatenate(keys), np.concatenate(vectors))
+
+    def shared_with(self, other: "SparseVectors") -> "SparseVectors":
+        """See `Vectors`."""
+        entries = np.flatnonzero(np.isin(self.keys, other.keys))
+        return SparseVectors(np.array([0, len(entries)]), self.keys[entries], self.vectors[entries])
+
+    def inner_products(self, other: "SparseVectors") -> Float32[np.ndarray, "rows others"]:
+        """See `Vectors`."""
+        scores = np.zeros((len(self), len(other)), np.float32)
+        order = np.argsort(self.keys, kind="stable")
+        other_order = np.argsort(other.keys, kind="stable")
+        for key in np.intersect1d(self.keys, other.keys):
+            entries = order[slice(*np.searchsorted(self.keys, [key, key + 1], sorter=order))]
+            others = other_order[slice(*np.searchsorted(other.keys, [key, key + 1], sorter=other_order))]
+            scores[np.ix_(self.owners[entries], other.owners[others])] += self.vectors[entries] @ other.vectors[others].T
+        return scores
+
+    def as_float32(self) -> "SparseVectors":
+        """See `Vectors`."""
+        return self
+
+    def clear(self, mask: Bool[np.ndarray, " rows"]) -> None:
+        """See `Vectors`."""
+        self.vectors[mask[self.owners]] = 0.0
+        if self.whole is not None:
+            self.whole[mask] = 0.0
+
+    @property
+    def squared_norms(self) -> Float64[np.ndarray, " rows"]:
+        """See `Vectors`."""
+        return self.sums_by_row(np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64))
+
+    def sums_by_row(self, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
+        """Sum a value of each entry, row by row."""
+        return np.bincount(self.owners, values, len(self))
+
+
+def count(rows: Rows) -> int:
+    """Number of rows."""
+    return len(next(iter(rows.values())))
+
+
+def cut(rows: Rows, first: int, last: int) -> Rows:
+    """Copy rows `first` to `last`, not included."""
+    return {name: vectors.part(first, last) for name, vectors in rows.items()}
+
+
+def combine(rows: Rows, matrix: Float64[np.ndarray, "combinations rows"]) -> Rows:
+    """Compute linear combinations of rows, whose scores are the same combinations of the rows' scores."""
+    return {name: vectors.combined(matrix) for name, vectors in rows.items()}
