@@ -1,8 +1,8 @@
-"""Files written whole or not at all, and the checksums that say so.
+"""Atomic writes, checked reads, checksums and the lock of an index directory.
 
-A data file is written under `staging/`, flushed to disk, and renamed to its name. A manifest is created, never replaced: the
-temporary file is hard-linked to its name, which fails where the name exists, so that of two publishers exactly one
-wins. A lock keeps two builds apart but is never what makes a commit atomic.
+A data file is written under `staging/`, flushed to disk, and renamed. A manifest is created and never replaced: the temporary file is
+hard-linked to its name, which fails if the name exists, so that exactly one of two concurrent publishers succeeds. A lock keeps two builds
+apart, but commits are atomic without it.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ _SMALL_BYTES = 1 << 24
 _REFUSED = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 )
-PLAN = "plan.json"  # in staging/: which build or addition was begun
+PLAN = "plan.json"  # in staging/: the plan of the build or addition in progress
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals (disk full, read-only, permission) while working on `path` into a StorageError."""
+    """Raise a StorageError for an operating system's error about `path`: disk full, read-only, no permission."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"no space left on the disk of {path}; free some space and run the same command again: what is finished is kept"
+                f"no space left on the disk of {path}; free some space and run the same command again, which continues"
             ) from error
         if error.errno in _REFUSED:
             raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or fix this one") from error
@@ -45,36 +45,41 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def regular_size(path: Path) -> int | None:
-    """A file's size in bytes; None where there is no regular file (nothing, a folder, a pipe, a device)."""
+    """Return a file's size in bytes; None if it is missing or not a regular file (a folder, a pipe, a device)."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def size_problem(path: Path, size: int) -> str | None:
+    """Return a sentence about a file that is missing or has another size than recorded; None if it has that size."""
+    actual = regular_size(path)
+    if actual is None:
+        return f"{path} is missing"
+    return None if actual == size else f"{path} has {actual:,} bytes where {size:,} belong (truncated?)"
 
 
 def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
-    """The bytes of a file that must be a regular one of at most `most` bytes, so that a pipe never blocks and a device never ends.
+    """Read a regular file of at most `most` bytes; pipes and devices, which may block or never end, are refused.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        IntegrityError: it is no regular file, or larger.
+        FileNotFoundError: there is no such file.
+        IntegrityError: it is not a regular file, or it is larger.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
-            what = (
-                f"has {found.st_size:,} bytes, more than the {most:,} it may have"
-                if stat.S_ISREG(found.st_mode)
-                else "is not a regular file"
-            )
-            raise IntegrityError(f"{path} {what}; restore the file or build the index again")
-        return file.read(found.st_size)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"{path} is not a regular file; restore the file or build the index again")
+        if status.st_size > most:
+            raise IntegrityError(f"{path} has {status.st_size:,} bytes, more than {most:,}; restore the file or build the index again")
+        return file.read(status.st_size)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,7 +94,7 @@ def sync(path: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Flush a staged file and rename it to `final`, in place of a file that lies there."""
+    """Flush a staged file and rename it to `final`, replacing an existing file."""
     with storage_errors(final):
         sync(staged)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that readers see the old bytes or the new ones, never a part."""
+    """Write a small file atomically: readers see the old bytes or the new ones."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -112,17 +117,17 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One of the build's own small JSON files.
+    """Read one of the small JSON files of a build in progress.
 
     Raises:
-        IntegrityError: it is not what was written.
+        IntegrityError: it is damaged.
     """
     try:
         content = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is damaged ({error}); remove the directory that is being built and build again") from error
+        raise IntegrityError(f"{path} is damaged ({error}); remove the unfinished index and build again") from error
     if not isinstance(content, dict) or not content:
-        raise IntegrityError(f"{path} is damaged; remove the directory that is being built and build again")
+        raise IntegrityError(f"{path} is damaged; remove the unfinished index and build again")
     return content
 
 
@@ -130,7 +135,7 @@ def create_only(path: Path, data: bytes) -> None:
     """Write a file that must not exist yet.
 
     Raises:
-        BusyError: the name is taken; somebody else published first.
+        BusyError: the file exists, since another process published first.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ def create_only(path: Path, data: bytes) -> None:
 
 
 def sync_name(directory: Path) -> None:
-    """Flush the names in a directory, without which a rename may be lost with the power."""
+    """Flush the names in a directory to disk, so that a rename survives a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,27 +161,27 @@ def sync_name(directory: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Refuse an index whose folders, or what lies in them, are links: a writer would follow them out of the index.
+    """Refuse an index with links as folders or in its folders, which a writer would follow out of the index.
 
     Raises:
-        UsageError: names the link.
+        UsageError: there is a link, or a folder or file in place of the other.
     """
     for place in (directory / ".lock", *(directory / name for name in FOLDERS)):
         if place.is_symlink() or (place.name == ".lock" and place.exists() and regular_size(place) is None):
-            raise UsageError(f"{place} is a link or no regular file, which a change of the index would follow; remove it")
+            raise UsageError(f"{place} is a link or not a regular file, and changing the index could write outside it; remove it")
         if place.name != ".lock" and place.exists() and not place.is_dir():
-            raise UsageError(f"{place} is a file, where an index has a folder; remove it")
+            raise UsageError(f"{place} is a file, but an index has a folder of that name; remove it")
         if place.is_dir():
             with os.scandir(place) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        raise UsageError(f"{entry.path} is a link, which a change of the index would follow; remove it")
+                        raise UsageError(f"{entry.path} is a link, and changing the index could write outside it; remove it")
                     if entry.is_dir() and (entry.name == PLAN or place.name == "search"):
-                        raise UsageError(f"{entry.path} is a folder, where an index has a file; remove it")
+                        raise UsageError(f"{entry.path} is a folder, but an index has a file of that name; remove it")
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Remove what killed writers left half-written in `staging/`; all of it where no build or addition is begun there."""
+    """Remove unfinished files of killed writers from `staging/`; all of `staging/` if no build or addition is in progress there."""
     staging = directory / "staging"
     if not (staging / PLAN).exists():
         shutil.rmtree(staging, ignore_errors=True)
@@ -188,7 +193,7 @@ def clear_leftovers(directory: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, by which one process at a time writes; the operating system drops it when that process dies.
+    """Hold the lock of an index directory, so that one process writes at a time; the operating system releases it when that process dies.
 
     Raises:
         BusyError: another process holds it.
@@ -208,6 +213,6 @@ def exclusive(directory: Path) -> Iterator[None]:
         clear_leftovers(directory)
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, or not there
+        with contextlib.suppress(OSError):  # not empty, or missing
             (directory / "staging").rmdir()
         lock.release()

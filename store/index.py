@@ -1,4 +1,4 @@
-"""An index as one snapshot: the newest manifest and, opened when needed, the shards, documents and encoder that it names."""
+"""A snapshot of an index: the newest manifest, and its shards, documents and encoder, which are opened on first use."""
 
 import re
 import uuid
@@ -19,7 +19,7 @@ from .cache import read_cache, write_cache
 from .dense import DenseRows, Reduction
 from .documents import Columns, Documents, Example
 from .errors import IntegrityError, UsageError
-from .files import clear_leftovers, regular_size, sha256
+from .files import clear_leftovers, regular_size, sha256, size_problem
 from .manifest import DenseComponent, FileRecord, Layer, SparseComponent, identity, manifest_numbers, read_manifest
 from .postings import Postings
 from .scan_codes import ScanCodes
@@ -37,7 +37,7 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive shards that are searched as one: rows `first` to `first + rows`."""
+    """Consecutive shards that are searched together: rows `first` to `first + rows` of the index."""
 
     shards: tuple[Shard, ...]
     first: int
@@ -45,17 +45,17 @@ class Group:
 
     @cached_property
     def id(self) -> str:
-        """A name that depends on the shards alone."""
+        """The name of the group's search cache. It depends only on the ids of the shards."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, "".join(shard.id for shard in self.shards)))
 
     @cached_property
     def source(self) -> str:
-        """A name of what the group's search cache is made from: the checksums of its shards' files."""
+        """A hash of the checksums of the shards' files. A search cache is valid only for the files that it was computed from."""
         return digest("".join(shard.sha256 + shard.documents_sha256 for shard in self.shards).encode()).hexdigest()
 
 
 class Index:
-    """A read-only snapshot; a manifest that is published later does not change it.
+    """A read-only snapshot of an index. Manifests that are published later do not change it.
 
     Args:
         path: the index directory.
@@ -66,7 +66,7 @@ class Index:
 
     def __init__(self, path: str | Path) -> None:
         if not str(path):
-            raise UsageError("the index's path is empty; name its directory")
+            raise UsageError("the path of the index is empty; give the directory of an index")
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
@@ -75,7 +75,7 @@ class Index:
         m = self.manifest
         self.shards, self.deleted = read_table(table, m.shards, len(m.components), m.rows)
         if len(self.deleted) != m.deleted:
-            raise IntegrityError(f"{table.path} does not list the deleted rows; restore it or build the index again")
+            raise IntegrityError(f"{table.path} does not list the {m.deleted:,} deleted rows; restore it or build the index again")
         self._firsts = np.array([shard.first for shard in self.shards])
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
@@ -86,24 +86,22 @@ class Index:
         return f"Index({str(self.path)!r}, {len(self):,} rows of {components})"
 
     def __len__(self) -> int:
-        """Rows, deleted ones too."""
+        """Return the number of rows, deleted rows included."""
         return self.manifest.rows
 
     def _refuse_missing_rows(self) -> None:
-        """Refuse shards without their file of rows, before anything is allocated by the table's word alone."""
+        """Check that every shard has a file of rows of the recorded size, before memory is allocated for that many rows."""
         for shard in self.shards:
-            path = rows_path(self.path, shard.id)
-            size = regular_size(path)
-            if size != shard.bytes:
-                problem = "is missing" if size is None else f"has {size:,} bytes where {shard.bytes:,} belong (truncated?)"
-                raise IntegrityError(f"{path} {problem}; restore the file or build the index again")
+            problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
+            if problem:
+                raise IntegrityError(f"{problem}; restore the file or build the index again")
 
     def component(self, name: str) -> DenseComponent | SparseComponent:
-        """The manifest's entry for a component."""
+        """Return the manifest's description of a component."""
         return next(c for c in self.manifest.components if c.name == name)
 
     def reader(self, shard: Shard) -> ShardReader:
-        """The reader of a shard; those that were not used for longest are closed."""
+        """Return the reader of a shard. The least recently used readers are closed."""
         if shard.id not in self._readers:
             self._readers[shard.id] = ShardReader(self.path, shard, self.manifest.components)
             while len(self._readers) > _OPEN_SHARDS:
@@ -118,24 +116,24 @@ class Index:
     @overload
     def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows: ...
     def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows:
-        """A component's rows in one shard."""
+        """Return a component's rows in one shard."""
         return self.reader(shard).rows(component.name)
 
     def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
-        """The examples' own losses under the (last) model, in nats."""
+        """Return the losses of a shard's examples under the (last) model, in nats."""
         return self.reader(shard).losses
 
     def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
-        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
+        """Return the examples' mean last hidden states under the (last) model; None if the build did not store them."""
         return self.reader(shard).hidden
 
     def documents(self, shard: Shard) -> Documents:
-        """A shard's examples."""
+        """Return the examples of a shard."""
         return self.reader(shard).documents
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """All shards, in groups that are large enough to be searched in one go, small enough for scores to stay in cache."""
+        """All shards, in groups of at most 65,536 rows (if no shard is larger), so that the scores of a group fit into a core's cache."""
         groups: list[list[Shard]] = []
         for shard in self.shards:
             if groups and shard.first + shard.rows - groups[-1][0].first <= _GROUP_ROWS:
@@ -145,7 +143,7 @@ class Index:
         return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
 
     def postings(self, group: Group, component: SparseComponent) -> Postings:
-        """The posting lists of a sparse component's rows in a group: those of the search cache, else made here."""
+        """Return the posting lists of a sparse component in a group: from the search cache, or else computed from the rows."""
         key = (group.id, component.name)
         if key not in self._caches:
             self._caches[key] = self._cached(group, component) or self._search_arrays(group, component)
@@ -154,10 +152,7 @@ class Index:
         return postings
 
     def scan_codes(self, group: Group, component: DenseComponent) -> ScanCodes | None:
-        """The one-bit codes of a dense component's rows in a group; None where the search cache does not hold them.
-
-        Components that hold one-bit codes themselves have none.
-        """
+        """Return the scan codes of a dense component in a group; None if its rows are one-bit codes or the search cache lacks them."""
         key = (group.id, component.name)
         if key not in self._caches:
             self._caches[key] = self._cached(group, component)
@@ -166,24 +161,24 @@ class Index:
         return codes
 
     def reindex(self, compare: bool = False) -> int:
-        """Write the search caches that are missing, damaged or of other rows, and remove those of groups that are no more. The caller holds
-        the index (see `files.exclusive`).
+        """Write the search caches that are missing, damaged or of other rows, and remove those of groups that no longer exist.
+
+        The caller holds the index's lock (see `files.exclusive`).
 
         Args:
-            compare: also make anew what seems whole, and write it where it differs.
+            compare: also recompute the readable search caches, and write those that differ.
 
         Returns:
-            How many files were written.
+            The number of files that were written.
         """
         written = 0
-        folder = self.path / "search"
         for group in self.groups:
             self._cache_files.pop(group.id, None)
             if self._cache_problem(group, compare) is not None:
                 write_cache(self._cache_path(group), group.source, self._cache_groups(group), self.path / "staging")
                 written += 1
         names = {self._cache_path(group).name for group in self.groups}
-        for path in folder.glob("*.zarr.zip"):
+        for path in (self.path / "search").glob("*.zarr.zip"):
             if path.name not in names and _UUID.fullmatch(path.name.partition(".")[0]) and regular_size(path) is not None:
                 path.unlink()
         self._cache_files.clear()
@@ -192,18 +187,18 @@ class Index:
         return written
 
     def _cache_problem(self, group: Group, compare: bool) -> str | None:
-        """What is wrong with a group's search cache; None where nothing is."""
+        """Return the problem of a group's search cache; None if there is no problem."""
         file = self._cache_file(group)
         if file is None:
-            return "is missing, or cannot be read"
+            return "is missing or cannot be read"
         try:
             for component in self._searched():
                 cached = self._cached(group, component)
                 if cached is None or (compare and not _equal(cached, self._search_arrays(group, component))):
-                    return "is not made of the rows"
+                    return "does not match the rows"
             for number, shard in enumerate(group.shards):
                 if compare and _column_bytes(file, number) != self.documents(shard).columns.to_bytes():
-                    return "is not made of the documents"
+                    return "does not match the documents"
         except IntegrityError:
             return "is damaged"
         return None
@@ -216,7 +211,7 @@ class Index:
         return {**arrays, "columns": ArrayGroup(columns)}
 
     def _searched(self) -> list[DenseComponent | SparseComponent]:
-        """The components that have arrays in a search cache."""
+        """Return the components that have arrays in a search cache."""
         return [c for c in self.manifest.components if isinstance(c, SparseComponent) or c.dtype != "1bit"]
 
     def _cache_path(self, group: Group) -> Path:
@@ -236,15 +231,15 @@ class Index:
         return ScanCodes.read(file, component, group.rows)
 
     def _search_arrays(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes:
-        """The posting lists or scan codes of a component, made from the rows."""
+        """Compute a component's posting lists or scan codes from the rows."""
         if isinstance(component, SparseComponent):
             return Postings.of([self.rows(shard, component) for shard in group.shards])
         return ScanCodes.of([self.rows(shard, component) for shard in group.shards], component)
 
     def by_shard(
-        self, rows: Int64[np.ndarray, " chosen"]
-    ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " own"], Int64[np.ndarray, " own"]]]:
-        """The shards that hold some rows: the group and the shard, which of the rows it holds, and where in it each lies."""
+        self, rows: Int64[np.ndarray, " rows"]
+    ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " shard_rows"], Int64[np.ndarray, " shard_rows"]]]:
+        """Yield, for each shard that holds some of the rows: group, shard, positions in `rows`, and row numbers within the shard."""
         numbers_of_rows = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(numbers_of_rows, kind="stable")
         numbers, starts = np.unique(numbers_of_rows[order], return_index=True)
@@ -257,35 +252,35 @@ class Index:
         return [group for group in self.groups for _ in group.shards]
 
     def norms(self, component: DenseComponent | SparseComponent) -> Float32[np.ndarray, " rows"]:
-        """The lengths of a component's rows."""
+        """Return the lengths of a component's rows."""
         return np.concatenate([self.rows(shard, component).norms for shard in self.shards])
 
     def row(self, row: int, component: DenseComponent) -> Float32[np.ndarray, " dim"]:
-        """One row of a component, whole (with its norm), in the encoder's coordinates: what is left of them in the stored ones."""
+        """Return one row of a dense component, not normalized, in the encoder's coordinates; those that are not stored are 0."""
         shard, offset = self.locate(row)
         return self.reduction(component).undo(self.rows(shard, component).row(offset)[None])[0]
 
     def reduction(self, component: DenseComponent) -> Reduction:
-        """The step from a component's whitened rows to the stored coordinates."""
+        """Return the map from a component's whitened rows to the stored coordinates."""
         return dense_reduction(component, self.arrays if component.coordinates else {})
 
     def entries(self, row: int, component: SparseComponent) -> SparseVectors:
-        """One row of a sparse component, its vectors estimated from their codes (see `SparseRows.vectors`)."""
+        """Return one row of a sparse component, with vectors estimated from their codes (see `SparseRows.vectors`)."""
         shard, offset = self.locate(row)
         keys, vectors = self.rows(shard, component).vectors(offset)
         return SparseVectors(np.array([0, len(keys)]), keys, vectors)
 
     def example(self, row: int) -> Example:
-        """The example that a row stands for.
+        """Return the example of a row.
 
         Raises:
-            UsageError: the index has no such row.
+            UsageError: there is no such row, or it was deleted.
         """
         shard, offset = self.locate(row)
         return self.documents(shard)[offset]
 
     def _columns_by_shard(self, names: Iterable[str] = ()) -> Iterator[tuple[Shard, Columns]]:
-        """Each shard's columns: those of the search caches, or of the documents where a cache lacks them or a text is asked for."""
+        """Yield each shard and its columns, from the search caches, or from the documents if a cache lacks them or texts are needed."""
         with_texts = "text" in names
         for group in self.groups:
             file = None if with_texts else self._cache_file(group)
@@ -303,19 +298,19 @@ class Index:
 
     @cached_property
     def columns(self) -> "dict[str, pa.DataType]":
-        """Columns to filter and group rows by, with their Arrow types: text, where it differs or values are kept as JSON."""
+        """Columns for filters and groups, with their Arrow types; text if shards differ in the type or store the values as JSON."""
         import pyarrow as pa
 
         types: dict[str, pa.DataType] = {"text": pa.string()}
         for _, columns in self._columns_by_shard():
             for name, field in columns.fields.items():
-                known = types.get(name, field.type)
-                types[name] = field.type if pa.types.is_null(known) else known if field.type in (known, pa.null()) else pa.string()
+                previous = types.get(name, field.type)
+                types[name] = field.type if pa.types.is_null(previous) else previous if field.type in (previous, pa.null()) else pa.string()
         return types
 
     @cached_property
     def _kinds(self) -> dict[str, frozenset[str]]:
-        """The kinds of values that each column holds anywhere (see filters.py)."""
+        """By column, the kinds of values in all shards (see filters.py)."""
         kinds: dict[str, set[str]] = {name: set() for name in self.columns}
         kinds["text"] = {"text"}
         for _, columns in self._columns_by_shard():
@@ -324,7 +319,7 @@ class Index:
         return {name: frozenset(values - {""}) for name, values in kinds.items()}
 
     def matching(self, expression: str) -> Bool[np.ndarray, " rows"]:
-        """Which rows a filter matches (see filters.py).
+        """Return a mask of the rows that a filter matches (see filters.py).
 
         Raises:
             UsageError: no such column, or values that cannot be compared.
@@ -333,14 +328,14 @@ class Index:
 
         tree = parse_filter(expression)
         names = names_in(tree)
-        parts = list[np.ndarray]()
+        masks = list[np.ndarray]()
         for shard, columns in self._columns_by_shard(names):
-            named = {name: columns[name] for name in names if name in columns.fields}
-            parts.append(matching(tree, named, self._kinds, shard.rows))
-        return np.concatenate(parts)
+            filtered = {name: columns[name] for name in names if name in columns.fields}
+            masks.append(matching(tree, filtered, self._kinds, shard.rows))
+        return np.concatenate(masks)
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """A column of all rows.
+        """Return one column of all rows.
 
         Raises:
             UsageError: there is no such column, or its values are of several types.
@@ -348,18 +343,19 @@ class Index:
         import pyarrow as pa
 
         self._check_column(name)
-        parts, kind = list[Any](), self.columns[name]
+        chunks = list[Any]()
+        kind = self.columns[name]
         for shard, columns in self._columns_by_shard([name]):
             column = columns[name] if name in columns.fields else None
             if column is not None and (column.encoded or column.values.type not in (kind, pa.null())):
-                raise UsageError(f"the column {name!r} holds values of several types; make them alike and build the index again")
-            parts += [pa.nulls(shard.rows, kind)] if column is None or column.kind is None else column.values.chunks
-        return pa.chunked_array(parts, kind)
+                raise UsageError(f"the column {name!r} holds values of several types; give them one type and build the index again")
+            chunks += [pa.nulls(shard.rows, kind)] if column is None or column.kind is None else column.values.chunks
+        return pa.chunked_array(chunks, kind)
 
     def distinct(self, name: str, most: int) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
-        """The values of a column that differ, and by row which it holds; None, which rows have that lack it, is the last.
+        """Return each row's value of a column as a number, and the list of distinct values that these numbers index.
 
-        Numbers that are equal are one value, whatever their type; a number, its text and True are three.
+        The last value is None, for rows without a value. Equal numbers of different types are one value; 1, "1" and True are three.
 
         Raises:
             UsageError: there is no such column, it holds lists or objects, or more than `most` values.
@@ -370,7 +366,9 @@ class Index:
         others = self._kinds[name] - set(SINGLE_KINDS)
         if others:
             raise UsageError(f"the column {name!r} holds values of the kind {min(others)}; group by one of single values")
-        places, values, parts = dict[Any, int](), list[Any](), []
+        numbers = dict[Any, int]()
+        values = list[Any]()
+        parts = []
         for shard, columns in self._columns_by_shard([name]):
             if name not in columns.fields:
                 parts.append(np.full(shard.rows, -1))
@@ -378,12 +376,12 @@ class Index:
             column = columns[name]
             coded = column.values.combine_chunks().dictionary_encode()
             lookup = np.full(len(coded.dictionary) + 1, -1)
-            for at, value in enumerate(replace(column, values=coded.dictionary).decoded()):
+            for i, value in enumerate(replace(column, values=coded.dictionary).decoded()):
                 if column.encoded and kind_of_value(value) not in SINGLE_KINDS:
                     raise UsageError(f"the column {name!r} holds lists or objects in some rows; group by one of single values")
-                place = places.setdefault((isinstance(value, bool), value), len(values)) if value is not None else -1
-                values += [value] if place == len(values) else []
-                lookup[at] = place
+                number = numbers.setdefault((isinstance(value, bool), value), len(values)) if value is not None else -1
+                values += [value] if number == len(values) else []
+                lookup[i] = number
             if len(values) > most:
                 raise UsageError(f"the column {name!r} has more than {most:,} values; group by one with fewer")
             parts.append(lookup[np.asarray(coded.indices.fill_null(len(coded.dictionary)))])
@@ -391,20 +389,21 @@ class Index:
         return np.where(codes < 0, len(values), codes), [*values, None]
 
     def rows_of(self, ids: Iterable[str]) -> tuple[Bool[np.ndarray, " rows"], list[str]]:
-        """Which rows are examples or chunks of documents of these ids, and the ids that are not in the index."""
+        """Return a mask of the rows whose example or document has one of these ids, and the ids that are not in the index."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         wanted = pa.array(dict.fromkeys(ids), pa.string())
-        found, parts = np.zeros(len(wanted), bool), list[np.ndarray]()
+        is_present = np.zeros(len(wanted), bool)
+        masks = list[np.ndarray]()
         for shard, columns in self._columns_by_shard():
             matches = np.zeros(shard.rows, bool)
             for name in ("id", "document"):
                 positions = pc.index_in(columns[name].values, wanted)
                 matches |= np.asarray(pc.is_valid(positions))
-                found[np.asarray(positions.drop_null())] = True
-            parts.append(matches)
-        return np.concatenate(parts), [id for id, is_found in zip(wanted.to_pylist(), found.tolist(), strict=True) if not is_found]
+                is_present[np.asarray(positions.drop_null())] = True
+            masks.append(matches)
+        return np.concatenate(masks), wanted.filter(pa.array(~is_present)).to_pylist()
 
     def _check_column(self, name: str) -> None:
         if name not in self.columns:
@@ -412,10 +411,10 @@ class Index:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
-        """Which rows were not deleted.
+        """A mask of the rows that are not deleted.
 
         Raises:
-            IntegrityError: the files hold fewer rows than the manifest says.
+            IntegrityError: a shard's file of rows is missing or has another size than recorded.
         """
         self._refuse_missing_rows()
         alive = np.ones(self.manifest.rows, bool)
@@ -427,7 +426,7 @@ class Index:
         """The encoder's arrays, by name (docs/format.md lists them).
 
         Raises:
-            IntegrityError: the file is missing, not the one that was written, or not what the components need.
+            IntegrityError: the file is missing, was changed, or does not have the arrays that the components need.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -439,32 +438,33 @@ class Index:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is not a whole safetensors file ({error}); restore it or build the index again") from error
         for component in self.manifest.components:
-            problem = _misfit(component, arrays)
+            problem = _array_problem(component, arrays)
             if problem:
                 raise IntegrityError(f"{path} does not fit the index: {problem}; restore it or build the index again")
         return arrays
 
     def spectrum(self, component: DenseComponent) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
-        """A component's eigenvalues, and beside each the mean eigenvalue of its layer, to which damping is relative.
+        """Return a component's eigenvalues, and for each the mean eigenvalue of its layer, to which damping is relative.
 
         Raises:
             UsageError: the component has no curvature to damp.
         """
-        values, means = [], []
+        values = []
+        means = []
         for layer in component.layers:
             if layer.curvature == "identity":
-                raise UsageError("this index was built with `curvature` identity: there are no eigenvalues to damp")
+                raise UsageError("this index was built with the `curvature` identity and has no eigenvalues to damp; leave out the damping")
             eigenvalues = self.arrays[f"{component.name}/{layer.name}/eigenvalues"].astype(np.float64)
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))
         return np.concatenate(values), np.concatenate(means)
 
     def sparse_spectrum(self, component: SparseComponent) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
-        """A sparse component's eigenvalues are the products of these two."""
+        """Return the two factors of a sparse component's eigenvalues: of the vocabulary's tokens, and of the width."""
         return self.arrays[f"{component.name}/vocabulary"], self.arrays[f"{component.name}/eigenvalues"]
 
     def summary(self) -> dict[str, Any]:
-        """What the index holds, JSON-ready: model, rows, bytes, and each component's layers, projection and curvature."""
+        """Return a description of the index for JSON: models, rows, bytes, and each component's layers, projection and curvature."""
         m = self.manifest
         row_bytes = sum(shard.bytes for shard in self.shards)
         component_bytes = np.sum([shard.component_bytes for shard in self.shards], axis=0).tolist()
@@ -496,30 +496,30 @@ class Index:
             "notes": list(m.build.notes),
             "unread": m.build.unread.model_dump(mode="json"),
             "left_out_columns": m.build.left_out_columns,
-            "added": [{"rows": part.rows, "drift": part.drift} for part in m.build.added],
+            "added": [{"rows": addition.rows, "drift": addition.drift} for addition in m.build.added],
         }
 
     def energy_held(self, component: DenseComponent | SparseComponent) -> float:
-        """The share of the rows' squared length that is left after tokens or coordinates were left out, before any code.
+        """Return the share of the rows' squared length that remains after tokens or coordinates were left out, before coding.
 
-        Of sparse rows it is counted, of dense ones it is what their eigenvalues say.
+        For a sparse component it is measured; for a dense one it is computed from the eigenvalues.
         """
         if isinstance(component, SparseComponent):
             number = self.manifest.components.index(component)
             sums = np.sum([shard.energy[number] for shard in self.shards], axis=0)
             return float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
-        kept = self.reduction(component).kept
-        if kept is None:
+        selection = self.reduction(component).kept
+        if selection is None:
             return 1.0
         eigenvalues, means = self.spectrum(component)
         energy = eigenvalues / (eigenvalues + component.curvature.damping * means)
-        return float(energy[kept].sum() / energy.sum())
+        return float(energy[selection].sum() / energy.sum())
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every byte that the manifest names, make the search caches anew, and yield (relative path, the problem or None)."""
+        """Check all files of the index: compare checksums, recompute the search caches, and yield (relative path, problem or None)."""
         yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
         yield self.manifest.table.path, _problem(self.path, self.manifest.table)
-        whole = True
+        intact = True
         for shard in self.shards:
             rows = rows_path(self.path, shard.id).relative_to(self.path).as_posix()
             documents = documents_path(self.path, shard.id).relative_to(self.path).as_posix()
@@ -530,24 +530,24 @@ class Index:
             problems = [(record.path, _problem(self.path, record)) for record in records]
             yield from problems
             if any(problem for _, problem in problems):
-                whole = False
+                intact = False
                 continue
             try:
                 reader = ShardReader(self.path, shard, self.manifest.components)
                 reader.check()
                 energies = [reader.rows(component.name).energy for component in self.manifest.components]
                 if not np.allclose(energies, shard.energy, rtol=1e-9, atol=0):
-                    raise IntegrityError(f"{self.path / rows} does not have the energy that the table says; build the index again")
+                    raise IntegrityError(f"{self.path / rows} has another energy than the table of shards records; build the index again")
             except IntegrityError as error:
-                whole = False
+                intact = False
                 yield rows, str(error)
-        if whole and (duplicate := self._duplicate_id()) is not None:
+        if intact and (duplicate := self._duplicate_id()) is not None:
             yield "documents", f"{self.path / 'documents'} has the duplicate id {duplicate[:80]!r}; build the index again"
         try:
             self.arrays  # noqa: B018
         except IntegrityError as error:
             yield self.manifest.encoder.path, str(error)
-        for group in self.groups if whole else ():
+        for group in self.groups if intact else ():
             path = self._cache_path(group)
             if path.exists():
                 problem = self._cache_problem(group, compare=True)
@@ -555,7 +555,7 @@ class Index:
         yield from self._missing_manifests()
 
     def _duplicate_id(self) -> str | None:
-        """An id that two rows have which are not deleted."""
+        """Return an id that two rows have, deleted rows aside; None if there is none."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -565,15 +565,15 @@ class Index:
         return str(duplicates.field("values")[0].as_py()) if len(duplicates) else None
 
     def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
-        """States between those that are there (pruning leaves the newest alone), and the record of which is the newest."""
+        """Yield missing manifests between existing ones (pruning removes all but the newest), and a missing record of the newest number."""
         latest = self.path / "manifests" / "latest"
         if not latest.is_file():
-            yield "manifests/latest", f"{latest} is missing, by which a lost newest state would be noticed; the next change writes it"
+            yield "manifests/latest", f"{latest} is missing, without which a lost newest manifest goes unnoticed; the next change writes it"
         numbers = manifest_numbers(self.path)
         for before, after in pairwise(numbers):
             if after > before + 1:
                 place = f"manifests/{before + 1:06d}.json"
-                yield place, f"{self.path / place} is missing between states {before} and {after}; the newest is not affected"
+                yield place, f"{self.path / place} is missing between manifests {before} and {after}; the newest is not affected"
 
     def _compare(self, records: Iterable[FileRecord]) -> None:
         for record in records:
@@ -582,21 +582,21 @@ class Index:
                 raise IntegrityError(problem)
 
     def locate(self, row: int) -> tuple[Shard, int]:
-        """The shard that holds a row, and where in it.
+        """Return the shard that holds a row, and the row's position in the shard.
 
         Raises:
             UsageError: there is no such row, or it was deleted.
         """
         if not 0 <= row < len(self):
-            raise UsageError(f"row {row} is not in the index: it has the rows 0 to {len(self) - 1}")
+            raise UsageError(f"row {row} is not in the index; name one of the rows 0 to {len(self) - 1}")
         if not self.alive[row]:
-            raise UsageError(f"row {row} was deleted")
+            raise UsageError(f"row {row} was deleted; name another row")
         shard = self.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
 
 
 def _equal(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
-    """Whether two sets of arrays hold the same values."""
+    """Return True if all arrays of two posting lists or scan codes are equal."""
     return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare)
 
 
@@ -605,22 +605,22 @@ def _column_bytes(file: ArrayFile, number: int) -> bytes:
     return file.array(name, file.shape(name), "uint8").tobytes()
 
 
-def _misfit(component: DenseComponent | SparseComponent, arrays: Mapping[str, np.ndarray]) -> str | None:
-    """What is wrong with a component's arrays of the encoder: one that is missing, or not of the shape that the component promises."""
+def _array_problem(component: DenseComponent | SparseComponent, arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Return the problem of a component's arrays in the encoder, such as a missing array or a wrong shape; None if there is none."""
     shapes = _sparse_shapes(component) if isinstance(component, SparseComponent) else _dense_shapes(component)
-    for name, (shape, needed) in shapes.items():
+    for name, (shape, required) in shapes.items():
         array = arrays.get(f"{component.name}/{name}")
-        if array is None and needed:
+        if array is None and required:
             return f"{component.name}/{name} is missing"
         if array is not None and (array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all()):
             return f"{component.name}/{name} is not of {' x '.join(map(str, shape))} finite numbers"
         if array is not None and name.endswith(("eigenvalues", "vocabulary")) and array.min(initial=0) < 0:
             return f"{component.name}/{name} has numbers below 0"
-    kept = arrays.get(f"{component.name}/kept")
-    if kept is not None and isinstance(component, DenseComponent):
-        ordered = kept.dtype == np.int64 and kept.ndim == 1 and len(kept) and (np.diff(kept) > 0).all()
-        if not (ordered and kept[0] >= 0 and kept[-1] < component.dim):
-            return f"{component.name}/kept does not name coordinates"
+    selection = arrays.get(f"{component.name}/kept")
+    if selection is not None and isinstance(component, DenseComponent):
+        ordered = selection.dtype == np.int64 and selection.ndim == 1 and len(selection) and (np.diff(selection) > 0).all()
+        if not (ordered and selection[0] >= 0 and selection[-1] < component.dim):
+            return f"{component.name}/kept is not an ascending list of coordinates"
     return None
 
 
@@ -633,7 +633,7 @@ def _sparse_shapes(component: SparseComponent) -> dict[str, tuple[tuple[int, ...
 
 
 def _dense_shapes(component: DenseComponent) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """By array, its shape and whether it must be there."""
+    """Return, by array, its shape and whether it is required."""
     shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
     pca = component.projection.kind == "pca"
     for layer in component.layers:
@@ -650,41 +650,44 @@ def _sides(layer: Layer) -> tuple[tuple[str, str, int, int], tuple[str, str, int
     return ("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs)
 
 
-def _describe(s: DenseComponent | SparseComponent) -> dict[str, Any]:
-    about = {"labels": s.curvature.labels, "fitted_on": s.curvature.examples, "damping": s.curvature.damping}
-    if isinstance(s, SparseComponent):
-        every = ("all that are predicted" if s.role == "head" else "all that are read") + (f", {s.others} others" if s.others else "")
-        kept = every if s.keys is None else f"{s.keys} of largest norm"
-        sizes = {"layer": s.layer, "vocabulary": s.vocabulary, "width": s.width, "keys": kept, "bits_a_key": s.bits}
-        return {"name": s.name, "kind": s.kind, "weight": s.weight, **sizes, "parameters": s.vocabulary * s.width, **about}
+def _describe(component: DenseComponent | SparseComponent) -> dict[str, Any]:
+    fitted = component.curvature
+    curvature = {"labels": fitted.labels, "fitted_on": fitted.examples, "damping": fitted.damping}
+    description = {name: getattr(component, name) for name in ("name", "kind", "weight")}
+    if isinstance(component, SparseComponent):
+        others = f", {component.others} others" if component.others else ""
+        all_keys = f"all that are {'predicted' if component.role == 'head' else 'read'}{others}"
+        return {
+            **description,
+            **{name: getattr(component, name) for name in ("layer", "vocabulary", "width")},
+            "keys": all_keys if component.keys is None else f"{component.keys} of largest norm",
+            "bits_a_key": component.bits,
+            "parameters": component.vocabulary * component.width,
+            **curvature,
+        }
+    projection = component.projection
     return {
-        "name": s.name,
-        "kind": s.kind,
-        "weight": s.weight,
-        "coordinates": s.stored,
-        "of_coordinates": s.dim,
-        "stored_as": s.dtype,
-        "layers": len(s.layers),
-        "parameters": sum(layer.outputs * layer.inputs for layer in s.layers),
-        "projection": f"{s.projection.kind}, rank {s.projection.rank}, seed {s.projection.seed}",
-        "curvature": ", ".join(sorted({layer.curvature for layer in s.layers})),
-        **about,
+        **description,
+        "coordinates": component.stored,
+        "of_coordinates": component.dim,
+        "stored_as": component.dtype,
+        "layers": len(component.layers),
+        "parameters": sum(layer.outputs * layer.inputs for layer in component.layers),
+        "projection": f"{projection.kind}, rank {projection.rank}, seed {projection.seed}",
+        "curvature": ", ".join(sorted({layer.curvature for layer in component.layers})),
+        **curvature,
     }
 
 
 def dense_reduction(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Reduction:
-    """A dense component's reduction; `arrays` are the encoder's."""
-    kept = arrays.get(f"{component.name}/kept")
-    return Reduction(component.dim, kept, component.stored, component.dtype == "1bit", component.projection.seed)
+    """Return a dense component's reduction; `arrays` are those of the encoder."""
+    selection = arrays.get(f"{component.name}/kept")
+    return Reduction(component.dim, selection, component.stored, component.dtype == "1bit", component.projection.seed)
 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:
     path = directory / record.path
-    size = regular_size(path)
-    if size is None:
-        return f"{path} is missing; restore the file or build the index again"
-    if size != record.bytes:
-        return f"{path} has {size} bytes where {record.bytes} belong (truncated?); restore the file or build the index again"
-    if sha256(path) != record.sha256:
-        return f"{path} is not the file that was written (SHA-256 differs); restore the file or build the index again"
-    return None
+    problem = size_problem(path, record.bytes)
+    if problem is None and sha256(path) != record.sha256:
+        problem = f"{path} is not the file that was written (its SHA-256 differs)"
+    return problem and f"{problem}; restore the file or build the index again"

@@ -1,8 +1,8 @@
 """Manifests: the description of an index, in one JSON file that is created once and never changed.
 
-Shards and deleted rows stand in a table beside it (see shard.py), so that a manifest stays small however many rows there are. The highest
-number under `manifests/` is the index. Every model below is strict: an unknown field, a missing one or a wrong type
-is a damaged manifest, an unknown version or feature is one that a newer Wherefrom wrote. Paths are relative and stay inside the index.
+A separate table lists shards and deleted rows (see shard.py), so that a manifest stays small. The current state of an index is the manifest
+with the highest number in `manifests/`. The classes below are strict: an unknown or missing field or a wrong type means a damaged
+manifest; an unknown version or feature means one of a newer Wherefrom. Paths are relative and stay inside the index.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 ComponentName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*(-[0-9]+)?$")]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
-Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of what is kept of it
+Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of its projection
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
 CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
 LabelKind = Literal["data", "sampled", "expected"]
@@ -47,11 +47,11 @@ class _Model(BaseModel):
 
 
 class FileRecord(_Model):
-    """A file that the manifest vouches for, by its size and SHA-256."""
+    """A file of the index, with its size and SHA-256."""
 
     @classmethod
     def of(cls, index: Path, path: Path) -> "FileRecord":
-        """The record of one of an index's files."""
+        """Return the record of a file of the index."""
         return cls(path=path.relative_to(index).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
 
     path: RelativePath
@@ -60,7 +60,7 @@ class FileRecord(_Model):
 
 
 class Layer(_Model):
-    """A tracked layer's block of a dense row: `output_rank * input_rank` coordinates from `offset` on."""
+    """A tracked layer and its part of a dense row: `output_rank * input_rank` coordinates from `offset` on."""
 
     name: str
     outputs: Width
@@ -73,12 +73,12 @@ class Layer(_Model):
 
     @property
     def size(self) -> int:
-        """Coordinates of this layer in a row."""
+        """The number of this layer's coordinates in a row."""
         return self.output_rank * self.input_rank
 
 
 class Projection(_Model):
-    """How a layer's gradient is brought to its ranks."""
+    """The projection of a layer's inputs and output gradients to a few coordinates."""
 
     kind: Literal["random", "pca"]
     rank: Size
@@ -86,7 +86,7 @@ class Projection(_Model):
 
 
 class Curvature(_Model):
-    """What whitens a row, and on how much it was fitted."""
+    """The curvature that whitens a component's rows, and the amount of data that it was fitted on."""
 
     kind: CurvatureKind
     labels: LabelKind
@@ -105,12 +105,12 @@ class _Component(_Model):
 
 
 class DenseComponent(_Component):
-    """A part of a row with its own layers, curvature and code; scores of components add, times their weights.
+    """A component in which every row has the same coordinates.
 
     Attributes:
-        model: which of the index's models, from 0.
-        coordinates: stored of a row; None stores all. Fewer are a selection of the encoder's (its array `kept`) or a random projection.
-        dtype: of a stored coordinate.
+        model: the number of the index's model, from 0.
+        coordinates: the number of stored coordinates of a row, a selection (the encoder's array `kept`) or a random mixture; None for all.
+        dtype: the type of a stored coordinate.
     """
 
     kind: Literal["dense"]
@@ -124,29 +124,29 @@ class DenseComponent(_Component):
 
     @property
     def dim(self) -> int:
-        """Coordinates of a whitened row, before its reduction."""
+        """The number of coordinates of a whitened row, before its reduction."""
         return self.layers[-1].offset + self.layers[-1].size
 
     @property
     def stored(self) -> int:
-        """Coordinates of a stored row; one bit each may be more than the row's own, which makes the estimate better."""
+        """The number of coordinates of a stored row. One-bit rows may have more than `dim`, for more exact estimates."""
         return (self.coordinates or self.dim) if self.dtype == "1bit" else min(self.coordinates or self.dim, self.dim)
 
 
 class SparseComponent(_Component):
-    """A vocabulary layer: a vector of `width` coordinates for each token of an example, at `bits` bits.
+    """A component of a vocabulary layer: a row is a list of tokens, each with a vector of `width` coordinates that is coded in `bits` bits.
 
     Attributes:
-        model: which of the index's models, from 0.
+        model: the number of the index's model, from 0.
         role: "head", the output head keyed by the tokens that an example predicts, or "embeddings", keyed by those that it reads.
-        layer: the module's name.
-        vocabulary, width: its size.
-        bits: of a vector's code.
-        others: tokens beside those that an example predicts, the most probable ones.
-        keys: tokens kept of an example, those of largest norm; None keeps all.
-        tail: whether something follows the head's output (a soft-cap, a scale), so that curvature has no closed form.
-        seed: of the rotation.
-        curvature: of Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
+        layer: the name of the module.
+        vocabulary, width: the shape of the layer's weight matrix.
+        bits: the length of a vector's code.
+        others: the number of most probable tokens that are stored besides those that an example predicts.
+        keys: the number of stored tokens of an example, those with the longest vectors; None for all.
+        tail: True if the model transforms the head's output (a soft-cap, a scale), so that the curvature has no closed form.
+        seed: the seed of the rotation.
+        curvature: in Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
 
     kind: Literal["sparse"]
@@ -168,10 +168,10 @@ Component = Annotated[DenseComponent | SparseComponent, Field(discriminator="kin
 
 
 class Model(_Model):
-    """Which model the rows came from; a query must come from the very same.
+    """A model whose gradients the rows are. Queries must use the same model.
 
     Attributes:
-        base: of an adapter, the directory or hub id of the model that it was merged into.
+        base: for an adapter, the directory or hub id of the model that it was merged into.
     """
 
     id: str
@@ -185,13 +185,13 @@ class Model(_Model):
 
 
 class Tokenizer(_Model):
-    """Which tokenizer made the token ids, its chat template included."""
+    """The tokenizer of the token ids, with its chat template."""
 
     fingerprint: str
 
 
 class Options(_Model):
-    """A build's options as they were recorded; those that a query needs are typed, the others kept as they are."""
+    """The options of a build. Those that a query needs are checked; all others are stored unchecked."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -203,7 +203,7 @@ class Options(_Model):
 
 
 class What(_Model):
-    """What decided the contents of the index: options, models, tokenizer and corpus files."""
+    """The inputs that determine the contents of an index: options, models, tokenizer and corpus files."""
 
     format: Size
     options: Options
@@ -213,12 +213,12 @@ class What(_Model):
 
 
 class Tracked(_Model):
-    """How much of the model the rows measure.
+    """The share of a model's parameters whose gradients are in the rows.
 
     Attributes:
-        parameters: of the layers that have gradients in the rows, each counted once.
-        of: all parameters; of an adapter those that it changed.
-        left_out: names of what is not measured, the largest first.
+        parameters: the number of parameters whose gradients are in the rows, each counted once.
+        of: the number of all parameters; for an adapter, of those that it changed.
+        left_out: names of the other parameters, the largest first.
     """
 
     parameters: Count
@@ -227,21 +227,19 @@ class Tracked(_Model):
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """The share, from 0 to 1."""
         return self.parameters / self.of if self.of else 1.0
 
 
 class UnreadFiles(_Model):
-    """Files in the corpus's folders that were not read: how many, and the first with the reasons."""
+    """Files in the corpus's folders that were not read: their number, and the first of them with the reasons."""
 
     files: Count
     first: tuple[str, ...]
 
 
 class Addition(_Model):
-    """Documents that were added after the build: the call's identity and the manifest that it published, files, rows, and each component's
-    drift.
-    """
+    """An addition of documents after the build: the identity of the call, the number of the manifest that it published, and its data."""
 
     call: str
     manifest: Size
@@ -253,14 +251,14 @@ class Addition(_Model):
 
 
 class Build(_Model):
-    """How the index was made, and what was left out of it.
+    """The record of a build.
 
     Attributes:
-        how: options that do not change what the index holds.
-        weighed: by component, what its weight rests on.
-        not_finite: rows stored as zeros, since the model's loss or gradient of them is not finite; `_first` are some of their ids.
-        left_out_columns: column -> what it holds, of the corpus's columns that were not kept.
-        notes: sentences about the models that a reader of answers should know.
+        how: options that do not change the contents of the index.
+        weighed: by component, the numbers from which its weight was computed.
+        not_finite: the number of rows that are stored as zeros, since loss or gradient is not finite; `_first` are some of their ids.
+        left_out_columns: by name, the type of the corpus's columns that were not stored.
+        notes: sentences about the models for readers of answers.
     """
 
     what: What
@@ -285,8 +283,8 @@ class Manifest(_Model):
     """The description of an index; see docs/format.md for the meaning of every field.
 
     Attributes:
-        rows: deleted ones, too.
-        shards, deleted: how many there are; `table` names the file that lists them (see `shard.read_table`).
+        rows: the number of rows, deleted rows included.
+        shards, deleted: the numbers of shards and of deleted rows; the file `table` lists them (see `shard.read_table`).
     """
 
     format: Literal["wherefrom"] = "wherefrom"
@@ -309,20 +307,20 @@ class Manifest(_Model):
 
 
 def check_damping(damping: float) -> None:
-    """Refuse a damping, relative to the mean eigenvalue, under which round-off would decide (below 1e-6) or that cannot be meant.
+    """Refuse a damping (relative to the mean eigenvalue) that is too small for the numerical precision, or too large to be meant.
 
     Raises:
         UsageError: it is not a number from 1e-6 to 1e9.
     """
     if not 1e-6 <= damping <= 1e9:
-        raise UsageError(f"the damping is {damping}; it must be a number from 1e-6 to 1e9 (relative to the mean eigenvalue, such as 0.1)")
+        raise UsageError(f"the damping is {damping}; give a number from 1e-6 to 1e9 (relative to the mean eigenvalue, such as 0.1)")
 
 
 def publish_manifest(directory: Path, manifest: Manifest) -> Path:
-    """Create `manifests/<number>.json`; from then on the index is what it says.
+    """Create `manifests/<number>.json`, which makes the manifest the current state of the index.
 
     Raises:
-        BusyError: that number was published meanwhile.
+        BusyError: another process published that number first.
     """
     path = manifest_path(directory, manifest.number)
     create_only(path, seal(manifest.model_dump(mode="json")))
@@ -331,7 +329,7 @@ def publish_manifest(directory: Path, manifest: Manifest) -> Path:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """A manifest's bytes, its own SHA-256 (over the same JSON without it, keys sorted, no spaces) in the field `checksum`."""
+    """Return a manifest's bytes, with the field `checksum`: SHA-256 of the JSON without this field, keys sorted, no spaces."""
     return (json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n").encode()
 
 
@@ -341,65 +339,65 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def latest_manifest(directory: Path) -> Path | None:
-    """The manifest of the highest number, or None where there is none."""
+    """Return the path of the manifest with the highest number; None if there is none."""
     numbers = manifest_numbers(directory)
     return manifest_path(directory, numbers[-1]) if numbers else None
 
 
 def manifest_path(directory: Path, number: int) -> Path:
-    """Where the manifest of a number lies."""
+    """Return the path of the manifest of a number."""
     return directory / "manifests" / f"{number:06d}.json"
 
 
 def manifest_numbers(directory: Path) -> list[int]:
-    """The numbers of the manifests that are there, ascending."""
+    """Return the numbers of the existing manifests, ascending."""
     folder = directory / "manifests"
     if not folder.is_dir():
         return []
-    found = (int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)))
-    return sorted(number for number in found if manifest_path(directory, number).exists())
+    numbers = (int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+    return sorted(number for number in numbers if manifest_path(directory, number).exists())
 
 
 def _recorded_latest(directory: Path) -> int:
-    """The number of the manifest that was published last, by the file `latest`; 0 where it says nothing."""
+    """Read the number of the manifest that was published last from the file `latest`; 0 if there is no such file."""
     path = directory / "manifests" / _LATEST
     try:
         return int(read_bytes(path, most=32).decode("ascii"))
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except ValueError as error:
-        raise IntegrityError(f"{path} is not the number of a manifest; remove it, or restore it") from error
+        raise IntegrityError(f"{path} does not hold the number of a manifest; restore or remove it") from error
 
 
 def identity(path: Path) -> tuple[str, int, int, int]:
-    """What tells a manifest's file from another, also from one of the same number in an index that took the place of this one."""
-    found = path.stat()
-    return path.name, found.st_ino, found.st_mtime_ns, found.st_size
+    """Return a value that differs between two files of manifests, also of the same number if another index replaced this one."""
+    status = path.stat()
+    return path.name, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The newest manifest of an index.
+    """Read the newest manifest of an index.
 
     Raises:
-        NotFoundError: no such directory, or no index in it.
-        IncompatibleError: a format version or feature that this Wherefrom does not know.
-        IntegrityError: not what Wherefrom wrote.
+        NotFoundError: there is no such directory, or no index in it.
+        IncompatibleError: the index has a format version or a feature that this Wherefrom does not support.
+        IntegrityError: the manifest is damaged.
     """
     if not directory.is_dir():
-        raise NotFoundError(f"there is no index at {directory}; build one with: wherefrom build --out {directory} ...")
+        raise NotFoundError(f"there is no index at {directory}; build one with wherefrom build")
     recorded = _recorded_latest(directory)  # read first, since another process may publish meanwhile
     path = latest_manifest(directory)
     if path is None:
         unfinished = (directory / "staging").is_dir()
         raise NotFoundError(
-            f"{directory} holds a build that is not finished; run its wherefrom build command again to go on"
+            f"{directory} holds a build that is not finished; run the same build again to continue it"
             if unfinished
-            else f"{directory} is not a Wherefrom index (it has no manifests/); name the directory given to wherefrom build --out"
+            else f"{directory} is not a Wherefrom index (it has no manifests/); give the directory that was the `out` of a build"
         )
     if recorded > manifest_numbers(directory)[-1]:
         raise IntegrityError(
             f"{manifest_path(directory, recorded)} is missing, the newest state of the index (it may have deleted rows); restore it, or "
-            f"remove {directory / 'manifests' / _LATEST} to go on with the state before it"
+            f"remove {directory / 'manifests' / _LATEST} to use the state before it"
         )
     try:
         content = json.loads(read_bytes(path, _MOST_BYTES))
@@ -410,7 +408,7 @@ def read_manifest(directory: Path) -> Manifest:
     if content.get("version") != FORMAT_VERSION:
         older = content.get("version") in range(1, FORMAT_VERSION)
         raise IncompatibleError(
-            f"{directory} has format version {content.get('version')!r}, this Wherefrom reads {FORMAT_VERSION}; "
+            f"{directory} has format version {content.get('version')!r}, and this Wherefrom reads {FORMAT_VERSION}; "
             + ("build it again" if older else "use a newer Wherefrom")
         )
     features = content.get("features")
@@ -430,25 +428,29 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest whose parts contradict one another: another number than its name's, duplicate components, layers that overlap."""
+    """Refuse a manifest with contradictions: another number than its file name has, duplicate components, layers that overlap."""
     if int(path.stem) != manifest.number:
         raise IntegrityError(f"{path} is manifest {manifest.number} under another's name; restore it or build the index again")
     if bool(manifest.deleted) != ("deleted" in manifest.features) or manifest.deleted > manifest.rows:
-        raise IntegrityError(f"{path} is damaged: its features do not tell whether rows were deleted; build the index again")
+        raise IntegrityError(f"{path} is damaged: its features and its number of deleted rows contradict each other; build the index again")
     if len({component.name for component in manifest.components}) < len(manifest.components):
-        raise IntegrityError(f"{path} is damaged: it names a component twice; build the index again")
+        raise IntegrityError(f"{path} is damaged: it lists a component twice; build the index again")
     for component in manifest.components:
         if component.model >= len(manifest.models):
-            raise IntegrityError(
-                f"{path} is damaged: component {component.name} is of a model that it does not name; build the index again"
-            )
-        offset, names, inputs = 0, set[str](), dict[str, tuple[int, int]]()
+            raise IntegrityError(f"{path} is damaged: component {component.name} has a model that is not listed; build the index again")
+        offset = 0
+        names = set[str]()
+        inputs = dict[str, tuple[int, int]]()
         for layer in component.layers if component.kind == "dense" else ():
             if layer.offset != offset:
-                raise IntegrityError(f"{path} is damaged: layer {layer.name} does not begin where the one before it ends")
+                raise IntegrityError(
+                    f"{path} is damaged: layer {layer.name} does not begin where the one before it ends; build the index again"
+                )
             shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
             if layer.name in names or shared != (layer.inputs, layer.input_rank):
-                raise IntegrityError(f"{path} is damaged: layer {layer.name} is a duplicate, or does not have the inputs of its group")
+                raise IntegrityError(
+                    f"{path} is damaged: layer {layer.name} is a duplicate or not of its input group; build the index again"
+                )
             if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
                 raise IntegrityError(f"{path} is damaged: layer {layer.name} has a rank above its size; build the index again")
             names.add(layer.name)
