@@ -1,10 +1,11 @@
-"""The Python client: opens an index, hands the search the encoder that made it, returns answers.
+"""The Python client of an index directory: encodes queries with the index's models, searches the rows, and returns answers.
 
-This is where the query side meets the models: the `query` room is handed rows and never imports a model. A query by row needs no
-model at all, and none is loaded for it.
+This is where the query side meets the models: `query/` gets encoded queries and never imports a model. A query by row needs no model, and
+none is loaded for it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,415 +14,342 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from .query.answers import Answer, Explanation, Query, TokenShares
-from .query.asking import BaseClient, Options, check_options
-from .query.assemble import make_answers
-from .query.baselines import Scores, Words, compare, cosines, row_norms
+from .query.answers import Answer, Explanation, TokenShares
+from .query.asking import BaseClient
+from .query.assemble import AskedQuery, answer_queries, searched_rows
+from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
-from .query.groups import group_scores
-from .query.metric import Metric, QueryRows, combine, cut
-from .query.parts import DenseQueries
-from .query.scoring import Scorer, all_scores, standard_errors
-from .query.search import search
+from .query.metric import Metric
+from .query.options import Options, Query, ScoreOptions
+from .query.scoring import Scorer, all_scores
 from .store.corpus import Document
 from .store.documents import Example
-from .store.errors import DataError, IncompatibleError, UsageError
+from .store.errors import DataError, UsageError
 from .store.index import Index
-from .store.manifest import SparseComponent, identity, latest_manifest
-from .store.sparse import SparseVectors, concatenate
+from .store.kinds import KINDS
+from .store.manifest import identity, latest_manifest
+from .store.vectors import Rows, combine, cut
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
-    from .indexer.examples import DocumentEncoder
-    from .indexer.models import ModelSource
-    from .indexer.tasks import Task
+    from .indexer.recorded import RecordedEncoder
 
 _QUERY_BATCH_TOKENS = 2048
-_DEFAULT_K = 10
-
-
-def _metric(options: Options) -> Metric:
-    check_options(options)
-    return Metric(
-        options.get("mode", "influence"),
-        options.get("damping"),
-        options.get("curvature", True),
-        options.get("weights") or {},
-        tuple(options.get("layers", ())),
-    )
+_CACHED_QUERIES = 128
 
 
 class Client(BaseClient):
-    """Asks an index.
+    """Client of an index directory. `connect` returns one for a directory, and one with the same methods for a running server.
 
     Args:
-        index: its directory.
-        model: where the model lies now, if not where the index was built from (of several, all in their order); it must be the very
-            same weights.
-        device: where to run it: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
+        index: the directory, or an open index.
+        model: the models' present location if it is not where the index was built from, in their order: directories, hub ids, or models in
+            memory; they must have the very same weights.
+        tokenizer: of a model in memory.
+        device: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
         trust_remote_code: run code that comes with the model.
-        task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
-
-    Example:
-        >>> answer = Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
-        >>> answer.proponents[0].text  # doctest: +SKIP
-
-    `connect` makes one of a directory, or of a running server (see remote.py), which answers the same.
+        task: for an index of a custom task, its name again, `module:Class`; an index does not name code to run.
 
     Raises:
-        NotFoundError, IncompatibleError, IntegrityError: the index, or (at the first query in words) its model, is not what it must be.
+        NotFoundError: there is no index.
+        IncompatibleError: a newer version of Wherefrom wrote it; or (at the first query in words) its model is another one.
+        IntegrityError: it is damaged.
+
+    Examples:
+        >>> answer = Client("my.wherefrom").query(prompt="The capital of France is", completion=" Paris", k=5)  # doctest: +SKIP
+        >>> answer.proponents[0].text  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        index: str | Path,
+        index: str | Path | Index,
         *,
-        model: str | Sequence[str] | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
         device: str = "auto",
         trust_remote_code: bool = False,
         task: str | None = None,
     ) -> None:
-        self.index = Index(index)
-        self._task_name = task
-        self._models = [model] if isinstance(model, str) else list(model or [])
-        self._device = device
-        self._trust_remote_code = trust_remote_code
+        self.index = index if isinstance(index, Index) else Index(index)
+        self._open_options = device, trust_remote_code, task
+        self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
+        self._tokenizer = tokenizer
+        self._encoded: OrderedDict[Query, Rows] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """Many queries in shared passes over the model and the rows; answers in the same order, or a single one for their mean."""
-        _metric(options)  # an error before the model is asked
-        return self.answer(queries, self.rows(queries), **options) if queries else []
+        """See `BaseClient.query_many`."""
+        Metric.of(options)  # an error before the model is loaded
+        return self.answer(queries, self.encode(queries), **options) if queries else []
 
-    def answer(self, queries: Sequence[Query], rows: QueryRows, **options: Unpack[Options]) -> list[Answer]:
-        """The same for queries whose rows are at hand (see `rows`)."""
-        metric, k = _metric(options), options.get("k")
-        asked = [query.to_dict() for query in queries]
-        if options.get("mean"):
-            weights = np.array([[1.0 if q.weight is None else q.weight for q in queries]])
-            if not weights.any():
-                raise UsageError("every query of the mean has the weight 0; leave at least one")
-            rows, asked = combine(rows, weights / len(queries)), [{"mean_of": len(queries)}]
-        where, column = options.get("where"), options.get("group_by")
-        allowed = None if where is None else self.index.matching(where)
-        searched = int((self.index.alive if allowed is None else self.index.alive & allowed).sum())
-        if searched == 0:
-            raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
-        k = _DEFAULT_K if k is None else min(k, len(self.index))
-        hits = search(self.index, rows, k, metric, allowed, options.get("recall", 1.0))
-        own_row = [any(q.row is not None for q in queries)] * len(hits) if options.get("mean") else [q.row is not None for q in queries]
-        both = standard_errors(self.index, rows, metric, [np.concatenate([h.proponents, h.opponents]) for h in hits])
-        errors = [None if row else (e[: len(h.proponents)], e[len(h.proponents) :]) for h, e, row in zip(hits, both, own_row, strict=True)]
-        groups = None if column is None else group_scores(self.index, rows, column, metric, allowed)
-        beside = None
-        if options.get("baselines"):
-            scores = self._baselines(queries, options.get("mean", False))
-            kept = self.index.alive if allowed is None else self.index.alive & allowed
-            beside = compare(self.index, rows, scores, metric, kept, [h.proponents.tolist() for h in hits], k)
-        return make_answers(
-            self.index,
-            asked,
-            hits,
-            metric,
-            opponents=options.get("opponents", True),
-            where=where,
-            searched=searched,
-            groups=groups,
-            baselines=beside,
-            errors=errors,
-        )
-
-    def scores(self, queries: Sequence[Query], **options: Unpack[Options]) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-        """Every row's score for every query, as (first row, scores of a shard's rows); those of deleted rows too.
+    def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
+        """Answer queries whose rows are known.
 
         Args:
-            options: those that concern scores: mode, damping, curvature, weights, layers.
+            queries: what the answers show.
+            rows: of the queries (see `encode`), or of anything else that was encoded.
+            options: see `Options`.
         """
-        return all_scores(self.index, self.rows(queries), _metric(options))
+        asked = [AskedQuery(query.to_dict(), query.row is not None) for query in queries]
+        mean: Float64[np.ndarray, "answers queries"] = np.eye(len(queries))
+        if options.get("mean"):
+            mean = np.array([[1.0 if query.weight is None else query.weight for query in queries]]) / len(queries)
+            if not mean.any():
+                raise UsageError("every query of the mean has the weight 0; leave at least one")
+            rows = combine(rows, mean)
+            asked = [AskedQuery({"mean_of": len(queries)}, any(query.has_row for query in asked))]
+        baselines = self._baselines(queries, mean) if options.get("baselines") else None
+        return answer_queries(self.index, asked, rows, options, baselines)
+
+    def scores(
+        self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
+    ) -> Float32[np.ndarray, "queries rows"]:
+        """See `BaseClient.scores`."""
+        mask = searched_rows(self.index, where)
+        scores = np.concatenate([block for _, block in self.score_blocks(queries, **options)], axis=1)
+        return np.where(mask, scores, np.float32(np.nan))
+
+    def score_blocks(
+        self, queries: Sequence[Query], **options: Unpack[ScoreOptions]
+    ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
+        """Yield the first row of each group of shards, and the scores of its rows, deleted ones too."""
+        metric = Metric.of(options)
+        return all_scores(self.index, self.encode(queries), metric)
+
+    def encode(self, queries: Sequence[Query]) -> Rows:
+        """See `BaseClient.encode`. The rows of the last 128 queries in words are cached."""
+        if any(query.against is not None for query in queries):
+            plain, matrix = _without_contrasts(queries)
+            return combine(self.encode(plain), matrix)
+        missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
+        if missing:
+            rows = self.measure(self._examples(missing))
+            for number, query in enumerate(missing):
+                self._encoded[query] = cut(rows, number, number + 1)
+        by_query = [self._query_rows(query) for query in queries]
+        while len(self._encoded) > _CACHED_QUERIES:
+            self._encoded.popitem(last=False)
+        joined = {}
+        for component in self.index.manifest.components:
+            blocks = [([i], rows[component.name]) for i, rows in enumerate(by_query)]
+            joined[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
+        return joined
+
+    def is_cached(self, query: Query) -> bool:
+        """Return True if `encode` does not need the model for a query."""
+        return query.row is not None or query in self._encoded
+
+    def _query_rows(self, query: Query) -> Rows:
+        if query.row is not None:
+            return {component.name: self.index.vectors(query.row, component) for component in self.index.manifest.components}
+        self._encoded.move_to_end(query)
+        return self._encoded[query]
 
     def prepare(self) -> None:
-        """Load the models now, and not at the first query; for a process that does nothing else."""
+        """Load models and tokenizer now instead of at the first query."""
         from .indexer.models import keep_freed_memory
 
         keep_freed_memory()
         if self.index.manifest.tokenizer is not None:
-            self._documents  # noqa: B018
-        self.encoder  # noqa: B018
+            _ = self.recorded.documents
+        _ = self.recorded.encoder
 
     def refreshed(self) -> "Client":
-        """A client of the index's newest state, which keeps the models where the encoder is still the same; itself if nothing changed."""
+        """Return a client of the index's newest state, or itself if nothing changed; models are kept where the encoder is the same."""
         latest = latest_manifest(self.index.path)
         if latest is not None and identity(latest) == self.index.identity:
             return self
+        device, trust_remote_code, task = self._open_options
         newer = Client(
-            self.index.path, model=self._models, device=self._device, trust_remote_code=self._trust_remote_code, task=self._task_name
+            self.index.path,
+            model=self._models,
+            tokenizer=self._tokenizer,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            task=task,
         )
-        known = self.index.manifest
-        if "encoder" in self.__dict__ and (newer.index.manifest.encoder, newer.index.manifest.models) == (known.encoder, known.models):
-            newer.__dict__["encoder"] = self.encoder
+        if "recorded" in self.__dict__:
+            newer.recorded = self.recorded.moved_to(newer.index)
+            if newer.index.manifest.encoder == self.index.manifest.encoder:
+                newer._encoded = self._encoded
         return newer
 
-    def complete(self, prompt: str, tokens: int = 16) -> str:
-        """What the (last) model says after a prompt, greedily.
+    @cached_property
+    def recorded(self) -> "RecordedEncoder":
+        """The index's encoder with its models and tokenizer, loaded when first needed."""
+        from .indexer.models import LoadedModel
+        from .indexer.recorded import RecordedEncoder
+
+        models: list[str | LoadedModel] = [
+            str(model) if isinstance(model, str | Path) else LoadedModel(model, self._tokenizer) for model in self._models
+        ]
+        return RecordedEncoder(self.index, models, *self._open_options)
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The encoder that computed the rows of the index.
 
         Raises:
-            UsageError: the model does not generate, or the prompt is empty or too long.
+            IncompatibleError: the model is not the one that the index was built with.
         """
+        return self.recorded.encoder
+
+    def complete(self, prompt: str, tokens: int = 16) -> str:
+        """See `BaseClient.complete`."""
         import torch
 
         from .indexer.examples import TextEncoder
 
-        model: Any = self.encoder.model
-        if not isinstance(self._documents, TextEncoder) or not hasattr(model, "generate"):
+        documents = self.recorded.documents
+        model: Any = self.recorded.models[-1]
+        if not isinstance(documents, TextEncoder) or not hasattr(model, "generate"):
             raise UsageError(f"the model of {self.index.path} does not write text; give a completion")
-        ids = self._documents.tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
-        room = (self._context or ids.shape[1] + tokens) - ids.shape[1]
-        if ids.shape[1] == 0 or room < 1:
+        ids = documents.tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+        free = (self.recorded.context or ids.shape[1] + tokens) - ids.shape[1]
+        if ids.shape[1] == 0 or free < 1:
             raise UsageError("the prompt is empty, or leaves no room in the model's context; give another")
         with torch.no_grad():
-            mask, pad = torch.ones_like(ids), self._documents.tokenizer.eos_token_id
-            made = model.generate(ids, attention_mask=mask, max_new_tokens=min(tokens, room), do_sample=False, pad_token_id=pad)
-        return self._documents.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+            completed = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(tokens, free),
+                do_sample=False,
+                pad_token_id=documents.tokenizer.eos_token_id,
+            )
+        return documents.tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True)
 
-    def rows(self, queries: Sequence[Query]) -> QueryRows:
-        """The queries' whitened rows, by component; of a query with `against`, the difference of two."""
-        if any(query.against is not None for query in queries):
-            plain, matrix = _without_contrasts(queries)
-            return combine(self.rows(plain), matrix)
-        worded = [i for i, query in enumerate(queries) if query.row is None]
-        measured = self.measure(self.examples([queries[i] for i in worded])) if worded else {}
-        result: dict[str, np.ndarray | SparseVectors] = {}
-        for component in self.index.manifest.components:
-            if isinstance(component, SparseComponent):
-                blocks = [([i], self.index.entries(q.row, component)) for i, q in enumerate(queries) if q.row is not None]
-                block = measured.get(component.name)
-                result[component.name] = concatenate(
-                    [*blocks, *([(worded, block)] if isinstance(block, SparseVectors) else [])], component.width
-                )
-            else:
-                rows = np.zeros((len(queries), component.dim), np.float32)
-                for i, q in enumerate(queries):
-                    if q.row is not None:
-                        rows[i] = self.index.row(q.row, component)
-                block = measured.get(component.name)
-                if isinstance(block, np.ndarray):
-                    rows[worded] = block
-                result[component.name] = rows
-        return result
-
-    def examples(self, queries: Sequence[Query]) -> list[Example]:
-        """Queries as examples: encoded, or the index's own where a row is asked.
-
-        Raises:
-            UsageError: a text is empty or longer than the model's context; words are asked of vectors.
-        """
-        return [self._example(q) if q.row is None else self.index.example(q.row) for q in queries]
-
-    def encode(self, documents: Iterable[Document]) -> list[Example]:
-        """Documents as the build encodes them: cut to its longest example, ended, one or more examples of each.
+    def to_examples(self, documents: Iterable[Document]) -> list[Example]:
+        """Convert documents to examples as the build does: one or more of each.
 
         Raises:
             DataError: a document cannot be used.
         """
-        examples = list(self._documents.documents(documents))
-        for example in examples:
+        examples: list[Example] = []
+        for example in self.recorded.documents.documents(documents):
             if isinstance(example, DataError):
                 raise example
-        return [e for e in examples if isinstance(e, Example)]
+            examples.append(example)
+        return examples
 
-    def measure(self, examples: Sequence[Example]) -> QueryRows:
-        """The whitened rows, by component, of the task's measurement of some examples."""
+    def measure(self, examples: Sequence[Example]) -> Rows:
+        """Compute the whitened rows of the task's measurement of examples, by component."""
         rows = self.encoder.rows(examples, queries=True)
-        return {name: block.astype(np.float32) if isinstance(block, np.ndarray) else block for name, block in rows.items()}
+        return {name: vectors.as_float32() for name, vectors in rows.items()}
 
-    def explain(self, rows: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
-        """The scores of some rows with one query, taken apart (see query/explain.py).
-
-        Args:
-            tokens: whether shares by token are computed, which asks the model; a row that is the query needs it then, too. Of vectors,
-                which have no tokens, none are.
-            options: those that concern scores: mode, damping, curvature, weights, layers.
-
-        Raises:
-            UsageError: there is no such row.
-        """
-        asked, metric = self.rows([query]), _metric(options)
-        scorer = Scorer.of(self.index, asked, metric)
-        tokens = tokens and self.index.manifest.tokenizer is not None
-        found = []
-        for row in rows:
+    def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
+        """See `BaseClient.explain`; vectors have no shares of tokens."""
+        metric = Metric.of(options)
+        query_rows = self.encode([query])
+        scorer = Scorer.of(self.index, query_rows, metric)
+        explanations = []
+        for row in examples:
             components, layers, vocabulary = split_score(scorer, 0, row)
             example = self.index.example(row)
             score = sum(part.score for part in components)
-            found.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
-        return self._with_tokens(found, scorer, query, asked) if tokens and found else found
+            explanations.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
+        with_tokens = tokens and self.index.manifest.tokenizer is not None and explanations
+        return self._with_tokens(explanations, scorer, query, query_rows) if with_tokens else explanations
 
-    def _with_tokens(self, found: Sequence[Explanation], scorer: Scorer, query: Query, asked: QueryRows) -> list[Explanation]:
+    def _with_tokens(self, explanations: Sequence[Explanation], scorer: Scorer, query: Query, query_rows: Rows) -> list[Explanation]:
         """Name the tokens of the vocabulary, and compute shares by token."""
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
-        (asking,) = self.examples([replace(query, against=None)])
-        examples = [self.index.example(e.row) for e in found]
-        whole: QueryRows = self.encoder.rows(examples)
-        asked = asked if query.row is None else self.encoder.rows([asking])  # whole rows, not what is left of them in the index
-        ours: list[dict[str, np.ndarray | SparseVectors]] = []
-        theirs: list[dict[str, np.ndarray | SparseVectors]] = []
+        (query_example,) = self._examples([replace(query, against=None)])
+        examples = [self.index.example(explanation.row) for explanation in explanations]
+        example_rows = self.encoder.rows(examples)
+        if query.row is not None:  # the full row, and not what the index stores of it
+            query_rows = self.encoder.rows([query_example])
+        scaled_queries: list[Rows] = []
+        scaled_examples: list[Rows] = []
         scales = []
-        for i, explanation in enumerate(found):
-            own: Mapping[str, Any] = cut(whole, i, i + 1)
-            pairs: dict[str, Any] = {}
-            for p in scorer.parts:
-                name = p.component.name
-                mine, its = asked[name], own[name]
-                if isinstance(p, DenseQueries):
-                    assert isinstance(mine, np.ndarray)
-                    pairs[name] = [p.weighed(self.index, rows[0].astype(np.float32)) for rows in (mine, its)]
-                else:
-                    assert isinstance(mine, SparseVectors)
-                    shared = np.intersect1d(mine.keys, its.keys)
-                    pairs[name] = [p.weighed(self.index, rows.only(shared)) for rows in (mine, its)]
-            ours.append({name: pair[0] for name, pair in pairs.items()})
-            theirs.append({name: pair[1] for name, pair in pairs.items()})
+        for number, explanation in enumerate(explanations):
+            own_rows = cut(example_rows, number, number + 1)
+            pairs = {name: (query_rows[name], own_rows[name]) for name in (operand.component.name for operand in scorer.operands)}
+            scaled_queries.append(
+                {o.component.name: o.scaled(self.index, a.shared_with(b)) for o in scorer.operands for a, b in [pairs[o.component.name]]}
+            )
+            scaled_examples.append(
+                {o.component.name: o.scaled(self.index, b.shared_with(a)) for o in scorer.operands for a, b in [pairs[o.component.name]]}
+            )
             scales.append(scorer.scale(0, explanation.row))
-            if scorer.mode == "cosine":  # of whole rows, as the shares are
-                squared = scorer.squared_length(asked, stored=query.row is not None) * scorer.squared_length(own, stored=True)
+            if scorer.mode == "cosine":  # of full rows, as the shares are
+                squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(own_rows, stored=True)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
-        beside = None
+        query_shares = None
         if query.against is None:
-            beside = token_shares(self.encoder, asking, theirs, query=query.row is None)
-        tokenizer, explanations = self._documents.tokenizer, []  # type: ignore[attr-defined]
-        for i, (explanation, example, scale) in enumerate(zip(found, examples, scales, strict=True)):
-            shares = token_shares(self.encoder, example, ours[i : i + 1])[0] * scale
-            explanations.append(
+            query_shares = token_shares(self.encoder, query_example, scaled_examples, query=query.row is None)
+        tokenizer = self.recorded.documents.tokenizer  # type: ignore[attr-defined]
+        result = []
+        for number, (explanation, example, scale) in enumerate(zip(explanations, examples, scales, strict=True)):
+            shares = token_shares(self.encoder, example, scaled_queries[number : number + 1])[0] * scale
+            query_tokens = None
+            if query_shares is not None:
+                query_tokens = TokenShares(token_texts(tokenizer, query_example.token_ids), tuple((query_shares[number] * scale).tolist()))
+            result.append(
                 replace(
                     explanation,
                     vocabulary=tuple(replace(part, name=token_name(tokenizer, part.token or 0)) for part in explanation.vocabulary),
                     recomputed=float(shares.sum()),
                     example=TokenShares(token_texts(tokenizer, example.token_ids), tuple(shares.tolist())),
-                    query=None
-                    if beside is None
-                    else TokenShares(token_texts(tokenizer, asking.token_ids), tuple((beside[i] * scale).tolist())),
+                    query=query_tokens,
                 )
             )
-        return explanations
+        return result
 
-    def _baselines(self, queries: Sequence[Query], mean: bool) -> dict[str, Scores]:
-        """What baselines say of all rows for some queries, or for their mean: name -> [rows, queries]."""
-        queries, matrix = _without_contrasts(queries)
-        examples, shards, asked_of = self.examples(queries), self.index.shards, len(matrix)
-        if mean:
-            weights = [1.0 if q.weight is None else q.weight for q in queries[:asked_of]]
-            matrix = np.array([weights]) @ matrix / asked_of
-        found = {}
+    def _examples(self, queries: Sequence[Query]) -> list[Example]:
+        """Convert queries to examples: tokenized, or those of the index for queries by row.
+
+        Raises:
+            UsageError: a text is empty or longer than the model's context; text for an index of vectors, or a vector for one of texts.
+        """
+        return [self._example(query) if query.row is None else self.index.example(query.row) for query in queries]
+
+    def _example(self, query: Query) -> Example:
+        document = Document(
+            id="query",
+            source="query",
+            where=f"query {query.id}" if query.id else "the query",
+            text=query.text,
+            prompt=query.prompt,
+            completion=query.completion,
+            messages=query.messages,
+            template={"tools": query.tools} if query.tools else {},
+            features=None if query.features is None else np.array(query.features, np.float32),
+            label=query.label,
+        )
+        return self.recorded.documents.query(document, query.span, self.recorded.context)
+
+    def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"]) -> BaselineScores:
+        """Compute the baselines' scores of all rows, for queries or for their mean."""
+        plain, contrasts = _without_contrasts(queries)
+        matrix = mean @ contrasts
+        examples = self._examples(plain)
+        baselines = {"norm": np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)}
         if self.index.manifest.tokenizer:
-            found["bm25"] = self._words.scores([example.text for example in examples])
-        hidden = [self.index.hidden(shard) for shard in shards]
-        if all(part is not None for part in hidden):
-            states = np.concatenate([part for part in hidden if part is not None]).astype(np.float32)
-            asked = np.stack([states[q.row or 0] for q in queries])
-            worded = [i for i, q in enumerate(queries) if q.row is None]
+            baselines["bm25"] = self._words.scores([example.text for example in examples]) @ matrix.T
+        hidden = [self.index.hidden(shard) for shard in self.index.shards]
+        if all(block is not None for block in hidden):
+            states = np.concatenate([block for block in hidden if block is not None]).astype(np.float32)
+            query_states = np.stack([states[query.row or 0] for query in plain])
+            worded = [i for i, query in enumerate(plain) if query.row is None]
             if worded:
                 from .indexer.hidden import mean_hidden
 
-                asked[worded] = mean_hidden(self.task, self.encoder.model, [examples[i] for i in worded], _QUERY_BATCH_TOKENS)
-            found["hidden"] = cosines(states, asked)
-        norms = np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)
-        return {"norm": norms, **{name: scores @ matrix.T for name, scores in found.items()}}
+                worded_examples = [examples[i] for i in worded]
+                query_states[worded] = mean_hidden(self.recorded.task, self.encoder.model, worded_examples, _QUERY_BATCH_TOKENS)
+            baselines["hidden"] = cosines(states, query_states) @ matrix.T
+        return baselines
 
     @cached_property
     def _words(self) -> Words:
         return Words(self.index.column("text").to_pylist())
 
-    @cached_property
-    def task(self) -> "Task":
-        """What the model is asked.
-
-        Raises:
-            UsageError: the index was built with a task of its user's own, and that was not named.
-        """
-        from .indexer.tasks import find_task
-
-        name = self.index.manifest.task
-        if ":" in name and self._task_name != name:
-            raise UsageError(f"{self.index.path} was built with the task {name}, whose code runs only when you name it: `task` {name}")
-        return find_task(name)
-
-    @cached_property
-    def _documents(self) -> "DocumentEncoder":
-        options = self.index.manifest.build.what.options
-        encoder = self.task.encoder(self._sources[0], options.max_tokens or self._context, options.long, options.append_eos)
-        recorded = self.index.manifest.tokenizer
-        if encoder.fingerprint != (recorded.fingerprint if recorded else None):
-            raise IncompatibleError(
-                f"the tokenizer of {self._sources[0].id} is not the one that {self.index.path} was built with; "
-                "point `model` at the original, or build the index again"
-            )
-        return encoder
-
-    def _example(self, query: Query) -> Example:
-        from .indexer.examples import TextEncoder
-
-        if not isinstance(self._documents, TextEncoder):
-            raise UsageError(f"{self.index.path} holds vectors, not texts; ask it by row, or from Python with Client.measure")
-        where = f"query {query.id}" if query.id else "the query"
-        return self._documents.query(
-            query.prompt,
-            query.completion,
-            query.text,
-            messages=query.messages,
-            tools=query.tools,
-            span=query.span,
-            context=self._context,
-            where=where,
-        )
-
-    @property
-    def _context(self) -> int | None:
-        return min((model.context for model in self.index.manifest.models if model.context), default=None)
-
-    @cached_property
-    def encoder(self) -> "Encoder":
-        """The encoder that made the rows, with its models.
-
-        Raises:
-            IncompatibleError: the model is not the one that the index was built with.
-        """
-        from .indexer.encoder import Encoder, EncoderPlan
-        from .indexer.models import model_fingerprint
-
-        manifest = self.index.manifest
-        models = []
-        for source, recorded in zip(self._sources, manifest.models, strict=True):
-            model = self.task.load(source).requires_grad_(False)
-            if model_fingerprint(model) != recorded.fingerprint:
-                raise IncompatibleError(
-                    f"the weights at {source.id} are not those that {self.index.path} was built with (another model, or trained "
-                    "since); point `model` at the original, or build the index again"
-                )
-            models.append(model)
-        plan = EncoderPlan(manifest.components, _QUERY_BATCH_TOKENS)
-        return Encoder(self.task, tuple(models), plan, self.index.arrays)
-
-    @cached_property
-    def _sources(self) -> "list[ModelSource]":
-        from .indexer.models import ModelSource
-
-        recorded = self.index.manifest.models
-        if self._models and len(self._models) != len(recorded):
-            raise UsageError(
-                f"{self.index.path} was built with {len(recorded)} models, `model` names {len(self._models)}; name all in order"
-            )
-        how = self._device, self._trust_remote_code
-        if self._models:
-            return [ModelSource(id, None, model.dtype, *how) for id, model in zip(self._models, recorded, strict=True)]
-        return [ModelSource(model.id, model.revision, model.dtype, *how, model.base) for model in recorded]
-
 
 def _without_contrasts(queries: Sequence[Query]) -> tuple[list[Query], Float64[np.ndarray, "queries plain"]]:
-    """Queries without `against`, and of which of them those asked are the differences."""
+    """Return queries without `against`, and the matrix whose products with their scores are those of the given queries."""
     contrasts = [i for i, query in enumerate(queries) if query.against is not None]
     others = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
     matrix = np.eye(len(queries), len(queries) + len(others))

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from ..store.corpus import Document, Fields, read_corpus
+from ..store.corpus import Document, read_corpus
+from ..store.fields import Fields
 from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
 from ..store.files import sha256
 

@@ -31,7 +31,8 @@ from ..indexer.tasks import CausalLM, Task, import_object
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
-from ..store.corpus import Document, Fields, read_corpus
+from ..store.corpus import Document, read_corpus
+from ..store.fields import Fields
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole

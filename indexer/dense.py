@@ -13,11 +13,13 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..store.manifest import DenseComponent, Layer
+from ..store.vectors import DenseVectors
 from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import whitening_scale
+from .models import layer_device, layer_sizes
 from .projection import random_projection
 from .tasks import Batch
 
@@ -32,18 +34,20 @@ class DensePart:
 
     Args:
         component: the layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
-        arrays: the component's arrays, by `key`.
-        devices: the layers' devices, by name.
-        dtype: the model's.
+        arrays: the component's arrays, by `key`; those of the fit's finished passes.
+        model: contains the layers.
     """
 
-    def __init__(
-        self, component: DenseComponent, arrays: Mapping[str, np.ndarray], devices: Mapping[str, torch.device], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, component: DenseComponent, arrays: Mapping[str, np.ndarray], model: nn.Module) -> None:
         self.component = component
+        self.layers = component.layers
         self.arrays = arrays
-        self._devices = devices
-        self._dtype = dtype
+        self._devices = {name: layer_device(model, name) for name in component.layer_names}
+        self._dtype = next(model.parameters()).dtype
+
+    def fits(self, layer: Layer, module: nn.Module | None) -> bool:
+        """Return True if a module is the layer's."""
+        return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)
 
     def collector(self, batch: Batch) -> "DenseCollector":
         """Visitor of one batch."""
@@ -116,7 +120,7 @@ class DenseCollector(GradientSum):
         self.layers: Sequence[Layer] = part.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
 
-    def rows(self) -> Float[np.ndarray, "batch dim"]:
+    def rows(self) -> DenseVectors:
         """The batch's whitened rows."""
         part = self._part
         block = torch.zeros((self._examples, part.component.dim), dtype=accumulation_dtype(part._dtype))
@@ -124,4 +128,4 @@ class DenseCollector(GradientSum):
             if layer.name in self.by_layer:
                 whitened = part._whiten(layer, self.by_layer[layer.name])
                 block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
-        return block.numpy()
+        return DenseVectors(block.numpy())

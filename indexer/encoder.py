@@ -15,27 +15,43 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import IntegrityError, NumericalError
-from ..store.manifest import DenseComponent, Layer, SparseComponent
-from ..store.sparse import SparseVectors, concatenate
+from ..store.kinds import KINDS
+from ..store.manifest import Component, Layer
+from ..store.vectors import Rows
 from .capture import Map, capture
 from .dense import DensePart
 from .hidden import HiddenMeans
-from .models import layer_device, layer_sizes
-from .sparse import SparsePart, vocabulary_layer
+from .sparse import SparsePart
 from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
 """Callback after each batch, with its numbers of examples and tokens."""
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
-BatchRows = Mapping[str, np.ndarray | SparseVectors]
-"""A batch's rows, by component; "losses" holds its examples' losses (or measurements) under the last model, "hidden" their mean hidden
-states where the plan has them."""
+PARTS: dict[str, type[DensePart] | type[SparsePart]] = {"dense": DensePart, "sparse": SparsePart}
+"""By kind of component, the class that computes its rows."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Rows of a batch.
+
+    Attributes:
+        positions: of its examples.
+        rows: by component.
+        losses: of the examples, or measurements, under the last model (nats); NaN where they are not finite.
+        hidden: mean last hidden states under the last model; None if the plan does not have them.
+    """
+
+    positions: list[int]
+    rows: Rows
+    losses: Float32[np.ndarray, " batch"]
+    hidden: Float32[np.ndarray, "batch width"] | None
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
@@ -62,7 +78,7 @@ class EncoderPlan:
         hidden: whether to return the last model's mean hidden states too.
     """
 
-    components: tuple[DenseComponent | SparseComponent, ...]
+    components: tuple[Component, ...]
     batch_tokens: int
     hidden: bool = False
 
@@ -90,25 +106,32 @@ class Encoder:
 
     @cached_property
     def parts(self) -> dict[str, DensePart | SparsePart]:
-        """The part that computes each component's rows, by component."""
+        """The part that computes each component's rows, by component.
+
+        Raises:
+            IntegrityError: a component has other layers than the model, since a manifest may come from an untrusted source.
+        """
         parts: dict[str, DensePart | SparsePart] = {}
         for component in self.plan.components:
             model = self.models[component.model]
-            _check_layers(component, model)
-            dtype = next(model.parameters()).dtype
             prefix = f"{component.name}/"
             arrays = {key.removeprefix(prefix): array for key, array in self.arrays.items() if key.startswith(prefix)}
-            if isinstance(component, SparseComponent):
-                parts[component.name] = SparsePart(component, arrays, layer_device(model, component.layer), dtype)
-            else:
-                devices = {layer.name: layer_device(model, layer.name) for layer in component.layers}
-                parts[component.name] = DensePart(component, arrays, devices, dtype)
+            modules = dict(model.named_modules())
+            missing = [name for name in component.layer_names if name not in modules]
+            part = None if missing else PARTS[component.kind](component, arrays, model)  # type: ignore[arg-type]
+            unfit = missing or [layer.name for layer in part.layers if not part.fits(layer, modules[layer.name])]  # type: ignore[union-attr]
+            if unfit:
+                raise IntegrityError(
+                    f"the index describes the layer {unfit[0]} ({component.name}) with sizes that the model does not have; restore the "
+                    "index's manifest"
+                )
+            parts[component.name] = part  # type: ignore[assignment]
         return parts
 
     def batches(
         self, examples: Sequence[Example], progress: Progress = ignore_progress, queries: bool = False, tolerant: bool = False
-    ) -> Iterator[tuple[list[int], BatchRows]]:
-        """Whitened rows, batch by batch, with the positions of their examples; float32 (dense rows of a float64 model: float64).
+    ) -> Iterator[EncodedBatch]:
+        """Yield whitened rows, batch by batch; float32 (dense rows of a float64 model: float64).
 
         The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
 
@@ -130,68 +153,31 @@ class Encoder:
                         losses = backward(model, batch, visitors, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
             rows = {name: collector.rows() for name, collector in collectors.items()}
-            hidden = {"hidden": means.of(batch)} if means else {}
-            for block in rows.values():
-                squares = torch.from_numpy(block if isinstance(block, np.ndarray) else block.squared_norms[:, None])
+            hidden = means.of(batch) if means else None
+            for vectors in rows.values():
+                squares = torch.from_numpy(vectors.squared_norms[:, None])
                 if not tolerant:
                     check_finite(squares, batch, "gradient")
                 broken |= ~torch.isfinite(squares).all(dim=1)
             if broken.any():
                 losses = losses.masked_fill(broken.to(losses.device), torch.nan)
-                for block in (*rows.values(), *hidden.values()):
-                    _clear(block, broken.numpy())
-            yield positions, {**rows, **hidden, "losses": losses.float().cpu().numpy()}
+                for vectors in rows.values():
+                    vectors.clear(broken.numpy())
+                if hidden is not None:
+                    hidden[broken.numpy()] = 0.0
+            yield EncodedBatch(positions, rows, losses.float().cpu().numpy(), hidden)
             progress(len(positions), int(batch.valid.sum()))
 
     def rows(
         self, examples: Sequence[Example], queries: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
     ) -> dict[str, Any]:
-        """All rows at once, by component, in the examples' order: an array [rows, dim], or `SparseVectors`; see `batches`."""
-        batches = list(self.batches(examples, progress, queries, tolerant))
-        result: dict[str, Any] = {}
+        """Compute all rows at once, by component, in the examples' order; see `batches`."""
+        encoded = list(self.batches(examples, progress, queries, tolerant))
+        rows = {}
         for component in self.plan.components:
-            blocks = [(positions, rows[component.name]) for positions, rows in batches]
-            if isinstance(component, SparseComponent):
-                result[component.name] = concatenate(blocks, component.width)  # type: ignore[arg-type]
-            else:
-                dtype = blocks[0][1].dtype if blocks else np.float32  # type: ignore[union-attr]
-                result[component.name] = np.zeros((len(examples), component.dim), dtype)
-                for positions, block in blocks:
-                    result[component.name][positions] = block
-        return result
-
-
-def _check_layers(component: DenseComponent | SparseComponent, model: nn.Module) -> None:
-    """Check that a component's layers are those of the model, since a manifest may come from an untrusted source.
-
-    Raises:
-        IntegrityError: names the layer.
-    """
-    modules = dict(model.named_modules())
-    for layer in [vocabulary_layer(component)] if isinstance(component, SparseComponent) else component.layers:
-        module = modules.get(layer.name)
-        if isinstance(module, nn.Embedding):
-            sizes = (module.embedding_dim, module.num_embeddings) if isinstance(component, SparseComponent) else None
-            fits = sizes == (layer.outputs, layer.inputs) and getattr(component, "role", "") == "embeddings"
-        else:
-            fits = (
-                module is not None and layer_sizes(module) == (layer.outputs, layer.inputs) and getattr(component, "role", "head") == "head"
-            )
-        if not fits:
-            raise IntegrityError(
-                f"the index describes the layer {layer.name} as {layer.inputs} inputs and {layer.outputs} outputs ({component.name}), "
-                "which the model does not have; restore the index's manifest"
-            )
-
-
-def _clear(rows: np.ndarray | SparseVectors, broken: np.ndarray) -> None:
-    """Set the rows of broken examples to zero."""
-    if isinstance(rows, SparseVectors):
-        rows.vectors[np.repeat(broken, np.diff(rows.indptr))] = 0.0
-        if rows.whole is not None:
-            rows.whole[broken] = 0.0
-    else:
-        rows[broken] = 0.0
+            blocks = [(batch.positions, batch.rows[component.name]) for batch in encoded]
+            rows[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
+        return rows
 
 
 def batches(task: Task, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:

@@ -8,7 +8,7 @@ Split documents overlap by one token, which is context in the later chunk: every
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -44,6 +44,17 @@ class DocumentEncoder(Protocol):
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
         """Encode a stream of documents, in order; an unusable one yields its error."""
 
+    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
+        """Encode a query, given as a document, uncut.
+
+        Args:
+            span: a part of the text; the loss is on its tokens alone.
+            context: of the model, in tokens.
+
+        Raises:
+            UsageError: it is empty, too long, or of another form than the index's documents.
+        """
+
 
 @dataclass(frozen=True)
 class VectorEncoder:
@@ -59,17 +70,26 @@ class VectorEncoder:
             elif document.features is None:
                 yield DataError(f"{document.where}: a text, but this task needs the fields features and label")
             else:
-                yield Example(
-                    id=document.id,
-                    text=f"label {document.label}",
-                    source=document.source,
-                    token_ids=np.zeros(0, np.int32),
-                    loss_mask=np.zeros(0, bool),
-                    document=document.id,
-                    metadata=document.metadata,
-                    features=document.features,
-                    label=document.label,
-                )
+                yield self._example(document)
+
+    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
+        """See `DocumentEncoder`."""
+        if document.features is None:
+            raise UsageError("the index holds vectors, not texts; ask it by row, or with features and a label")
+        return self._example(document)
+
+    def _example(self, document: Document) -> Example:
+        return Example(
+            id=document.id,
+            text=f"label {document.label}",
+            source=document.source,
+            token_ids=np.zeros(0, np.int32),
+            loss_mask=np.zeros(0, bool),
+            document=document.id,
+            metadata=document.metadata,
+            features=document.features,
+            label=document.label,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,27 +126,14 @@ class TextEncoder:
                 elif isinstance(document, Document):
                     yield from self._cut(document, text, *next(encoded))
 
-    def query(
-        self,
-        prompt: str = "",
-        completion: str | None = None,
-        text: str | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        span: str | None = None,
-        context: int | None = None,
-        where: str = "the query",
-    ) -> Example:
-        """Encode one query, uncut: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
+    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
+        """See `DocumentEncoder`: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
 
         A text without a span ends with the end-of-text token where `append_eos` is set, as a document does; a completion never does.
-
-        Raises:
-            UsageError: empty, without a token to predict, or longer than the model's `context` (tokens); the span is missing or ambiguous.
         """
-        fields: dict[str, Any] = {"text": text, "prompt": prompt, "completion": completion, "messages": messages}
-        document = Document(id="query", source="query", where=where, template={"tools": tools} if tools else {}, **fields)
+        if document.features is not None:
+            raise UsageError("the index holds texts, not vectors; ask it with a text")
+        where = document.where
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
@@ -136,7 +143,7 @@ class TextEncoder:
                 raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(starts)} times in the queried text; it must occur once")
             rendered = replace(rendered, spans=((starts[0], starts[0] + len(span)),))
         ids, mask, offsets = self._tokenize([rendered])[0]
-        if text is not None and span is None:
+        if document.text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, offsets)
         if context is not None and len(ids) - 1 > context:  # the last token is only predicted
             raise UsageError(f"{where} is {len(ids)} tokens long, the model's context is {context}; shorten it")

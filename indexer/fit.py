@@ -17,17 +17,16 @@ from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
-from ..store.manifest import DenseComponent, Layer, SparseComponent
+from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
 from . import sparse
 from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, choose_curvature, whitening_scale
-from .dense import DensePart, key
+from .dense import key
 from .encoder import Encoder, EncoderPlan, Objective, Progress, backward, batches, ignore_progress
 from .projection import principal_projection
 from .tasks import Batch, Task
 
 _PCA = ("input_covariance", "output_covariance")
-Component = DenseComponent | SparseComponent
 
 
 class Meter(Protocol):
@@ -47,9 +46,34 @@ class Meter(Protocol):
         """End the batch."""
 
 
+class ComponentFit(Protocol):
+    """How a kind of component is fitted.
+
+    Attributes:
+        passes: number of passes over the sample.
+        label_seed: seed of labels that are sampled from the model; None for the data's labels, and for a closed form.
+    """
+
+    passes: int
+    label_seed: int | None
+
+    def meter(self, number: int, encoder: Encoder) -> Meter:
+        """Create the sums of a pass."""
+
+    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Compute the component's arrays after a pass, from its sums and the arrays of the passes before.
+
+        Raises:
+            NumericalError: a statistic is not finite or missing; names the layer.
+        """
+
+    def with_sample(self, examples: int) -> Component:
+        """Return the component with its curvature selected for the actual number of examples."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Steps that fit an encoder's arrays; the component's seed seeds labels that are sampled from the model."""
+    """Steps that fit an encoder's arrays."""
 
     plan: EncoderPlan
 
@@ -58,8 +82,9 @@ class Fit:
         """The components of each step, each with the number of its pass."""
         steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
         for component in self.plan.components:
-            for number in range(_passes(component)):
-                order = (number, component.model, _label_seed(component), component.curvature.labels == "expected")
+            fit = component_fit(component)
+            for number in range(fit.passes):
+                order = (number, component.model, fit.label_seed, component.curvature.labels == "expected")
                 steps.setdefault(order, []).append((component, number))
         return [steps[o] for o in sorted(steps, key=lambda o: (o[0], o[1], o[2] is not None, o[3]))]
 
@@ -73,11 +98,11 @@ class Fit:
             `<component>/<layer or input group>/<statistic>` -> float64 array, and the numbers `examples` and `tokens`.
         """
         members = self.steps[step]
-        meters: dict[str, Meter] = {component.name: _meter(component, number, encoder) for component, number in members}
+        meters = {component.name: component_fit(component).meter(number, encoder) for component, number in members}
         first = members[0][0]
         model = encoder.models[first.model]
         classes = encoder.task.classes(model) if first.curvature.labels == "expected" else None
-        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=_label_seed(first))]
+        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=component_fit(first).label_seed)]
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
@@ -108,14 +133,9 @@ class Fit:
         for component, number in self.steps[step]:
             prefix = f"{component.name}/"
             sums = {key.removeprefix(prefix): value for key, value in totals.items() if key.startswith(prefix)}
-            if isinstance(component, SparseComponent):
-                statistics = {name: _finite(sums.get(name), name, component.layer) for name in sparse.STATISTICS}
-                results = sparse.finish(statistics, examples)
-            else:
-                results = _finish_dense(component, number, sums, examples)
+            before = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            results = component_fit(component).finish(number, sums, examples, before)
             arrays |= {f"{component.name}/{name}": array for name, array in results.items()}
-            if isinstance(component, DenseComponent) and component.coordinates and number == _passes(component) - 1:
-                arrays |= _coordinates(component, arrays)
         return arrays
 
 
@@ -128,40 +148,88 @@ def _weighted_loss(task: Task, model: nn.Module, batch: Batch, label: int) -> Fl
     return losses * torch.exp(-losses.detach() / 2)
 
 
-def _passes(component: Component) -> int:
-    if isinstance(component, SparseComponent):
-        return 1
-    return _pca(component) + max(len(STRATEGIES[layer.curvature].passes) for layer in component.layers)
+@dataclass(frozen=True)
+class SparseFit:
+    """Fit of a sparse component in a single pass; see `ComponentFit`."""
+
+    component: SparseComponent
+    passes = 1
+
+    @property
+    def label_seed(self) -> int | None:
+        """See `ComponentFit`."""
+        closed_form = self.component.role == "head" and not self.component.postprocessed
+        return self.component.seed if self.component.curvature.labels == "sampled" and not closed_form else None
+
+    def meter(self, number: int, encoder: Encoder) -> Meter:
+        """See `ComponentFit`."""
+        return sparse.SparseMeter(self.component)
+
+    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """See `ComponentFit`."""
+        return sparse.finish({name: _finite(sums.get(name), name, self.component.layer) for name in sparse.STATISTICS}, examples)
+
+    def with_sample(self, examples: int) -> SparseComponent:
+        """See `ComponentFit`."""
+        return self.component
 
 
-def _label_seed(component: Component) -> int | None:
-    """Seed of sampled labels; None for the data's labels, and for a closed form."""
-    if component.curvature.labels != "sampled" or (
-        isinstance(component, SparseComponent) and component.role == "head" and not component.tail
-    ):
-        return None
-    return component.seed if isinstance(component, SparseComponent) else component.projection.seed
+@dataclass(frozen=True)
+class DenseFit:
+    """Fit of a dense component: PCA if configured, then the passes that its layers' curvature declares; see `ComponentFit`."""
+
+    component: DenseComponent
+
+    @property
+    def passes(self) -> int:
+        """See `ComponentFit`."""
+        return _pca(self.component) + max(len(STRATEGIES[layer.curvature].passes) for layer in self.component.layers)
+
+    @property
+    def label_seed(self) -> int | None:
+        """See `ComponentFit`."""
+        return self.component.seed if self.component.curvature.labels == "sampled" else None
+
+    def meter(self, number: int, encoder: Encoder) -> Meter:
+        """See `ComponentFit`."""
+        return DenseMeter(self.component, number, encoder.parts[self.component.name].maps)  # type: ignore[union-attr]
+
+    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """See `ComponentFit`."""
+        results = _finish_dense(self.component, number, sums, examples)
+        if self.component.reduced and number == self.passes - 1:
+            results |= _coordinates(self.component, {**arrays, **results})
+        return results
+
+    def with_sample(self, examples: int) -> DenseComponent:
+        """See `ComponentFit`."""
+        layers = []
+        for layer in self.component.layers:
+            kind = choose_curvature(self.component.curvature.kind, layer.size, examples)
+            layers.append(layer.model_copy(update={"curvature": kind}))
+        return self.component.model_copy(update={"layers": tuple(layers)})
 
 
-def _meter(component: Component, number: int, encoder: Encoder) -> Meter:
-    if isinstance(component, SparseComponent):
-        return sparse.SparseMeter(component)
-    part = encoder.parts[component.name]
-    assert isinstance(part, DensePart)
-    return DenseMeter(component, number, part)
+FITS: dict[str, type[DenseFit] | type[SparseFit]] = {"dense": DenseFit, "sparse": SparseFit}
+"""By kind of component."""
+
+
+def component_fit(component: Component) -> ComponentFit:
+    """Return the fit of a component, by its kind."""
+    return FITS[component.kind](component)  # type: ignore[arg-type, return-value]
 
 
 class DenseMeter:
     """Sums of a dense component's statistics; the first layer of an input group sums those of the shared input."""
 
-    def __init__(self, component: DenseComponent, number: int, part: DensePart) -> None:
+    def __init__(self, component: DenseComponent, number: int, maps: Mapping[str, tuple[Map, Map]]) -> None:
         self._computed: dict[str, set[str]] = {layer.name: set() for layer in component.layers}
         for layer in component.layers:
             for statistic in _statistics(component, number, layer):
                 self._computed[_owner(layer, statistic)].add(statistic)
         self.layers: Sequence[Layer] = tuple(layer for layer in component.layers if self._computed[layer.name])
         unprojected = number < _pca(component)
-        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if unprojected else part.maps[n.name] for n in self.layers}
+        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if unprojected else maps[n.name] for n in self.layers}
         self.sums: dict[str, Tensor] = {}
 
     def begin(self, batch: Batch) -> None:
@@ -214,7 +282,7 @@ def _coordinates(component: DenseComponent, arrays: Mapping[str, np.ndarray]) ->
     sum e^2 + c (sum e)^2 / m about zero. The selection maximizes the correlation of the two: all coordinates where energy is spread out,
     fewer than could be stored where it falls off steeply.
     """
-    spectra = [arrays.get(f"{component.name}/{key(layer.name, 'eigenvalues')}") for layer in component.layers]
+    spectra = [arrays.get(key(layer.name, "eigenvalues")) for layer in component.layers]
     if any(values is None for values in spectra):
         return {}
     whitened = [values * whitening_scale(values, component.curvature.damping) ** 2 for values in spectra if values is not None]
@@ -223,11 +291,11 @@ def _coordinates(component: DenseComponent, arrays: Mapping[str, np.ndarray]) ->
     signal = np.cumsum(energy[order] ** 2)
     total = np.cumsum(energy[order])
     count = np.arange(1, len(energy) + 1)
-    one_bit = component.dtype == "1bit"
+    one_bit = component.one_bit
     loss = np.where(count > component.stored, np.pi / 2 if one_bit else 1.0, np.pi / 2 if one_bit else 0.0)
     fidelity = signal**2 / np.maximum(signal + loss * total**2 / component.stored, np.finfo(np.float64).tiny)
     best = max(int(np.argmax(fidelity)) + 1, 1 if one_bit else component.stored)
-    return {} if best == len(energy) else {f"{component.name}/kept": np.sort(order[:best])}
+    return {} if best == len(energy) else {"kept": np.sort(order[:best])}
 
 
 def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
@@ -256,13 +324,5 @@ def _owner(layer: Layer, name: str) -> str:
 
 
 def with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
-    """The plan with each dense layer's curvature selected for the actual number of examples."""
-    components: list[Component] = []
-    for component in plan.components:
-        if isinstance(component, DenseComponent):
-            kinds = [choose_curvature(component.curvature.kind, layer.size, examples) for layer in component.layers]
-            layers = tuple(n.model_copy(update={"curvature": k}) for n, k in zip(component.layers, kinds, strict=True))
-            components.append(component.model_copy(update={"layers": layers}))
-        else:
-            components.append(component)
-    return replace(plan, components=tuple(components))
+    """The plan with each component's curvature selected for the actual number of examples."""
+    return replace(plan, components=tuple(component_fit(component).with_sample(examples) for component in plan.components))

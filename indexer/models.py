@@ -192,14 +192,14 @@ def frozen_copy(source: ModelSource, loaded: LoadedModel) -> nn.Module:
     """
     model = getattr(loaded.model, "_orig_mod", loaded.model)  # of torch.compile
     if hasattr(model, "peft_config"):
-        raise UsageError("the model in memory has adapters that are not merged; merge them (merge_and_unload), or name the adapter's folder")
+        raise UsageError("the model in memory has adapters; merge them (merge_and_unload), or name the adapter's folder")
     unsupported = {p.dtype for p in model.parameters()} - {DTYPES[source.dtype]}
     if unsupported:
         dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in unsupported))
-        raise IncompatibleError(f"the model in memory has weights in {dtypes}, where {source.dtype} is expected; convert it with model.to(...)")
+        raise IncompatibleError(f"the model in memory has weights in {dtypes}, not in {source.dtype}; convert it with model.to(...)")
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}
-    copied = copy.deepcopy(model, shared).eval()
+    copied: Any = copy.deepcopy(model, shared).eval()
     if hasattr(copied, "config"):
         copied.config.return_dict = True
         copied.config.output_hidden_states = False

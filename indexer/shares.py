@@ -7,7 +7,6 @@ input token. The sums over tokens are the score, up to rounding.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..store.documents import Example
 from ..store.manifest import Layer
-from ..store.sparse import SparseVectors
+from ..store.vectors import DenseVectors, Rows, SparseVectors
 from .capture import Map
 from .dense import DensePart
 from .encoder import Encoder, backward
@@ -24,9 +23,17 @@ from .sparse import SparsePart
 
 
 class DenseShares:
-    """Visitor that splits the products of a dense row with some vectors by position, for a batch of one."""
+    """Visitor that splits the products of a dense row with other rows by position, for a batch of one.
 
-    def __init__(self, part: DensePart, vectors: Sequence[Float[np.ndarray, " dim"]]) -> None:
+    Args:
+        others: of one row each.
+        inputs: of the batch.
+    """
+
+    predicted = False  # shares belong to the tokens that are read
+
+    def __init__(self, part: DensePart, others: Sequence[DenseVectors], inputs: Tensor) -> None:
+        vectors = [other.values[0] for other in others]
         self.layers: Sequence[Layer] = part.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = part.maps
         self._adjoints = {
@@ -42,20 +49,21 @@ class DenseShares:
 
 
 class SparseShares:
-    """Visitor that splits the products of a sparse row with some vectors by position, for a batch of one.
+    """Visitor that splits the products of a sparse row with other rows by position, for a batch of one.
 
     Args:
-        vectors: of one row each.
+        others: of one row each.
         inputs: of the batch.
     """
 
-    def __init__(self, part: SparsePart, vectors: Sequence[SparseVectors], inputs: Tensor) -> None:
+    def __init__(self, part: SparsePart, others: Sequence[SparseVectors], inputs: Tensor) -> None:
+        self.predicted = part.component.role == "head"
         self._part = part
         self._inputs = inputs[0].to(part.device)
         self.layers: Sequence[Layer] = (part.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
         self._adjoints: list[tuple[Tensor, Tensor]] = []
-        for row in vectors:
+        for row in others:
             keys = torch.from_numpy(row.keys.astype(np.int64)).to(part.device)
             self._adjoints.append((keys, part.adjoint(keys, torch.from_numpy(row.vectors).to(part.device))))
         self.shares: Tensor | None = None
@@ -74,34 +82,32 @@ class SparseShares:
         return torch.where(keys[positions] == self._inputs, (d * adjoint[positions]).sum(1), 0.0).double()
 
 
-def token_shares(
-    encoder: Encoder, example: Example, vectors: Sequence[Mapping[str, np.ndarray | SparseVectors]], query: bool = False
-) -> Float64[np.ndarray, "vectors tokens"]:
-    """Shares of an example's tokens in the sums of its components' products with some vectors, in one pass of the model.
+SHARES: dict[str, type[DenseShares] | type[SparseShares]] = {"dense": DenseShares, "sparse": SparseShares}
+"""By kind of component."""
+
+
+def token_shares(encoder: Encoder, example: Example, others: Sequence[Rows], query: bool = False) -> Float64[np.ndarray, "others tokens"]:
+    """Split the sums of an example's products with other rows by the example's tokens, in one pass of the model.
 
     Args:
-        vectors: each by component (the same ones in all), in the encoder's whitened coordinates: [dim], or the vectors of some tokens
-            (ascending). Absent components add nothing.
+        others: of one row each, with the same components, in the encoder's whitened coordinates; sparse rows have ascending tokens. Absent
+            components add nothing.
         query: use the task's measurement instead of its loss.
     """
     task = encoder.task
     batch = task.collate([example], next(encoder.model.parameters()).device)
-    shares = np.zeros((len(vectors), batch.inputs.shape[1] + 1))
+    shares = np.zeros((len(others), batch.inputs.shape[1] + 1))
     visitors: dict[str, DenseShares | SparseShares] = {}
-    for name in vectors[0]:
+    for name in others[0]:
         part = encoder.parts[name]
-        component_vectors = [vector[name] for vector in vectors]
-        if isinstance(part, SparsePart):
-            visitors[name] = SparseShares(part, cast("list[SparseVectors]", component_vectors), batch.inputs)
-        else:
-            visitors[name] = DenseShares(part, cast("list[np.ndarray]", component_vectors))
+        vectors = [other[name] for other in others]
+        visitors[name] = SHARES[part.component.kind](part, vectors, batch.inputs)  # type: ignore[arg-type]
     for number, model in enumerate(encoder.models):
         active = [visitors[c.name] for c in encoder.plan.components if c.model == number and c.name in visitors]
         if active:
             backward(model, batch, active, task.measurement if query else task.loss)
-    for name, visitor in visitors.items():
+    for visitor in visitors.values():
         assert visitor.shares is not None
-        part = encoder.parts[name]
-        predicted = isinstance(part, SparsePart) and part.component.role == "head"
-        shares[:, predicted : shares.shape[1] - 1 + predicted] += visitor.shares.cpu().numpy()
+        first = int(visitor.predicted)
+        shares[:, first : shares.shape[1] - 1 + first] += visitor.shares.cpu().numpy()
     return shares

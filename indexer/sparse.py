@@ -22,12 +22,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..store.manifest import Layer, SparseComponent
-from ..store.sparse import SparseVectors
+from ..store.vectors import SparseVectors
 from .capture import Map, accumulation_dtype
 from .curvature import Arrays
+from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
 from .tasks import IGNORED, Batch
 
@@ -55,21 +56,28 @@ class SparsePart:
 
     Args:
         component: the layer, the tokens, the curvature (`damping` is relative to the mean eigenvalue over vocabulary and width).
-        arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary].
-        device: the layer's.
-        dtype: the model's.
+        arrays: `basis` [width, width], `eigenvalues` [width], `vocabulary` [vocabulary]; empty before the fit.
+        model: contains the layer.
     """
 
-    def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], model: nn.Module) -> None:
         self.component = component
         self.layer = vocabulary_layer(component)
-        self.device = device
+        self.layers = (self.layer,)
+        device = self.device = layer_device(model, component.layer)
+        dtype = next(model.parameters()).dtype
         if arrays:
             self.basis, self.eigenvalues, self.vocabulary = (
                 torch.from_numpy(np.asarray(arrays[name])).to(device, accumulation_dtype(dtype))
                 for name in ("basis", "eigenvalues", "vocabulary")
             )
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
+
+    def fits(self, layer: Layer, module: nn.Module | None) -> bool:
+        """Return True if a module is the layer's."""
+        if self.component.role == "embeddings":
+            return isinstance(module, nn.Embedding) and (module.embedding_dim, module.num_embeddings) == (layer.outputs, layer.inputs)
+        return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)
 
     def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
         """Vectors M_v such that sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""
@@ -100,7 +108,7 @@ class SparseCollector:
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
         if self._part.component.role == "head":
-            if self._part.component.others and self._sums is None:
+            if self._part.component.extra_tokens and self._sums is None:
                 self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
             sums = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
         else:
@@ -110,7 +118,7 @@ class SparseCollector:
     def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
         """The predicted tokens and the most probable others (those whose gradients, summed over positions, are largest)."""
         mass = d.sum(0).index_fill(0, keys, -torch.inf)
-        others = torch.topk(mass, min(self._part.component.others, len(mass) - len(keys))).indices
+        others = torch.topk(mass, min(self._part.component.extra_tokens, len(mass) - len(keys))).indices
         return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
@@ -122,7 +130,7 @@ class SparseCollector:
     def rows(self) -> SparseVectors:
         """The batch's whitened rows, by token."""
         part = self._part
-        limit = part.component.keys
+        limit = part.component.max_tokens
         keys = []
         vectors = []
         counts = []
@@ -180,7 +188,7 @@ class SparseMeter:
     def __init__(self, component: SparseComponent) -> None:
         layer = vocabulary_layer(component)
         self._component = component
-        self._closed_form = component.curvature.labels == "sampled" and not component.tail
+        self._closed_form = component.curvature.labels == "sampled" and not component.postprocessed
         self.layers: Sequence[Layer] = (layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..store.corpus import Form
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
+from ..store.fields import Form
 from . import models
 from .examples import DocumentEncoder, TextEncoder, VectorEncoder
 
@@ -50,6 +50,21 @@ class Batch:
     inputs: Tensor
     targets: Int[Tensor, "batch tokens"]
     valid: Bool[Tensor, "batch tokens"]
+
+
+class VocabularyLayer(NamedTuple):
+    """A layer with a vector for each token of the vocabulary: the output head or the input embeddings.
+
+    Attributes:
+        name: of the module.
+        vocabulary, width: of its weight.
+        postprocessed: the logits differ from the head's output (a soft-cap, a scale).
+    """
+
+    name: str
+    vocabulary: int
+    width: int
+    postprocessed: bool = False
 
 
 class Task(ABC):
@@ -126,12 +141,12 @@ class Task(ABC):
         """The layer that makes the predictions; its input is the model's last hidden state."""
         return [m for m in model.modules() if models.layer_sizes(m)][-1]
 
-    def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
-        """Name, vocabulary and width of an output head with sparse rows, and whether the logits differ from its output; None if absent."""
+    def sparse_head(self, model: nn.Module) -> VocabularyLayer | None:
+        """An output head with sparse rows; None if the model has none."""
         return None
 
-    def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
-        """Name, vocabulary and width of the embeddings of the batch's inputs; None if these are not tokens."""
+    def sparse_embeddings(self, model: nn.Module) -> VocabularyLayer | None:
+        """The embeddings of the batch's inputs; None if these are not tokens."""
         return None
 
 
@@ -216,7 +231,7 @@ class CausalLM(Task):
         return model.get_output_embeddings()  # type: ignore[operator]
 
     @torch.no_grad()
-    def sparse_head(self, model: nn.Module) -> tuple[str, int, int, bool] | None:
+    def sparse_head(self, model: nn.Module) -> VocabularyLayer | None:
         """See `Task`."""
         head = self.head(model)
         sizes = models.layer_sizes(head) if head is not None else None
@@ -229,15 +244,16 @@ class CausalLM(Task):
             logits = models.logits_of(model, self.probe(model, next(model.parameters()).device).inputs)
         finally:
             handle.remove()
-        return names[0], sizes[0], sizes[1], len(outputs) != 1 or not torch.equal(outputs[0].to(logits.device), logits)
+        postprocessed = len(outputs) != 1 or not torch.equal(outputs[0].to(logits.device), logits)
+        return VocabularyLayer(names[0], *sizes, postprocessed)
 
-    def sparse_embeddings(self, model: nn.Module) -> tuple[str, int, int] | None:
+    def sparse_embeddings(self, model: nn.Module) -> VocabularyLayer | None:
         """See `Task`."""
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         names = [name for name, module in model.named_modules() if module is embeddings]
         if not names or not isinstance(embeddings, nn.Embedding):
             return None
-        return names[0], embeddings.num_embeddings, embeddings.embedding_dim
+        return VocabularyLayer(names[0], embeddings.num_embeddings, embeddings.embedding_dim)
 
 
 class VectorTask(Task):

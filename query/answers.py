@@ -3,7 +3,7 @@
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Float32
 
-    from .metric import QueryRows
+    from ..store.vectors import Rows
 
 
 class BaseClient(ABC):
@@ -28,11 +28,13 @@ class BaseClient(ABC):
         """
 
     @abstractmethod
-    def scores(self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]) -> 'Float32[np.ndarray, "queries rows"]':
+    def scores(
+        self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
+    ) -> 'Float32[np.ndarray, "queries rows"]':
         """Score every row for every query; NaN for deleted rows and those that do not match the filter `where`."""
 
     @abstractmethod
-    def encode(self, queries: Sequence[Query]) -> "QueryRows":
+    def encode(self, queries: Sequence[Query]) -> "Rows":
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows."""
 
     @abstractmethod

@@ -1,86 +1,144 @@
-"""From rows to answers: ids, texts and metadata are put to what a search found."""
+"""From encoded queries to answers: one prepared scorer and one pass over the rows give hits, errors, groups and baselines."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
+from ..store.errors import UsageError
 from ..store.index import Index
-from .answers import Answer, Attribution, Baseline, Group, SearchReport
+from ..store.vectors import Rows, cut
+from .answers import Answer, Attribution, SearchReport
+from .baselines import BaselineScores, compare
+from .groups import Grouping
 from .metric import Metric
-from .search import Hits
+from .options import Options
+from .scoring import Scorer
+from .search import Hits, find, pass_size
+
+_DEFAULT_K = 10
+_MATRIX_BYTES = 256 << 20
 
 
-def make_answers(
-    index: Index,
-    asked: Sequence[Mapping[str, Any]],
-    hits: Sequence[Hits],
-    metric: Metric,
-    *,
-    opponents: bool = True,
-    where: str | None = None,
-    searched: int | None = None,
-    groups: Sequence[Sequence[Group]] | None = None,
-    baselines: Sequence[tuple[Baseline, ...]] | None = None,
-    errors: Sequence[tuple[np.ndarray, np.ndarray] | None],
+@dataclass(frozen=True)
+class AskedQuery:
+    """A query as its answer shows it.
+
+    Attributes:
+        record: its fields.
+        has_row: it is a row of the index, or a mean with one: its scores have no standard errors, since the row is coded itself.
+    """
+
+    record: Mapping[str, Any]
+    has_row: bool
+
+
+def answer_queries(
+    index: Index, queries: Sequence[AskedQuery], rows: Rows, options: Options, baselines: BaselineScores | None = None
 ) -> list[Answer]:
-    """Put ids, texts and metadata to the rows that a search found.
+    """Answer encoded queries.
 
     Args:
-        asked: what each query was.
-        where, searched: the filter, and how many rows it left.
-        groups, baselines: of each query.
-        errors: of each query the standard errors of its proponents' and its opponents' scores, where they are known.
+        rows: of the queries.
+        baselines: scores of baselines, by name; None for answers without.
+
+    Raises:
+        UsageError: an option is out of range or not possible with the index, or no row matches the filter.
     """
-    about = describe_index(index)
-    estimates = any((s.kind == "sparse" or s.dtype == "1bit") and metric.weights.get(s.name, 1.0) for s in index.manifest.components)
-    built = {s.name: s.curvature.damping for s in index.manifest.components}
-    dampings = metric.damping or (built if len(set(built.values())) > 1 else next(iter(built.values())))
-    settings: dict[str, Any] = {"mode": metric.mode, **({"damping": dampings} if metric.curvature else {"curvature": False})}
-    settings |= {"weights": dict(metric.weights)} if metric.weights else {}
-    settings |= {"layers": list(metric.layers)} if metric.layers else {}
-    settings |= {"where": where} if where is not None else {}
+    metric = Metric.of(options)
+    where = options.get("where")
+    searched = searched_rows(index, where)
+    if not searched.any():
+        raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
+    k = options.get("k")
+    k = _DEFAULT_K if k is None else min(k, len(index))
+    recall = options.get("recall", 1.0)
+    column = options.get("group_by")
+    grouping = None if column is None else Grouping(index, column, searched)
+    needs_matrix = grouping is not None or baselines is not None
+    size = pass_size(recall)
+    if needs_matrix:
+        size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
+    settings = _settings(index, metric, where)
     answers = []
-    for number, (query, hit, known) in enumerate(zip(asked, hits, errors, strict=True)):
-        answers.append(
-            Answer(
-                query={**query, **settings},
-                proponents=_attributions(index, hit.proponents, hit.proponent_scores, known and known[0]),
-                opponents=_attributions(index, hit.opponents, hit.opponent_scores, known and known[1]) if opponents else (),
-                search=SearchReport(
-                    method="exact" if hit.recall == 1 else "by quantized scan and rescore",
-                    rows=len(index) if searched is None else searched,
-                    candidates=hit.candidates,
-                    recall=hit.recall,
-                    estimates=estimates,
-                    note=hit.note,
-                    seconds=hit.seconds,
-                ),
-                index=about,
-                groups=tuple(groups[number]) if groups is not None else None,
-                baselines=baselines[number] if baselines is not None else None,
+    for first in range(0, len(queries), size):
+        scorer = Scorer.of(index, cut(rows, first, first + size), metric)
+        all_hits, matrix = find(scorer, k, searched, recall, needs_matrix)
+        for number, (query, hits) in enumerate(zip(queries[first : first + size], all_hits, strict=True)):
+            sides = {"proponents": _attributions(scorer, number, query, hits.proponents, hits.proponent_scores)}
+            if options.get("opponents", True):
+                sides["opponents"] = _attributions(scorer, number, query, hits.opponents, hits.opponent_scores)
+            compared = None
+            if baselines is not None and matrix is not None:
+                scores = {name: columns[:, first + number] for name, columns in baselines.items()}
+                compared = compare(index, scores, matrix[number], searched, hits.proponents.tolist(), k)
+            answers.append(
+                Answer(
+                    query={**query.record, **settings},
+                    proponents=sides["proponents"],
+                    opponents=sides.get("opponents", ()),
+                    search=_report(index, metric, hits, int(searched.sum())),
+                    index=describe_index(index),
+                    groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
+                    baselines=compared,
+                )
             )
-        )
     return answers
 
 
+def searched_rows(index: Index, where: str | None) -> Bool[np.ndarray, " rows"]:
+    """Return a mask of the rows that are not deleted and match a filter.
+
+    Raises:
+        UsageError: the filter is invalid.
+    """
+    return index.alive if where is None else index.alive & index.matching(where)
+
+
+def _settings(index: Index, metric: Metric, where: str | None) -> dict[str, Any]:
+    """Return the settings that an answer shows with its query."""
+    settings = metric.settings()
+    if metric.curvature:
+        built = {component.name: component.curvature.damping for component in index.manifest.components}
+        several = len(set(built.values())) > 1
+        settings["damping"] = metric.damping or (built if several else next(iter(built.values())))
+    if where is not None:
+        settings["where"] = where
+    return settings
+
+
+def _report(index: Index, metric: Metric, hits: Hits, searched: int) -> SearchReport:
+    components = index.manifest.components
+    return SearchReport(
+        method="exact" if hits.recall == 1 else "by quantized scan and rescore",
+        rows=searched,
+        candidates=hits.candidates,
+        recall=hits.recall,
+        estimates=any(component.one_bit and metric.weights.get(component.name, 1.0) for component in components),
+        note=hits.note,
+        seconds=hits.seconds,
+    )
+
+
 def describe_index(index: Index) -> dict[str, Any]:
-    """What an answer says of the index that it came from."""
-    m = index.manifest
+    """Describe the index of an answer, JSON-ready."""
+    manifest = index.manifest
     return {
         "path": str(index.path.resolve()),
-        "manifest": m.number,
-        "models": [model.id for model in m.models],
-        "rows": m.rows,
-        "components": [s.name for s in m.components],
-        "measured": [round(part.share, 4) for part in m.build.tracked],
+        "manifest": manifest.number,
+        "models": [model.id for model in manifest.models],
+        "rows": manifest.rows,
+        "components": [component.name for component in manifest.components],
+        "measured": [round(tracked.share, 4) for tracked in manifest.build.tracked],
     }
 
 
-def _attributions(index: Index, rows: np.ndarray, scores: np.ndarray, errors: np.ndarray | None) -> tuple[Attribution, ...]:
-    found = []
-    known = [None] * len(rows) if errors is None else errors.tolist()
-    for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), known, strict=True), 1):
-        e = index.example(row)
-        found.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata, error))
-    return tuple(found)
+def _attributions(scorer: Scorer, query_number: int, query: AskedQuery, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:
+    errors = [None] * len(rows) if query.has_row else scorer.standard_errors(query_number, rows).tolist()
+    attributions = []
+    for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), errors, strict=True), 1):
+        e = scorer.index.example(row)
+        attributions.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata, error))
+    return tuple(attributions)

@@ -1,12 +1,11 @@
-"""Baselines beside an answer: what words, the model's own embedding, and the size of the gradient alone would have said.
+"""Baselines: scores from words, from the model's hidden states, and from the length of the gradient.
 
     bm25     the search engine's classic over words (Robertson and Zaragoza, 2009)
     hidden   cosine of the mean last hidden states, where the build kept them (--hidden)
     norm     the row's length alone, the same for every query
 
-Of a contrast of two completions, words and states say the difference of what they say of each.
-
-Where a baseline finds the same rows, influence has told nothing that it does not.
+The score of a contrast of two completions is the difference of their scores. Where a baseline finds the same rows as influence, the cheaper
+baseline would have sufficed.
 """
 
 import importlib
@@ -19,10 +18,10 @@ from jaxtyping import Bool, Float, Float32
 from ..store.errors import UsageError
 from ..store.index import Index
 from .answers import Baseline
-from .metric import Metric, QueryRows
-from .scoring import all_scores
 
 Scores = Float[np.ndarray, "examples queries"]
+BaselineScores = Mapping[str, Scores]
+"""Scores of all rows for each query, by baseline."""
 
 
 class Words:
@@ -57,34 +56,39 @@ def cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries
 
 def compare(
     index: Index,
-    queries: QueryRows,
-    baselines: Mapping[str, Scores],
-    metric: Metric,
-    allowed: Bool[np.ndarray, " rows"],
-    found: Sequence[Sequence[int]],
+    baselines: Mapping[str, Float[np.ndarray, " rows"]],
+    scores: Float32[np.ndarray, " searched"],
+    searched: Bool[np.ndarray, " rows"],
+    proponents: Sequence[int],
     k: int,
-) -> list[tuple[Baseline, ...]]:
-    """For each query, what each baseline says.
+) -> tuple[Baseline, ...]:
+    """Compare a query's scores with those of baselines.
 
     Args:
-        baselines: name -> scores of all rows, by query.
-        allowed: which rows were searched.
-        found: each query's proponents.
+        baselines: by name, scores of all rows.
+        scores: of the searched rows.
+        searched: mask of the rows.
+        proponents: rows.
+        k: rows that each baseline returns.
     """
-    ours = np.concatenate([block for _, block in all_scores(index, queries, metric)], axis=1)[:, allowed]
-    rows, ranks = np.flatnonzero(allowed), [_ranks(own) for own in ours]
-    answers = []
-    for query, proponents in enumerate(found):
-        beside = []
-        for name, scores in baselines.items():
-            own = scores[allowed, query]
-            best = np.argsort(-own, kind="stable")[:k]
-            chosen = rows[best].tolist()
-            ids = tuple(index.example(row).id for row in chosen)
-            shared = len(set(chosen) & set(proponents))
-            beside.append(Baseline(name, tuple(chosen), ids, tuple(own[best].tolist()), _correlation(ranks[query], _ranks(own)), shared))
-        answers.append(tuple(beside))
-    return answers
+    rows = np.flatnonzero(searched)
+    ranks = _ranks(scores)
+    compared = []
+    for name, all_scores in baselines.items():
+        baseline_scores = all_scores[searched]
+        best = np.argsort(-baseline_scores, kind="stable")[:k]
+        best_rows = rows[best].tolist()
+        compared.append(
+            Baseline(
+                name=name,
+                rows=tuple(best_rows),
+                ids=tuple(index.example(row).id for row in best_rows),
+                scores=tuple(baseline_scores[best].tolist()),
+                correlation=_correlation(ranks, _ranks(baseline_scores)),
+                shared=len(set(best_rows) & set(proponents)),
+            )
+        )
+    return tuple(compared)
 
 
 def _ranks(scores: Float32[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:

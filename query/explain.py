@@ -1,4 +1,4 @@
-"""Why a row has its score: exact splits by component, by layer, block and shared token, read from the rows; and, with the model, by token.
+"""Splits of a score by component, layer, block and shared token, from the stored rows.
 
 A score is a sum over components, of a dense component over layers, of a sparse one over the tokens that query and row share. Layers cannot
 be told apart where coordinates were mixed (folded, or rotated for one bit each).
@@ -8,35 +8,32 @@ import re
 from collections.abc import Sequence
 
 from .answers import Part
-from .parts import DenseQueries
 from .scoring import Scorer
 
 
 def split_score(scorer: Scorer, query: int, row: int) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
-    """A score's parts by component, by layer, and by shared token (named by its id), as they are stored."""
+    """Split a score by component, by layer, and by shared token (named by its id), from the stored rows."""
     scale = scorer.scale(query, row)
     shard, offset = scorer.index.locate(row)
-    components, layers, tokens = [], [], []
-    for p in scorer.parts:
-        if isinstance(p, DenseQueries):
-            total, by_layer = p.split(scorer.index, shard, offset, query)
-            layers += [Part(name, score * scale, p.component.name) for name, score in by_layer.items()]
-        else:
-            found = p.split(scorer.index, shard, offset, query)
-            total = sum(found.values())
-            layers.append(Part(p.component.layer, total * scale, p.component.name))
-            tokens += [Part(str(token), score * scale, p.component.name, token) for token, score in found.items()]
-        components.append(Part(p.component.name, total * scale))
+    components: list[Part] = []
+    layers: list[Part] = []
+    tokens: list[Part] = []
+    for operand in scorer.operands:
+        name = operand.component.name
+        split = operand.split(scorer.index, shard, offset, query)
+        components.append(Part(name, split.total * scale))
+        layers += [Part(layer, score * scale, name) for layer, score in split.layers.items()]
+        tokens += [Part(str(token), score * scale, name, token) for token, score in split.tokens.items()]
     return _sorted(components), _sorted(layers), _sorted(tokens)
 
 
 def by_block(layers: Sequence[Part]) -> tuple[Part, ...]:
-    """The sums of each block's layers, `transformer.h.3` of `transformer.h.3.mlp.c_fc`; a layer outside stands for itself."""
+    """Sum the parts of each block's layers, such as those of `transformer.h.3`; a layer outside of blocks is its own block."""
     sums: dict[tuple[str, str | None], float] = {}
     for part in layers:
         block = re.match(r"(.*?\.\d+)\.", part.name)
-        at = (block[1] if block else part.name, part.component)
-        sums[at] = sums.get(at, 0.0) + part.score
+        key = (block[1] if block else part.name, part.component)
+        sums[key] = sums.get(key, 0.0) + part.score
     return _sorted([Part(name, score, component) for (name, component), score in sums.items()])
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from ..store.errors import UsageError
 from ..store.files import storage_errors
 from ..store.index import Index
-from .answers import Query
+from .options import Query
 
 _BLOCK_BYTES = 256 << 20
 Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]]

@@ -72,9 +72,9 @@ class Query:
         Option("Chat messages, rendered by the chat template; the loss is on the assistant's turns.", longest=200, file=True),
     ] = field(default=None, hash=False)
     tools: Annotated[Messages | None, Option("Tools for the chat template.", longest=1000)] = field(default=None, hash=False)
-    features: Annotated[
-        Sequence[float] | None, Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000)
-    ] = field(default=None, hash=False)
+    features: Annotated[Sequence[float] | None, Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000)] = (
+        field(default=None, hash=False)
+    )
     label: Annotated[int | None, Option("Label of the vector.", low=0, high=2**31)] = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Query:
         if problem is not None:
             raise UsageError(problem)
 
-    def _problem(self) -> str | None:
+    def _problem(self) -> str | None:  # noqa: PLR0911
         forms = [name for name in ("completion", "text", "messages", "row", "features") if getattr(self, name) is not None]
         if len(forms) != 1 or (self.prompt and forms != ["completion"]):
             return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
@@ -164,9 +164,7 @@ class Options(ScoreOptions, total=False):
         str | None,
         Option("Search only rows that match a filter, such as 'source == \"web\" and year >= 2020'.", longest=4000),
     ]
-    group_by: Annotated[
-        str | None, Option("A column, such as source: the influence of each of its values, with intervals.", longest=200)
-    ]
+    group_by: Annotated[str | None, Option("A column, such as source: the influence of each of its values, with intervals.", longest=200)]
     mean: Annotated[bool, Option("Answer the queries' weighted mean as one query.")]
     recall: Annotated[
         float,
@@ -214,9 +212,10 @@ class OptionField:
             return
         if not isinstance(value, types[self.kind]) or (isinstance(value, bool) and self.kind is not bool):
             raise UsageError(f"{name} is {value!r:.80}, of another type than it can have")
-        low, high = self.option.low, self.option.high
-        if isinstance(value, Real) and not isinstance(value, bool) and not (value if low is None else low) <= value <= (value if high is None else high):
-            limits = f"at least {low:g}" if high is None or high >= _LARGEST_ROW else f"between {low:g} and {high:g}"
+        low = self.option.low
+        high = self.option.high
+        if low is not None and high is not None and not low <= float(value) <= high:
+            limits = f"at least {low:g}" if high >= _LARGEST_ROW else f"between {low:g} and {high:g}"
             raise UsageError(f"{name} is {value}; it must be {limits}")
         if self.choices and value not in self.choices:
             raise UsageError(f"{name} is {value!r:.80}; it can be {', '.join(self.choices)}")

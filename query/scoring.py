@@ -26,139 +26,140 @@ from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Group, Index
-from ..store.manifest import SparseComponent
-from ..store.shard import Shard
-from ..store.sparse import SparseVectors
-from .metric import Metric, Mode, QueryRows, matched
-from .parts import DenseQueries, SparseQueries
+from ..store.vectors import Rows, count
+from .metric import Metric, matched
+from .operands import OPERANDS, Estimates, Operand
+from .options import Mode
 
 _SHORTEST = 1e-37  # lengths whose inverse is a float32
 
 
 @dataclass(frozen=True)
-class Estimates:
-    """What one-bit codes say of a group's rows, for some queries: a score is about `(sure + guess) * scale`.
+class EstimatedScores:
+    """Estimated scores of a group's rows: (exact + estimate) * scale.
 
     Attributes:
-        sure: what is exact: sparse components' part.
-        guess: what dense components' codes estimate.
-        deviations: standard deviations of the guesses (times `scale`: of the scores).
-        scale: under cosine one over the lengths, under loss-normalized over the losses; 0 where a row has none.
+        exact: the part of sparse components, whose posting lists are cheap.
+        estimate: the part of dense components, from scan codes.
+        deviations: standard deviations of the estimates (times `scale`: of the scores).
+        scale: under cosine one over the lengths, under loss-normalized over the losses; 0 for a row without one.
     """
 
-    sure: Float32[np.ndarray, "queries rows"]
-    guess: Float32[np.ndarray, "queries rows"]
+    exact: Float32[np.ndarray, "queries rows"]
+    estimate: Float32[np.ndarray, "queries rows"]
     deviations: Float32[np.ndarray, "queries rows"]
     scale: Float32[np.ndarray, "queries rows"]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Some queries, ready to be compared with an index's rows."""
+    """Queries prepared for scores with the rows of an index: one for a whole answer.
+
+    Attributes:
+        operands: the queries of each component that counts.
+        norms: the queries' lengths under the metric.
+    """
 
     index: Index
-    parts: Sequence[DenseQueries | SparseQueries]
+    operands: Sequence[Operand]
     norms: Float64[np.ndarray, " queries"]
     mode: Mode
 
     @classmethod
-    def of(cls, index: Index, queries: QueryRows, metric: Metric) -> "Scorer":
+    def of(cls, index: Index, queries: Rows, metric: Metric) -> "Scorer":
         """Prepare queries.
 
         Raises:
-            UsageError: no component is left, or none is called so; the metric does not go with the index.
+            UsageError: no component remains, a named component does not exist, or the metric is not possible with the index.
         """
-        parts = _prepare(index, queries, metric)
-        norms = np.sqrt(sum((p.weight * p.squared_norms for p in parts), np.zeros(_count(queries))))
-        return cls(index, parts, norms, metric.mode)
+        operands: list[Operand] = []
+        weights = _weights(index, metric)
+        for component in index.manifest.components:
+            weight = weights[component.name]
+            if weight:
+                operands.append(OPERANDS[component.kind].of(index, component, queries[component.name], metric, weight))  # type: ignore[arg-type]
+        norms = np.sqrt(sum((operand.weight * operand.squared_norms for operand in operands), np.zeros(count(queries))))
+        return cls(index, operands, norms, metric.mode)
 
     def __len__(self) -> int:
-        """Queries."""
+        """Number of queries."""
         return len(self.norms)
 
     def scores(self, group: Group) -> Float32[np.ndarray, "queries rows"]:
-        """Exact scores of a group's rows."""
+        """Compute the scores of a group's rows."""
         scores = np.zeros((len(self), group.rows), np.float32)
-        squared = np.zeros(group.rows) if self.mode == "cosine" else None
-        for p in self.parts:
-            p.add(self.index, group, scores, squared)
+        squared = self._squared(group)
+        for operand in self.operands:
+            operand.add(self.index, group, scores, squared)
         scores = scores if self.mode == "influence" else scores * self._scale(group, squared)
-        if not np.isfinite(scores).all():
-            raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
+        _check_finite(scores)
         return scores
 
-    def estimates(self, group: Group) -> Estimates:
-        """Estimated scores of a group's rows; `refusal` says when there are none."""
+    def estimates(self, group: Group) -> EstimatedScores:
+        """Estimate the scores of a group's rows, where `refusal` is None."""
         shape = len(self), group.rows
-        sure, guess, variances = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape)
-        squared = np.zeros(group.rows) if self.mode == "cosine" else None
-        for p in self.parts:
-            if isinstance(p, SparseQueries):
-                p.add(self.index, group, sure, squared)
-            else:
-                p.estimate(self.index, group, guess, variances, squared)
-        if not (np.isfinite(sure).all() and np.isfinite(guess).all() and np.isfinite(variances).all()):
-            raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
-        return Estimates(sure, guess, np.sqrt(variances, out=variances).astype(np.float32), self._scale(group, squared))
+        sums = Estimates(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape), self._squared(group))
+        for operand in self.operands:
+            operand.estimate(self.index, group, sums)
+        _check_finite(sums.exact, sums.estimate, sums.variances)
+        deviations = np.sqrt(sums.variances).astype(np.float32)
+        return EstimatedScores(sums.exact, sums.estimate, deviations, self._scale(group, sums.squared))
 
     def refusal(self) -> str | None:
-        """Why rows cannot be estimated from one-bit codes, if they cannot."""
-        for p in self.parts:
-            if isinstance(p, DenseQueries) and self.mode == "cosine" and p.change is not None:
-                return "lengths under another damping, or of some layers, are known only of rows that are read"
-            if (
-                isinstance(p, DenseQueries)
-                and p.component.dtype != "1bit"
-                and any(self.index.scan_codes(group, p.component) is None for group in self.index.groups)
-            ):
-                return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
-        return None
+        """Return the reason why a quantized scan is not possible or not useful, if there is one."""
+        if all(operand.exact_scan for operand in self.operands):
+            return "these are all sparse, and the posting lists of a query's tokens are short"
+        reasons = (operand.refusal(self.index, self.mode) for operand in self.operands)
+        return next((reason for reason in reasons if reason is not None), None)
 
-    def read(self, query: int, rows: Int64[np.ndarray, " chosen"]) -> Float32[np.ndarray, " chosen"]:
-        """Dense components' exact part of a query's scores with some rows, in the place of their guesses."""
-        found = [p.read(self.index, rows, query) for p in self.parts if isinstance(p, DenseQueries)]
-        return np.stack(found).sum(axis=0, dtype=np.float32)
+    def read(self, query: int, rows: Int64[np.ndarray, " rows"]) -> Float32[np.ndarray, " rows"]:
+        """Return the exact part of a query's scores with some rows, in place of their estimates."""
+        return np.stack([operand.read(self.index, rows, query) for operand in self.operands]).sum(axis=0, dtype=np.float32)
 
-    def variance(self, query: int, row: int) -> float:
-        """Of a query's score with a row: see `standard_errors`."""
+    def standard_errors(self, query: int, rows: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
+        """Compute the standard errors that one-bit codes give to a query's scores with some rows; 0 for other codes.
+
+        With D coordinates rotated, of which b are kept, the estimate of <v, q> from one bit each has the variance
+        (|v|^2 |q|^2 - <v, q>^2) (pi/2 D/b - 1) / D (RaBitQ, arXiv 2405.12497, for b = D); <v, q> is taken as 0 here, which errs upwards.
+        Tokens and coordinates that are not stored are not in it.
+        """
+        return np.sqrt([self._variance(query, row) for row in rows.tolist()])
+
+    def _variance(self, query: int, row: int) -> float:
         shard, offset = self.index.locate(row)
-        variance = sum(p.variance(self.index, shard, offset, query) for p in self.parts)
+        variance = sum(operand.variance(self.index, shard, offset, query) for operand in self.operands)
         return variance * self.scale(query, row) ** 2
 
     def scale(self, query: int, row: int) -> float:
-        """What the products of a query's components with a row's are multiplied with to give its score."""
+        """Return the factor that turns the sum of a query's products with a row into its score."""
         shard, offset = self.index.locate(row)
         if self.mode == "influence":
             return 1.0
         if self.mode == "loss-normalized":
             length = float(self.index.losses(shard)[offset])
         else:
-            length = float(np.sqrt(self._squared_length(shard, offset)) * self.norms[query])
+            squared = sum(operand.weight * operand.squared_length(self.index, shard, offset) for operand in self.operands)
+            length = float(np.sqrt(squared) * self.norms[query])
         return 1.0 / length if length > 0 else 0.0
 
-    def squared_length(self, rows: QueryRows, stored: bool) -> float:
-        """The squared length of one row, at hand and not coded, under the metric.
+    def squared_length(self, rows: Rows, stored: bool) -> float:
+        """Compute the squared length under the metric of a single row in memory, before coding.
 
         Args:
-            stored: whether what is not stored of rows is left out.
+            stored: leave out coordinates that are not stored.
         """
         total = 0.0
-        for p in self.parts:
-            row = rows[p.component.name]
-            if isinstance(p, DenseQueries):
-                assert isinstance(row, np.ndarray)
-                whole = row[0].astype(np.float64)
-                total += float((p.weighed(self.index, row[0]).astype(np.float64) if stored else whole * p.factors) @ whole)
-            else:
-                assert isinstance(row, SparseVectors)
-                total += float((p.weighed(self.index, row).vectors.astype(np.float64) * row.vectors).sum())
+        for operand in self.operands:
+            row = rows[operand.component.name]
+            total += float(operand.scaled(self.index, row, stored).inner_products(row).sum(dtype=np.float64))
         return total
 
-    def _squared_length(self, shard: Shard, offset: int) -> float:
-        return sum(p.weight * p.squared_length(self.index, shard, offset) for p in self.parts)
+    def _squared(self, group: Group) -> Float64[np.ndarray, " rows"] | None:
+        """Return zeros for the rows' squared lengths, if the mode needs them."""
+        return np.zeros(group.rows) if self.mode == "cosine" else None
 
     def _scale(self, group: Group, squared: Float64[np.ndarray, " rows"] | None) -> Float32[np.ndarray, "queries rows"]:
-        """What inner products are multiplied with."""
+        """Return the factors that turn sums of products into scores."""
         if squared is not None:
             lengths = self.norms[:, None] * np.sqrt(squared)[None]
         elif self.mode == "loss-normalized":
@@ -166,6 +167,11 @@ class Scorer:
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))
         return np.divide(1.0, lengths, out=np.zeros(lengths.shape), where=lengths > _SHORTEST).astype(np.float32)
+
+
+def _check_finite(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
 
 
 Result = TypeVar("Result")
@@ -189,64 +195,39 @@ def by_group(groups: Sequence[Group], function: Callable[[Group], Result]) -> It
             yield group, made.result()
 
 
-def all_scores(index: Index, queries: QueryRows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-    """Every score, as (first row, scores of a group's rows), in row order; those of deleted rows too."""
+def all_scores(index: Index, queries: Rows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
+    """Yield the scores of each group of rows with its first row, in row order; deleted rows are scored, too."""
     for group, scores in by_group(index.groups, Scorer.of(index, queries, metric).scores):
         yield group.first, scores
 
 
-def standard_errors(
-    index: Index, queries: QueryRows, metric: Metric, rows: Sequence[Int64[np.ndarray, " found"]]
-) -> list[Float64[np.ndarray, " found"]]:
-    """Standard errors of each query's scores with some rows: what coding rows in one bit a coordinate adds to them; 0 for other codes.
-
-    With D coordinates rotated, of which b are kept, the estimate of <v, q> from one bit each has the variance
-    (|v|^2 |q|^2 - <v, q>^2) (pi/2 D/b - 1) / D (RaBitQ, arXiv 2405.12497, for b = D); <v, q> is taken as 0 here, which errs upwards. What
-    was left out of the rows altogether, tokens or coordinates, is not in it.
-
-    Args:
-        rows: of each query.
-    """
-    scorer = Scorer.of(index, queries, metric)
-    return [np.sqrt([scorer.variance(query, row) for row in own.tolist()]) for query, own in enumerate(rows)]
+def score_matrix(index: Index, queries: Rows, metric: Metric = Metric()) -> Float32[np.ndarray, "queries rows"]:
+    """Compute all scores; deleted rows are scored, too."""
+    return np.concatenate([scores for _, scores in all_scores(index, queries, metric)], axis=1)
 
 
-def _prepare(index: Index, queries: QueryRows, metric: Metric) -> list[DenseQueries | SparseQueries]:
-    """The queries of every component that counts.
+def _weights(index: Index, metric: Metric) -> dict[str, float]:
+    """Return the weight of each component under a metric.
 
     Raises:
-        UsageError: no component is left, or none is called so.
+        UsageError: no component remains, or a named one does not exist.
     """
-    names = {s.name for s in index.manifest.components}
-    unknown = sorted(metric.weights.keys() - names - {s.part for s in index.manifest.components})
+    components = index.manifest.components
+    names = ", ".join(component.name for component in components)
+    unknown = sorted(metric.weights.keys() - {name for component in components for name in (component.name, component.part)})
     if unknown:
-        raise UsageError(f"there is no component {unknown[0]!r}; this index has {', '.join(s.name for s in index.manifest.components)}")
-    weights = {s.name: s.weight for s in index.manifest.components}
-    for s in index.manifest.components:
-        for name in {s.part, s.name} & metric.weights.keys():
-            weights[s.name] *= metric.weights[name]
+        raise UsageError(f"there is no component {unknown[0]!r}; this index has {names}")
+    weights = {}
+    for component in components:
+        factors = [metric.weights[name] for name in {component.name, component.part} & metric.weights.keys()]
+        weights[component.name] = component.weight * float(np.prod(factors))
     if not any(weights.values()):
         raise UsageError("every component has the weight 0; leave at least one")
-    if metric.layers:
-        weights = {s.name: weights[s.name] if matched(s, metric.layers).any() else 0.0 for s in index.manifest.components}
-        if not any(weights.values()):
-            layers = [
-                n for s in index.manifest.components for n in ([s.layer] if s.kind == "sparse" else [layer.name for layer in s.layers])
-            ]
-            raise UsageError(
-                f"no layer of this index matches {', '.join(metric.layers)}; it has {', '.join(layers[:6])}{' ...' * (len(layers) > 6)}"
-            )
-    prepared: list[DenseQueries | SparseQueries] = []
-    for component in (s for s in index.manifest.components if weights[s.name]):
-        rows = queries[component.name]
-        if isinstance(component, SparseComponent):
-            assert isinstance(rows, SparseVectors)
-            prepared.append(SparseQueries.make(index, component, rows, metric, weights[component.name]))
-        else:
-            assert isinstance(rows, np.ndarray)
-            prepared.append(DenseQueries.make(index, component, rows, metric, weights[component.name]))
-    return prepared
-
-
-def _count(queries: QueryRows) -> int:
-    return len(next(iter(queries.values())))
+    for component in components:
+        if not matched(component.layer_names, metric.layers).any():
+            weights[component.name] = 0.0
+    if not any(weights.values()):
+        layers = [name for component in components for name in component.layer_names]
+        shown = ", ".join(layers[:6]) + " ..." * (len(layers) > 6)
+        raise UsageError(f"no layer of this index matches {', '.join(metric.layers)}; it has {shown}")
+    return weights

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Group, Index
-from .metric import Metric, QueryRows, count, cut
+from ..store.vectors import Rows, count, cut
+from .metric import Metric
 from .scoring import Scorer, by_group
 
 _EXACT_PASS, _SCAN_PASS = 64, 8
@@ -56,7 +57,7 @@ class Hits:
 
 def search(
     index: Index,
-    queries: QueryRows,
+    queries: Rows,
     k: int,
     metric: Metric = Metric(),
     allowed: Bool[np.ndarray, " rows"] | None = None,
@@ -86,7 +87,7 @@ def pass_size(recall: float) -> int:
     return _EXACT_PASS if recall == 1 else _SCAN_PASS
 
 
-def passes(queries: QueryRows, size: int) -> Iterator[QueryRows]:
+def passes(queries: Rows, size: int) -> Iterator[Rows]:
     """Split queries into passes."""
     for first in range(0, count(queries), size):
         yield cut(queries, first, first + size)

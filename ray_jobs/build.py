@@ -6,9 +6,7 @@ The manifest is written last; until then there is no index.
 """
 
 import json
-import re
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,41 +18,40 @@ from typing import Any
 
 import numpy as np
 
+from ..indexer.budget import row_cost
+from ..indexer.calibrate import Agreement, calibrate
 from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderPlan
 from ..indexer.fit import Fit, with_known_sample
+from ..indexer.models import LoadedModel, ModelSource
 from ..indexer.tasks import find_task
 from ..store.arrays import ArrayFile
-from ..store.bits import rotate
 from ..store.corpus import describe_sources
-from ..store.dense import DenseRows, block_rows, row_bytes
-from ..store.documents import Documents
+from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WherefromError, WorkerError
 from ..store.files import PLAN, exclusive, publish, read_json, regular_size, storage_errors, write_whole
-from ..store.index import Index, dense_reduction
+from ..store.index import Index
+from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
     FORMAT_VERSION,
     Build,
-    DenseComponent,
+    Component,
     FileRecord,
     Manifest,
     Model,
-    SparseComponent,
     Tokenizer,
-    Tracked,
     What,
     latest_manifest,
     read_manifest,
 )
-from ..store.postings import Postings, byte_tables
-from ..store.shard import Shard, documents_path, open_rows, publish_index, rows_path
-from ..store.sparse import SparseRows, inner_products
-from .budget import count_tokens, spend
+from ..store.shard import Shard, documents_path, publish_index, rows_path
 from .config import BuildConfig
 from .corpus import CorpusPlan, plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
+from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .worker import AboutModel, Worker, absolute, document_encoder
+from .schema import select_components
+from .worker import Worker, absolute, document_encoder, model_sources
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
@@ -63,18 +60,15 @@ _FIT_PART = 64
 _COMPARED_ROWS = 256
 _COMPARED_COORDINATES = 1 << 26
 _COUNTED = 1024
-_LITTLE = 0.5  # a share of the parameters below which it is said that the rest is not measured
-_NAMED = 20
-_SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
-_SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One build's directory, configuration and identity."""
+    """A build's directory, configuration, models and identity."""
 
     config: BuildConfig
     out: Path
+    sources: Sequence[ModelSource]
     fingerprint: str
     reporter: Reporter
 
@@ -83,135 +77,82 @@ class _Job:
         return self.out / "staging"
 
 
-def build(config: BuildConfig, reporter: Reporter | None = None) -> Manifest:
-    """Build an index, or go on with a build that was interrupted, or find it finished.
+def build(config: BuildConfig, reporter: Reporter | None = None, loaded: Sequence[LoadedModel] = ()) -> Manifest:
+    """Build an index, resume a build that was interrupted, or return the manifest of a finished one.
+
+    Args:
+        reporter: of progress.
+        loaded: the models in memory, in the order of the configuration's names.
 
     Returns:
         The published manifest.
 
     Raises:
-        UsageError: options that cannot be meant, or `out` holds something else.
+        UsageError: an invalid option, or `out` contains something else.
         BusyError: another build is writing there.
-        DataError, NumericalError, StorageError, WorkerError, ...: see store/errors.py; what is finished is kept.
+        WherefromError: see store/errors.py; finished stages are kept.
     """
     reporter = reporter or Silent()
     out = Path(config.out)
     refuse_occupied(out)
-    sources = describe_sources(config.sources)
-    encoder = document_encoder(config)
-    fresh = not out.exists()
+    corpus_files = describe_sources(config.sources)
+    # A worker's working directory may be another one.
+    absolute_config = config.replace(model=tuple(map(absolute, config.models)), out=str(out.resolve()))
+    sources = model_sources(absolute_config)
+    if loaded:
+        options = config.dtype, config.device, config.trust_remote_code
+        sources = tuple(ModelSource.of(model, *options) for model in loaded)
+    encoder = document_encoder(config, sources)
+    is_new = not out.exists()
     try:
-        own = replace(
-            config, model=tuple(map(absolute, config.models)), out=str(out.resolve())
-        )  # a worker's working directory may be its own
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
-        with exclusive(out), open_executor(partial(Worker, own), resources) as executor:
-            models, plan, about_models = executor.call("describe")
+        with exclusive(out), open_executor(partial(Worker, absolute_config, sources), resources) as executor:
+            models, plan, facts = executor.call("describe")
             what = {
                 "format": FORMAT_VERSION,
-                "options": config.what(),
+                "options": config.content_options(),
                 "models": [model.fingerprint for model in models],
                 "tokenizer": encoder.fingerprint,
-                "corpus": sources,
+                "corpus": corpus_files,
             }
-            job = _Job(config, out, digest(json.dumps(what, sort_keys=True).encode()).hexdigest(), reporter)
+            job = _Job(config, out, sources, digest(json.dumps(what, sort_keys=True).encode()).hexdigest(), reporter)
             finished = _finished(job, what)
             if finished is not None:
                 return finished
             _claim(job, what)
             corpus = _write_corpus(job, models, plan, executor.call("vocabulary"))
-            plan = _afforded(job, plan, corpus)
-            for note in (notes := _notes(about_models, plan)):
+            plan = select_components(config, plan, _sampled_examples(job, corpus))
+            notes = model_notes(facts, plan.components)
+            for note in notes:
                 reporter.note(note)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            components, weighed = _weighted(job, executor, plan, arrays, corpus)
-            plan = replace(plan, components=components)
-            made = Build(
+            components, calibration = _calibrated(job, executor, plan, arrays, corpus)
+            silent = silent_components(out, shards[0], components)
+            for note in silent:
+                reporter.note(note)
+            record = Build(
                 what=What.model_validate_json(json.dumps(what)),
-                how=config.how(),
+                how=config.runtime_options(),
                 batch_tokens=plan.batch_tokens,
-                tracked=tuple(tracked(about, plan.components, number) for number, about in enumerate(about_models)),
-                weighed=weighed,
+                tracked=tuple(tracked(model, components, number) for number, model in enumerate(facts)),
+                calibration=calibration,
                 **corpus.counts(),
                 **corpus.not_kept(),
                 **not_finite(out, shards),
-                notes=(*notes, *(silent := _zeros(out, shards[0], components))),
+                notes=(*notes, *silent),
             )
-            for note in silent:
-                reporter.note(note)
-            return _publish(job, made, models, plan, file, shards)
+            return _publish(job, record, models, components, file, shards)
     except BaseException as error:
-        kept = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
-        if fresh and not out.is_symlink() and out.is_dir() and not list(out.glob("rows/*")) and (not kept or not _begun(out)):
-            shutil.rmtree(out)  # a build that cannot go on as it was asked leaves nothing behind
+        resumable = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
+        has_rows = bool(list(out.glob("rows/*")))
+        if is_new and not out.is_symlink() and out.is_dir() and not has_rows and (not resumable or not _begun(out)):
+            shutil.rmtree(out)  # a build that cannot be resumed with the same options leaves nothing behind
         raise
 
 
 def _begun(out: Path) -> bool:
     return bool({p.name for p in out.iterdir()} - {".lock"})
-
-
-def _notes(about: Sequence[AboutModel], plan: EncoderPlan) -> tuple[str, ...]:
-    """What whoever reads the answers should know of the models."""
-    notes: list[str] = []
-    for number, model in enumerate(about):
-        notes += model.notes
-        found = tracked(model, plan.components, number)
-        if found.share < _LITTLE:
-            some = ", ".join(found.left_out[:4]) + (" ..." if len(found.left_out) > 4 else "")
-            whose = "the parameters that the adapter trained" if model.trained is not None else "the model's parameters"
-            notes.append(f"the rows measure {found.share:.1%} of {whose}; they do not measure {some}")
-    return tuple(notes)
-
-
-def tracked(model: AboutModel, components: Sequence[DenseComponent | SparseComponent], number: int) -> Tracked:
-    """How many of a model's parameters have gradients in the rows; of an adapter, how many of those that it trained."""
-    layers = {
-        n for s in components if s.model == number for n in ([s.layer] if isinstance(s, SparseComponent) else [x.name for x in s.layers])
-    }
-    counted, whole, left_out = 0, 0, Counter[str]()
-    for owners, name, size in model.parameters:
-        if model.trained is not None and not model.trained & set(owners):
-            continue
-        whole += size
-        if name == "weight" and layers & set(owners):
-            counted += size
-        else:
-            left_out[re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{owners[0]}.{name}".removesuffix(".weight"))] += size
-    return Tracked(parameters=counted, of=whole, left_out=tuple(name for name, _ in left_out.most_common(_NAMED)))
-
-
-def not_finite(out: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-    """How many rows were stored as zeros, because the model's loss or gradient of them is not finite, and the first of them."""
-    count, first = 0, list[str]()
-    for shard in shards:
-        losses = ArrayFile(rows_path(out, shard.id)).array("losses", (shard.rows,), "float32")
-        bad = np.flatnonzero(~np.isfinite(losses))
-        count += len(bad)
-        if len(bad) and len(first) < _NAMED:
-            documents = Documents(documents_path(out, shard.id), shard.rows)
-            first += [documents[int(row)].id for row in bad[: _NAMED - len(first)]]
-    return {"not_finite": count, "not_finite_first": tuple(first)}
-
-
-def say_not_finite(count: int, first: Sequence[str], reporter: Reporter) -> None:
-    """Name rows that were stored as zeros."""
-    if count:
-        some = ", ".join(map(repr, first[:3])) + (" ..." if count > min(3, len(first)) else "")
-        reporter.note(f"{count:,} rows are stored as zeros, since the model's loss or gradient of them is not finite: {some}")
-
-
-def _zeros(out: Path, shard: Shard, components: Sequence[DenseComponent | SparseComponent]) -> list[str]:
-    """Components all of whose gradients (in the first shard) are zero: they add nothing to any score."""
-    silent = []
-    for component in components:
-        rows = open_rows(ArrayFile(rows_path(out, shard.id)), component, shard.rows)
-        if not rows.norms.any():
-            silent.append(
-                f"the gradients of {component.name} are zero (or too small for float32) for every example: they add nothing to scores"
-            )
-    return silent
 
 
 def refuse_occupied(out: Path) -> None:
@@ -230,7 +171,7 @@ def refuse_occupied(out: Path) -> None:
 
 
 def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
-    """The index that is there already, when it is the one asked for."""
+    """Return the manifest of a finished build with the same inputs; None if there is no index."""
     if latest_manifest(job.out) is None:
         return None
     manifest = read_manifest(job.out)
@@ -258,9 +199,9 @@ def refresh_search(out: Path, reporter: Reporter) -> None:
 
 
 def _claim(job: _Job, what: dict[str, Any]) -> None:
-    """Write down which build this is, or see that the one begun here is the same; clear what a killed run left half-written.
+    """Record the inputs of this build, or check that the build that was begun here has the same.
 
-    A begun build that has no rows yet is nothing to protect: another one takes its place.
+    A build that has no rows yet is replaced.
     """
     plan = job.staging / PLAN
     if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)) and not list(job.out.glob("rows/*")):
@@ -272,13 +213,18 @@ def _claim(job: _Job, what: dict[str, Any]) -> None:
         write_whole(plan, json.dumps(what).encode())
 
 
-def _refuse_other(out: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    known, wanted = ({**w["options"], **{k: v for k, v in w.items() if k != "options"}} for w in (known, wanted))
-    # Through JSON, as the known one came.
-    different = [k for k in wanted if known.get(k) != json.loads(json.dumps(wanted[k]))]
+def _refuse_other(out: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to resume a build with other inputs.
+
+    Raises:
+        UsageError: names the inputs that differ.
+    """
+    wanted = json.loads(json.dumps(wanted))  # as the recorded ones were
+    before, now = ({**inputs["options"], **{k: v for k, v in inputs.items() if k != "options"}} for inputs in (recorded, wanted))
+    different = [name for name in now if before.get(name) != now[name]]
     if different:
-        short = {"models": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
-        listed = ", ".join(short.get(k) or f"{k} {known.get(k)!r}, now {wanted[k]!r}" for k in different)
+        words = {"models": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
+        listed = ", ".join(words.get(name) or f"{name} {before.get(name)!r}, now {now[name]!r}" for name in different)
         raise UsageError(
             f"`out` {out} holds a build that differs from this one ({listed}); choose another `out`, or remove that directory first"
         )
@@ -297,32 +243,27 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
 
 
 def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
-    c = job.config
-    encoder = document_encoder(c, longest_example(c, models))
-    fitting = [_shard_rows(s) for s in plan.components if isinstance(s, DenseComponent)]
-    if c.budget is not None:
-        fitting = [max(1, _SHARD_BYTES // c.budget)]
-    shard_rows = c.shard_rows or min([_SHARD_ROWS, *fitting])
-    task = find_task(c.task)
-    fields = c.fields if task.form == "auto" else replace(c.fields, form=task.form)
-    return plan_corpus(c, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
+    config = job.config
+    encoder = document_encoder(config, job.sources, longest_example(config, models))
+    row_bytes = config.budget or max(row_cost(component, {}) for component in plan.components)
+    shard_rows = config.shard_rows or max(1, min(_SHARD_ROWS, int(_SHARD_BYTES // row_bytes)))
+    task = find_task(config.task)
+    fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
+    return plan_corpus(config, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
-def _afforded(job: _Job, plan: EncoderPlan, corpus: CorpusPlan) -> EncoderPlan:
-    """The plan with the components that the bytes asked for pay, sized by the tokens of a sample of the examples."""
-    c = job.config
-    if c.budget is None:
-        return plan
+def _sampled_examples(job: _Job, corpus: CorpusPlan) -> list[Example]:
+    """Read a sample of the examples."""
     examples = []
-    for part in _sample(corpus, min(_COUNTED, corpus.rows), c.seed):
-        for id, rows, chosen in part:
+    for part in _sample(corpus, min(_COUNTED, corpus.rows), job.config.seed):
+        for id, rows, positions in part:
             documents = Documents(documents_path(job.out, id), rows)
-            examples += [documents[i] for i in chosen]
-    return replace(plan, components=spend(c.budget, plan.components, count_tokens(examples)))
+            examples += [documents[position] for position in positions]
+    return examples
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
-    """Fit the encoder on a seeded sample, or take the one that an earlier run published.
+    """Fit the encoder on a seeded sample, or read the one that an earlier run published.
 
     Parts of the sample are fixed and their sums are added in order, so the arrays are the same bits whatever the number of workers.
     """
@@ -360,83 +301,44 @@ def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
     return replace(plan, components=components)
 
 
-def _shard_rows(component: DenseComponent) -> int:
-    whole_chunks = block_rows(component.stored, component.dtype)
-    fitting = _SHARD_BYTES // row_bytes(component.stored, component.dtype) // whole_chunks * whole_chunks
-    return max(whole_chunks, fitting)
-
-
-def _weighted(
+def _calibrated(
     job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan
-) -> tuple[tuple[DenseComponent | SparseComponent, ...], dict[str, dict[str, float]]]:
-    """The components with weights that make their scores comparable, and by component what they rest on: `fidelity` and `mean_share`.
+) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
+    """Set the components' weights by the first rows of the first shard (see indexer/calibrate.py).
 
-    Between the first rows, exact scores are compared with those that the stored codes give. A component's weight is its share (head 1,
-    embeddings 0.3, blocks 0.5: docs/components.md says why) over the exact scores' standard deviation, times the squared correlation of the
-    two: of a noisy estimate, that part is what is known (Wiener's shrinkage). The head's weight is 1, else the first component's.
-
-    Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If
-    the head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the
-    blocks, and the shares are those of `_SHARES_FROZEN`. Of several models the last decides this, since earlier ones have not arrived.
+    Returns:
+        The components, and the figures for the index's record; none for a single component that stores everything.
     """
-    if len(plan.components) == 1 and isinstance(plan.components[0], DenseComponent) and not plan.components[0].coordinates:
+    if len(plan.components) == 1 and not plan.components[0].reduced and not plan.components[0].estimated:
         return plan.components, {}
     shard = corpus.shards[0]
-    width = sum(s.dim for s in plan.components if isinstance(s, DenseComponent))
-    rows = max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width)))
-    if shard.rows < rows and shard.rows < 2:
+    width = sum(component.dim for component in plan.components if component.has_wide_rows)
+    rows = min(shard.rows, max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width))))
+    if rows < 2:
         return plan.components, {}
-    rows = min(rows, shard.rows)
-    job.reporter.stage("weighing components", rows)
-    ((exact, head_mean),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
-    other = ~np.eye(rows, dtype=bool)
+    job.reporter.stage("calibrating components", rows)
+    ((exact, head_mean_share),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
     file = ArrayFile(rows_path(job.out, shard.id))
-    known, spreads, means = dict[str, float](), dict[str, float](), dict[str, float]()
+    agreements = {}
     for component in plan.components:
-        block = exact[component.name]
+        vectors = exact[component.name]
         stored = open_rows(file, component, shard.rows)
-        if isinstance(component, SparseComponent):
-            assert isinstance(stored, SparseRows)
-            owners = np.repeat(np.arange(rows), np.diff(block.indptr))
-            tables = byte_tables(rotate(block.vectors, component.bits, component.seed))
-            found = np.zeros((rows, shard.rows), np.float32)
-            Postings.of([stored]).add_scores(block.keys, owners, tables, found)
-            found = found[:, :rows]
-            truth = inner_products(block, block)
-        else:
-            assert isinstance(stored, DenseRows)
-            values = np.concatenate([stored.values(codes) for _, codes in stored.blocks()])[:rows]
-            asked = dense_reduction(component, arrays).apply(block.astype(np.float32))
-            found = (asked @ values.T) * (stored.norms * stored.factors())[:rows]
-            truth = block @ block.T
-        spreads[component.name] = float(truth[other].std())
-        own = float(np.diag(truth).mean())
-        means[component.name] = float(truth[other].mean()) / own if own > 0 else 0.0
-        varied = spreads[component.name] > 0 and found[other].std() > 0
-        known[component.name] = float(np.corrcoef(truth[other], found[other])[0, 1]) if varied else 0.0
-    last = {s.part: s.name for s in plan.components if s.model == plan.components[-1].model}
-    if head_mean is not None:
-        means[last["head"]] = head_mean
-    of_head, of_blocks = means.get(last.get("head", ""), 0.0), means.get(last.get("blocks", ""), np.inf)
-    shares = _SHARES_FROZEN if of_head > max(0.0, of_blocks) else _SHARES
-    known_parts = {s.name: shares[s.part] * known[s.name] ** 2 for s in plan.components}
-    weights = {n: known_parts[n] / spread if spread > 0 and known[n] > 0 else 0.0 for n, spread in spreads.items()}
-    first = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
-    components = tuple(s.model_copy(update={"weight": weights[s.name] / first if any(weights.values()) else 1.0}) for s in plan.components)
-    return components, {n: {"fidelity": round(known[n], 4), "mean_share": round(means[n], 6)} for n in known}
+        products = KINDS[component.kind].products(stored, component, vectors, arrays)[:, :rows]
+        agreements[component.name] = Agreement.of(vectors.inner_products(vectors), products)
+    return calibrate(plan.components, agreements, head_mean_share)
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
-    """`count` rows drawn without replacement, in parts: lists of (shard id, its rows, which of them)."""
+    """Draw `count` rows without replacement, in parts: for each shard its id, its number of rows, and the positions of the sample."""
     generator = np.random.Generator(np.random.Philox(key=seed))
-    chosen = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
+    sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in corpus.shards])
     parts = []
     for start in range(0, count, _FIT_PART):
-        rows = chosen[start : start + _FIT_PART]
-        at = np.searchsorted(firsts, rows, side="right") - 1
-        used = [corpus.shards[i] for i in np.unique(at)]
-        parts.append([(s.id, s.rows, [int(r) - s.first for r in rows if s.first <= r < s.first + s.rows]) for s in used])
+        rows = sample[start : start + _FIT_PART]
+        numbers = np.unique(np.searchsorted(firsts, rows, side="right") - 1)
+        shards = [corpus.shards[number] for number in numbers]
+        parts.append([(s.id, s.rows, [int(row) - s.first for row in rows if s.first <= row < s.first + s.rows]) for s in shards])
     return parts
 
 
@@ -445,22 +347,24 @@ def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arra
     return tuple(executor.map("build", (plan, arrays), [(shard,) for shard in corpus.shards], job.reporter))
 
 
-def _publish(job: _Job, made: Build, models: tuple[Model, ...], plan: EncoderPlan, file: FileRecord, shards: tuple[Shard, ...]) -> Manifest:
-    c, components = job.config, plan.components
-    reduced = {"reduced" for s in components if isinstance(s, DenseComponent) and (s.coordinates or s.dtype == "1bit")}
-    features = {s.kind for s in components} | reduced | ({"vectors"} if find_task(c.task).form == "vector" else set())
-    say_not_finite(made.not_finite, made.not_finite_first, job.reporter)
+def _publish(
+    job: _Job, record: Build, models: tuple[Model, ...], components: tuple[Component, ...], file: FileRecord, shards: tuple[Shard, ...]
+) -> Manifest:
+    features = {feature for component in components for feature in component.features}
+    if find_task(job.config.task).form == "vector":
+        features.add("vectors")
+    report_not_finite(record.not_finite, record.not_finite_first, job.reporter)
     fields = dict(
         features=tuple(sorted(features)),
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wherefrom=installed_version(),
-        task=c.task,
+        task=job.config.task,
         models=models,
-        tokenizer=Tokenizer(fingerprint=made.what.tokenizer) if made.what.tokenizer else None,
+        tokenizer=Tokenizer(fingerprint=record.what.tokenizer) if record.what.tokenizer else None,
         components=components,
         encoder=file,
-        build=made,
+        build=record,
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)
     (job.staging / PLAN).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""An index that lives: examples are added under the encoder that there is, taken out, and the room that they took given back.
+"""Incremental updates: examples are added with the encoder of the build, deleted, and their storage is reclaimed.
 
-Every change publishes a new manifest and leaves the files of the one before, so that a reader keeps the snapshot that it opened; `prune`
-removes what the newest manifest does not name.
+Every change publishes a new manifest and keeps the files of the one before, so that a reader keeps the snapshot that it opened; `prune`
+removes files that the newest manifest does not name.
 
 Added rows are whitened with the curvature of the build. With H its second moment and H' that of the new examples, the mean squared length
 of their rows is tr((H + a)^-1 H'): its ratio to that of the first rows is the *drift*, 1 where nothing has changed.
@@ -10,7 +10,7 @@ of their rows is tr((H + a)^-1 H'): its ratio to that of the first rows is the *
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256 as digest
@@ -20,19 +20,22 @@ from typing import Any
 import numpy as np
 
 from ..indexer.encoder import EncoderPlan
+from ..indexer.recorded import RecordedEncoder
 from ..indexer.tasks import find_task
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
-from ..store.errors import DataError, IncompatibleError, UsageError
+from ..store.errors import DataError, UsageError
 from ..store.files import PLAN, exclusive, read_json, write_whole
 from ..store.index import Index
+from ..store.kinds import open_rows
 from ..store.manifest import Addition, Manifest, manifest_path
-from ..store.shard import Shard, documents_path, open_rows, publish_index, rows_path
-from .build import longest_example, not_finite, refresh_search, say_not_finite
+from ..store.shard import Shard, documents_path, publish_index, rows_path
+from .build import longest_example, refresh_search
 from .config import BuildConfig, recorded_config
 from .corpus import plan_corpus, shard_id
 from .executor import Executor, Resources, open_executor
+from .notes import not_finite, report_not_finite
 from .progress import Reporter, Silent
 from .worker import Worker, absolute, document_encoder
 
@@ -65,110 +68,112 @@ def add(
         BusyError: another process is writing there.
     """
     reporter = reporter or Silent()
-    known = Index(out).manifest  # an error before the lock is made
-    if ":" in known.task and known.task != task:
-        raise UsageError(f"{out} was built with the task {known.task}, whose code runs only when you name it: `task` {known.task}")
-    options = known.build.what.options.model_dump(mode="json")
-    kept = {name: value for name, value in options.items() if name not in ("model", "revision", "task")}
-    moved = {"model": tuple(models), "revision": None} if models else {}
-    recorded = {"model": tuple(m.id for m in known.models), "revision": _revisions(known), "batch_tokens": known.build.batch_tokens}
-    given = {name: value for name, value in (how or {}).items() if value is not None}
-    own = recorded_config({**kept, **recorded, **moved, "task": known.task, "data": tuple(data), "out": str(out.resolve()), **given})
-    own = replace(own, model=tuple(map(absolute, own.models)))
-    if len(own.models) != len(known.models):
-        raise UsageError(f"{out} was built with {len(known.models)} models, `model` names {len(own.models)}; name all in order")
-    bases = () if models else tuple(m.base for m in known.models)
-    sources = describe_sources(data)
-    resources = Resources(own.workers, own.threads, own.address, own.device, ":" in own.task)
+    device = (how or {}).get("device") or "auto"
+    recorded = RecordedEncoder(Index(out), models, device, bool((how or {}).get("trust_remote_code")), task)
+    config = _recorded_config(recorded, out, data, how or {})
+    corpus_files = describe_sources(data)
+    resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
     with exclusive(out):
-        known = Index(out).manifest
-        call = digest(json.dumps({"encoder": known.encoder.sha256, "corpus": sources}, sort_keys=True).encode()).hexdigest()
-        if known.build.added and (known.build.added[-1].call, known.build.added[-1].manifest) == (call, known.number):
+        index = Index(out)
+        manifest = index.manifest
+        call = digest(json.dumps({"encoder": manifest.encoder.sha256, "corpus": corpus_files}, sort_keys=True).encode()).hexdigest()
+        if manifest.build.added and (manifest.build.added[-1].call, manifest.build.added[-1].manifest) == (call, manifest.number):
             (out / "staging" / PLAN).unlink(missing_ok=True)  # published by a call that was then interrupted
             refresh_search(out, reporter)
-            return known
-        with open_executor(partial(Worker, own, bases), resources) as executor:
-            return _add(out, own, bases, call, sources, executor, reporter)
+            return manifest
+        with open_executor(partial(Worker, config, recorded.sources), resources) as executor:
+            return _add(recorded.moved_to(index), config, call, corpus_files, executor, reporter)
+
+
+def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], runtime: Mapping[str, Any]) -> BuildConfig:
+    """Return the configuration of the build, with other data and runtime options."""
+    manifest = recorded.index.manifest
+    content = manifest.build.what.options.model_dump(mode="json")
+    _ = recorded.task  # an error of a custom task that is not named
+    options = {
+        **{name: value for name, value in content.items() if name != "revision"},
+        "model": tuple(absolute(source.id) for source in recorded.sources),
+        "task": manifest.task,
+        "batch_tokens": manifest.build.batch_tokens,
+        "data": tuple(data),
+        "out": str(out.resolve()),
+        **{name: value for name, value in runtime.items() if value is not None},
+    }
+    return recorded_config(options)
 
 
 def _add(
-    out: Path,
-    own: BuildConfig,
-    bases: Sequence[str | None],
+    recorded: RecordedEncoder,
+    config: BuildConfig,
     call: str,
-    sources: list[dict[str, Any]],
+    corpus_files: list[dict[str, Any]],
     executor: Executor,
     reporter: Reporter,
 ) -> Manifest:
-    index = Index(out)
-    known = index.manifest
-    described, _, _ = executor.call("describe")
-    if [m.fingerprint for m in described] != [m.fingerprint for m in known.models]:
-        raise IncompatibleError(f"the model at {', '.join(own.models)} is not the one that {out} was built with; name the original")
-    encoder = document_encoder(own, longest_example(own, described), bases)
-    if encoder.fingerprint != (known.tokenizer.fingerprint if known.tokenizer else None):
-        raise IncompatibleError(f"the tokenizer at {own.models[0]} is not the one that {out} was built with; name the original")
-    what = {"adds_to": known.number, "call": call}
-    fingerprint = digest(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    _claim(out, what)
-    task, rows = find_task(own.task), max(shard.rows for shard in index.shards)
-    form = own.fields if task.form == "auto" else replace(own.fields, form=task.form)
-    corpus = plan_corpus(own, form, encoder, out, fingerprint, rows, reporter, executor.call("vocabulary"))
-    _refuse_known_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
-    plan = EncoderPlan(known.components, own.batch_tokens or known.build.batch_tokens, own.hidden)
-    shards = [replace(shard, first=shard.first + known.rows) for shard in corpus.shards]
+    index = recorded.index
+    out = index.path
+    manifest = index.manifest
+    models, _, _ = executor.call("describe")
+    recorded.check_models([model.fingerprint for model in models])
+    encoder = document_encoder(config, recorded.sources, longest_example(config, models))
+    recorded.check_documents(encoder)
+    identity = {"adds_to": manifest.number, "call": call}
+    fingerprint = digest(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    _claim(out, identity)
+    task = find_task(config.task)
+    fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
+    shard_rows = max(shard.rows for shard in index.shards)
+    corpus = plan_corpus(config, fields, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
+    _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
+    plan = EncoderPlan(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
+    shards = [replace(shard, first=shard.first + manifest.rows) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
     added = tuple(executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter))
-    about = Addition(
+    addition = Addition(
         call=call,
-        manifest=known.number + 1,
-        corpus=tuple(sources),
+        manifest=manifest.number + 1,
+        corpus=tuple(corpus_files),
         rows=corpus.rows,
         drift=_drift(index, added),
         **corpus.not_kept(),
     )
-    before, lost = known.build, not_finite(out, added)
-    say_not_finite(lost["not_finite"], lost["not_finite_first"], reporter)
-    counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **lost}.items() if not name.endswith("_first")}
-    fields = {**dict(known), "number": known.number + 1, "build": before.model_copy(update={**counts, "added": (*before.added, about)})}
-    grown = publish_index(out, (*index.shards, *added), index.deleted, fields)
+    before = manifest.build
+    broken = not_finite(out, added)
+    report_not_finite(broken["not_finite"], broken["not_finite_first"], reporter)
+    counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **broken}.items() if not name.endswith("_first")}
+    record = before.model_copy(update={**counts, "added": (*before.added, addition)})
+    grown = publish_index(out, (*index.shards, *added), index.deleted, {**dict(manifest), "number": manifest.number + 1, "build": record})
     (out / "staging" / PLAN).unlink(missing_ok=True)
     refresh_search(out, reporter)
     return grown
 
 
-def _revisions(manifest: Manifest) -> tuple[str, ...] | None:
-    found = [m.revision for m in manifest.models if m.revision is not None]
-    return tuple(found) if len(found) == len(manifest.models) else None
-
-
 def _claim(out: Path, what: dict[str, Any]) -> None:
-    """See whether an interrupted call was this one; if not, forget it."""
+    """Record the identity of this call; discard what an interrupted other call left."""
     plan = out / "staging" / PLAN
     if not plan.is_file() or read_json(plan) != json.loads(json.dumps(what)):
         shutil.rmtree(out / "staging", ignore_errors=True)
     write_whole(plan, json.dumps(what).encode())
 
 
-def _refuse_known_ids(index: Index, added: Iterable[Documents]) -> None:
-    ids = np.array(index.column("id").to_pylist(), object)[index.alive]
-    known = set(ids.tolist())
+def _refuse_existing_ids(index: Index, added: Iterable[Documents]) -> None:
+    ids = set(np.array(index.column("id").to_pylist(), object)[index.alive].tolist())
     for documents in added:
         for id in documents.ids():
-            if id in known:
+            if id in ids:
                 raise DataError(f"the id {id!r} is in the index already; fix it, or delete that example first (wherefrom delete)")
 
 
 def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
-    """By component, the mean squared length of the added rows over that of the build's (those of earlier additions left out)."""
-    first = index.manifest.rows - sum(part.rows for part in index.manifest.build.added)
-    found = {}
+    """Return, by component, the mean squared length of the added rows over that of the build's rows."""
+    built = index.manifest.rows - sum(addition.rows for addition in index.manifest.build.added)
+    drift = {}
     for component in index.manifest.components:
-        old = np.square(index.norms(component)[: max(1, first)], dtype=np.float64).mean()
-        rows = (open_rows(ArrayFile(rows_path(index.path, s.id)), component, s.rows) for s in added)
-        new = np.square(np.concatenate([r.norms for r in rows]), dtype=np.float64).mean()
-        found[component.name] = round(float(new / old), 4) if old > 0 else 1.0
-    return found
+        before = np.square(index.norms(component)[: max(1, built)], dtype=np.float64).mean()
+        readers = [open_rows(ArrayFile(rows_path(index.path, shard.id)), component, shard.rows) for shard in added]
+        after = np.square(np.concatenate([reader.norms for reader in readers]), dtype=np.float64).mean()
+        drift[component.name] = round(float(after / before), 4) if before > 0 else 1.0
+    return drift
 
 
 def drifted(drift: dict[str, float]) -> list[str]:
@@ -193,18 +198,18 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
     with exclusive(out):
         index = Index(out)
         manifest = index.manifest
-        chosen, unknown = index.rows_of(ids)
+        matches, unknown = index.rows_of(ids)
         if unknown:
             raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted")
         if where is not None:
-            chosen |= index.matching(where)
-        gone = chosen & index.alive
-        left = index.alive & ~chosen
-        if not left.any():
+            matches |= index.matching(where)
+        deleted = matches & index.alive
+        remaining = index.alive & ~matches
+        if not remaining.any():
             raise UsageError(f"that would delete every example of {out}; remove the directory instead")
-        if gone.any():
-            publish_index(out, index.shards, np.flatnonzero(~left), {**dict(manifest), "number": manifest.number + 1})
-    return int(gone.sum())
+        if deleted.any():
+            publish_index(out, index.shards, np.flatnonzero(~remaining), {**dict(manifest), "number": manifest.number + 1})
+    return int(deleted.sum())
 
 
 def compact(out: Path) -> int:
@@ -219,11 +224,12 @@ def compact(out: Path) -> int:
         manifest = index.manifest
         shards = []
         for shard in index.shards:
-            kept = np.flatnonzero(index.alive[shard.first : shard.first + shard.rows])
-            if len(kept) == shard.rows:
+            remaining = np.flatnonzero(index.alive[shard.first : shard.first + shard.rows])
+            if len(remaining) == shard.rows:
                 shards.append(shard)
-            elif len(kept):
-                shards.append(_without(index, shard, kept))
+            elif len(remaining):
+                new_id = shard_id(f"{shard.id}:{digest(remaining.tobytes()).hexdigest()}", 0)
+                shards.append(index.reader(shard).select(remaining, new_id))
         dropped = manifest.rows - sum(shard.rows for shard in shards)
         if not shards:
             raise UsageError(f"every example of {out} was deleted; remove the directory instead")
@@ -237,11 +243,6 @@ def compact(out: Path) -> int:
 def _abandon(out: Path) -> None:
     """Forget an addition that was interrupted: what it had begun was for another state of the index."""
     (out / "staging" / PLAN).unlink(missing_ok=True)
-
-
-def _without(index: Index, shard: Shard, kept: np.ndarray) -> Shard:
-    """A shard's kept rows as a shard of its own, their codes to the bit as they were."""
-    return index.reader(shard).select(kept, shard_id(f"{shard.id}:{digest(kept.tobytes()).hexdigest()}", 0))
 
 
 def prune(out: Path) -> int:

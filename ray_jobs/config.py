@@ -15,7 +15,7 @@ from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype
 
 _DEFAULT_BYTES = 800
 _MAX_THREADS = 1024
-_SIZES = ("head_bits", "head_keys", "head_others", "embedding_bits", "embedding_keys", "coordinates", "row_dtype")
+_SIZES = ("head_bits", "head_max_tokens", "head_extra_tokens", "embedding_bits", "embedding_max_tokens", "coordinates", "row_dtype")
 _ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels")
 _RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
 
@@ -132,13 +132,13 @@ class BuildConfig(BaseModel):
     """Stored coordinates of the blocks; fewer than there are, are selected or mixed.  [default: all]"""
     head_bits: Positive | None = None
     """Bits of each token of the head.  [default: 64]"""
-    head_keys: Positive | None = None
+    head_max_tokens: Positive | None = None
     """Tokens of the head kept of an example, those of largest norm.  [default: all]"""
-    head_others: Annotated[int, Field(ge=0)] = 0
+    head_extra_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of the head stored beside those that an example predicts: the most probable ones."""
     embedding_bits: Positive | None = None
     """Bits of each token of the embeddings.  [default: 64]"""
-    embedding_keys: Positive | None = None
+    embedding_max_tokens: Positive | None = None
     """Tokens of the embeddings kept of an example, those of largest norm.  [default: all]"""
     hidden: bool = False
     """Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."""
@@ -226,7 +226,7 @@ def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
-def option_problem(error: ErrorDetails, config: type[BaseModel]) -> str:
+def option_problem(error: ErrorDetails, config: type[BaseModel]) -> str:  # noqa: PLR0911
     """One sentence about an option that pydantic refused."""
     name = str(error["loc"][0]) if error["loc"] else ""
     value = error["input"]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..indexer.examples import DocumentEncoder
-from ..store.corpus import Corpus, Fields, unread_record
+from ..store.corpus import Corpus, unread_record
 from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
+from ..store.fields import Fields
 from ..store.files import publish, read_json, sha256, write_whole
 from ..store.manifest import UnreadFiles
 from ..store.shard import documents_path

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..indexer.budget import count_tokens, row_cost
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder
 from ..indexer.fit import Fit, with_known_sample
@@ -19,10 +20,9 @@ from ..indexer.tasks import find_task
 from ..store.corpus import Document, read_corpus
 from ..store.documents import Example
 from ..store.errors import DataError
-from ..store.manifest import DenseComponent
-from .budget import count_tokens, row_cost, spend
 from .build import longest_example
 from .config import BuildConfig
+from .schema import select_components
 from .worker import Worker, document_encoder, encode_rows
 
 _SAMPLED = 512
@@ -66,7 +66,7 @@ def estimate(config: BuildConfig) -> Cost:
     """
     task, worker = find_task(config.task), Worker(config)
     models, plan, _ = worker.describe()
-    encoder = document_encoder(config, longest_example(config, models))
+    encoder = document_encoder(config, worker.sources, longest_example(config, models))
     fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
     documents, sample = _sampled(config, fields)
     examples: list[Example] = []
@@ -80,8 +80,7 @@ def estimate(config: BuildConfig) -> Cost:
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
-    if config.budget is not None:
-        plan = replace(plan, components=spend(config.budget, plan.components, counts))
+    plan = select_components(config, plan, examples)
     fitted = min(config.fit_examples, rows)
     plan = with_known_sample(plan, fitted)
     measured = _some(examples, plan.batch_tokens * _MEASURED_BATCHES)
@@ -109,7 +108,7 @@ def estimate(config: BuildConfig) -> Cost:
         documents=documents,
         rows=rows,
         tokens=round(tokens_each * rows),
-        components=tuple(_describe(s) | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.components),
+        components=tuple(s.sizes() | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.components),
         bytes_per_example=round(cost, 1),
         bytes_of_rows=round(cost * rows),
         encoder_bytes=sum(array.nbytes for array in arrays.values()),
@@ -134,9 +133,3 @@ def _sampled(config: BuildConfig, fields: Any) -> tuple[int, list[Document | Dat
 def _some(examples: list[Example], tokens: int) -> list[Example]:
     total = np.cumsum([e.tokens for e in examples])
     return examples[: max(1, int(np.searchsorted(total, tokens, side="right")))]
-
-
-def _describe(component: Any) -> dict[str, Any]:
-    if isinstance(component, DenseComponent):
-        return {"name": component.name, "layers": len(component.layers), "coordinates": component.stored, "stored_as": component.dtype}
-    return {"name": component.name, "tokens": component.keys, "bits_a_token": component.bits}

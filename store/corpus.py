@@ -29,6 +29,7 @@ _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _REPORTED = 20
 _STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
 
+
 @dataclass(frozen=True)
 class Document:
     """One document, before any tokenizer: exactly one of text, completion (with its prompt), messages and features (with a label) is set.

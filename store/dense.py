@@ -12,7 +12,7 @@ Codes are read page by page. They are not compressed: whitened gradients are noi
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from .arrays import ArrayFile, ArrayGroup, crc32c
 from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import DenseComponent
+from .vectors import DenseVectors
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "1bit": np.dtype("u1")}
 _FLOATS = ("float32", "float16")
@@ -92,6 +93,12 @@ class Reduction:
     rotated: bool
     seed: int
 
+    @classmethod
+    def of(cls, component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> "Reduction":
+        """Return a component's reduction; `arrays` are those of the encoder."""
+        selection = arrays.get(f"{component.name}/kept")
+        return cls(component.dim, selection, component.stored, component.one_bit, component.seed)
+
     @property
     def mixes(self) -> bool:
         """Whether a stored coordinate is a mixture of the encoder's."""
@@ -122,6 +129,31 @@ def encode_dense(rows: Float[np.ndarray, "rows dim"], dtype: str) -> ArrayGroup:
     return ArrayGroup(quantize(rows, dtype), {"kind": "dense", "dtype": dtype}, frozenset({"codes"}))
 
 
+class DenseWriter:
+    """Coder of a shard's rows of a dense component, which come batch by batch; they are reduced at once, to save memory.
+
+    Args:
+        component: the manifest's entry.
+        arrays: those of the encoder.
+        rows: of the shard.
+    """
+
+    def __init__(self, component: DenseComponent, arrays: Mapping[str, np.ndarray], rows: int) -> None:
+        self._dtype = component.dtype
+        self._reduction = Reduction.of(component, arrays)
+        self._values: np.ndarray = np.zeros((rows, component.stored), np.float32)
+
+    def add(self, positions: Sequence[int], vectors: DenseVectors) -> None:
+        """Add a batch of rows at their positions."""
+        reduced = self._reduction.apply(vectors.values)
+        self._values = self._values.astype(reduced.dtype, copy=False)
+        self._values[np.asarray(positions, np.int64)] = reduced
+
+    def arrays(self) -> ArrayGroup:
+        """Return the arrays of all rows."""
+        return encode_dense(self._values, self._dtype)
+
+
 class DenseRows:
     """A dense component of one shard.
 
@@ -137,8 +169,9 @@ class DenseRows:
     def __init__(self, file: ArrayFile, component: DenseComponent, rows: int) -> None:
         self.name = component.name
         self.rows = rows
+        self._component = component
         self.coordinates = component.stored
-        self.one_bit = component.dtype == "1bit"
+        self.one_bit = component.one_bit
         self.dtype = DTYPES[component.dtype]
         self.dim = row_bytes(self.coordinates, component.dtype) // self.dtype.itemsize
         self.block_rows = block_rows(self.coordinates, component.dtype)
@@ -192,6 +225,20 @@ class DenseRows:
         if self.one_bit:
             return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
         return values * (self.norms[row] * (self.scales[row] if self.scales is not None else np.float32(1)))
+
+    def vectors(self, row: int, arrays: Mapping[str, np.ndarray]) -> DenseVectors:
+        """Return one row in the encoder's coordinates; those that are not stored are 0.
+
+        Args:
+            arrays: those of the encoder.
+        """
+        return DenseVectors(Reduction.of(self._component, arrays).undo(self.row(row)[None]))
+
+    @staticmethod
+    def row_cost(component: DenseComponent, tokens: Int64[np.ndarray, " examples"] | None) -> float:
+        """Return the bytes of a stored row, with its norm and scale."""
+        fixed = 4 if component.dtype in _FLOATS else 8
+        return row_bytes(component.stored, component.dtype) + fixed
 
     def take(self, rows: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"], out: np.ndarray) -> None:
         """Read the codes of some rows one by one from the file, and not from its map, whose pages would pile up in memory.

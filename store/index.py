@@ -9,22 +9,21 @@ from functools import cached_property
 from hashlib import sha256 as digest
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
 from .arrays import ArrayFile, ArrayGroup
 from .cache import read_cache, write_cache
-from .dense import DenseRows, Reduction
+from .dense import Reduction
 from .documents import Columns, Documents, Example
 from .errors import IntegrityError, UsageError
 from .files import clear_leftovers, regular_size, sha256, size_problem
-from .manifest import DenseComponent, FileRecord, Layer, SparseComponent, identity, manifest_numbers, read_manifest
-from .postings import Postings
-from .scan_codes import ScanCodes
+from .kinds import KINDS, SearchArrays
+from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
 from .shard import Shard, ShardReader, documents_path, read_table, rows_path
-from .sparse import SparseRows, SparseVectors
+from .vectors import Vectors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +78,7 @@ class Index:
         self._firsts = np.array([shard.first for shard in self.shards])
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
-        self._caches: dict[tuple[str, str], Postings | ScanCodes | None] = {}
+        self._caches: dict[tuple[str, str], SearchArrays | None] = {}
 
     def __repr__(self) -> str:
         components = ", ".join(component.name for component in self.manifest.components)
@@ -96,7 +95,7 @@ class Index:
             if problem:
                 raise IntegrityError(f"{problem}; restore the file or build the index again")
 
-    def component(self, name: str) -> DenseComponent | SparseComponent:
+    def component(self, name: str) -> Component:
         """Return the manifest's description of a component."""
         return next(c for c in self.manifest.components if c.name == name)
 
@@ -109,14 +108,8 @@ class Index:
         self._readers.move_to_end(shard.id)
         return self._readers[shard.id]
 
-    @overload
-    def rows(self, shard: Shard, component: DenseComponent) -> DenseRows: ...
-    @overload
-    def rows(self, shard: Shard, component: SparseComponent) -> SparseRows: ...
-    @overload
-    def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows: ...
-    def rows(self, shard: Shard, component: DenseComponent | SparseComponent) -> DenseRows | SparseRows:
-        """Return a component's rows in one shard."""
+    def rows(self, shard: Shard, component: Component) -> Any:
+        """Return a component's rows in one shard: `DenseRows` or `SparseRows`."""
         return self.reader(shard).rows(component.name)
 
     def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
@@ -142,23 +135,20 @@ class Index:
                 groups.append([shard])
         return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
 
-    def postings(self, group: Group, component: SparseComponent) -> Postings:
-        """Return the posting lists of a sparse component in a group: from the search cache, or else computed from the rows."""
-        key = (group.id, component.name)
-        if key not in self._caches:
-            self._caches[key] = self._cached(group, component) or self._search_arrays(group, component)
-        postings = self._caches[key]
-        assert isinstance(postings, Postings)
-        return postings
+    def search_arrays(self, group: Group, component: Component) -> Any:
+        """Return the posting lists or scan codes of a component in a group: from the search cache, or else computed from the rows.
 
-    def scan_codes(self, group: Group, component: DenseComponent) -> ScanCodes | None:
-        """Return the scan codes of a dense component in a group; None if its rows are one-bit codes or the search cache lacks them."""
+        None if the component has none, or if the search cache lacks scan codes, which take longer to compute than an exact scan.
+        """
         key = (group.id, component.name)
+        if not component.has_search_arrays:
+            return None
         if key not in self._caches:
-            self._caches[key] = self._cached(group, component)
-        codes = self._caches[key]
-        assert codes is None or isinstance(codes, ScanCodes)
-        return codes
+            cached = self._cached(group, component)
+            if cached is None and KINDS[component.kind].search_arrays.computed_when_missing:
+                cached = self._computed(group, component)
+            self._caches[key] = cached
+        return self._caches[key]
 
     def reindex(self, compare: bool = False) -> int:
         """Write the search caches that are missing, damaged or of other rows, and remove those of groups that no longer exist.
@@ -194,7 +184,7 @@ class Index:
         try:
             for component in self._searched():
                 cached = self._cached(group, component)
-                if cached is None or (compare and not _equal(cached, self._search_arrays(group, component))):
+                if cached is None or (compare and not _equal(cached, self._computed(group, component))):
                     return "does not match the rows"
             for number, shard in enumerate(group.shards):
                 if compare and _column_bytes(file, number) != self.documents(shard).columns.to_bytes():
@@ -204,15 +194,15 @@ class Index:
         return None
 
     def _cache_groups(self, group: Group) -> dict[str, ArrayGroup]:
-        arrays = {component.name: self._search_arrays(group, component).arrays() for component in self._searched()}
+        arrays = {component.name: self._computed(group, component).arrays() for component in self._searched()}
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
         }
         return {**arrays, "columns": ArrayGroup(columns)}
 
-    def _searched(self) -> list[DenseComponent | SparseComponent]:
+    def _searched(self) -> list[Component]:
         """Return the components that have arrays in a search cache."""
-        return [c for c in self.manifest.components if isinstance(c, SparseComponent) or c.dtype != "1bit"]
+        return [component for component in self.manifest.components if component.has_search_arrays]
 
     def _cache_path(self, group: Group) -> Path:
         return self.path / "search" / f"{group.id}.zarr.zip"
@@ -222,19 +212,14 @@ class Index:
             self._cache_files[group.id] = read_cache(self._cache_path(group), group.source)
         return self._cache_files[group.id]
 
-    def _cached(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
+    def _cached(self, group: Group, component: Component) -> SearchArrays | None:
         file = self._cache_file(group)
-        if file is None:
-            return None
-        if isinstance(component, SparseComponent):
-            return Postings.read(file, component, group.rows)
-        return ScanCodes.read(file, component, group.rows)
+        return None if file is None else KINDS[component.kind].search_arrays.read(file, component, group.rows)
 
-    def _search_arrays(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes:
+    def _computed(self, group: Group, component: Component) -> SearchArrays:
         """Compute a component's posting lists or scan codes from the rows."""
-        if isinstance(component, SparseComponent):
-            return Postings.of([self.rows(shard, component) for shard in group.shards])
-        return ScanCodes.of([self.rows(shard, component) for shard in group.shards], component)
+        shards = [self.rows(shard, component) for shard in group.shards]
+        return KINDS[component.kind].search_arrays.of(shards, component)
 
     def by_shard(
         self, rows: Int64[np.ndarray, " rows"]
@@ -251,24 +236,18 @@ class Index:
     def _groups_of_shards(self) -> list[Group]:
         return [group for group in self.groups for _ in group.shards]
 
-    def norms(self, component: DenseComponent | SparseComponent) -> Float32[np.ndarray, " rows"]:
+    def norms(self, component: Component) -> Float32[np.ndarray, " rows"]:
         """Return the lengths of a component's rows."""
         return np.concatenate([self.rows(shard, component).norms for shard in self.shards])
 
-    def row(self, row: int, component: DenseComponent) -> Float32[np.ndarray, " dim"]:
-        """Return one row of a dense component, not normalized, in the encoder's coordinates; those that are not stored are 0."""
+    def vectors(self, row: int, component: Component) -> Vectors:
+        """Return one row of a component in the encoder's coordinates, as far as the stored codes give it."""
         shard, offset = self.locate(row)
-        return self.reduction(component).undo(self.rows(shard, component).row(offset)[None])[0]
+        return self.rows(shard, component).vectors(offset, self.arrays if component.reduced else {})
 
     def reduction(self, component: DenseComponent) -> Reduction:
-        """Return the map from a component's whitened rows to the stored coordinates."""
-        return dense_reduction(component, self.arrays if component.coordinates else {})
-
-    def entries(self, row: int, component: SparseComponent) -> SparseVectors:
-        """Return one row of a sparse component, with vectors estimated from their codes (see `SparseRows.vectors`)."""
-        shard, offset = self.locate(row)
-        keys, vectors = self.rows(shard, component).vectors(offset)
-        return SparseVectors(np.array([0, len(keys)]), keys, vectors)
+        """Return the map from a dense component's whitened rows to the stored coordinates."""
+        return Reduction.of(component, self.arrays if component.reduced else {})
 
     def example(self, row: int) -> Example:
         """Return the example of a row.
@@ -485,9 +464,9 @@ class Index:
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
             "components": [
-                _describe(s)
+                s.describe()
                 | {"bytes_per_example": round(component_bytes[i] / m.rows, 1), "energy_held": round(self.energy_held(s), 4)}
-                | m.build.weighed.get(s.name, {})
+                | m.build.calibration.get(s.name, {})
                 for i, s in enumerate(m.components)
             ],
             "tracked": [
@@ -499,21 +478,20 @@ class Index:
             "added": [{"rows": addition.rows, "drift": addition.drift} for addition in m.build.added],
         }
 
-    def energy_held(self, component: DenseComponent | SparseComponent) -> float:
+    def energy_held(self, component: Component) -> float:
         """Return the share of the rows' squared length that remains after tokens or coordinates were left out, before coding.
 
         For a sparse component it is measured; for a dense one it is computed from the eigenvalues.
         """
-        if isinstance(component, SparseComponent):
-            number = self.manifest.components.index(component)
-            sums = np.sum([shard.energy[number] for shard in self.shards], axis=0)
-            return float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
-        selection = self.reduction(component).kept
+        number = self.manifest.components.index(component)
+        sums = np.sum([shard.energy[number] for shard in self.shards], axis=0)
+        share = float(sums[0] / sums[1]) if sums[1] > 0 else 1.0
+        selection = self.arrays.get(f"{component.name}/kept") if component.reduced else None
         if selection is None:
-            return 1.0
-        eigenvalues, means = self.spectrum(component)
+            return share
+        eigenvalues, means = self.spectrum(component)  # type: ignore[arg-type]  # only dense components have a selection
         energy = eigenvalues / (eigenvalues + component.curvature.damping * means)
-        return float(energy[selection].sum() / energy.sum())
+        return share * float(energy[selection].sum() / energy.sum())
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Check all files of the index: compare checksums, recompute the search caches, and yield (relative path, problem or None)."""
@@ -595,7 +573,7 @@ class Index:
         return shard, row - shard.first
 
 
-def _equal(a: Postings | ScanCodes, b: Postings | ScanCodes) -> bool:
+def _equal(a: SearchArrays, b: SearchArrays) -> bool:
     """Return True if all arrays of two posting lists or scan codes are equal."""
     return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.compare)
 
@@ -605,10 +583,9 @@ def _column_bytes(file: ArrayFile, number: int) -> bytes:
     return file.array(name, file.shape(name), "uint8").tobytes()
 
 
-def _array_problem(component: DenseComponent | SparseComponent, arrays: Mapping[str, np.ndarray]) -> str | None:
+def _array_problem(component: Component, arrays: Mapping[str, np.ndarray]) -> str | None:
     """Return the problem of a component's arrays in the encoder, such as a missing array or a wrong shape; None if there is none."""
-    shapes = _sparse_shapes(component) if isinstance(component, SparseComponent) else _dense_shapes(component)
-    for name, (shape, required) in shapes.items():
+    for name, (shape, required) in component.encoder_arrays().items():
         array = arrays.get(f"{component.name}/{name}")
         if array is None and required:
             return f"{component.name}/{name} is missing"
@@ -617,72 +594,11 @@ def _array_problem(component: DenseComponent | SparseComponent, arrays: Mapping[
         if array is not None and name.endswith(("eigenvalues", "vocabulary")) and array.min(initial=0) < 0:
             return f"{component.name}/{name} has numbers below 0"
     selection = arrays.get(f"{component.name}/kept")
-    if selection is not None and isinstance(component, DenseComponent):
+    if selection is not None:
         ordered = selection.dtype == np.int64 and selection.ndim == 1 and len(selection) and (np.diff(selection) > 0).all()
         if not (ordered and selection[0] >= 0 and selection[-1] < component.dim):
             return f"{component.name}/kept is not an ascending list of coordinates"
     return None
-
-
-def _sparse_shapes(component: SparseComponent) -> dict[str, tuple[tuple[int, ...], bool]]:
-    return {
-        "basis": ((component.width, component.width), True),
-        "eigenvalues": ((component.width,), True),
-        "vocabulary": ((component.vocabulary,), True),
-    }
-
-
-def _dense_shapes(component: DenseComponent) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Return, by array, its shape and whether it is required."""
-    shapes: dict[str, tuple[tuple[int, ...], bool]] = {}
-    pca = component.projection.kind == "pca"
-    for layer in component.layers:
-        kronecker = layer.curvature in ("ekfac", "kfac")
-        for side, owner, rank, size in _sides(layer):
-            shapes[f"{owner}/{side}_rotation"] = (rank, rank), kronecker
-            shapes[f"{owner}/{side}_projection"] = (rank, size), pca and rank < size
-        shapes[f"{layer.name}/eigenvalues"] = (layer.size,), layer.curvature != "identity"
-        shapes[f"{layer.name}/basis"] = (layer.size, layer.size), layer.curvature == "fisher"
-    return shapes
-
-
-def _sides(layer: Layer) -> tuple[tuple[str, str, int, int], tuple[str, str, int, int]]:
-    return ("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs)
-
-
-def _describe(component: DenseComponent | SparseComponent) -> dict[str, Any]:
-    fitted = component.curvature
-    curvature = {"labels": fitted.labels, "fitted_on": fitted.examples, "damping": fitted.damping}
-    description = {name: getattr(component, name) for name in ("name", "kind", "weight")}
-    if isinstance(component, SparseComponent):
-        others = f", {component.others} others" if component.others else ""
-        all_keys = f"all that are {'predicted' if component.role == 'head' else 'read'}{others}"
-        return {
-            **description,
-            **{name: getattr(component, name) for name in ("layer", "vocabulary", "width")},
-            "keys": all_keys if component.keys is None else f"{component.keys} of largest norm",
-            "bits_a_key": component.bits,
-            "parameters": component.vocabulary * component.width,
-            **curvature,
-        }
-    projection = component.projection
-    return {
-        **description,
-        "coordinates": component.stored,
-        "of_coordinates": component.dim,
-        "stored_as": component.dtype,
-        "layers": len(component.layers),
-        "parameters": sum(layer.outputs * layer.inputs for layer in component.layers),
-        "projection": f"{projection.kind}, rank {projection.rank}, seed {projection.seed}",
-        "curvature": ", ".join(sorted({layer.curvature for layer in component.layers})),
-        **curvature,
-    }
-
-
-def dense_reduction(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Reduction:
-    """Return a dense component's reduction; `arrays` are those of the encoder."""
-    selection = arrays.get(f"{component.name}/kept")
-    return Reduction(component.dim, selection, component.stored, component.dtype == "1bit", component.projection.seed)
 
 
 def _problem(directory: Path, record: FileRecord) -> str | None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -95,13 +95,30 @@ class Curvature(_Model):
     damping: Annotated[float, Field(gt=0)]
 
 
+class EncoderArray(NamedTuple):
+    """Shape of one of the encoder's arrays, and whether it must be there."""
+
+    shape: tuple[int, ...]
+    required: bool
+
+
 class _Component(_Model):
+    """Fields of every component. A kind of component declares its layers, its encoder's arrays, and how it is described."""
+
     name: ComponentName
+    model: Count
+    weight: float
+    curvature: Curvature
 
     @property
     def part(self) -> str:
         """The name without the model's number: "blocks", "head" or "embeddings"."""
         return self.name.partition("-")[0]
+
+    def described(self, **about: Any) -> dict[str, Any]:
+        """Combine fields of every component with those of a kind, JSON-ready."""
+        curvature = {"labels": self.curvature.labels, "fitted_on": self.curvature.examples, "damping": self.curvature.damping}
+        return {"name": self.name, "kind": self.kind, "weight": self.weight, **about, **curvature}  # type: ignore[attr-defined]
 
 
 class DenseComponent(_Component):
@@ -114,13 +131,50 @@ class DenseComponent(_Component):
     """
 
     kind: Literal["dense"]
-    model: Count
-    weight: float
     coordinates: Width | None
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
-    curvature: Curvature
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names of its layers."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def seed(self) -> int:
+        """The seed of projection, folding and rotation."""
+        return self.projection.seed
+
+    @property
+    def reduced(self) -> bool:
+        """True if coordinates are selected by the encoder, or mixed."""
+        return self.coordinates is not None
+
+    @property
+    def one_bit(self) -> bool:
+        """True if scores are estimates from one-bit codes."""
+        return self.dtype == "1bit"
+
+    @property
+    def estimated(self) -> bool:
+        """True if scores need a calibration against exact ones, though nothing was left out."""
+        return False
+
+    @property
+    def has_wide_rows(self) -> bool:
+        """True if a whitened row has all `dim` coordinates in memory."""
+        return True
+
+    @property
+    def has_search_arrays(self) -> bool:
+        """True if search caches hold arrays of it."""
+        return not self.one_bit
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that a reader of the index needs."""
+        return frozenset({"dense", "reduced"} if self.reduced or self.one_bit else {"dense"})
 
     @property
     def dim(self) -> int:
@@ -130,7 +184,58 @@ class DenseComponent(_Component):
     @property
     def stored(self) -> int:
         """The number of coordinates of a stored row. One-bit rows may have more than `dim`, for more exact estimates."""
-        return (self.coordinates or self.dim) if self.dtype == "1bit" else min(self.coordinates or self.dim, self.dim)
+        return (self.coordinates or self.dim) if self.one_bit else min(self.coordinates or self.dim, self.dim)
+
+    def layout_problem(self) -> str | None:
+        """Return the contradiction in the list of layers, if there is one."""
+        offset = 0
+        names = set[str]()
+        inputs = dict[str, tuple[int, int]]()
+        for layer in self.layers:
+            if layer.offset != offset:
+                return f"layer {layer.name} does not begin where the one before it ends"
+            shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
+            if layer.name in names or shared != (layer.inputs, layer.input_rank):
+                return f"layer {layer.name} is a duplicate or not of its input group"
+            if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
+                return f"layer {layer.name} has a rank above its size"
+            names.add(layer.name)
+            offset += layer.size
+        return None
+
+    def uncut(self) -> "DenseComponent":
+        """Return the component whose rows have everything that an encoder computes; encoders do not reduce dense rows."""
+        return self
+
+    def encoder_arrays(self) -> dict[str, EncoderArray]:
+        """The encoder's arrays, by name."""
+        arrays: dict[str, EncoderArray] = {}
+        pca = self.projection.kind == "pca"
+        for layer in self.layers:
+            kronecker = layer.curvature in ("ekfac", "kfac")
+            sides = (("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs))
+            for side, owner, rank, size in sides:
+                arrays[f"{owner}/{side}_rotation"] = EncoderArray((rank, rank), kronecker)
+                arrays[f"{owner}/{side}_projection"] = EncoderArray((rank, size), pca and rank < size)
+            arrays[f"{layer.name}/eigenvalues"] = EncoderArray((layer.size,), layer.curvature != "identity")
+            arrays[f"{layer.name}/basis"] = EncoderArray((layer.size, layer.size), layer.curvature == "fisher")
+        return arrays
+
+    def sizes(self) -> dict[str, Any]:
+        """Describe what is stored of a row, JSON-ready, as `wherefrom plan --json` prints it."""
+        return {"name": self.name, "layers": len(self.layers), "coordinates": self.stored, "stored_as": self.dtype}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the component, JSON-ready, as `wherefrom info --json` prints it."""
+        return self.described(
+            coordinates=self.stored,
+            of_coordinates=self.dim,
+            stored_as=self.dtype,
+            layers=len(self.layers),
+            parameters=sum(layer.outputs * layer.inputs for layer in self.layers),
+            projection=f"{self.projection.kind}, rank {self.projection.rank}, seed {self.projection.seed}",
+            curvature=", ".join(sorted({layer.curvature for layer in self.layers})),
+        )
 
 
 class SparseComponent(_Component):
@@ -142,26 +247,95 @@ class SparseComponent(_Component):
         layer: the name of the module.
         vocabulary, width: the shape of the layer's weight matrix.
         bits: the length of a vector's code.
-        others: the number of most probable tokens that are stored besides those that an example predicts.
-        keys: the number of stored tokens of an example, those with the longest vectors; None for all.
-        tail: True if the model transforms the head's output (a soft-cap, a scale), so that the curvature has no closed form.
+        extra_tokens: the number of most probable tokens that are stored besides those that an example predicts.
+        max_tokens: the largest number of stored tokens of an example, those with the longest vectors; None for all.
+        postprocessed: True if the model transforms the head's output (a soft-cap, a scale), so that the curvature has no closed form.
         seed: the seed of the rotation.
         curvature: in Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
 
     kind: Literal["sparse"]
-    model: Count
-    weight: float
     role: Literal["head", "embeddings"]
     layer: str
     vocabulary: Width
     width: Width
     bits: Width
-    others: Count
-    keys: Size | None
-    tail: bool
+    extra_tokens: Count
+    max_tokens: Size | None
+    postprocessed: bool
     seed: Count
-    curvature: Curvature
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The name of its layer."""
+        return (self.layer,)
+
+    @property
+    def reduced(self) -> bool:
+        """False: its codes depend on no array of the encoder."""
+        return False
+
+    @property
+    def one_bit(self) -> bool:
+        """True: scores are estimates from one-bit codes."""
+        return True
+
+    @property
+    def estimated(self) -> bool:
+        """True: scores need a calibration against exact ones."""
+        return True
+
+    @property
+    def has_wide_rows(self) -> bool:
+        """False: a whitened row has the vectors of its own tokens alone."""
+        return False
+
+    @property
+    def has_search_arrays(self) -> bool:
+        """True: search caches hold its posting lists."""
+        return True
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that a reader of the index needs."""
+        return frozenset({"sparse"})
+
+    @property
+    def dim(self) -> int:
+        """The number of coordinates of a token's vector."""
+        return self.width
+
+    def layout_problem(self) -> None:
+        """Return None: there is a single layer."""
+
+    def uncut(self) -> "SparseComponent":
+        """Return the component whose rows have all their tokens."""
+        return self.model_copy(update={"max_tokens": None})
+
+    def encoder_arrays(self) -> dict[str, EncoderArray]:
+        """The encoder's arrays, by name."""
+        return {
+            "basis": EncoderArray((self.width, self.width), True),
+            "eigenvalues": EncoderArray((self.width,), True),
+            "vocabulary": EncoderArray((self.vocabulary,), True),
+        }
+
+    def sizes(self) -> dict[str, Any]:
+        """Describe what is stored of a row, JSON-ready, as `wherefrom plan --json` prints it."""
+        return {"name": self.name, "tokens": self.max_tokens, "bits_per_token": self.bits}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the component, JSON-ready, as `wherefrom info --json` prints it."""
+        every = "all that are predicted" if self.role == "head" else "all that are read"
+        every += f", {self.extra_tokens} extra ones" if self.extra_tokens else ""
+        return self.described(
+            layer=self.layer,
+            vocabulary=self.vocabulary,
+            width=self.width,
+            tokens=every if self.max_tokens is None else f"{self.max_tokens} of largest norm",
+            bits_per_token=self.bits,
+            parameters=self.vocabulary * self.width,
+        )
 
 
 Component = Annotated[DenseComponent | SparseComponent, Field(discriminator="kind")]
@@ -255,7 +429,7 @@ class Build(_Model):
 
     Attributes:
         how: options that do not change the contents of the index.
-        weighed: by component, the numbers from which its weight was computed.
+        calibration: by component, the numbers from which its weight was computed.
         not_finite: the number of rows that are stored as zeros, since loss or gradient is not finite; `_first` are some of their ids.
         left_out_columns: by name, the type of the corpus's columns that were not stored.
         notes: sentences about the models for readers of answers.
@@ -265,7 +439,7 @@ class Build(_Model):
     how: dict[str, Any]
     batch_tokens: Size
     tracked: tuple[Tracked, ...]
-    weighed: dict[str, dict[str, float]]
+    calibration: dict[str, dict[str, float]]
     documents: Count
     split: Count
     truncated: Count
@@ -438,20 +612,6 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     for component in manifest.components:
         if component.model >= len(manifest.models):
             raise IntegrityError(f"{path} is damaged: component {component.name} has a model that is not listed; build the index again")
-        offset = 0
-        names = set[str]()
-        inputs = dict[str, tuple[int, int]]()
-        for layer in component.layers if component.kind == "dense" else ():
-            if layer.offset != offset:
-                raise IntegrityError(
-                    f"{path} is damaged: layer {layer.name} does not begin where the one before it ends; build the index again"
-                )
-            shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
-            if layer.name in names or shared != (layer.inputs, layer.input_rank):
-                raise IntegrityError(
-                    f"{path} is damaged: layer {layer.name} is a duplicate or not of its input group; build the index again"
-                )
-            if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
-                raise IntegrityError(f"{path} is damaged: layer {layer.name} has a rank above its size; build the index again")
-            names.add(layer.name)
-            offset += layer.size
+        problem = component.layout_problem()
+        if problem is not None:
+            raise IntegrityError(f"{path} is damaged: {problem}; build the index again")

@@ -21,6 +21,7 @@ The lists are kept in a search cache (see cache.py). A query reads, and compares
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8, UInt32
@@ -40,6 +41,8 @@ _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 class Postings:
     """A sparse component of a group of shards, by token; see above."""
 
+    computed_when_missing: ClassVar[bool] = True
+
     tokens: UInt32[np.ndarray, " lists"]
     starts: Int64[np.ndarray, " lists_and_one"]
     rows: np.ndarray
@@ -53,7 +56,7 @@ class Postings:
         object.__setattr__(self, "_checked", np.full(len(self.tokens), not self.where))  # those made here need no check
 
     @classmethod
-    def of(cls, shards: Sequence[SparseRows]) -> "Postings":
+    def of(cls, shards: Sequence[SparseRows], component: SparseComponent) -> "Postings":
         """The lists of shards' rows, one shard after the other."""
         entries = [rows.entries(0, len(rows)) for rows in shards]
         keys, codes, factors = (np.concatenate([entry[i] for entry in entries]) for i in range(3))

@@ -18,6 +18,7 @@ their deviations, from which it follows which rows must be read (benchmarks/dens
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import google_crc32c
 import numpy as np
@@ -40,6 +41,8 @@ _count_differences = Compiled("count_differences", after=1 << 22)
 @dataclass(frozen=True)
 class ScanCodes:
     """The codes of a dense component's rows in a group of shards; see above."""
+
+    computed_when_missing: ClassVar[bool] = False
 
     codes: UInt64[np.ndarray, "rows words"]
     factors: Float32[np.ndarray, " rows"]

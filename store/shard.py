@@ -16,15 +16,12 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int64
 
 from .arrays import ArrayFile, ArrayGroup, write_arrays
-from .dense import DenseRows
 from .documents import Documents, batch_checksums, write_documents
 from .errors import IntegrityError
 from .files import publish, regular_size, sha256
+from .kinds import Rows, open_rows
 from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
-from .sparse import SparseRows
 
-Rows = DenseRows | SparseRows
-_READERS: dict[str, type[DenseRows] | type[SparseRows]] = {"dense": DenseRows, "sparse": SparseRows}
 _WIDEST = 1 << 24
 _SHA256_BYTES = 32
 _COUNTS = ("rows", "tokens", "bytes", "documents_bytes")
@@ -171,11 +168,6 @@ class ShardReader:
         components = {name: self.rows(name).select(kept) for name in self._components}
         write_shard(self._index, shard_id, components, self.losses[kept], None if self.hidden is None else self.hidden[kept])
         return shard_entry(self._index, shard_id, 0, len(kept), sum(e.tokens for e in examples), list(self._components.values()))
-
-
-def open_rows(file: ArrayFile, component: Component, rows: int) -> Rows:
-    """A component's rows in a shard's file."""
-    return _READERS[component.kind](file, component, rows)  # type: ignore[arg-type]
 
 
 def is_whole(index: Path, shard_id: str, rows: int, components: Iterable[Component]) -> bool:

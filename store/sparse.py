@@ -15,7 +15,7 @@ How a vector becomes bits, and an inner product an estimate, is told in bits.py.
 rotated vector: a random projection, unbiased likewise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,85 +25,11 @@ from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import SparseComponent
+from .vectors import SparseVectors
 
+_ROW_BYTES = 8  # a row's start and norm
+_FACTOR_BYTES = 2
 _FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
-
-
-@dataclass(frozen=True)
-class SparseVectors:
-    """Rows (or queries) of a sparse component before they are coded: vectors in eigen-coordinates.
-
-    Attributes:
-        indptr: row i's entries are indptr[i] to indptr[i + 1].
-        keys: tokens, ascending within a row.
-        vectors: one for each entry.
-        whole: each row's squared length before entries were left out; None where none was.
-    """
-
-    indptr: Int64[np.ndarray, " rows_and_one"]
-    keys: Int64[np.ndarray, " entries"]
-    vectors: Float32[np.ndarray, "entries width"]
-    whole: Float64[np.ndarray, " rows"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.indptr) - 1
-
-    def part(self, first: int, last: int) -> "SparseVectors":
-        """Rows `first` to `last`, not included."""
-        indptr = self.indptr[first : min(last, len(self)) + 1]
-        entries = slice(int(indptr[0]), int(indptr[-1]))
-        whole = None if self.whole is None else self.whole[first:last]
-        return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
-
-    def only(self, keys: Int64[np.ndarray, " some"]) -> "SparseVectors":
-        """Of a single row, the entries of some tokens."""
-        at = np.flatnonzero(np.isin(self.keys, keys))
-        return SparseVectors(np.array([0, len(at)]), self.keys[at], self.vectors[at])
-
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
-        """Linear combinations of the rows."""
-        made = []
-        for row in matrix:
-            weights = np.repeat(row, np.diff(self.indptr))
-            at = np.flatnonzero(weights)
-            keys, inverse = np.unique(self.keys[at], return_inverse=True)
-            vectors = np.zeros((len(keys), self.vectors.shape[1]))
-            np.add.at(vectors, inverse, self.vectors[at] * weights[at, None])
-            made.append((keys, vectors.astype(np.float32)))
-        indptr = np.concatenate([[0], np.cumsum([len(keys) for keys, _ in made])]).astype(np.int64)
-        return SparseVectors(indptr, np.concatenate([keys for keys, _ in made]), np.concatenate([v for _, v in made]))
-
-    @property
-    def squared_norms(self) -> Float32[np.ndarray, " rows"]:
-        """Each row's squared length."""
-        return _by_row(self.indptr, np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64))
-
-
-def _by_row(indptr: np.ndarray, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
-    """Sums of the entries' values, row by row."""
-    rows = len(indptr) - 1
-    return np.bincount(np.repeat(np.arange(rows), np.diff(indptr)), values, rows)
-
-
-def concatenate(blocks: Sequence[tuple[Sequence[int], SparseVectors]], width: int) -> SparseVectors:
-    """Batches of rows, each with the positions of its rows, as one in the order of the positions."""
-    rows = {at: (block, i) for chosen, block in blocks for i, at in enumerate(chosen)}
-    parts = [(block.keys[s], block.vectors[s]) for at in sorted(rows) for block, i in [rows[at]] for s in [slice(*block.indptr[i : i + 2])]]
-    counts = [len(keys) for keys, _ in parts]
-    keys = np.concatenate([k for k, _ in parts]) if parts else np.zeros(0, np.int64)
-    vectors = np.concatenate([v for _, v in parts]) if parts else np.zeros((0, width), np.float32)
-    return SparseVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
-
-
-def inner_products(a: SparseVectors, b: SparseVectors) -> Float32[np.ndarray, "rows_of_a rows_of_b"]:
-    """Exact scores between two lists of rows: sums over the tokens that both hold."""
-    scores = np.zeros((len(a), len(b)), np.float32)
-    owners = [np.repeat(np.arange(len(rows)), np.diff(rows.indptr)) for rows in (a, b)]
-    orders = [np.argsort(rows.keys, kind="stable") for rows in (a, b)]
-    for key in np.intersect1d(a.keys, b.keys):
-        at, other = (o[slice(*np.searchsorted(rows.keys, [key, key + 1], sorter=o))] for rows, o in zip((a, b), orders, strict=True))
-        scores[np.ix_(owners[0][at], owners[1][other])] += a.vectors[at] @ b.vectors[other].T
-    return scores
 
 
 @dataclass(frozen=True)
@@ -130,7 +56,7 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
-    lengths = _by_row(rows.indptr, squares)
+    lengths = rows.sums_by_row(squares)
     return Coded(
         np.diff(rows.indptr),
         rows.keys.astype(np.uint32),
@@ -169,8 +95,35 @@ def _group(arrays: dict[str, np.ndarray], bits: int, scale: float, energy: tuple
     return ArrayGroup(arrays, attributes, frozenset({"keys", "codes", "factors"}))
 
 
+def entry_bytes(component: SparseComponent, bits: int) -> int:
+    """Return the bytes of one token of a row: key, factor and code."""
+    return np.dtype(_key_dtype(component.vocabulary)).itemsize + _FACTOR_BYTES + -(-bits // 8)
+
+
 def _key_dtype(vocabulary: int) -> str:
     return "uint16" if vocabulary <= 1 << 16 else "uint32"
+
+
+class SparseWriter:
+    """Coder of a shard's rows of a sparse component, which come batch by batch; they are coded at once, to save memory.
+
+    Args:
+        component: the manifest's entry.
+        arrays: those of the encoder, which are not used.
+        rows: of the shard.
+    """
+
+    def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], rows: int) -> None:
+        self._component = component
+        self._blocks: list[tuple[Sequence[int], Coded]] = []
+
+    def add(self, positions: Sequence[int], vectors: SparseVectors) -> None:
+        """Add a batch of rows at their positions."""
+        self._blocks.append((positions, code(vectors, self._component.bits, self._component.seed)))
+
+    def arrays(self) -> ArrayGroup:
+        """Return the arrays of all rows."""
+        return encode_sparse(join(self._blocks), self._component.vocabulary, self._component.bits)
 
 
 class SparseRows:
@@ -243,15 +196,27 @@ class SparseRows:
         }
         return _group(arrays, self.bits, self.factor_scale, (held, whole))
 
-    def vectors(self, row: int) -> tuple[Int64[np.ndarray, " entries"], Float32[np.ndarray, "entries width"]]:
-        """One row's keys and an estimate of its vectors, along their signs and so long that the row's estimated score with itself is its
-        squared norm; scores with other rows come out by 2 / pi too small, all alike.
+    def vectors(self, row: int, arrays: Mapping[str, np.ndarray]) -> SparseVectors:
+        """Return one row with vectors estimated from their codes.
+
+        A vector is parallel to its signs, with a length that makes the row's estimated score with itself its squared norm. Its scores with
+        other rows are too small by the factor 2 / pi, all alike.
+
+        Args:
+            arrays: those of the encoder, which are not used.
         """
         keys, codes, factors = self.entries(row, row + 1)
-        width, seed = self._component.width, self._component.seed
+        width = self._component.width
         share = self.bits / padded_width(width, self.bits)
         signs = signs_of(codes, self.bits) * (factors[:, None] * np.float32(2 / np.pi * share))
-        return keys.astype(np.int64), unrotate(signs, width, seed)
+        vectors = unrotate(signs, width, self._component.seed)
+        return SparseVectors(np.array([0, len(keys)]), keys.astype(np.int64), vectors)
+
+    @staticmethod
+    def row_cost(component: SparseComponent, tokens: Int64[np.ndarray, " examples"] | None) -> float:
+        """Return the bytes of a stored row, with its start and norm, on average over examples with so many tokens."""
+        stored = np.zeros(1) if tokens is None else np.minimum(tokens, component.max_tokens or np.iinfo(np.int64).max)
+        return _ROW_BYTES + float(stored.mean()) * entry_bytes(component, component.bits)
 
     def _contradiction(self) -> IntegrityError:
         return IntegrityError(f"{self._where}: its arrays contradict one another; restore the file or build the index again")

@@ -1,0 +1,82 @@
+"""Weights that make the scores of components comparable, from exact scores between some rows and the scores that their codes give.
+
+A component's weight is its share (head 1, embeddings 0.3, blocks 0.5: docs/components.md says why) over the exact scores' standard
+deviation, times the squared correlation of exact and stored scores: that part of a noisy estimate is signal (Wiener's shrinkage). The
+head's weight is 1, else the first component's.
+
+Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If the
+head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the blocks, and
+other shares apply. Of several models the last decides this, since earlier ones have not arrived.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from ..store.manifest import Component
+
+_SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
+_SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of a component's exact scores with the stored ones.
+
+    Attributes:
+        spread: standard deviation of the exact scores between different examples.
+        fidelity: correlation of exact and stored scores.
+        mean_share: mean score between different examples, divided by an example's mean score with itself.
+    """
+
+    spread: float
+    fidelity: float
+    mean_share: float
+
+    @classmethod
+    def of(cls, exact: Float[np.ndarray, "rows rows"], stored: Float[np.ndarray, "rows rows"]) -> "Agreement":
+        """Compare exact and stored scores between the same rows."""
+        between = ~np.eye(len(exact), dtype=bool)
+        spread = float(exact[between].std())
+        self_score = float(np.diag(exact).mean())
+        mean_share = float(exact[between].mean()) / self_score if self_score > 0 else 0.0
+        varied = spread > 0 and stored[between].std() > 0
+        fidelity = float(np.corrcoef(exact[between], stored[between])[0, 1]) if varied else 0.0
+        return cls(spread, fidelity, mean_share)
+
+
+def calibrate(
+    components: Sequence[Component], agreements: Mapping[str, Agreement], head_mean_share: float | None
+) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
+    """Set the components' weights.
+
+    Args:
+        agreements: by component.
+        head_mean_share: of the full gradients of the last model's head; None where there is no head.
+
+    Returns:
+        The components, and by component the figures that its weight rests on, for the index's record.
+    """
+    mean_shares = {name: agreement.mean_share for name, agreement in agreements.items()}
+    last = {component.part: component.name for component in components if component.model == components[-1].model}
+    if head_mean_share is not None:
+        mean_shares[last["head"]] = head_mean_share
+    head = mean_shares.get(last.get("head", ""), 0.0)
+    blocks = mean_shares.get(last.get("blocks", ""), np.inf)
+    shares = _SHARES_FROZEN if head > max(0.0, blocks) else _SHARES
+    weights = {}
+    for component in components:
+        agreement = agreements[component.name]
+        known = agreement.spread > 0 and agreement.fidelity > 0
+        weights[component.name] = shares[component.part] * agreement.fidelity**2 / agreement.spread if known else 0.0
+    unit = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
+    if not any(weights.values()):
+        weights = dict.fromkeys(weights, unit)
+    calibrated = tuple(component.model_copy(update={"weight": weights[component.name] / unit}) for component in components)
+    record = {
+        name: {"fidelity": round(agreement.fidelity, 4), "mean_share": round(mean_shares[name], 6)}
+        for name, agreement in agreements.items()
+    }
+    return calibrated, record

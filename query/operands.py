@@ -1,0 +1,402 @@
+"""Queries of one component, prepared for products with its rows: they include the component's weight and the change of damping."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from ..store.bits import padded_width, rotate
+from ..store.compiled import Compiled
+from ..store.dense import DenseRows, row_bytes
+from ..store.errors import NumericalError, UsageError
+from ..store.index import Group, Index
+from ..store.manifest import Component, DenseComponent, SparseComponent
+from ..store.postings import byte_tables
+from ..store.scan_codes import Rounded, scan_bits, words
+from ..store.shard import Shard
+from ..store.vectors import DenseVectors, SparseVectors, Vectors
+from .metric import Metric, matched
+
+_FEW_QUERIES = 4
+_multiply_int8 = Compiled("multiply_int8", after=1 << 24)
+
+
+class Split(NamedTuple):
+    """A product of a query with a row, in total and by layer and shared token; layers are absent where their coordinates are mixed."""
+
+    total: float
+    layers: Mapping[str, float]
+    tokens: Mapping[int, float]
+
+
+class Estimates(NamedTuple):
+    """Arrays to which operands add their part of the scores of a group's rows.
+
+    Attributes:
+        exact: exact products.
+        estimate: estimated products.
+        variances: of the estimates.
+        squared: squared lengths of the rows; None where the mode does not need them.
+    """
+
+    exact: Float32[np.ndarray, "queries rows"]
+    estimate: Float32[np.ndarray, "queries rows"]
+    variances: Float64[np.ndarray, "queries rows"]
+    squared: Float64[np.ndarray, " rows"] | None
+
+
+class Operand(Protocol):
+    """Prepared queries of one component."""
+
+    component: Component
+    weight: float
+    squared_norms: Float64[np.ndarray, " queries"]
+    exact_scan: bool
+
+    @classmethod
+    def of(cls, index: Index, component: Component, queries: Vectors, metric: Metric, weight: float) -> Self:
+        """Prepare a component's queries under a metric, times a weight."""
+
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """Add weighted products with a group's rows and, for cosines, the rows' weighted squared lengths in the same metric."""
+
+    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+        """Add exact products where they are cheap, else estimates from scan codes with their variances."""
+
+    def refusal(self, index: Index, mode: str) -> str | None:
+        """Return the reason why the products cannot be estimated, if there is one."""
+
+    def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
+        """Return the exact products of one query with some rows, in place of their estimates (0 where `estimate` was exact)."""
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """Return the variance that coding gives to the product with one row."""
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """Return a stored row's squared length under the metric."""
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
+        """Split the product of one query with one row."""
+
+    def scaled(self, index: Index, row: Vectors, stored: bool = True) -> Vectors:
+        """Scale a whitened row so that its plain product with another is this component's score.
+
+        Args:
+            stored: leave out coordinates that are not stored.
+        """
+
+
+@dataclass(frozen=True)
+class DenseOperand:
+    """Prepared queries of a dense component.
+
+    Attributes:
+        queries: reduced as the rows are.
+        one_bit_variance: of a product of unit vectors, where rows are one-bit codes.
+        change: by stored coordinate, the factor of the change of damping and layers; None for none.
+        factors: by coordinate of a whitened row, weight times change.
+    """
+
+    exact_scan = False
+
+    component: DenseComponent
+    weight: float
+    queries: Float32[np.ndarray, "queries stored"]
+    squared_norms: Float64[np.ndarray, " queries"]
+    one_bit_variance: float
+    change: Float32[np.ndarray, " stored"] | None
+    factors: Float64[np.ndarray, " dim"]
+
+    @classmethod
+    def of(cls, index: Index, component: DenseComponent, queries: DenseVectors, metric: Metric, weight: float) -> "DenseOperand":
+        """See `Operand`."""
+        change = _change(index, component, metric)
+        reduction = index.reduction(component)
+        if change is not None and metric.mode == "cosine" and reduction.mixes:
+            raise UsageError(
+                f"the rows of {component.name} are a random projection, whose lengths are known under the build's damping and over all "
+                "layers alone; ask for influence, or without a change of these"
+            )
+        factors = np.full(component.dim, weight) if change is None else weight * change
+        values = queries.values.astype(np.float64)
+        scaled = (values * factors).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            raise NumericalError("the query's gradient, times its weights, is not finite; ask with smaller weights")
+        squared_norms = np.einsum("qd,qd->q", values if change is None else values * change, values, dtype=np.float64)
+        stored_change = change if change is None or reduction.kept is None else change[reduction.kept]
+        selected = component.dim if reduction.kept is None else len(reduction.kept)
+        variance = 0.0
+        if component.one_bit:
+            variance = _one_bit_variance(max(selected, padded_width(selected, component.stored)), component.stored)
+        return cls(
+            component,
+            weight,
+            reduction.apply(scaled),
+            squared_norms,
+            variance,
+            None if stored_change is None else stored_change.astype(np.float32),
+            factors,
+        )
+
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """See `Operand`."""
+        for rows, offsets, positions, codes in self._blocks(index, group):
+            factors = rows.factors()[offsets]
+            norms = rows.norms[offsets]
+            scores[:, positions] += _products(self.queries, rows, codes) * (norms * factors)
+            if squared is not None:
+                # Codes are unit directions, up to rounding; under another damping their lengths are computed here.
+                lengths = 1.0
+                if self.change is not None:
+                    values = rows.values(codes)
+                    lengths = (values * values * self.change).sum(axis=1) * factors**2
+                squared[positions] += self.weight * lengths * norms.astype(np.float64) ** 2
+
+    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+        """See `Operand`."""
+        rounded = self._rounded
+        lengths = np.square(self.queries, dtype=np.float64).sum(axis=1)
+        rests = rounded.rests**2
+        for positions, codes, factors, noises, norms in self._codes(index, group):
+            estimates.estimate[:, positions] += rounded.products(codes) * factors
+            estimates.variances[:, positions] += np.outer(lengths, np.square(noises, dtype=np.float64))
+            estimates.variances[:, positions] += np.outer(rests, np.square(factors, dtype=np.float64))
+            if estimates.squared is not None:
+                estimates.squared[positions] += self.weight * norms.astype(np.float64) ** 2
+
+    def refusal(self, index: Index, mode: str) -> str | None:
+        """See `Operand`."""
+        if mode == "cosine" and self.change is not None:
+            return "lengths under another damping, or of some layers, are known only of rows that are read"
+        if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in index.groups):
+            return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
+        return None
+
+    def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
+        """See `Operand`."""
+        scores = np.zeros(len(rows), np.float32)
+        codes = np.empty((len(rows), row_bytes(self.component.stored, self.component.dtype)), np.uint8)
+        lengths = np.empty(len(rows), np.float32)
+        order = np.empty(len(rows), np.int64)
+        reader: DenseRows | None = None
+        first = 0
+        for group, shard, positions, offsets in index.by_shard(rows):
+            reader = index.rows(shard, self.component)
+            part = slice(first, first + len(positions))
+            if self.component.one_bit:
+                codes[part] = [reader.code(offset) for offset in offsets.tolist()]
+            else:
+                checks = index.search_arrays(group, self.component).checks
+                reader.take(offsets, checks[offsets + (shard.first - group.first)], codes[part])
+            lengths[part] = reader.norms[offsets] * reader.factors()[offsets]
+            order[part] = positions
+            first = part.stop
+        if reader is not None:
+            scores[order] = _products(self.queries[query : query + 1], reader, codes.view(reader.dtype))[0] * lengths
+        return scores
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """See `Operand`."""
+        vector = self.queries[query].astype(np.float64)
+        return self.one_bit_variance * float(vector @ vector) * self.squared_length(index, shard, offset)
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """See `Operand`."""
+        rows = index.rows(shard, self.component)
+        length = 1.0
+        if self.change is not None:
+            length = float((rows.values(rows.code(offset)[None])[0] ** 2 * self.change).sum() * rows.factors()[offset] ** 2)
+        return length * float(rows.norms[offset]) ** 2
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
+        """See `Operand`."""
+        rows = index.rows(shard, self.component)
+        reduction = index.reduction(self.component)
+        length = float(rows.norms[offset]) * float(rows.factors()[offset])
+        products = self.queries[query].astype(np.float64) * rows.values(rows.code(offset)[None])[0] * length
+        if reduction.mixes:
+            return Split(float(products.sum()), {}, {})
+        coordinates = np.arange(self.component.dim) if reduction.kept is None else reduction.kept
+        layers = np.searchsorted([layer.offset for layer in self.component.layers], coordinates, side="right") - 1
+        sums = np.bincount(layers, products, len(self.component.layers))
+        return Split(float(products.sum()), dict(zip(self.component.layer_names, sums.tolist(), strict=True)), {})
+
+    def scaled(self, index: Index, row: DenseVectors, stored: bool = True) -> DenseVectors:
+        """See `Operand`."""
+        factors = self.factors
+        selection = index.reduction(self.component).kept
+        if stored and selection is not None:
+            factors = np.zeros_like(self.factors)
+            factors[selection] = self.factors[selection]
+        return DenseVectors((row.values.astype(np.float64) * factors).astype(np.float32))
+
+    def _blocks(self, index: Index, group: Group) -> Iterator[tuple[DenseRows, slice, slice, np.ndarray]]:
+        """Yield blocks of a group's rows: the reader, their offsets in the shard, their positions in the group, and their codes."""
+        for shard in group.shards:
+            rows = index.rows(shard, self.component)
+            start = shard.first - group.first
+            for first, codes in rows.blocks():
+                last = first + len(codes)
+                yield rows, slice(first, last), slice(start + first, start + last), codes
+
+    def _codes(self, index: Index, group: Group) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield positions in the group with codes, factors, noises and norms (see scan_codes.py); one-bit rows have no noise."""
+        if not self.component.one_bit:
+            scan_codes = index.search_arrays(group, self.component)
+            yield slice(0, group.rows), scan_codes.codes, scan_codes.factors, scan_codes.noises, scan_codes.norms
+            return
+        for rows, offsets, positions, codes in self._blocks(index, group):
+            norms = rows.norms[offsets]
+            yield positions, words(codes), norms * rows.factors()[offsets], np.zeros(len(codes), np.float32), norms
+
+    @cached_property
+    def _rounded(self) -> Rounded:
+        if self.component.one_bit:
+            return Rounded.of(self.queries)
+        return Rounded.of(rotate(self.queries, scan_bits(self.component.stored), self.component.seed))
+
+
+@dataclass(frozen=True)
+class SparseOperand:
+    """Prepared queries of a sparse component: their entries, rotated as the rows were.
+
+    Attributes:
+        damping: the metric's, and whether there is curvature.
+        keys, owners: token and query of each entry.
+        tables: of each entry (see `postings.byte_tables`).
+        squares: squared length of each entry's vector.
+    """
+
+    exact_scan = True
+
+    component: SparseComponent
+    weight: float
+    damping: tuple[float | None, bool]
+    keys: Int64[np.ndarray, " entries"]
+    owners: Int64[np.ndarray, " entries"]
+    tables: Float32[np.ndarray, "entries bytes 256"]
+    squares: Float64[np.ndarray, " entries"]
+    squared_norms: Float64[np.ndarray, " queries"]
+
+    @classmethod
+    def of(cls, index: Index, component: SparseComponent, queries: SparseVectors, metric: Metric, weight: float) -> "SparseOperand":
+        """See `Operand`."""
+        damping = metric.damping, metric.curvature
+        if damping != (None, True) and metric.mode == "cosine":
+            raise UsageError("the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping")
+        vectors = _damped(index, component, queries, *damping)
+        squared_norms = queries.sums_by_row(np.einsum("ed,ed->e", vectors, queries.vectors, dtype=np.float64))
+        scaled = (vectors * weight).astype(np.float32)
+        tables = byte_tables(rotate(scaled, component.bits, component.seed))
+        squares = np.square(vectors * weight).sum(axis=1)
+        return cls(component, weight, damping, queries.keys, queries.owners, tables, squares, squared_norms)
+
+    def add(
+        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+    ) -> None:
+        """See `Operand`; the products are unbiased estimates from one-bit codes."""
+        index.search_arrays(group, self.component).add_scores(self.keys, self.owners, self.tables, scores)
+        if squared is not None:
+            norms = np.concatenate([index.rows(shard, self.component).norms for shard in group.shards])
+            squared += self.weight * np.square(norms, dtype=np.float64)
+
+    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+        """See `Operand`: posting lists give all that a scan of the rows gives."""
+        self.add(index, group, estimates.exact, estimates.squared)
+
+    def refusal(self, index: Index, mode: str) -> None:
+        """Return None: there is no need of estimates."""
+
+    def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
+        """See `Operand`."""
+        return np.zeros(len(rows), np.float32)
+
+    def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
+        """See `Operand`; the sum over shared tokens."""
+        width = padded_width(self.component.width, self.component.bits)
+        entries, positions, _, factors = self._shared(index, shard, offset, query)
+        # A factor is |v|^2 over the sum of |coordinates|, which in expectation is |v| times bits sqrt(2 / (pi width)).
+        lengths = factors[positions].astype(np.float64) * self.component.bits * np.sqrt(2 / (np.pi * width))
+        return float(_one_bit_variance(width, self.component.bits) * (np.square(lengths) * self.squares[entries]).sum())
+
+    def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
+        """See `Operand`."""
+        return float(index.rows(shard, self.component).norms[offset]) ** 2
+
+    def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
+        """See `Operand`."""
+        entries, positions, codes, factors = self._shared(index, shard, offset, query)
+        values = self.tables[entries[:, None], np.arange(codes.shape[1]), codes[positions]].sum(axis=1, dtype=np.float64)
+        tokens = dict(zip(self.keys[entries].tolist(), (values * factors[positions]).tolist(), strict=True))
+        total = sum(tokens.values())
+        return Split(total, {self.component.layer: total}, tokens)
+
+    def scaled(self, index: Index, row: SparseVectors, stored: bool = True) -> SparseVectors:
+        """See `Operand`."""
+        vectors = _damped(index, self.component, row, *self.damping) * self.weight
+        return SparseVectors(row.indptr, row.keys, vectors.astype(np.float32))
+
+    def _shared(self, index: Index, shard: Shard, offset: int, query: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the query's entries of tokens that a row has too, their positions among the row's, and the row's codes and factors."""
+        keys, codes, factors = index.rows(shard, self.component).entries(offset, offset + 1)
+        entries = np.flatnonzero(self.owners == query)
+        _, positions, shared = np.intersect1d(keys, self.keys[entries], return_indices=True)
+        return entries[shared], positions, codes, factors
+
+
+OPERANDS: dict[str, type[DenseOperand] | type[SparseOperand]] = {"dense": DenseOperand, "sparse": SparseOperand}
+"""By kind of component."""
+
+
+def _change(index: Index, component: DenseComponent, metric: Metric) -> Float64[np.ndarray, " dim"] | None:
+    """Return, by coordinate, the factor of the change from the build's damping and layers to the metric's; None for no change."""
+    change: np.ndarray | None = None
+    if metric.damping is not None:
+        eigenvalues, means = index.spectrum(component)
+        before = eigenvalues + component.curvature.damping * means
+        after = eigenvalues + metric.damping * means
+        change = np.divide(before, after, out=np.zeros_like(before), where=after > 0)
+    elif not metric.curvature and any(layer.curvature != "identity" for layer in component.layers):
+        eigenvalues, means = index.spectrum(component)
+        change = eigenvalues + component.curvature.damping * means
+    mask = matched(component.layer_names, metric.layers)
+    if not mask.all():
+        selected = np.repeat(mask, [layer.size for layer in component.layers])
+        change = selected.astype(np.float64) if change is None else selected * change
+    return change
+
+
+def _one_bit_variance(coordinates: int, bits: int) -> float:
+    """Return the variance of the estimated inner product of orthogonal unit vectors."""
+    return (np.pi / 2 * coordinates / bits - 1) / coordinates
+
+
+def _damped(
+    index: Index, component: SparseComponent, rows: SparseVectors, damping: float | None, curvature: bool
+) -> Float64[np.ndarray, "entries width"]:
+    """Return vectors whose products with whitened ones are those under another damping, or without curvature."""
+    vectors = rows.vectors.astype(np.float64)
+    if damping is None and curvature:
+        return vectors
+    vocabulary, inputs = index.sparse_spectrum(component)
+    eigenvalues = vocabulary[rows.keys][:, None] * inputs
+    mean = vocabulary.mean() * inputs.mean()
+    vectors = vectors * (eigenvalues + component.curvature.damping * mean)
+    return vectors if damping is None else vectors / (eigenvalues + damping * mean)
+
+
+def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, codes: np.ndarray) -> Float32[np.ndarray, "queries rows"]:
+    """Compute inner products of queries with codes: by a matrix product, or in a compiled loop for a few queries and many int8 codes."""
+    compiled = _multiply_int8.after(codes.size) if rows.dtype == np.int8 and len(queries) <= _FEW_QUERIES else None
+    if compiled is not None:
+        products = np.empty((len(queries), len(codes)), np.float32)
+        compiled(np.asarray(codes).view(np.ndarray), queries, products)
+        return products
+    return queries @ rows.values(codes).T

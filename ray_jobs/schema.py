@@ -1,0 +1,121 @@
+"""The schema of a row: the components that a configuration and a model give, with their default options."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from ..indexer.budget import allocate, count_tokens
+from ..indexer.encoder import EncoderPlan
+from ..indexer.layers import NARROWING, find_layers, plan_layers
+from ..indexer.tasks import Task, VocabularyLayer
+from ..store.documents import Example
+from ..store.errors import UsageError
+from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Projection, SparseComponent
+from .config import BuildConfig, ComponentPart
+
+_BITS = 64
+
+
+def candidate_components(config: BuildConfig, task: Task, model: nn.Module, number: int) -> tuple[Component, ...]:
+    """Return the components of one model: those that are named, else those that a number of bytes may afford, else the blocks.
+
+    Args:
+        number: of the model, from 0.
+
+    Raises:
+        UsageError: a named component, layer or kind of labels is not possible with the model.
+    """
+    parts: tuple[ComponentPart, ...] = config.components or ("blocks",)
+    if config.components is None and config.budget is not None:
+        layers: dict[ComponentPart, VocabularyLayer | None] = {
+            "head": task.sparse_head(model),
+            "embeddings": task.sparse_embeddings(model),
+        }
+        parts = (*(part for part, layer in layers.items() if layer is not None), "blocks")
+    return tuple(
+        _blocks(config, task, model, number) if part == "blocks" else _vocabulary_layer(config, task, model, number, part) for part in parts
+    )
+
+
+def select_components(config: BuildConfig, plan: EncoderPlan, examples: Sequence[Example]) -> EncoderPlan:
+    """Return the plan with the components and sizes that the budget affords.
+
+    Args:
+        examples: a sample of the corpus, whose tokens determine what fits.
+    """
+    if config.budget is None:
+        return plan
+    return replace(plan, components=allocate(config.budget, plan.components, count_tokens(examples)))
+
+
+def component_name(config: BuildConfig, part: str, number: int) -> str:
+    """Return a component's name: its part and, with several models, the model's number from 1."""
+    return part if len(config.models) == 1 else f"{part}-{number + 1}"
+
+
+def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> DenseComponent:
+    by_bytes = config.budget is not None
+    names = find_layers(model, config.layers or ((NARROWING,) if by_bytes else ()), task.within_blocks)
+    rank = config.rank or (128 if by_bytes else 16)
+    labels: LabelKind = "data"
+    if by_bytes:
+        labels = "sampled" if task.classes(model) is None else "expected"
+    curvature = Curvature(
+        kind=config.curvature,
+        labels=_labels(config, task, model, labels),
+        examples=0,
+        tokens=0,
+        damping=config.damping or (1.0 if by_bytes else 0.1),
+    )
+    return DenseComponent(
+        name=component_name(config, "blocks", number),
+        kind="dense",
+        model=number,
+        weight=1.0,
+        coordinates=config.coordinates,
+        dtype=config.row_dtype or "float32",
+        layers=plan_layers(task, model, names, rank, config.curvature, config.fit_examples, explicit=bool(config.layers)),
+        projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
+        curvature=curvature,
+    )
+
+
+def _vocabulary_layer(
+    config: BuildConfig, task: Task, model: nn.Module, number: int, role: Literal["head", "embeddings"]
+) -> SparseComponent:
+    layer = task.sparse_head(model) if role == "head" else task.sparse_embeddings(model)
+    if layer is None:
+        kind = "output head whose rows" if role == "head" else "embeddings that"
+        raise UsageError(f"the model has no {kind} could be keyed by token (task {config.task}); leave {role} out of `components`")
+    options = {
+        "head": (config.head_bits, config.head_extra_tokens, config.head_max_tokens),
+        "embeddings": (config.embedding_bits, 0, config.embedding_max_tokens),
+    }
+    bits, extra_tokens, max_tokens = options[role]
+    return SparseComponent(
+        name=component_name(config, role, number),
+        kind="sparse",
+        model=number,
+        weight=1.0,
+        role=role,
+        layer=layer.name,
+        vocabulary=layer.vocabulary,
+        width=layer.width,
+        bits=bits or _BITS,
+        extra_tokens=extra_tokens,
+        max_tokens=max_tokens,
+        postprocessed=layer.postprocessed,
+        seed=config.seed + number,
+        curvature=Curvature(
+            kind="kfac", labels=_labels(config, task, model, "sampled"), examples=0, tokens=0, damping=config.damping or 1.0
+        ),
+    )
+
+
+def _labels(config: BuildConfig, task: Task, model: nn.Module, default: LabelKind) -> LabelKind:
+    labels = config.labels or default
+    if labels == "expected" and task.classes(model) is None:
+        raise UsageError(f"`labels` expected sums over the classes of an example's one label, which task {config.task} has not")
+    return labels
