@@ -818,7 +818,7 @@ def verify(index: str, as_json: bool) -> None:
 def evaluate() -> None:
     """Ask whether an index's answers are true.
 
-    Needs scikit-learn, scipy and bm25s (the extra `evaluate`).
+    Needs scikit-learn, scipy and bm25s (the extra `evaluation`).
     """
 
 

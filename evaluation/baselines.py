@@ -23,10 +23,11 @@ from ..indexer.encoder import Encoder
 from ..indexer.hidden import mean_hidden
 from ..indexer.layers import find_layers, plan_layers
 from ..indexer.tasks import Task
-from ..query.baselines import Scores, Words, cosines, library, row_norms
+from ..query.baselines import Scores, Words, cosines, row_norms
 from ..query.metric import Metric, QueryRows
 from ..query.scoring import all_scores
 from ..store.documents import Example
+from ..store.extras import require
 from ..store.manifest import Curvature, DenseComponent, Layer, Projection
 
 _RANKS = (1 << 30, 512, 256, 128, 64, 32, 16)
@@ -103,7 +104,7 @@ def hidden_baseline(task: Task, model: torch.nn.Module, train: Sequence[Example]
 
 
 def _tfidf(documents: Sequence[str], queries: Sequence[str], **options: object) -> Scores:
-    vectorizer = library("sklearn.feature_extraction.text").TfidfVectorizer(**options)
+    vectorizer = require("sklearn.feature_extraction.text", "evaluation").TfidfVectorizer(**options)
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in documents):
         return np.zeros((len(documents), len(queries)))  # no words
@@ -117,4 +118,4 @@ def require_libraries() -> None:
         UsageError: scikit-learn, scipy or bm25s is not installed.
     """
     for name in ("sklearn.feature_extraction.text", "scipy.stats", "bm25s"):
-        library(name)
+        require(name, "evaluation")

@@ -34,6 +34,7 @@ from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
+from ..store.extras import require
 from ..store.index import Index
 from .baselines import score_matrix
 from .lds import columns_correlation, interval
@@ -325,10 +326,8 @@ def _truth(value: Any, column: str) -> bool:
 
 
 def _auc(bad: np.ndarray, good: np.ndarray) -> float:
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.concatenate([bad, good]))[: len(bad)]
-    return float((ranks.mean() - (len(bad) + 1) / 2) / len(good))
+    truth = np.repeat([1, 0], [len(bad), len(good)])
+    return float(require("sklearn.metrics", "evaluation").roc_auc_score(truth, np.concatenate([bad, good])))
 
 
 def _mean(values: Sequence[float]) -> Figure:

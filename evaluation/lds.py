@@ -17,7 +17,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 
 from ..store.errors import UsageError
+from ..store.extras import require
 
+_rankdata = require("scipy.stats", "evaluation").rankdata
 _RESAMPLES = 400
 _CONFIDENCE = 0.95
 
@@ -128,9 +130,7 @@ def columns_correlation(
     a: Float64[np.ndarray, "subsets queries"], b: Float64[np.ndarray, "subsets queries"]
 ) -> Float64[np.ndarray, " queries"]:
     """Spearman's correlation of each column (ties at their mean rank); NaN where b is constant, 0 where only a is."""
-    from scipy.stats import rankdata
-
-    a, b = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))
+    a, b = (_rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))
     spread = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
     correlations = np.divide((a * b).sum(axis=0), spread, out=np.zeros(a.shape[1]), where=spread > 0)
     return np.where((b * b).sum(axis=0) > 0, correlations, np.nan)

@@ -6,7 +6,6 @@ Only safetensors weights are loaded (a pickle can run code), and a model's own c
 import copy
 import ctypes
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
+from ..store.extras import require
 
 SPREAD = "map"  # the device "all GPUs of the machine"
 _M_TRIM_THRESHOLD = -1
@@ -278,8 +278,7 @@ def _load_base(source: ModelSource, device: torch.device | None) -> nn.Module:
     options["ignore_mismatched_sizes"] = True  # reported below, by name
     options["adapter_kwargs"] = {"subfolder": "no-adapter"}  # adapter files next to a merged model would be applied a second time
     if device is None:
-        if importlib.util.find_spec("accelerate") is None:
-            raise UsageError("device map needs accelerate: pip install accelerate")
+        require("accelerate", "training")
         options["device_map"] = "auto"
     model, loading = _load(AutoModelForCausalLM, source, "model", **options)
     missing, mismatched, unexpected = (
@@ -469,8 +468,7 @@ def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
     problem = safetensors_problem(file)
     if problem:
         raise IncompatibleError(f"{file} {problem}; restore it")
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{folder} is an adapter, which needs peft: pip install peft")
+    require("peft", "adapters")
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

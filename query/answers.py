@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..store.errors import UsageError
+from ..store.extras import require
 from ..store.printable import printable
 
 if TYPE_CHECKING:
@@ -165,12 +166,9 @@ class Answer:
         Raises:
             UsageError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise UsageError("pandas is not installed; pip install pandas") from error
         kinds = {"proponent": self.proponents, "opponent": self.opponents}
         columns = ["kind", *Attribution.__dataclass_fields__]
+        pd = require("pandas", "pandas")
         return pd.DataFrame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns=columns)
 
 

@@ -8,14 +8,12 @@ The score of a contrast of two completions is the difference of their scores. Wh
 baseline would have sufficed.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
-from ..store.errors import UsageError
+from ..store.extras import require
 from ..store.index import Index
 from .answers import Baseline
 
@@ -32,7 +30,7 @@ class Words:
     """
 
     def __init__(self, documents: Sequence[str]) -> None:
-        bm25s = library("bm25s")
+        bm25s = require("bm25s", "evaluation")
         self._tokenize = lambda texts: bm25s.tokenize(list(texts), stopwords=None, show_progress=False, return_ids=False)
         self._engine, self._count = bm25s.BM25(), len(documents)
         self._engine.index(self._tokenize(documents), show_progress=False)
@@ -92,24 +90,10 @@ def compare(
 
 
 def _ranks(scores: Float32[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-    return library("scipy.stats").rankdata(scores)
+    return require("scipy.stats", "evaluation").rankdata(scores)
 
 
 def _correlation(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -> float | None:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def library(name: str) -> Any:
-    """A library that baselines need.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(
-            f"baselines need {name.partition('.')[0]}, which is not installed: pip install scikit-learn scipy bm25s"
-        ) from error

@@ -17,6 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp
 
 from ..client import Client
 from ..query.answers import Query
@@ -26,20 +28,19 @@ from ..query.scoring import all_scores
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WherefromError
 from ..store.printable import to_json
 from .engine import Engine, Metrics
-from .guard import App, Guard, problem
+from .guard import Guard, problem
 
 _BINS = 60
-_LONGEST_DETAIL = 600
 _MOST_QUERIES = 256
 _MOST_MESSAGES = 200  # the chat template renders all previous messages for each of the assistant's turns
 _MOST_ANSWERS = 20_000
 _MOST_COSTLY = 16
 _LARGEST_K = 10_000
-_STATUS: tuple[tuple[type[WherefromError], int, str], ...] = (
-    (BusyError, 503, "Busy"),
-    (NotFoundError, 404, "Not found"),
-    (IncompatibleError, 409, "Incompatible"),
-    (UsageError, 422, "Invalid argument"),
+_STATUS: tuple[tuple[type[WherefromError], int], ...] = (
+    (BusyError, 503),
+    (NotFoundError, 404),
+    (IncompatibleError, 409),
+    (UsageError, 422),
 )
 Text = Annotated[str, Field(max_length=200_000)]
 Name = Annotated[str, Field(max_length=200)]
@@ -136,7 +137,7 @@ def create_app(
     batch: int = 16,
     queue: int = 256,
     patience: float = 15.0,
-) -> App:
+) -> ASGIApp:
     """Create the application over some open indexes, by name.
 
     Args:
@@ -144,7 +145,7 @@ def create_app(
         hosts: accepted host names of the server; None accepts any.
         batch: most queries in one pass over the model and the rows.
         queue: most requests that wait for an index.
-        patience: time limit (seconds) for receiving a request.
+        patience: time limit (seconds) for receiving a body.
     """
     metrics = Metrics()
     engines = {name: Engine(name, client, metrics, batch, queue) for name, client in clients.items()}
@@ -163,7 +164,9 @@ def create_app(
     _index_routes(app, engines)
     _query_routes(app, engines)
     _pages(app)
-    return Guard(app, token, hosts, patience)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(hosts))
+    return Guard(app, token, patience)
 
 
 def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:
@@ -353,26 +356,21 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    def respond(status: int, detail: str, title: str, kind: str = "UsageError") -> Response:
-        code, body = problem(status, detail if len(detail) <= _LONGEST_DETAIL else f"{detail[:_LONGEST_DETAIL]} ...", title, kind)
-        headers = {"retry-after": "1"} if code == 503 else {}
-        return Response(body, status_code=code, media_type="application/problem+json", headers=headers)
-
     @app.exception_handler(WherefromError)
     async def known_error(request: Request, error: WherefromError) -> Response:
-        status, title = next(((s, t) for kind, s, t in _STATUS if isinstance(error, kind)), (503, "The index cannot answer"))
-        return respond(status, str(error), title, type(error).__name__)
+        status = next((status for kind, status in _STATUS if isinstance(error, kind)), 503)
+        return problem(status, str(error), type(error).__name__)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return respond(422, f"{where or 'the body'}: {first['msg']}", "Not a valid request")
+        return problem(422, f"{where or 'the body'}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return respond(error.status_code, str(error.detail), "Not possible")
+        return problem(error.status_code, error.detail, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return respond(500, f"{type(error).__name__}; the server's log has more", "A defect", "WherefromError")
+        return problem(500, f"{type(error).__name__}; the server's log has more", "WherefromError")

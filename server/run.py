@@ -12,7 +12,6 @@ from ..client import Client
 from ..remote import Served, announce
 from ..store.errors import NotFoundError, UsageError
 from .app import create_app
-from .guard import Impatient
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _MOST_CONNECTIONS = 512
@@ -67,7 +66,6 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         host=host,
         port=port,
         log_level="error",
-        http=Impatient,
         ws="none",
         access_log=False,
         server_header=False,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from .errors import DataError, NotFoundError, UsageError
+from .extras import require
 from .fields import SplitText
 
 _TEXT = (".txt", ".md")
@@ -354,10 +355,9 @@ def _saved(name_or_path: str, split: str | None) -> list[Source]:
 
 
 def _saved_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
-    import datasets
-
     from .tables import table_records
 
+    datasets = require("datasets", "hub")
     try:
         dataset = datasets.load_from_disk(str(path)).with_format("arrow")
         yield from table_records(_validated(dataset), name, reading)
@@ -376,8 +376,7 @@ def _validated(dataset: Any) -> Iterator[Any]:
 
 
 def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading) -> Iterator[Record]:
-    import datasets
-
+    datasets = require("datasets", "hub")
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds of error

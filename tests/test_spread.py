@@ -1,5 +1,8 @@
 """Models spread over several devices: the same rows, queries and explanations as on one, and nothing that meets across devices."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -109,8 +112,8 @@ def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch)
     with pytest.raises(UsageError, match="lm_head is offloaded to the cpu"):
         load_causal_lm(ModelSource(str(place), device="map"))
     assert asked == ["auto"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install accelerate"):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UsageError, match=re.escape("device map needs the extra training: pip install 'wherefrom[training]'")):
         load_causal_lm(ModelSource(str(place), device="map"))
 
 
