@@ -1,7 +1,8 @@
 """Wherefrom: a search index for training-data attribution.
 
-    >>> from wherefrom import connect
-    >>> connect("my.wherefrom").query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
+    >>> import wherefrom
+    >>> index = wherefrom.build("gpt2", "corpus.jsonl", "my.wherefrom")  # doctest: +SKIP
+    >>> wherefrom.connect(index).query(prompt="The capital of France is", completion=" Paris")  # doctest: +SKIP
 
 Everything is imported when it is first used, so that `import wherefrom` costs nothing.
 """
@@ -10,17 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import evaluate as evaluate
+    from .building import build as build
     from .client import Client as Client
     from .indexer.tasks import Task as Task
     from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
     from .query.answers import Attribution as Attribution
-    from .query.answers import Query as Query
-    from .ray_jobs.build import build as build
+    from .query.answers import Explanation as Explanation
+    from .query.options import Query as Query
     from .ray_jobs.config import BuildConfig as BuildConfig
+    from .remote import RemoteClient as RemoteClient
     from .remote import connect as connect
-    from .store.corpus import Fields as Fields
     from .store.errors import WherefromError as WherefromError
+    from .store.fields import Fields as Fields
     from .store.index import Index as Index
 
 _HOMES = {
@@ -28,13 +32,15 @@ _HOMES = {
     "Attribution": "query.answers",
     "BuildConfig": "ray_jobs.config",
     "Client": "client",
-    "Fields": "store.corpus",
+    "Explanation": "query.answers",
+    "Fields": "store.fields",
     "Index": "store.index",
-    "Query": "query.answers",
+    "Query": "query.options",
+    "RemoteClient": "remote",
     "Task": "indexer.tasks",
     "VectorTask": "indexer.tasks",
     "WherefromError": "store.errors",
-    "build": "ray_jobs.build",
+    "build": "building",
     "connect": "remote",
 }
 
@@ -43,14 +49,17 @@ __all__ = [
     "Attribution",
     "BuildConfig",
     "Client",
+    "Explanation",
     "Fields",
     "Index",
     "Query",
+    "RemoteClient",
     "Task",
     "VectorTask",
     "WherefromError",
     "build",
     "connect",
+    "evaluate",
 ]
 
 
@@ -59,6 +68,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("wherefrom")
+    if name == "evaluate":
+        return importlib.import_module(".evaluate", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'wherefrom' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -26,9 +26,8 @@ from .store.corpus import Document
 from .store.documents import Example
 from .store.errors import DataError, UsageError
 from .store.index import Index
-from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
-from .store.vectors import Rows, combine, cut
+from .store.vectors import Rows, combine, cut, join
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -125,17 +124,13 @@ class Client(BaseClient):
             return combine(self.encode(plain), matrix)
         missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
         if missing:
-            rows = self.measure(self._examples(missing))
+            measured = self.measure(self.query_examples(missing))
             for number, query in enumerate(missing):
-                self._encoded[query] = cut(rows, number, number + 1)
-        by_query = [self._query_rows(query) for query in queries]
+                self._encoded[query] = cut(measured, number, number + 1)
+        rows = join([self._query_rows(query) for query in queries])
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
-        joined = {}
-        for component in self.index.manifest.components:
-            blocks = [([i], rows[component.name]) for i, rows in enumerate(by_query)]
-            joined[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
-        return joined
+        return rows
 
     def is_cached(self, query: Query) -> bool:
         """Return True if `encode` does not need the model for a query."""
@@ -257,7 +252,7 @@ class Client(BaseClient):
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
-        (query_example,) = self._examples([replace(query, against=None)])
+        (query_example,) = self.query_examples([replace(query, against=None)])
         examples = [self.index.example(explanation.row) for explanation in explanations]
         example_rows = self.encoder.rows(examples)
         if query.row is not None:  # the full row, and not what the index stores of it
@@ -299,7 +294,7 @@ class Client(BaseClient):
             )
         return result
 
-    def _examples(self, queries: Sequence[Query]) -> list[Example]:
+    def query_examples(self, queries: Sequence[Query]) -> list[Example]:
         """Convert queries to examples: tokenized, or those of the index for queries by row.
 
         Raises:
@@ -326,7 +321,7 @@ class Client(BaseClient):
         """Compute the baselines' scores of all rows, for queries or for their mean."""
         plain, contrasts = _without_contrasts(queries)
         matrix = mean @ contrasts
-        examples = self._examples(plain)
+        examples = self.query_examples(plain)
         baselines = {"norm": np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)}
         if self.index.manifest.tokenizer:
             baselines["bm25"] = self._words.scores([example.text for example in examples]) @ matrix.T

@@ -12,19 +12,25 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
 
-from .query.answers import Answer, Explanation, Query
-from .query.asking import BaseClient, Options, check_options
+from .query.answers import Answer, Explanation
+from .query.asking import BaseClient
+from .query.options import Options, Query, ScoreOptions, check_options
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
 
-_TIMEOUT = 600.0
-_MOST_QUERIES = 256
-_MOST_COSTLY = 16
-_MOST_ANSWERS = 20_000
-_MOST_ROWS = 20
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float32
+
+    from .store.vectors import Rows
+
+MOST_QUERIES = 256  # in a request
+MOST_COSTLY = 16  # with groups or baselines
+MOST_ANSWERS = 20_000
+MOST_EXPLAINED = 20
 _MOST_BYTES = 900_000
 
 
@@ -41,7 +47,7 @@ class RemoteClient(BaseClient):
         UsageError: the address or the token is invalid.
     """
 
-    def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = _TIMEOUT) -> None:
+    def __init__(self, url: str, *, index: str | None = None, token: str | None = None, timeout: float = 600.0) -> None:
         try:
             parts = urlsplit(url)
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -72,13 +78,34 @@ class RemoteClient(BaseClient):
             answers += self._parse(lambda r: list(map(Answer.from_dict, r["answers"])), response)
         return answers
 
-    def explain(self, rows: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[Options]) -> list[Explanation]:
-        """See `Client.explain`."""
+    def scores(
+        self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
+    ) -> 'Float32[np.ndarray, "queries rows"]':
+        """See `BaseClient.scores`."""
+        import numpy as np
+
+        check_options(options)
+        rows = []
+        for query in queries:
+            body = {**query.to_dict(), **_set_options({**options, "where": where}), "format": "float32", "index": self.index}
+            content = self._send("POST", "/v1/scores", body)
+            rows.append(self._parse(lambda content: np.frombuffer(content, "<f4"), content))
+        return np.stack(rows)
+
+    def encode(self, queries: Sequence[Query]) -> "Rows":
+        """See `BaseClient.encode`."""
+        from .store.vectors import from_bytes, join
+
+        contents = [self._send("POST", "/v1/encode", {**query.to_dict(), "index": self.index}) for query in queries]
+        return join([self._parse(from_bytes, content) for content in contents])
+
+    def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
+        """See `BaseClient.explain`."""
         check_options(options)
         explanations: list[Explanation] = []
-        for first in range(0, len(rows), _MOST_ROWS):
-            part = list(rows[first : first + _MOST_ROWS])
-            body = {**query.to_dict(), **_set_options(options), "rows": part, "tokens": tokens, "index": self.index}
+        for first in range(0, len(examples), MOST_EXPLAINED):
+            part = list(examples[first : first + MOST_EXPLAINED])
+            body = {**query.to_dict(), **_set_options(options), "examples": part, "tokens": tokens, "index": self.index}
             response = self.request("POST", "/v1/explain", body)
             explanations += self._parse(lambda r: list(map(Explanation.from_dict, r["explanations"])), response)
         return explanations
@@ -95,6 +122,10 @@ class RemoteClient(BaseClient):
             NotFoundError: no server answers at the address.
             WherefromError: the server's error, of the class that the library would raise.
         """
+        return self._parse(json.loads, self._send(method, path, body))
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """Send a request; returns the content of the response. Raises as `request` does."""
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._token}"} if self._token else {})}
@@ -105,16 +136,18 @@ class RemoteClient(BaseClient):
             content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise NotFoundError(
-                f"no server answers at {self.url} ({error}); start one with wherefrom serve, or ask with --local"
+                f"no server answers at {self.url} ({error}); start one with wherefrom serve, or ask the index directory itself"
             ) from error
         finally:
             connection.close()
-        return _parse_response(status, content, self.url)
+        if status >= 400:
+            raise _server_error(status, content, self.url)
+        return content
 
     def _requests(self, queries: Sequence[Query], options: Mapping[str, Any]) -> Iterator[Sequence[Query]]:
         """Split queries into parts that a server accepts in one request."""
-        most = _MOST_COSTLY if options.get("group_by") or options.get("baselines") else _MOST_QUERIES
-        most = max(1, min(most, _MOST_ANSWERS // (options.get("k") or 10)))
+        most = MOST_COSTLY if options.get("group_by") or options.get("baselines") else MOST_QUERIES
+        most = max(1, min(most, MOST_ANSWERS // (options.get("k") or 10)))
         first = size = 0
         for position, query in enumerate(queries):
             query_size = len(json.dumps(query.to_dict())) + 2
@@ -139,22 +172,24 @@ class RemoteClient(BaseClient):
         return {**(bodies[0] if single else {"queries": bodies}), **_set_options(options), "index": self.index}
 
 
-def connect(where: str | Path, **options: Any) -> BaseClient:
-    """A client of an index directory or of a server; both have the same methods and give the same answers.
+def connect(index: Any, **options: Any) -> BaseClient:
+    """Return a client of an index directory or of a server; both have the same methods and give the same answers.
 
     Args:
-        where: a directory, or a server's address such as "http://127.0.0.1:8787".
-        options: of `Client` (model, device, trust_remote_code, task) or of `RemoteClient` (index, token, timeout).
+        index: a directory, an open index, or a server's address such as "http://127.0.0.1:8787".
+        options: of `Client` (model, tokenizer, device, trust_remote_code, task) or of `RemoteClient` (index, token, timeout).
 
     Raises:
-        NotFoundError, IncompatibleError, IntegrityError: there is no index, or it cannot be read.
+        NotFoundError: there is no index.
+        IncompatibleError: a newer version of Wherefrom wrote it.
+        IntegrityError: it is damaged.
         UsageError: the address is invalid.
     """
-    if str(where).startswith(("http://", "https://")):
-        return RemoteClient(str(where), **options)
+    if str(index).startswith(("http://", "https://")):
+        return RemoteClient(str(index), **options)
     from .client import Client
 
-    return Client(where, **options)
+    return Client(index, **options)
 
 
 def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,17 +197,18 @@ def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None}
 
 
-def _parse_response(status: int, content: bytes, url: str) -> Any:
+def _server_error(status: int, content: bytes, url: str) -> WherefromError:
+    """The error that a response describes, of the class that the library would raise."""
     try:
         value = json.loads(content)
-    except ValueError as error:
-        raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})") from error
-    if status < 400:
-        return value
-    kind = getattr(errors, str(value.get("kind")), None) if isinstance(value, dict) else None
-    if not (isinstance(kind, type) and issubclass(kind, WherefromError)) or "detail" not in value:
-        raise NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})")
-    raise kind(str(value["detail"]))
+        kind = getattr(errors, str(value["kind"]))
+        detail = str(value["detail"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        kind = None
+        detail = ""
+    if not (isinstance(kind, type) and issubclass(kind, WherefromError)):
+        return NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})")
+    return kind(detail)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 
 from ..client import Client
 from ..indexer.encoder import Encoder
@@ -24,8 +23,6 @@ from ..indexer.hidden import mean_hidden
 from ..indexer.layers import find_layers, plan_layers
 from ..indexer.tasks import Task
 from ..query.baselines import Scores, Words, cosines, row_norms
-from ..query.metric import Metric, QueryRows
-from ..query.scoring import all_scores
 from ..store.documents import Example
 from ..store.extras import require
 from ..store.manifest import Curvature, DenseComponent, Layer, Projection
@@ -35,11 +32,6 @@ _QUERY_BYTES = 1 << 30
 _BLOCK = 32
 
 
-def score_matrix(client: Client, queries: QueryRows, metric: Metric = Metric()) -> Float32[np.ndarray, "examples queries"]:
-    """Score every example for every query with the index."""
-    return np.concatenate([block.T for _, block in all_scores(client.index, queries, metric)])
-
-
 def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequence[Example]) -> dict[str, Scores]:
     """Norm, from the rows; dot and cosine, from plain gradients of the same layers.
 
@@ -47,20 +39,20 @@ def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequen
     """
     norms = row_norms(client.index)
     encoder = client.encoder
-    dense = [c for c in client.index.manifest.components if isinstance(c, DenseComponent)]
-    names = [layer.name for layer in dense[-1].layers] if dense else find_layers(encoder.model, (), client.task.within_blocks)
+    blocks = [component for component in client.index.manifest.components if component.part == "blocks"]
+    names = list(blocks[-1].layer_names) if blocks else find_layers(encoder.model, (), client.recorded.task.within_blocks)
     query_rows = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
-        layers = plan_layers(client.task, encoder.model, names, rank, "identity", 0, explicit=bool(dense))
+        layers = plan_layers(client.recorded.task, encoder.model, names, rank, "identity", 0, explicit=bool(blocks))
         component = _plain_component(layers, rank)
-        plain = Encoder(client.task, (encoder.model,), replace(encoder.plan, components=(component,)), {})
+        plain = Encoder(client.recorded.task, (encoder.model,), replace(encoder.plan, components=(component,)), {})
         if len(queries) * component.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
-            query_rows = plain.rows(queries, queries=True)["plain"].astype(np.float32)
+            query_rows = plain.rows(queries, queries=True)["plain"].values.astype(np.float32)
             break
     products = []
     row_lengths = []
     for first in range(0, len(train), _BLOCK):
-        rows = plain.rows(train[first : first + _BLOCK])["plain"]
+        rows = plain.rows(train[first : first + _BLOCK])["plain"].values
         products.append(rows @ query_rows.T)
         row_lengths.append(np.linalg.norm(rows, axis=1))
     dot = np.concatenate(products).astype(np.float64)

@@ -26,9 +26,10 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.models import keep_freed_memory, resolve_device
 from ..indexer.tasks import import_object
-from ..query.answers import Query
+from ..query.options import Mode, Query
 from ..query.baselines import row_norms
-from ..query.metric import Metric, Mode
+from ..query.metric import Metric
+from ..query.scoring import score_matrix
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
@@ -36,7 +37,6 @@ from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.extras import require
 from ..store.index import Index
-from .baselines import score_matrix
 from .lds import columns_correlation, interval
 from .retrain import Train, measure_losses, trained
 
@@ -100,12 +100,12 @@ def tailpatch(
         raise UsageError(f"rate is {rate}; it must be a number above 0")
     reporter = reporter or Silent()
     generator = np.random.default_rng(0)
-    examples = client.examples(queries)
+    examples = client.query_examples(queries)
     if not 1 <= k <= len(client.index):
         raise UsageError(f"k is {k}; it must be between 1 and the index's {len(client.index)} rows")
-    scores = score_matrix(client, client.rows(queries), Metric(mode)).T
+    scores = score_matrix(client.index, client.encode(queries), Metric(mode))
     trainer = _StepTrainer(client, optimizer, rate)
-    before = measure_losses(client.task, trainer.model, examples)
+    before = measure_losses(client.recorded.task, trainer.model, examples)
     reporter.stage("steps", len(queries) * 2 * k)
     falls: dict[str, list[np.ndarray]] = {"proponents": [], "random": []}
     agreement = []
@@ -138,7 +138,7 @@ class _StepTrainer:
         self._weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def loss_after(self, row: int, query: Example) -> float:
-        task = self._client.task
+        task = self._client.recorded.task
         model = self.model
         batch = task.collate([self._client.index.example(row)], next(model.parameters()).device)
         model.requires_grad_(True)
@@ -189,8 +189,8 @@ def brittleness(
         raise UsageError(f"draws is {draws}; it must be at least 1")
     reporter = reporter or Silent()
     generator = np.random.default_rng(0)
-    scores = score_matrix(client, client.rows(queries), Metric(mode))
-    best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores.T]
+    scores = score_matrix(client.index, client.encode(queries), Metric(mode))
+    best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores]
     removed = [[], *best, *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
     factory = partial(
         Remover, train, absolute(base), str(Path(index).resolve()), tuple(queries), tuple(map(absolute, model)), device, threads
@@ -229,14 +229,14 @@ class Remover:
         self._client = Client(index, model=model, device=device)
         self._device = device
         self._base = base
-        self._queries = self._client.examples(queries)
+        self._queries = self._client.query_examples(queries)
         self._examples = [self._client.index.example(row) for row in range(len(self._client.index))]
 
     def losses_without(self, removed: Sequence[int], progress: Progress = ignore_progress) -> Float32[np.ndarray, " queries"]:
         """The queries' losses (nats) after training on all other examples."""
         remaining = set(range(len(self._examples))) - set(removed)
         model = trained(self._train, [self._examples[i] for i in sorted(remaining)], self._base, 0, self._device)
-        losses = measure_losses(self._client.task, model, self._queries)
+        losses = measure_losses(self._client.recorded.task, model, self._queries)
         progress(len(remaining), 0)
         return losses
 
@@ -292,7 +292,7 @@ def recall(
         queries = [Query(row=int(row)) for row in positions]
     if not 1 <= k < rows:
         raise UsageError(f"k is {k}; it must be at least 1 and below the indexes' {rows} rows")
-    scores, truth = (score_matrix(c, c.rows(queries), Metric(mode)) for c in (client, truth_client))
+    scores, truth = (score_matrix(c.index, c.encode(queries), Metric(mode)).T for c in (client, truth_client))
     same = [(q.row, i) for i, q in enumerate(queries) if q.row is not None]  # a query row does not count as its own result
     best = []
     worst = []

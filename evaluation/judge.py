@@ -15,6 +15,7 @@ from ..indexer.models import ModelSource
 from ..indexer.tasks import Task, find_task
 from ..query.baselines import Scores
 from ..query.metric import Metric
+from ..query.scoring import score_matrix
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
@@ -22,7 +23,7 @@ from ..ray_jobs.worker import model_sources
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
-from .baselines import content_baselines, gradient_baselines, hidden_baseline, require_libraries, score_matrix
+from .baselines import content_baselines, gradient_baselines, hidden_baseline, require_libraries
 from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import measure_losses
@@ -87,6 +88,7 @@ def judge_index(
     directory: Path,
     options: Mapping[str, Any],
     *,
+    index: str | Path | None = None,
     data: Path | None = None,
     half: Half = "all",
     mode: Any = "influence",
@@ -99,6 +101,7 @@ def judge_index(
     Args:
         directory: the pack.
         options: of the build (`BuildConfig`), without data and out; the pack defines the encoding of its documents.
+        index: an index of the pack's training documents; None builds one.
         data: directory of an image pack's IDX files.
         half: the queries to use.
         mode: "influence" or "cosine".
@@ -119,28 +122,29 @@ def judge_index(
         settings = {"model": str(pack.model), "task": pack.task, **pack.build, **{k: v for k, v in options.items() if v is not None}}
         config = BuildConfig(data=(str(documents),), out=str(out or folder / "index.wherefrom"), **settings)
         _check_append_token(pack, config)
-        build(config, reporter or Silent())
-        client = Client(config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
+        if index is None:
+            build(config, reporter or Silent())
+        client = Client(index or config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
         train = [client.index.example(row) for row in range(len(client.index))]
         if [e.id for e in train] != [d.id for d in pack.train]:
             raise IntegrityError(f"{directory}: its {len(pack.train)} documents gave {len(train)} examples that differ; each must give one")
-        query_examples = client.encode(pack.queries)
+        query_examples = client.to_examples(pack.queries)
         if options.get("model") is None:
-            _check_model(pack, client.task, client.encoder.model, query_examples)
+            _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
         queries = client.measure(query_examples)
-        scores = score_matrix(client, queries, Metric(mode))
+        scores = score_matrix(client.index, queries, Metric(mode)).T
         baseline_scores = {}
         if baselines:
             baseline_scores = content_baselines(train, query_examples) | gradient_baselines(client, train, query_examples)
             baseline_scores["hidden"] = hidden_baseline(
-                client.task, client.encoder.model, train, query_examples, client.encoder.plan.batch_tokens
+                client.recorded.task, client.encoder.model, train, query_examples, client.encoder.plan.batch_tokens
             )
         summary = client.index.summary()
         judgement = _judge(pack, half, scores, baseline_scores)
-        defaults = BuildConfig(model="-", data=("x",), out="-")
+        defaults = BuildConfig(model="-", data="x", out="-").model_dump(mode="json")
         hidden = {"model", "data", "out", "task", "workers", "address", *pack.build}
-        method = {k: v for k, v in asdict(config).items() if k not in hidden and v != asdict(defaults)[k]}
-        shown = ("curvature", "projection", "damping", "bits_a_key", "weight")
+        method = {k: v for k, v in config.model_dump(mode="json").items() if k not in hidden and v != defaults[k]}
+        shown = ("curvature", "projection", "damping", "bits_per_token", "weight")
         components = {c["name"]: {k: v for k, v in c.items() if k in shown} for c in summary["components"]}
         sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
         return replace(judgement, **sizes, method={"mode": mode, **components, **method})

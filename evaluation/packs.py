@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from ..store.corpus import Document, read_corpus
-from ..store.fields import Fields
 from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
+from ..store.fields import Fields
 from ..store.files import sha256
 
 Half = Literal["all", "even", "odd"]

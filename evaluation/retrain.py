@@ -32,9 +32,9 @@ from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
 from ..store.corpus import Document, read_corpus
-from ..store.fields import Fields
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError
+from ..store.fields import Fields
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
 from ..store.files import sha256 as file_sha256
 from ..store.sources import describe_files

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..store.errors import UsageError
 from ..store.extras import require
 from ..store.printable import printable
 

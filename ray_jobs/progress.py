@@ -4,9 +4,11 @@ import sys
 import time
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..store.printable import printable
+
+_NOTEBOOK_SECONDS = 0.2
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -109,3 +111,52 @@ class Console:
         elif self._name and finished and self._bars is not None:
             self._bars.update(self._task, total=self._done[0], completed=self._done[0], rates=self._rates())
         self._name = ""
+
+
+class Notebook:
+    """One line of progress in a notebook cell, rewritten in place; a context manager."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._stage = ""
+        self._total: int | None = None
+        self._shown = 0.0
+        self._handle: Any = None
+
+    def __enter__(self) -> "Notebook":
+        from IPython.display import Pretty, display
+
+        self._handle = display(Pretty(""), display_id=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._show("done" if kind is None else "stopped")
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Begin a stage."""
+        self._stage = name
+        self._total = total
+        self._show(name)
+
+    def update(self, examples: int, tokens: int) -> None:
+        """Show how far the stage is, at most five times a second."""
+        if time.monotonic() - self._shown > _NOTEBOOK_SECONDS:
+            self._show(f"{self._stage}: {examples:,}" + (f" of {self._total:,}" if self._total else "") + " examples")
+
+    def note(self, sentence: str) -> None:
+        """Keep a note above the line."""
+        self._lines.append(f"Note: {printable(sentence)}")
+
+    def _show(self, line: str) -> None:
+        from IPython.display import Pretty
+
+        self._shown = time.monotonic()
+        self._handle.update(Pretty("\n".join([*self._lines, line])))
+
+
+def default_reporter() -> "Console | Notebook":
+    """A reporter for where the process runs: in a notebook its cell, else standard error."""
+    shell = sys.modules.get("IPython")
+    if shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell":
+        return Notebook()
+    return Console()

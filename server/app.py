@@ -8,33 +8,28 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Path, Request, Response
 from fastapi import Query as QueryParameter
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp
 
 from ..client import Client
-from ..query.answers import Query
-from ..query.asking import Options
-from ..query.metric import Metric
-from ..query.scoring import all_scores
+from ..remote import MOST_ANSWERS, MOST_COSTLY
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WherefromError
 from ..store.printable import to_json
+from ..store.vectors import to_bytes
+from .bodies import CompleteBody, EncodeBody, ExplainBody, IndexName, QueryBody, QueryFields, ScoresBody
 from .engine import Engine, Metrics
 from .guard import Guard, problem
 
 _BINS = 60
-_MOST_QUERIES = 256
-_MOST_MESSAGES = 200  # the chat template renders all previous messages for each of the assistant's turns
-_MOST_ANSWERS = 20_000
-_MOST_COSTLY = 16
 _LARGEST_K = 10_000
 _STATUS: tuple[tuple[type[WherefromError], int], ...] = (
     (BusyError, 503),
@@ -42,91 +37,6 @@ _STATUS: tuple[tuple[type[WherefromError], int], ...] = (
     (IncompatibleError, 409),
     (UsageError, 422),
 )
-Text = Annotated[str, Field(max_length=200_000)]
-Name = Annotated[str, Field(max_length=200)]
-Row = Annotated[int, Field(ge=0, le=2**53, strict=True)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class QueryFields(_Body):
-    """One query: a completion after a prompt, a text, messages, or a row."""
-
-    prompt: Text = ""
-    completion: Text | None = None
-    text: Text | None = None
-    messages: list[dict[str, Any]] | None = Field(
-        None, max_length=_MOST_MESSAGES, description="A conversation, rendered as text by the chat template."
-    )
-    tools: list[dict[str, Any]] | None = Field(None, max_length=1000, description="For the chat template.")
-    row: Row | None = None
-    id: Annotated[str, Field(max_length=4096)] | None = None
-    against: Text | None = Field(None, description="A contrasting completion: explain the completion rather than this one.")
-    span: Text | None = Field(None, description="A part of the completion or text: the loss is on its tokens only.")
-    weight: float | None = None
-
-    def query(self) -> Query:
-        """Convert to the library's query."""
-        return Query(**{name: getattr(self, name) for name in QueryFields.model_fields})
-
-
-class ScoringFields(_Body):
-    """Options of scores."""
-
-    index: Annotated[str, Field(max_length=4096)] | None = Field(
-        None, description="By name or absolute path; optional if there is only one."
-    )
-    mode: Literal["influence", "cosine", "loss-normalized"] = "influence"
-    damping: float | None = Field(None, gt=0)
-    curvature: bool = True
-    weights: dict[Name, float] = Field({}, max_length=64)
-    layers: list[Name] = Field([], max_length=64)
-
-    def scoring(self) -> Options:
-        """Options of scores, for the client."""
-        return {"mode": self.mode, "damping": self.damping, "curvature": self.curvature, "weights": self.weights, "layers": self.layers}
-
-
-class QueryBody(QueryFields, ScoringFields):
-    """One or several queries, with their options."""
-
-    queries: list[QueryFields] | None = Field(None, max_length=_MOST_QUERIES, description="Several queries instead of one.")
-    mean: bool = False
-    k: int | None = Field(None, ge=1, le=2**53, strict=True)
-    opponents: bool = True
-    where: Annotated[str, Field(max_length=4000)] | None = None
-    group_by: Name | None = None
-    recall: float = Field(1.0, ge=0.5, le=1.0)
-    baselines: bool = False
-
-    def options(self) -> Options:
-        """All options."""
-        names = ("k", "opponents", "where", "group_by", "recall", "baselines")
-        return {**self.scoring(), **{name: getattr(self, name) for name in names}}  # type: ignore[typeddict-item]
-
-
-class ExplainBody(QueryFields, ScoringFields):
-    """A query, and the rows whose scores to explain."""
-
-    rows: list[Row] = Field(min_length=1, max_length=20)
-    tokens: bool = True
-
-
-class ScoresBody(QueryFields, ScoringFields):
-    """A query to score with every row."""
-
-    where: Annotated[str, Field(max_length=4000)] | None = None
-    format: Literal["histogram", "float32"] = "histogram"
-
-
-class CompleteBody(_Body):
-    """A prompt for the model to complete."""
-
-    index: Annotated[str, Field(max_length=4096)] | None = None
-    prompt: Text
-    tokens: int = Field(16, ge=1, le=128)
 
 
 def create_app(
@@ -221,7 +131,7 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
 
     @app.get("/v1/rows/{row}", tags=["indexes"])
-    async def row(row: Annotated[int, Path(ge=0, le=2**53)], index: Name | None = None) -> Response:
+    async def row(row: Annotated[int, Path(ge=0, le=2**53)], index: IndexName | None = None) -> Response:
         """Read a training example by its row."""
 
         def read(client: Client) -> dict[str, Any]:
@@ -254,11 +164,10 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         queries = [fields.query() for fields in body.queries]
         if any(getattr(body, name) not in (None, "") for name in QueryFields.model_fields):
             raise UsageError("give one query, or queries, not both")
-        if len(queries) * (options["k"] or 10) > _MOST_ANSWERS:
-            raise UsageError(f"{len(queries)} queries times k are more than {_MOST_ANSWERS:,} answers; split the request")
-        if (body.group_by or body.baselines) and len(queries) > _MOST_COSTLY and not body.mean:
-            raise UsageError(f"groups and baselines are limited to {_MOST_COSTLY} queries at a time; split the request")
-        options["mean"] = body.mean
+        if len(queries) * (options.get("k") or 10) > MOST_ANSWERS:
+            raise UsageError(f"{len(queries)} queries times k are more than {MOST_ANSWERS:,} answers; split the request")
+        if (body.group_by or body.baselines) and len(queries) > MOST_COSTLY and not body.mean:
+            raise UsageError(f"groups and baselines are limited to {MOST_COSTLY} queries at a time; split the request")
         answers = await engine.call(lambda client: client.query_many(queries, **options))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
@@ -273,28 +182,28 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
 
     @app.post("/v1/explain", tags=["queries"])
     async def explain(body: ExplainBody) -> Response:
-        """Explain the scores of some rows by component, layer, shared token, and token of either text."""
+        """Explain the scores of some training examples by component, layer, shared token, and token of either text."""
         query = body.query()
         explanations = await _engine_of(engines, body.index).call(
-            lambda c: c.explain(body.rows, query, tokens=body.tokens, **body.scoring())
+            lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.score_options())
         )
-        return _json({"explanations": [e.to_dict() for e in explanations]})
+        return _json({"explanations": [explanation.to_dict() for explanation in explanations]})
 
     @app.post("/v1/scores", tags=["queries"])
     async def scores(body: ScoresBody) -> Response:
         """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
-
-        def compute(client: Client) -> np.ndarray:
-            metric = Metric(body.mode, body.damping, body.curvature, body.weights, tuple(body.layers))
-            values = np.concatenate([s[0] for _, s in all_scores(client.index, client.rows([query]), metric)])
-            mask = client.index.alive if body.where is None else client.index.alive & client.index.matching(body.where)
-            return np.where(mask, values, np.float32(np.nan))
-
-        values = await _engine_of(engines, body.index).call(compute)
+        matrix = await _engine_of(engines, body.index).call(lambda client: client.scores([query], body.where, **body.score_options()))
         if body.format == "float32":
-            return Response(values.astype("<f4").tobytes(), media_type="application/octet-stream")
-        return _json(_histogram(values[np.isfinite(values)]))
+            return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
+        return _json(_histogram(matrix[0][np.isfinite(matrix[0])]))
+
+    @app.post("/v1/encode", tags=["queries"])
+    async def encode(body: EncodeBody) -> Response:
+        """Encode a query: its whitened rows, as a safetensors file with the arrays of each component."""
+        query = body.query()
+        rows = await _engine_of(engines, body.index).call(lambda client: client.encode([query]))
+        return Response(to_bytes(rows), media_type="application/octet-stream")
 
     @app.post("/v1/complete", tags=["queries"])
     async def complete(body: CompleteBody) -> Response:
@@ -336,8 +245,7 @@ def _summary(engine: Engine) -> dict[str, Any]:
     index = engine.client.index
     fields = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": index.manifest.deleted}
     components = [
-        {"name": c.name, "kind": c.kind, "damping": c.curvature.damping, "layers": len(c.layers) if c.kind == "dense" else 1}
-        for c in index.manifest.components
+        {"name": c.name, "kind": c.kind, "damping": c.curvature.damping, "layers": len(c.layer_names)} for c in index.manifest.components
     ]
     models = [model.id for model in index.manifest.models]
     texts = index.manifest.tokenizer is not None

@@ -1,28 +1,24 @@
-"""Engine of one served index: a bounded queue, one worker thread, and a cache of query rows.
+"""Engine of one served index: a bounded queue and one worker thread.
 
 While a batch is processed the next one accumulates, so an idle server adds no delay and a busy one shares passes over the model and the
-rows. The rows of queries are cached: the same query with another filter, damping or mode only costs a search.
+rows. The client caches the rows of queries: the same query with another filter, damping or mode only costs a search.
 """
 
 import asyncio
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..client import Client
-from ..query.answers import Answer, Query
-from ..query.asking import Options
-from ..query.metric import QueryRows, cut, join
+from ..query.answers import Answer
+from ..query.options import Options, Query
 from ..store.errors import BusyError
 
-_CACHED = 128
 _SIZES = (1, 2, 4, 8, 16, 32)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 Result = TypeVar("Result")
@@ -69,7 +65,6 @@ class Engine:
         self._batch = batch
         self._queue: asyncio.Queue[_Job[Any]] = asyncio.Queue(queue)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"wherefrom-{name}")
-        self._rows: OrderedDict[Query, QueryRows] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self._running: list[_Job[Any]] = []
 
@@ -139,61 +134,37 @@ class Engine:
         start = time.perf_counter()
         for job in jobs:
             self._metrics.seconds.labels(self.name, "queue").observe(start - job.since)
-        outcomes: dict[int, Any] = {}
         self._refresh()
-        groups: dict[str, list[int]] = {}
+        outcomes: dict[int, Any] = {}
+        by_options: dict[str, list[int]] = {}
         for number, job in enumerate(jobs):
             if job.call is not None:
                 outcomes[number] = _outcome(job.call, self.client)
             elif job.query is not None:
-                groups.setdefault(json.dumps(job.query[1], sort_keys=True), []).append(number)
-        numbers = [number for group in groups.values() for number in group]
-        rows = self._query_rows([jobs[n].query[0] for n in numbers])  # type: ignore[index]
-        rows_by_job = dict(zip(numbers, rows, strict=True))
-        for group in groups.values():
-            for number in group:
-                if isinstance(rows_by_job[number], BaseException):
-                    outcomes[number] = rows_by_job[number]
-            valid = [n for n in group if n not in outcomes]
-            if valid:
-                answers = self._answers([jobs[n].query for n in valid], [rows_by_job[n] for n in valid])
-                outcomes |= dict(zip(valid, answers, strict=True))
+                by_options.setdefault(json.dumps(job.query[1], sort_keys=True), []).append(number)
+        queries = {number: job.query for number, job in enumerate(jobs) if job.query is not None}
+        self._encode([query for query, _ in queries.values()])
+        for numbers in by_options.values():
+            options = queries[numbers[0]][1]
+            answers = self._answers([queries[number][0] for number in numbers], options)
+            outcomes |= dict(zip(numbers, answers, strict=True))
         return [outcomes[number] for number in range(len(jobs))]
 
-    def _query_rows(self, queries: Sequence[Query]) -> list[Any]:
-        """Rows of each query from the cache or the model, or its error."""
+    def _encode(self, queries: Sequence[Query]) -> None:
+        """Encode queries of all options in one pass of the model; the client caches their rows."""
         start = time.perf_counter()
-        missing = [q for q in dict.fromkeys(queries) if q not in self._rows]
-        self._metrics.remembered.labels(self.name, "hit").inc(len(queries) - len(missing))
-        self._metrics.remembered.labels(self.name, "miss").inc(len(missing))
-        outcomes: dict[Query, Any] = {}
-        if missing:
-            batch = _outcome(lambda client: client.rows(missing), self.client)
-            for number, query in enumerate(missing):
-                if isinstance(batch, BaseException):
-                    outcomes[query] = _outcome(partial(_rows_of, query=query), self.client)
-                else:
-                    outcomes[query] = cut(batch, number, number + 1)
+        cached = sum(self.client.is_cached(query) for query in queries)
+        self._metrics.remembered.labels(self.name, "hit").inc(cached)
+        self._metrics.remembered.labels(self.name, "miss").inc(len(queries) - cached)
+        if cached < len(queries):
+            _outcome(lambda client: client.encode(queries), self.client)  # errors come again, query by query
             self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - start)
-        result = [outcomes[q] if q in outcomes else self._rows[q] for q in queries]
-        for query, rows in outcomes.items():
-            if not isinstance(rows, BaseException):
-                self._rows[query] = rows
-        for query in queries:
-            if query in self._rows:
-                self._rows.move_to_end(query)
-        while len(self._rows) > _CACHED:
-            self._rows.popitem(last=False)
-        return result
 
-    def _answers(self, queries: Sequence[Any], rows: Sequence[QueryRows]) -> list[Any]:
+    def _answers(self, queries: Sequence[Query], options: Options) -> list[Any]:
         """Answers to queries with the same options, or their errors."""
-        options = queries[0][1]
-        answers = _outcome(lambda client: client.answer([query for query, _ in queries], join(rows), **options), self.client)
-        if isinstance(answers, BaseException) and len(queries) > 1:
-            return [self._answers([query], [query_rows])[0] for query, query_rows in zip(queries, rows, strict=True)]
+        answers = _outcome(lambda client: client.query_many(queries, **options), self.client)
         if isinstance(answers, BaseException):
-            return [answers]
+            return [self._answers([query], options)[0] for query in queries] if len(queries) > 1 else [answers]
         self._metrics.batch.labels(self.name).observe(len(queries))
         self._metrics.seconds.labels(self.name, "search").observe(answers[0].search.seconds)
         self._metrics.candidates.labels(self.name).inc(sum(answer.search.candidates for answer in answers))
@@ -201,14 +172,7 @@ class Engine:
 
     def _refresh(self) -> None:
         """Switch to a newer state of the index, if any."""
-        newer = self.client.refreshed()
-        if newer is not self.client:
-            self.client = newer
-            self._rows.clear()
-
-
-def _rows_of(client: Client, query: Query) -> QueryRows:
-    return client.rows([query])
+        self.client = self.client.refreshed()
 
 
 def _outcome(function: Callable[[Client], Result], client: Client) -> Result | Exception:

@@ -3,7 +3,7 @@ sparse one. Both kinds have the same methods.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
 import numpy as np
@@ -18,6 +18,10 @@ class Vectors(Protocol):
     @classmethod
     def concatenate(cls, blocks: Sequence[tuple[Sequence[int], Self]], width: int) -> Self:
         """Combine blocks, each with the positions of its rows, in the order of the positions."""
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a row, or of a token's vector."""
 
     def part(self, first: int, last: int) -> Self:
         """Copy rows `first` to `last`, not included."""
@@ -63,6 +67,11 @@ class DenseVectors:
         for positions, block in blocks:
             values[np.asarray(positions, np.int64)] = block.values
         return cls(values)
+
+    @property
+    def width(self) -> int:
+        """See `Vectors`."""
+        return self.values.shape[1]
 
     def part(self, first: int, last: int) -> "DenseVectors":
         """See `Vectors`."""
@@ -132,6 +141,11 @@ class SparseVectors:
         """The row of each entry."""
         return np.repeat(np.arange(len(self)), np.diff(self.indptr))
 
+    @property
+    def width(self) -> int:
+        """See `Vectors`."""
+        return self.vectors.shape[1]
+
     def part(self, first: int, last: int) -> "SparseVectors":
         """See `Vectors`."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
@@ -190,6 +204,42 @@ class SparseVectors:
         return np.bincount(self.owners, values, len(self))
 
 
+def to_bytes(rows: Rows) -> bytes:
+    """Write rows as a safetensors file: `<component>/values`, or `<component>/indptr`, `keys` and `vectors`."""
+    from safetensors.numpy import save
+
+    arrays = {}
+    for name, vectors in rows.items():
+        for field in fields(vectors):  # type: ignore[arg-type]
+            array = getattr(vectors, field.name)
+            if array is not None:
+                arrays[f"{name}/{field.name}"] = np.ascontiguousarray(array)
+    return save(arrays)
+
+
+def from_bytes(content: bytes) -> Rows:
+    """Read rows that `to_bytes` wrote.
+
+    Raises:
+        ValueError: the content is not such a file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    by_component: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        component, _, name = key.partition("/")
+        by_component.setdefault(component, {})[name] = array
+    try:
+        return {name: (DenseVectors if "values" in members else SparseVectors)(**members) for name, members in by_component.items()}
+    except TypeError as error:
+        raise ValueError("the arrays are not those of rows") from error
+
+
 def count(rows: Rows) -> int:
     """Number of rows."""
     return len(next(iter(rows.values())))
@@ -198,6 +248,16 @@ def count(rows: Rows) -> int:
 def cut(rows: Rows, first: int, last: int) -> Rows:
     """Copy rows `first` to `last`, not included."""
     return {name: vectors.part(first, last) for name, vectors in rows.items()}
+
+
+def join(rows: Sequence[Rows]) -> Rows:
+    """Combine sets of rows to one, in their order."""
+    joined = {}
+    for name, first in rows[0].items():
+        ends = np.cumsum([len(part[name]) for part in rows]).tolist()
+        blocks = [(range(end - len(part[name]), end), part[name]) for end, part in zip(ends, rows, strict=True)]
+        joined[name] = type(first).concatenate(blocks, first.width)
+    return joined
 
 
 def combine(rows: Rows, matrix: Float64[np.ndarray, "combinations rows"]) -> Rows:
