@@ -75,7 +75,7 @@ class Index:
         m = self.manifest
         self.shards, self.deleted = read_table(table, m.shards, len(m.components), m.rows)
         if len(self.deleted) != m.deleted:
-            raise IntegrityError(f"{table.path} does not list the {m.deleted:,} deleted rows; restore it or build the index again")
+            raise IntegrityError(f"{table.path} does not list the deleted rows of the manifest; restore it or build the index again")
         self._firsts = np.array([shard.first for shard in self.shards])
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}

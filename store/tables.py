@@ -1,8 +1,7 @@
-"""Records of tables: CSV with inferred column types, Parquet and Arrow in bounded batches.
+"""Records of tables: CSV with inferred column types, and Parquet and Arrow in bounded batches.
 
-A small Parquet file may expand beyond memory: a value that repeats a million times is stored once, and levels of nesting are run lengths.
-So batches are small enough for the largest value that a column's chunk can hold, and the size of a batch as Python values is computed
-before the conversion.
+A small Parquet file may expand beyond memory, since repeated values are stored once and nesting levels as run lengths. Therefore batches
+are small enough for the largest value that a column chunk can hold, and the size of a batch as Python values is computed before conversion.
 """
 
 import csv
@@ -23,7 +22,7 @@ from .sources import LONGEST_BYTES, MOST_COLUMNS, Reading, Record
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 27
-_READABLE = ("arrow.uuid", "arrow.json")  # bytes that Python reads as text
+_READABLE = ("arrow.uuid", "arrow.json")  # types of bytes that become text in Python
 _WRITE_SMALLER = "write the file with smaller row groups (row_group_size)"
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -84,7 +83,7 @@ def _fits(parse: _Parser, text: str) -> bool:
 
 
 def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, reading: Reading) -> Iterator[Record]:
-    """Records of a CSV file with a header.
+    """Yield the records of a CSV file with a header.
 
     A first pass over the file infers the type of each column that is not content: booleans, 64-bit integers, floats, ISO dates, ISO times
     with or without a zone; any other column is text (also numbers with leading zeros). An empty cell is None, except in a prompt.
@@ -102,14 +101,14 @@ def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, r
             where = f"{name} record {number}"
             id = f"{name}:{number}"
             if len(row) != len(header):
-                yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}")
+                yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}; fix the record")
             else:
                 cells = zip(header, row, strict=True)
                 yield where, id, {c: types.get(c, str)(text) if text else "" if c == reading.prompt else None for c, text in cells}
 
 
 def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
-    """(header, line, cells) of each record that is not blank."""
+    """Yield (header, line, cells) of each record that is not blank."""
     csv.field_size_limit(LONGEST_BYTES)
     reader = csv.reader(_text_lines(io.TextIOWrapper(file, "utf-8-sig", newline=""), name), delimiter=delimiter, strict=True)
     try:
@@ -121,7 +120,7 @@ def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str
     except UnicodeDecodeError as error:
         raise DataError(f"{name} near line {reader.line_num + 1}: not UTF-8; convert the file, for instance with iconv") from error
     except csv.Error as error:
-        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
+        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error}); fix the record") from error
 
 
 def _text_lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
@@ -135,11 +134,11 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     if len(set(names)) != len(names):
         raise DataError(f"{name}: two columns have the same name; rename one")
     if len(names) > MOST_COLUMNS:
-        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; leave some out")
+        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; remove some")
 
 
 def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
-    """Records of a Parquet file."""
+    """Yield the records of a Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -170,7 +169,7 @@ def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]
 
 
 def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, list[str]]:
-    """Number of rows of a row group to read at a time, and the columns to read as dictionaries."""
+    """Return the number of rows of a row group to read at a time, and the columns to read as dictionaries."""
     largest = max(
         (c.total_uncompressed_size for c in chunks if c.physical_type == "BYTE_ARRAY" and c.path_in_schema not in nested), default=1
     )
@@ -186,7 +185,7 @@ def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, l
 
 
 def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading, first: int = 0) -> Iterator[Record]:
-    """Records of Arrow batches, numbered from `first` + 1."""
+    """Yield the records of Arrow batches, numbered from `first` + 1."""
     for batch in batches:
         selected = batch.select([f.name for f in batch.schema if not _leave_out(f, reading)])
         records = None
@@ -204,22 +203,22 @@ def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading
 def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
     size = _expanded_bytes(row.columns)
     if size > LONGEST_BYTES:
-        return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; leave a column out")
+        return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; remove a column")
     record = {}
     for column, values in zip(row.schema, row.columns, strict=True):
         try:
             record[column.name] = values[0].as_py()
         except UnicodeDecodeError:
-            return DataError(f"{where}: the column {column.name!r} holds text that is not UTF-8")
+            return DataError(f"{where}: the column {column.name!r} holds text that is not UTF-8; convert it")
         except (pa.ArrowException, ValueError, OverflowError):
             return DataError(
-                f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000"
+                f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000; change it"
             )
     return record
 
 
 def _leave_out(field: pa.Field, reading: Reading) -> bool:
-    """True if a column has bytes and is not content; records it in `left_out`. Bytes as content raise an error later."""
+    """Return True if a column has bytes and is not content, and record it in `left_out`. Bytes as content raise an error later."""
     if field.name in reading.content or not _has_bytes(field.type):
         return False
     reading.left_out[field.name] = "binary"
@@ -238,7 +237,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _expanded_bytes(arrays: Iterable[pa.Array]) -> int:
-    """Size of values without sharing."""
+    """Return the size of arrays in bytes if repeated values were not shared."""
     total = 0
     for array in arrays:
         kind = array.type
