@@ -135,9 +135,7 @@ def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
             raise UsageError(f"{path} cannot be read as documents: it is {reason}; what can be read is {_READ}")
         return [_file(path)], []
     if path.exists():
-        raise UsageError(
-            f"{name_or_path} is neither a file nor a folder (a pipe?), and a build may read its data twice; save the data to a file"
-        )
+        raise UsageError(f"{name_or_path} is neither a file nor a folder (a pipe?), and a build may read it twice; save the data to a file")
     base, _, split = name_or_path.rpartition(":")
     if base and _is_saved(Path(base)):
         return _saved(base, split), []
@@ -385,9 +383,7 @@ def _hub_dataset(dataset: str, config: str | None, split: str, name: str, readin
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds of error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(
-            f"the dataset {dataset} (split {split}) cannot be loaded ({reason}); check name and connection"
-        ) from error
+        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded ({reason}); check name and connection") from error
     for column, feature in (stream.features or {}).items():
         if getattr(feature, "decode", False) is True:  # images and sounds, as bytes
             stream = stream.cast_column(column, type(feature)(decode=False))

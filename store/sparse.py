@@ -1,4 +1,4 @@
-"""Sparse rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
+"""Sparse rows: for each example a short list of vocabulary tokens, each with a vector in one bit a coordinate.
 
 A sparse component of a shard is a group of arrays (see arrays.py) in the form of a sparse matrix whose entries are coded vectors:
 
@@ -8,11 +8,11 @@ A sparse component of a shard is a group of arrays (see arrays.py) in the form o
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
-and the attribute `energy`: the sum of the rows' squared lengths, and what it was before tokens were left out. Keys, codes and factors are
-read page by page.
+and the attribute `energy`: the sum of the rows' squared lengths as they are stored, and before tokens were left out. Keys, codes and
+factors are read page by page.
 
-How a vector becomes bits, and an inner product an estimate, is told in bits.py. Fewer bits than coordinates take the first ones of the
-rotated vector: a random projection, unbiased likewise.
+bits.py explains the codes and the estimates of inner products. If there are fewer bits than coordinates, the first coordinates of the
+rotated vector are coded, which is a random projection; its estimates are unbiased, too.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import SparseComponent
 
-_FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
+_FACTOR_TOP = 32768.0  # the largest stored factor of a shard, near the maximum of float16, so that small factors keep their digits
 
 
 @dataclass(frozen=True)
 class SparseVectors:
-    """Rows (or queries) of a sparse component before they are coded: vectors in eigen-coordinates.
+    """Rows (or queries) of a sparse component before coding: vectors in eigen-coordinates.
 
     Attributes:
         indptr: row i's entries are indptr[i] to indptr[i + 1].
         keys: tokens, ascending within a row.
         vectors: one for each entry.
-        whole: each row's squared length before entries were left out; None where none was.
+        whole: each row's squared length before entries were left out; None if none were.
     """
 
     indptr: Int64[np.ndarray, " rows_and_one"]
@@ -49,66 +49,69 @@ class SparseVectors:
         return len(self.indptr) - 1
 
     def part(self, first: int, last: int) -> "SparseVectors":
-        """Rows `first` to `last`, not included."""
+        """Return rows `first` to `last`, not included."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
         entries = slice(int(indptr[0]), int(indptr[-1]))
-        whole = None if self.whole is None else self.whole[first:last]
-        return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], whole)
+        squares = None if self.whole is None else self.whole[first:last]
+        return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries], squares)
 
-    def only(self, keys: Int64[np.ndarray, " some"]) -> "SparseVectors":
-        """Of a single row, the entries of some tokens."""
-        at = np.flatnonzero(np.isin(self.keys, keys))
-        return SparseVectors(np.array([0, len(at)]), self.keys[at], self.vectors[at])
+    def only(self, keys: Int64[np.ndarray, " keys"]) -> "SparseVectors":
+        """Select the entries of some tokens; there must be a single row."""
+        entries = np.flatnonzero(np.isin(self.keys, keys))
+        return SparseVectors(np.array([0, len(entries)]), self.keys[entries], self.vectors[entries])
 
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
-        """Linear combinations of the rows."""
-        made = []
+        """Return linear combinations of the rows."""
+        combinations = []
         for row in matrix:
             weights = np.repeat(row, np.diff(self.indptr))
-            at = np.flatnonzero(weights)
-            keys, inverse = np.unique(self.keys[at], return_inverse=True)
+            entries = np.flatnonzero(weights)
+            keys, inverse = np.unique(self.keys[entries], return_inverse=True)
             vectors = np.zeros((len(keys), self.vectors.shape[1]))
-            np.add.at(vectors, inverse, self.vectors[at] * weights[at, None])
-            made.append((keys, vectors.astype(np.float32)))
-        indptr = np.concatenate([[0], np.cumsum([len(keys) for keys, _ in made])]).astype(np.int64)
-        return SparseVectors(indptr, np.concatenate([keys for keys, _ in made]), np.concatenate([v for _, v in made]))
+            np.add.at(vectors, inverse, self.vectors[entries] * weights[entries, None])
+            combinations.append((keys, vectors.astype(np.float32)))
+        return _stack(combinations)
 
     @property
     def squared_norms(self) -> Float32[np.ndarray, " rows"]:
-        """Each row's squared length."""
+        """The squared length of each row."""
         return _by_row(self.indptr, np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64))
 
 
 def _by_row(indptr: np.ndarray, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
-    """Sums of the entries' values, row by row."""
+    """Sum the entries' values by row."""
     rows = len(indptr) - 1
     return np.bincount(np.repeat(np.arange(rows), np.diff(indptr)), values, rows)
 
 
+def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> SparseVectors:
+    """Return (keys, vectors) of single rows as one object."""
+    indptr = np.concatenate([[0], np.cumsum([len(keys) for keys, _ in rows])]).astype(np.int64)
+    return SparseVectors(indptr, np.concatenate([keys for keys, _ in rows]), np.concatenate([vectors for _, vectors in rows]))
+
+
 def concatenate(blocks: Sequence[tuple[Sequence[int], SparseVectors]], width: int) -> SparseVectors:
-    """Batches of rows, each with the positions of its rows, as one in the order of the positions."""
-    rows = {at: (block, i) for chosen, block in blocks for i, at in enumerate(chosen)}
-    parts = [(block.keys[s], block.vectors[s]) for at in sorted(rows) for block, i in [rows[at]] for s in [slice(*block.indptr[i : i + 2])]]
-    counts = [len(keys) for keys, _ in parts]
-    keys = np.concatenate([k for k, _ in parts]) if parts else np.zeros(0, np.int64)
-    vectors = np.concatenate([v for _, v in parts]) if parts else np.zeros((0, width), np.float32)
-    return SparseVectors(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys, vectors)
+    """Concatenate batches of rows, each with the positions of its rows, in the order of the positions."""
+    rows = {position: block.part(i, i + 1) for positions, block in blocks for i, position in enumerate(positions)}
+    if not rows:
+        return SparseVectors(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros((0, width), np.float32))
+    return _stack([(rows[position].keys, rows[position].vectors) for position in sorted(rows)])
 
 
 def inner_products(a: SparseVectors, b: SparseVectors) -> Float32[np.ndarray, "rows_of_a rows_of_b"]:
-    """Exact scores between two lists of rows: sums over the tokens that both hold."""
+    """Compute the exact inner products between two lists of rows, as sums over shared tokens."""
     scores = np.zeros((len(a), len(b)), np.float32)
     owners = [np.repeat(np.arange(len(rows)), np.diff(rows.indptr)) for rows in (a, b)]
     orders = [np.argsort(rows.keys, kind="stable") for rows in (a, b)]
     for key in np.intersect1d(a.keys, b.keys):
-        at, other = (o[slice(*np.searchsorted(rows.keys, [key, key + 1], sorter=o))] for rows, o in zip((a, b), orders, strict=True))
-        scores[np.ix_(owners[0][at], owners[1][other])] += a.vectors[at] @ b.vectors[other].T
+        i, j = (o[slice(*np.searchsorted(rows.keys, [key, key + 1], sorter=o))] for rows, o in zip((a, b), orders, strict=True))
+        scores[np.ix_(owners[0][i], owners[1][j])] += a.vectors[i] @ b.vectors[j].T
     return scores
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Coded rows in memory, as they are written."""
+    """Coded rows in memory, before they are written. `whole` has the rows' squared lengths before entries were left out."""
 
     counts: Int64[np.ndarray, " rows"]
     keys: UInt32[np.ndarray, " entries"]
@@ -126,7 +129,7 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
     """
     squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
     if not np.isfinite(squares).all():
-        raise NumericalError("a sparse row is not finite; look at its document and at the model's precision")
+        raise NumericalError("a sparse row is not finite; check its document and the model's precision")
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
@@ -142,17 +145,17 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
 
 
 def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
-    """Batches of coded rows, each with the positions of its rows, as one in the order of the positions."""
-    counts, norms, whole = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
-    order = np.argsort(np.concatenate([np.asarray(at) for at, _ in parts]))
+    """Concatenate batches of coded rows, each with the positions of its rows, in the order of the positions."""
+    counts, norms, squares = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
+    order = np.argsort(np.concatenate([np.asarray(positions) for positions, _ in parts]))
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     entries = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
     keys, codes, factors = (np.concatenate([getattr(c, name) for _, c in parts])[entries] for name in ("keys", "codes", "factors"))
-    return Coded(counts[order], keys, codes, factors, norms[order], whole[order])
+    return Coded(counts[order], keys, codes, factors, norms[order], squares[order])
 
 
 def encode_sparse(rows: Coded, vocabulary: int, bits: int) -> ArrayGroup:
-    """The arrays of a sparse component, from coded rows."""
+    """Return the arrays of a sparse component, from coded rows."""
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
     arrays = {
         "indptr": np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32),
@@ -174,15 +177,15 @@ def _key_dtype(vocabulary: int) -> str:
 
 
 class SparseRows:
-    """A sparse component of one shard.
+    """The rows of a sparse component in one shard.
 
     Args:
         file: the shard's arrays.
-        component: the manifest's entry.
-        rows: of the shard.
+        component: the component's description in the manifest.
+        rows: the number of rows of the shard.
 
     Raises:
-        IntegrityError: an array is missing, truncated, of another shape, or fails its checksum (keys, codes and factors: when they are
+        IntegrityError: an array is missing, truncated or of another shape, or fails its checksum (keys, codes and factors: when they are
             first read); or the arrays contradict one another.
     """
 
@@ -201,8 +204,8 @@ class SparseRows:
         attributes = file.attributes(self.name)
         try:
             self.factor_scale = float(attributes["factor_scale"])
-            held, whole = attributes["energy"]
-            self.energy = float(held), float(whole)
+            stored, total = attributes["energy"]
+            self.energy = float(stored), float(total)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{self._where} has no factor_scale and energy; restore the file or build the index again") from error
         finite = np.isfinite([self.factor_scale, *self.energy]).all() and np.isfinite(self.norms).all()
@@ -216,42 +219,45 @@ class SparseRows:
         """Compare all entries with their checksums.
 
         Raises:
-            IntegrityError: a page is not the one that was written, or the entries cannot be.
+            IntegrityError: a page is damaged, or an entry has an invalid token or factor.
         """
         self.entries(0, self.rows)
 
     def entries(self, first: int, last: int) -> tuple[np.ndarray, UInt8[np.ndarray, "entries bytes"], Float32[np.ndarray, " entries"]]:
-        """Keys, codes and factors of the entries of rows `first` to `last` (not included)."""
-        begin, end = int(self.indptr[first]), int(self.indptr[last])
+        """Read keys, codes and factors of the entries of rows `first` to `last` (not included)."""
+        begin = int(self.indptr[first])
+        end = int(self.indptr[last])
         keys = self._keys.rows(begin, end)
         factors = self._factors.rows(begin, end).astype(np.float32) * np.float32(self.factor_scale)
         if (len(keys) and int(keys.max()) >= self._component.vocabulary) or not np.isfinite(factors).all():
             raise self._contradiction()
         return keys, self._codes.rows(begin, end), factors
 
-    def select(self, kept: Int64[np.ndarray, " kept"]) -> ArrayGroup:
-        """Some of the rows, to the bit as they are."""
-        positions = np.concatenate([np.arange(*self.indptr[row : row + 2]) for row in kept])
-        held = float(np.square(self.norms[kept], dtype=np.float64).sum())
-        whole = held * self.energy[1] / self.energy[0] if self.energy[0] > 0 else held
+    def select(self, rows: Int64[np.ndarray, " selected"]) -> ArrayGroup:
+        """Return the arrays of some rows, unchanged."""
+        entries = np.concatenate([np.arange(*self.indptr[row : row + 2]) for row in rows])
+        stored = float(np.square(self.norms[rows], dtype=np.float64).sum())
+        total = stored * self.energy[1] / self.energy[0] if self.energy[0] > 0 else stored
         arrays = {
-            "indptr": np.concatenate([[0], np.cumsum(np.diff(self.indptr)[kept])]).astype(np.uint32),
-            "keys": self._keys.whole()[positions],
-            "codes": self._codes.whole()[positions],
-            "factors": self._factors.whole()[positions],
-            "norms": self.norms[kept],
+            "indptr": np.concatenate([[0], np.cumsum(np.diff(self.indptr)[rows])]).astype(np.uint32),
+            "keys": self._keys.whole()[entries],
+            "codes": self._codes.whole()[entries],
+            "factors": self._factors.whole()[entries],
+            "norms": self.norms[rows],
         }
-        return _group(arrays, self.bits, self.factor_scale, (held, whole))
+        return _group(arrays, self.bits, self.factor_scale, (stored, total))
 
     def vectors(self, row: int) -> tuple[Int64[np.ndarray, " entries"], Float32[np.ndarray, "entries width"]]:
-        """One row's keys and an estimate of its vectors, along their signs and so long that the row's estimated score with itself is its
-        squared norm; scores with other rows come out by 2 / pi too small, all alike.
+        """Return one row's keys and an estimate of its vectors from their signs.
+
+        Lengths are such that the row's estimated score with itself is its squared norm. Scores with all other rows are too small by the
+        same factor, 2 / pi.
         """
         keys, codes, factors = self.entries(row, row + 1)
-        width, seed = self._component.width, self._component.seed
+        width = self._component.width
         share = self.bits / padded_width(width, self.bits)
         signs = signs_of(codes, self.bits) * (factors[:, None] * np.float32(2 / np.pi * share))
-        return keys.astype(np.int64), unrotate(signs, width, seed)
+        return keys.astype(np.int64), unrotate(signs, width, self._component.seed)
 
     def _contradiction(self) -> IntegrityError:
         return IntegrityError(f"{self._where}: its arrays contradict one another; restore the file or build the index again")
