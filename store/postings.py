@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt8, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt32
 
 from .arrays import ArrayFile, ArrayGroup, crc32c, crc32c_extend
-from .bits import signs_of
+from .bits import signs_of, to_words
 from .compiled import Compiled
 from .errors import IntegrityError
 from .manifest import SparseComponent
@@ -63,7 +63,7 @@ class Postings:
         owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
         starts = np.append(starts, len(order)).astype(np.int64)
         rows_of_postings = owners[order]
-        words = _words(codes[order])
+        words = to_words(codes[order], "<u4")
         factors = factors[order]
         checks = [_checksum(rows_of_postings[i:j], words[i:j], factors[i:j]) for i, j in pairwise(starts.tolist())]
         return cls(tokens.astype(np.uint32), starts, rows_of_postings, words, factors, np.array(checks, np.uint32))
@@ -107,9 +107,7 @@ class Postings:
             if _checksum(owners, self.codes[postings], factors) != self.checks[i]:
                 raise IntegrityError(f"{self.where} fails a checksum; make it anew with wherefrom reindex")
             if len(owners) and (int(owners.max()) >= rows or not np.isfinite(factors).all()):
-                raise IntegrityError(
-                    f"{self.where} has rows that do not exist or factors that are not finite; make it anew with wherefrom reindex"
-                )
+                raise IntegrityError(f"{self.where} has invalid rows or factors; make it anew with wherefrom reindex")
             self._checked[i] = True
 
     def arrays(self) -> ArrayGroup:
@@ -170,12 +168,6 @@ def _checksum(rows: np.ndarray, codes: np.ndarray, factors: np.ndarray) -> int:
 
 def _row_dtype(rows: int) -> str:
     return "uint16" if rows <= 1 << 16 else "uint32"
-
-
-def _words(codes: UInt8[np.ndarray, "postings bytes"]) -> UInt32[np.ndarray, "postings words"]:
-    padded = np.zeros((len(codes), -(-codes.shape[1] // 4) * 4), np.uint8)
-    padded[:, : codes.shape[1]] = codes
-    return padded.view("<u4")
 
 
 def byte_tables(rotated: Float32[np.ndarray, "entries bits"]) -> Float32[np.ndarray, "entries bytes 256"]:

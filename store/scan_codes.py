@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
 
 from .arrays import ArrayFile, ArrayGroup
-from .bits import padded_width, rotate
+from .bits import padded_width, rotate, to_words
 from .compiled import Compiled
 from .dense import DenseRows
 from .errors import IntegrityError
@@ -147,6 +147,4 @@ class Rounded:
 
 def words(codes: UInt8[np.ndarray, "rows bytes"]) -> UInt64[np.ndarray, "rows words"]:
     """Pack the bytes of codes into 64-bit words, padded with zeros."""
-    padded = np.zeros((len(codes), -(-codes.shape[1] // 8) * 8), np.uint8)
-    padded[:, : codes.shape[1]] = codes
-    return padded.view("<u8")
+    return to_words(codes, "<u8")
