@@ -351,8 +351,7 @@ def read_ids(file: str) -> list[str]:
     """
     import sys
 
-    if file != "-" and not Path(file).is_file():
-        raise NotFoundError(f"there is no file {file}; check the path")
+    _check_exists(file)
     ids = []
     with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
         for where, _, line in lines(stream, "stdin" if file == "-" else Path(file).name):
@@ -362,6 +361,11 @@ def read_ids(file: str) -> list[str]:
             if id:
                 ids.append(_json_id(id, where) if id[0] in '"{' else id)
     return ids
+
+
+def _check_exists(file: str) -> None:
+    if file != "-" and not Path(file).is_file():
+        raise NotFoundError(f"there is no file {file}; check the path")
 
 
 def _json_id(line: str, where: str) -> str:
@@ -391,8 +395,7 @@ def read_queries(file: str) -> Iterator[dict[str, Any]]:
         NotFoundError: there is no such file.
         DataError: a line is not a query; names the line.
     """
-    if file != "-" and not Path(file).is_file():
-        raise NotFoundError(f"there is no file {file}; check the path")
+    _check_exists(file)
     (source,) = [standard_input()] if file == "-" else expand([file])[0]
     reading = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
     for where, _, record in source.records(source.short, reading):

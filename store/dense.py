@@ -187,8 +187,7 @@ class DenseRows:
 
     def code(self, row: int) -> np.ndarray:
         """Return the stored codes of one row."""
-        codes: np.ndarray = self._codes.rows(row, row + 1)[0]
-        return codes
+        return self._codes.rows(row, row + 1)[0]
 
     def row(self, row: int) -> Float32[np.ndarray, " dim"]:
         """Return one row: norm * scale * code; for 1bit, the vector of its signs with the length of the row."""

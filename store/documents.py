@@ -290,8 +290,7 @@ class Columns:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        content: bytes = sink.getvalue().to_pybytes()
-        return content
+        return sink.getvalue().to_pybytes()
 
     @classmethod
     def from_bytes(cls, content: pa.Buffer, rows: int) -> "Columns":
@@ -404,8 +403,7 @@ class Documents:
 
     def ids(self) -> list[str]:
         """Return all ids, in row order."""
-        ids: list[str] = self.columns["id"].values.to_pylist()
-        return ids
+        return self.columns["id"].values.to_pylist()
 
     def check(self) -> None:
         """Compare all batches with their checksums, and check their values.

@@ -236,7 +236,7 @@ def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tupl
     """
     ids = [str(uuid.UUID(bytes=bytes(row))) for row in file.array("id", (shards, 16), "uint8")]
     counts = {name: file.array(name, (shards,), "int64") for name in _COUNTS}
-    digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8").tobytes().hex() for name in _DIGESTS}
+    digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8") for name in _DIGESTS}
     energy = file.array("energy", (shards, components, 2), "float64")
     component_bytes = file.array("component_bytes", (shards, components), "int64").tolist()
     deleted = file.array("deleted", file.shape("deleted"), "int64")
@@ -247,25 +247,16 @@ def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tupl
         raise IntegrityError(f"{file.path} does not list the shards of {rows:,} rows; restore it or build the index again")
     if deleted.ndim != 1 or (np.diff(deleted) <= 0).any() or (len(deleted) and not 0 <= deleted[0] <= deleted[-1] < rows):
         raise IntegrityError(f"{file.path}: its deleted rows are not ascending, or not rows of the index; build the index again")
-    lists = {name: array.tolist() for name, array in counts.items()}
-    width = 2 * _SHA256_BYTES
-    entries = zip(ids, firsts.tolist(), file.array("directory", (shards,), "uint32").tolist(), energy.tolist(), strict=False)
-    return tuple(
-        Shard(
-            id=shard_id,
-            first=first,
-            rows=lists["rows"][i],
-            tokens=lists["tokens"][i],
-            bytes=lists["bytes"][i],
-            sha256=digests["sha256"][i * width : (i + 1) * width],
-            directory=directory,
-            documents_bytes=lists["documents_bytes"][i],
-            documents_sha256=digests["documents_sha256"][i * width : (i + 1) * width],
-            energy=tuple((stored, total) for stored, total in energies),
-            component_bytes=tuple(component_bytes[i]),
-        )
-        for i, (shard_id, first, directory, energies) in enumerate(entries)
-    ), deleted
+    columns: dict[str, list[Any]] = {
+        "id": ids,
+        "first": firsts[:-1].tolist(),
+        **{name: array.tolist() for name, array in counts.items()},
+        **{name: [digest.tobytes().hex() for digest in array] for name, array in digests.items()},
+        "directory": file.array("directory", (shards,), "uint32").tolist(),
+        "energy": [tuple(map(tuple, energies)) for energies in energy.tolist()],
+        "component_bytes": list(map(tuple, component_bytes)),
+    }
+    return tuple(Shard(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)), deleted
 
 
 def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"], fields: Mapping[str, Any]) -> Manifest:

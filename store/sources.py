@@ -163,20 +163,12 @@ def _kind(path: Path) -> tuple[str, str]:
     return Path(name.removesuffix(compression)).suffix, compression
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _why_unread(path: Path, named: bool = False) -> str | None:
     """Return the reason why a file is not read; None if it is read. A dataset card is read if the user `named` the file."""
     kind, compression = _kind(path)
     is_card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
     reasons = {
-        "named in bytes that are not UTF-8": not _is_text(path.name),
+        "named in bytes that are not UTF-8": path.name.encode(errors="replace").decode() != path.name,
         "a link to a folder": path.is_dir(),
         "no ordinary file": not path.is_file(),
         "a description of a dataset": path.name in _DESCRIPTIONS,

@@ -4,12 +4,14 @@ A small Parquet file may expand beyond memory, since repeated values are stored 
 are small enough for the largest value that a column chunk can hold, and the size of a batch as Python values is computed before conversion.
 """
 
+import contextlib
 import csv
 import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,10 +34,6 @@ _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\
 _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
-def _truth(text: str) -> bool:
-    return _TRUTH[text]
-
-
 def _integer(text: str) -> int:
     value = int(text) if _INTEGER.fullmatch(text) else 1 << 63
     if not -(1 << 63) <= value < 1 << 63:
@@ -56,22 +54,17 @@ def _date(text: str) -> date:
     return date.fromisoformat(text)
 
 
-def _local_time(text: str) -> datetime:
+def _time(text: str, has_zone: bool) -> datetime:
     match = _TIME.fullmatch(text)
-    if match is None or match[3]:
+    if match is None or bool(match[3]) != has_zone:
         raise ValueError
-    return datetime.fromisoformat(text)
-
-
-def _universal_time(text: str) -> datetime:
-    match = _TIME.fullmatch(text)
-    if match is None or not match[3]:
-        raise ValueError
-    return datetime.fromisoformat(text).astimezone(UTC)
+    moment = datetime.fromisoformat(text)
+    return moment.astimezone(UTC) if has_zone else moment
 
 
 _Parser = Callable[[str], Any]
-_PARSERS: tuple[_Parser, ...] = (_truth, _integer, _number, _date, _local_time, _universal_time)  # the first that fits all values
+_TIMES = (partial(_time, has_zone=False), partial(_time, has_zone=True))
+_PARSERS: tuple[_Parser, ...] = (_TRUTH.__getitem__, _integer, _number, _date, *_TIMES)  # the first that fits all values is used
 
 
 def _fits(parse: _Parser, text: str) -> bool:
@@ -190,10 +183,8 @@ def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading
         selected = batch.select([f.name for f in batch.schema if not _leave_out(f, reading)])
         records = None
         if _expanded_bytes(selected.columns) <= _BATCH_BYTES:
-            try:
+            with contextlib.suppress(pa.ArrowException, ValueError, OverflowError):  # then rows are converted one by one
                 records = selected.to_pylist() or [{}] * batch.num_rows
-            except (pa.ArrowException, ValueError, OverflowError):
-                records = None  # a value cannot be converted: convert row by row
         for i in range(batch.num_rows):
             where = f"{name} record {first + i + 1}"
             yield where, f"{name}:{first + i + 1}", _record(selected.slice(i, 1), where) if records is None else records[i]
