@@ -315,15 +315,11 @@ class _Evaluation:
         pairs = zip(a.decoded(), b.decoded(), strict=True)
         same = a.kind == b.kind or JSON_KIND in (a.kind, b.kind) or None in (a.kind, b.kind)
         if not same and sign not in ("==", "!="):
-            raise UsageError(
-                f"the columns {left!r} and {right!r} hold values of the kinds {a.kind} and {b.kind}, without an order; use == or !="
-            )
+            raise UsageError(f"the columns {left!r} and {right!r} hold values of the kinds {a.kind} and {b.kind}; use == or !=")
         try:
             truth = [None if x is None or y is None else _compared_values(x, sign, y) for x, y in pairs]
         except TypeError as error:
-            raise UsageError(
-                f"the columns {left!r} and {right!r} hold values of different kinds, which have no order; use == or !="
-            ) from error
+            raise UsageError(f"the columns {left!r} and {right!r} hold values of different kinds; use == or !=") from error
         return pa.array(truth, pa.bool_())
 
 
