@@ -70,7 +70,7 @@ class Index:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
-        self._compare([self.manifest.table])
+        self._compare(self.manifest.table)
         table = ArrayFile(self.path / self.manifest.table.path)
         m = self.manifest
         self.shards, self.deleted = read_table(table, m.shards, len(m.components), m.rows)
@@ -146,7 +146,7 @@ class Index:
         """Return the posting lists of a sparse component in a group: from the search cache, or else computed from the rows."""
         key = (group.id, component.name)
         if key not in self._caches:
-            self._caches[key] = self._cached(group, component) or self._search_arrays(group, component)
+            self._caches[key] = self._read_cached(group, component) or self._search_arrays(group, component)
         postings = self._caches[key]
         assert isinstance(postings, Postings)
         return postings
@@ -155,7 +155,7 @@ class Index:
         """Return the scan codes of a dense component in a group; None if its rows are one-bit codes or the search cache lacks them."""
         key = (group.id, component.name)
         if key not in self._caches:
-            self._caches[key] = self._cached(group, component)
+            self._caches[key] = self._read_cached(group, component)
         codes = self._caches[key]
         assert codes is None or isinstance(codes, ScanCodes)
         return codes
@@ -192,8 +192,8 @@ class Index:
         if file is None:
             return "is missing or cannot be read"
         try:
-            for component in self._searched():
-                cached = self._cached(group, component)
+            for component in self._cached_components():
+                cached = self._read_cached(group, component)
                 if cached is None or (compare and not _equal(cached, self._search_arrays(group, component))):
                     return "does not match the rows"
             for number, shard in enumerate(group.shards):
@@ -204,13 +204,13 @@ class Index:
         return None
 
     def _cache_groups(self, group: Group) -> dict[str, ArrayGroup]:
-        arrays = {component.name: self._search_arrays(group, component).arrays() for component in self._searched()}
+        arrays = {component.name: self._search_arrays(group, component).arrays() for component in self._cached_components()}
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
         }
         return {**arrays, "columns": ArrayGroup(columns)}
 
-    def _searched(self) -> list[DenseComponent | SparseComponent]:
+    def _cached_components(self) -> list[DenseComponent | SparseComponent]:
         """Return the components that have arrays in a search cache."""
         return [c for c in self.manifest.components if isinstance(c, SparseComponent) or c.dtype != "1bit"]
 
@@ -222,7 +222,7 @@ class Index:
             self._cache_files[group.id] = read_cache(self._cache_path(group), group.source)
         return self._cache_files[group.id]
 
-    def _cached(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
+    def _read_cached(self, group: Group, component: DenseComponent | SparseComponent) -> Postings | ScanCodes | None:
         file = self._cache_file(group)
         if file is None:
             return None
@@ -431,7 +431,7 @@ class Index:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        self._compare([self.manifest.encoder])
+        self._compare(self.manifest.encoder)
         path = self.path / self.manifest.encoder.path
         try:
             arrays = load_file(path)
@@ -485,10 +485,10 @@ class Index:
             "bytes_per_example": round(row_bytes / m.rows, 1),
             "encoder_bytes": m.encoder.bytes,
             "components": [
-                _describe(s)
-                | {"bytes_per_example": round(component_bytes[i] / m.rows, 1), "energy_held": round(self.energy_held(s), 4)}
-                | m.build.weighed.get(s.name, {})
-                for i, s in enumerate(m.components)
+                _describe(component)
+                | {"bytes_per_example": round(size / m.rows, 1), "energy_held": round(self.energy_held(component), 4)}
+                | m.build.weighed.get(component.name, {})
+                for component, size in zip(m.components, component_bytes, strict=True)
             ],
             "tracked": [
                 {"parameters": t.parameters, "of": t.of, "share": round(t.share, 4), "left_out": t.left_out} for t in m.build.tracked
@@ -517,8 +517,8 @@ class Index:
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Check all files of the index: compare checksums, recompute the search caches, and yield (relative path, problem or None)."""
-        yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
-        yield self.manifest.table.path, _problem(self.path, self.manifest.table)
+        yield self.manifest.encoder.path, _file_problem(self.path, self.manifest.encoder)
+        yield self.manifest.table.path, _file_problem(self.path, self.manifest.table)
         intact = True
         for shard in self.shards:
             rows = rows_path(self.path, shard.id).relative_to(self.path).as_posix()
@@ -527,7 +527,7 @@ class Index:
                 FileRecord(path=rows, bytes=shard.bytes, sha256=shard.sha256),
                 FileRecord(path=documents, bytes=shard.documents_bytes, sha256=shard.documents_sha256),
             )
-            problems = [(record.path, _problem(self.path, record)) for record in records]
+            problems = [(record.path, _file_problem(self.path, record)) for record in records]
             yield from problems
             if any(problem for _, problem in problems):
                 intact = False
@@ -575,11 +575,10 @@ class Index:
                 place = f"manifests/{before + 1:06d}.json"
                 yield place, f"{self.path / place} is missing between manifests {before} and {after}; the newest is not affected"
 
-    def _compare(self, records: Iterable[FileRecord]) -> None:
-        for record in records:
-            problem = _problem(self.path, record)
-            if problem:
-                raise IntegrityError(problem)
+    def _compare(self, record: FileRecord) -> None:
+        problem = _file_problem(self.path, record)
+        if problem:
+            raise IntegrityError(problem)
 
     def locate(self, row: int) -> tuple[Shard, int]:
         """Return the shard that holds a row, and the row's position in the shard.
@@ -685,7 +684,7 @@ def dense_reduction(component: DenseComponent, arrays: Mapping[str, np.ndarray])
     return Reduction(component.dim, selection, component.stored, component.dtype == "1bit", component.projection.seed)
 
 
-def _problem(directory: Path, record: FileRecord) -> str | None:
+def _file_problem(directory: Path, record: FileRecord) -> str | None:
     path = directory / record.path
     problem = size_problem(path, record.bytes)
     if problem is None and sha256(path) != record.sha256:

@@ -30,7 +30,7 @@ from .bits import signs_of, to_words
 from .compiled import Compiled
 from .errors import IntegrityError
 from .manifest import SparseComponent
-from .sparse import SparseRows
+from .sparse import SparseRows, unsigned_dtype
 
 _add_lists = Compiled("add_lists", after=1 << 19)
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
@@ -60,7 +60,7 @@ class Postings:
         order = np.argsort(keys, kind="stable")
         tokens, starts = np.unique(keys[order], return_index=True)
         counts = np.concatenate([np.diff(rows.indptr) for rows in shards])
-        owners = np.repeat(np.arange(len(counts), dtype=_row_dtype(len(counts))), counts)
+        owners = np.repeat(np.arange(len(counts), dtype=unsigned_dtype(len(counts))), counts)
         starts = np.append(starts, len(order)).astype(np.int64)
         rows_of_postings = owners[order]
         words = to_words(codes[order], "<u4")
@@ -126,7 +126,7 @@ class Postings:
             result = cls(
                 tokens,
                 starts,
-                file.unchecked(f"{name}/rows", (postings,), _row_dtype(rows)),
+                file.unchecked(f"{name}/rows", (postings,), unsigned_dtype(rows)),
                 file.unchecked(f"{name}/codes", (postings, -(-component.bits // 32)), "uint32"),
                 file.unchecked(f"{name}/factors", (postings,), "float32"),
                 file.array(f"{name}/checks", (lists,), "uint32"),
@@ -164,10 +164,6 @@ def add_lists_plainly(
 
 def _checksum(rows: np.ndarray, codes: np.ndarray, factors: np.ndarray) -> int:
     return crc32c_extend(crc32c_extend(crc32c(rows), codes), factors)
-
-
-def _row_dtype(rows: int) -> str:
-    return "uint16" if rows <= 1 << 16 else "uint32"
 
 
 def byte_tables(rotated: Float32[np.ndarray, "entries bits"]) -> Float32[np.ndarray, "entries bytes 256"]:

@@ -159,7 +159,7 @@ def encode_sparse(rows: Coded, vocabulary: int, bits: int) -> ArrayGroup:
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
     arrays = {
         "indptr": np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32),
-        "keys": rows.keys.astype(_key_dtype(vocabulary)),
+        "keys": rows.keys.astype(unsigned_dtype(vocabulary)),
         "codes": rows.codes,
         "factors": (rows.factors / scale).astype(np.float16),
         "norms": rows.norms,
@@ -172,8 +172,9 @@ def _group(arrays: dict[str, np.ndarray], bits: int, scale: float, energy: tuple
     return ArrayGroup(arrays, attributes, frozenset({"keys", "codes", "factors"}))
 
 
-def _key_dtype(vocabulary: int) -> str:
-    return "uint16" if vocabulary <= 1 << 16 else "uint32"
+def unsigned_dtype(count: int) -> str:
+    """Return the type of numbers below `count`."""
+    return "uint16" if count <= 1 << 16 else "uint32"
 
 
 class SparseRows:
@@ -197,7 +198,7 @@ class SparseRows:
         self._component = component
         self.indptr = file.array(f"{self.name}/indptr", (rows + 1,), "uint32").astype(np.int64)
         entries = int(self.indptr[-1])
-        self._keys = file.paged(f"{self.name}/keys", (entries,), _key_dtype(component.vocabulary))
+        self._keys = file.paged(f"{self.name}/keys", (entries,), unsigned_dtype(component.vocabulary))
         self._codes = file.paged(f"{self.name}/codes", (entries, -(-self.bits // 8)), "uint8")
         self._factors = file.paged(f"{self.name}/factors", (entries,), "float16")
         self.norms = file.array(f"{self.name}/norms", (rows,), "float32")
