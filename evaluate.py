@@ -50,13 +50,17 @@ def lds(
         return judge_scores(Path(pack), Path(scores), data=place, half=half, **options)
     path = index.path if isinstance(index, Index) else index
     with default_reporter() as reporter:
-        return judge_index(
-            Path(pack), options, index=path, data=place, half=half, mode=mode, baselines=baselines, reporter=reporter
-        )
+        return judge_index(Path(pack), options, index=path, data=place, half=half, mode=mode, baselines=baselines, reporter=reporter)
 
 
 def tailpatch(
-    index: str | Path | Index | Client, queries: Sequence[Query], *, k: int = 10, mode: Mode = "influence", optimizer: Optimizer = "sgd", rate: float = 1e-2
+    index: str | Path | Index | Client,
+    queries: Sequence[Query],
+    *,
+    k: int = 10,
+    mode: Mode = "influence",
+    optimizer: Optimizer = "sgd",
+    rate: float = 1e-2,
 ) -> Report:
     """Take one optimizer step on each of the top proponents, and measure the fall of the query's loss (see `checks.tailpatch`).
 

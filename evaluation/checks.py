@@ -26,9 +26,9 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.models import keep_freed_memory, resolve_device
 from ..indexer.tasks import import_object
-from ..query.options import Mode, Query
 from ..query.baselines import row_norms
 from ..query.metric import Metric
+from ..query.options import Mode, Query
 from ..query.scoring import score_matrix
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent

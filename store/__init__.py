@@ -1,1 +1,1 @@
-"""The index on disk: rows, documents, encoder arrays, manifests, checksums. Knows no models, no torch, no Ray."""
+"""The index on disk: rows, documents, encoder arrays, manifests, checksums; without models, torch or Ray."""

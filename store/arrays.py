@@ -1,13 +1,13 @@
 """Arrays in one file: an uncompressed zip that holds a Zarr v3 group, written once and read through a memory map.
 
-zarr-python reads such a file with `zarr.storage.ZipStore`. Every array is one chunk of its plain little-endian bytes, aligned to 64 bytes,
-so that a view of the memory map is the array. Reading needs numpy and pyarrow alone, so that a query starts fast.
+zarr-python reads such a file with `zarr.storage.ZipStore`. Every array is one chunk of plain little-endian bytes, aligned to 64 bytes, so
+that arrays are views of the memory map. Reading needs only numpy and pyarrow, so that a query starts fast.
 
-Checksums are compared when bytes are first read, at the grain that is read:
+Checksums are compared when bytes are first read:
 
 - The zip's central directory (names, sizes, positions and CRC-32 of all entries) has a CRC-32C, which the manifest records.
-- An array that is read whole is compared with its entry's CRC-32.
-- An array that is read in parts, and has more than one page of 64 KiB, has a neighbour `<name>_pages`: the CRC-32C of each page.
+- An array that is always read in full is compared with its entry's CRC-32.
+- An array that is read in parts, and has more than one page of 64 KiB, has a second array `<name>_pages`: the CRC-32C of each page.
 """
 
 import json
@@ -25,13 +25,13 @@ import numpy as np
 from jaxtyping import UInt32
 
 from .errors import IntegrityError
-from .files import regular_size, storage_errors
+from .files import regular_size, size_problem, storage_errors
 
 PAGE_BYTES = 1 << 16
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES = 30
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_PADDING_TAG = 0x5057  # of the extra field that aligns an entry's bytes
+_PADDING_TAG = 0x5057  # the id of the extra field that aligns an entry's bytes
 _PAGES = "_pages"
 _MOST_ENTRIES = 10_000
 _RESTORE = "restore the file or build the index again"
@@ -42,10 +42,10 @@ crc32c_extend = google_crc32c.extend
 
 @dataclass(frozen=True)
 class ArrayGroup:
-    """Arrays of one Zarr group, and its attributes.
+    """The arrays and attributes of one Zarr group.
 
     Attributes:
-        paged: names of the arrays that are read in parts.
+        paged: the names of the arrays that are read in parts.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -53,23 +53,22 @@ class ArrayGroup:
     paged: frozenset[str] = frozenset()
 
     def with_pages(self) -> dict[str, np.ndarray]:
-        """The arrays, each paged one of several pages with the checksums of these beside it."""
-        several = [name for name in sorted(self.paged) if self.arrays[name].nbytes > PAGE_BYTES]
-        pages = {name + _PAGES: page_checksums(self.arrays[name]) for name in several}
-        return {**self.arrays, **pages}
+        """Return the arrays, and the page checksums of each paged array of more than one page."""
+        names = [name for name in sorted(self.paged) if self.arrays[name].nbytes > PAGE_BYTES]
+        return {**self.arrays, **{name + _PAGES: page_checksums(self.arrays[name]) for name in names}}
 
 
 def page_checksums(array: np.ndarray) -> UInt32[np.ndarray, " pages"]:
-    """CRC-32C of each page of an array's bytes."""
+    """Return the CRC-32C of each page of an array's bytes."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return np.array([crc32c(content[at : at + PAGE_BYTES]) for at in range(0, len(content), PAGE_BYTES)], np.uint32)
+    return np.array([crc32c(content[start : start + PAGE_BYTES]) for start in range(0, len(content), PAGE_BYTES)], np.uint32)
 
 
 def write_arrays(path: Path, groups: Mapping[str, ArrayGroup]) -> None:
     """Write groups of arrays as one file; the same arrays give the same bytes.
 
     Args:
-        groups: by name; the name "" is the root group.
+        groups: the groups by name; the root group has the name "".
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +78,7 @@ def write_arrays(path: Path, groups: Mapping[str, ArrayGroup]) -> None:
 
 
 def _entries(groups: Mapping[str, ArrayGroup]) -> dict[str, bytes]:
-    """Names and contents of the zip's entries: what zarr-python makes of the groups."""
+    """Return the names and contents of the zip's entries, which zarr-python creates from the groups."""
     from zarr import config, create_group
     from zarr.codecs import BytesCodec
     from zarr.storage import MemoryStore
@@ -101,7 +100,7 @@ def _append(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     entry = zipfile.ZipInfo(name, _EPOCH)
     entry.external_attr = 0o644 << 16
     begin = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(name.encode()) + 4
-    if len(content) * 1.05 > zipfile.ZIP64_LIMIT:  # as zipfile decides
+    if len(content) * 1.05 > zipfile.ZIP64_LIMIT:  # the condition of zipfile
         begin += 20  # the extra field of sizes above 2 GiB
     padding = -begin % _ALIGNMENT
     entry.extra = struct.pack("<HH", _PADDING_TAG, padding) + bytes(padding)
@@ -113,12 +112,11 @@ class ArrayFile:
 
     Args:
         path: the file.
-        size: its size in bytes, as the manifest records it; None where no manifest does.
-        directory: the CRC-32C of its central directory, likewise.
-        remedy: what to do about a damaged file, as the end of an error's sentence.
+        size, directory: the recorded size in bytes and CRC-32C of the central directory; None if they are not recorded.
+        remedy: the advice about a damaged file, which ends an error's sentence.
 
     Raises:
-        IntegrityError: missing, truncated, not such a file, or another one than the manifest records.
+        IntegrityError: the file is missing, truncated or not a file of arrays, or not the recorded one.
     """
 
     def __init__(self, path: Path, size: int | None = None, directory: int | None = None, remedy: str = _RESTORE) -> None:
@@ -136,14 +134,14 @@ class ArrayFile:
         return f"{name}/zarr.json" in self._entries
 
     def size(self, group: str) -> int:
-        """Bytes of a group's arrays."""
+        """Return the bytes of a group's arrays."""
         return sum(size for name, (_, size, _) in self._entries.items() if name.startswith(f"{group}/") and "/c/" in name)
 
     def attributes(self, group: str = "") -> dict[str, Any]:
-        """The attributes of a group.
+        """Return the attributes of a group.
 
         Raises:
-            IntegrityError: there are none.
+            IntegrityError: the group has none.
         """
         attributes = self._json(f"{group}/zarr.json" if group else "zarr.json").get("attributes")
         if not isinstance(attributes, dict):
@@ -151,17 +149,17 @@ class ArrayFile:
         return attributes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an array, as its description says."""
+        """Return the shape of an array from its metadata."""
         shape = self._json(f"{name}/zarr.json").get("shape")
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise IntegrityError(f"{self.path}: {name} does not describe an array; {self._remedy}")
+            raise IntegrityError(f"{self.path}: {name} has no valid shape; {self._remedy}")
         return tuple(shape)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
-        """A whole array as a view of the memory map, after its checksum was compared.
+        """Compare an array's checksum and return the array as a view of the memory map.
 
         Raises:
-            IntegrityError: it is missing, damaged, or not of that shape and type.
+            IntegrityError: the array is missing, damaged, or not of that shape and type.
         """
         content, checksum = self._values(name, shape, np.dtype(dtype))
         if zlib.crc32(content.data) != checksum:
@@ -169,36 +167,36 @@ class ArrayFile:
         return content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
     def paged(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> "PagedArray":
-        """An array whose pages are compared with their checksums when they are first read.
+        """Return an array whose pages are compared with their checksums when they are first read.
 
         Raises:
-            IntegrityError: it is missing, or not of that shape and type.
+            IntegrityError: the array is missing, or not of that shape and type.
         """
         content, _ = self._values(name, shape, np.dtype(dtype))
         offset = self._entries[_chunk_name(name, shape)][0] if len(content) else 0
-        if len(content) <= PAGE_BYTES:
-            values = PagedArray.of(self.array(name, shape, dtype))
-            return replace(values, where=f"{self.path}: {name}", offset=offset, remedy=self._remedy)
-        checksums = self.array(name + _PAGES, (math.ceil(len(content) / PAGE_BYTES),), "uint32")
         where = f"{self.path}: {name}"
+        if len(content) <= PAGE_BYTES:
+            return replace(PagedArray.of(self.array(name, shape, dtype)), where=where, offset=offset, remedy=self._remedy)
+        checksums = self.array(name + _PAGES, (math.ceil(len(content) / PAGE_BYTES),), "uint32")
         return PagedArray(content, checksums, content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape), where, offset, self._remedy)
 
     def unchecked(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
-        """A whole array as a view of the memory map, whose values the caller compares with checksums of its own.
+        """Return an array as a view of the memory map, without comparing its checksum; the caller has other checksums of its values.
 
         Raises:
-            IntegrityError: it is missing, or not of that shape and type.
+            IntegrityError: the array is missing, or not of that shape and type.
         """
         return self._values(name, shape, np.dtype(dtype))[0].view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
     def _values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
-        """An array's bytes and their recorded CRC-32."""
+        """Return an array's bytes and their recorded CRC-32."""
         meta = self._json(f"{name}/zarr.json")
         if meta.get("shape") != list(shape) or meta.get("data_type") != dtype.name:
             raise IntegrityError(
                 f"{self.path}: {name} is not {dtype.name} of shape {list(shape)}, which the manifest promises; {self._remedy}"
             )
-        codecs, grid = meta.get("codecs"), meta.get("chunk_grid")
+        codecs = meta.get("codecs")
+        grid = meta.get("chunk_grid")
         plain = isinstance(codecs, list) and [c.get("name") for c in codecs if isinstance(c, dict)] == ["bytes"] and len(codecs) == 1
         chunks = grid.get("configuration", {}).get("chunk_shape") if isinstance(grid, dict) and plain else None
         if math.prod(shape) == 0:
@@ -233,8 +231,11 @@ class PagedArray:
     """An array that is read in parts.
 
     Attributes:
-        values: a view of the memory map; use a part only after `check`.
-        offset: where its bytes begin in the file.
+        content: the array's bytes.
+        checksums: the CRC-32C of each page of `content`.
+        values: the array, a view of the memory map; its rows may be used after `check`.
+        where: the file and the array's name, for messages.
+        offset: the position of the bytes in the file.
     """
 
     content: np.ndarray
@@ -250,24 +251,24 @@ class PagedArray:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "PagedArray":
-        """An array in memory, which needs no checks."""
+        """Wrap an array in memory, which has no checksums."""
         return cls(np.zeros(0, np.uint8), np.zeros(0, np.uint32), array, "", 0)
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` (not included) of the first axis, after their pages were compared.
+        """Compare the pages of rows `first` to `last` (not included) of the first axis, and return the rows.
 
         Raises:
-            IntegrityError: a page is not the one that was written.
+            IntegrityError: a page is damaged.
         """
         self.check(first, last)
         return self.values[first:last]
 
     def whole(self) -> np.ndarray:
-        """All of it, after all pages were compared."""
+        """Compare all pages and return the array."""
         return self.rows(0, len(self.values))
 
     def check(self, first: int, last: int) -> None:
-        """Compare the pages that hold rows `first` to `last` (not included), if they were not compared before."""
+        """Compare the pages of rows `first` to `last` (not included) that were not compared before."""
         if last <= first or not len(self.content):
             return
         row_bytes = len(self.content) // len(self.values)
@@ -283,7 +284,7 @@ def _chunk_name(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """By entry its start, size and CRC-32; and the CRC-32C of the central directory.
+    """Return the start, size and CRC-32 of each entry, and the CRC-32C of the central directory.
 
     Raises:
         zipfile.BadZipFile, ValueError, ...: it is not an uncompressed zip.
@@ -301,7 +302,7 @@ def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], in
             name_length, extra_length = struct.unpack_from("<HH", header.tobytes(), 26)
             start = entry.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
             if start + entry.file_size > archive.start_dir or start % _ALIGNMENT:
-                raise ValueError("an entry lies outside of it, or not at a multiple of 64 bytes")
+                raise ValueError("an entry is outside of the file, or not at a multiple of 64 bytes")
             entries[entry.filename] = (start, entry.file_size, entry.CRC)
         if len(entries) < len(archive.filelist):
             raise ValueError("duplicate entries")
@@ -310,14 +311,11 @@ def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], in
 
 def _map(path: Path, size: int | None, remedy: str) -> np.ndarray:
     actual = regular_size(path)
-    if actual is None:
-        raise IntegrityError(f"{path} is missing; {remedy}")
-    if size is not None and actual != size:
-        raise IntegrityError(f"{path} has {actual:,} bytes where {size:,} belong (truncated?); {remedy}")
-    if not actual:
-        raise IntegrityError(f"{path} is empty; {remedy}")
+    problem = f"{path} is empty" if actual == 0 else size_problem(path, size if size is not None else (actual or 0))
+    if problem:
+        raise IntegrityError(f"{problem}; {remedy}")
     import pyarrow as pa
 
-    # Arrow's map lives on without its file, where numpy's keeps a descriptor open for each of an index's thousands of files.
+    # Arrow's memory map needs no open file; numpy's would keep a file descriptor open for each of an index's thousands of files.
     with pa.memory_map(str(path)) as file:
         return np.frombuffer(file.read_buffer(), np.uint8)

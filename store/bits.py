@@ -1,13 +1,13 @@
-"""One-bit codes of vectors: a seeded rotation, the signs of what comes out, and a factor.
+"""One-bit codes of vectors: the signs of a vector after a seeded rotation, and a factor.
 
-With R a rotation and v a vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|, the estimate of an inner product is <v, q> ~ f <s, R q>:
-exact for q = v, and unbiased for any other, since what of R q is orthogonal to R v has no preferred sign (RaBitQ, Gao and Long, arXiv
-2405.12497). Its variance is about (pi / 2) |v|^2 |q_|^2 / b for b bits and the part q_ of q that is orthogonal to v (pi / 2 - 1 where no
-coordinate is left out). A vector of more coordinates than bits is folded first: permuted, given random signs and cut into pieces that are
-added up, a sparse random projection with one entry a coordinate (Johnson-Lindenstrauss in expectation: <fold v, fold q> is unbiased).
+Let R be a rotation, v a vector, s = sign(R v) and f = |v|^2 / sum_j |(R v)_j|. The inner product <v, q> is estimated as f <s, R q>. The
+estimate is exact for q = v, and unbiased for other q, since the part of R q that is orthogonal to R v has no preferred sign (RaBitQ, Gao
+and Long, arXiv 2405.12497). Its variance is about (pi / 2) |v|^2 |q_|^2 / b for b bits and the part q_ of q that is orthogonal to v
+(pi / 2 - 1 if no coordinate is left out). A vector of more coordinates than bits is folded first: its coordinates are permuted, multiplied
+with random signs, and cut into pieces that are added. This is a sparse random projection, and <fold v, fold q> is an unbiased estimate.
 
-Everything random is the raw output of a Philox generator, everything added is added in a fixed order: the same bits for the same vectors,
-everywhere.
+Random numbers are the raw output of a Philox generator, and sums have a fixed order, so that the same vectors give the same bits on all
+machines.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 _ROUNDS = 3
-_KEPT_FOLDS = 4
+_CACHED_FOLDS = 4
 
 
 def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) -> Float32[np.ndarray, "entries bits"]:
-    """The first `bits` coordinates of the vectors after a seeded rotation: three rounds of random signs and a Hadamard transform.
+    """Return the first `bits` coordinates of the vectors after a seeded rotation.
 
-    The width is padded with zeros to a power of two.
+    The rotation is three rounds of random signs and a Hadamard transform; the width is padded with zeros to a power of two.
     """
     width = padded_width(vectors.shape[1], bits)
     x = np.zeros((len(vectors), width), np.float32)
@@ -34,7 +34,7 @@ def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) 
 
 
 def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int) -> Float32[np.ndarray, "entries width"]:
-    """The transpose of `rotate`: its inverse when all coordinates were kept."""
+    """Apply the transpose of `rotate`, which is its inverse if no coordinate was left out."""
     padded = padded_width(width, rotated.shape[1])
     x = np.zeros((len(rotated), padded), np.float32)
     x[:, : rotated.shape[1]] = rotated
@@ -44,12 +44,13 @@ def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int
 
 
 def padded_width(width: int, bits: int) -> int:
-    """The power of two in which vectors of `width` coordinates are rotated to give `bits` bits."""
+    """Return the width after padding, a power of two, in which vectors of `width` coordinates are rotated to give `bits` bits."""
     return 1 << (max(width, bits) - 1).bit_length()
 
 
 def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "entries width"]:
-    width, step = x.shape[1], 1
+    width = x.shape[1]
+    step = 1
     while step < width:
         pairs = x.reshape(len(x), width // (2 * step), 2, step)
         x = np.concatenate([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2).reshape(len(x), width)
@@ -69,7 +70,7 @@ def _words(purpose: str, count: int) -> np.ndarray:
 
 
 def fold(vectors: Float32[np.ndarray, "rows width"], bits: int, seed: int) -> Float32[np.ndarray, "rows folded"]:
-    """Vectors of more than `bits` coordinates brought to so many; shorter ones as they are.
+    """Reduce vectors of more than `bits` coordinates to `bits` coordinates; return shorter ones unchanged.
 
     Coordinates are put in a random order (by sorting one 64-bit word each), multiplied with signs (the words' lowest bits), and cut into
     pieces of `bits`, the last padded with zeros; the pieces are added, first to last.
@@ -86,7 +87,7 @@ def fold(vectors: Float32[np.ndarray, "rows width"], bits: int, seed: int) -> Fl
 
 
 def unfold(folded: Float32[np.ndarray, "rows folded"], width: int, seed: int) -> Float32[np.ndarray, "rows width"]:
-    """The shortest vectors that `fold` makes `folded` of."""
+    """Return the shortest vectors that `fold` reduces to `folded`."""
     bits = folded.shape[1]
     if width <= bits:
         return folded
@@ -98,7 +99,7 @@ def unfold(folded: Float32[np.ndarray, "rows folded"], width: int, seed: int) ->
     return vectors
 
 
-@lru_cache(_KEPT_FOLDS)
+@lru_cache(_CACHED_FOLDS)
 def _folding(width: int, bits: int, seed: int) -> tuple[Int64[np.ndarray, " width"], Float32[np.ndarray, " width"]]:
     words = _words(f"wherefrom fold {seed} {width} {bits}", width)
     order = np.argsort(words, kind="stable")
@@ -106,5 +107,12 @@ def _folding(width: int, bits: int, seed: int) -> tuple[Int64[np.ndarray, " widt
 
 
 def signs_of(codes: UInt8[np.ndarray, "rows bytes"], bits: int) -> Float32[np.ndarray, "rows bits"]:
-    """Stored bits as -1 and 1."""
+    """Convert stored bits to -1 and 1."""
     return np.unpackbits(codes, axis=1, count=bits).astype(np.float32) * 2 - 1
+
+
+def to_words(codes: UInt8[np.ndarray, "rows bytes"], dtype: str) -> np.ndarray:
+    """View codes as words of an integer type, padded with zeros."""
+    padded = np.zeros((len(codes), codes.shape[1] + -codes.shape[1] % np.dtype(dtype).itemsize), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    return padded.view(dtype)

@@ -1,8 +1,8 @@
-"""Search caches: arrays that searches read beside the rows of a group of shards, made from these and again where they are missing.
+"""Search caches: arrays for the search of a group of shards, which are computed from the rows and can be computed again.
 
-`search/<group>.zarr.zip` holds a group of arrays for each component (see postings.py, scan_codes.py), and `columns`: of each shard, by its
-number in the group, the columns that filters and groups read (an Arrow IPC stream, see documents.py). No manifest names these files. One
-that is missing, cannot be read, or was made of other rows counts as not there; a posting list that fails its checksum is an error.
+`search/<group>.zarr.zip` has a group of arrays for each component (see postings.py, scan_codes.py), and `columns`: for each shard, by its
+number in the group, the columns for filters and groups (an Arrow IPC stream, see documents.py). No manifest lists these files. A file that
+is missing, cannot be read, or was computed from other rows is ignored; a posting list that fails its checksum is an error.
 """
 
 import uuid
@@ -14,15 +14,15 @@ from .errors import IntegrityError
 from .files import publish
 
 _REMAKE = "make it anew with wherefrom reindex"
-_VERSION = 4  # of how arrays are made: those of another are made anew
+_VERSION = 4  # of the arrays; a search cache of another version is ignored
 
 
 def write_cache(path: Path, source: str, groups: Mapping[str, ArrayGroup], staging: Path) -> None:
-    """Write a search cache in place of what lies there.
+    """Write a search cache, replacing an existing one.
 
     Args:
-        source: names what it was made of.
-        staging: where it is written before it is moved into place.
+        source: the identity of the shards that it was computed from (see `Group.source`).
+        staging: the folder in which it is written before it is moved to `path`.
     """
     staged = staging / f"{uuid.uuid4().hex}.zarr.zip"
     about = ArrayGroup({}, {"wherefrom": {"version": _VERSION, "source": source}})
@@ -31,7 +31,7 @@ def write_cache(path: Path, source: str, groups: Mapping[str, ArrayGroup], stagi
 
 
 def read_cache(path: Path, source: str) -> ArrayFile | None:
-    """The search cache that lies there; None where it cannot be read, or is of another source or version."""
+    """Open a search cache; None if it cannot be read, or has another source or version."""
     try:
         file = ArrayFile(path, remedy=_REMAKE)
         about = file.attributes().get("wherefrom")

@@ -1,6 +1,6 @@
 """Corpora: a stream of documents from the records of files, folders and hub datasets (see sources.py).
 
-An unusable document is returned as a DataError that names the reason and the place; the caller raises or counts it.
+An unusable document is yielded as a DataError that names the reason and the place; the caller raises or counts it.
 """
 
 import contextlib
@@ -26,18 +26,19 @@ from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expa
 
 _METADATA_BYTES = 1 << 24
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
-_REPORTED = 20
+_REPORTED = 20  # unread files in the record of a build
+_SURROGATE = "holds half of a surrogate pair, which is not a character"
 _STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, before any tokenizer: exactly one of text, completion (with its prompt), messages and features (with a label) is set.
+    """One document before tokenization: a text, a completion with its prompt, messages, or features with a label.
 
     Attributes:
-        where: file and line, for messages.
-        prompt_messages: number of messages of the prompt; the loss is on all messages after them, or if 0 on the assistant's turns.
-        template: inputs of the chat template besides the messages: `tools`, and options.
+        where: file and line, for error messages.
+        prompt_messages: the number of messages in the prompt; the loss is on all later messages, or if 0 on the assistant's turns.
+        template: the inputs of the chat template besides the messages: `tools` and options.
     """
 
     id: str
@@ -54,22 +55,21 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PREFERENCES = " (for preference pairs, name the field chosen as the completion)"
+_PREFERENCES = "; for preference pairs, the completion is the field chosen"
 
 
 class Corpus:
-    """The documents of some sources, read in order by iteration.
+    """The documents of several sources, read in order by iteration.
 
     A source is a file (JSON lines as .jsonl, .ndjson or .json, .csv, .tsv, .txt, .md, each also with .gz, .bz2, .xz or .zst; .parquet), a
-    folder of such files, a dataset saved with `datasets` (of several splits all, or one as `folder:split`), or a hub dataset as
-    `name[:config]:split`.
+    folder of such files, a dataset saved with `datasets` (all splits, or one as `folder:split`), or a hub dataset as `name[:config]:split`.
 
     Attributes:
-        unread: files of folders that are not read.
-        left_out: column -> type, for columns that cannot be metadata; complete after all documents were read.
+        unread: the files of folders that are not read.
+        left_out: by name, the type of columns that cannot be stored as metadata; complete after all documents were read.
 
     Raises:
-        NotFoundError, UsageError: a source does not exist, or cannot be read.
+        NotFoundError, UsageError: a source does not exist or cannot be read.
     """
 
     def __init__(self, sources: Sequence[str], fields: Fields = Fields()) -> None:
@@ -90,22 +90,22 @@ class Corpus:
                     continue
                 columns.update(record)
                 if len(columns) > MOST_COLUMNS:
-                    raise DataError(f"{where}: more than {MOST_COLUMNS:,} columns; put values that vary by record into one column")
+                    raise DataError(f"{where}: more than {MOST_COLUMNS:,} columns; write them as one column of objects")
                 yield _document(record, name, where, id, fields, self.left_out)
 
 
 def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:
-    """Stream the documents of some sources (see `Corpus`)."""
+    """Iterate over the documents of several sources (see `Corpus`)."""
     return iter(Corpus(sources, fields))
 
 
 def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Describe every input file as `describe_files` does, so that a resumed build can recognize its corpus."""
+    """Describe all files of the sources (see `describe_files`), by which a resumed build recognizes its corpus."""
     return describe_files([path for source in expand(sources)[0] for path in source.files])
 
 
 def unread_record(unread: Sequence[Unread]) -> dict[str, Any]:
-    """Summary of unread files for a build's record: their number, and the first of them with the reasons."""
+    """Summarize unread files for the record of a build: their number, and the first of them with the reasons."""
     return {"files": len(unread), "first": [str(file) for file in unread[:_REPORTED]]}
 
 
@@ -113,10 +113,10 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
     used = {fields.id, fields.source}
     base: dict[str, Any] = {"where": where}
     try:
-        base["id"] = id if _is_nothing(record.get(fields.id)) else _as_text(record, fields.id)
+        base["id"] = id if _is_missing(record.get(fields.id)) else _as_text(record, fields.id)
         if _BREAKS_LISTS.search(base["id"]):
-            raise ValueError(f"the id {base['id'][:80]!r} holds a control character, with which no list of ids could hold it; fix it")
-        base["source"] = name if _is_nothing(record.get(fields.source)) else _as_text(record, fields.source)
+            raise ValueError(f"the id {base['id'][:80]!r} holds a control character, which a list of ids cannot contain; fix the id")
+        base["source"] = name if _is_missing(record.get(fields.source)) else _as_text(record, fields.source)
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":
             used |= {fields.messages, *_TEMPLATE}
@@ -135,11 +135,11 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
         else:
             used.add(fields.text)
             content = {"text": _as_text(record, fields.text)}
-        metadata = _metadata({k: v for k, v in record.items() if k not in used and not _is_nothing(v)}, left_out)
+        metadata = _metadata({k: v for k, v in record.items() if k not in used and not _is_missing(v)}, left_out)
     except KeyError as error:
         return DataError(
-            f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; "
-            "name yours with `text_field`, `prompt_field` and `completion_field`, or `messages_field`"
+            f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; name yours with `text_field`, "
+            "`prompt_field` and `completion_field`, or `messages_field` (in Python: `Fields(text=...)`, and so on)"
             + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
         )
     except ValueError as error:
@@ -148,10 +148,10 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
 
 
 def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
-    """Columns that can be stored, with values that Arrow and JSON support.
+    """Select the columns that can be stored, and convert their values to types of Arrow and JSON.
 
     Raises:
-        ValueError: a column cannot; names it with the reason.
+        ValueError: a value cannot be stored; names the column and the reason.
     """
     metadata: dict[str, Any] = {}
     for name, value in columns.items():
@@ -165,7 +165,7 @@ def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str,
     except (ValueError, RecursionError):
         for name, value in metadata.items():
             _check_column(name, value)
-        raise ValueError("its columns are nested too deeply") from None
+        raise ValueError("its columns are nested too deeply; write them with fewer levels") from None
     if size > _METADATA_BYTES:
         largest = max(metadata, key=lambda name: len(json.dumps(metadata[name], default=str)))
         raise ValueError(f"metadata of {size >> 20} MiB, at most {_METADATA_BYTES >> 20} are stored; leave out the column {largest!r}")
@@ -176,7 +176,7 @@ def _check_column(name: str, value: Any) -> None:
     try:
         json.dumps({name: value}, ensure_ascii=False, allow_nan=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the column {name!r} holds half of a surrogate pair, which is not a character") from error
+        raise ValueError(f"the column {name!r} {_SURROGATE}") from error
     except RecursionError as error:
         raise ValueError(f"the column {name!r} is nested too deeply") from error
     except ValueError as error:
@@ -184,7 +184,7 @@ def _check_column(name: str, value: Any) -> None:
 
 
 def _unsupported_type(value: Any) -> str | None:
-    """Type of a value that cannot be stored: bytes, or an object of a library; None if it can."""
+    """Return the name of the type of a value that cannot be stored (bytes, or an object of a library); None if it can."""
     if value is None or isinstance(value, _STORABLE):
         return None
     if isinstance(value, (list, tuple, Mapping)):
@@ -201,14 +201,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, UUID) else value
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))  # tables store missing values as NaN
 
 
 def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
-    """Form of a record by its columns that are not null; joined datasets of several forms have null columns."""
+    """Return the form of a record by its columns that are not null; joined datasets of several forms have null columns."""
     present = [name for name in (fields.text, fields.messages, fields.prompt, fields.completion) if name in record]
-    filled = {name for name in present if not _is_nothing(record[name])}
+    filled = {name for name in present if not _is_missing(record[name])}
     if fields.messages in filled:
         return "chat"
     if {fields.prompt, fields.completion} <= filled:
@@ -223,10 +223,15 @@ def _detect(record: Mapping[str, Any], fields: Fields) -> Form:
     raise KeyError(f"{fields.text!r}, {fields.messages!r}, or {fields.prompt!r} with {fields.completion!r}")
 
 
-def _as_text(record: Mapping[str, Any], key: str) -> str:
+def _value(record: Mapping[str, Any], key: str) -> Any:
+    """Return a field of a record; raise a KeyError with the quoted name if it is missing."""
     if key not in record:
         raise KeyError(repr(key))
-    value = record[key]
+    return record[key]
+
+
+def _as_text(record: Mapping[str, Any], key: str) -> str:
+    value = _value(record, key)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -234,15 +239,13 @@ def _as_text(record: Mapping[str, Any], key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is not a character") from error
+        raise ValueError(f"the field {key!r} {_SURROGATE}") from error
     return value
 
 
 def _vector(record: Mapping[str, Any], key: str) -> Float32[np.ndarray, " size"]:
-    if key not in record:
-        raise KeyError(repr(key))
     try:
-        vector = np.asarray(record[key], np.float32)
+        vector = np.asarray(_value(record, key), np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"the field {key!r} is not a list of numbers") from error
     if vector.ndim != 1 or len(vector) == 0 or not np.isfinite(vector).all():
@@ -251,9 +254,7 @@ def _vector(record: Mapping[str, Any], key: str) -> Float32[np.ndarray, " size"]
 
 
 def _label(record: Mapping[str, Any], key: str) -> int:
-    if key not in record:
-        raise KeyError(repr(key))
-    value = record[key]
+    value = _value(record, key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
         raise ValueError(f"the field {key!r} is {value!r}, not a class: a whole number from 0")
     return value
@@ -268,10 +269,8 @@ _NO_OPTIONS = {
 
 
 def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Chat messages, without the nulls of tables for missing keys; also accepts ShareGPT's `from` and `value`."""
-    if key not in record:
-        raise KeyError(repr(key))
-    value = _without_nulls(record[key])
+    """Read a record's chat messages, without the nulls of tables for missing keys; ShareGPT's `from` and `value` are accepted, too."""
+    value = _without_nulls(_value(record, key))
     if isinstance(value, list) and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in value):
         value = [{"role": _SHARED_ROLES.get(str(m["from"]), m["from"]), "content": m["value"]} for m in value]
     if not (isinstance(value, list) and value and all(_is_message(m) for m in value)):
@@ -279,7 +278,7 @@ def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     try:
         json.dumps(value, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the field {key!r} holds half of a surrogate pair, which is not a character") from error
+        raise ValueError(f"the field {key!r} {_SURROGATE}") from error
     return value
 
 
@@ -289,7 +288,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _template(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of a record's chat template besides the messages."""
+    """Read the inputs of a record's chat template besides the messages."""
     inputs = _without_nulls({name: record[name] for name in _TEMPLATE if record.get(name) is not None})
     for name, value in inputs.items():
         if isinstance(value, str):
@@ -313,25 +312,24 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _display_names(sources: Sequence[Source]) -> list[str]:
-    """Names for messages and ids: the last parts of the paths if these differ, else the full paths."""
+    """Return the sources' names for messages and ids: the last parts of the paths if these differ, else the full paths."""
     short = [source.short for source in sources]
     return short if len(set(short)) == len(short) else [source.name for source in sources]
 
 
 def read_ids(file: str) -> list[str]:
-    """Read the ids of a list (`-` is standard input), one per line, in the list's order.
+    """Read a list of ids (`-` is standard input), one per line, in order.
 
     Lines end only at a newline, optionally after a carriage return; a byte order mark and empty lines are skipped. A line that starts with
-    a quotation mark or a brace is JSON: a text, or an object with an `id`. Any other line is the id itself.
+    a quotation mark or a brace is JSON: a text, or an object with an `id`. Any other line is an id.
 
     Raises:
-        NotFoundError: no such file.
-        DataError: a line is not UTF-8, or starts as JSON and is not valid JSON; names it.
+        NotFoundError: there is no such file.
+        DataError: a line is not UTF-8, or starts like JSON and is not valid JSON; names the line.
     """
     import sys
 
-    if file != "-" and not Path(file).is_file():
-        raise NotFoundError(f"there is no file {file}")
+    _check_exists(file)
     ids = []
     with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
         for where, _, line in lines(stream, "stdin" if file == "-" else Path(file).name):
@@ -341,6 +339,11 @@ def read_ids(file: str) -> list[str]:
             if id:
                 ids.append(_json_id(id, where) if id[0] in '"{' else id)
     return ids
+
+
+def _check_exists(file: str) -> None:
+    if file != "-" and not Path(file).is_file():
+        raise NotFoundError(f"there is no file {file}; check the path")
 
 
 def _json_id(line: str, where: str) -> str:
@@ -367,11 +370,10 @@ def read_queries(file: str) -> Iterator[dict[str, Any]]:
     Optional are an id, a contrasting completion `against`, a `span` to which the loss is restricted, and a `weight` for a mean of queries.
 
     Raises:
-        NotFoundError: no such file.
-        DataError: a line is not a query; names it.
+        NotFoundError: there is no such file.
+        DataError: a line is not a query; names the line.
     """
-    if file != "-" and not Path(file).is_file():
-        raise NotFoundError(f"there is no file {file}")
+    _check_exists(file)
     (source,) = [standard_input()] if file == "-" else expand([file])[0]
     reading = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
     for where, _, record in source.records(source.short, reading):
@@ -385,20 +387,20 @@ def read_queries(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _misspelling(record: Mapping[str, Any]) -> str | None:
-    """Problem of a field with nearly the name of a query's field; other fields are ignored."""
+    """Return a problem if a field has nearly the name of a query's field; other unknown fields are ignored."""
     for key in record.keys() - set(_QUERY):
         if names := get_close_matches(str(key).lower(), _QUERY, 1, 0.8):
-            return f"unknown field {str(key)[:80]!r} of a query; rename it to {names[0]!r}, or to something else"
+            return f"unknown field {str(key)[:80]!r} of a query; rename it to {names[0]!r}, or to another name"
     return None
 
 
 def _query_problem(record: Mapping[str, Any]) -> str | None:
     options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
     if options:
-        return f"{options[0]} is an option of the command, the same for all queries of a file, not a field of a query"
+        return f"{options[0]} is an option of the call, the same for all queries of a file, not a field of a query; remove the field"
     forms = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
     if len(forms) != 1 or (record.get("prompt") and forms != ["completion"]):
-        return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
+        return "a query is a prompt with a completion, a text, messages or a row; give exactly one of them"
     for key in ("prompt", "completion", "text", "against", "span"):
         if record.get(key) is not None and not isinstance(record[key], str):
             return f"{key} holds {type(record[key]).__name__}, not text"
@@ -414,25 +416,26 @@ def read_chat(file: str) -> dict[str, Any]:
     """Read the messages of a JSON file: a list, or an object with `messages` and optionally `tools`.
 
     Raises:
-        NotFoundError: no such file.
+        NotFoundError: there is no such file.
         DataError: it is not a regular file, or has other content.
     """
     path = Path(file)
     if not path.exists():
-        raise NotFoundError(f"there is no file {file}")
-    if not regular_size(path):
+        raise NotFoundError(f"there is no file {file}; check the path")
+    size = regular_size(path)
+    if not size:
         raise DataError(f"{file} is empty or not a regular file; give a JSON file with a list of messages")
-    if (regular_size(path) or 0) > _CHAT_BYTES:
-        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB, more than a query's messages can be")
+    if size > _CHAT_BYTES:
+        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB; give a file with the messages of one query")
     try:
         content = parse_json(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8; convert the file, for instance with iconv") from error
     except ValueError as error:
-        raise DataError(f"{file}: {error}; it holds a list of messages, or an object with messages and tools") from error
+        raise DataError(f"{file}: {error}; give a list of messages, or an object with messages and tools") from error
     record = content if isinstance(content, dict) else {"messages": content}
     if not record.get("messages") or not record.keys() <= {"messages", "tools"}:
-        raise DataError(f"{file} has neither a list of messages nor an object with only messages and tools")
+        raise DataError(f"{file} has neither a list of messages nor an object with only messages and tools; give one of them")
     problem = _chat_problem(record)
     if problem:
         raise DataError(f"{file}: {problem}")

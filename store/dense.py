@@ -2,12 +2,12 @@
 
 A dense component of a shard is a group of arrays (see arrays.py):
 
-    codes   [rows, dim]  float32, float16 or int8: the row's unit direction (int8: rounded to 127 / its largest coordinate);
+    codes   [rows, dim]  float32, float16 or int8: the row's unit direction (int8: multiples of its largest coordinate / 127);
                          1bit, as uint8 [rows, bytes]: signs of the direction, folded and rotated (see bits.py)
     scales  [rows]       float32, only with int8 and 1bit: the factor of the codes
     norms   [rows]       float32: the row's length; the row is norm * scale * code
 
-Codes are read page by page. They are not compressed: whitened gradients are noise to a compressor.
+Codes are read page by page. They are not compressed, since whitened gradients are nearly incompressible.
 """
 
 import math
@@ -30,13 +30,13 @@ _BLOCK_BYTES = 1 << 20
 
 
 def block_rows(dim: int, dtype: str) -> int:
-    """Rows of a block of a scan: the power of two from 16 to 4,096 that comes nearest below a mebibyte of codes."""
+    """Return the number of rows in a block of a scan: the largest power of two with at most a mebibyte of codes, from 16 to 4,096."""
     rows = _BLOCK_BYTES // row_bytes(dim, dtype)
     return min(4096, max(16, 1 << max(0, rows.bit_length() - 1)))
 
 
 def row_bytes(dim: int, dtype: str) -> int:
-    """Bytes of a row's codes."""
+    """Return the number of bytes of a row's codes."""
     return -(-dim // 8) if dtype == "1bit" else dim * DTYPES[dtype].itemsize
 
 
@@ -48,17 +48,17 @@ def quantize(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.nd
         dtype: "float32", "float16", "int8" or "1bit".
 
     Returns:
-        `codes` [rows, dim] (1bit: [rows, ceil(dim / 8)]), `norms` [rows] (float32) and, but for floats, `scales` [rows] (float32). An
-        all-zero row keeps zero codes and a zero norm.
+        `codes` [rows, dim] (1bit: [rows, ceil(dim / 8)]), `norms` [rows] (float32) and, except for floats, `scales` [rows] (float32). A row
+        of zeros has zero codes and a zero norm.
 
     Raises:
         NumericalError: a row is not finite, or its norm overflows float32.
     """
     norms = np.sqrt(np.einsum("rd,rd->r", rows, rows, dtype=np.float64))
-    bad = ~(norms <= np.finfo(np.float32).max)  # also True for NaN
-    if bad.any():
-        worst = int(np.argmax(bad))
-        raise NumericalError(f"row {worst} of this shard is not finite; look at its document and at the model's precision")
+    is_broken = ~(norms <= np.finfo(np.float32).max)  # also True for NaN
+    if is_broken.any():
+        row = int(np.argmax(is_broken))
+        raise NumericalError(f"row {row} of this shard is not finite; check its document and the model's precision")
     directions = (rows / np.where(norms > 0, norms, 1.0)[:, None]).astype(np.float32)
     arrays = {"norms": norms.astype(np.float32)}
     if dtype == "int8":
@@ -77,18 +77,18 @@ def quantize(rows: Float[np.ndarray, "rows dim"], dtype: str) -> dict[str, np.nd
 
 @dataclass(frozen=True)
 class Reduction:
-    """How a whitened row becomes the coordinates that are stored: some are kept, folded to fewer and, for one bit each, rotated.
+    """The map from a whitened row to its stored coordinates: selection, folding to fewer coordinates and, for 1bit, rotation.
 
     Attributes:
-        width: coordinates of a whitened row.
-        kept: which of them are stored; None keeps all.
-        coordinates: stored; fewer than are kept are folded (see `bits.fold`).
-        rotated: whether the last step is a rotation.
-        seed: of folding and rotation.
+        width: the number of coordinates of a whitened row.
+        kept: the selected coordinates; None for all.
+        coordinates: the number of stored coordinates; if it is below the number of selected ones, these are folded (see `bits.fold`).
+        rotated: True if the last step is a rotation.
+        seed: the seed of folding and rotation.
     """
 
     width: int
-    kept: Int64[np.ndarray, " kept"] | None
+    kept: Int64[np.ndarray, " selected"] | None
     coordinates: int
     rotated: bool
     seed: int
@@ -100,32 +100,36 @@ class Reduction:
         return cls(component.dim, selection, component.stored, component.one_bit, component.seed)
 
     @property
+    def _selected(self) -> int:
+        """The number of selected coordinates."""
+        return self.width if self.kept is None else len(self.kept)
+
+    @property
     def mixes(self) -> bool:
-        """Whether a stored coordinate is a mixture of the encoder's."""
-        return self.rotated or self.coordinates < (self.width if self.kept is None else len(self.kept))
+        """True if stored coordinates are mixtures of the encoder's coordinates."""
+        return self.rotated or self.coordinates < self._selected
 
     def apply(self, rows: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows coordinates"]:
-        """Inner products of what comes out are unbiased estimates of those of what goes in (its kept coordinates)."""
-        kept = rows if self.kept is None else rows[:, self.kept]
-        if self.coordinates < kept.shape[1]:
-            kept = fold(kept.astype(np.float32), self.coordinates, self.seed)
-        return rotate(kept.astype(np.float32), self.coordinates, self.seed) if self.rotated else kept
+        """Reduce rows. Inner products of reduced rows are unbiased estimates of those of the selected coordinates."""
+        rows = rows if self.kept is None else rows[:, self.kept]
+        if self.coordinates < rows.shape[1]:
+            rows = fold(rows.astype(np.float32), self.coordinates, self.seed)
+        return rotate(rows.astype(np.float32), self.coordinates, self.seed) if self.rotated else rows
 
     def undo(self, stored: Float32[np.ndarray, "rows coordinates"]) -> Float32[np.ndarray, "rows width"]:
-        """Rows in the encoder's coordinates; `apply` makes the same of them again (all but what a rotation's padding held)."""
-        kept = self.width if self.kept is None else len(self.kept)
-        rows = unrotate(stored, min(kept, self.coordinates), self.seed) if self.rotated else stored
-        if self.coordinates < kept:
-            rows = unfold(rows, kept, self.seed)
+        """Return rows in the encoder's coordinates that `apply` reduces to the stored ones (except for the padding of a rotation)."""
+        rows = unrotate(stored, min(self._selected, self.coordinates), self.seed) if self.rotated else stored
+        if self.coordinates < self._selected:
+            rows = unfold(rows, self._selected, self.seed)
         if self.kept is None:
             return rows
-        whole = np.zeros((len(stored), self.width), np.float32)
-        whole[:, self.kept] = rows
-        return whole
+        padded = np.zeros((len(stored), self.width), np.float32)
+        padded[:, self.kept] = rows
+        return padded
 
 
 def encode_dense(rows: Float[np.ndarray, "rows dim"], dtype: str) -> ArrayGroup:
-    """The arrays of a dense component, from whitened and reduced rows."""
+    """Return the arrays of a dense component, from whitened and reduced rows."""
     return ArrayGroup(quantize(rows, dtype), {"kind": "dense", "dtype": dtype}, frozenset({"codes"}))
 
 
@@ -155,15 +159,15 @@ class DenseWriter:
 
 
 class DenseRows:
-    """A dense component of one shard.
+    """The rows of a dense component in one shard.
 
     Args:
         file: the shard's arrays.
-        component: the manifest's entry.
-        rows: of the shard.
+        component: the component's description in the manifest.
+        rows: the number of rows of the shard.
 
     Raises:
-        IntegrityError: an array is missing, truncated, of another shape, or fails its checksum (codes: when they are first read).
+        IntegrityError: an array is missing, truncated or of another shape, or fails its checksum (codes: when they are first read).
     """
 
     def __init__(self, file: ArrayFile, component: DenseComponent, rows: int) -> None:
@@ -193,34 +197,33 @@ class DenseRows:
         """Compare all codes with their checksums.
 
         Raises:
-            IntegrityError: a page is not the one that was written.
+            IntegrityError: a page is damaged.
         """
         self._codes.whole()
 
     @property
     def energy(self) -> tuple[float, float]:
-        """The sum of the rows' squared lengths, twice: what was left out is told by the curvature (see `Index.energy_held`)."""
+        """The sum of the rows' squared lengths, twice, since `Index.energy_held` computes the share of left-out coordinates."""
         total = float(np.square(self.norms, dtype=np.float64).sum())
         return total, total
 
-    def select(self, kept: Int64[np.ndarray, " kept"]) -> ArrayGroup:
-        """Some of the rows, to the bit as they are."""
-        arrays = {"codes": self._codes.whole()[kept], "norms": self.norms[kept]}
+    def select(self, rows: Int64[np.ndarray, " selected"]) -> ArrayGroup:
+        """Return the arrays of some rows, unchanged."""
+        arrays = {"codes": self._codes.whole()[rows], "norms": self.norms[rows]}
         if self.scales is not None:
-            arrays["scales"] = self.scales[kept]
+            arrays["scales"] = self.scales[rows]
         return ArrayGroup(arrays, {"kind": "dense", "dtype": self._kind}, frozenset({"codes"}))
 
     def factors(self) -> Float32[np.ndarray, " rows"]:
-        """Factor of each row's codes that gives the row's unit direction (1 where codes are floats)."""
+        """Return the factors that turn codes into unit directions (1 if codes are floats)."""
         return self.scales if self.scales is not None else np.ones(self.rows, np.float32)
 
     def code(self, row: int) -> np.ndarray:
-        """One row's codes as they are stored."""
-        codes: np.ndarray = self._codes.rows(row, row + 1)[0]
-        return codes
+        """Return the stored codes of one row."""
+        return self._codes.rows(row, row + 1)[0]
 
     def row(self, row: int) -> Float32[np.ndarray, " dim"]:
-        """One whole row: norm * scale * code. Of one-bit codes, as long as the row is: along its signs."""
+        """Return one row: norm * scale * code; for 1bit, the vector of its signs with the length of the row."""
         values = self.values(self.code(row)[None])[0]
         if self.one_bit:
             return values * (self.norms[row] / np.float32(math.sqrt(self.coordinates)))
@@ -240,15 +243,15 @@ class DenseRows:
         fixed = 4 if component.dtype in _FLOATS else 8
         return row_bytes(component.stored, component.dtype) + fixed
 
-    def take(self, rows: Int64[np.ndarray, " chosen"], checks: UInt32[np.ndarray, " chosen"], out: np.ndarray) -> None:
-        """Read the codes of some rows one by one from the file, and not from its map, whose pages would pile up in memory.
+    def take(self, rows: Int64[np.ndarray, " selected"], checks: UInt32[np.ndarray, " selected"], out: np.ndarray) -> None:
+        """Read the codes of some rows one by one from the file, since reading the memory map would fill memory with its pages.
 
         Args:
-            checks: CRC-32C of each.
-            out: uint8 [chosen, bytes of a row].
+            checks: the CRC-32C of each row's codes.
+            out: the codes, uint8 [selected, bytes of a row], written.
 
         Raises:
-            IntegrityError: a row is not the one that was written.
+            IntegrityError: a row is damaged.
         """
         offsets = (self._codes.offset + rows * out.shape[1]).tolist()
         file = os.open(self._path, os.O_RDONLY)
@@ -261,7 +264,7 @@ class DenseRows:
             os.close(file)
 
     def values(self, codes: np.ndarray) -> Float32[np.ndarray, "rows coordinates"]:
-        """Stored codes as numbers to multiply with; float32 ones are not copied."""
+        """Convert stored codes to float32, without a copy if they are float32."""
         return signs_of(codes, self.coordinates) if self.one_bit else codes.astype(np.float32, copy=False)
 
 

@@ -1,14 +1,14 @@
 """Examples on disk: one Arrow IPC file for each shard, memory-mapped when read.
 
-The file holds record batches of 256 examples. The shard's arrays hold where each batch begins and its CRC-32C (see `batch_checksums`), so
-that showing one text reads and checks one batch. Filters and groups read `Columns`, which are kept for several shards together.
+The file has record batches of 256 examples. The shard's arrays hold the offset and the CRC-32C of each batch (see `batch_checksums`), so
+that reading one text reads and checks one batch. Filters and groups read `Columns`, which the search caches hold for several shards.
 
-Columns: `id`, `document` (the id of the document that a chunk was cut from; the same as `id` for a whole one), `chunk` (its number),
-`text`, `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of every
-other column that the corpus had. A metadata column whose values have no common Arrow type (a number here, a word there) is kept as JSON
-text and says so in its field's metadata, so that nothing is lost and nothing is guessed.
+Columns: `id`, `document` (the id of the document that a chunk was cut from; equal to `id` if it was not cut), `chunk` (its number), `text`,
+`source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of all other columns of
+the corpus. A metadata column whose values have no common Arrow type (such as numbers and words) is stored as JSON text, which its field's
+metadata records, so that no value is changed.
 
-For filters and groups, columns of the corpus have their own names; one that is called as one of the examples' is `metadata.` and its name.
+Filters and groups use the corpus's names of columns; `metadata.` is put before a name that is also a column of the examples.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from .files import regular_size, storage_errors
 from .filters import JSON_KIND, Column, kind_of
 
 BATCH_ROWS = 256
-_NESTING = 16
+_NESTING = 16  # levels of a type that Arrow files support
 _SHORTEST = 2  # tokens of a text: one to predict and one before it
 _MAGIC = b"ARROW1\0\0"
 _JSON = {b"wherefrom:encoding": b"json"}
-_LONG = ("text", "token_ids", "loss_mask", "features")
-_OWN = ("id", "document", "chunk", "text", "source", "label")
+_LARGE = ("text", "token_ids", "loss_mask", "features")
+_COLUMNS = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -54,14 +54,14 @@ _VECTOR = [pa.field("features", pa.list_(pa.float32()), nullable=False), pa.fiel
 
 @dataclass(frozen=True)
 class Example:
-    """One training example (or query): what a row stands for.
+    """A training example or a query, whose whitened gradient is one row.
 
     Attributes:
-        token_ids: the model's input, in tokens, first to last.
-        loss_mask: True where the token is predicted in the loss; never True for the first token, which nothing precedes.
-        document, chunk: the document that a chunk was cut from, and its number there.
-        truncated: whether the rest of the document was cut off; counted when the corpus is read, not stored.
-        features, label: of an example that is a vector and its class; it has no token ids then.
+        token_ids: the tokens of the model's input.
+        loss_mask: True for tokens whose prediction is in the loss; False for the first token, which is not predicted.
+        document, chunk: the id of the document that a chunk was cut from, and the chunk's number in it.
+        truncated: True if the rest of the document was cut off; not stored.
+        features, label: a vector and its class, for an example without token ids.
     """
 
     id: str
@@ -78,12 +78,12 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Positions of the model's input: all tokens but the last, which is only predicted; 1 for a vector."""
+        """The number of positions of the model's input: all tokens except the last, which is only predicted; 1 for a vector."""
         return len(self.token_ids) - 1 if self.features is None else 1
 
 
 def stored_bytes(example: Example) -> int:
-    """About as many bytes as an example takes in the file."""
+    """Estimate the number of bytes of an example in the file."""
     metadata = json.dumps(example.metadata, ensure_ascii=False, default=str) if example.metadata else ""
     return len(example.text.encode()) + len(metadata.encode()) + 5 * len(example.token_ids)
 
@@ -118,10 +118,9 @@ def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
     for kind in (None, pa.uint64()):
         try:
             array = pa.array(values, kind)
-            # By their text, since True, 1 and 1.0 are equal (of times, whose zones have several classes, by that for people); and not
-            # nested deeper than Arrow files may be.
-            shown = str if pa.types.is_timestamp(array.type) else repr
-            if list(map(shown, array.to_pylist())) == list(map(shown, values)) and str(array.type).count("<") < _NESTING:
+            # Values are compared by repr, since True, 1 and 1.0 are equal; times by str, since their zones have several classes.
+            to_text = str if pa.types.is_timestamp(array.type) else repr
+            if list(map(to_text, array.to_pylist())) == list(map(to_text, values)) and str(array.type).count("<") < _NESTING:
                 return pa.field(name, array.type), array
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, RecursionError):
             continue
@@ -130,10 +129,10 @@ def _metadata_column(name: str, values: list[Any]) -> tuple[pa.Field, pa.Array]:
 
 
 def batch_checksums(path: Path) -> tuple[Int64[np.ndarray, " batches_and_one"], UInt32[np.ndarray, " batches_and_one"]]:
-    """Where the record batches of a file of examples begin, and its checksums.
+    """Compute the offsets and checksums of the record batches in a file of examples.
 
     Returns:
-        Byte offsets of the batches and of what follows the last; CRC-32C of what comes before the first batch, and of each batch.
+        Byte offsets of the batches and of the end of the last; CRC-32C of the bytes before the first batch, and of each batch.
     """
     content = _map(path)
     offsets = _batch_offsets(content)
@@ -143,7 +142,7 @@ def batch_checksums(path: Path) -> tuple[Int64[np.ndarray, " batches_and_one"], 
 
 
 def _map(path: Path) -> pa.Buffer:
-    """The bytes of a file, as a memory map that needs no open file."""
+    """Map a file of examples into memory, without keeping it open."""
     if not regular_size(path):
         raise ValueError("missing, empty or not a regular file")
     with pa.memory_map(str(path)) as file:
@@ -154,9 +153,7 @@ def _map(path: Path) -> pa.Buffer:
 
 
 def _batch_offsets(content: pa.Buffer) -> list[int]:
-    """Where record batches begin, and where the last ends; the messages are read one after the other, as of a stream, and not by the
-    positions at the file's end.
-    """
+    """Return the offsets of the record batches and of the end of the last, by reading the messages one after the other as a stream."""
     stream = pa.BufferReader(content)
     stream.seek(len(_MAGIC))
     offsets = list[int]()
@@ -170,34 +167,33 @@ def _batch_offsets(content: pa.Buffer) -> list[int]:
 
 
 def _read_schema(content: pa.Buffer) -> pa.Schema:
-    """The schema of a file of examples.
+    """Read the schema of a file of examples.
 
     Raises:
-        ValueError: it is another's.
+        ValueError: it is not a schema of examples.
     """
     schema = pa.ipc.read_schema(pa.ipc.read_message(pa.BufferReader(content.slice(len(_MAGIC)))))
     for field_ in schema:
-        known = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
-        if known.type != field_.type if known else field_.name != "metadata" or not pa.types.is_struct(field_.type):
-            raise ValueError(f"the column {field_.name[:80]!r} is not one of an example's")
+        expected = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
+        if expected.type != field_.type if expected else field_.name != "metadata" or not pa.types.is_struct(field_.type):
+            raise ValueError(f"the column {field_.name[:80]!r} is not a column of examples")
     metadata = [f.name for f in schema.field("metadata").type] if "metadata" in schema.names else []
     if len(set(metadata)) < len(metadata) or ("features" in schema.names) != ("label" in schema.names):
-        raise ValueError("columns of its metadata are doubled, or features stand without their label")
+        raise ValueError("metadata columns are duplicates, or features have no label")
     if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"columns are missing or doubled: {missing}")
+        raise ValueError(f"columns are missing or duplicates: {missing}")
     return schema
 
 
 def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
-    """A record batch over the bytes of its message. Every offset, length and text is checked, so that a file that somebody else made leads
-    nowhere out of itself.
+    """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted.
 
     Raises:
-        pa.ArrowException, ValueError, ...: it is not one.
+        pa.ArrowException, ValueError, ...: it is not a valid batch of examples.
     """
     message = pa.ipc.read_message(pa.BufferReader(content))
     if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
-        raise ValueError(f"a {message.type} that is compressed or does not belong there")
+        raise ValueError(f"it has a {message.type} that is compressed or not expected")
     batch = pa.ipc.read_record_batch(message, schema)
     batch.validate(full=True)
     lists = [batch.column(name) for name in ("token_ids", "loss_mask") if name in schema.names]
@@ -205,7 +201,7 @@ def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
     if nulls or (lists and lists[0].value_lengths() != lists[1].value_lengths()):
         raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
     if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
-        raise ValueError("chunks of documents are numbered below 0")
+        raise ValueError("a chunk has a number below 0")
     if lists and "features" not in schema.names and batch.num_rows:
         _check_tokens(lists[0], lists[1])
     return batch
@@ -213,29 +209,31 @@ def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
 
 def _check_tokens(ids: pa.ListArray, masks: pa.ListArray) -> None:
     """Refuse texts without a token to predict, with ids below 0, or whose first token is in the loss."""
-    # By their buffers, since pyarrow.compute brings pandas along; arrays of a file begin at their buffers' begin.
+    # The buffers are read directly, since pyarrow.compute imports pandas. Arrays of a file have no offset into their buffers.
     starts = np.frombuffer(ids.offsets.buffers()[1], np.int32)[: len(ids) + 1]
     values = np.frombuffer(ids.values.buffers()[1], np.int32)[: starts[-1]]
     bits = np.unpackbits(np.frombuffer(masks.values.buffers()[1], np.uint8), bitorder="little")
     if (np.diff(starts) < _SHORTEST).any() or (values < 0).any() or bits[starts[:-1]].any():
-        raise ValueError("token ids or loss masks are none of a text's")
+        raise ValueError("token ids or loss masks are not valid")
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Whether a record batch's message (a flatbuffer that Arrow has checked) says that its values are compressed: their size is not known
-    before they are read.
+    """Return True if a record batch's values are compressed, so that their size is unknown before they are read.
+
+    Args:
+        message: the metadata of the batch's message, a flatbuffer that Arrow has checked.
     """
 
-    def entry(table: int, number: int) -> int:
-        """Where a table's field lies; 0 where it has none."""
+    def field_offset(table: int, number: int) -> int:
+        """Return the offset of a table's field; 0 if the field is missing."""
         fields = table - struct.unpack_from("<i", message, table)[0]
-        at = 4 + 2 * number
-        relative = struct.unpack_from("<H", message, fields + at)[0] if at < struct.unpack_from("<H", message, fields)[0] else 0
+        entry = 4 + 2 * number
+        relative = struct.unpack_from("<H", message, fields + entry)[0] if entry < struct.unpack_from("<H", message, fields)[0] else 0
         return table + relative if relative else 0
 
     root = struct.unpack_from("<I", message, 0)[0]
-    header = entry(root, 2)
-    return bool(header) and bool(entry(header + struct.unpack_from("<I", message, header)[0], 3))
+    header = field_offset(root, 2)
+    return bool(header) and bool(field_offset(header + struct.unpack_from("<I", message, header)[0], 3))
 
 
 def _first_line(error: Exception) -> str:
@@ -243,16 +241,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_encoded(field: pa.Field) -> bool:
-    """Whether a column is kept as JSON text."""
+    """Return True if a column is stored as JSON text."""
     return bool(field.metadata) and field.metadata.get(b"wherefrom:encoding") == b"json"
 
 
 class Columns:
-    """The columns of a shard's examples that can be filtered and grouped by: their own and those of the corpus.
+    """The columns of a shard's examples for filters and groups: those of all examples and those of the corpus.
 
     Args:
-        schema: of the examples, or of these columns.
-        batches: of all examples.
+        schema: the schema of the batches.
+        batches: record batches of all examples, with or without their texts.
     """
 
     def __init__(self, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
@@ -260,47 +258,46 @@ class Columns:
         self._batches = batches
 
     @cached_property
-    def _places(self) -> dict[str, tuple[pa.Field, int | None]]:
-        """By name the field, and of the corpus's columns the position in the metadata."""
+    def _positions(self) -> dict[str, tuple[pa.Field, int | None]]:
+        """By column the field and, for a column of the corpus, its position in the metadata."""
         schema = self._schema
-        own: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _OWN if name in schema.names}
+        columns: dict[str, tuple[pa.Field, int | None]] = {name: (schema.field(name), None) for name in _COLUMNS if name in schema.names}
         metadata = schema.field("metadata").type if "metadata" in schema.names else ()
-        return {f"metadata.{f.name}" if f.name in own else f.name: (f, at) for at, f in enumerate(metadata)} | own
+        return {f"metadata.{f.name}" if f.name in columns else f.name: (f, i) for i, f in enumerate(metadata)} | columns
 
     @property
     def fields(self) -> dict[str, pa.Field]:
         """The columns, by name."""
-        return {name: field for name, (field, _) in self._places.items()}
+        return {name: field for name, (field, _) in self._positions.items()}
 
     def kind(self, name: str) -> str | None:
-        """The kind of value that a column is compared as (see filters.py)."""
-        field, _ = self._places[name]
+        """Return the kind as which a column's values are compared (see filters.py)."""
+        field, _ = self._positions[name]
         return JSON_KIND if _is_encoded(field) else kind_of(field.type)
 
     def __getitem__(self, name: str) -> Column:
-        """A column, of all rows."""
-        field, position = self._places[name]
+        """Return one column of all rows."""
+        field, position = self._positions[name]
         if position is None:
             return Column(pa.chunked_array([batch.column(name) for batch in self._batches], field.type))
-        parts = [batch.column("metadata").flatten()[position] for batch in self._batches]
-        return Column(pa.chunked_array(parts, field.type), _is_encoded(field))
+        chunks = [batch.column("metadata").flatten()[position] for batch in self._batches]
+        return Column(pa.chunked_array(chunks, field.type), _is_encoded(field))
 
     def to_bytes(self) -> bytes:
-        """The columns as an Arrow IPC stream of one record batch, without texts."""
-        names = [name for name in self._schema.names if name not in _LONG]
+        """Return the columns, without texts, as an Arrow IPC stream of one record batch."""
+        names = [name for name in self._schema.names if name not in _LARGE]
         table = pa.Table.from_batches(self._batches, self._schema).select(names).combine_chunks()
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        content: bytes = sink.getvalue().to_pybytes()
-        return content
+        return sink.getvalue().to_pybytes()
 
     @classmethod
     def from_bytes(cls, content: pa.Buffer, rows: int) -> "Columns":
-        """The columns of `to_bytes`, checked as examples are.
+        """Read and check the columns that `to_bytes` wrote.
 
         Raises:
-            pa.ArrowException, ValueError, ...: they are damaged, or of another number of rows.
+            pa.ArrowException, ValueError, ...: they are damaged, or not of `rows` rows.
         """
         stream = pa.BufferReader(content)
         schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
@@ -315,11 +312,11 @@ class Documents:
 
     Args:
         path: the Arrow file.
-        rows: how many examples the manifest says it holds.
-        offsets, checksums: see `batch_checksums`; without them nothing is compared, and the batches are looked for.
+        rows: the recorded number of examples.
+        offsets, checksums: the result of `batch_checksums`; without them the file is scanned for batches, and no checksum is compared.
 
     Raises:
-        IntegrityError: missing, truncated, not Arrow, or (when it is read) damaged.
+        IntegrityError: the file is missing, truncated or not Arrow, or a batch is damaged (when it is read).
     """
 
     def __init__(
@@ -338,7 +335,7 @@ class Documents:
             self._offsets = _batch_offsets(self._content) if offsets is None else offsets.tolist()
             bounds = [0, *self._offsets, self._content.size]
             if len(self._offsets) != -(-rows // BATCH_ROWS) + 1 or any(end < begin for begin, end in pairwise(bounds)):
-                raise ValueError(f"its batches are not those of {rows:,} examples")
+                raise ValueError(f"its batches do not hold {rows:,} examples")
             self._schema = _read_schema(self._checked(0))
 
     def __len__(self) -> int:
@@ -353,11 +350,11 @@ class Documents:
                 f"{self.path} is not a whole Arrow file of examples ({_first_line(error)}); restore it or build again"
             ) from error
 
-    def _checked(self, part: int) -> pa.Buffer:
-        """What comes before the first batch (part 0), or a batch's bytes, after its checksum was compared."""
-        begin, end = (0, *self._offsets)[part : part + 2]
+    def _checked(self, section: int) -> pa.Buffer:
+        """Compare the checksum of the bytes before the first batch (section 0) or of batch `section` - 1, and return the bytes."""
+        begin, end = (0, *self._offsets)[section : section + 2]
         content = self._content.slice(begin, end - begin)
-        if self._checksums is not None and crc32c(content.to_pybytes()) != self._checksums[part]:
+        if self._checksums is not None and crc32c(content.to_pybytes()) != self._checksums[section]:
             raise ValueError("it fails a checksum")
         return content
 
@@ -371,10 +368,10 @@ class Documents:
         return self._batches[number]
 
     def __getitem__(self, row: int) -> Example:
-        """The example at a row of this shard, with its metadata decoded.
+        """Return the example of a row of this shard, with its metadata decoded.
 
         Raises:
-            IntegrityError: the batch is damaged, or a value cannot be held by Python, or by JSON where it is kept as that.
+            IntegrityError: the batch is damaged, or a value of the metadata has no Python value or is not the JSON that it should be.
         """
         number, offset = divmod(row, BATCH_ROWS)
         batch = self._batch(number)
@@ -401,19 +398,18 @@ class Documents:
 
     @cached_property
     def columns(self) -> Columns:
-        """All batches, as columns."""
+        """The columns of all batches."""
         return Columns(self._schema, [self._batch(number) for number in range(len(self._offsets) - 1)])
 
     def ids(self) -> list[str]:
-        """All ids, in row order."""
-        ids: list[str] = self.columns["id"].values.to_pylist()
-        return ids
+        """Return all ids, in row order."""
+        return self.columns["id"].values.to_pylist()
 
     def check(self) -> None:
         """Compare all batches with their checksums, and check their values.
 
         Raises:
-            IntegrityError: one is damaged.
+            IntegrityError: a batch is damaged.
         """
         for number in range(len(self._offsets) - 1):
             self._batch(number)

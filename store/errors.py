@@ -1,23 +1,23 @@
-"""Every error that Wherefrom raises on purpose.
+"""The errors that Wherefrom raises.
 
     WherefromError                  exit code 1
     ├── DataError                1   a document or a query file that cannot be used (also a ValueError)
     ├── NumericalError           1   a gradient or statistic that is not finite (also an ArithmeticError)
-    ├── StorageError             1   the disk refused: full, read-only, no permission (also an OSError)
-    ├── BusyError                1   somebody else is writing here, or won the race to publish
-    ├── WorkerError              1   a worker process died more often than it is replaced
-    ├── UsageError               2   an argument that cannot be meant (also a ValueError)
-    ├── NotFoundError            3   no such file, index, model or row (also a FileNotFoundError)
-    ├── IncompatibleError        3   it exists, but does not fit: another model, an unknown format version
-    └── IntegrityError           4   stored bytes are not what was written
+    ├── StorageError             1   a disk that is full or read-only, or no permission (also an OSError)
+    ├── BusyError                1   another process is writing to the index, or published first
+    ├── WorkerError              1   a worker process died too often
+    ├── UsageError               2   an invalid argument (also a ValueError)
+    ├── NotFoundError            3   a missing file, index, model or dataset (also a FileNotFoundError)
+    ├── IncompatibleError        3   something that does not fit: another model, an unknown format version (also a ValueError)
+    └── IntegrityError           4   stored bytes that are damaged or missing
 
-A message is one sentence or two that say what is wrong, where, and what to do. It names options as `batch_tokens`, which `cli.py` shows as
---batch-tokens; only `cli.py` turns an error into an exit code.
+A message is a sentence with the problem, its place and a remedy. It names options as `batch_tokens`, which `cli.py` replaces by the flag.
+Only `cli.py` turns an error into an exit code.
 """
 
 
 class WherefromError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line exits with."""
+    """The base class of all errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -34,36 +34,36 @@ class NumericalError(WherefromError, ArithmeticError):
 
 
 class StorageError(WherefromError, OSError):
-    """The file system refused a read or a write."""
+    """A read or a write that failed: a full or read-only disk, or no permission."""
 
 
 class BusyError(WherefromError):
-    """Another process holds the index, or published first; trying again later may succeed."""
+    """Another process is writing to the index, or published first; a later attempt may succeed."""
 
 
 class WorkerError(WherefromError, RuntimeError):
-    """A worker process died and could not be replaced."""
+    """A worker process that died too often to be replaced."""
 
 
 class UsageError(WherefromError, ValueError):
-    """An argument outside what it may be."""
+    """An invalid argument."""
 
     exit_code = 2
 
 
 class NotFoundError(WherefromError, FileNotFoundError):
-    """Something named does not exist."""
+    """A file, index, model or dataset that does not exist."""
 
     exit_code = 3
 
 
 class IncompatibleError(WherefromError, ValueError):
-    """Something exists but does not fit this index or this version of Wherefrom."""
+    """A model, tokenizer or index that does not fit the index or this version of Wherefrom."""
 
     exit_code = 3
 
 
 class IntegrityError(WherefromError):
-    """Stored bytes differ from what was written: truncated, flipped, missing."""
+    """Stored bytes that are damaged or missing."""
 
     exit_code = 4

@@ -85,7 +85,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file to disk."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,21 +99,28 @@ def publish(staged: Path, final: Path) -> None:
         sync(staged)
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged, final)
-        sync_name(final.parent)
+        sync(final.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file atomically: readers see the old bytes or the new ones."""
+@contextlib.contextmanager
+def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """Write a temporary file beside `path`, flush it to disk, and remove it if it still exists at the end."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             staged.write_bytes(data)
             sync(staged)
-            os.replace(staged, path)
+            yield staged
         finally:
             staged.unlink(missing_ok=True)
-        sync_name(path.parent)
+        sync(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file atomically: readers see the old bytes or the new ones."""
+    with _temporary(path, data) as staged:
+        os.replace(staged, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,10 +131,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged ({error}); remove the unfinished index and build again") from error
-    if not isinstance(content, dict) or not content:
-        raise IntegrityError(f"{path} is damaged; remove the unfinished index and build again")
     return content
 
 
@@ -137,27 +144,11 @@ def create_only(path: Path, data: bytes) -> None:
     Raises:
         BusyError: the file exists, since another process published first.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with _temporary(path, data) as staged:
         try:
-            staged.write_bytes(data)
-            sync(staged)
             os.link(staged, path)
         except FileExistsError as error:
             raise BusyError(f"{path} was published by somebody else meanwhile; run the command again") from error
-        finally:
-            staged.unlink(missing_ok=True)
-        sync_name(path.parent)
-
-
-def sync_name(directory: Path) -> None:
-    """Flush the names in a directory to disk, so that a rename survives a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def refuse_links(directory: Path) -> None:

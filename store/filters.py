@@ -1,9 +1,9 @@
-"""Filters over examples' columns: `source == "gsm8k" and year >= 2020`.
+"""Filters over examples' columns, such as `source == "gsm8k" and year >= 2020`.
 
-A filter is a Python expression, parsed by Python's own `ast` and evaluated node by node over Arrow columns; it is never run as Python. It
-may contain columns, numbers, strings, True, False and None, lists (after `in`), comparisons, `and`, `or`, `not`. Columns are `id`,
-`document`, `chunk`, `text`, `source` and the corpus's columns; a corpus column with one of these names is
-`metadata.text`, and a name with spaces is written `column("the name")`. A row without a value (None) only matches `== None`.
+A filter is a Python expression that is parsed by `ast` and evaluated node by node over Arrow columns; it is never run as Python. It may
+contain columns, numbers, strings, True, False and None, lists (after `in`), comparisons, `and`, `or`, `not`. Columns are `id`, `document`,
+`chunk`, `text`, `source` and the corpus's columns. A corpus column with one of these names is `metadata.text`, and a name with spaces is
+written `column("the name")`. A row without a value (None) only matches `== None`.
 
 Comparisons are exact: a number is never rounded to a column's type, nor converted to text. Dates and times are compared with ISO text (a
 time without a zone is in the column's zone), durations with seconds. In a column with values of several kinds, `==`, `!=` and `in` compare
@@ -71,18 +71,18 @@ SINGLE_KINDS = ("number", "text", "truth", *_WRITTEN, JSON_KIND)
 
 @dataclass(frozen=True)
 class Column:
-    """Some rows of a column; `encoded` if the values are JSON text."""
+    """Some rows of a column; `encoded` is True if the values are JSON text."""
 
     values: pa.ChunkedArray | pa.Array
     encoded: bool = False
 
     @property
     def kind(self) -> str | None:
-        """See `kind_of`."""
+        """The kind of the values; see `kind_of`."""
         return JSON_KIND if self.encoded else kind_of(self.values.type)
 
     def decoded(self) -> list[Any]:
-        """The values as Python objects.
+        """Return the values as Python objects.
 
         Raises:
             IntegrityError: a value is invalid.
@@ -95,26 +95,26 @@ class Column:
 
 
 def kind_of(kind: pa.DataType) -> str | None:
-    """Name of the kind as which values of a type are compared; None for the null type."""
-    of = pa.types
-    if of.is_dictionary(kind):
+    """Return the name of the kind as which values of a type are compared; None for the null type."""
+    types = pa.types
+    if types.is_dictionary(kind):
         return kind_of(kind.value_type)
     kinds = {
-        "number": of.is_integer(kind) or of.is_floating(kind) or of.is_decimal(kind),
-        "text": of.is_string(kind) or of.is_large_string(kind) or of.is_string_view(kind),
-        "truth": of.is_boolean(kind),
-        "date": of.is_date(kind),
-        "time": of.is_timestamp(kind),
-        "time of day": of.is_time(kind),
-        "duration": of.is_duration(kind),
-        "list": of.is_nested(kind) and not of.is_struct(kind) and not of.is_map(kind),
-        "object": of.is_struct(kind) or of.is_map(kind),
+        "number": types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind),
+        "text": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
+        "truth": types.is_boolean(kind),
+        "date": types.is_date(kind),
+        "time": types.is_timestamp(kind),
+        "time of day": types.is_time(kind),
+        "duration": types.is_duration(kind),
+        "list": types.is_nested(kind) and not types.is_struct(kind) and not types.is_map(kind),
+        "object": types.is_struct(kind) or types.is_map(kind),
     }
-    return None if of.is_null(kind) else next((name for name, fits in kinds.items() if fits), str(kind))
+    return None if types.is_null(kind) else next((name for name, fits in kinds.items() if fits), str(kind))
 
 
 def kind_of_value(value: Any) -> str:
-    """Name of the kind of a JSON value."""
+    """Return the name of the kind of a JSON value."""
     kinds = {bool: "truth", int: "number", float: "number", str: "text", list: "list"}
     return kinds.get(type(value), "object")
 
@@ -136,16 +136,17 @@ def parse_filter(text: str) -> ast.expr:
 
 
 def names_in(tree: ast.expr) -> set[str]:
-    """Names of a filter's columns."""
+    """Return the names of a filter's columns."""
     return {name for node in ast.walk(tree) if (name := _column(node)) is not None}
 
 
 def matching(tree: ast.expr, columns: Mapping[str, Column], kinds: Mapping[str, frozenset[str]], rows: int) -> Bool[np.ndarray, " rows"]:
-    """Mask of the matching rows.
+    """Return a mask of the matching rows.
 
     Args:
-        columns: of these rows; a missing one is None in all of them.
-        kinds: the kinds of values of each column in the full index.
+        columns: the columns of these rows; a missing column has no values.
+        kinds: by column, the kinds of values in the full index.
+        rows: the number of rows.
 
     Raises:
         UsageError: an unknown column, or values that cannot be compared.
@@ -177,7 +178,7 @@ class _Evaluation:
         self._rows = rows
 
     def of(self, node: ast.expr) -> _Truth:
-        """Evaluate a node, if of a supported type."""
+        """Evaluate a node of a supported type."""
         if isinstance(node, ast.BoolOp):
             truth = self.of(node.values[0])
             for value in node.values[1:]:
@@ -193,9 +194,9 @@ class _Evaluation:
             return truth
         text = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _TEXT and len(node.args) == 1
         if text and not node.keywords:  # type: ignore[attr-defined]
-            part = _constant(node.args[0])  # type: ignore[attr-defined]
-            if isinstance(part, str):
-                return self._part_of_text(node.func.value, node.func.attr, part)  # type: ignore[attr-defined]
+            argument = _constant(node.args[0])  # type: ignore[attr-defined]
+            if isinstance(argument, str):
+                return self._match_text(node.func.value, node.func.attr, argument)  # type: ignore[attr-defined]
         if _column(node) is not None:
             name = self._name(node)
             self._check(name, "==", {"truth"}, "True")
@@ -227,21 +228,22 @@ class _Evaluation:
         if _column(left) is None:
             if _column(right) is None:
                 raise UsageError(f"a filter compares a column with a value, and {ast.unparse(left)[:80]!r} is not a column's name")
-            left, right, sign = right, left, _REVERSED.get(sign, sign)
+            left, right = right, left
+            sign = _REVERSED.get(sign, sign)
         name = self._name(left)
         if _column(right) is not None:
             return self._compare_columns(name, sign, self._name(right))
         value = _constant(right)
         if value is None:
             if sign not in ("==", "!="):
-                raise UsageError("None can only be compared with == and !=")
+                raise UsageError("None has no order; compare the column with None by == or !=")
             values = self._get_column(name).values
             return _combined(pc.is_null(values) if sign == "==" else pc.is_valid(values))
         self._check(name, sign, _kinds_of_constant(value), repr(value))
         return self._equal(name, sign, value)
 
     def _check(self, name: str, sign: str, constant_kinds: Iterable[str], constant: str) -> None:
-        """Check that a column can be compared with a constant, by order only if all its values are of the constant's kind."""
+        """Check that a column can be compared with a constant; an order needs all values to be of the constant's kind."""
         kinds = self._kinds[name] - {JSON_KIND}
         if not kinds or kinds <= set(constant_kinds) or (kinds & set(constant_kinds) and sign in ("==", "!=")):
             return
@@ -267,8 +269,8 @@ class _Evaluation:
             return _constant_truth(values, sign == "!=")
         if kind in ("text", "truth"):
             return _combined(_ARROW[sign](values, pa.scalar(value, values.type)))
-        line = _Line.of(values, name)
-        return line.against(sign, line.place(value))
+        scale = _Scale.of(values, name)
+        return scale.compare(sign, scale.place(value))
 
     def _is_in(self, name: str, items: Sequence[Any]) -> _Truth:
         if None in items:
@@ -286,13 +288,13 @@ class _Evaluation:
         if kind in ("text", "truth"):
             value_set = pa.array(constants, values.type)
         else:
-            line = _Line.of(values, name)
-            places = [line.place(item) for item in constants]
-            values = line.values
+            scale = _Scale.of(values, name)
+            places = [scale.place(item) for item in constants]
+            values = scale.values
             value_set = pa.array([place for place, exact in places if exact], values.type)
         return _null_where_missing(values, pc.is_in(values, value_set=value_set))
 
-    def _part_of_text(self, node: ast.expr, method: str, part: str) -> _Truth:
+    def _match_text(self, node: ast.expr, method: str, argument: str) -> _Truth:
         name = self._name(node)
         kinds = self._kinds[name]
         arrow, python = _TEXT[method]
@@ -300,9 +302,9 @@ class _Evaluation:
             raise UsageError(f"the column {name!r} holds values of the kind {' and '.join(sorted(kinds))}; .{method} is for text")
         column = self._get_column(name)
         if column.encoded:
-            return _by_value(column.values, lambda item: isinstance(item, str) and python(item, part))
+            return _by_value(column.values, lambda item: isinstance(item, str) and python(item, argument))
         values = _plain(column.values)
-        return _combined(arrow(values, part)) if column.kind == "text" else _constant_truth(values, False)
+        return _combined(arrow(values, argument)) if column.kind == "text" else _constant_truth(values, False)
 
     def _compare_columns(self, left: str, sign: str, right: str) -> _Truth:
         """Compare two columns row by row: in Arrow if both have one type with an order, else as Python objects."""
@@ -313,46 +315,46 @@ class _Evaluation:
         pairs = zip(a.decoded(), b.decoded(), strict=True)
         same = a.kind == b.kind or JSON_KIND in (a.kind, b.kind) or None in (a.kind, b.kind)
         if not same and sign not in ("==", "!="):
-            raise UsageError(f"the columns {left!r} and {right!r} hold values of the kinds {a.kind} and {b.kind}, which have no order")
+            raise UsageError(f"the columns {left!r} and {right!r} hold values of the kinds {a.kind} and {b.kind}; use == or !=")
         try:
             truth = [None if x is None or y is None else _compared_values(x, sign, y) for x, y in pairs]
         except TypeError as error:
-            raise UsageError(f"the columns {left!r} and {right!r} hold values of different kinds, which have no order") from error
+            raise UsageError(f"the columns {left!r} and {right!r} hold values of different kinds; use == or !=") from error
         return pa.array(truth, pa.bool_())
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Ordered values, with the exact places of constants between them.
+class _Scale:
+    """The values of an ordered column, and exact positions of constants among them.
 
     Attributes:
         values: integers, floats or decimals.
-        place: function of a constant; returns the largest value of this type not above it (None without one), and True if they are equal.
+        place: a function of a constant that returns the largest value of this type up to it (None if there is none), and True if equal.
     """
 
     values: pa.ChunkedArray
     place: Callable[[Any], tuple[Any, bool]]
 
     @classmethod
-    def of(cls, values: pa.ChunkedArray, name: str) -> "_Line":
-        """Create the line of a column of numbers, dates, times or durations."""
+    def of(cls, values: pa.ChunkedArray, name: str) -> "_Scale":
+        """Create the scale of a column of numbers, dates, times or durations."""
         kind = values.type
-        of = pa.types
-        if of.is_floating(kind):
+        types = pa.types
+        if types.is_floating(kind):
             return cls(values.cast(pa.float64()), _float_below)
-        if of.is_decimal(kind):
+        if types.is_decimal(kind):
             return cls(values, lambda v: _decimal_below(_exact(v), kind))
-        if of.is_integer(kind):
+        if types.is_integer(kind):
             bounds = np.iinfo(kind.to_pandas_dtype())
             return cls(values, lambda v: _integer_below(_exact(v), int(bounds.min), int(bounds.max)))
-        bits = 64 if of.is_timestamp(kind) or of.is_duration(kind) or of.is_time64(kind) or of.is_date64(kind) else 32
-        units = Fraction(1, 86400) if of.is_date32(kind) else Fraction(1000) if of.is_date64(kind) else Fraction(_UNITS[kind.unit])
+        bits = 64 if types.is_timestamp(kind) or types.is_duration(kind) or types.is_time64(kind) or types.is_date64(kind) else 32
+        units = Fraction(1, 86400) if types.is_date32(kind) else Fraction(1000) if types.is_date64(kind) else Fraction(_UNITS[kind.unit])
         numbers = values.cast(pa.int64() if bits == 64 else pa.int32())
         bound = 1 << (bits - 1)
         return cls(numbers, lambda v: _integer_below(_seconds(v, kind, name) * units, -bound, bound - 1))
 
-    def against(self, sign: str, place: tuple[Any, bool]) -> _Truth:
-        """Compare the values with a constant at a place."""
+    def compare(self, sign: str, place: tuple[Any, bool]) -> _Truth:
+        """Compare the values with a constant, given the result of `place`."""
         below, exact = place
         if below is None:
             return _constant_truth(self.values, sign in (">", ">=", "!="))
@@ -364,7 +366,7 @@ class _Line:
 
 
 def _exact(value: float) -> Fraction | float:
-    """Exact value of a number as written (1.1 is eleven tenths); infinities are unchanged."""
+    """Return the exact value of a number as written (1.1 is eleven tenths); infinities are unchanged."""
     return value if isinstance(value, float) and math.isinf(value) else Fraction(repr(value) if isinstance(value, float) else value)
 
 
@@ -390,7 +392,7 @@ def _decimal_below(value: Fraction | float, kind: pa.DataType) -> tuple[Decimal 
 
 
 def _seconds(value: Any, kind: pa.DataType, name: str) -> Fraction | float:
-    """Seconds of a constant compared with dates, times or durations: since 1970, since midnight, or of the duration."""
+    """Convert a constant for dates, times or durations to seconds: since 1970, since midnight, or of the duration."""
     if not isinstance(value, str):
         return _exact(value)
     try:
@@ -418,14 +420,14 @@ def _seconds(value: Any, kind: pa.DataType, name: str) -> Fraction | float:
 
 
 def _zone(name: str) -> tzinfo | None:
-    """Time zone by Arrow's name: UTC, an offset such as +01:00, or a place."""
+    """Return the time zone of Arrow's name: UTC, an offset such as +01:00, or a place."""
     if name == "UTC":
         return UTC
     return datetime.fromisoformat(f"2000-01-01T00:00{name}").tzinfo if name[0] in "+-" else ZoneInfo(name)
 
 
 def _kinds_of_constant(value: Any) -> set[str]:
-    """Kinds of columns that a constant can be compared with."""
+    """Return the kinds of columns that a constant can be compared with."""
     if isinstance(value, bool):
         return {"truth"}
     return {"text", "date", "time", "time of day"} if isinstance(value, str) else {"number", "duration"}
@@ -436,7 +438,7 @@ def _constant(node: ast.expr) -> Any:
         if isinstance(node.value, str) and not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
             raise UsageError("the filter holds half of a surrogate pair, which is not a character; fix its encoding")
         if isinstance(node.value, int) and node.value.bit_length() > _LONGEST_BITS:
-            raise UsageError("the filter holds a number that is larger than any that can be stored; fix it")
+            raise UsageError("the filter holds a number that is larger than any that can be stored; write a smaller one")
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         value = node.operand.value
@@ -484,5 +486,5 @@ def _constant_truth(values: pa.ChunkedArray, truth: bool) -> _Truth:
 
 
 def _null_where_missing(values: pa.ChunkedArray, truth: Any) -> _Truth:
-    """The truth, null where a value is missing."""
+    """Return the truth values, with null for missing values."""
     return pc.if_else(_combined(pc.is_valid(values)), _combined(truth), pa.scalar(None, pa.bool_()))

@@ -69,12 +69,12 @@ class Index:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
-        self._compare([self.manifest.table])
+        self._compare(self.manifest.table)
         table = ArrayFile(self.path / self.manifest.table.path)
         m = self.manifest
         self.shards, self.deleted = read_table(table, m.shards, len(m.components), m.rows)
         if len(self.deleted) != m.deleted:
-            raise IntegrityError(f"{table.path} does not list the {m.deleted:,} deleted rows; restore it or build the index again")
+            raise IntegrityError(f"{table.path} does not list the deleted rows of the manifest; restore it or build the index again")
         self._firsts = np.array([shard.first for shard in self.shards])
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
@@ -144,7 +144,7 @@ class Index:
         if not component.has_search_arrays:
             return None
         if key not in self._caches:
-            cached = self._cached(group, component)
+            cached = self._read_cached(group, component)
             if cached is None and KINDS[component.kind].search_arrays.computed_when_missing:
                 cached = self._computed(group, component)
             self._caches[key] = cached
@@ -182,8 +182,8 @@ class Index:
         if file is None:
             return "is missing or cannot be read"
         try:
-            for component in self._searched():
-                cached = self._cached(group, component)
+            for component in self._cached_components():
+                cached = self._read_cached(group, component)
                 if cached is None or (compare and not _equal(cached, self._computed(group, component))):
                     return "does not match the rows"
             for number, shard in enumerate(group.shards):
@@ -194,13 +194,13 @@ class Index:
         return None
 
     def _cache_groups(self, group: Group) -> dict[str, ArrayGroup]:
-        arrays = {component.name: self._computed(group, component).arrays() for component in self._searched()}
+        arrays = {component.name: self._computed(group, component).arrays() for component in self._cached_components()}
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
         }
         return {**arrays, "columns": ArrayGroup(columns)}
 
-    def _searched(self) -> list[Component]:
+    def _cached_components(self) -> list[Component]:
         """Return the components that have arrays in a search cache."""
         return [component for component in self.manifest.components if component.has_search_arrays]
 
@@ -212,7 +212,7 @@ class Index:
             self._cache_files[group.id] = read_cache(self._cache_path(group), group.source)
         return self._cache_files[group.id]
 
-    def _cached(self, group: Group, component: Component) -> SearchArrays | None:
+    def _read_cached(self, group: Group, component: Component) -> SearchArrays | None:
         file = self._cache_file(group)
         return None if file is None else KINDS[component.kind].search_arrays.read(file, component, group.rows)
 
@@ -410,7 +410,7 @@ class Index:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        self._compare([self.manifest.encoder])
+        self._compare(self.manifest.encoder)
         path = self.path / self.manifest.encoder.path
         try:
             arrays = load_file(path)
@@ -495,8 +495,8 @@ class Index:
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Check all files of the index: compare checksums, recompute the search caches, and yield (relative path, problem or None)."""
-        yield self.manifest.encoder.path, _problem(self.path, self.manifest.encoder)
-        yield self.manifest.table.path, _problem(self.path, self.manifest.table)
+        yield self.manifest.encoder.path, _file_problem(self.path, self.manifest.encoder)
+        yield self.manifest.table.path, _file_problem(self.path, self.manifest.table)
         intact = True
         for shard in self.shards:
             rows = rows_path(self.path, shard.id).relative_to(self.path).as_posix()
@@ -505,7 +505,7 @@ class Index:
                 FileRecord(path=rows, bytes=shard.bytes, sha256=shard.sha256),
                 FileRecord(path=documents, bytes=shard.documents_bytes, sha256=shard.documents_sha256),
             )
-            problems = [(record.path, _problem(self.path, record)) for record in records]
+            problems = [(record.path, _file_problem(self.path, record)) for record in records]
             yield from problems
             if any(problem for _, problem in problems):
                 intact = False
@@ -553,11 +553,10 @@ class Index:
                 place = f"manifests/{before + 1:06d}.json"
                 yield place, f"{self.path / place} is missing between manifests {before} and {after}; the newest is not affected"
 
-    def _compare(self, records: Iterable[FileRecord]) -> None:
-        for record in records:
-            problem = _problem(self.path, record)
-            if problem:
-                raise IntegrityError(problem)
+    def _compare(self, record: FileRecord) -> None:
+        problem = _file_problem(self.path, record)
+        if problem:
+            raise IntegrityError(problem)
 
     def locate(self, row: int) -> tuple[Shard, int]:
         """Return the shard that holds a row, and the row's position in the shard.
@@ -601,7 +600,7 @@ def _array_problem(component: Component, arrays: Mapping[str, np.ndarray]) -> st
     return None
 
 
-def _problem(directory: Path, record: FileRecord) -> str | None:
+def _file_problem(directory: Path, record: FileRecord) -> str | None:
     path = directory / record.path
     problem = size_problem(path, record.bytes)
     if problem is None and sha256(path) != record.sha256:

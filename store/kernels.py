@@ -1,6 +1,6 @@
-"""Compiled inner loops of the search (numba), imported only when rows are scored, since the import takes a fifth of a second.
+"""Inner loops of the search, compiled with numba. `compiled.py` imports this module only for enough work, since the import is slow.
 
-Compiled code is kept beside this file, or in the user's cache where that cannot be written, so that a process compiles at most once.
+numba caches compiled code beside this file, or in the user's cache folder if that is read-only, so that later processes need not compile.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ __all__ = ["add_lists", "count_differences", "multiply_int8"]
 
 @intrinsic
 def _ones(typingctx, word):  # type: ignore[no-untyped-def]
-    """The number of bits that are set in a 64-bit word."""
+    """Return the number of bits that are set in a 64-bit word."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.ctpop(args[0])
@@ -22,7 +22,7 @@ def _ones(typingctx, word):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def count_differences(codes: np.ndarray, planes: np.ndarray, totals: np.ndarray) -> None:
-    """For each query and row, the sum over four bit planes of 2^plane times the bits in which row and plane differ.
+    """Compute, for each query and row, the sum over four bit planes of 2^plane times the number of bits in which row and plane differ.
 
     Args:
         codes: uint64 [rows, words]. planes: uint64 [queries, 4, words].
@@ -45,14 +45,14 @@ def count_differences(codes: np.ndarray, planes: np.ndarray, totals: np.ndarray)
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})  # type: ignore[untyped-decorator]
 def multiply_int8(codes: np.ndarray, queries: np.ndarray, products: np.ndarray) -> None:
-    """Inner products of a few queries with int8 rows, as the rows lie in memory.
+    """Compute the inner products of a few queries with int8 rows.
 
     Args:
         codes: int8 [rows, dim]. queries: float32 [queries, dim].
         products: float32 [queries, rows], written.
     """
-    whole = len(codes) // 4 * 4
-    for i in range(0, whole, 4):  # four rows share each load of the query
+    quadruples_end = len(codes) // 4 * 4
+    for i in range(0, quadruples_end, 4):  # four rows share each load of the query
         a, b, c, d = codes[i], codes[i + 1], codes[i + 2], codes[i + 3]
         for q in range(len(queries)):
             query = queries[q]
@@ -64,7 +64,7 @@ def multiply_int8(codes: np.ndarray, queries: np.ndarray, products: np.ndarray) 
                 g += np.float32(c[j]) * value
                 h += np.float32(d[j]) * value
             products[q, i], products[q, i + 1], products[q, i + 2], products[q, i + 3] = e, f, g, h
-    for i in range(whole, len(codes)):
+    for i in range(quadruples_end, len(codes)):
         for q in range(len(queries)):
             e = np.float32(0.0)
             for j in range(codes.shape[1]):
@@ -75,7 +75,7 @@ def multiply_int8(codes: np.ndarray, queries: np.ndarray, products: np.ndarray) 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def add_lists(
     lists: np.ndarray,
-    known: np.ndarray,
+    has_list: np.ndarray,
     tables: np.ndarray,
     starts: np.ndarray,
     rows: np.ndarray,
@@ -83,21 +83,25 @@ def add_lists(
     factors: np.ndarray,
     scores: np.ndarray,
 ) -> None:
-    """Add a query's share of some posting lists to the scores of their rows.
+    """Add a query's estimated inner products with the rows of its tokens' posting lists to the scores.
 
     Args:
-        lists: which list each of the query's tokens has (int64 [n]); `known`: whether it has one (bool [n]).
-        tables: of each token, what every byte of a code adds: float32 [n, 4 * words, 256].
+        lists, has_list: the number of each token's list (int64 [n]), and True if the token has a list (bool [n]).
+        tables: for each token, the summands for all values of a code's bytes (see `postings.byte_tables`): float32 [n, 4 * words, 256].
         starts, rows, codes, factors: the postings (see postings.py).
-        scores: float32 [rows], added to in place.
+        scores: float32 [rows], changed in place.
     """
-    words, byte = codes.shape[1], np.uint32(255)
-    second, third, fourth = np.uint32(8), np.uint32(16), np.uint32(24)
+    words = codes.shape[1]
+    byte = np.uint32(255)
+    second = np.uint32(8)
+    third = np.uint32(16)
+    fourth = np.uint32(24)
     for i in range(len(lists)):
-        if not known[i]:
+        if not has_list[i]:
             continue
-        first, last = starts[lists[i]], starts[lists[i] + 1]
-        # Two words at a time, their eight tables at hand: each pass reads the postings anew, but two passes are rarely needed.
+        first = starts[lists[i]]
+        last = starts[lists[i] + 1]
+        # Each pass reads all postings of the list and handles two words of their codes; few codes have more words.
         for w in range(0, words - 1, 2):
             t = tables[i, 4 * w : 4 * w + 8]
             t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]

@@ -8,6 +8,7 @@ manifest; an unknown version or feature means one of a newer Wherefrom. Paths ar
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -597,21 +598,23 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise IntegrityError(f"{path} is damaged: {where}: {first['msg']}; restore it or build the index again") from error
-    _check_consistent(path, manifest)
+    problem = next(_contradictions(manifest, int(path.stem)), None)
+    if problem:
+        raise IntegrityError(f"{path} {problem}; restore it or build the index again")
     return manifest
 
 
-def _check_consistent(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest with contradictions: another number than its file name has, duplicate components, layers that overlap."""
-    if int(path.stem) != manifest.number:
-        raise IntegrityError(f"{path} is manifest {manifest.number} under another's name; restore it or build the index again")
+def _contradictions(manifest: Manifest, number: int) -> Iterator[str]:
+    """Yield contradictions in a manifest: another number than in its file name, duplicate components, layers that overlap."""
+    if manifest.number != number:
+        yield f"is manifest {manifest.number} under another's name"
     if bool(manifest.deleted) != ("deleted" in manifest.features) or manifest.deleted > manifest.rows:
-        raise IntegrityError(f"{path} is damaged: its features and its number of deleted rows contradict each other; build the index again")
+        yield "is damaged: its features and its number of deleted rows disagree on whether rows were deleted"
     if len({component.name for component in manifest.components}) < len(manifest.components):
-        raise IntegrityError(f"{path} is damaged: it lists a component twice; build the index again")
+        yield "is damaged: it lists a component twice"
     for component in manifest.components:
         if component.model >= len(manifest.models):
-            raise IntegrityError(f"{path} is damaged: component {component.name} has a model that is not listed; build the index again")
+            yield f"is damaged: component {component.name} has a model that is not listed"
         problem = component.layout_problem()
         if problem is not None:
-            raise IntegrityError(f"{path} is damaged: {problem}; build the index again")
+            yield f"is damaged: {problem}"

@@ -1,6 +1,6 @@
 """Escaping of untrusted text for output: control characters and those that change the writing direction.
 
-A corpus, an index or a file name may contain terminal escape sequences, or characters that make a line look like another one.
+A corpus, an index or a file name may contain terminal escape sequences, or characters that make one line look like another.
 """
 
 import json
@@ -25,7 +25,7 @@ def printable_line(text: str) -> str:
 
 
 def to_json(value: Any, ascii_only: bool = False) -> str:
-    """JSON text for output: dates and similar values as text, numbers that are not finite as null, hostile characters escaped.
+    """Format a value as JSON: dates and similar values as text, numbers that are not finite as null, hostile characters escaped.
 
     Args:
         ascii_only: escape all characters that are not ASCII.

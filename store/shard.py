@@ -1,8 +1,8 @@
-"""A shard: consecutive rows of an index, written once. Its files, its writer, its reader, and the table that lists all shards.
+"""Shards: consecutive rows of an index, written once. Their files, writer and reader, and the table that lists all shards of an index.
 
 rows/<id>.zarr.zip     arrays (see arrays.py): a group for each component (dense.py, sparse.py); `losses` of the examples in nats;
-                       perhaps their `hidden` states; offsets and checksums of the record batches of its documents
-documents/<id>.arrow   its examples (see documents.py)
+                       optionally their `hidden` states; offsets and checksums of the record batches of the documents
+documents/<id>.arrow   the examples (see documents.py)
 """
 
 import uuid
@@ -18,7 +18,7 @@ from jaxtyping import Float16, Float32, Int64
 from .arrays import ArrayFile, ArrayGroup, write_arrays
 from .documents import Documents, batch_checksums, write_documents
 from .errors import IntegrityError
-from .files import publish, regular_size, sha256
+from .files import publish, sha256, size_problem
 from .kinds import Rows, open_rows
 from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
 
@@ -30,15 +30,15 @@ _DIGESTS = ("sha256", "documents_sha256")
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first` to `first + rows` of an index.
+    """A shard's entry in the table: rows `first` to `first + rows` of the index.
 
     Attributes:
-        tokens: input tokens of its examples.
-        bytes, sha256: size and SHA-256 of its file of rows.
-        directory: CRC-32C of that file's central directory, by which its arrays are known without reading all of it.
-        documents_bytes, documents_sha256: size and SHA-256 of its documents.
-        energy: by component the sum of the rows' squared lengths as they are stored, and before tokens were left out.
-        component_bytes: by component.
+        tokens: the number of input tokens of the examples.
+        bytes, sha256: size and SHA-256 of the file of rows.
+        directory: CRC-32C of that file's central directory, which verifies the arrays' checksums without reading the arrays.
+        documents_bytes, documents_sha256: size and SHA-256 of the documents.
+        energy: by component, the sums of the rows' squared lengths as they are stored and before tokens were left out.
+        component_bytes: by component, the bytes of its arrays.
     """
 
     id: str
@@ -55,12 +55,12 @@ class Shard:
 
 
 def rows_path(index: Path, shard_id: str) -> Path:
-    """The file of a shard's rows."""
+    """Return the path of a shard's rows."""
     return index / "rows" / f"{shard_id}.zarr.zip"
 
 
 def documents_path(index: Path, shard_id: str) -> Path:
-    """The file of a shard's documents."""
+    """Return the path of a shard's documents."""
     return index / "documents" / f"{shard_id}.arrow"
 
 
@@ -71,10 +71,10 @@ def write_shard(
     losses: Float32[np.ndarray, " rows"],
     hidden: Float16[np.ndarray, "rows width"] | None = None,
 ) -> None:
-    """Write the rows of a shard whose documents lie there already.
+    """Write the rows of a shard. Its documents must have been written before.
 
     Args:
-        components: by name the arrays of the component (`encode_dense`, `encode_sparse`, or a selection of rows).
+        components: by name, the arrays of the component (of `encode_dense`, `encode_sparse` or `select`).
     """
     offsets, checksums = batch_checksums(documents_path(index, shard_id))
     arrays: dict[str, np.ndarray] = {"losses": losses, "documents_offsets": offsets, "documents_checksums": checksums}
@@ -91,9 +91,9 @@ class ShardReader:
     """The rows and documents of one shard.
 
     Args:
-        index: the index's directory.
-        shard: the table's entry.
-        components: of the index.
+        index: the directory of the index.
+        shard: the shard's entry in the table.
+        components: the components of the index.
 
     Raises:
         IntegrityError: see `ArrayFile`.
@@ -107,47 +107,46 @@ class ShardReader:
 
     @cached_property
     def file(self) -> ArrayFile:
-        """The file of its rows."""
+        """The file of the shard's rows."""
         return ArrayFile(rows_path(self._index, self.shard.id), self.shard.bytes, self.shard.directory)
 
     def rows(self, name: str) -> Any:
-        """The rows of a component: `DenseRows` or `SparseRows`."""
+        """Return the rows of a component: `DenseRows` or `SparseRows`."""
         if name not in self._rows:
             self._rows[name] = open_rows(self.file, self._components[name], self.shard.rows)
         return self._rows[name]
 
     @cached_property
     def losses(self) -> Float32[np.ndarray, " rows"]:
-        """The examples' own losses under the (last) model, in nats."""
+        """The losses of the examples under the (last) model, in nats."""
         return self.file.array("losses", (self.shard.rows,), "float32")
 
     @cached_property
     def hidden(self) -> Float16[np.ndarray, "rows width"] | None:
-        """The examples' mean last hidden states under the (last) model; None where the build did not keep them."""
+        """The examples' mean last hidden states under the (last) model; None if the build did not store them."""
         if "hidden" not in self.file:
             return None
         shape = self.file.shape("hidden")
         if len(shape) != 2 or not 0 < shape[1] < _WIDEST:
-            raise IntegrityError(f"{self.file.path} does not describe hidden states; restore the file or build the index again")
+            raise IntegrityError(f"{self.file.path} holds no valid hidden states; restore the file or build the index again")
         return self.file.array("hidden", (self.shard.rows, shape[1]), "float16")
 
     @cached_property
     def documents(self) -> Documents:
-        """Its examples."""
+        """The examples of the shard."""
         path = documents_path(self._index, self.shard.id)
-        size = regular_size(path)
-        if size != self.shard.documents_bytes:
-            problem = "is missing" if size is None else f"has {size:,} bytes where {self.shard.documents_bytes:,} belong (truncated?)"
-            raise IntegrityError(f"{path} {problem}; restore the file or build the index again")
+        problem = size_problem(path, self.shard.documents_bytes)
+        if problem:
+            raise IntegrityError(f"{problem}; restore the file or build the index again")
         batches = self.file.shape("documents_offsets")
         offsets = self.file.array("documents_offsets", batches, "int64")
         return Documents(path, self.shard.rows, offsets, self.file.array("documents_checksums", batches, "uint32"))
 
     def check(self) -> None:
-        """Compare everything with its checksums.
+        """Compare all arrays and documents with their checksums.
 
         Raises:
-            IntegrityError: something is damaged.
+            IntegrityError: an array or a document is damaged.
         """
         for name in self._components:
             self.rows(name).check()
@@ -155,23 +154,23 @@ class ShardReader:
         self.hidden  # noqa: B018
         self.documents.check()
 
-    def select(self, kept: Int64[np.ndarray, " kept"], shard_id: str) -> Shard:
-        """Write some of the rows, and their examples, as a shard of its own, to the bit as they are.
+    def select(self, rows: Int64[np.ndarray, " selected"], shard_id: str) -> Shard:
+        """Write some of the rows and their examples, unchanged, as a new shard.
 
         Returns:
-            Its entry, whose first row is 0.
+            The new shard's entry; its first row is 0.
         """
-        examples = [self.documents[int(row)] for row in kept]
+        examples = [self.documents[int(row)] for row in rows]
         staged = self._index / "staging" / f"{shard_id}.arrow"
         write_documents(staged, examples)
         publish(staged, documents_path(self._index, shard_id))
-        components = {name: self.rows(name).select(kept) for name in self._components}
-        write_shard(self._index, shard_id, components, self.losses[kept], None if self.hidden is None else self.hidden[kept])
-        return shard_entry(self._index, shard_id, 0, len(kept), sum(e.tokens for e in examples), list(self._components.values()))
+        components = {name: self.rows(name).select(rows) for name in self._components}
+        write_shard(self._index, shard_id, components, self.losses[rows], None if self.hidden is None else self.hidden[rows])
+        return shard_entry(self._index, shard_id, 0, len(rows), sum(e.tokens for e in examples), list(self._components.values()))
 
 
 def is_whole(index: Path, shard_id: str, rows: int, components: Iterable[Component]) -> bool:
-    """Whether a shard's file of rows was written whole, with so many rows of these components."""
+    """Return True if a shard's file of rows is complete and undamaged, with this number of rows and these components."""
     try:
         file = ArrayFile(rows_path(index, shard_id))
         file.array("losses", (rows,), "float32")
@@ -183,8 +182,9 @@ def is_whole(index: Path, shard_id: str, rows: int, components: Iterable[Compone
 
 
 def shard_entry(index: Path, shard_id: str, first: int, rows: int, tokens: int, components: Sequence[Component]) -> Shard:
-    """A shard's entry, from the files that were written."""
-    path, documents = rows_path(index, shard_id), documents_path(index, shard_id)
+    """Return a shard's entry, computed from its files."""
+    path = rows_path(index, shard_id)
+    documents = documents_path(index, shard_id)
     file = ArrayFile(path)
     return Shard(
         id=shard_id,
@@ -202,7 +202,7 @@ def shard_entry(index: Path, shard_id: str, first: int, rows: int, tokens: int, 
 
 
 def table_arrays(shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"]) -> ArrayGroup:
-    """The table of an index's shards, in row order, and its deleted rows, ascending."""
+    """Return the table of an index's shards, in row order, and deleted rows, ascending, as arrays."""
     counts = {name: np.array([getattr(shard, name) for shard in shards], np.int64) for name in _COUNTS}
     digests = {
         name: np.frombuffer(b"".join(bytes.fromhex(getattr(shard, name)) for shard in shards), np.uint8).reshape(-1, _SHA256_BYTES)
@@ -218,65 +218,56 @@ def table_arrays(shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"]
 
 
 def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tuple[tuple[Shard, ...], Int64[np.ndarray, " deleted"]]:
-    """The shards and the deleted rows of an index.
+    """Read the shards and the deleted rows of an index.
 
     Args:
-        shards, components, rows: how many the manifest says there are.
+        shards, components, rows: their numbers in the manifest.
 
     Raises:
-        IntegrityError: the table cannot be one of these.
+        IntegrityError: the table is damaged or does not fit these numbers.
     """
     ids = [str(uuid.UUID(bytes=bytes(row))) for row in file.array("id", (shards, 16), "uint8")]
     counts = {name: file.array(name, (shards,), "int64") for name in _COUNTS}
-    digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8").tobytes().hex() for name in _DIGESTS}
+    digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8") for name in _DIGESTS}
     energy = file.array("energy", (shards, components, 2), "float64")
     component_bytes = file.array("component_bytes", (shards, components), "int64").tolist()
     deleted = file.array("deleted", file.shape("deleted"), "int64")
     sizes = counts["rows"]
     firsts = np.concatenate([[0], np.cumsum(sizes)])
-    too_many = (counts["bytes"] // sizes.clip(1) < 4).any()  # a row has a norm of 4 bytes at least
-    if (sizes < 1).any() or (counts["tokens"] < 0).any() or too_many or firsts[-1] != rows or len(set(ids)) < shards:
+    too_small = (counts["bytes"] // sizes.clip(1) < 4).any()  # the norm of a row takes 4 bytes
+    if (sizes < 1).any() or (counts["tokens"] < 0).any() or too_small or firsts[-1] != rows or len(set(ids)) < shards:
         raise IntegrityError(f"{file.path} does not list the shards of {rows:,} rows; restore it or build the index again")
     if deleted.ndim != 1 or (np.diff(deleted) <= 0).any() or (len(deleted) and not 0 <= deleted[0] <= deleted[-1] < rows):
-        raise IntegrityError(f"{file.path}: its deleted rows are not in order, or not rows of the index; build the index again")
-    lists = {name: array.tolist() for name, array in counts.items()}
-    width = 2 * _SHA256_BYTES
-    entries = zip(ids, firsts.tolist(), file.array("directory", (shards,), "uint32").tolist(), energy.tolist(), strict=False)
-    return tuple(
-        Shard(
-            id=shard_id,
-            first=first,
-            rows=lists["rows"][i],
-            tokens=lists["tokens"][i],
-            bytes=lists["bytes"][i],
-            sha256=digests["sha256"][i * width : (i + 1) * width],
-            directory=directory,
-            documents_bytes=lists["documents_bytes"][i],
-            documents_sha256=digests["documents_sha256"][i * width : (i + 1) * width],
-            energy=tuple((held, whole) for held, whole in energies),
-            component_bytes=tuple(component_bytes[i]),
-        )
-        for i, (shard_id, first, directory, energies) in enumerate(entries)
-    ), deleted
+        raise IntegrityError(f"{file.path}: its deleted rows are not ascending, or not rows of the index; build the index again")
+    columns: dict[str, list[Any]] = {
+        "id": ids,
+        "first": firsts[:-1].tolist(),
+        **{name: array.tolist() for name, array in counts.items()},
+        **{name: [digest.tobytes().hex() for digest in array] for name, array in digests.items()},
+        "directory": file.array("directory", (shards,), "uint32").tolist(),
+        "energy": [tuple(map(tuple, energies)) for energies in energy.tolist()],
+        "component_bytes": list(map(tuple, component_bytes)),
+    }
+    return tuple(Shard(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)), deleted
 
 
 def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"], fields: Mapping[str, Any]) -> Manifest:
-    """Publish a state of an index: its table, then its manifest, with which the state is there.
+    """Publish a new state of an index: write its table of shards and then its manifest, which makes it the current state.
 
     Args:
-        shards: in row order; their first rows are counted anew.
-        deleted: rows that are in no answer, ascending.
-        fields: of the manifest, but for what follows from these.
+        shards: the shards in row order; their field `first` is ignored.
+        deleted: the deleted rows, ascending.
+        fields: the fields of the manifest, without those that are computed here.
 
     Raises:
-        BusyError: a state of that number was published meanwhile.
+        BusyError: another process published a manifest of that number first.
     """
     staged = index / "staging" / f"{uuid.uuid4().hex}.zarr.zip"
     write_arrays(staged, {"": table_arrays(shards, deleted)})
     table = index / "manifests" / f"{uuid.uuid5(uuid.NAMESPACE_OID, sha256(staged))}.zarr.zip"
     publish(staged, table)
     counts = {"rows": sum(s.rows for s in shards), "tokens": sum(s.tokens for s in shards), "shards": len(shards)}
-    features = sorted({*fields["features"], *(["deleted"] if len(deleted) else [])} - (set() if len(deleted) else {"deleted"}))
+    features = sorted({*fields["features"]} - {"deleted"} | ({"deleted"} if len(deleted) else set()))
     manifest = Manifest(**{**fields, **counts, "deleted": len(deleted), "table": FileRecord.of(index, table), "features": tuple(features)})
     publish_manifest(index, manifest)
     return manifest

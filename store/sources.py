@@ -1,9 +1,9 @@
 """Sources of a corpus: files, folders and datasets, each as a stream of records.
 
 One record is in memory at a time (one batch of a table, one file of text), so a corpus can be larger than memory. An unreadable record is
-returned as a DataError that names the reason and the place; a source that cannot be read further raises.
+yielded as a DataError that names the reason and the place; a source that cannot be read further raises an error.
 
-A folder's files of known kinds are read in sorted order, without hidden ones (dot files, and files below dot folders), dataset cards,
+The files of a folder are read in sorted order if their kind is supported, except hidden files (also below hidden folders), dataset cards,
 licenses and dataset descriptions. Files that are not read are reported with the reason, except hidden ones.
 """
 
@@ -31,7 +31,7 @@ _READ = f"{', '.join(_KINDS)}, all but Parquet also with {', '.join(_COMPRESSION
 _CARDS = ("README", "LICENSE", "LICENCE")
 _CARD_KINDS = ("", ".md", ".rst", *_TEXT)
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_NAMED = 5
+_REPORTED = 5  # unread files in an error message
 LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
 
@@ -43,10 +43,11 @@ class Reading:
     """Options for reading records.
 
     Attributes:
-        text: the column for the text of a text file; `prompt`: the column that may be empty.
+        text: the column for the text of a text file.
+        prompt: the column in which an empty CSV cell is an empty text.
         split_text: a document of a text file: the full "file", or the lines between "blank-lines".
-        content: columns of a document's content, id or source: CSV keeps these as text.
-        left_out: column -> type, for columns whose values cannot be stored; filled while records are read.
+        content: the columns of a document's content, id and source, which CSV reads as text.
+        left_out: by name, the type of columns whose values cannot be stored; filled while records are read.
     """
 
     text: str
@@ -61,9 +62,9 @@ class Source:
     """A file, or a split of a dataset.
 
     Attributes:
-        name: its path or name; `short` is the last part.
-        files: that identify it.
-        records: function of a display name and the `Reading`.
+        name: the path or name; `short` is its last part.
+        files: the files of its records; a folder stands for all files in it.
+        records: a function from a display name and a `Reading` to the records.
     """
 
     name: str
@@ -88,14 +89,14 @@ def expand(names: Sequence[str]) -> tuple[list[Source], list[Unread]]:
     """Resolve names to sources, in order, and to the unread files of their folders.
 
     Raises:
-        NotFoundError, UsageError: a name does not exist, or cannot be read.
+        NotFoundError, UsageError: a source does not exist or cannot be read.
     """
-    parts = [_expand(name) for name in names]
-    return [source for sources, _ in parts for source in sources], [file for _, unread in parts for file in unread]
+    pairs = [_expand(name) for name in names]
+    return [source for sources, _ in pairs for source in sources], [file for _, unread in pairs for file in unread]
 
 
 def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Path, size (bytes) and modification time (ns) of every file, including a folder's files; None for a hub dataset."""
+    """Return path, size (bytes) and modification time (ns) of all files, also in folders; size and time of a hub dataset are None."""
     files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
     stats = [file.stat() if file.is_file() else None for file in files]
     return [
@@ -105,14 +106,14 @@ def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def standard_input() -> Source:
-    """JSON lines from standard input."""
+    """Return a source of JSON lines from standard input."""
     import sys
 
     return Source("-", "stdin", (), lambda name, reading: json_lines(sys.stdin.buffer, name))
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files in a folder and below, without hidden ones; links to folders are not followed."""
+    """Return the files in a folder and below, except hidden ones; links to folders are not followed."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -135,12 +136,12 @@ def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
             raise UsageError(f"{path} cannot be read as documents: it is {reason}; what can be read is {_READ}")
         return [_file(path)], []
     if path.exists():
-        raise UsageError(f"{name_or_path} is neither a file nor a folder (a pipe?), and a build may read it twice; save it to a file")
+        raise UsageError(f"{name_or_path} is neither a file nor a folder (a pipe?), and a build may read it twice; save the data to a file")
     base, _, split = name_or_path.rpartition(":")
     if base and _is_saved(Path(base)):
         return _saved(base, split), []
     name, *config = base.split(":")
-    local = Path(name) if base and Path(name).is_dir() else path  # a folder for the hub's loader
+    local = Path(name) if base and Path(name).is_dir() else path  # a folder for the loader of hub datasets
     if not base or (local is path and (path.suffix or name_or_path.startswith((".", "/", "~")))):
         raise NotFoundError(f"there is no file or folder {name_or_path} (a hub dataset is written name:split or name:config:split)")
     return [Source(name_or_path, name_or_path, (local,), partial(_hub_dataset, name, config[0] if config else None, split))], []
@@ -151,36 +152,28 @@ def _folder(folder: str) -> tuple[list[Source], list[Unread]]:
     sources = [_file(path) for path, reason in files if reason is None]
     unread = [Unread(path, reason) for path, reason in files if reason is not None]
     if not sources:
-        details = f"; it has {', '.join(map(str, unread[:_NAMED]))}{' ...' if len(unread) > _NAMED else ''}" if unread else ""
+        details = f"; it has {', '.join(map(str, unread[:_REPORTED]))}{' ...' if len(unread) > _REPORTED else ''}" if unread else ""
         raise NotFoundError(f"{folder} has no file that can be read as documents ({_READ}), nor a saved dataset{details}")
     return sources, unread
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """A file's endings for its kind and its compression."""
+    """Return the endings of a file's name for its kind and its compression."""
     name = path.name.lower()
     compression = next((ending for ending in _COMPRESSIONS if name.endswith(ending)), "")
     return Path(name.removesuffix(compression)).suffix, compression
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _why_unread(path: Path, named: bool = False) -> str | None:
-    """Reason why a file is not read; None if it is. A `named` text file is read even if it looks like a card."""
+    """Return the reason why a file is not read; None if it is read. A dataset card is read if the user `named` the file."""
     kind, compression = _kind(path)
-    card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
+    is_card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
     reasons = {
-        "named in bytes that are not UTF-8": not _is_text(path.name),
+        "named in bytes that are not UTF-8": path.name.encode(errors="replace").decode() != path.name,
         "a link to a folder": path.is_dir(),
         "no ordinary file": not path.is_file(),
         "a description of a dataset": path.name in _DESCRIPTIONS,
-        "a dataset card or license": card,
+        "a dataset card or license": is_card,
         "a part of a saved dataset, which is named by its folder": kind == ".arrow",
         "no kind of document": kind not in _KINDS,
         "compressed Parquet, which must be unpacked": kind == ".parquet" and compression,
@@ -197,7 +190,7 @@ def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
 
     kind, compression = _kind(path)
     if path.stat().st_size == 0:
-        yield name, name, DataError(f"{path} is empty; there are no documents in it")
+        yield name, name, DataError(f"{path} is empty; give a file with documents")
         return
     try:
         if kind == ".parquet":
@@ -229,7 +222,7 @@ def _open(path: Path, compression: str) -> IO[bytes]:
 
 
 def lines(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str | DataError]]:
-    """The lines of a UTF-8 file, which end only at a newline, as (where, number, line with its end or the error)."""
+    """Yield the lines of a UTF-8 file, which end only at a newline, as (place, number, line with its end or an error)."""
     number = 0
     while line := file.readline(LONGEST_BYTES):
         number += 1
@@ -246,7 +239,7 @@ def parse_json(text: str) -> Any:
     """Parse JSON, with plain messages for Python's limits.
 
     Raises:
-        ValueError: the problem, as a phrase to follow a colon.
+        ValueError: the text is not valid; the message is a phrase to follow a colon.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -263,7 +256,7 @@ def parse_json(text: str) -> Any:
 
 
 class _DuplicateKeyError(ValueError):
-    """Duplicate key in a JSON object."""
+    """A JSON object has a duplicate key."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -271,12 +264,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         duplicate = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateKeyError(f"not one thing: duplicate key {duplicate[:80]!r} in an object")
+        raise _DuplicateKeyError(f"not unambiguous: duplicate key {duplicate[:80]!r} in an object")
     return record
 
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[Record]:
-    """Records of JSON lines, without blank lines."""
+    """Yield the records of JSON lines, without blank lines."""
     for where, number, line in lines(file, name):
         id = f"{name}:{number}"
         if isinstance(line, DataError):
@@ -285,19 +278,19 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[Record]:
             try:
                 record = parse_json(line)
             except ValueError as error:
-                yield where, id, DataError(f"{where}: {error}; there must be one JSON object on each line")
+                yield where, id, DataError(f"{where}: {error}; write one JSON object on each line")
                 continue
             if isinstance(record, dict):
                 yield where, id, record
             else:
                 kind = type(record).__name__
-                yield where, id, DataError(f"{where}: a JSON {kind}, not an object; there must be one object on each line")
+                yield where, id, DataError(f"{where}: a JSON {kind}, not an object; write one JSON object on each line")
 
 
 def _full_text(file: IO[bytes], name: str) -> Iterator[Record]:
     content = file.read(LONGEST_BYTES + 1)
     if len(content) > LONGEST_BYTES:
-        reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or set split_text to blank-lines"
+        reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or set `split_text` to blank-lines"
         yield name, name, DataError(reason)
         return
     try:
@@ -307,7 +300,7 @@ def _full_text(file: IO[bytes], name: str) -> Iterator[Record]:
 
 
 def _paragraphs(file: IO[bytes], name: str) -> Iterator[Record]:
-    """The exact text between blank lines, without the last line's end."""
+    """Yield the texts between blank lines, without the end of their last line."""
     paragraph_lines: list[str] = []
     place = name, name
 
@@ -329,12 +322,12 @@ def _paragraphs(file: IO[bytes], name: str) -> Iterator[Record]:
 
 
 def _is_saved(path: Path) -> bool:
-    """True if a folder was saved by `datasets`: a dataset, or several as splits."""
+    """Return True if a folder was saved by `datasets`: one dataset, or several as splits."""
     return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
 
 
 def _saved(name_or_path: str, split: str | None) -> list[Source]:
-    """Sources of a saved dataset: one, or one for each split, or for the named split."""
+    """Return the sources of a saved dataset: one, one for each split, or the named split."""
     path = Path(name_or_path)
     if not (path / "dataset_dict.json").is_file():
         if split is not None:
@@ -368,7 +361,7 @@ def _saved_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
 
 
 def _validated(dataset: Any) -> Iterator[Any]:
-    """A dataset's batches, fully validated, since its memory-mapped files may come from an untrusted source."""
+    """Yield a dataset's batches after full validation, since its memory-mapped files may be untrusted."""
     for table in dataset.iter(batch_size=256):
         for batch in table.to_batches():
             batch.validate(full=True)
@@ -381,7 +374,7 @@ def _hub_dataset(dataset: str, config: str | None, split: str, name: str, readin
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds of error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded: {reason}") from error
+        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded ({reason}); check name and connection") from error
     for column, feature in (stream.features or {}).items():
         if getattr(feature, "decode", False) is True:  # images and sounds, as bytes
             stream = stream.cast_column(column, type(feature)(decode=False))

@@ -1,4 +1,4 @@
-"""Sparse rows: for each example a short list of vocabulary tokens with one bit a coordinate of a vector each.
+"""Sparse rows: for each example a short list of vocabulary tokens, each with a vector in one bit a coordinate.
 
 A sparse component of a shard is a group of arrays (see arrays.py) in the form of a sparse matrix whose entries are coded vectors:
 
@@ -8,11 +8,11 @@ A sparse component of a shard is a group of arrays (see arrays.py) in the form o
     factors  [entries]         float16, times the group's attribute `factor_scale`
     norms    [rows]            float32: the row's length, over all its entries
 
-and the attribute `energy`: the sum of the rows' squared lengths, and what it was before tokens were left out. Keys, codes and factors are
-read page by page.
+and the attribute `energy`: the sum of the rows' squared lengths as they are stored, and before tokens were left out. Keys, codes and
+factors are read page by page.
 
-How a vector becomes bits, and an inner product an estimate, is told in bits.py. Fewer bits than coordinates take the first ones of the
-rotated vector: a random projection, unbiased likewise.
+bits.py explains the codes and the estimates of inner products. If there are fewer bits than coordinates, the first coordinates of the
+rotated vector are coded, which is a random projection; its estimates are unbiased, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,12 +29,12 @@ from .vectors import SparseVectors
 
 _ROW_BYTES = 8  # a row's start and norm
 _FACTOR_BYTES = 2
-_FACTOR_TOP = 32768.0  # the largest factor of a shard in float16, so that the smallest keep their digits
+_FACTOR_TOP = 32768.0  # the largest stored factor of a shard, near the maximum of float16, so that small factors keep their digits
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Coded rows in memory, as they are written."""
+    """Coded rows in memory, before they are written. `whole` has the rows' squared lengths before entries were left out."""
 
     counts: Int64[np.ndarray, " rows"]
     keys: UInt32[np.ndarray, " entries"]
@@ -52,7 +52,7 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
     """
     squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
     if not np.isfinite(squares).all():
-        raise NumericalError("a sparse row is not finite; look at its document and at the model's precision")
+        raise NumericalError("a sparse row is not finite; check its document and the model's precision")
     rotated = rotate(rows.vectors, bits, seed)
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
@@ -68,21 +68,21 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
 
 
 def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
-    """Batches of coded rows, each with the positions of its rows, as one in the order of the positions."""
-    counts, norms, whole = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
-    order = np.argsort(np.concatenate([np.asarray(at) for at, _ in parts]))
+    """Concatenate batches of coded rows, each with the positions of its rows, in the order of the positions."""
+    counts, norms, squares = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
+    order = np.argsort(np.concatenate([np.asarray(positions) for positions, _ in parts]))
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     entries = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
     keys, codes, factors = (np.concatenate([getattr(c, name) for _, c in parts])[entries] for name in ("keys", "codes", "factors"))
-    return Coded(counts[order], keys, codes, factors, norms[order], whole[order])
+    return Coded(counts[order], keys, codes, factors, norms[order], squares[order])
 
 
 def encode_sparse(rows: Coded, vocabulary: int, bits: int) -> ArrayGroup:
-    """The arrays of a sparse component, from coded rows."""
+    """Return the arrays of a sparse component, from coded rows."""
     scale = float(rows.factors.max(initial=0.0)) / _FACTOR_TOP or 1.0
     arrays = {
         "indptr": np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.uint32),
-        "keys": rows.keys.astype(_key_dtype(vocabulary)),
+        "keys": rows.keys.astype(unsigned_dtype(vocabulary)),
         "codes": rows.codes,
         "factors": (rows.factors / scale).astype(np.float16),
         "norms": rows.norms,
@@ -97,11 +97,12 @@ def _group(arrays: dict[str, np.ndarray], bits: int, scale: float, energy: tuple
 
 def entry_bytes(component: SparseComponent, bits: int) -> int:
     """Return the bytes of one token of a row: key, factor and code."""
-    return np.dtype(_key_dtype(component.vocabulary)).itemsize + _FACTOR_BYTES + -(-bits // 8)
+    return np.dtype(unsigned_dtype(component.vocabulary)).itemsize + _FACTOR_BYTES + -(-bits // 8)
 
 
-def _key_dtype(vocabulary: int) -> str:
-    return "uint16" if vocabulary <= 1 << 16 else "uint32"
+def unsigned_dtype(count: int) -> str:
+    """Return the type of numbers below `count`."""
+    return "uint16" if count <= 1 << 16 else "uint32"
 
 
 class SparseWriter:
@@ -127,15 +128,15 @@ class SparseWriter:
 
 
 class SparseRows:
-    """A sparse component of one shard.
+    """The rows of a sparse component in one shard.
 
     Args:
         file: the shard's arrays.
-        component: the manifest's entry.
-        rows: of the shard.
+        component: the component's description in the manifest.
+        rows: the number of rows of the shard.
 
     Raises:
-        IntegrityError: an array is missing, truncated, of another shape, or fails its checksum (keys, codes and factors: when they are
+        IntegrityError: an array is missing, truncated or of another shape, or fails its checksum (keys, codes and factors: when they are
             first read); or the arrays contradict one another.
     """
 
@@ -147,15 +148,15 @@ class SparseRows:
         self._component = component
         self.indptr = file.array(f"{self.name}/indptr", (rows + 1,), "uint32").astype(np.int64)
         entries = int(self.indptr[-1])
-        self._keys = file.paged(f"{self.name}/keys", (entries,), _key_dtype(component.vocabulary))
+        self._keys = file.paged(f"{self.name}/keys", (entries,), unsigned_dtype(component.vocabulary))
         self._codes = file.paged(f"{self.name}/codes", (entries, -(-self.bits // 8)), "uint8")
         self._factors = file.paged(f"{self.name}/factors", (entries,), "float16")
         self.norms = file.array(f"{self.name}/norms", (rows,), "float32")
         attributes = file.attributes(self.name)
         try:
             self.factor_scale = float(attributes["factor_scale"])
-            held, whole = attributes["energy"]
-            self.energy = float(held), float(whole)
+            stored, total = attributes["energy"]
+            self.energy = float(stored), float(total)
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{self._where} has no factor_scale and energy; restore the file or build the index again") from error
         finite = np.isfinite([self.factor_scale, *self.energy]).all() and np.isfinite(self.norms).all()
@@ -169,32 +170,33 @@ class SparseRows:
         """Compare all entries with their checksums.
 
         Raises:
-            IntegrityError: a page is not the one that was written, or the entries cannot be.
+            IntegrityError: a page is damaged, or an entry has an invalid token or factor.
         """
         self.entries(0, self.rows)
 
     def entries(self, first: int, last: int) -> tuple[np.ndarray, UInt8[np.ndarray, "entries bytes"], Float32[np.ndarray, " entries"]]:
-        """Keys, codes and factors of the entries of rows `first` to `last` (not included)."""
-        begin, end = int(self.indptr[first]), int(self.indptr[last])
+        """Read keys, codes and factors of the entries of rows `first` to `last` (not included)."""
+        begin = int(self.indptr[first])
+        end = int(self.indptr[last])
         keys = self._keys.rows(begin, end)
         factors = self._factors.rows(begin, end).astype(np.float32) * np.float32(self.factor_scale)
         if (len(keys) and int(keys.max()) >= self._component.vocabulary) or not np.isfinite(factors).all():
             raise self._contradiction()
         return keys, self._codes.rows(begin, end), factors
 
-    def select(self, kept: Int64[np.ndarray, " kept"]) -> ArrayGroup:
-        """Some of the rows, to the bit as they are."""
-        positions = np.concatenate([np.arange(*self.indptr[row : row + 2]) for row in kept])
-        held = float(np.square(self.norms[kept], dtype=np.float64).sum())
-        whole = held * self.energy[1] / self.energy[0] if self.energy[0] > 0 else held
+    def select(self, rows: Int64[np.ndarray, " selected"]) -> ArrayGroup:
+        """Return the arrays of some rows, unchanged."""
+        entries = np.concatenate([np.arange(*self.indptr[row : row + 2]) for row in rows])
+        stored = float(np.square(self.norms[rows], dtype=np.float64).sum())
+        total = stored * self.energy[1] / self.energy[0] if self.energy[0] > 0 else stored
         arrays = {
-            "indptr": np.concatenate([[0], np.cumsum(np.diff(self.indptr)[kept])]).astype(np.uint32),
-            "keys": self._keys.whole()[positions],
-            "codes": self._codes.whole()[positions],
-            "factors": self._factors.whole()[positions],
-            "norms": self.norms[kept],
+            "indptr": np.concatenate([[0], np.cumsum(np.diff(self.indptr)[rows])]).astype(np.uint32),
+            "keys": self._keys.whole()[entries],
+            "codes": self._codes.whole()[entries],
+            "factors": self._factors.whole()[entries],
+            "norms": self.norms[rows],
         }
-        return _group(arrays, self.bits, self.factor_scale, (held, whole))
+        return _group(arrays, self.bits, self.factor_scale, (stored, total))
 
     def vectors(self, row: int, arrays: Mapping[str, np.ndarray]) -> SparseVectors:
         """Return one row with vectors estimated from their codes.

@@ -1,16 +1,17 @@
-"""Records of tables: CSV with inferred column types, Parquet and Arrow in bounded batches.
+"""Records of tables: CSV with inferred column types, and Parquet and Arrow in bounded batches.
 
-A small Parquet file may expand beyond memory: a value that repeats a million times is stored once, and levels of nesting are run lengths.
-So batches are small enough for the largest value that a column's chunk can hold, and the size of a batch as Python values is computed
-before the conversion.
+A small Parquet file may expand beyond memory, since repeated values are stored once and nesting levels as run lengths. Therefore batches
+are small enough for the largest value that a column chunk can hold, and the size of a batch as Python values is computed before conversion.
 """
 
+import contextlib
 import csv
 import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ from .sources import LONGEST_BYTES, MOST_COLUMNS, Reading, Record
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 27
-_READABLE = ("arrow.uuid", "arrow.json")  # bytes that Python reads as text
+_READABLE = ("arrow.uuid", "arrow.json")  # types of bytes that become text in Python
 _WRITE_SMALLER = "write the file with smaller row groups (row_group_size)"
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -31,10 +32,6 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-
-
-def _truth(text: str) -> bool:
-    return _TRUTH[text]
 
 
 def _integer(text: str) -> int:
@@ -57,22 +54,17 @@ def _date(text: str) -> date:
     return date.fromisoformat(text)
 
 
-def _local_time(text: str) -> datetime:
+def _time(text: str, has_zone: bool) -> datetime:
     match = _TIME.fullmatch(text)
-    if match is None or match[3]:
+    if match is None or bool(match[3]) != has_zone:
         raise ValueError
-    return datetime.fromisoformat(text)
-
-
-def _universal_time(text: str) -> datetime:
-    match = _TIME.fullmatch(text)
-    if match is None or not match[3]:
-        raise ValueError
-    return datetime.fromisoformat(text).astimezone(UTC)
+    moment = datetime.fromisoformat(text)
+    return moment.astimezone(UTC) if has_zone else moment
 
 
 _Parser = Callable[[str], Any]
-_PARSERS: tuple[_Parser, ...] = (_truth, _integer, _number, _date, _local_time, _universal_time)  # the first that fits all values
+_TIMES = (partial(_time, has_zone=False), partial(_time, has_zone=True))
+_PARSERS: tuple[_Parser, ...] = (_TRUTH.__getitem__, _integer, _number, _date, *_TIMES)  # the first that fits all values is used
 
 
 def _fits(parse: _Parser, text: str) -> bool:
@@ -84,7 +76,7 @@ def _fits(parse: _Parser, text: str) -> bool:
 
 
 def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, reading: Reading) -> Iterator[Record]:
-    """Records of a CSV file with a header.
+    """Yield the records of a CSV file with a header.
 
     A first pass over the file infers the type of each column that is not content: booleans, 64-bit integers, floats, ISO dates, ISO times
     with or without a zone; any other column is text (also numbers with leading zeros). An empty cell is None, except in a prompt.
@@ -102,14 +94,14 @@ def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, r
             where = f"{name} record {number}"
             id = f"{name}:{number}"
             if len(row) != len(header):
-                yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}")
+                yield where, id, DataError(f"{where} (line {line}): {len(row)} columns where the header has {len(header)}; fix the record")
             else:
                 cells = zip(header, row, strict=True)
                 yield where, id, {c: types.get(c, str)(text) if text else "" if c == reading.prompt else None for c, text in cells}
 
 
 def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
-    """(header, line, cells) of each record that is not blank."""
+    """Yield (header, line, cells) of each record that is not blank."""
     csv.field_size_limit(LONGEST_BYTES)
     reader = csv.reader(_text_lines(io.TextIOWrapper(file, "utf-8-sig", newline=""), name), delimiter=delimiter, strict=True)
     try:
@@ -121,7 +113,7 @@ def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str
     except UnicodeDecodeError as error:
         raise DataError(f"{name} near line {reader.line_num + 1}: not UTF-8; convert the file, for instance with iconv") from error
     except csv.Error as error:
-        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error})") from error
+        raise DataError(f"{name} near line {reader.line_num + 1}: not readable as CSV ({error}); fix the record") from error
 
 
 def _text_lines(file: io.TextIOWrapper, name: str) -> Iterator[str]:
@@ -135,11 +127,11 @@ def _check_columns(names: Sequence[str], name: str) -> None:
     if len(set(names)) != len(names):
         raise DataError(f"{name}: two columns have the same name; rename one")
     if len(names) > MOST_COLUMNS:
-        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; leave some out")
+        raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; remove some")
 
 
 def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
-    """Records of a Parquet file."""
+    """Yield the records of a Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -170,7 +162,7 @@ def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]
 
 
 def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, list[str]]:
-    """Number of rows of a row group to read at a time, and the columns to read as dictionaries."""
+    """Return the number of rows of a row group to read at a time, and the columns to read as dictionaries."""
     largest = max(
         (c.total_uncompressed_size for c in chunks if c.physical_type == "BYTE_ARRAY" and c.path_in_schema not in nested), default=1
     )
@@ -186,15 +178,13 @@ def _bounds(chunks: Sequence[Any], nested: set[str], where: str) -> tuple[int, l
 
 
 def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading, first: int = 0) -> Iterator[Record]:
-    """Records of Arrow batches, numbered from `first` + 1."""
+    """Yield the records of Arrow batches, numbered from `first` + 1."""
     for batch in batches:
         selected = batch.select([f.name for f in batch.schema if not _leave_out(f, reading)])
         records = None
         if _expanded_bytes(selected.columns) <= _BATCH_BYTES:
-            try:
+            with contextlib.suppress(pa.ArrowException, ValueError, OverflowError):  # then rows are converted one by one
                 records = selected.to_pylist() or [{}] * batch.num_rows
-            except (pa.ArrowException, ValueError, OverflowError):
-                records = None  # a value cannot be converted: convert row by row
         for i in range(batch.num_rows):
             where = f"{name} record {first + i + 1}"
             yield where, f"{name}:{first + i + 1}", _record(selected.slice(i, 1), where) if records is None else records[i]
@@ -204,22 +194,22 @@ def table_records(batches: Iterable[pa.RecordBatch], name: str, reading: Reading
 def _record(row: pa.RecordBatch, where: str) -> dict[str, Any] | DataError:
     size = _expanded_bytes(row.columns)
     if size > LONGEST_BYTES:
-        return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; leave a column out")
+        return DataError(f"{where}: {size >> 20:,} MiB, and at most {LONGEST_BYTES >> 20} are read of one record; remove a column")
     record = {}
     for column, values in zip(row.schema, row.columns, strict=True):
         try:
             record[column.name] = values[0].as_py()
         except UnicodeDecodeError:
-            return DataError(f"{where}: the column {column.name!r} holds text that is not UTF-8")
+            return DataError(f"{where}: the column {column.name!r} holds text that is not UTF-8; convert it")
         except (pa.ArrowException, ValueError, OverflowError):
             return DataError(
-                f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000"
+                f"{where}: the column {column.name!r} holds a {column.type} beyond what Python can hold, such as the year 10000; change it"
             )
     return record
 
 
 def _leave_out(field: pa.Field, reading: Reading) -> bool:
-    """True if a column has bytes and is not content; records it in `left_out`. Bytes as content raise an error later."""
+    """Return True if a column has bytes and is not content, and record it in `left_out`. Bytes as content raise an error later."""
     if field.name in reading.content or not _has_bytes(field.type):
         return False
     reading.left_out[field.name] = "binary"
@@ -238,7 +228,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _expanded_bytes(arrays: Iterable[pa.Array]) -> int:
-    """Size of values without sharing."""
+    """Return the size of arrays in bytes if repeated values were not shared."""
     total = 0
     for array in arrays:
         kind = array.type
