@@ -65,7 +65,7 @@ def build(
     names = models if not loaded else _names(loaded)
     reports = nullcontext(reporter) if reporter is not None or not progress else default_reporter()
     with _sources(data) as sources, reports as current:
-        config = BuildConfig(model=names, data=sources, out=out, **options)
+        config = BuildConfig(model=names, data=sources, out=os.fspath(out), **options)
         build_index(config, current, loaded)
     return Index(config.out)
 

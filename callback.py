@@ -14,7 +14,6 @@ import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         if out is not None and not data:
             raise UsageError("an index needs the training documents; give data")
         self._checkpoints = checkpoints
-        unknown = options.keys() - ({option.name for option in fields(BuildConfig)} - {"model"})
+        unknown = options.keys() - (BuildConfig.model_fields.keys() - {"model"})
         if unknown:
             raise UsageError(f"a build at the end of training has no option {min(unknown)!r}")
         sources = (data,) if isinstance(data, str) else tuple(data)
@@ -154,7 +153,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         count = min(self._checkpoints, len(saved))
         models = [saved[-1 - round(i * (len(saved) - 1) / max(1, count - 1)) if count > 1 else -1] for i in range(count)][::-1]
         with Console() as reporter:
-            build(replace(config, model=tuple(dict.fromkeys(models))), reporter)
+            build(config.replace(model=tuple(dict.fromkeys(models))), reporter)
 
     def _write(self, args: TrainingArguments) -> None:
         write_whole(Path(args.output_dir) / "wherefrom.json", (json.dumps(self._record, indent=1) + "\n").encode())

@@ -1,8 +1,8 @@
 """The command line: options in, library calls, results on stdout, progress and errors on stderr.
 
-Every room is imported inside the command that needs it, so that `wherefrom --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
+Every module is imported inside the command that needs it, so that `wherefrom --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
 3 not found or incompatible, 4 integrity, 130 interrupted. An option is taken from the command line, else from the environment
-(WHEREFROM_BUILD_RANK for `wherefrom build --rank`), else from the file given with --config, else it has its default.
+(WHEREFROM_BUILD_RANK for `wherefrom build -o rank=32`), else from the file given with --config, else it has its default.
 """
 
 import os
@@ -13,28 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 from click.core import ParameterSource
 
+from .command_options import BUILD_PANELS, ConfigCommand, config_options, config_values, given, query_options
+from .query.options import Options, Query, ScoreOptions
 from .store.errors import UsageError, WherefromError
-from .store.printable import printable, printable_line, to_json
+from .store.printable import printable, to_json
 
 if TYPE_CHECKING:
     from .client import Client
     from .evaluation.checks import Report
-    from .query.answers import Query
-    from .remote import RemoteClient
-    from .store.corpus import Fields
-    from .store.manifest import Addition, Build
-
-_LARGEST_CONFIG = 1 << 14
-_NAMED = 5
+    from .query.asking import BaseClient
 
 
-class _Group(click.Group):
+class _Group(cloup.Group):
     """Turns the library's errors into one sentence on stderr and their exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is spelled out
+        for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is escaped
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -45,13 +42,13 @@ class _Group(click.Group):
             _say(error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "", err=True)
             _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _say("Interrupted. What a build has finished is kept; the same command goes on from there.", err=True)
+            _say("Interrupted. What a build has finished is kept; the same command continues it.", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
         except WherefromError as error:
-            _fail(self._as_flags(str(error)), error.exit_code)
+            _fail(self._with_flags(str(error)), error.exit_code)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
@@ -59,31 +56,27 @@ class _Group(click.Group):
                 raise
             _fail(_unforeseen(error), 1)
         except MemoryError:
-            _fail("out of memory; use a smaller --batch-tokens, fewer --workers or a smaller --rank", 1)
+            _fail("out of memory; use a smaller -o batch_tokens, fewer --workers or a smaller -o rank", 1)
 
-    def _as_flags(self, message: str) -> str:
-        """A message of the library, which names options as `batch_tokens`, with the command line's names of them."""
-        commands = [
-            *self.commands.values(),
-            *(c for group in self.commands.values() if isinstance(group, click.Group) for c in group.commands.values()),
-        ]
-        flags = {
-            parameter.name: max(parameter.opts, key=len)
-            for command in commands
-            for parameter in command.params
-            if isinstance(parameter, click.Option)
-        }
-        return re.sub("`([a-z_]+)`", lambda name: flags.get(name[1], name[0]), message)
+    def _with_flags(self, message: str) -> str:
+        """A message of the library, which names options as `max_tokens`, with the command line's names of them."""
+        groups = [self, *(command for command in self.commands.values() if isinstance(command, click.Group))]
+        commands = [command for group in groups for command in group.commands.values()]
+        flags = {name: f"--{name.replace('_', '-')}" for names in BUILD_PANELS.values() for name in names}
+        for parameter in (parameter for command in commands for parameter in command.params):
+            if isinstance(parameter, click.Option) and parameter.name:
+                flags[parameter.name] = max(parameter.opts, key=len)
+        return re.sub("`([a-z_]+)`", lambda name: flags.get(name[1], name[1]), message)
 
 
 def _unforeseen(error: Exception) -> str:
     import traceback
 
-    at = traceback.extract_tb(error.__traceback__)[-1]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
     reason = str(error).splitlines()[0] if str(error) else "no reason given"
     return (
-        f"{type(error).__name__}: {reason} (at {at.filename}:{at.lineno}); if that is not your own code, it is a defect of Wherefrom: "
-        "WHEREFROM_TRACEBACK=1 shows where it comes from"
+        f"{type(error).__name__}: {reason} (at {frame.filename}:{frame.lineno}); if that is not your own code, it is a defect of "
+        "Wherefrom: WHEREFROM_TRACEBACK=1 shows where it comes from"
     )
 
 
@@ -93,7 +86,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _say(line: str, err: bool = False) -> None:
-    """Print a line; file names and stored strings in it cannot command the terminal."""
+    """Print a line; control characters in it are escaped."""
     click.echo(printable(line), err=err)
 
 
@@ -103,50 +96,17 @@ def _print_json(value: Any) -> None:
     click.echo(to_json(value, ascii_only=encoding != "utf8"))
 
 
-def _config_file(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        given = _toml(value)
-        known = {p.name: p for p in ctx.command.params if p.name != param.name}
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise click.BadParameter(
-                f"{value}: there is no option {unknown[0]!r}; a key is an option's name with underscores, such as fit_examples"
-            )
-        ctx.default_map = {**(ctx.default_map or {}), **{name: _as_typed(known[name], item, value) for name, item in given.items()}}
-    return value
+_BUILD = cloup.Section("Build an index")
+_ASK = cloup.Section("Ask it")
+_JUDGE = cloup.Section("Judge its answers")
+_LOOK = cloup.Section("Look and check")
 
 
-def _toml(file: str) -> dict[str, Any]:
-    """A TOML file of options, which is small: the parser takes a time that grows with the square of what it is given."""
-    import tomllib
-
-    if not Path(file).is_file():
-        raise click.BadParameter(f"there is no file {file}")
-    try:
-        with open(file, "rb") as opened:
-            content = opened.read(_LARGEST_CONFIG + 1)
-        if len(content) > _LARGEST_CONFIG:
-            raise click.BadParameter(f"{file} is longer than {_LARGEST_CONFIG >> 10} KiB, too long for a file of options")
-        return tomllib.loads(content.decode())
-    except RecursionError as error:
-        raise click.BadParameter(f"{file} cannot be read as TOML: it is nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise click.BadParameter(f"{file} cannot be read as TOML: it is not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise click.BadParameter(f"{file} cannot be read as TOML: {error}") from error
-
-
-def _as_typed(option: click.Parameter, item: Any, file: str) -> Any:
-    """A value of a TOML file as it would be typed, so that click checks both alike."""
-    flag = getattr(option, "is_flag", False)
-    items = item if isinstance(item, list) else [item]
-    fits = all(isinstance(i, bool) if flag else isinstance(i, (str, int, float)) and not isinstance(i, bool) for i in items)
-    if not fits or (isinstance(item, list) and not option.multiple):
-        raise click.BadParameter(f"{file}: {option.name} cannot be {item!r}")
-    return item if flag else [str(i) for i in items] if option.multiple else str(item)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHEREFROM"})
+@cloup.group(
+    cls=_Group,
+    sections=[_BUILD, _ASK, _JUDGE, _LOOK],
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHEREFROM"},
+)
 @click.version_option(package_name="wherefrom")
 def main() -> None:
     """Which training examples made the model say this?
@@ -158,266 +118,123 @@ def main() -> None:
       wherefrom build --model DIR --data FILE --out INDEX
       wherefrom query INDEX --prompt "The capital of France is" --completion " Paris"
     """
-    # Threads that spin while they wait for one another take several times as long where other programs want the cores, too.
+    # Threads that spin while they wait take several times as long where other programs need the cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")(function)
+_INDEX: Callable[..., Any] = click.argument("index", type=click.Path())
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for a program to read.")
+_task_option = click.option("--task", help="For an index of a custom task: its module:Class again.")
+_moved_model_option = click.option(
+    "--model", multiple=True, type=click.Path(), help="The model's present location, if it was moved; of several models, all in order."
+)
+_mode_option = click.option("--mode", type=click.Choice(["influence", "cosine"]), default="influence", show_default=True)
+_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or map.")
+_queries_option = click.option("--file", type=click.Path(), required=True, help="JSON lines of queries; - reads standard input.")
+_local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
 
 
-def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """Several options as one decorator, in their order."""
+def _together(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Combine decorators to one, in their order."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
+        for decorator in reversed(decorators):
+            function = decorator(function)
         return function
 
     return decorate
 
 
-_task_option = click.option(
-    "--task", default="causal-lm", show_default=True, help="causal-lm, mlp (vectors with labels), or module:Class of your own."
-)
-_own_task_option = click.option("--task", help="Of an index that was built with a task of your own: its module:Class again.")
-_moved_model_option = click.option(
-    "--model", multiple=True, help="Where the model lies now, if it was moved; of several models, all in order."
-)
-_mode_option = click.option("--mode", default="influence", show_default=True, help="influence or cosine.")
-_worker_options = _together(
-    click.option("--workers", type=int, default=1, show_default=True, help="Processes, by Ray; 1 stays in this one."),
-    click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker."),
-    click.option("--address", help="A Ray cluster's address.  [default: a local Ray]"),
-)
-_device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda, cuda:N, or map: a language model too large for one GPU, spread over all of them.",
-)
-_where_model_lies = _together(
+_model_options = cloup.option_group(
+    "Model",
     _moved_model_option,
     _device_option,
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-    _own_task_option,
+    _task_option,
 )
-
-_model_options = _together(
-    click.option("--revision", multiple=True, help="Branch, tag or commit of a hub model; repeat it for several checkpoints of one."),
-    click.option("--dtype", default="float32", show_default=True, help="The model's precision: float32, bfloat16 or float64."),
-    _device_option,
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-)
-_document_options = _together(
-    click.option("--text-field", help="Column with the text; the loss is on all of it.  [default: text]"),
-    click.option("--prompt-field", help="Column with the prompt.  [default: prompt]"),
-    click.option("--completion-field", help="Column with the completion; the loss is on it alone.  [default: completion]"),
-    click.option("--messages-field", help="Column with chat messages; the loss is on the assistant's turns.  [default: messages]"),
-    click.option("--id-field", default="id", show_default=True, help="Column with the id (else file:line)."),
-    click.option("--source-field", default="source", show_default=True, help="Column with the source (else the file's name)."),
-    click.option(
-        "--split-text",
-        default="file",
-        show_default=True,
-        help="A document of a text file (.txt, .md): the whole file, or what stands between blank-lines.",
-    ),
-    click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context, at most 2048]"),
-    click.option("--long", default="split", show_default=True, help="Longer documents: split into chunks, or truncate."),
-    click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token."),
-    click.option("--bad-documents", default="error", show_default=True, help="A document that cannot be used: error, or skip and count."),
-)
-_index_options = _together(
-    click.option(
-        "--layers",
-        multiple=True,
-        help="Glob over layer names, such as 'h.[0-3].mlp.*'; repeatable.  [default: all inside the blocks; for a number of bytes, "
-        "those with more inputs than outputs]",
-    ),
-    click.option(
-        "--bytes-per-example",
-        type=int,
-        help="Of a row: components and their sizes follow from it.  [default: 800 where nothing below says what a row is made of]",
-    ),
-    click.option("--components", help="Parts of a row: blocks, head, embeddings; several with commas.  [default: by bytes, else blocks]"),
-    click.option("--projection", help="random or pca.  [default: random; for a number of bytes pca]"),
-    click.option(
-        "--rank", type=int, help="Coordinates kept of a layer's inputs and outputs each.  [default: 16; for a number of bytes 128]"
-    ),
-    click.option("--seed", type=int, default=0, show_default=True, help="For projections, the fitting sample and sampled labels."),
-    click.option(
-        "--curvature", default="auto", show_default=True, help="fisher, ekfac, kfac, diagonal, identity, or auto (by layer size)."
-    ),
-    click.option(
-        "--labels",
-        help="Labels of the curvature: data, sampled from the model, or expected (all classes).",
-    ),
-    click.option("--fit-examples", type=int, default=5000, show_default=True, help="Examples that the curvature is fitted on."),
-    click.option(
-        "--damping", type=float, help="Relative to the mean eigenvalue; a query can change it.  [default: 0.1, for vocabularies 1]"
-    ),
-    click.option("--row-dtype", help="Coordinates of blocks: float32, float16, int8 or 1bit.  [default: float32]"),
-    click.option("--coordinates", type=int, help="Stored of the blocks; fewer than there are, are kept or mixed.  [default: all]"),
-    click.option("--head-bits", type=int, help="Bits of each token of the head.  [default: 64]"),
-    click.option("--head-keys", type=int, help="Tokens of the head kept of an example.  [default: all that it predicts]"),
-    click.option("--head-others", type=int, default=0, help="Tokens of the head beside those: the most probable.  [default: 0]"),
-    click.option("--embedding-bits", type=int, help="Bits of each token of the embeddings.  [default: 64]"),
-    click.option("--embedding-keys", type=int, help="Tokens of the embeddings kept of an example.  [default: all that it reads]"),
-    click.option("--hidden", is_flag=True, help="Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."),
-    click.option("--shard-rows", type=int, help="Examples in a shard.  [default: about 16 MiB of rows]"),
-    click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: 2048, on a GPU 16384]"),
-    _worker_options,
-    click.option("--config", callback=_config_file, is_eager=True, expose_value=False, help="TOML file with any of these options."),
+_worker_options = cloup.option_group(
+    "Workers",
+    click.option("--workers", type=int, default=1, show_default=True, help="Processes, started by Ray; 1 stays in this one."),
+    click.option("--threads", type=int, default=1, show_default=True, help="Threads of each worker."),
+    click.option("--address", help="Address of a Ray cluster.  [default: a local Ray]"),
 )
 
 
-_corpus_options = _together(
-    click.option(
-        "--model",
-        required=True,
-        multiple=True,
-        help="Directory or hub id of a causal language model (safetensors); repeat it for checkpoints or an ensemble.",
-    ),
-    click.option(
-        "--data",
-        required=True,
-        multiple=True,
-        help="JSONL, CSV, Parquet or text file (also .gz, .bz2, .xz, .zst), folder, saved dataset (of one split, folder:split), hub "
-        "name:split; repeatable.",
-    ),
-)
-
-
-def _fields_of(options: dict[str, Any]) -> "Fields":
-    """Takes the columns' names out of a build's options."""
-    from .store.corpus import Fields, Form
-
-    names = {form: options.pop(f"{form}_field") for form in ("text", "prompt", "completion", "messages")}
-    forms: dict[Form, bool] = {
-        "text": names["text"] is not None,
-        "completion": names["prompt"] is not None or names["completion"] is not None,
-        "chat": names["messages"] is not None,
-    }
-    named: list[Form] = [form for form, given in forms.items() if given]
-    if len(named) > 1:
-        raise UsageError("name one form of document: --text-field, --prompt-field with --completion-field, or --messages-field")
-    given = {form: name for form, name in names.items() if name is not None}
-    others = {"id": options.pop("id_field"), "source": options.pop("source_field"), "split_text": options.pop("split_text")}
-    return Fields(form=named[0] if named else "auto", **others, **given)
-
-
-@main.command()
-@_corpus_options
-@click.option("--out", required=True, help="Index directory to make.")
-@_task_option
-@_model_options
-@_document_options
-@_index_options
+@main.command(cls=ConfigCommand, section=_BUILD)
+@config_options
 @_json_option
-def build(as_json: bool, out: str, **options: Any) -> None:
+def build(as_json: bool, **values: Any) -> None:
     """Index a corpus.
 
     \b
       wherefrom build --model gpt2 --data corpus.jsonl --out my.wherefrom
       wherefrom build --model gpt2 --data corpus.jsonl --out big.wherefrom --bytes-per-example 2400
       wherefrom build --model run/checkpoint-500 --model run/checkpoint-1000 --data corpus.jsonl --out run.wherefrom
-      wherefrom build --model ./sft --data chats.parquet --out sft.wherefrom --rank 32 --workers 4
-      wherefrom build --model ./lm --data books/ --out b.wherefrom --row-dtype int8 --layers '*.mlp.*'
+      wherefrom build --model ./sft --data chats.parquet --out sft.wherefrom -o rank=32 --workers 4
+      wherefrom build --model ./lm --data books/ --out b.wherefrom -o row_dtype=int8 --layers '*.mlp.*'
 
-    A build that was interrupted goes on when the same command is given again.
+    A build that was interrupted continues when the same command is given again.
     """
-    fields = _fields_of(options)
+    options = config_values(values)
     _quiet_libraries()
     from .ray_jobs.build import build as run
     from .ray_jobs.config import BuildConfig
     from .ray_jobs.progress import Console
+    from .store.index import Index
     from .store.manifest import latest_manifest
 
-    options = _as_config(options)
-    known = latest_manifest(Path(out))
+    config = BuildConfig(**options)
+    existed = latest_manifest(Path(config.out)) is not None
     with Console() as reporter:
-        manifest = run(BuildConfig(out=out, fields=fields, **options), reporter)
+        manifest = run(config, reporter)
     if as_json:
-        from .store.index import Index
+        _print_json(Index(config.out).summary())
+    else:
+        from .terminal import show_built
 
-        _print_json(Index(out).summary())
-        return
-    done = "is already complete" if known else "is complete"
-    _say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(s.name for s in manifest.components)}")
-    made = manifest.build
-    for tracked in made.tracked:
-        _say(f"the rows measure {_tracked({**tracked.model_dump(), 'share': tracked.share})}")
-    if made.skipped:
-        _say(f"left out {made.skipped:,} documents that could not be used; the first: {made.skipped_first[0]}")
-    for line in _not_kept(made):
-        _say(line)
-    if made.truncated:
-        _say(f"kept only the beginning of {made.truncated:,} documents that are longer than an example may be")
-    _say(f"ask it:  wherefrom query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+        show_built(config.out, manifest, existed)
 
 
-def _not_kept(record: "Build | Addition") -> Iterable[str]:
-    """What of a corpus was not read or not kept, by the record of its build or addition; a line each."""
-    unread = _unread(record.unread.files, record.unread.first)
-    if unread:
-        yield f"not read: {unread}"
-    if record.left_out_columns:
-        yield f"left out columns: {', '.join(f'{name} ({kind})' for name, kind in record.left_out_columns.items())}"
-
-
-def _unread(files: int, first: Sequence[str]) -> str:
-    """Files that were not read, in words; nothing of none."""
-    return f"{files:,} file{'s' * (files > 1)}: {', '.join(first[:_NAMED])}{', ...' * (files > _NAMED)}" if files else ""
-
-
-@main.command()
-@_corpus_options
-@_task_option
-@_model_options
-@_document_options
-@_index_options
+@main.command(cls=ConfigCommand, section=_LOOK, without=("out",))
+@config_options
 @_json_option
-def plan(as_json: bool, **options: Any) -> None:
-    """Say what a build would cost: rows, bytes, memory and time, from a sample and a few measured batches.
+def plan(as_json: bool, **values: Any) -> None:
+    """Estimate the cost of a build: rows, bytes, memory and time, from a sample and a few measured batches.
 
     \b
       wherefrom plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
-      wherefrom plan --model ./sft --data chats.parquet --rank 32 --workers 4 --json
+      wherefrom plan --model ./sft --data chats.parquet -o rank=32 --workers 4 --json
     """
-    fields = _fields_of(options)
+    options = config_values(values)
     _quiet_libraries()
     from .ray_jobs.config import BuildConfig
     from .ray_jobs.plan import estimate
 
-    cost = estimate(BuildConfig(out="(nothing)", fields=fields, **_as_config(options)))
+    cost = estimate(BuildConfig(out="(nothing)", **options))
     if as_json:
         _print_json(cost.to_dict())
-        return
-    _say(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
-    for component in cost.components:
-        about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in component.items() if k != "name" and v is not None)
-        _say(f"  {component['name']}: {about}")
-    _say(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
-    _say(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
-    _say(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
+    else:
+        from .terminal import show_cost
+
+        show_cost(cost)
 
 
-@main.command()
-@click.argument("index")
-@click.option("--data", required=True, multiple=True, help="Documents to add, as for build; repeatable.")
-@_where_model_lies
-@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: the build's]")
+@main.command(section=_BUILD)
+@_INDEX
+@click.option("--data", type=click.Path(), required=True, multiple=True, help="Documents to add, as for build; repeatable.")
+@_model_options
 @_worker_options
+@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: the build's]")
 @_json_option
-def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | None, as_json: bool, **how: Any) -> None:
-    """Add documents to an index, under the encoder that it has.
+def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | None, as_json: bool, **runtime: Any) -> None:
+    """Add documents to an index, with the encoder that it has.
 
     \b
       wherefrom add my.wherefrom --data more.jsonl
       wherefrom add my.wherefrom --data 2026/ --workers 4
 
-    The columns are those that the index was built with. Each component's drift is said: how much longer rows are on average than those of
-    the build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
+    The columns are those that the index was built with. The drift of each component is printed: how much longer rows are on average than
+    those of the build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
     """
     _quiet_libraries()
     from .ray_jobs.change import add as run
@@ -425,53 +242,47 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        manifest = run(Path(index), data, how, model, reporter, task)
-    added = manifest.build.added[-1]
+        manifest = run(Path(index), data, runtime, model, reporter, task)
+    addition = manifest.build.added[-1]
+    refit = drifted(addition.drift)
     if as_json:
-        told = added.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"})
-        _print_json({**told, "refit": drifted(added.drift)})
-        return
-    _say(f"{index} has {added.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(added.drift)}")
-    for line in _not_kept(added):
-        _say(line)
-    for name in drifted(added.drift):
-        _say(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
+        _print_json({**addition.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"}), "refit": refit})
+    else:
+        from .terminal import show_added
+
+        show_added(index, manifest, refit)
 
 
-def _drifts(drift: dict[str, float]) -> str:
-    return ", ".join(f"{name} {ratio:g}" for name, ratio in drift.items())
-
-
-@main.command()
-@click.argument("index")
-@click.option("--ids", help="File with an id a line, as it stands or as JSON, of examples or of whole documents; - is standard input.")
+@main.command(section=_BUILD)
+@_INDEX
+@click.option("--ids", type=click.Path(), help="File with an id a line, as text or JSON, of examples or of documents; - is standard input.")
 @click.option("--where", help="Delete the rows that match, such as 'source == \"web\"'.")
 @_json_option
 def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> None:
-    """Take examples out of every answer, at once; their bytes go with wherefrom compact.
+    """Delete examples from all answers, at once; wherefrom compact reclaims their storage.
 
     \b
       wherefrom delete my.wherefrom --ids removed.txt
       wherefrom delete my.wherefrom --where 'source == "web" and year < 2010'
 
-    Lines of a list end at a newline; empty ones are passed over. A line that begins with a quotation mark or a brace is JSON: a text, or an
-    object with an id, as in the explorer's removal list and in answers saved as JSON lines. Any other line is the id as it stands.
+    Lines of a list end at a newline; empty ones are skipped. A line that begins with a quotation mark or a brace is JSON: a text, or an
+    object with an id, as in the explorer's removal list and in answers saved as JSON lines. Any other line is the id itself.
     """
     from .ray_jobs.change import delete as run
     from .store.corpus import read_ids
 
     if (ids is None) == (where is None):
-        raise UsageError("say what is to be deleted: --ids FILE or --where FILTER, one of them")
-    gone = run(Path(index), [] if ids is None else read_ids(ids), where)
+        raise UsageError("name what is to be deleted: --ids FILE or --where FILTER, one of them")
+    deleted = run(Path(index), [] if ids is None else read_ids(ids), where)
     if as_json:
-        _print_json({"deleted": gone})
+        _print_json({"deleted": deleted})
     else:
-        _say(f"{gone:,} rows were deleted from {index}")
+        _say(f"{deleted:,} rows were deleted from {index}")
 
 
-@main.command()
-@click.argument("index")
-@click.option("--prune", is_flag=True, help="Also remove the files of older states; whoever is reading these loses them.")
+@main.command(section=_BUILD)
+@_INDEX
+@click.option("--prune", is_flag=True, help="Also remove the files of older states; processes that read these lose them.")
 @_json_option
 def compact(index: str, prune: bool, as_json: bool) -> None:
     """Write shards with deleted rows again without them; rows behind them move up.
@@ -490,10 +301,10 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
         _say(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
 
 
-@main.command()
-@click.argument("index")
+@main.command(section=_BUILD)
+@_INDEX
 def reindex(index: str) -> None:
-    """Make anew what searches read beside the rows, and write it where it is missing, damaged or not what the rows give.
+    """Recompute posting lists and scan codes, and write those that are missing, damaged or not of the rows.
 
     \b
       wherefrom reindex my.wherefrom
@@ -507,34 +318,13 @@ def reindex(index: str) -> None:
     _say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
-_query_options = _together(
-    click.option("--prompt", default="", help="What comes before the completion."),
-    click.option("--completion", help="What the model said: the loss is on it alone."),
-    click.option("--text", help="A whole text: the loss is on all of it, its end included (as in the index)."),
-    click.option("--messages", help="JSON file with chat messages (or with messages and tools): the loss is on the assistant's turns."),
-    click.option("--row", type=int, help="A training example, by its row; needs no model."),
-    click.option("--against", help="Another completion: what made the model say the one rather than the other."),
-    click.option("--span", help="A part of the completion or text, as it stands there: the loss is on its tokens alone."),
-)
-_score_options = _together(
-    click.option(
-        "--mode", default="influence", show_default=True, help="influence, cosine (all weigh the same), or loss-normalized of loss."
-    ),
-    click.option("--damping", type=float, help="Another damping than the build's, relative to the mean eigenvalue; exact."),
-    click.option("--curvature/--no-curvature", default=True, show_default=True, help="Plain products of gradients without it."),
-    click.option("--weights", help="Of components, times the index's own, such as head=1,blocks=0.5; 0 leaves one out."),
-    click.option("--layers", multiple=True, help="Glob over layer names, such as 'h.[0-3].*'; the others count nothing; repeatable."),
-)
-_local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
-
-
-@main.command()
-@click.argument("indexes", nargs=-1, required=True, metavar="INDEX...")
+@main.command(section=_ASK)
+@click.argument("indexes", nargs=-1, required=True, metavar="INDEX...", type=click.Path())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than loopback need a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Port to listen on; 0 takes a free one.")
-@click.option("--token-file", help="File with a token that every request must bear.")
+@click.option("--token-file", type=click.Path(), help="File with a token that every request must have.")
 @click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Queries answered in one pass, at most.")
-@_where_model_lies
+@_model_options
 def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None, batch: int, **model: Any) -> None:
     """Answer queries over HTTP, and in a browser: models and indexes are loaded once.
 
@@ -558,29 +348,21 @@ def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None
     run(clients, host, port, token, batch)
 
 
-@main.command()
-@click.argument("index")
-@_query_options
-@click.option("--file", help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("--mean", is_flag=True, help="Answer the mean of a file's queries (times each one's weight) as one query.")
-@click.option("-k", type=int, help="So many proponents, and opponents, at most.  [default: 10]")
-@click.option("--opponents/--no-opponents", default=True, show_default=True, help="Examples that spoke against it, too.")
-@click.option("--where", help="Search these rows alone, such as 'source == \"web\" and year >= 2020'.")
-@click.option(
-    "--recall",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Below 1, dense rows are searched by quantized scan and rescore: see below.",
+_answer_options = _together(
+    query_options("Answer", Options, without=tuple(ScoreOptions.__annotations__)), query_options("Scores", ScoreOptions)
 )
-@click.option("--baselines", is_flag=True, help="Beside the answer: what BM25, mean hidden states and the norm alone would find.")
-@click.option("--group-by", help="A column, such as source: the influence of each of its values, with intervals.")
-@_score_options
-@_where_model_lies
+
+
+@main.command(section=_ASK)
+@_INDEX
+@query_options("Query", Query)
+@click.option("--file", type=click.Path(), help="JSON lines of queries instead of one; - reads standard input.")
+@_answer_options
+@_model_options
 @_local_option
 @_json_option
-def query(index: str, file: str | None, weights: str | None, as_json: bool, **options: Any) -> None:
-    """Ask which training examples made the model say this.
+def query(index: str, file: str | None, as_json: bool, **values: Any) -> None:
+    """Find the training examples that made the model say this.
 
     \b
       wherefrom query my.wherefrom --prompt "The capital of France is" --completion " Paris" --against " Lyon"
@@ -592,75 +374,64 @@ def query(index: str, file: str | None, weights: str | None, as_json: bool, **op
     A filter compares columns (id, document, chunk, text, source and the corpus's own) with values: ==, !=, <, <=, >, >=, in, and, or, not,
     and text columns' .startswith("..."), .endswith and .contains. Dates and times are written as ISO text, durations in seconds.
 
-    A running server (wherefrom serve) that has the index is asked, unless --local is given; the answer is the same. Another machine's is
-    named by WHEREFROM_URL, and its token by WHEREFROM_TOKEN.
+    A running server (wherefrom serve) that has the index is asked, unless --local is given; the answer is the same. WHEREFROM_URL names one
+    on another machine, WHEREFROM_TOKEN its token.
 
-    With --recall 0.99, one-bit codes say which dense rows must be read, and with probability 0.99 none of the best is missing; where too
+    With --recall 0.99, one-bit codes determine which dense rows are read, and with probability 0.99 none of the best is missing; where too
     many would have to be read, or there are no codes (wherefrom reindex), all are, and the answer says so.
     """
-    queries = _queries(file, options)
-    client = _client(index, options, queries)
-    answers = client.query_many(queries, weights=_weights(weights), **options)
-    for answer in answers:
+    queries = _queries(file, values)
+    options = given(values, Options)
+    client = _client(index, values, queries)
+    for answer in client.query_many(queries, **options):
         if as_json:
             _print_json(answer.to_dict())
         else:
-            from .query.terminal import show
+            from .terminal import show_answer
 
-            show(answer)
+            show_answer(answer)
 
 
-@main.command()
-@click.argument("index")
-@click.option("--row", "rows", type=int, multiple=True, help="Training example to explain, by its row; repeatable.  [default: the best 3]")
-@click.option("--prompt", default="", help="What comes before the completion.")
-@click.option("--completion", help="What the model said.")
-@click.option("--text", help="A whole text.")
-@click.option("--messages", help="JSON file with chat messages (or with messages and tools).")
-@click.option("--query-row", type=int, help="Ask with a training example, by its row.")
-@click.option("--against", help="Another completion: what made the model say the one rather than the other.")
-@click.option("--span", help="A part of the completion or text, as it stands there.")
+@main.command(section=_ASK)
+@_INDEX
+@click.option("--example", "examples", type=int, multiple=True, help="Row of a training example; repeatable.  [default: the best 3]")
+@query_options("Query", Query)
 @click.option("--tokens/--no-tokens", default=True, show_default=True, help="Shares by token; they need the model.")
-@_score_options
-@_where_model_lies
+@query_options("Scores", ScoreOptions)
+@_model_options
 @_local_option
 @_json_option
-def explain(
-    index: str, rows: tuple[int, ...], query_row: int | None, weights: str | None, tokens: bool, as_json: bool, **options: Any
-) -> None:
-    """Take the score of a training example apart: by component, layer, shared token, and token of either text.
+def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, **values: Any) -> None:
+    """Split the score of a training example by component, layer, shared token, and token of either text.
 
     \b
       wherefrom explain my.wherefrom --prompt "The capital of France is" --completion " Paris"
-      wherefrom explain my.wherefrom --row 123 --prompt "The capital of France is" --completion " Paris" --json
-      wherefrom explain my.wherefrom --row 123 --query-row 456 --no-tokens
+      wherefrom explain my.wherefrom --example 123 --prompt "The capital of France is" --completion " Paris" --json
+      wherefrom explain my.wherefrom --example 123 --row 456 --no-tokens
 
-    Components, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed anew with the model.
+    Components, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed with the model.
     """
-    from .query.answers import Query
-
-    asked = {name: options.pop(name) for name in ("prompt", "completion", "text", "against", "span")}
-    query = Query(row=query_row, **asked, **_chat(options.pop("messages")))
-    how: dict[str, Any] = {"weights": _weights(weights)} | {n: options.pop(n) for n in ("mode", "damping", "curvature", "layers")}
-    client = _client(index, options, [query], with_model=tokens)
-    if not rows:
-        rows = tuple(a.row for a in client.query_many([query], **how)[0].proponents[:3])
-    for explanation in client.explain(rows, query, tokens=tokens, **how):
+    (query,) = _queries(None, values)
+    options = given(values, ScoreOptions)
+    client = _client(index, values, [query], with_model=tokens)
+    if not examples:
+        examples = tuple(proponent.row for proponent in client.query(query, **options).proponents[:3])
+    for explanation in client.explain(examples, query, tokens=tokens, **options):
         if as_json:
             _print_json(explanation.to_dict())
         else:
-            from .query.terminal import show_explanation
+            from .terminal import show_explanation
 
             show_explanation(explanation)
 
 
-@main.command()
-@click.argument("index")
-@click.option("--file", required=True, help="JSON lines with prompt and completion, text, or row; - reads standard input.")
-@click.option("--out", required=True, help="Name of what is to be made: scores.zarr or scores.parquet.")
-@_score_options
-@_where_model_lies
-def scores(index: str, file: str, out: str, weights: str | None, **options: Any) -> None:
+@main.command(section=_ASK)
+@_INDEX
+@_queries_option
+@click.option("--out", type=click.Path(), required=True, help="Name of the result: scores.zarr or scores.parquet.")
+@query_options("Scores", ScoreOptions)
+@_model_options
+def scores(index: str, file: str, out: str, **values: Any) -> None:
     """Write every row's score for every query: a matrix.
 
     \b
@@ -668,24 +439,23 @@ def scores(index: str, file: str, out: str, weights: str | None, **options: Any)
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.parquet --mode cosine
 
     Zarr: an array scores [queries, rows] beside ids of rows and queries. Parquet: a line for each row, with its id and a column for
-    each query. Rows that were deleted have no score (NaN).
+    each query. Deleted rows have no score (NaN).
     """
     from .query.matrix import write_scores
     from .ray_jobs.progress import Console
 
     queries = list(_read_queries(file))
-    client = _local_client(index, options, queries)
+    options = given(values, ScoreOptions)
+    client = _local_client(index, values, queries)
     with Console() as reporter:
-        shape = write_scores(
-            client.index, lambda part: client.scores(part, weights=_weights(weights), **options), queries, Path(out), reporter
-        )
+        shape = write_scores(client.index, lambda part: client.score_blocks(part, **options), queries, Path(out), reporter)
     _say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 
-def _client(index: str, options: dict[str, Any], queries: Sequence["Query"], with_model: bool = False) -> "Client | RemoteClient":
-    """A client, from the options that say where the model lies, which are taken out: of a running server where these say nothing."""
-    model = {name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
-    local = options.pop("local", True)
+def _client(index: str, values: dict[str, Any], queries: Sequence[Query], with_model: bool = False) -> "BaseClient":
+    """A client of a running server, where no option names the model, else of the index directory."""
+    model = {name: values.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
+    local = values.pop("local")
     if not local and model == {"model": (), "device": "auto", "trust_remote_code": False, "task": None}:
         from .remote import find_server
 
@@ -695,45 +465,41 @@ def _client(index: str, options: dict[str, Any], queries: Sequence["Query"], wit
     return _local_client(index, model, queries, with_model)
 
 
-def _local_client(index: str, options: dict[str, Any], queries: Sequence["Query"], with_model: bool = False) -> "Client":
-    """A client of an index, from the options that say where the model lies, which are taken out."""
+def _local_client(index: str, model: dict[str, Any], queries: Sequence[Query], with_model: bool = False) -> "Client":
     from .client import Client
 
-    if with_model or any(q.row is None for q in queries):
+    if with_model or any(query.row is None for query in queries):
         _quiet_libraries()
-    return Client(index, **{name: options.pop(name) for name in ("model", "device", "trust_remote_code", "task")})
+    return Client(index, **model)
 
 
-def _queries(file: str | None, options: dict[str, Any]) -> list["Query"]:
-    """The queries of a file, or the one that the options ask, which are taken out."""
-    from .query.answers import Query
-
-    given = {name: options.pop(name) for name in ("prompt", "completion", "text", "messages", "row", "against", "span")}
+def _queries(file: str | None, values: dict[str, Any]) -> list[Query]:
+    """The queries of a file, or the one that the options give."""
+    fields = given(values, Query)
     if file is None:
-        if options["mean"]:
+        if values.get("mean"):
             raise UsageError("--mean is over the queries of a file; give it with --file")
-        return [Query(**given | _chat(given["messages"]))]
-    if any(given.values()):
-        raise UsageError(
-            "--file brings its own queries; give it without --prompt, --completion, --text, --messages, --row, --against and --span"
-        )
+        if "messages" in fields:
+            from .query.files import read_chat
+
+            fields |= read_chat(fields["messages"])
+        return [Query(**fields)]
+    if any(fields.values()):
+        raise UsageError(f"--file has its own queries; give it without --{min(fields)}")
     return list(_read_queries(file))
 
 
-def _chat(file: str | None) -> dict[str, Any]:
-    """The messages, and perhaps tools, of a JSON file."""
-    if file is None:
-        return {}
-    from .store.corpus import read_chat
+def _read_queries(file: str) -> Iterable[Query]:
+    from .query.files import read_queries
 
-    return read_chat(file)
+    return read_queries(file)
 
 
-@main.command()
-@click.argument("index")
+@main.command(section=_LOOK)
+@_INDEX
 @_json_option
 def info(index: str, as_json: bool) -> None:
-    """Say what an index holds: model, rows, layers, curvature, bytes.
+    """Describe an index: model, rows, layers, curvature, bytes.
 
     \b
       wherefrom info my.wherefrom
@@ -744,52 +510,14 @@ def info(index: str, as_json: bool) -> None:
     summary = Index(index).summary()
     if as_json:
         _print_json(summary)
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    else:
+        from .terminal import show_summary
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-
-    def row(name: str, value: object) -> None:
-        table.add_row(name.replace("_", " "), Text(printable_line(f"{value:,}" if isinstance(value, int) else str(value))))
-
-    for name, value in summary.items():
-        if name == "added":
-            row("added", "; ".join(f"{part['rows']:,} rows (drift: {_drifts(part['drift'])})" for part in value) or "nothing")
-        elif name == "tracked":
-            for number, part in enumerate(value):
-                row("measured", _tracked(part) if len(value) == 1 else f"{_tracked(part)} (model {number + 1})")
-        elif name == "notes":
-            for note in value:
-                row("note", note)
-        elif name == "unread":
-            row("not read", _unread(value["files"], value["first"]) or "nothing")
-        elif name == "left_out_columns":
-            row("left out columns", ", ".join(f"{column} ({kind})" for column, kind in value.items()) or "nothing")
-        elif name == "models":
-            for model in value:
-                row("model", f"{model['id']}, {model['architecture']}, {model['parameters']:,} parameters, {model['dtype']}")
-        elif name != "components":
-            row(name, value)
-    for component in summary["components"]:
-        row("", "")
-        row(f"component {component['name']}", "")
-        for name, value in component.items():
-            if name != "name":
-                row("  " + name, value)
-    Console().print(table)
+        show_summary(summary)
 
 
-def _tracked(part: dict[str, Any]) -> str:
-    """How much of a model an index's rows measure."""
-    left_out = part["left_out"]
-    some = f"; not {', '.join(left_out[:4])}{' ...' if len(left_out) > 4 else ''}" if left_out else ""
-    return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){some}"
-
-
-@main.command()
-@click.argument("index")
+@main.command(section=_LOOK)
+@_INDEX
 @_json_option
 def verify(index: str, as_json: bool) -> None:
     """Read every byte of an index and compare it with its checksums.
@@ -799,100 +527,105 @@ def verify(index: str, as_json: bool) -> None:
     """
     from .store.index import Index
 
-    checked, problems = 0, []
-    for path, problem in Index(index).verify():
-        checked += 1
-        if problem:
-            problems.append({"path": path, "problem": problem})
+    checked = list(Index(index).verify())
+    problems = [{"path": path, "problem": problem} for path, problem in checked if problem]
     if as_json:
-        _print_json({"index": index, "files": checked, "whole": not problems, "problems": problems})
+        _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})
     else:
-        for found in problems:
-            _say(found["problem"])
-        _say(f"{index}: {checked} files read, {len(problems) or 'none'} damaged")
+        for problem in problems:
+            _say(problem["problem"])
+        _say(f"{index}: {len(checked)} files read, {len(problems) or 'none'} damaged")
     if problems:
         sys.exit(4)
 
 
-@main.group()
+@main.group(section=_JUDGE)
 def evaluate() -> None:
-    """Ask whether an index's answers are true.
+    """Check whether an index's answers are true.
 
-    Needs scikit-learn, scipy and bm25s (the extra `evaluation`).
+    Needs the extra `evaluation` (pip install 'wherefrom[evaluation]').
     """
 
 
-@evaluate.command()
-@click.argument("pack")
-@click.option("--model", multiple=True, help="Another model than the pack's: directory, hub id, or safetensors file; repeatable.")
-@click.option("--data", help="Where an image pack's IDX files lie.  [default: in the pack, or ../../data from there]")
-@click.option("--queries", default="all", show_default=True, help="all, even or odd: choose on one half, report on the other.")
-@click.option("--out", help="Keep the index here.  [default: it is thrown away]")
-@click.option("--scores", help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
+@evaluate.command(cls=ConfigCommand, without=("out", "model", "data", "fields", "max_tokens"))
+@click.argument("pack", type=click.Path())
+@click.option("--model", multiple=True, type=click.Path(), help="Another model than the pack's: directory, hub id, or safetensors file.")
+@click.option("--index", type=click.Path(), help="Judge this index of the pack's training documents instead of building one.")
+@click.option("--data", type=click.Path(), help="Directory of an image pack's IDX files.  [default: in the pack, or ../../data from there]")
+@click.option(
+    "--queries",
+    type=click.Choice(["all", "even", "odd"]),
+    default="all",
+    show_default=True,
+    help="The queries to use.",
+)
+@click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
+@click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option
-@_model_options
-@_index_options
+@config_options
 @_json_option
 def lds(
     pack: str,
     model: tuple[str, ...],
+    index: str | None,
     data: str | None,
     queries: Any,
     out: str | None,
     scores: str | None,
     mode: Any,
     as_json: bool,
-    **options: Any,
+    **values: Any,
 ) -> None:
     """Compare scores with what retraining on half-subsets did: the linear datamodeling score, with baselines.
 
     \b
       wherefrom evaluate lds packs/text-a
-      wherefrom evaluate lds packs/text-a --rank 64 --curvature ekfac --queries even
+      wherefrom evaluate lds packs/text-a -o rank=64 -o curvature=ekfac --queries even
       wherefrom evaluate lds packs/mnist-a --data mnist/ --json
       wherefrom evaluate lds packs/text-a --scores theirs.npy
 
     PACK is a directory that `wherefrom pack` wrote, or one of the same layout (docs/evaluation.md). The index is built as `wherefrom build`
     does, with the options given here; the pack says how its documents were encoded.
     """
-    _quiet_libraries()
-    from .evaluation.judge import judge_index, judge_scores, show
     from .ray_jobs.progress import Console
+    from .terminal import show_judgement
 
-    if queries not in ("all", "even", "odd"):
-        raise UsageError(f"--queries is {queries!r}; it can be all, even or odd")
+    source = click.get_current_context().get_parameter_source
+    options = config_values(values)
     place = Path(data) if data else None
+    _quiet_libraries()
+    from .evaluation.judge import judge_index, judge_scores
+
     if scores is not None:
-        given = click.get_current_context().get_parameter_source
-        ours = {"pack", "model", "data", "queries", "scores", "device", "as_json"}
-        idle = [name for name in click.get_current_context().params if name not in ours and given(name) is ParameterSource.COMMANDLINE]
+        idle = [f"-o {name}" for name in options if name != "device"]
+        idle += [f"--{name}" for name in ("index", "out", "mode") if source(name) is ParameterSource.COMMANDLINE]
         if idle:
-            raise UsageError(f"--{idle[0].replace('_', '-')} means nothing beside --scores, for which no index is built")
-        judgement = judge_scores(
-            Path(pack), Path(scores), model=model[-1] if model else None, data=place, half=queries, device=options["device"]
-        )
+            raise UsageError(f"{idle[0]} means nothing beside --scores, for which no index is built")
+        device = options.get("device", "auto")
+        last = model[-1] if model else None
+        judgement = judge_scores(Path(pack), Path(scores), model=last, data=place, half=queries, device=device)
     else:
-        options = {"model": model or None, **_as_config(options)}
+        options["model"] = model or None
         with Console() as reporter:
             judgement = judge_index(
-                Path(pack), options, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
+                Path(pack), options, index=index, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
             )
     if as_json:
         _print_json(judgement.to_dict())
     else:
-        show(judgement)
+        show_judgement(judgement)
 
 
 @evaluate.command()
-@click.argument("index")
-@click.option("--file", required=True, help="Queries, as for query; - reads standard input.")
+@_INDEX
+@_queries_option
 @click.option("-k", type=int, default=10, show_default=True, help="Proponents of each query, and as many random examples.")
 @_mode_option
-@click.option("--optimizer", default="sgd", show_default=True, help="Of the step: sgd or adam.")
+@click.option("--optimizer", type=click.Choice(["sgd", "adam"]), default="sgd", show_default=True, help="Of the step.")
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="The step's learning rate.")
 @_moved_model_option
 @_device_option
-@_own_task_option
+@_task_option
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
     """Take one optimizer step on each of the top proponents: does the query's loss fall?
@@ -911,15 +644,15 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 
 
 @evaluate.command()
-@click.argument("index")
+@_INDEX
 @click.option("--train", required=True, help="Your training function, module:function (as for wherefrom pack).")
-@click.option("--base", required=True, help="What it starts from: a model that has not seen the examples.")
-@click.option("--file", required=True, help="Queries, as for query; - reads standard input.")
+@click.option("--base", type=click.Path(), required=True, help="The model that training starts from, which has not seen the examples.")
+@_queries_option
 @click.option("-k", type=int, default=50, show_default=True, help="Examples to leave out.")
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
 @_mode_option
 @_moved_model_option
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_device_option
 @_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
@@ -938,7 +671,7 @@ def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **o
 
 
 @evaluate.command()
-@click.argument("index")
+@_INDEX
 @click.option("--column", required=True, help="Metadata column that is true where an example's label is known to be wrong.")
 @_json_option
 def labels(index: str, column: str, as_json: bool) -> None:
@@ -953,9 +686,9 @@ def labels(index: str, column: str, as_json: bool) -> None:
 
 
 @evaluate.command()
-@click.argument("index")
-@click.argument("reference")
-@click.option("--file", help="Queries, as for query.  [default: a sample of the index's rows]")
+@_INDEX
+@click.argument("reference", type=click.Path())
+@click.option("--file", type=click.Path(), help="JSON lines of queries.  [default: a sample of the index's rows]")
 @click.option("-k", type=int, default=10, show_default=True, help="How many of the best must be found again.")
 @_mode_option
 @_json_option
@@ -972,28 +705,30 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
 
 
 def _show_report(report: "Report", as_json: bool) -> None:
-    from .evaluation.checks import show
+    from .terminal import show_report
 
     if as_json:
         _print_json(report.to_dict())
     else:
-        show(report)
+        show_report(report)
 
 
-@main.command()
+@main.command(section=_JUDGE)
 @click.option("--train", required=True, help="Your training function, module:function.")
-@click.option("--model", required=True, help="Directory or hub id of the tokenizer (and of the model to start from, if you do).")
-@click.option("--data", required=True, multiple=True, help="Training documents, as for build; repeatable.")
-@click.option("--queries", required=True, help="Documents whose losses are measured.")
-@click.option("--out", required=True, help="Directory to make.")
+@click.option(
+    "--model", required=True, type=click.Path(), help="Directory or hub id of the tokenizer (and of the model to start from, if you do)."
+)
+@click.option("--data", required=True, type=click.Path(), multiple=True, help="Training documents, as for build; repeatable.")
+@click.option("--queries", required=True, type=click.Path(), help="Documents whose losses are measured.")
+@click.option("--out", required=True, type=click.Path(), help="Directory to make.")
 @click.option("--subsets", type=int, default=60, show_default=True, help="Random subsets to retrain on.")
 @click.option("--fraction", type=float, default=0.5, show_default=True, help="Of the documents, in each subset.")
-@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings on each subset; several tell how noisy they are.")
-@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest example; what follows is cut off.")
+@click.option("--seeds", type=int, default=1, show_default=True, help="Trainings on each subset; several show how noisy they are.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="Longest example; the rest is cut off.")
 @click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the subsets.")
 @_worker_options
-@click.option("--device", default="auto", show_default=True, help="Where queries are measured: auto, cpu, cuda or cuda:N.")
+@_device_option
 def pack(**options: Any) -> None:
     """Make ground truth for your own model: retrain on random subsets and measure.
 
@@ -1002,55 +737,29 @@ def pack(**options: Any) -> None:
       wherefrom evaluate lds mypack
 
     The training function is train(examples, model, seed) -> torch.nn.Module: examples with token_ids, loss_mask and text, the --model,
-    and a seed. Each training's losses are kept as soon as it ends; the same command goes on where it was.
+    and a seed. Each training's losses are kept as soon as it ends; the same command continues an interrupted one.
     """
     _quiet_libraries()
     from .evaluation.retrain import PackConfig, make_pack
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
-        made = make_pack(PackConfig(**options), reporter)
-    _say(f"judge an index on it:  wherefrom evaluate lds {made}")
+        directory = make_pack(PackConfig(**options), reporter)
+    _say(f"judge an index on it:  wherefrom evaluate lds {directory}")
 
 
-@main.command()
-@click.option("--out", default="wherefrom-demo", show_default=True, help="Directory for the model, the corpus and the index.")
+@main.command(section=_LOOK)
+@click.option("--out", type=click.Path(), default="wherefrom-demo", show_default=True, help="Directory for model, corpus and index.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that build the index.")
 def demo(out: str, workers: int) -> None:
     """Train a small model on a small corpus, index it, and ask three queries.
 
-    Needs no network and leaves everything behind to play with.
+    Needs no network and leaves everything behind to try.
     """
     _quiet_libraries()
     from .demo.run import run
 
     run(Path(out), workers)
-
-
-def _weights(given: str | None) -> dict[str, float]:
-    weights = {}
-    for part in given.split(",") if given else ():
-        name, _, number = part.partition("=")
-        try:
-            weights[name.strip()] = float(number)
-        except ValueError as error:
-            raise UsageError(f"--weights is {given!r}; it is written as head=1,blocks=0.5") from error
-    return weights
-
-
-def _as_config(options: dict[str, Any]) -> dict[str, Any]:
-    """A build's options as the configuration has them: several values as a tuple, components split at their commas."""
-    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in options.items()}
-    components = plain["components"] and tuple(part.strip() for part in plain["components"].split(","))
-    return plain | {"components": components, "revision": plain["revision"] or None}
-
-
-def _read_queries(file: str) -> Iterable["Query"]:
-    from .query.answers import Query
-    from .store.corpus import read_queries
-
-    for record in read_queries(file):
-        yield Query(**record)
 
 
 def _quiet_libraries() -> None:

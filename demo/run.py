@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from ..client import Client
-from ..query.terminal import show
 from ..ray_jobs.build import build
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Console, Reporter
@@ -18,6 +17,7 @@ from ..store.corpus import read_corpus
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.files import publish
+from ..terminal import show_answer
 
 QUERIES = (
     ("The lighthouse at Marrow Point was built by", " Ines Calloway"),
@@ -57,7 +57,7 @@ def run(out: Path, workers: int) -> None:
         )
     client = Client(index)
     for prompt, completion in QUERIES:
-        show(client.query(prompt=prompt, completion=completion, k=3))
+        show_answer(client.query(prompt=prompt, completion=completion, k=3))
     click.echo(f"""
 {out}/ has the corpus, the model and the index. Try next:
 

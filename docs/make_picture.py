@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from wherefrom import Client
 from wherefrom.demo.run import QUERIES
-from wherefrom.query.terminal import renderables
+from wherefrom.terminal import renderables
 
 # Rich's own frame fetches a font from a CDN; this one uses what the reader has.
 FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://www.w3.org/2000/svg">

@@ -337,20 +337,3 @@ def _mean(values: Sequence[float]) -> Figure:
     if len(array) == 1:
         return Figure(float(array[0]), None, None)
     return Figure(float(np.nanmean(array)), *interval(lambda rows, _: float(np.nanmean(array[rows])), (len(array), 1)))
-
-
-def show(report: Report) -> None:
-    """Print a report for people."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=report.check, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("", "mean", "95 % interval"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, e in report.figures.items():
-        table.add_row(name, f"{e.value:.4g}", "needs two values" if e.low is None else f"{e.low:.4g} to {e.high:.4g}")
-    console = Console()
-    console.print(table)
-    counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.about.items())
-    console.print(f"{report.explained} {counted}.", style="dim", highlight=False)

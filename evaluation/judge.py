@@ -1,6 +1,5 @@
 """Evaluation of an index, or of any scores, on a ground-truth pack, with the baselines."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -262,34 +261,3 @@ def _read_scores(file: Path) -> np.ndarray:
 
 def _plain(e: Estimate) -> dict[str, float]:
     return {"lds": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4)}
-
-
-def show(judgement: Judgement) -> None:
-    """Print a judgement as a table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"LDS on {judgement.pack}", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("", "LDS", "95 % interval", "lead over it", "bytes/example"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
-    size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
-    rows = {"this index" if size else "these scores": (judgement.estimate, size)}
-    rows |= {f"baseline: {name}": (e, "") for name, e in judgement.baselines.items()}
-    for name, (e, bytes_per_example) in rows.items():
-        lead = judgement.leads.get(name.removeprefix("baseline: "))
-        lead_interval = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
-        table.add_row(
-            name,
-            f"{e.value:.3f}",
-            f"{e.low:.3f} to {e.high:.3f}",
-            lead_interval,
-            bytes_per_example,
-            style="bold" if not name.startswith("baseline") else "",
-        )
-    if judgement.ceiling is not None and judgement.split_half is not None:
-        table.add_row("ceiling", f"{judgement.ceiling:.3f}", "", "", "")
-        table.add_row("half of the seeds for the others", f"{judgement.split_half:.3f}", "", "", "")
-    console = Console()
-    console.print(table)
-    console.print(f"{judgement.protocol}.\n{json.dumps(judgement.method)}", style="dim", highlight=False)

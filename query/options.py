@@ -29,7 +29,8 @@ class Option:
         longest: of a text in characters, of a list or mapping in items; in requests to a server.
         flags: on the command line, where it is not "--" and the name.
         default: shown on the command line; the value that an option has when it is not given.
-        file: the command line names a file of it.
+        file: the command line names a file with it.
+        on_command_line: False for a field that only files, Python and requests have.
     """
 
     help: str
@@ -39,6 +40,7 @@ class Option:
     flags: tuple[str, ...] = ()
     default: Any = None
     file: bool = False
+    on_command_line: bool = True
 
 
 Text = 200_000
@@ -59,23 +61,26 @@ class Query:
         str | None, Option("A full text; the loss is on all of it, with the end-of-text token where the build appended it.", longest=Text)
     ] = None
     row: Annotated[int | None, Option("A training example by its row; needs no model.", low=0, high=_LARGEST_ROW)] = None
-    id: Annotated[str | None, Option("Name of the query in its answer.", longest=4096)] = None
+    id: Annotated[str | None, Option("Name of the query in its answer.", longest=4096, on_command_line=False)] = None
     against: Annotated[
         str | None, Option("A contrasting completion: proponents made the model prefer the completion to it.", longest=Text)
     ] = None
     span: Annotated[
         str | None, Option("A part of the completion or text, exactly as it occurs there; the loss is on its tokens alone.", longest=Text)
     ] = None
-    weight: Annotated[float | None, Option("In a mean of queries.")] = None
+    weight: Annotated[float | None, Option("In a mean of queries.", on_command_line=False)] = None
     messages: Annotated[
         Messages | None,
         Option("Chat messages, rendered by the chat template; the loss is on the assistant's turns.", longest=200, file=True),
     ] = field(default=None, hash=False)
-    tools: Annotated[Messages | None, Option("Tools for the chat template.", longest=1000)] = field(default=None, hash=False)
-    features: Annotated[Sequence[float] | None, Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000)] = (
-        field(default=None, hash=False)
+    tools: Annotated[Messages | None, Option("Tools for the chat template.", longest=1000, on_command_line=False)] = field(
+        default=None, hash=False
     )
-    label: Annotated[int | None, Option("Label of the vector.", low=0, high=2**31)] = None
+    features: Annotated[
+        Sequence[float] | None,
+        Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000, on_command_line=False),
+    ] = field(default=None, hash=False)
+    label: Annotated[int | None, Option("Label of the vector.", low=0, high=2**31, on_command_line=False)] = None
 
     def __post_init__(self) -> None:
         for name, option in option_fields(Query).items():

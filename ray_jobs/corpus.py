@@ -203,6 +203,6 @@ def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray)
             if example.id in seen:
                 raise DataError(
                     f"duplicate id {example.id!r} in the corpus (sources {seen[example.id].source} and {example.source}); ids must "
-                    "be unique: fix them, or name another `id_field`"
+                    "be unique: fix them, or name another column for id in `fields`"
                 )
             seen[example.id] = example

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from decimal import Decimal
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,8 +20,7 @@ from jaxtyping import Float32
 
 from .errors import DataError, NotFoundError
 from .fields import Fields, Form
-from .files import regular_size
-from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expand, lines, parse_json, standard_input
+from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expand, lines, parse_json
 
 _METADATA_BYTES = 1 << 24
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
@@ -120,13 +118,13 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "chat":
             used |= {fields.messages, *_TEMPLATE}
-            content: dict[str, Any] = {"messages": _messages(record, fields.messages), "template": _template(record)}
+            content: dict[str, Any] = {"messages": chat_messages(record, fields.messages), "template": template_inputs(record)}
         elif form == "completion":
             used |= {fields.prompt, fields.completion}
             if isinstance(record.get(fields.prompt), list) and isinstance(record.get(fields.completion), list):
                 used |= set(_TEMPLATE)
-                prompt, completion = (_messages(record, name) for name in (fields.prompt, fields.completion))
-                content = {"messages": [*prompt, *completion], "prompt_messages": len(prompt), "template": _template(record)}
+                prompt, completion = (chat_messages(record, name) for name in (fields.prompt, fields.completion))
+                content = {"messages": [*prompt, *completion], "prompt_messages": len(prompt), "template": template_inputs(record)}
             else:
                 content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
         elif form == "vector":
@@ -138,9 +136,8 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
         metadata = _metadata({k: v for k, v in record.items() if k not in used and not _is_missing(v)}, left_out)
     except KeyError as error:
         return DataError(
-            f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; name yours with `text_field`, "
-            "`prompt_field` and `completion_field`, or `messages_field` (in Python: `Fields(text=...)`, and so on)"
-            + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
+            f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; name yours in "
+            "`fields`: text, or prompt and completion, or messages" + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
         )
     except ValueError as error:
         return DataError(f"{where}: {error}")
@@ -268,7 +265,7 @@ _NO_OPTIONS = {
 }
 
 
-def _messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def chat_messages(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """Read a record's chat messages, without the nulls of tables for missing keys; ShareGPT's `from` and `value` are accepted, too."""
     value = _without_nulls(_value(record, key))
     if isinstance(value, list) and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in value):
@@ -287,7 +284,7 @@ def _is_message(message: Any) -> bool:
     return complete and isinstance(message.get("content"), str | list | None)
 
 
-def _template(record: Mapping[str, Any]) -> dict[str, Any]:
+def template_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
     """Read the inputs of a record's chat template besides the messages."""
     inputs = _without_nulls({name: record[name] for name in _TEMPLATE if record.get(name) is not None})
     for name, value in inputs.items():
@@ -329,7 +326,7 @@ def read_ids(file: str) -> list[str]:
     """
     import sys
 
-    _check_exists(file)
+    check_exists(file)
     ids = []
     with contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
         for where, _, line in lines(stream, "stdin" if file == "-" else Path(file).name):
@@ -341,7 +338,12 @@ def read_ids(file: str) -> list[str]:
     return ids
 
 
-def _check_exists(file: str) -> None:
+def check_exists(file: str) -> None:
+    """Refuse a file that does not exist; `-` is standard input.
+
+    Raises:
+        NotFoundError: there is no such file.
+    """
     if file != "-" and not Path(file).is_file():
         raise NotFoundError(f"there is no file {file}; check the path")
 
@@ -358,95 +360,3 @@ def _json_id(line: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: a JSON object without an id; give it an id, or write the id as JSON text")
     return value
-
-
-_CHAT_BYTES = 1 << 24
-_QUERY = ("prompt", "completion", "text", "messages", "tools", "row", "against", "span", "weight")
-
-
-def read_queries(file: str) -> Iterator[dict[str, Any]]:
-    """Read the queries of a JSON-lines file (`-` is standard input): prompt and completion, text, messages (with tools), or row.
-
-    Optional are an id, a contrasting completion `against`, a `span` to which the loss is restricted, and a `weight` for a mean of queries.
-
-    Raises:
-        NotFoundError: there is no such file.
-        DataError: a line is not a query; names the line.
-    """
-    _check_exists(file)
-    (source,) = [standard_input()] if file == "-" else expand([file])[0]
-    reading = Reading("text", "prompt", "file", frozenset(_QUERY) - {"row", "weight"} | {"id"}, {})
-    for where, _, record in source.records(source.short, reading):
-        if isinstance(record, DataError):
-            raise record
-        problem = _misspelling(record) or _query_problem(record) or _chat_problem(record)
-        if problem:
-            raise DataError(f"{where}: {problem}")
-        query = {k: record[k] for k in _QUERY if record.get(k) is not None}
-        yield query | {"id": str(where if record.get("id") is None else record["id"])}
-
-
-def _misspelling(record: Mapping[str, Any]) -> str | None:
-    """Return a problem if a field has nearly the name of a query's field; other unknown fields are ignored."""
-    for key in record.keys() - set(_QUERY):
-        if names := get_close_matches(str(key).lower(), _QUERY, 1, 0.8):
-            return f"unknown field {str(key)[:80]!r} of a query; rename it to {names[0]!r}, or to another name"
-    return None
-
-
-def _query_problem(record: Mapping[str, Any]) -> str | None:
-    options = sorted({"k", "mode", "damping", "opponents", "where", "layers", "weights"} & record.keys())
-    if options:
-        return f"{options[0]} is an option of the call, the same for all queries of a file, not a field of a query; remove the field"
-    forms = [k for k in ("completion", "text", "messages", "row") if record.get(k) is not None]
-    if len(forms) != 1 or (record.get("prompt") and forms != ["completion"]):
-        return "a query is a prompt with a completion, a text, messages or a row; give exactly one of them"
-    for key in ("prompt", "completion", "text", "against", "span"):
-        if record.get(key) is not None and not isinstance(record[key], str):
-            return f"{key} holds {type(record[key]).__name__}, not text"
-    if "row" in forms and (not isinstance(record["row"], int) or isinstance(record["row"], bool)):
-        return f"row is {record['row']!r}, not a whole number"
-    weight = record.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
-        return f"weight is {weight!r}, not a number"
-    return None
-
-
-def read_chat(file: str) -> dict[str, Any]:
-    """Read the messages of a JSON file: a list, or an object with `messages` and optionally `tools`.
-
-    Raises:
-        NotFoundError: there is no such file.
-        DataError: it is not a regular file, or has other content.
-    """
-    path = Path(file)
-    if not path.exists():
-        raise NotFoundError(f"there is no file {file}; check the path")
-    size = regular_size(path)
-    if not size:
-        raise DataError(f"{file} is empty or not a regular file; give a JSON file with a list of messages")
-    if size > _CHAT_BYTES:
-        raise DataError(f"{file} is longer than {_CHAT_BYTES >> 20} MiB; give a file with the messages of one query")
-    try:
-        content = parse_json(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8; convert the file, for instance with iconv") from error
-    except ValueError as error:
-        raise DataError(f"{file}: {error}; give a list of messages, or an object with messages and tools") from error
-    record = content if isinstance(content, dict) else {"messages": content}
-    if not record.get("messages") or not record.keys() <= {"messages", "tools"}:
-        raise DataError(f"{file} has neither a list of messages nor an object with only messages and tools; give one of them")
-    problem = _chat_problem(record)
-    if problem:
-        raise DataError(f"{file}: {problem}")
-    return {"messages": _messages(record, "messages"), "tools": _template(record).get("tools")}
-
-
-def _chat_problem(record: Mapping[str, Any]) -> str | None:
-    try:
-        if record.get("messages") is not None:
-            _messages(record, "messages")
-            _template(record)
-    except ValueError as error:
-        return str(error)
-    return None

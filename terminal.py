@@ -1,16 +1,27 @@
-"""Answers on a terminal: the query, a table of proponents and one of opponents, and how they were found."""
+"""All that the command line prints for people: answers, explanations, descriptions of an index, costs, and evaluations."""
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..store.printable import printable
-from .answers import Answer, Explanation, Group, Part, TokenShares
+from .query.answers import Answer, Explanation, Group, Part, TokenShares
+from .store.printable import printable, printable_line
+
+if TYPE_CHECKING:
+    from .evaluation.checks import Report
+    from .evaluation.judge import Judgement
+    from .ray_jobs.plan import Cost
+    from .store.manifest import Addition, Build, Manifest
+
+_NAMED = 5
 
 _SHOWN_CHARACTERS = 240
 _NARROW = 60
@@ -20,7 +31,12 @@ _SHOWN_IDS = 5
 _FOR, _AGAINST, _FAINT, _DARK, _BAR = (5, 80, 160), (235, 140, 20), 0.05, 0.5, 24
 
 
-def show(answer: Answer) -> None:
+def say(line: str, err: bool = False) -> None:
+    """Print a line; control characters in it are escaped, so that file names and stored texts cannot control the terminal."""
+    click.echo(printable(line), err=err)
+
+
+def show_answer(answer: Answer) -> None:
     """Print an answer for people, as wide as the terminal is."""
     console = Console()
     for part in renderables(answer, narrow=console.width < _NARROW):
@@ -181,3 +197,140 @@ def shortened(text: str) -> str:
 def _printable(text: str) -> Text:
     """Stored text, with the control characters by which it could command the terminal spelled out."""
     return Text(printable(text))
+
+
+def show_built(out: str, manifest: "Manifest", existed: bool) -> None:
+    """Print the result of a build, and how to ask the index."""
+    build = manifest.build
+    done = "is already complete" if existed else "is complete"
+    say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(component.name for component in manifest.components)}")
+    for part in build.tracked:
+        say(f"the rows measure {_tracked({**part.model_dump(), 'share': part.share})}")
+    if build.skipped:
+        say(f"left out {build.skipped:,} documents that could not be used; the first: {build.skipped_first[0]}")
+    _show_not_stored(build)
+    if build.truncated:
+        say(f"stored only the beginning of {build.truncated:,} documents that are longer than an example may be")
+    say(f"ask it:  wherefrom query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+
+
+def show_added(index: str, manifest: "Manifest", refit: Sequence[str]) -> None:
+    """Print the result of an addition.
+
+    Args:
+        refit: components whose curvature does not fit the added documents.
+    """
+    addition = manifest.build.added[-1]
+    say(f"{index} has {addition.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(addition.drift)}")
+    _show_not_stored(addition)
+    for name in refit:
+        say(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
+
+
+def _show_not_stored(record: "Build | Addition") -> None:
+    """Print the files of a corpus that were not read, and the columns that were not stored."""
+    unread = _unread(record.unread.files, record.unread.first)
+    if unread:
+        say(f"not read: {unread}")
+    if record.left_out_columns:
+        say(f"left out columns: {_columns(record.left_out_columns)}")
+
+
+def show_cost(cost: "Cost") -> None:
+    """Print the estimated cost of a build."""
+    say(f"{cost.documents:,} documents, about {cost.rows:,} rows and {cost.tokens:,} tokens")
+    for component in cost.components:
+        sizes = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in component.items() if k != "name" and v is not None)
+        say(f"  {component['name']}: {sizes}")
+    say(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
+    say(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
+    say(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """Print the description of an index (see `Index.summary`)."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    special = {
+        "added": lambda parts: ["; ".join(f"{p['rows']:,} rows (drift: {_drifts(p['drift'])})" for p in parts) or "nothing"],
+        "tracked": lambda parts: [_tracked(p) + (f" (model {n})" if len(parts) > 1 else "") for n, p in enumerate(parts, 1)],
+        "notes": list,
+        "unread": lambda unread: [_unread(unread["files"], unread["first"]) or "nothing"],
+        "left_out_columns": lambda columns: [_columns(columns) or "nothing"],
+        "models": lambda models: [f"{m['id']}, {m['architecture']}, {m['parameters']:,} parameters, {m['dtype']}" for m in models],
+        "components": lambda components: [],
+    }
+    titles = {"tracked": "measured", "notes": "note", "unread": "not read", "models": "model"}
+    for name, value in summary.items():
+        for line in special.get(name, lambda value: [value])(value):
+            _add_row(table, titles.get(name, name), line)
+    for component in summary["components"]:
+        _add_row(table, "", "")
+        _add_row(table, f"component {component['name']}", "")
+        for name, value in component.items():
+            if name != "name":
+                _add_row(table, f"  {name}", value)
+    Console().print(table)
+
+
+def _add_row(table: Table, name: str, value: object) -> None:
+    table.add_row(name.replace("_", " "), Text(printable_line(f"{value:,}" if isinstance(value, int) else str(value))))
+
+
+def _tracked(part: Mapping[str, Any]) -> str:
+    """Describe the share of a model that an index's rows measure."""
+    left_out = part["left_out"]
+    rest = f"; not {', '.join(left_out[:4])}{' ...' if len(left_out) > 4 else ''}" if left_out else ""
+    return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){rest}"
+
+
+def _drifts(drift: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {ratio:g}" for name, ratio in drift.items())
+
+
+def _unread(files: int, first: Sequence[str]) -> str:
+    """Describe files that were not read; empty if there are none."""
+    return f"{files:,} file{'s' * (files > 1)}: {', '.join(first[:_NAMED])}{', ...' * (files > _NAMED)}" if files else ""
+
+
+def _columns(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def show_judgement(judgement: "Judgement") -> None:
+    """Print a judgement as a table."""
+    table = Table(title=f"LDS on {judgement.pack}", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "LDS", "95 % interval", "lead over it", "bytes/example"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    size = f"{judgement.bytes_per_example:,.0f}" if judgement.bytes_per_example is not None else ""
+    rows = {"this index" if size else "these scores": (judgement.estimate, size)}
+    rows |= {f"baseline: {name}": (e, "") for name, e in judgement.baselines.items()}
+    for name, (e, bytes_per_example) in rows.items():
+        lead = judgement.leads.get(name.removeprefix("baseline: "))
+        lead_interval = f"{lead.low:+.3f} to {lead.high:+.3f}" if lead else ""
+        table.add_row(
+            name,
+            f"{e.value:.3f}",
+            f"{e.low:.3f} to {e.high:.3f}",
+            lead_interval,
+            bytes_per_example,
+            style="bold" if not name.startswith("baseline") else "",
+        )
+    if judgement.ceiling is not None and judgement.split_half is not None:
+        table.add_row("ceiling", f"{judgement.ceiling:.3f}", "", "", "")
+        table.add_row("half of the seeds for the others", f"{judgement.split_half:.3f}", "", "", "")
+    console = Console()
+    console.print(table)
+    console.print(f"{judgement.protocol}.\n{json.dumps(judgement.method)}", style="dim", highlight=False)
+
+
+def show_report(report: "Report") -> None:
+    """Print a report for people."""
+    table = Table(title=report.check, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("", "mean", "95 % interval"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, e in report.figures.items():
+        table.add_row(name, f"{e.value:.4g}", "needs two values" if e.low is None else f"{e.low:.4g} to {e.high:.4g}")
+    console = Console()
+    console.print(table)
+    counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.about.items())
+    console.print(f"{report.explained} {counted}.", style="dim", highlight=False)
