@@ -18,6 +18,7 @@ BUILD_PANELS = {
     "Machine": ("workers", "device", "dtype"),
 }
 """Options of a build that have flags, by panel of the help; all others are given as -o name=value."""
+_WITH_FLAGS = frozenset(name for names in BUILD_PANELS.values() for name in names)
 _REPEATED = ("model", "data", "layers")
 
 
@@ -63,8 +64,7 @@ class ConfigCommand(cloup.Command):
 
     def other_options(self) -> dict[str, str]:
         """The options without flags, with their help."""
-        with_flags = {name for names in BUILD_PANELS.values() for name in names}
-        return {name: _help(name) for name in _config_fields() if name not in with_flags and name not in self._without}
+        return {name: _help(name) for name in _config_fields() if name not in _WITH_FLAGS and name not in self._without}
 
 
 def _config_fields() -> Mapping[str, Any]:
@@ -79,8 +79,10 @@ def _help(name: str) -> str:
     shown = "[default:" in text or field.default in (None, ()) or field.is_required()
     default = str(field.default).lower() if isinstance(field.default, bool) else field.default
     choices = _choices(name)
-    listed = f" One of {', '.join(choices)}." if choices else ""
-    return text + listed + ("" if shown else f"  [default: {default}]")
+    if choices and name not in _WITH_FLAGS:
+        text, bracket, rest = text.partition("[default:")
+        text = f"{text.strip()} One of {', '.join(choices)}." + (f"  {bracket}{rest}" if bracket else "")
+    return text + ("" if shown else f"  [default: {default}]")
 
 
 def _choices(name: str) -> tuple[str, ...]:
@@ -196,7 +198,7 @@ def _query_option(field: OptionField) -> Callable[..., Any]:
     kinds = {str: str, int: int, float: float}
     option = field.option
     text = ("JSON file: " if option.file else "") + option.help
-    if option.default is not None:
+    if option.default is not None and field.kind is not bool:
         text += f"  [default: {option.default}]"
     if field.kind is bool:
         return click.option(*field.flags, field.name, is_flag=True, default=bool(option.default), help=text)

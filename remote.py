@@ -172,7 +172,7 @@ class RemoteClient(BaseClient):
         return {**(bodies[0] if single else {"queries": bodies}), **_set_options(options), "index": self.index}
 
 
-def connect(index: Any, **options: Any) -> BaseClient:
+def connect(index: Any, /, **options: Any) -> BaseClient:
     """Return a client of an index directory or of a server; both have the same methods and give the same answers.
 
     Args:

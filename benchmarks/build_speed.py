@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from wherefrom import BuildConfig
+from wherefrom.indexer.budget import allocate, count_tokens
 from wherefrom.indexer.encoder import Encoder, batches
 from wherefrom.indexer.examples import TextEncoder
 from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
-from wherefrom.ray_jobs.budget import count_tokens, spend
 from wherefrom.ray_jobs.worker import Worker, encode_rows
 from wherefrom.store.corpus import read_corpus
 from wherefrom.store.documents import Example, write_documents
@@ -72,7 +72,7 @@ def main():
             _, plan, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
             size = _CONFIGURATIONS[name].get("bytes_per_example")
             if size is not None:
-                plan = replace(plan, components=spend(size, plan.components, count_tokens(examples)))
+                plan = replace(plan, components=allocate(size, plan.components, count_tokens(examples)))
             plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(plan), {}
             for step in range(len(fit.steps)):

@@ -197,10 +197,10 @@ def main():
             continue
     scratch = args.scratch or Path(tempfile.mkdtemp(dir=args.index.parent))
     (component,) = client.index.manifest.components
-    asked = folded(client.rows(queries[: args.count])[component.name])
+    asked = folded(client.encode(queries[: args.count])[component.name])
     scratch.mkdir(exist_ok=True)
     np.save(scratch / "queries.npy", asked)
-    np.save(scratch / "whole.npy", client.rows(queries[: args.count])[component.name])
+    np.save(scratch / "whole.npy", client.encode(queries[: args.count])[component.name])
     client.index.reindex()
     again = [sys.executable, __file__, "--repeats", str(args.repeats), "--queries"]
     for recall in _RECALLS:

@@ -23,7 +23,7 @@ _METHODS = {
     "Wherefrom, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
     "Wherefrom, `--components head` (64 bits a token)": {"components": ("head",)},
     "Wherefrom, `--components head --head-bits 256`": {"components": ("head",), "head_bits": 256},
-    "Wherefrom, `--components head --head-bits 32 --head-keys 32`": {"components": ("head",), "head_bits": 32, "head_keys": 32},
+    "Wherefrom, `--components head --head-bits 32 --head-keys 32`": {"components": ("head",), "head_bits": 32, "head_max_tokens": 32},
 }
 _NAMES = {
     "random": "random numbers",
@@ -60,7 +60,7 @@ def tables(packs, data, scores):
                 if number == 0:
                     judged = judgement
                     pack, client = read_pack(path, data), Client(out)
-                    found = score_matrix(client, client.measure(client.encode(pack.queries)))
+                    found = score_matrix(client, client.measure(client.to_examples(pack.queries)))
                     widths[judged.pack] = {n: estimate(found, pack.masks[:n], pack.losses[:n]) for n in _STEPS if n <= len(pack.masks)}
         for place, name, file in scores:
             if place == judged.pack:

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines, score_matrix
 from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.indexer.encoder import Encoder
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.sparse import SparseVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
@@ -72,13 +73,13 @@ def _measured(pack, options, scratch, recall):
     given = {"model": str(pack.model), **pack.build, **options}
     build(BuildConfig(task=pack.task, data=(str(data),), out=str(out), **given))
     client = Client(out)
-    queries = client.encode(pack.queries)
+    queries = client.to_examples(pack.queries)
     scores = score_matrix(client, client.measure(queries))
     found = _halves(scores, pack)
     summary = client.index.summary()
     found["bytes"], found["encoder"] = summary["bytes_per_example"], summary["encoder_bytes"]
     found["components"] = {
-        s["name"]: [s.get("bits_a_key"), s.get("keys"), s.get("coordinates"), s["weight"]] for s in summary["components"]
+        s["name"]: [s.get("bits_per_token"), s.get("keys"), s.get("coordinates"), s["weight"]] for s in summary["components"]
     }
     if recall:
         exact = _exact(client, [client.index.example(i) for i in range(len(client.index))], queries)

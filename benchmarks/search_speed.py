@@ -79,7 +79,7 @@ def main():
             queries.append(query)
         except UsageError:  # longer than the model's context
             continue
-    asked = client.rows(queries[: args.count])
+    asked = client.encode(queries[: args.count])
     whole = [sys.executable, "-c", "from wherefrom.cli import main; main()", "query", str(args.index), "--row", "1", "--json"]
     seconds = []
     for _ in range(7):

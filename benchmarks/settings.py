@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import score_matrix
 from wherefrom.evaluation.lds import difference, estimate, lds
 from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.query.metric import Metric
+from wherefrom.ray_jobs.build import build
 
 _DAMPINGS = (None, 0.1, 0.3, 3.0, 10.0)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -53,7 +54,7 @@ def measure(path, data, size):
             BuildConfig(model=str(pack.model), task=pack.task, data=(str(documents),), out=str(out), bytes_per_example=size, **pack.build)
         )
         client = Client(out)
-        queries = client.measure(client.encode(pack.queries))
+        queries = client.measure(client.to_examples(pack.queries))
         scores = {_shown(metric): score_matrix(client, queries, metric) for metric in settings(client.index.manifest.components)}
     even, odd = slice(0, None, 2), slice(1, None, 2)
     on_even = {name: float(np.nanmean(lds(s[:, even], pack.masks, pack.losses[:, :, even]))) for name, s in scores.items()}

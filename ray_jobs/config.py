@@ -6,7 +6,7 @@ Nothing heavy is imported here, since `wherefrom build --help` is generated from
 import os
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..store.errors import IntegrityError, UsageError
@@ -151,15 +151,12 @@ class BuildConfig(BaseModel):
     address: str | None = None
     """Address of a Ray cluster.  [default: a local Ray]"""
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_sentence(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def __init__(self, **options: Any) -> None:
         try:
-            config = handler(values)
+            super().__init__(**options)
         except ValidationError as error:
-            raise UsageError(option_problem(error.errors()[0], cls)) from error
-        config._check()
-        return config
+            raise UsageError(option_problem(error.errors()[0], type(self))) from error
+        self._check()
 
     def _check(self) -> None:
         """Check options that depend on one another."""
@@ -232,6 +229,8 @@ def option_problem(error: ErrorDetails, config: type[BaseModel]) -> str:  # noqa
     value = error["input"]
     context = error.get("ctx", {})
     match error["type"]:
+        case "value_error":
+            return str(context["error"])
         case "missing":
             return f"no `{name}` given; name it"
         case "extra_forbidden":

@@ -33,7 +33,8 @@ def corpus_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def index_dir(tmp_path_factory, model_dir, corpus_file):
     """A small float32 index of several shards, shared by tests that do not change it."""
-    from wherefrom import BuildConfig, build
+    from wherefrom import BuildConfig
+    from wherefrom.ray_jobs.build import build
 
     out = tmp_path_factory.mktemp("indexes") / "small.wherefrom"
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), rank=4, shard_rows=32))

@@ -203,9 +203,9 @@ def sparse_component(vocabulary, width, bits, seed=0, name="head"):
         vocabulary=vocabulary,
         width=width,
         bits=bits,
-        others=0,
-        keys=None,
-        tail=False,
+        extra_tokens=0,
+        max_tokens=None,
+        postprocessed=False,
         seed=seed,
         curvature=Curvature(kind="kfac", labels="sampled", examples=0, tokens=0, damping=1.0),
     )

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bits import component
 from test_sparse import head_plan, make_model
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
+from wherefrom.indexer.budget import allocate, count_tokens, row_cost
 from wherefrom.indexer.encoder import Encoder
-from wherefrom.query.answers import Query
 from wherefrom.query.metric import Metric
+from wherefrom.query.options import Query
 from wherefrom.query.scoring import all_scores
-from wherefrom.ray_jobs.budget import count_tokens, row_cost, spend
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 
 
@@ -41,7 +42,7 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
     counts = {name: generator.integers(1, longest + 1, 300) for name in ("head", "embeddings")}
     offered = [s for i, s in enumerate(COMPONENTS) if which & (4 >> i)]
     offered = [s.model_copy(update={"width": width}) if s.kind == "sparse" else s for s in offered]
-    bought = spend(budget, offered, counts)
+    bought = allocate(budget, offered, counts)
     cost = sum(row_cost(s, counts) for s in bought)
     assert cost <= budget
     whole = [s for s in bought if s.kind == "dense" or s.keys is not None]
@@ -54,7 +55,7 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
 
 def test_more_bytes_never_take_a_component_or_a_bit_away():
     counts = {name: np.random.default_rng(0).integers(40, 90, 300) for name in ("head", "embeddings")}
-    held = [{s.name: s for s in spend(budget, COMPONENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
+    held = [{s.name: s for s in allocate(budget, COMPONENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
     assert [sorted(h) for h in held] == [["head"], ["embeddings", "head"], *[["blocks", "embeddings", "head"]] * 3]
     assert [h["head"].bits for h in held[2:]] == sorted(h["head"].bits for h in held[2:])
     assert held[-1]["head"].bits == 256  # as many as coordinates, of all tokens
@@ -104,7 +105,7 @@ def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, m
     queries = [Query(text=t) for t in random_texts(6, seed=9)]
 
     def scores(client, metric):
-        return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
+        return np.concatenate([s for _, s in all_scores(client.index, client.encode(queries), metric)], axis=1)
 
     for metric in (Metric(), Metric("cosine"), Metric(damping=2.0), Metric(curvature=False)):
         exact = scores(whole, metric)
@@ -119,10 +120,10 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
     for more, message in (
         (["--bytes-per-example", "9"], "does not pay for one token of the head"),
-        (["--bytes-per-example", "800", "--head-bits", "64"], "--bytes-per-example chooses --head-bits"),
+        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses --head-bits"),
         (["--bytes-per-example", "0"], "must be at least 1"),
         (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "cannot be combined"),
-        (["--labels", "expected"], "sums over the classes"),
+        (["-o", "labels=expected"], "sums over the classes"),
     ):
         refused = run(*options, *more)
         assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
@@ -193,7 +194,7 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     info = json.loads(run("build", *options, "--out", tmp_path / "i", "--json").stdout)
     assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
     assert [s["name"] for s in plan["components"]] == [s["name"] for s in info["components"]]
-    assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_a_key") for s in info["components"]]
+    assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_per_token") for s in info["components"]]
     assert array_bytes(tmp_path / "i") == pytest.approx(plan["bytes_of_rows"], rel=0.03)
     assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
     assert plan["row_seconds"] > 0
@@ -233,5 +234,5 @@ def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_grad
     model.save_pretrained(tmp_path / "m")
     options = {"model": str(tmp_path / "m"), "data": (str(corpus_file),), "bytes_per_example": 1500}
     manifest = build(BuildConfig(out=str(tmp_path / "i"), **options))
-    means = {name: found["mean_share"] for name, found in manifest.build.weighed.items()}
+    means = {name: found["mean_share"] for name, found in manifest.build.calibration.items()}
     assert (means["head"] > max(0.0, means["blocks"])) == frozen, means

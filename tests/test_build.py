@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.progress import Console
 from wherefrom.store.errors import BusyError, DataError, NotFoundError, NumericalError, UsageError
 from wherefrom.store.files import exclusive
@@ -102,7 +103,7 @@ def test_what_of_a_folder_is_not_kept_is_recorded_and_changes_nothing(tmp_path, 
     (folder / "README.md").write_text("# A card")
     (folder / "scan.pdf").write_text("x")
     (folder / ".hidden").write_text("x")
-    arguments = ["build", "--model", model_dir, "--data", folder, "--out", tmp_path / "i", "--rank", 2]
+    arguments = ["build", "--model", model_dir, "--data", folder, "--out", tmp_path / "i", "-o", "rank=2"]
     done = CliRunner().invoke(main, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     assert "not read: 2 files: README.md (a dataset card or license), scan.pdf (no kind of document)\n" in done.stdout
@@ -206,7 +207,8 @@ def slow_corpus(tmp_path, count=400):
 
 BUILDER = """
 import sys
-from wherefrom import BuildConfig, build
+from wherefrom import BuildConfig
+from wherefrom.ray_jobs.build import build
 import wherefrom.ray_jobs.build, transformers.models.gpt2.modeling_gpt2
 print("ready", flush=True)
 build(BuildConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[3], rank=4, shard_rows=24, fit_examples=64))
@@ -415,7 +417,7 @@ def all_scores_of(client, text):
     from wherefrom.query.metric import Metric
     from wherefrom.query.scoring import all_scores
 
-    return all_scores(client.index, client.rows([Query(text=text)]), Metric("loss-normalized"))
+    return all_scores(client.index, client.encode([Query(text=text)]), Metric("loss-normalized"))
 
 
 @pytest.mark.parametrize(
@@ -469,7 +471,7 @@ def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path
 @pytest.mark.slow
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path, 1600), tmp_path / "i"
-    command = ["build", "--model", model, "--data", corpus, "--out", out, "--rank", "4", "--shard-rows", "24", "--fit-examples", "64"]
+    command = ["build", "--model", model, "--data", corpus, "--out", out, "-o", "rank=4", "-o", "shard_rows=24", "-o", "fit_examples=64"]
     run = [sys.executable, "-c", "from wherefrom.cli import main; main()", *map(str, command)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard)  # noqa: PLW1509

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import assert_close, make_model, make_tokenizer, random_texts, words, write_jsonl
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.change import add, compact, delete, drifted, prune
 from wherefrom.store.errors import BusyError, DataError, IncompatibleError, IntegrityError, UsageError
 from wherefrom.store.files import exclusive
@@ -37,7 +38,7 @@ def index(tmp_path, model_dir):
 
 def scores(path, metric=Metric()):
     client = Client(path)
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(QUERIES), metric)], axis=1)
+    return np.concatenate([s for _, s in all_scores(client.index, client.encode(QUERIES), metric)], axis=1)
 
 
 def ids(path):
@@ -72,7 +73,7 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     assert_close(after[:, :60], before, 1e-6)
     client = Client(index)
     blocks = client.index.component("blocks")
-    exact = client.measure(client.encode(list(_documents(records(60, 100)))))["blocks"]
+    exact = client.measure(client.to_examples(list(_documents(records(60, 100)))))["blocks"]
     stored = np.stack([client.index.row(i, blocks) for i in range(60, 100)])
     assert (np.einsum("rd,rd->r", exact, stored) > 0).all()
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), np.linalg.norm(exact, axis=1), rtol=0.1)

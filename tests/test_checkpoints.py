@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import array_bytes, assert_close, make_model, make_tokenizer, random_texts, words
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
-from wherefrom.query.answers import Query
 from wherefrom.query.metric import Metric
+from wherefrom.query.options import Query
 from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IncompatibleError, UsageError
 from wherefrom.store.shard import rows_path
 
@@ -37,7 +38,7 @@ def index(tmp_path_factory, checkpoints, corpus_file):
 
 
 def scores(client, queries, metric=Metric()):
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
+    return np.concatenate([s for _, s in all_scores(client.index, client.encode(queries), metric)], axis=1)
 
 
 def test_each_model_has_the_components_that_it_has_alone(tmp_path, checkpoints, corpus_file, index):

@@ -80,14 +80,14 @@ def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_pa
     config.write_text('rank = 3\ndamping = 0.5\nlayers = ["h.1.*"]\n')
     env = {"WHEREFROM_BUILD_DAMPING": "0.25", "WHEREFROM_BUILD_SEED": "4"}
     done = wherefrom(
-        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, env=env
+        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "-o", "seed=5", env=env
     )
     assert done.exit_code == 0, done.output
     assert "wherefrom query" in done.stdout
     options = json.loads(latest_manifest(tmp_path / "i").read_text())["build"]["what"]["options"]
     assert (options["rank"], options["damping"], options["seed"], options["layers"]) == (3, 0.25, 5, ["h.1.*"])
     again = wherefrom(
-        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "--seed", 5, "--json", env=env
+        "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "-o", "seed=5", "--json", env=env
     )
     assert json.loads(again.stdout)["rows"] == 120
 
@@ -177,10 +177,10 @@ BAD_INPUTS = {
     "blank corpus": ((*BUILD, "--data", "{bad}/blank.jsonl"), 1, "no usable document"),
     "hollow folder": ((*BUILD, "--data", "{bad}/hollow"), 3, "no file that can be read"),
     "bad JSON line": ((*BUILD, "--data", "{bad}/broken.jsonl"), 1, "broken.jsonl line 2: not valid JSON"),
-    "no loss token": ((*BUILD, "--data", "{bad}/silent.jsonl", "--no-append-eos"), 1, "silent.jsonl line 2: no token to predict"),
+    "no loss token": ((*BUILD, "--data", "{bad}/silent.jsonl", "-o", "append_eos=false"), 1, "silent.jsonl line 2: no token to predict"),
     "no text field": ((*BUILD, "--data", "{bad}/nofield.jsonl"), 1, "only 'body'"),
     "corpus from a pipe": ((*BUILD, "--data", "-"), 2, "standard input"),
-    "two forms": ((*ON_CORPUS, "--text-field", "a", "--prompt-field", "b"), 2, "one form of document"),
+    "two forms": ((*ON_CORPUS, "--fields", "text=a,prompt=b"), 2, "several forms of document"),
     "no such model": (("build", "--model", "{bad}/none", "--data", "{corpus}", "--out", "{out}"), 3, "there is no model at"),
     "not a model": (("build", "--model", "{bad}/notmodel", "--data", "{corpus}", "--out", "{out}"), 3, "there is no tokenizer at"),
     "pickled weights": (("build", "--model", "{bad}/pickled", "--data", "{corpus}", "--out", "{out}"), 3, "are not safetensors"),
@@ -190,19 +190,19 @@ BAD_INPUTS = {
     "empty variable": ((*BUILD, "--data", ""), 2, "is empty"),
     "truncated gzip": ((*BUILD, "--data", "{bad}/cut.csv.gz"), 1, "the gzip data is damaged, or ends too early"),
     "surrogate in metadata": ((*BUILD, "--data", "{bad}/surrogate.jsonl"), 1, "line 1: the column 'note' holds half of a surrogate pair"),
-    "absurd threads": ((*ON_CORPUS, "--threads", "1000000"), 2, "at most 1024"),
-    "wrong type in a file": ((*ON_CORPUS, "--config", "{bad}/types.toml"), 2, "rank cannot be [2]"),
+    "absurd threads": ((*ON_CORPUS, "-o", "threads=1000000"), 2, "at most 1024"),
+    "wrong type in a file": ((*ON_CORPUS, "--config", "{bad}/types.toml"), 2, "rank is [2]"),
     "text that is not UTF-8": ((*QUERY, "--text", "w1 \udcff"), 2, "not UTF-8"),
     "NaN weights": (("build", "--model", "{bad}/nan", "--data", "{corpus}", "--out", "{out}"), 1, "are finite under this model"),
     "no layer matches": ((*ON_CORPUS, "--layers", "*.experts.*"), 2, "no layer matches '*.experts.*'"),
-    "rank 0": ((*ON_CORPUS, "--rank", "0"), 2, "--rank is 0"),
-    "negative damping": ((*ON_CORPUS, "--damping", "-1"), 2, "the damping is -1"),
-    "NaN damping": ((*ON_CORPUS, "--damping", "nan"), 2, "the damping is nan"),
-    "unknown curvature": ((*ON_CORPUS, "--curvature", "hessian"), 2, "it can be auto, fisher"),
+    "rank 0": ((*ON_CORPUS, "-o", "rank=0"), 2, "rank is 0; it must be at least 1"),
+    "negative damping": ((*ON_CORPUS, "-o", "damping=-1"), 2, "damping is -1.0; it must be at least 1e-06"),
+    "NaN damping": ((*ON_CORPUS, "-o", "damping=nan"), 2, "damping is"),
+    "unknown curvature": ((*ON_CORPUS, "-o", "curvature=hessian"), 2, "it can be auto, fisher"),
     "unknown device": ((*ON_CORPUS, "--device", "abacus"), 2, "not a device"),
     "no such GPU": ((*ON_CORPUS, "--device", "cuda:7"), 2, "cannot be moved to cuda:7"),
     "too long examples": ((*ON_CORPUS, "--max-tokens", "9999"), 2, "the model's context is 64"),
-    "one-token examples": ((*ON_CORPUS, "--max-tokens", "1"), 2, "at least 2 tokens"),
+    "one-token examples": ((*ON_CORPUS, "--max-tokens", "1"), 2, "--max-tokens is 1; it must be at least 2"),
     "out is a file": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{bad}/file"), 2, "is a file"),
     "out is occupied": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{bad}/occupied"), 2, "holds other things"),
     "out is another index": (("build", "--model", "{model}", "--data", "{corpus}", "--out", "{index}"), 2, "differs from this one"),
@@ -210,7 +210,7 @@ BAD_INPUTS = {
     "no config file": ((*ON_CORPUS, "--config", "{bad}/none.toml"), 2, "there is no file"),
     "long config file": ((*ON_CORPUS, "--config", "{bad}/long.toml"), 2, "long.toml is longer than 16 KiB"),
     "deep config file": ((*ON_CORPUS, "--config", "{bad}/deep.toml"), 2, "deep.toml cannot be read as TOML: it is nested too deeply"),
-    "unknown split of texts": ((*ON_CORPUS, "--split-text", "pages"), 2, "--split-text is 'pages'; it can be file or blank-lines"),
+    "unknown split of texts": ((*ON_CORPUS, "--fields", "split_text=pages"), 2, "split_text is 'pages'; it can be file or blank-lines"),
     "unknown split": ((*BUILD, "--data", "{bad}/splits:dev"), 3, "splits has no split 'dev'; it has train, test"),
     "nothing readable": (
         (*BUILD, "--data", "{bad}/pictures"),
@@ -238,9 +238,9 @@ BAD_INPUTS = {
     "nothing to predict": ((*QUERY, "--completion", "w1"), 2, "no token to predict"),
     "query too long": ((*QUERY, "--text", words(*[1] * 65)), 2, "66 tokens long, the model's context is 64"),
     "row beyond": ((*QUERY, "--row", "120"), 2, "the rows 0 to 119"),
-    "k 0": ((*QUERY, "--row", "1", "-k", "0"), 2, "k is 0"),
+    "k 0": ((*QUERY, "--row", "1", "-k", "0"), 2, "-k is 0"),
     "unknown mode": ((*QUERY, "--row", "1", "--mode", "dot"), 2, "influence, cosine"),
-    "query damping 0": ((*QUERY, "--row", "1", "--damping", "0"), 2, "from 1e-6"),
+    "query damping 0": ((*QUERY, "--row", "1", "--damping", "0"), 2, "between 1e-06"),
     "no query file": ((*QUERY, "--file", "{bad}/none.jsonl"), 3, "there is no file"),
     "bad query": ((*QUERY, "--file", "{bad}/queries.jsonl"), 1, "queries.jsonl line 2"),
     "file and text": ((*QUERY, "--file", "{bad}/queries.jsonl", "--text", "w1 w2"), 2, "brings its own queries"),
@@ -312,7 +312,7 @@ def test_texts_with_markup_are_shown_as_they_are(tmp_path, model_dir):
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"id": f"[bold]{i}", "text": "[red] w1 [/nonsense] " + t} for i, t in enumerate(random_texts(4))]
     )
-    assert wherefrom("build", "--model", model_dir, "--data", corpus, "--out", tmp_path / "i", "--rank", 2).exit_code == 0
+    assert wherefrom("build", "--model", model_dir, "--data", corpus, "--out", tmp_path / "i", "-o", "rank=2").exit_code == 0
     done = wherefrom("query", tmp_path / "i", "--row", 0, "-k", 1)
     assert done.exit_code == 0, done.output
     assert "[bold]0" in done.stdout

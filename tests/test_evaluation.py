@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.evaluation.baselines import content_baselines, gradient_baselines, hidden_baseline, score_matrix
 from wherefrom.evaluation.checks import brittleness, labels, recall, tailpatch
@@ -27,6 +27,7 @@ from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, ld
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.retrain import draw_masks, measure_losses
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import UsageError, WherefromError
 
@@ -225,7 +226,7 @@ def test_a_killed_pack_goes_on_and_ends_the_same(pack, model_dir, tmp_path):
 
 
 def test_judging_a_pack_prints_a_table_and_an_object(pack):
-    options = ["--rank", "4", "--shard-rows", "16"]
+    options = ["-o", "rank=4", "-o", "shard_rows=16"]
     shown = run("evaluate", "lds", pack, *options)
     assert shown.exit_code == 0, shown.output
     shown_text = " ".join(shown.stdout.split())  # lines are wrapped
@@ -254,7 +255,7 @@ def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
     judgement = judge_index(pack, {"rank": 4}, out=tmp_path / "kept.wherefrom")
     read, client = read_pack(pack), Client(tmp_path / "kept.wherefrom")
     scores = np.zeros((24, 5))
-    for q, document in enumerate(client.encode(read.queries)):
+    for q, document in enumerate(client.to_examples(read.queries)):
         rows = client.measure([document])["blocks"]
         for i in range(24):
             scores[i, q] = rows[0] @ client.index.row(i, client.index.component("blocks"))
@@ -410,13 +411,13 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     # the plain product of gradients is the baseline of that name
     scores = (
         client.index.row(3, client.index.component("blocks"))
-        @ client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"].T
+        @ client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].T
     )
     baselines = gradient_baselines(
-        client, [client.index.example(i) for i in range(30)], client.encode(read_pack(place, tmp_path / "data").queries)
+        client, [client.index.example(i) for i in range(30)], client.to_examples(read_pack(place, tmp_path / "data").queries)
     )
     norms = [np.linalg.norm(client.index.row(3, client.index.component("blocks")))]
-    lengths = np.linalg.norm(client.measure(client.encode(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
+    lengths = np.linalg.norm(client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
     assert_close(baselines["norm"][3], norms * 10, 1e-5)
     assert_close(baselines["dot"][3], scores, 1e-5, norms[0] * lengths)
     assert_close(baselines["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)

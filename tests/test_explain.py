@@ -11,15 +11,16 @@ from helpers import assert_close, make_tokenizer, random_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer.examples import token_name, token_texts
 from wherefrom.indexer.shares import token_shares
 from wherefrom.query.answers import Answer, Attribution, Explanation, Part, SearchReport, TokenShares
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
-from wherefrom.query.terminal import heat, shortened, show, show_explanation
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
+from wherefrom.terminal import heat, shortened, show, show_explanation
 
 QUERIES = {
     "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
@@ -44,7 +45,7 @@ def paths(tmp_path_factory, model_dir, corpus_file):
     """All components, uncoded blocks; a dense component alone; one of which only some coordinates are kept; and one bit a coordinate."""
     made = {}
     for name, options in {
-        "all": {"components": ("head", "embeddings", "blocks"), "head_others": 3},
+        "all": {"components": ("head", "embeddings", "blocks"), "head_extra_tokens": 3},
         "blocks": {"components": ("blocks",)},
         "kept": {"components": ("blocks",), "coordinates": 40, "curvature": "ekfac"},
         "budget": {"bytes_per_example": 600},
@@ -57,7 +58,7 @@ def paths(tmp_path_factory, model_dir, corpus_file):
 
 def scores(client, query, options):
     metric = Metric(**{k: v for k, v in options.items() if k in ("mode", "damping", "curvature", "weights", "layers")})
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows([query]), metric)], axis=1)[0]
+    return np.concatenate([s for _, s in all_scores(client.index, client.encode([query]), metric)], axis=1)[0]
 
 
 def assert_adds_up(parts, expected, rtol):
@@ -118,7 +119,7 @@ def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, nam
     client = Client(paths[name])
     query = QUERIES[kind]
     (asking,) = client.examples([query if kind != "against" else Query(prompt="w1 w2 w3", completion=" w4")])
-    asked = client.encoder.rows([asking]) if kind == "row" else client.rows([query])
+    asked = client.encoder.rows([asking]) if kind == "row" else client.encode([query])
     for e in client.explain([3, 70], query):
         own, total = client.encoder.rows([client.index.example(e.row)]), 0.0
         for component in client.index.manifest.components:
@@ -141,7 +142,7 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
     """Held against plain autograd: the head's gradient of single positions' losses."""
     client = Client(paths["blocks"])
     encoder, example = client.encoder, client.index.example(5)
-    vector = client.rows([QUERIES["text"]])["blocks"][0]
+    vector = client.encode([QUERIES["text"]])["blocks"][0]
     shares, opposite = token_shares(encoder, example, [{"blocks": vector}, {"blocks": -vector}])
     assert_close(opposite, -shares, 1e-6)
     component = client.index.manifest.components[0]
@@ -185,15 +186,15 @@ def test_explain_on_the_command_line(paths):
     shown = run("--prompt", "w1 w2", "--completion", " w3")
     for part in ("training example", "query", "components", "layers", "tokens add up to"):
         assert part in shown
-    lines = [json.loads(line) for line in run("--text", "w1 w2 w3", "--row", "5", "--row", "6", "--json").splitlines()]
+    lines = [json.loads(line) for line in run("--text", "w1 w2 w3", "--example", "5", "--example", "6", "--json").splitlines()]
     assert [e["row"] for e in lines] == [5, 6]
     assert lines[0]["example"]["tokens"][0].startswith("w")
-    plain = json.loads(run("--query-row", "7", "--row", "5", "--no-tokens", "--json"))
+    plain = json.loads(run("--row", "7", "--example", "5", "--no-tokens", "--json"))
     assert plain["example"] is None
     assert plain["vocabulary"] == [] or plain["vocabulary"][0]["name"].isdigit()
-    wrong = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--row", "999"])
+    wrong = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--example", "999"])
     assert (wrong.exit_code, "row 999 is not in the index" in wrong.output) == (2, True)
-    both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--query-row", "9"])
+    both = CliRunner().invoke(main, ["explain", str(paths["all"]), "--text", "w1 w2", "--row", "9"])
     assert both.exit_code == 2
 
 

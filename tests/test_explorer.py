@@ -8,7 +8,8 @@ from urllib.parse import quote
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from test_server import Server
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
+from wherefrom.ray_jobs.build import build
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = [

@@ -5,8 +5,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 
 

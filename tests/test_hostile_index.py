@@ -22,8 +22,9 @@ from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.change import add, compact, delete, prune
 from wherefrom.store.arrays import ArrayFile, _append, page_checksums, write_arrays
 from wherefrom.store.documents import Documents, batch_checksums
@@ -477,7 +478,7 @@ def test_nothing_printed_commands_the_terminal(tmp_path, index):
         ["add", str(place), "--data", str(tmp_path / HOSTILE)],
         ["build", "--model", HOSTILE, "--data", HOSTILE, "--out", str(tmp_path / "o")],
         ["delete", str(place), "--ids", HOSTILE],
-        ["explain", str(place), "--query-row", "1", "--row", "2", "--no-tokens"],
+        ["explain", str(place), "--row", "1", "--example", "2", "--no-tokens"],
     ]
     for command in commands:
         done = CliRunner().invoke(main, command, env={"HF_HUB_OFFLINE": "1"})

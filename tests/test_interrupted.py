@@ -11,9 +11,10 @@ import time
 import pytest
 from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
 from wherefrom.ray_jobs import change
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.change import add, compact, delete, prune
 from wherefrom.store import shard as shard_module
 from wherefrom.store.errors import DataError, NotFoundError

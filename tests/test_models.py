@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IncompatibleError, NotFoundError
 
 
@@ -125,7 +126,7 @@ def test_a_model_of_which_little_is_measured_says_so_everywhere(tmp_path, corpus
     model.save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
     done = CliRunner().invoke(
-        main, ["build", "--model", str(tmp_path / "m"), "--data", str(corpus_file), "--out", str(tmp_path / "i"), "--rank", "2"]
+        main, ["build", "--model", str(tmp_path / "m"), "--data", str(corpus_file), "--out", str(tmp_path / "i"), "-o", "rank=2"]
     )
     assert done.exit_code == 0, done.output
     assert "Note: the rows measure" in done.stderr

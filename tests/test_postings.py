@@ -8,9 +8,10 @@ from click.testing import CliRunner
 from helpers import assert_close, random_texts, sparse_component, sparse_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.build import build
 from wherefrom.store import postings as module
 from wherefrom.store.arrays import ArrayFile, ArrayGroup
 from wherefrom.store.bits import rotate, signs_of
@@ -19,7 +20,7 @@ from wherefrom.store.errors import IntegrityError
 from wherefrom.store.index import Index
 from wherefrom.store.kernels import add_lists
 from wherefrom.store.postings import Postings, add_lists_plainly, byte_tables
-from wherefrom.store.sparse import SparseVectors
+from wherefrom.store.vectors import SparseVectors
 
 
 def random_rows(rows, vocabulary, width, seed):
@@ -73,7 +74,7 @@ def index(tmp_path, model_dir, corpus_file, monkeypatch):
 
 def scores(path):
     client = Client(path)
-    rows = client.rows([Query(text=t) for t in random_texts(3, seed=4)])
+    rows = client.encode([Query(text=t) for t in random_texts(3, seed=4)])
     return np.concatenate([s for _, s in all_scores(client.index, rows)], axis=1)
 
 

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from helpers import assert_close, make_tokenizer, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, Query, build, connect
+from wherefrom import BuildConfig, Client, Query, connect
 from wherefrom.cli import main
 from wherefrom.query.groups import _POISSON, group_scores
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import NumericalError, UsageError
 from wherefrom.store.index import Index
 
@@ -55,7 +56,7 @@ def client(index_path):
 
 
 def matrix(client, queries, metric=Metric()):
-    return np.concatenate([s for _, s in all_scores(client.index, client.rows(queries), metric)], axis=1)
+    return np.concatenate([s for _, s in all_scores(client.index, client.encode(queries), metric)], axis=1)
 
 
 # --- filters
@@ -154,7 +155,7 @@ def test_only_matching_rows_are_ranked(client, mode):
 def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     query = Query(text=words(3, 9, 27, 41))
     scores = matrix(client, [query])[0].astype(float)
-    (groups,) = group_scores(client.index, client.rows([query]), "color")
+    (groups,) = group_scores(client.index, client.encode([query]), "color")
     assert {g.value for g in groups} == set(COLORS)
     generator = np.random.default_rng(5)
     for g in groups:
@@ -170,14 +171,14 @@ def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     assert [g.total for g in groups] == sorted((g.total for g in groups), reverse=True)
     assert _POISSON.mean() == pytest.approx(1, abs=1e-6)
     assert _POISSON.var() == pytest.approx(1, abs=0.03)
-    (some,) = group_scores(client.index, client.rows([query]), "color", allowed=np.arange(120) < 10)
+    (some,) = group_scores(client.index, client.encode([query]), "color", allowed=np.arange(120) < 10)
     assert sum(g.rows for g in some) == 10
     with pytest.raises(UsageError, match="there is no column 'colour'"):
         client.query(text="w1 w2", group_by="colour")
 
 
 def test_groups_of_a_column_of_several_kinds_are_told_apart(index_path, client):
-    (groups,) = group_scores(client.index, client.rows([Query(row=3)]), "mixed")
+    (groups,) = group_scores(client.index, client.encode([Query(row=3)]), "mixed")
     assert {(g.value, type(g.value), g.rows) for g in groups} == {(4, int, 40), ("4", str, 40), (None, type(None), 40)}
     shown = CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--group-by", "mixed"]).stdout
     assert {line.split()[0] for line in shown[shown.index("influence ") :].splitlines() if line.startswith((" 4", " '4'", " (none)"))} == {
@@ -210,7 +211,7 @@ def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(clien
     maps = client.encoder.parts["blocks"].maps[layer.name]
     projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
     whitened = client.encoder.parts["blocks"]._whiten(layer, projected)[0].numpy()
-    found = client.rows([Query(prompt, one, against=other)])["blocks"][0][: layer.size]
+    found = client.encode([Query(prompt, one, against=other)])["blocks"][0][: layer.size]
     assert_close(found, whitened, 1e-4)
 
 
@@ -223,7 +224,7 @@ def test_spans_of_a_completion_add_up_to_the_whole(client):
     assert_close(in_text[0], in_text[1], 1e-5, np.abs(scores).max())
     for query in (Query("w1", " w3 w3", span="w3"), Query("w1", " w3", span="w1"), Query(text="w1 w2", span="")):
         with pytest.raises(UsageError, match="times in the queried text"):
-            client.rows([query])
+            client.encode([query])
     with pytest.raises(UsageError, match="needs a completion"):
         Query(text="w1 w2", against="w3")
 
@@ -460,7 +461,7 @@ def test_weights_of_a_mean_are_bounded_and_one_must_count(client):
 
 
 def test_a_score_that_is_not_finite_is_an_error(client):
-    rows = client.rows([Query(row=3)])
+    rows = client.encode([Query(row=3)])
     huge = {**rows, "blocks": rows["blocks"] * np.float32(1e38)}
     for recall in (1.0, 0.9):
         with pytest.raises(NumericalError, match="not finite"), np.errstate(all="ignore"):

@@ -13,8 +13,9 @@ import numpy as np
 import psutil
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
-from wherefrom import BuildConfig, build
+from wherefrom import BuildConfig
 from wherefrom.ray_jobs import executor as module
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.executor import Resources, open_executor
 from wherefrom.ray_jobs.progress import Silent
 from wherefrom.store.errors import BusyError, DataError, UsageError, WorkerError

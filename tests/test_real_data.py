@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.search import search
+from wherefrom.ray_jobs.build import build
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -51,7 +52,7 @@ def test_school_problems_find_school_problems(client, shared):
 def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, recall):
     monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
     monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
-    asked = client.rows([Query(row=row) for row in range(len(client.index))])
+    asked = client.encode([Query(row=row) for row in range(len(client.index))])
     whole, read = [], []
     for exact, hit in zip(search(client.index, asked, 10), search(client.index, asked, 10, recall=recall), strict=True):
         assert hit.recall == recall

@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer
 from wherefrom.query.search import search
+from wherefrom.ray_jobs.build import build
 from wherefrom.store import index as index_module
 from wherefrom.store import scan_codes as module
 from wherefrom.store.arrays import ArrayFile, ArrayGroup
@@ -97,7 +98,7 @@ def test_several_dense_components_add_their_variances(tmp_path, model_dir, corpu
     build(BuildConfig(model=models, data=(str(corpus_file),), out=str(tmp_path / "i"), rank=4, components=("blocks",)))
     client = Client(tmp_path / "i")
     queries = [Query(text=t) for t in random_texts(40, seed=12)]
-    rows = client.rows(queries)
+    rows = client.encode(queries)
     scorer = Scorer.of(client.index, rows, Metric())
     (group,) = client.index.groups
     whole = scorer.estimates(group).deviations.astype(float) ** 2
@@ -299,7 +300,7 @@ def test_a_damaged_row_is_an_error_when_it_is_read(indexes, tmp_path):
     raw[start + offset * component.stored * 4 + 2] ^= 1
     path.write_bytes(bytes(raw))
     with pytest.raises(IntegrityError, match="checksum"):
-        search(Index(tmp_path / "i"), client.rows([Query(text="w1 w2 w3")]), 120, recall=0.9)
+        search(Index(tmp_path / "i"), client.encode([Query(text="w1 w2 w3")]), 120, recall=0.9)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import pytest
 from helpers import assert_close, assert_same_ranking, random_texts, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores, standard_errors
 from wherefrom.query.search import _merge, search
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.sparse import inner_products
@@ -123,7 +124,7 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
     (component,) = client.index.manifest.components
     for i in (0, 17, 119):
         example = client.index.example(i)
-        asked = client.rows([Query(text=example.text)])["blocks"][0]
+        asked = client.encode([Query(text=example.text)])["blocks"][0]
         assert_close(asked, client.index.row(i, component), 1e-4)
         answer = client.query(text=example.text, k=120)
         (own,) = [a for a in answer.proponents if a.row == i]
@@ -228,7 +229,7 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
     components = client.index.manifest.components
     examples = [client.index.example(i) for i in range(120)]
     rows, queries = client.encoder.rows(examples), [Query(text=t) for t in random_texts(40, seed=77, shortest=12)]
-    asked = client.rows(queries)
+    asked = client.encode(queries)
     exact, squared = 0, 0
     for s in components:
         products = inner_products(asked[s.name], rows[s.name]) if s.kind == "sparse" else asked[s.name] @ rows[s.name].T

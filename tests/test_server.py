@@ -17,9 +17,10 @@ import urllib.parse
 import pytest
 from click.testing import CliRunner
 from helpers import assert_close, assert_same_ranking, random_texts, words
-from wherefrom import BuildConfig, Client, Query, build, connect
+from wherefrom import BuildConfig, Client, Query, connect
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
+from wherefrom.ray_jobs.build import build
 from wherefrom.remote import RemoteClient, Served, announce, find_server, servers_directory
 from wherefrom.server.app import create_app
 from wherefrom.store.errors import BusyError, NotFoundError, UsageError
@@ -156,7 +157,7 @@ def test_the_command_line_asks_a_running_server_and_prints_the_same(server, path
         there, here = run(*arguments, *wrong), run(*arguments, *wrong, "--local")
         assert there[0] == here[0] != 0
     assert run("query", index, "--row", "999999", "--json")[0] == 2
-    explained = run("explain", index, "--row", "3", "--prompt", "w1 w2", "--completion", " w3", "--json")
+    explained = run("explain", index, "--example", "3", "--prompt", "w1 w2", "--completion", " w3", "--json")
     assert json.loads(explained[1])["row"] == 3
     assert_alike(json.loads(run(*arguments, WHEREFROM_URL=server.url)[1]), json.loads(run(*arguments, "--local")[1]))
     code, said = run(*arguments, WHEREFROM_URL="http://127.0.0.1:9")

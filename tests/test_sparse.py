@@ -7,12 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import assert_close, make_examples, make_model, make_plan, open_zarr, sparse_component, sparse_rows, words
-from wherefrom import BuildConfig, Client, build
+from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
 from wherefrom.indexer.curvature import add_sums
 from wherefrom.indexer.encoder import Encoder, EncoderPlan
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.arrays import ArrayFile
 from wherefrom.store.bits import padded_width, rotate
 from wherefrom.store.errors import IntegrityError, UsageError
@@ -364,7 +365,7 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     blocks, head = client.index.manifest.components
     assert head.weight == 1.0
     assert blocks.weight > 0
-    (example,) = client.encode(_documents(words(3, 9, 9, 30, 41)))
+    (example,) = client.to_examples(_documents(words(3, 9, 9, 30, 41)))
     rows = client.measure([example])
     from wherefrom.query.scoring import all_scores
 
@@ -386,7 +387,7 @@ def test_weights_of_a_query_multiply_those_of_the_index(head_index):
     from wherefrom.query.scoring import all_scores
 
     client = Client(head_index)
-    rows = client.measure(client.encode(_documents(words(3, 9, 9, 30, 41))))
+    rows = client.measure(client.to_examples(_documents(words(3, 9, 9, 30, 41))))
 
     def scores(**weights):
         return np.concatenate([s[0] for _, s in all_scores(client.index, rows, Metric(weights=weights))])
@@ -439,7 +440,7 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
     from wherefrom.query.metric import Metric
     from wherefrom.query.scoring import all_scores
 
-    examples = low.encode(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
+    examples = low.to_examples(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
     changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])
     built = np.concatenate([s.T for _, s in all_scores(high.index, high.measure(examples))])
     assert np.corrcoef(changed.ravel(), built.ravel())[0, 1] > 0.999
@@ -456,18 +457,18 @@ def test_a_resumed_head_build_and_the_command_line(tmp_path, model_dir, corpus_f
         corpus_file,
         "--out",
         tmp_path / "h",
-        "--components",
-        "head",
-        "--head-bits",
-        "16",
-        "--head-keys",
-        "4",
+        "-o",
+        "components=head",
+        "-o",
+        "head_bits=16",
+        "-o",
+        "head_max_tokens=4",
     ]
     assert run("build", *options).exit_code == 0
     info = json.loads(run("info", tmp_path / "h", "--json").stdout)
     assert info["bytes_per_example"] < 200
-    assert info["components"][0]["keys"] == "4 of largest norm"
+    assert info["components"][0]["tokens"] == "4 of largest norm"
     assert "is already complete" in run("build", *options).stdout
-    refused = run("build", *options[:-4], "--components", "head,tail")
+    refused = run("build", *options[:-4], "-o", "components=head,tail")
     assert (refused.exit_code, "can be blocks, head" in refused.stderr) == (2, True)
-    assert run("build", *options[:4], "--out", tmp_path / "x", "--components", "head", "--head-bits", "0").exit_code == 2
+    assert run("build", *options[:4], "--out", tmp_path / "x", "-o", "components=head", "-o", "head_bits=0").exit_code == 2

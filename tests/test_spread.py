@@ -9,14 +9,15 @@ import torch
 from click.testing import CliRunner
 from devices import FIRST, SECOND, Devices
 from helpers import assert_close, make_model, make_tokenizer
-from wherefrom import BuildConfig, Client, Query, build
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
+from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.executor import Resources, gpus_of_each
 from wherefrom.store.errors import UsageError
 
 ROWS = {
-    "whole": {"components": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_others": 2, "labels": "sampled"},
+    "whole": {"components": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_extra_tokens": 2, "labels": "sampled"},
     "dense Fisher": {"components": ("blocks",), "rank": 3, "curvature": "fisher", "projection": "pca", "hidden": True},
     "by bytes": {"bytes_per_example": 900},
 }
@@ -76,7 +77,7 @@ def test_without_gpus_a_map_is_the_cpu(place, corpus_file, tmp_path):
     files = []
     for device in ("map", "cpu"):
         out = tmp_path / device
-        options = ["--model", str(place), "--data", str(corpus_file), "--out", str(out), "--rank", "3", "--device", device]
+        options = ["--model", str(place), "--data", str(corpus_file), "--out", str(out), "-o", "rank=3", "--device", device]
         result = CliRunner().invoke(main, ["build", *options])
         assert result.exit_code == 0, result.output
         files.append([shard.sha256 for shard in Client(out).index.shards])

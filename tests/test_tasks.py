@@ -51,8 +51,8 @@ def autograd(model, objective, record):
 def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp_path):
     model_file, data = pictures
     task = "training:Pictures"
-    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p.wherefrom", "--task", task, "--rank", "1000"]
-    result = run("build", *options, "--curvature", "fisher", "--batch-tokens", "7", "--damping", "0.3")
+    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p.wherefrom", "-o", f"task={task}", "-o", "rank=1000"]
+    result = run("build", *options, "-o", "curvature=fisher", "-o", "batch_tokens=7", "-o", "damping=0.3")
     assert result.exit_code == 0, result.output
     client = Client(tmp_path / "p.wherefrom", task=task)
     model, records = client.encoder.model, vectors(20, 36, 3)
@@ -63,7 +63,7 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
         block = slice(layer.offset, layer.offset + layer.size)
         H = rows[:, block].T @ rows[:, block] / len(rows)
         expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
-    queries = client.measure(client.encode(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
+    queries = client.measure(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
     stored = np.stack([client.index.row(i, client.index.component("blocks")) for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
@@ -110,8 +110,8 @@ def training_fields():
 def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
     records = vectors(9, 50, 3)
     data = write_jsonl(tmp_path / "p.jsonl", records)
-    options = ["--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Parallel", "--rank", "1000"]
-    result = run("build", *options, "--curvature", "identity")
+    options = ["--model", tmp_path, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Parallel", "-o", "rank=1000"]
+    result = run("build", *options, "-o", "curvature=identity")
     assert result.exit_code == 0, result.output
     client = Client(tmp_path / "p", task="training:Parallel")
     component, model = client.index.component("blocks"), client.encoder.model
@@ -130,8 +130,8 @@ def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
 def test_kfac_of_a_convolution_counts_its_places(tmp_path):
     records = vectors(30, 50, 3)
     data = write_jsonl(tmp_path / "p.jsonl", records)
-    options = ["--model", tmp_path, "--data", data, "--task", "training:Parallel", "--rank", "1000", "--layers", "a"]
-    assert run("build", *options, "--out", tmp_path / "k", "--curvature", "kfac").exit_code == 0
+    options = ["--model", tmp_path, "--data", data, "-o", "task=training:Parallel", "-o", "rank=1000", "--layers", "a"]
+    assert run("build", *options, "--out", tmp_path / "k", "-o", "curvature=kfac").exit_code == 0
     client = Client(tmp_path / "k", task="training:Parallel")
     model, A, S = client.encoder.model, np.zeros((18, 18)), np.zeros((3, 3))
     for record in records:
@@ -150,15 +150,15 @@ def test_kfac_of_a_convolution_counts_its_places(tmp_path):
 
 def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):
     data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
-    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Unprobed")
+    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Unprobed")
     assert (result.exit_code, "Unprobed.probe must be overridden" in result.stderr) == (2, True), result.output
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
 def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvature):
     model_file, data = pictures
-    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p", "--task", "training:Pictures", "--rank", "4"]
-    assert run("build", *options, "--curvature", curvature, "--projection", "pca").exit_code == 0
+    options = ["--model", model_file, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Pictures", "-o", "rank=4"]
+    assert run("build", *options, "-o", f"curvature={curvature}", "-o", "projection=pca").exit_code == 0
     index = Client(tmp_path / "p").index
     rows = np.stack([index.row(i, index.component("blocks")) for i in range(20)])
     assert np.isfinite(rows).all()
@@ -167,7 +167,7 @@ def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvatu
 
 def test_an_index_names_no_code_to_run(pictures, tmp_path):
     model_file, data = pictures
-    assert run("build", "--model", model_file, "--data", data, "--out", tmp_path / "p", "--task", "training:Pictures").exit_code == 0
+    assert run("build", "--model", model_file, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Pictures").exit_code == 0
     assert run("query", tmp_path / "p", "--row", "1").exit_code == 0  # needs no task
     refused = run("query", tmp_path / "p", "--text", "w1 w2")
     assert (refused.exit_code, "runs only when you name it" in refused.stderr) == (2, True)
@@ -184,7 +184,7 @@ def perceptron(tmp_path):
 
     def build(records, model="mlp.safetensors", task="mlp"):
         data = write_jsonl(tmp_path / "v.jsonl", records)
-        return run("build", "--model", tmp_path / model, "--data", data, "--out", tmp_path / "v.wherefrom", "--task", task)
+        return run("build", "--model", tmp_path / model, "--data", data, "--out", tmp_path / "v.wherefrom", "-o", f"task={task}")
 
     return build
 
@@ -236,6 +236,6 @@ def test_models_that_are_no_perceptrons_are_refused(perceptron, tmp_path):
 
 def test_layers_that_cannot_be_tracked_are_named(tmp_path):
     data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
-    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "--task", "training:Pooled")
+    result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Pooled")
     assert result.exit_code == 0, result.output
     assert "not pool," in result.stdout
