@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 _HANDFUL = 16
-_SMALL_SHARDS = ("--shard-rows", "16")  # of some hundred documents, the default would make one
+_SMALL_SHARDS = ("-o", "shard_rows=16")  # of some hundred documents, the default would make one
 
 
 def build(model, data, out, workers=1, options=()):

@@ -1,6 +1,6 @@
 """How fast is the search of dense rows, exact and by quantized scan and rescore, beside FAISS, on rows grown from real ones?
 
-    wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom --rank 16
+    wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom -o rank=16
     python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl [--rows 1000000] [--compare 100000]
 
 Real rows are searched as they are. For more, real rows and queries are folded to 4,096 coordinates; a grown row's direction is nine parts
@@ -22,15 +22,16 @@ from pathlib import Path
 
 import numpy as np
 from growing import grow as grow_index
-from wherefrom import Client, Query
+from wherefrom import Client
 from wherefrom.indexer.models import keep_freed_memory
+from wherefrom.query.files import read_queries
 from wherefrom.query.search import search
 from wherefrom.store.bits import fold
-from wherefrom.store.corpus import read_queries
 from wherefrom.store.dense import encode_dense, row_bytes
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import Layer
+from wherefrom.store.vectors import DenseVectors
 
 _DIM, _SHARD_ROWS, _K = 4096, 8192, 10
 _RECALLS = (1.0, 0.9, 0.99, 0.999)
@@ -80,7 +81,7 @@ def measure(place, queries, recall, repeats):
     keep_freed_memory()
     index, asked = Index(place), np.load(queries)
     (component,) = index.manifest.components
-    parts = [{component.name: row[None]} for row in asked]
+    parts = [{component.name: DenseVectors(row[None])} for row in asked]
     for part in parts[:2]:
         search(index, part, _K, recall=recall)
     seconds, hits = [], []
@@ -118,6 +119,11 @@ def milliseconds(seconds):
     return {"p50_ms": round(float(np.median(seconds)) * 1e3, 2), "p95_ms": round(float(np.quantile(seconds, 0.95)) * 1e3, 2)}
 
 
+def _values(rows):
+    """A shard's rows of a dense component, as float32."""
+    return np.concatenate([rows.values(codes) for _, codes in rows.blocks()]) * (rows.factors() * rows.norms)[:, None]
+
+
 def compare(place, queries):
     """FAISS on an index's rows: a line of JSON for each of its indexes."""
     import faiss
@@ -126,7 +132,7 @@ def compare(place, queries):
     (component,) = index.manifest.components
     exact = np.load(queries.with_name(f"{place.name}-exact.npy"))[:, :_K]
     certified = json.loads(queries.with_name(f"{place.name}-times.json").read_text())["0.99"]
-    rows = np.concatenate([b.codes * (b.factors * b.norms)[:, None] for b in index.blocks(component)]).astype(np.float32)
+    rows = np.concatenate([_values(index.rows(shard, component)) for shard in index.shards])
     product = faiss.METRIC_INNER_PRODUCT
     makers = {
         "Flat": lambda: faiss.IndexFlatIP(_DIM),
@@ -189,18 +195,18 @@ def main():
         return
     client = Client(args.index)
     queries = []
-    for record in read_queries(args.queries):
+    for query in read_queries(args.queries):
         try:
-            client.examples([Query(**record)])
-            queries.append(Query(**record))
+            client.query_examples([query])
+            queries.append(query)
         except UsageError:  # longer than the model's context
             continue
     scratch = args.scratch or Path(tempfile.mkdtemp(dir=args.index.parent))
     (component,) = client.index.manifest.components
-    asked = folded(client.encode(queries[: args.count])[component.name])
+    asked = folded(client.encode(queries[: args.count])[component.name].values)
     scratch.mkdir(exist_ok=True)
     np.save(scratch / "queries.npy", asked)
-    np.save(scratch / "whole.npy", client.encode(queries[: args.count])[component.name])
+    np.save(scratch / "whole.npy", client.encode(queries[: args.count])[component.name].values)
     client.index.reindex()
     again = [sys.executable, __file__, "--repeats", str(args.repeats), "--queries"]
     for recall in _RECALLS:
@@ -210,8 +216,8 @@ def main():
         place = scratch / str(rows)
         if not place.exists():
             grown, real = grow(client.index, rows, place)
-            block = next(grown.blocks(grown.manifest.components[0]))
-            print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, block.codes.astype(np.float32))}), flush=True)
+            first = _values(grown.rows(grown.shards[0], grown.manifest.components[0]))
+            print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, first)}), flush=True)
         for recall in _RECALLS:
             subprocess.run([*again, "--measure", str(place), "--recall", str(recall)], check=True)
         if rows == args.compare:

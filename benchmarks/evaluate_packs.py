@@ -12,18 +12,22 @@ import tempfile
 from pathlib import Path
 
 from wherefrom import Client
-from wherefrom.evaluation.baselines import score_matrix
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack
+from wherefrom.query.scoring import score_matrix
 
 _METHODS = {
     "Wherefrom, defaults (800 bytes)": {},
     "Wherefrom, `--rank 16`": {"rank": 16},
     "Wherefrom, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
-    "Wherefrom, `--components head` (64 bits a token)": {"components": ("head",)},
-    "Wherefrom, `--components head --head-bits 256`": {"components": ("head",), "head_bits": 256},
-    "Wherefrom, `--components head --head-bits 32 --head-keys 32`": {"components": ("head",), "head_bits": 32, "head_max_tokens": 32},
+    "Wherefrom, `-o components=head` (64 bits a token)": {"components": ("head",)},
+    "Wherefrom, `-o components=head -o head_bits=256`": {"components": ("head",), "head_bits": 256},
+    "Wherefrom, `-o components=head -o head_bits=32 -o head_max_tokens=32`": {
+        "components": ("head",),
+        "head_bits": 32,
+        "head_max_tokens": 32,
+    },
 }
 _NAMES = {
     "random": "random numbers",
@@ -60,7 +64,7 @@ def tables(packs, data, scores):
                 if number == 0:
                     judged = judgement
                     pack, client = read_pack(path, data), Client(out)
-                    found = score_matrix(client, client.measure(client.to_examples(pack.queries)))
+                    found = score_matrix(client.index, client.measure(client.to_examples(pack.queries))).T
                     widths[judged.pack] = {n: estimate(found, pack.masks[:n], pack.losses[:n]) for n in _STEPS if n <= len(pack.masks)}
         for place, name, file in scores:
             if place == judged.pack:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 from wherefrom import BuildConfig, Client
-from wherefrom.evaluation.baselines import content_baselines, score_matrix
+from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.indexer.encoder import Encoder
+from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
-from wherefrom.store.sparse import SparseVectors, inner_products
 
 _BYTES = (200, 400, 800, 1600, 2400, 5000, 10_000)
 _SEVERAL_BYTES = (2400, 4096, 10_000)
@@ -40,17 +40,12 @@ _EXACT = {
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
-def _products(a, b):
-    """Inner products of rows [rows of a, rows of b], dense or sparse."""
-    return inner_products(a, b) if isinstance(a, SparseVectors) else a.astype(np.float32) @ b.T.astype(np.float32)
-
-
 def _exact(client, train, queries):
     """Scores [examples, queries] of the index's components without codes, reduction or bound on tokens."""
-    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
-    encoder = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays)
+    whole = tuple(component.uncut() for component in client.encoder.plan.components)
+    encoder = Encoder(client.recorded.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays)
     rows, asked = encoder.rows(train), encoder.rows(queries, queries=True)
-    return sum(s.weight * _products(rows[s.name], asked[s.name]) for s in whole)
+    return sum(s.weight * rows[s.name].as_float32().inner_products(asked[s.name].as_float32()) for s in whole)
 
 
 def _overlap(found, exact, k=10):
@@ -74,7 +69,7 @@ def _measured(pack, options, scratch, recall):
     build(BuildConfig(task=pack.task, data=(str(data),), out=str(out), **given))
     client = Client(out)
     queries = client.to_examples(pack.queries)
-    scores = score_matrix(client, client.measure(queries))
+    scores = score_matrix(client.index, client.measure(queries)).T
     found = _halves(scores, pack)
     summary = client.index.summary()
     found["bytes"], found["encoder"] = summary["bytes_per_example"], summary["encoder_bytes"]

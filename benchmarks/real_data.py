@@ -13,7 +13,7 @@ import json
 
 import numpy as np
 from wherefrom import Client, Query
-from wherefrom.store.corpus import read_queries
+from wherefrom.query.files import read_queries
 from wherefrom.store.errors import UsageError
 
 
@@ -40,7 +40,7 @@ def main():
             if asked == args.count:
                 break
             try:
-                found += [a.source for a in client.query(**{k: v for k, v in query.items() if k != "id"}, k=10, mode=mode).proponents]
+                found += [a.source for a in client.query(query, k=10, mode=mode).proponents]
                 asked += 1
             except UsageError:  # longer than the model's context
                 too_long += 1

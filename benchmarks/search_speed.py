@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from growing import grow, sparse_sampler
-from wherefrom import Client, Query
+from wherefrom import Client
+from wherefrom.query.files import read_queries
 from wherefrom.query.search import search
-from wherefrom.store.corpus import read_queries
 from wherefrom.store.errors import UsageError
 
 
@@ -43,11 +43,11 @@ def measure(index, asked, repeats):
         total = 0
         for s in index.manifest.components:
             for group in index.groups:
-                lists = index.postings(group, s)
+                lists = index.search_arrays(group, s)
                 at = np.flatnonzero(np.isin(lists.tokens, part[s.name].keys))
                 total += int((lists.starts[at + 1] - lists.starts[at]).sum())
         touched.append(total)
-    entries = sum(len(index.postings(group, s).rows) for group in index.groups for s in index.manifest.components)
+    entries = sum(len(index.search_arrays(group, s).rows) for group in index.groups for s in index.manifest.components)
     lists = sum(p.stat().st_size for p in (index.path / "search").rglob("*") if p.is_file())
     return {
         "rows": len(index),
@@ -72,10 +72,9 @@ def main():
     args = parser.parse_args()
     client = Client(args.index)
     queries = []
-    for record in read_queries(args.queries):
-        query = Query(**record)
+    for query in read_queries(args.queries):
         try:
-            client.examples([query])
+            client.query_examples([query])
             queries.append(query)
         except UsageError:  # longer than the model's context
             continue

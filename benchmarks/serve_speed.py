@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from wherefrom import Client, Query
+from wherefrom.query.files import read_queries
 from wherefrom.remote import RemoteClient
-from wherefrom.store.corpus import read_queries
 from wherefrom.store.errors import UsageError
 
 _MAIN = [sys.executable, "-c", "from wherefrom.cli import main; main()"]
@@ -106,10 +106,9 @@ def main():
     parser.add_argument("--requests", type=int, default=10_000)
     args = parser.parse_args()
     client, queries = Client(args.index), []
-    for record in read_queries(args.queries):
-        query = Query(**record)
+    for query in read_queries(args.queries):
         try:
-            client.examples([Query(query.prompt, f"{query.completion} 00 00")])
+            client.query_examples([Query(query.prompt, f"{query.completion} 00 00")])
             queries.append(query)
         except UsageError:  # longer than the model's context
             continue

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from wherefrom import BuildConfig, Client
-from wherefrom.evaluation.baselines import score_matrix
 from wherefrom.evaluation.lds import difference, estimate, lds
 from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 
 _DAMPINGS = (None, 0.1, 0.3, 3.0, 10.0)
@@ -55,7 +55,7 @@ def measure(path, data, size):
         )
         client = Client(out)
         queries = client.measure(client.to_examples(pack.queries))
-        scores = {_shown(metric): score_matrix(client, queries, metric) for metric in settings(client.index.manifest.components)}
+        scores = {_shown(metric): score_matrix(client.index, queries, metric).T for metric in settings(client.index.manifest.components)}
     even, odd = slice(0, None, 2), slice(1, None, 2)
     on_even = {name: float(np.nanmean(lds(s[:, even], pack.masks, pack.losses[:, :, even]))) for name, s in scores.items()}
     own, best = next(iter(scores)), max(on_even, key=on_even.get)

@@ -53,7 +53,7 @@ def test_an_adapters_index_is_that_of_the_merged_model(places, corpus_file, tmp_
         build(BuildConfig(model=str(places / name), data=(str(corpus_file),), out=str(out), rank=4))
         client = Client(out)
         (component,) = client.index.manifest.components
-        rows.append(np.stack([client.index.row(i, component) for i in range(40)]))
+        rows.append(np.stack([client.index.vectors(i, component).values[0] for i in range(40)]))
         assert client.query(prompt="w1 w2", completion=" w3").proponents
     assert_close(rows[0], rows[1], 1e-4)
     assert np.abs(rows[0] - rows[2]).max() > 0.05 * np.abs(rows[2]).max()
@@ -232,7 +232,7 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     with pytest.warns(
         UserWarning, match=r"the rows measure 0.0% of the parameters that the adapter trained; .* do not measure model.layers"
     ):
-        manifest = build(BuildConfig(str(places / "adapter"), (str(corpus_file),), str(tmp_path / "i"), components=("head",)))
+        manifest = build(BuildConfig(model=str(places / "adapter"), data=str(corpus_file), out=str(tmp_path / "i"), components=("head",)))
     (tracked,) = manifest.build.tracked
     assert (tracked.parameters, tracked.of) == (0, 2 * (16 * 16 + 24 * 16))
     manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "j"), rank=2))

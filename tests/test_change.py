@@ -73,8 +73,8 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     assert_close(after[:, :60], before, 1e-6)
     client = Client(index)
     blocks = client.index.component("blocks")
-    exact = client.measure(client.to_examples(list(_documents(records(60, 100)))))["blocks"]
-    stored = np.stack([client.index.row(i, blocks) for i in range(60, 100)])
+    exact = client.measure(client.to_examples(list(_documents(records(60, 100)))))["blocks"].values
+    stored = np.concatenate([client.index.vectors(i, blocks).values for i in range(60, 100)])
     assert (np.einsum("rd,rd->r", exact, stored) > 0).all()
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), np.linalg.norm(exact, axis=1), rtol=0.1)
     for row in (60, 99):
@@ -113,7 +113,7 @@ def test_what_cannot_be_added(tmp_path, index):
     other = tmp_path / "other"
     make_model("gpt2", "float32", seed=5).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    with pytest.raises(IncompatibleError, match="is not the one that"):
+    with pytest.raises(IncompatibleError, match="are not those that"):
         add(index, [str(more)], models=[str(other)])
     with exclusive(index), pytest.raises(BusyError):
         add(index, [str(more)])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from wherefrom.indexer.chat import Conversation
 from wherefrom.indexer.examples import TextEncoder
-from wherefrom.store.corpus import Fields, read_corpus
+from wherefrom.store.corpus import Document, read_corpus
 from wherefrom.store.errors import DataError, UsageError
+from wherefrom.store.fields import Fields
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[test]'")
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -182,42 +183,46 @@ def test_a_template_that_asks_every_message_for_content_gets_it(tmp_path):
     assert encoded(tmp_path, {"messages": chat}, strict).text == "[user:hi there][assistant:][tool:12][assistant:hello you]"
 
 
+def ask(encoder, span=None, tools=None, **fields):
+    return encoder.query(Document("query", "query", "the query", template={"tools": tools} if tools else {}, **fields), span)
+
+
 def test_a_text_that_has_its_first_token_already_gets_no_second(tmp_path):
     tokenizer = byte_tokenizer(bos="<s>")
     for text in ("<s>hi there", "hi there"):
         example = encoded(tmp_path, {"text": text}, None, bos="<s>")
         assert example.token_ids.tolist() == [259, *b"hi there", 256][: len(example.token_ids)] or example.token_ids[0] == 259
         assert (example.token_ids == 259).sum() == 1
-        asked = TextEncoder(tokenizer, 4096).query(text=text)
+        asked = ask(TextEncoder(tokenizer, 4096), text=text)
         assert asked.token_ids.tolist() == example.token_ids.tolist()
-        assert (TextEncoder(tokenizer, 4096).query(prompt=text, completion=" you").token_ids == 259).sum() == 1
+        assert (ask(TextEncoder(tokenizer, 4096), prompt=text, completion=" you").token_ids == 259).sum() == 1
 
 
 def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     encoder = TextEncoder(byte_tokenizer(MARKED), 4096)
     document = encoded(tmp_path, {"messages": CHATS["tools"], "tools": [TOOL]}, MARKED)
-    asked = encoder.query(messages=CHATS["tools"], tools=[TOOL])
+    asked = ask(encoder, messages=CHATS["tools"], tools=[TOOL])
     length = len(document.token_ids)
     assert asked.token_ids[:length].tolist() == document.token_ids.tolist()
     assert asked.loss_mask[:length].tolist() == document.loss_mask.tolist()
     assert not asked.loss_mask[length:].any()
-    span = encoder.query(messages=CHATS["multi"], span="so long")
+    span = ask(encoder, messages=CHATS["multi"], span="so long")
     assert bytes(span.token_ids[span.loss_mask].tolist()) == bytes(byte_tokenizer()("so long").input_ids)
     with pytest.raises(UsageError, match="occurs 0 times"):
-        encoder.query(messages=CHATS["multi"], span="hi there")
+        ask(encoder, messages=CHATS["multi"], span="hi there")
     with pytest.raises(UsageError, match="rejects these messages"):
-        TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64).query(messages=[USER, SAID])
+        ask(TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64), messages=[USER, SAID])
 
 
 def test_templates_that_are_none_or_take_text_alone(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = 5
     with pytest.raises(UsageError, match="no chat template"):
-        TextEncoder(tokenizer, 64).query(messages=[USER, SAID])
+        ask(TextEncoder(tokenizer, 64), messages=[USER, SAID])
     parts = {"role": "user", "content": [{"type": "text", "text": "hi there"}]}
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     with pytest.raises(UsageError, match="accepts text, and these contents are lists of parts"):
-        TextEncoder(byte_tokenizer(plain), 64).query(messages=[parts, SAID])
+        ask(TextEncoder(byte_tokenizer(plain), 64), messages=[parts, SAID])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,22 +101,22 @@ def test_a_number_of_bytes_is_shared_by_the_models(tmp_path, checkpoints, corpus
 def test_models_that_do_not_belong_together_are_refused(tmp_path, checkpoints, corpus_file, index):
     config = BuildConfig(model=tuple(checkpoints), data=(str(corpus_file),), out=str(tmp_path / "i"), **OPTIONS)
     with pytest.raises(UsageError, match="named twice"):
-        replace(config, model=(checkpoints[0], checkpoints[0]))
+        config.replace(model=(checkpoints[0], checkpoints[0]))
     with pytest.raises(UsageError, match="2 models and 3 revisions"):
-        replace(config, revision=("a", "b", "c"))
-    assert replace(config, model="hub/model", revision=("a", "b")).models == ("hub/model", "hub/model")
-    assert replace(config, revision=("a",)).revisions == ("a", "a")
+        config.replace(revision=("a", "b", "c"))
+    assert config.replace(model="hub/model", revision=("a", "b")).models == ("hub/model", "hub/model")
+    assert config.replace(revision=("a",)).revisions == ("a", "a")
     other = tmp_path / "other"
     model = make_model("gpt2", "float32")
     model.resize_token_embeddings(70)
     model.save_pretrained(other)
     with pytest.raises(IncompatibleError, match="embeds 70 tokens"):
-        build(replace(config, model=(checkpoints[0], str(other))))
+        build(config.replace(model=(checkpoints[0], str(other))))
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "w1"
     tokenizer.save_pretrained(other)
     with pytest.raises(IncompatibleError, match="the tokenizer of"):
-        build(replace(config, model=(checkpoints[0], str(other))))
+        build(config.replace(model=(checkpoints[0], str(other))))
     with pytest.raises(UsageError, match="built with 2 models"):
         Client(index, model=checkpoints[0]).query(text="w1 w2")
     with pytest.raises(IncompatibleError, match="weights at"):

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from wherefrom.store.corpus import Fields, read_corpus
+from wherefrom.store.corpus import read_corpus
 from wherefrom.store.documents import Documents, Example, write_documents
 from wherefrom.store.errors import DataError, IntegrityError, UsageError
+from wherefrom.store.fields import Fields
 from wherefrom.store.filters import Column, kind_of
 from wherefrom.store.index import Index
 

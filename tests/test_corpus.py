@@ -13,9 +13,12 @@ from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom.indexer.examples import TextEncoder
-from wherefrom.store.corpus import Corpus, Document, Fields, describe_sources, read_chat, read_corpus, read_ids, read_queries
+from wherefrom.query.files import read_chat, read_queries
+from wherefrom.query.options import Query
+from wherefrom.store.corpus import Corpus, Document, describe_sources, read_corpus, read_ids
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import DataError, NotFoundError, UsageError
+from wherefrom.store.fields import Fields
 
 RECORDS = [{"id": "a", "text": "w1 w2", "year": 7}, {"id": "b", "text": "w3 w4 é", "year": None}]
 
@@ -317,9 +320,9 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
 def test_queries_and_their_errors(tmp_path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a", "completion": "b", "id": 1}, {"row": 3}, {"text": "t"}])
     assert list(read_queries(str(path))) == [
-        {"prompt": "a", "completion": "b", "id": "1"},
-        {"row": 3, "id": "q.jsonl line 2"},
-        {"text": "t", "id": "q.jsonl line 3"},
+        Query(prompt="a", completion="b", id="1"),
+        Query(row=3, id="q.jsonl line 2"),
+        Query(text="t", id="q.jsonl line 3"),
     ]
     for record in (
         {"text": "t", "weigth": 2},
@@ -480,7 +483,7 @@ def test_truncation_is_counted_and_bad_documents_say_where():
 
 def test_queries_are_never_cut():
     encoder = TextEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
-    assert isinstance(encoder.query(text=words(*range(1, 30))), Example)
+    assert isinstance(encoder.query(Document("query", "query", "the query", text=words(*range(1, 30)))), Example)
     for bad, message in [
         ({"text": words(1, 2, 3, 4)}, "4 tokens long"),
         ({"text": ""}, "empty"),
@@ -488,7 +491,7 @@ def test_queries_are_never_cut():
         ({"completion": ""}, "empty"),
     ]:
         with pytest.raises(UsageError, match=message):
-            encoder.query(**bad, context=2)
+            encoder.query(Document("query", "query", "the query", **bad), context=2)
 
 
 def test_batches_of_the_tokenizer_keep_the_order(tmp_path):

@@ -20,13 +20,14 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
-from wherefrom.evaluation.baselines import content_baselines, gradient_baselines, hidden_baseline, score_matrix
+from wherefrom.evaluation.baselines import content_baselines, gradient_baselines, hidden_baseline
 from wherefrom.evaluation.checks import brittleness, labels, recall, tailpatch
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, lds, split_half
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.retrain import draw_masks, measure_losses
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import UsageError, WherefromError
@@ -256,16 +257,16 @@ def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
     read, client = read_pack(pack), Client(tmp_path / "kept.wherefrom")
     scores = np.zeros((24, 5))
     for q, document in enumerate(client.to_examples(read.queries)):
-        rows = client.measure([document])["blocks"]
+        rows = client.measure([document])["blocks"].values
         for i in range(24):
-            scores[i, q] = rows[0] @ client.index.row(i, client.index.component("blocks"))
+            scores[i, q] = rows[0] @ client.index.vectors(i, client.index.component("blocks")).values[0]
     assert judgement.estimate.value == pytest.approx(np.nanmean(lds(scores, read.masks, read.losses)), abs=1e-3)
     np.save(tmp_path / "theirs.npy", scores)
     content = json.loads(run("evaluate", "lds", pack, "--scores", tmp_path / "theirs.npy", "--json").stdout)
     assert content["lds"] == pytest.approx(judgement.estimate.value, abs=1e-3)
     assert content["bytes_per_example"] is None
     cosine = judge_index(pack, {"rank": 4}, mode="cosine")
-    lengths = np.array([np.linalg.norm(client.index.row(i, client.index.component("blocks"))) for i in range(24)])
+    lengths = np.array([np.linalg.norm(client.index.vectors(i, client.index.component("blocks")).values[0]) for i in range(24)])
     assert cosine.estimate.value == pytest.approx(np.nanmean(lds(scores / lengths[:, None], read.masks, read.losses)), abs=1e-3)
     half = judge_scores(pack, tmp_path / "theirs.npy", half="even")
     assert half.estimate.value == pytest.approx(np.nanmean(lds(scores[:, ::2], read.masks, read.losses[:, :, ::2])))
@@ -343,7 +344,7 @@ def test_packs_with_missing_or_foreign_files(pack, tmp_path, model_dir):
     assert "is not a matrix" in run("evaluate", "lds", pack, "--scores", tmp_path / "scores.npy").stderr
     np.save(tmp_path / "scores.npy", np.zeros((5, 24)))
     assert "this pack needs (24, 5)" in run("evaluate", "lds", pack, "--scores", tmp_path / "scores.npy").stderr
-    assert "all, even or odd" in run("evaluate", "lds", pack, "--queries", "some").stderr
+    assert "'all', 'even', 'odd'" in run("evaluate", "lds", pack, "--queries", "some").stderr
 
 
 def test_packs_that_cannot_be_made(pack, model_dir, tmp_path):
@@ -403,21 +404,21 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     assert set(judgement.baselines) == {"random", "pixels", "norm", "dot", "cosine", "hidden"}
     client = Client(tmp_path / "kept")
     assert client.index.manifest.task == "mlp"
-    row = client.index.row(3, client.index.component("blocks"))
+    row = client.index.vectors(3, client.index.component("blocks")).values[0]
     x = torch.tensor((images[3].reshape(1, -1) / 255 - 0.1307) / 0.3081, dtype=torch.float32)
     loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([int(classes[3])]))
     gradients = torch.autograd.grad(loss, [model[0].weight, model[2].weight])
     assert_close(row, torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
     # the plain product of gradients is the baseline of that name
     scores = (
-        client.index.row(3, client.index.component("blocks"))
-        @ client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].T
+        client.index.vectors(3, client.index.component("blocks")).values[0]
+        @ client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values.T
     )
     baselines = gradient_baselines(
         client, [client.index.example(i) for i in range(30)], client.to_examples(read_pack(place, tmp_path / "data").queries)
     )
-    norms = [np.linalg.norm(client.index.row(3, client.index.component("blocks")))]
-    lengths = np.linalg.norm(client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"], axis=1)
+    norms = [np.linalg.norm(client.index.vectors(3, client.index.component("blocks")).values[0])]
+    lengths = np.linalg.norm(client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values, axis=1)
     assert_close(baselines["norm"][3], norms * 10, 1e-5)
     assert_close(baselines["dot"][3], scores, 1e-5, norms[0] * lengths)
     assert_close(baselines["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)
@@ -503,7 +504,7 @@ def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted
     client = Client(here / "full")
     query = Query(prompt=words(3, 4, 5, 6), completion=" " + words(7, 8, 9))
     report = tailpatch(client, [query], k=5, rate=1e-5)
-    model, task = client.encoder.model, client.task
+    model, task = client.encoder.model, client.recorded.task
     model.requires_grad_(True)
 
     def gradient(example, mean):
@@ -511,7 +512,7 @@ def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted
         loss = task.loss(model, batch).sum() / ((batch.targets >= 0).sum() if mean else 1)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
 
-    (asked,) = client.examples([query])
+    (asked,) = client.query_examples([query])
     model.requires_grad_(False)
     answer = client.query(prompt=query.prompt, completion=query.completion, k=5)
     model.requires_grad_(True)
@@ -531,7 +532,7 @@ def test_tailpatch_from_the_command_line(planted):
     assert content["figures"]["proponents: share of steps after which it fell"]["value"] > 0.9
     assert (content["queries"], content["k"], content["optimizer"]) == (1, 4, "adam")
     assert "proponents: loss falls by" in run("evaluate", "tailpatch", here / "full", "--file", queries, "-k", 2).stdout
-    assert "sgd, adam" in run("evaluate", "tailpatch", here / "full", "--file", queries, "--optimizer", "lion").stderr
+    assert "'sgd', 'adam'" in run("evaluate", "tailpatch", here / "full", "--file", queries, "--optimizer", "lion").stderr
     assert "above 0" in run("evaluate", "tailpatch", here / "full", "--file", queries, "--rate", "0").stderr
 
 
@@ -572,7 +573,7 @@ def test_recall_of_an_index_in_itself_is_whole_and_of_int8_nearly(planted, index
     assert {e.value for e in same.figures.values()} == {1.0}
     ours, rows = Client(here / "small").index, [3, 20, 41]
     found = recall(str(here / "small"), str(here / "full"), [Query(row=r) for r in rows], k=3)
-    scores = [score_matrix(Client(here / n), Client(here / n).rows([Query(row=r) for r in rows])) for n in ("small", "full")]
+    scores = [score_matrix(Client(here / n).index, Client(here / n).encode([Query(row=r) for r in rows])).T for n in ("small", "full")]
     for kind, sign in (("proponents", -1), ("opponents", 1)):
         shares = []
         for q, row in enumerate(rows):

@@ -20,7 +20,8 @@ from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
-from wherefrom.terminal import heat, shortened, show, show_explanation
+from wherefrom.store.vectors import DenseVectors
+from wherefrom.terminal import heat, shortened, show_answer, show_explanation
 
 QUERIES = {
     "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
@@ -118,7 +119,7 @@ def test_token_shares_of_uncoded_rows_add_up_to_the_stored_score(paths, metric, 
 def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, name, kind):
     client = Client(paths[name])
     query = QUERIES[kind]
-    (asking,) = client.examples([query if kind != "against" else Query(prompt="w1 w2 w3", completion=" w4")])
+    (asking,) = client.query_examples([query if kind != "against" else Query(prompt="w1 w2 w3", completion=" w4")])
     asked = client.encoder.rows([asking]) if kind == "row" else client.encode([query])
     for e in client.explain([3, 70], query):
         own, total = client.encoder.rows([client.index.example(e.row)]), 0.0
@@ -126,7 +127,7 @@ def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, nam
             a, b = asked[component.name], own[component.name]
             if component.kind == "dense":
                 kept = client.index.reduction(component).kept
-                total += component.weight * float((a[0] * b[0])[slice(None) if kept is None else kept].sum())
+                total += component.weight * float((a.values[0] * b.values[0])[slice(None) if kept is None else kept].sum())
             else:
                 products = a.vectors.astype(float) @ b.vectors.T.astype(float)
                 total += component.weight * products[a.keys[:, None] == b.keys[None]].sum()
@@ -142,8 +143,8 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
     """Held against plain autograd: the head's gradient of single positions' losses."""
     client = Client(paths["blocks"])
     encoder, example = client.encoder, client.index.example(5)
-    vector = client.encode([QUERIES["text"]])["blocks"][0]
-    shares, opposite = token_shares(encoder, example, [{"blocks": vector}, {"blocks": -vector}])
+    vector = client.encode([QUERIES["text"]])["blocks"].values[0]
+    shares, opposite = token_shares(encoder, example, [{"blocks": DenseVectors(vector[None])}, {"blocks": DenseVectors(-vector[None])}])
     assert_close(opposite, -shares, 1e-6)
     component = client.index.manifest.components[0]
     model, part = encoder.model, encoder.parts["blocks"]
@@ -273,7 +274,7 @@ def test_a_character_of_several_tokens_stands_at_its_last_and_alone_a_token_has_
 def test_answers_are_printed_with_rows_and_texts_of_any_script(capsys):
     attribution = Attribution(1, 4711, "a", 1528.0, "山上有一座庙" * 60, "s", "a", {}, 310.4)
     report = SearchReport("exact", 9, 9, 1.0, True, None, 0.1)
-    show(Answer({"row": 3, "mode": "influence", "damping": 1.0}, (attribution,), (), report, {}))
+    show_answer(Answer({"row": 3, "mode": "influence", "damping": 1.0}, (attribution,), (), report, {}))
     shown = capsys.readouterr().out
     assert "4711" in shown
     assert "1528 ± 310" in shown

@@ -132,9 +132,8 @@ def test_a_build_that_fails_before_its_first_row_leaves_no_folder(tmp_path, mode
 
 
 def test_batch_tokens_do_not_make_another_build(index, config):
-    from dataclasses import replace
 
-    assert build(replace(config, batch_tokens=64)) == Index(index).manifest
+    assert build(config.replace(batch_tokens=64)) == Index(index).manifest
 
 
 @pytest.mark.processes

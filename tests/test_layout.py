@@ -20,7 +20,7 @@ ROOMS = {
     "query": {"store"},
     "ray_jobs": {"store", "indexer"},
     "evaluation": {"store", "indexer", "query", "ray_jobs", "client"},
-    "demo": {"store", "indexer", "query", "ray_jobs", "client"},
+    "demo": {"store", "indexer", "query", "ray_jobs", "client", "terminal"},
     "server": {"store", "query", "client", "remote"},
 }
 FOREIGN = {
@@ -82,8 +82,8 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 
 def test_the_public_names():
-    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError"]
-    assert wherefrom.__all__ == [*classes, "build", "connect"]
+    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient", "Task"]
+    assert wherefrom.__all__ == [*classes, "VectorTask", "WherefromError", "build", "connect", "evaluate"]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -107,11 +107,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
     expected |= {
-        "wherefrom/__init__.py",
-        "wherefrom/cli.py",
-        "wherefrom/client.py",
-        "wherefrom/remote.py",
-        "wherefrom/callback.py",
+        *(f"wherefrom/{n}" for n in tracked if n.endswith(".py") and "/" not in n),
         "wherefrom/py.typed",
         "wherefrom/demo/corpus.jsonl",
     }

@@ -278,7 +278,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(server):
 def test_both_clients_refuse_what_is_no_option(server, paths):
     for client in (Client(paths["dense"]), connect(server.url, index="dense")):
         for call in (lambda c: c.query(row=1, K=3), lambda c: c.explain([1], Query(row=2), whatever=1)):
-            with pytest.raises(UsageError, match="is not an option; there are k, opponents"):
+            with pytest.raises(UsageError, match="is not an option; there are mode, damping"):
                 call(client)
 
 

@@ -102,7 +102,7 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
 
 
 def training_fields():
-    from wherefrom.store.corpus import Fields
+    from wherefrom.store.fields import Fields
 
     return Fields(form="vector")
 

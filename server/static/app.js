@@ -258,7 +258,7 @@ async function explain(own, now) {
     $("state").textContent = `explaining ${i + 1} to ${Math.min(i + AT_ONCE, rows.length)} of ${rows.length} …`;
     let found;
     try {
-      found = (await request("/v1/explain", { ...now.query, ...now.how, rows: rows.slice(i, i + AT_ONCE) })).explanations;
+      found = (await request("/v1/explain", { ...now.query, ...now.how, examples: rows.slice(i, i + AT_ONCE) })).explanations;
     } catch (error) {
       if (own === serial) $("query-heat").textContent = `No explanation: ${error.message}`;
       return;
