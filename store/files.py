@@ -157,10 +157,10 @@ def refuse_links(directory: Path) -> None:
     Raises:
         UsageError: there is a link, or a folder or file in place of the other.
     """
-    for place in (directory / ".lock", *(directory / name for name in FOLDERS)):
-        if place.is_symlink() or (place.name == ".lock" and place.exists() and regular_size(place) is None):
-            raise UsageError(f"{place} is a link or not a regular file, and changing the index could write outside it; remove it")
-        if place.name != ".lock" and place.exists() and not place.is_dir():
+    for place in (directory / name for name in FOLDERS):
+        if place.is_symlink():
+            raise UsageError(f"{place} is a link, and changing the index could write outside it; remove it")
+        if place.exists() and not place.is_dir():
             raise UsageError(f"{place} is a file, but an index has a folder of that name; remove it")
         if place.is_dir():
             with os.scandir(place) as entries:
@@ -194,13 +194,17 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        refuse_links(directory)
-        lock = FileLock(directory / ".lock")
+        path = directory / ".lock"
+        if path.is_symlink() or (path.exists() and regular_size(path) is None):
+            raise UsageError(f"{path} is a link or not a regular file, and changing the index could write outside it; remove it")
+        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise BusyError(f"another build is writing into {directory}; wait for it, or choose another `out`") from error
     try:
+        with storage_errors(directory):
+            refuse_links(directory)
         clear_leftovers(directory)
         yield
     finally:

@@ -1,7 +1,9 @@
 """The project's own habits: import directions, a fast start, what the wheel ships, docs that match the code."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -121,12 +123,47 @@ def test_the_code_is_clean(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_code_asks_for_the_kind_of_a_component():
+    """A kind declares what it does (store/kinds.py and the other registries); only these look it up, by `component.kind`."""
+    classes = r"(Dense|Sparse)(Component|Vectors|Rows|Part|Operand|Writer|Fit)"
+    asks = re.compile(rf"isinstance\([^)]*{classes}|component\.kind\s*[!=]=|\bc\.kind\s*[!=]=|\bs\.kind\s*[!=]=")
+    for path in TREE:
+        if path.relative_to(ROOT).parts[0] in ROOMS or path.parent == ROOT:
+            assert not asks.search(path.read_text()), path
+
+
+def test_queries_and_options_are_defined_once():
+    """Python's signature, the command line, the request bodies and the explorer have the fields of query/options.py."""
+    from wherefrom.query.asking import BaseClient
+    from wherefrom.query.options import Options, Query, ScoreOptions, option_fields
+    from wherefrom.server.bodies import EncodeBody, ExplainBody, QueryBody, QueryFields, ScoresBody
+
+    fields = option_fields(Query)
+    options = option_fields(Options)
+    assert list(fields) == [field.name for field in dataclasses.fields(Query)]
+    assert set(option_fields(ScoreOptions)) < set(options)
+    given = set(inspect.signature(BaseClient.query).parameters) - {"self", "query", "options"}
+    assert given == set(fields) - {"id", "weight"}
+    assert set(QueryFields.model_fields) == set(fields)
+    assert set(QueryBody.model_fields) == {*fields, *options, "index", "queries"}
+    for body, more in ((EncodeBody, set()), (ExplainBody, {"examples", "tokens"}), (ScoresBody, {"where", "format"})):
+        assert set(body.model_fields) == {*fields, *option_fields(ScoreOptions), "index", *more}
+    for name, owners in (("query", (Query, Options)), ("explain", (Query, ScoreOptions)), ("scores", (ScoreOptions,))):
+        parameters = {parameter.name for parameter in main.commands[name].params}
+        wanted = {field.name for owner in owners for field in option_fields(owner).values() if field.option.on_command_line}
+        assert wanted <= parameters, (name, wanted - parameters)
+    script = (ROOT / "server/static/app.js").read_text()
+    (shown,) = re.findall(r"const SHOWN = \[(.*)\]", script)
+    assert set(re.findall(r'"(\w+)"', shown)) <= {*fields, *options, "index"}
+
+
 HEADER = """# The command line
 
-An option comes from the command line, else from the environment (`WHEREFROM_BUILD_RANK=32` for `wherefrom build --rank 32`), else from a
-TOML file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`: names with underscores), else it has its default. Results go to
-standard output, progress and errors to standard error. Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity,
-130 interrupted.
+The options of a build that have no flag are given as `-o name=value`; `--help-all` lists them.
+An option comes from the command line, else from the environment (`WHEREFROM_BUILD_RANK=32` for `wherefrom build -o rank=32`), \
+else from a TOML file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`), else it has its default.
+Results go to standard output, progress and errors to standard error.
+Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity, 130 interrupted.
 
 """
 
@@ -141,7 +178,8 @@ def commands(command, words=()):
 def help_page():
     parts = []
     for words in commands(main):
-        result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
+        help_all = "--help-all" if words in (("build",), ("plan",), ("evaluate", "lds")) else "--help"
+        result = CliRunner().invoke(main, [*words, help_all], prog_name="wherefrom", terminal_width=100)
         parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
     return HEADER + "\n".join(parts)
 
