@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -57,7 +57,7 @@ class Operand(Protocol):
     exact_scan: bool
 
     @classmethod
-    def of(cls, index: Index, component: Component, queries: Vectors, metric: Metric, weight: float) -> Self:
+    def of(cls, index: Index, component: Component, queries: Any, metric: Metric, weight: float) -> "Operand":
         """Prepare a component's queries under a metric, times a weight."""
 
     def add(
@@ -83,7 +83,7 @@ class Operand(Protocol):
     def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
         """Split the product of one query with one row."""
 
-    def scaled(self, index: Index, row: Vectors, stored: bool = True) -> Vectors:
+    def scaled(self, index: Index, row: Any, stored: bool = True) -> Vectors:
         """Scale a whitened row so that its plain product with another is this component's score.
 
         Args:

@@ -4,7 +4,7 @@ Nothing heavy is imported here, since `wherefrom build --help` is generated from
 """
 
 import os
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -214,9 +214,9 @@ class BuildConfig(BaseModel):
         """The options that may differ when a build is resumed: where and by what it runs."""
         return self.model_dump(mode="json", include=set(_RUNTIME_OPTIONS))
 
-    def replace(self, **options: Any) -> Self:
+    def replace(self, **options: Any) -> "BuildConfig":
         """A configuration with other values of some options."""
-        return type(self)(**{**dict(self), **options})
+        return BuildConfig(**{**dict(self), **options})
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ sparse one. Both kinds have the same methods.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
@@ -16,26 +16,26 @@ class Vectors(Protocol):
     def __len__(self) -> int: ...
 
     @classmethod
-    def concatenate(cls, blocks: Sequence[tuple[Sequence[int], Self]], width: int) -> Self:
+    def concatenate(cls, blocks: Sequence[tuple[Sequence[int], Any]], width: int) -> "Vectors":
         """Combine blocks, each with the positions of its rows, in the order of the positions."""
 
     @property
     def width(self) -> int:
         """Coordinates of a row, or of a token's vector."""
 
-    def part(self, first: int, last: int) -> Self:
+    def part(self, first: int, last: int) -> "Vectors":
         """Copy rows `first` to `last`, not included."""
 
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> Self:
+    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "Vectors":
         """Compute linear combinations of the rows, as float32."""
 
-    def shared_with(self, other: Self) -> Self:
+    def shared_with(self, other: Any) -> "Vectors":
         """Take the coordinates of a single row at which another single row can have products other than 0."""
 
-    def inner_products(self, other: Self) -> Float[np.ndarray, "rows others"]:
+    def inner_products(self, other: Any) -> Float[np.ndarray, "rows others"]:
         """Compute exact inner products with other rows."""
 
-    def as_float32(self) -> Self:
+    def as_float32(self) -> "Vectors":
         """Convert to float32."""
 
     def clear(self, mask: Bool[np.ndarray, " rows"]) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 # The types, shapes and dtypes in all signatures are checked while the tests run; WHEREFROM_UNCHECKED=1 leaves it out, for timings.
 if not os.environ.get("WHEREFROM_UNCHECKED"):
-    jaxtyping.install_import_hook("wherefrom", "beartype.beartype")
+    jaxtyping.install_import_hook("wherefrom", "typecheck.check")
 
-from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl  # noqa: E402
+from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
