@@ -6,7 +6,7 @@ import jaxtyping
 import pytest
 
 # The shapes and dtypes in signatures are checked while the tests run.
-jaxtyping.install_import_hook(["wherefrom.indexer.projection", "wherefrom.store.vectors"], "beartype.beartype")
+jaxtyping.install_import_hook(["wherefrom.indexer.projection"], "beartype.beartype")
 
 from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl  # noqa: E402
 

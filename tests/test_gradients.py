@@ -188,15 +188,9 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
     kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.components[0].layers))]
     layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.components[0].layers, kinds, strict=True))
-    mixed = (
-        fit(model, replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),)), examples)
-        .rows(examples)["blocks"]
-        .values
-    )
-    alone = {
-        "fisher": fit(model, fisher, examples).rows(examples)["blocks"].values,
-        "ekfac": fit(model, ekfac, examples).rows(examples)["blocks"].values,
-    }
+    plan = replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),))
+    mixed, *apart = (fit(model, one, examples).rows(examples)["blocks"].values for one in (plan, fisher, ekfac))
+    alone = dict(zip(("fisher", "ekfac"), apart, strict=True))
     for layer in layers:
         block = slice(layer.offset, layer.offset + layer.size)
         assert_close(mixed[:, block], alone[layer.curvature][:, block], 1e-8)

@@ -368,9 +368,9 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     assert blocks.weight > 0
     (example,) = client.to_examples(_documents(words(3, 9, 9, 30, 41)))
     rows = client.measure([example])
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
-    found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
+    found = score_matrix(client.index, rows)[0]
     asked = rows["head"]
     rotated = rotate(asked.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
@@ -385,13 +385,13 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
 
 def test_weights_of_a_query_multiply_those_of_the_index(head_index):
     from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
     client = Client(head_index)
     rows = client.measure(client.to_examples(_documents(words(3, 9, 9, 30, 41))))
 
     def scores(**weights):
-        return np.concatenate([s[0] for _, s in all_scores(client.index, rows, Metric(weights=weights))])
+        return score_matrix(client.index, rows, Metric(weights=weights))[0]
 
     summed = np.abs(scores(head=0)).max() + np.abs(scores(blocks=0)).max()
     assert_close(scores(head=0) + scores(blocks=0), scores(), 1e-5, summed)
@@ -439,11 +439,11 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
         build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
     low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
     from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
     examples = low.to_examples(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
-    changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])
-    built = np.concatenate([s.T for _, s in all_scores(high.index, high.measure(examples))])
+    changed = score_matrix(low.index, low.measure(examples), Metric(damping=4.0))
+    built = score_matrix(high.index, high.measure(examples))
     assert np.corrcoef(changed.ravel(), built.ravel())[0, 1] > 0.999
     assert np.abs(changed - built).max() < 0.05 * np.abs(built).max()
     with pytest.raises(UsageError, match="under the build's damping alone"):

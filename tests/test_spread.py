@@ -42,11 +42,8 @@ def whole(place, corpus_file, out, rows, **options):
     config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", shard_rows=50, **ROWS[rows], **options)
     build(config)
     client = Client(out, task=options.get("task"))
-    stored = [
-        np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)])
-        for s in client.index.manifest.components
-        if s.kind == "dense"
-    ]
+    dense = [s for s in client.index.manifest.components if s.kind == "dense"]
+    stored = [np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)]) for s in dense]
     answers = [client.query(k=5, **asked) for asked in ASKED]
     scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
     (explained,) = client.explain([answers[0].proponents[0].row], Query(**ASKED[0]))
