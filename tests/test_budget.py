@@ -120,7 +120,7 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
     for more, message in (
         (["--bytes-per-example", "9"], "does not pay for one token of the head"),
-        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses --head-bits"),
+        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses head_bits; give one or the other"),
         (["--bytes-per-example", "0"], "must be at least 1"),
         (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "cannot be combined"),
         (["-o", "labels=expected"], "sums over the classes"),
@@ -198,7 +198,7 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     info = json.loads(run("build", *options, "--out", tmp_path / "i", "--json").stdout)
     assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
     assert [s["name"] for s in plan["components"]] == [s["name"] for s in info["components"]]
-    assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_per_token") for s in info["components"]]
+    assert [s.get("bits_per_token") for s in plan["components"]] == [s.get("bits_per_token") for s in info["components"]]
     assert array_bytes(tmp_path / "i") == pytest.approx(plan["bytes_of_rows"], rel=0.03)
     assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
     assert plan["row_seconds"] > 0

@@ -181,15 +181,15 @@ def test_more_answers_than_rows_are_all_rows(index_dir, recall):
 def test_bad_queries_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
     client = Client(index_dir)
     for options, message in [
-        ({"row": 1, "k": 0}, "k is 0"),
+        ({"row": 1, "k": 0}, "`k` is 0"),
         ({"row": 120}, "row 120"),
-        ({"row": -1}, "row -1"),
+        ({"row": -1}, "row is -1; it must be at least 0"),
         ({}, "exactly one"),
         ({"text": "w1 w2", "row": 1}, "exactly one"),
         ({"prompt": "w1"}, "exactly one"),
         ({"row": 1, "mode": "vibes"}, "vibes"),
-        ({"row": 1, "damping": 0.0}, "from 1e-6"),
-        ({"row": 1, "damping": float("nan")}, "from 1e-6"),
+        ({"row": 1, "damping": 0.0}, "damping` is 0.0; it must be between 1e-06 and"),
+        ({"row": 1, "damping": float("nan")}, "damping` is nan; it must be between 1e-06 and"),
         ({"text": words(*[1] * 65)}, "66 tokens long"),
     ]:
         with pytest.raises(UsageError, match=message):
