@@ -74,7 +74,7 @@ def _measured(pack, options, scratch, recall):
     summary = client.index.summary()
     found["bytes"], found["encoder"] = summary["bytes_per_example"], summary["encoder_bytes"]
     found["components"] = {
-        s["name"]: [s.get("bits_per_token"), s.get("keys"), s.get("coordinates"), s["weight"]] for s in summary["components"]
+        s["name"]: [s.get("bits_per_token"), s.get("tokens"), s.get("coordinates"), s["weight"]] for s in summary["components"]
     }
     if recall:
         exact = _exact(client, [client.index.example(i) for i in range(len(client.index))], queries)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ def ignore_progress(examples: int, tokens: int) -> None:
     """Progress that does nothing."""
 
 
+@runtime_checkable
 class Visitor(Protocol):
     """Callback of a pass, which collects rows or sums statistics."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class _Rendered:
     special_tokens: bool = True
 
 
+@runtime_checkable
 class DocumentEncoder(Protocol):
     """Encoder of documents as examples."""
 

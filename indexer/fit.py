@@ -8,7 +8,7 @@ that use the same labels.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from .tasks import Batch, Task
 _PCA = ("input_covariance", "output_covariance")
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Sums of a component's statistics, batch by batch."""
 
@@ -46,6 +47,7 @@ class Meter(Protocol):
         """End the batch."""
 
 
+@runtime_checkable
 class ComponentFit(Protocol):
     """How a kind of component is fitted.
 

@@ -28,7 +28,7 @@ class Attribution:
         score: positive for a proponent (training on it lowered the query's loss), negative for an opponent. Under
             "influence" in nats per unit of example weight, up to the damped curvature's scale; under "cosine" from -1 to 1.
         document: the id of the document that the example was cut from; its own id when it is whole.
-        error: the score's standard error, from one-bit codes (see `scoring.standard_errors`); None where the query is itself such a row.
+        error: the score's standard error, from one-bit codes (see `Scorer.standard_errors`); None where the query is itself such a row.
     """
 
     rank: int

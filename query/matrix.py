@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -23,6 +23,7 @@ Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "qu
 """Every row's score for some queries, shard by shard: the first row, and the scores."""
 
 
+@runtime_checkable
 class _Reporter(Protocol):
     def stage(self, name: str, examples: int | None) -> None: ...
     def update(self, examples: int, tokens: int) -> None: ...

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -48,6 +48,7 @@ class Estimates(NamedTuple):
     squared: Float64[np.ndarray, " rows"] | None
 
 
+@runtime_checkable
 class Operand(Protocol):
     """Prepared queries of one component."""
 

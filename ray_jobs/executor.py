@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..store.errors import BusyError, NotFoundError, UsageError, WorkerError
 from .progress import Reporter
@@ -48,6 +48,7 @@ class Resources:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be from 1 to {_MOST}")
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs a worker's methods."""
 

@@ -4,7 +4,7 @@ import sys
 import time
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
 
 from ..store.printable import printable
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Hears of a build's stages; `total` is in examples, None where it is not known beforehand."""
 

@@ -241,7 +241,7 @@ class DenseRows:
     def row_cost(component: DenseComponent, tokens: Int64[np.ndarray, " examples"] | None) -> float:
         """Return the bytes of a stored row, with its norm and scale."""
         fixed = 4 if component.dtype in _FLOATS else 8
-        return row_bytes(component.stored, component.dtype) + fixed
+        return float(row_bytes(component.stored, component.dtype) + fixed)
 
     def take(self, rows: Int64[np.ndarray, " selected"], checks: UInt32[np.ndarray, " selected"], out: np.ndarray) -> None:
         """Read the codes of some rows one by one from the file, since reading the memory map would fill memory with its pages.

@@ -212,7 +212,7 @@ def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
         ) from error
 
 
-def _open(path: Path, compression: str) -> IO[bytes]:
+def _open(path: Path, compression: str) -> Any:
     if compression == ".zst":
         import pyarrow as pa
 

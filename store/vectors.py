@@ -4,12 +4,13 @@ sparse one. Both kinds have the same methods.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 
+@runtime_checkable
 class Vectors(Protocol):
     """Rows of one component."""
 

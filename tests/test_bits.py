@@ -142,11 +142,11 @@ def component(size, coordinates, dtype, damping=0.1):
 
 def test_what_is_kept_follows_the_spectrum():
     flat, steep = np.ones(400), np.exp(-np.arange(400.0) / 10)[np.random.default_rng(0).permutation(400)]
-    assert _coordinates(component(400, 50, "1bit"), {"blocks/a/eigenvalues": flat}) == {}
-    few = _coordinates(component(400, 50, "1bit"), {"blocks/a/eigenvalues": steep})["blocks/kept"]
+    assert _coordinates(component(400, 50, "1bit"), {"a/eigenvalues": flat}) == {}
+    few = _coordinates(component(400, 50, "1bit"), {"a/eigenvalues": steep})["kept"]
     assert len(few) < 100
     assert set(few) == set(np.argsort(-steep)[: len(few)])
-    assert len(_coordinates(component(400, 50, "float32"), {"blocks/a/eigenvalues": steep})["blocks/kept"]) >= 50
+    assert len(_coordinates(component(400, 50, "float32"), {"a/eigenvalues": steep})["kept"]) >= 50
     # By simulation: independent coordinates of these energies, one-bit rows of them; no other number of kept ones is clearly better.
     energy = steep / (steep + 0.1 * steep.mean())
     order = np.argsort(-energy)

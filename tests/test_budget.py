@@ -17,7 +17,7 @@ from wherefrom.indexer.budget import allocate, count_tokens, row_cost
 from wherefrom.indexer.encoder import Encoder
 from wherefrom.query.metric import Metric
 from wherefrom.query.options import Query
-from wherefrom.query.scoring import all_scores
+from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 
@@ -45,7 +45,7 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
     bought = allocate(budget, offered, counts)
     cost = sum(row_cost(s, counts) for s in bought)
     assert cost <= budget
-    whole = [s for s in bought if s.kind == "dense" or s.keys is not None]
+    whole = [s for s in bought if s.kind == "dense" or s.max_tokens is not None]
     if whole and budget > 1000:  # else everything there is fits
         assert cost > 0.75 * budget
     assert [s.name for s in bought] == [s.name for s in offered if s.name in {b.name for b in bought}]
@@ -59,7 +59,7 @@ def test_more_bytes_never_take_a_component_or_a_bit_away():
     assert [sorted(h) for h in held] == [["head"], ["embeddings", "head"], *[["blocks", "embeddings", "head"]] * 3]
     assert [h["head"].bits for h in held[2:]] == sorted(h["head"].bits for h in held[2:])
     assert held[-1]["head"].bits == 256  # as many as coordinates, of all tokens
-    assert held[-1]["head"].keys is None
+    assert held[-1]["head"].max_tokens is None
 
 
 def test_tokens_are_counted_as_the_rows_hold_them():
@@ -105,7 +105,7 @@ def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, m
     queries = [Query(text=t) for t in random_texts(6, seed=9)]
 
     def scores(client, metric):
-        return np.concatenate([s for _, s in all_scores(client.index, client.encode(queries), metric)], axis=1)
+        return score_matrix(client.index, client.encode(queries), metric)
 
     for metric in (Metric(), Metric("cosine"), Metric(damping=2.0), Metric(curvature=False)):
         exact = scores(whole, metric)
@@ -120,7 +120,7 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
     for more, message in (
         (["--bytes-per-example", "9"], "does not pay for one token of the head"),
-        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses --head-bits"),
+        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses head_bits; give one or the other"),
         (["--bytes-per-example", "0"], "must be at least 1"),
         (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "cannot be combined"),
         (["-o", "labels=expected"], "sums over the classes"),
@@ -142,8 +142,8 @@ def test_an_index_says_what_each_component_costs_and_holds(index):
         entry = client.index.component(part["name"])
         kept = float(np.square(client.index.norms(entry).astype(float)).sum())
 
-        plan = replace(client.encoder.plan, components=(entry.model_copy(update={"keys": None}),))
-        every = Encoder(client.task, (client.encoder.model,), plan, client.encoder.arrays)
+        plan = replace(client.encoder.plan, components=(entry.model_copy(update={"max_tokens": None}),))
+        every = Encoder(client.recorded.task, (client.encoder.model,), plan, client.encoder.arrays)
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
         assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
         assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
@@ -164,8 +164,10 @@ def _linear_layers(client):
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
-    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
-    exact = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays).rows(rows)
+    whole = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
+    exact = Encoder(
+        client.recorded.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays
+    ).rows(rows)
     other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
     for one in whole:
         a = exact[one.name]
@@ -175,9 +177,11 @@ def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(in
                 part = slice(a.indptr[i], a.indptr[i + 1])
                 dense[i, a.keys[part]] = a.vectors[part]
             a = dense.reshape(120, -1)
+        else:
+            a = a.values
         truth = a.astype(float) @ a.T
         alone = Metric(weights={s.name: float(s.name == one.name) for s in whole})
-        found = np.concatenate([s for _, s in all_scores(client.index, exact, alone)], axis=1)
+        found = score_matrix(client.index, exact, alone)
         correlations[one.name] = np.corrcoef(truth[other], found[other])[0, 1]
         expected[one.name] = correlations[one.name] ** 2 / truth[other].std()
     info = {s["name"]: s for s in json.loads(run("info", index, "--json").stdout)["components"]}
@@ -194,7 +198,7 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     info = json.loads(run("build", *options, "--out", tmp_path / "i", "--json").stdout)
     assert (plan["documents"], plan["rows"], plan["tokens"]) == (120, info["rows"], info["tokens"])
     assert [s["name"] for s in plan["components"]] == [s["name"] for s in info["components"]]
-    assert [s.get("bits_a_token") for s in plan["components"]] == [s.get("bits_per_token") for s in info["components"]]
+    assert [s.get("bits_per_token") for s in plan["components"]] == [s.get("bits_per_token") for s in info["components"]]
     assert array_bytes(tmp_path / "i") == pytest.approx(plan["bytes_of_rows"], rel=0.03)
     assert plan["encoder_bytes"] == pytest.approx(info["encoder_bytes"], rel=0.05)
     assert plan["row_seconds"] > 0

@@ -60,7 +60,7 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
     model = make_model(architecture, dtype)
     plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
     examples = make_examples(7)
-    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"].values
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
@@ -72,7 +72,7 @@ def test_projected_rows_equal_projected_autograd(architecture):
     model = make_model(architecture)
     plan = make_plan(model, rank=5, curvature="identity")
     examples = make_examples(4)
-    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"].values
     for row, example in zip(rows, examples, strict=True):
         gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
         parts = []
@@ -95,7 +95,7 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
 def whole_gradients(model, plan, examples):
     """Projected gradients by layer, from an encoder without curvature."""
     plain = make_plan(model, rank=plan.components[0].projection.rank, curvature="identity")
-    rows = Encoder(TASK, (model,), plain, {}).rows(examples)["blocks"]
+    rows = Encoder(TASK, (model,), plain, {}).rows(examples)["blocks"].values
     return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.components[0].layers}
 
 
@@ -105,7 +105,7 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
     plan = make_plan(model, rank=4, curvature="fisher", damping=damping)
     examples, queries = make_examples(40), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
-    influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
+    influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
     train, asked = whole_gradients(model, plan, examples), whole_gradients(model, plan, queries)
     expected = 0
     for layer in plan.components[0].layers:
@@ -135,10 +135,10 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     plan = make_plan(model, rank=rank, curvature=curvature, patterns=patterns)
     examples, queries = make_examples(30), make_examples(3, seed=1)
     encoder = fit(model, plan, examples)
-    influence = encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T
+    influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
     plain = Encoder(TASK, (model,), make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
     pairs = token_pairs(model, plan, examples, plain.parts["blocks"].maps)
-    train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
+    train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     expected = 0
     for layer in plan.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
@@ -159,14 +159,14 @@ def test_diagonal_and_identity_influence():
     model = make_model()
     examples, queries = make_examples(30), make_examples(3, seed=1)
     plain = Encoder(TASK, (model,), make_plan(model, curvature="identity"), {})
-    train, asked = plain.rows(examples)["blocks"], plain.rows(queries)["blocks"]
+    train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
     for layer in encoder.plan.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
         expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
-    assert_close(encoder.rows(queries)["blocks"] @ encoder.rows(examples)["blocks"].T, expected, 1e-6)
+    assert_close(encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T, expected, 1e-6)
     assert fit(model, make_plan(model, curvature="identity"), examples).arrays == {}
 
 
@@ -176,9 +176,9 @@ def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projecti
     model = make_model("llama")
     plan = make_plan(model, curvature=curvature, projection=projection)
     examples = make_examples(24)
-    whole = fit(model, plan, examples).rows(examples)["blocks"]
+    whole = fit(model, plan, examples).rows(examples)["blocks"].values
     for parts in (2, 3, 7):
-        merged = fit(model, plan, examples, parts).rows(examples)["blocks"]
+        merged = fit(model, plan, examples, parts).rows(examples)["blocks"].values
         assert_close(merged @ merged.T, whole @ whole.T, 1e-8)
 
 
@@ -188,10 +188,9 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
     kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.components[0].layers))]
     layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.components[0].layers, kinds, strict=True))
-    mixed = fit(model, replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),)), examples).rows(examples)[
-        "blocks"
-    ]
-    alone = {"fisher": fit(model, fisher, examples).rows(examples)["blocks"], "ekfac": fit(model, ekfac, examples).rows(examples)["blocks"]}
+    plan = replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),))
+    mixed, *apart = (fit(model, one, examples).rows(examples)["blocks"].values for one in (plan, fisher, ekfac))
+    alone = dict(zip(("fisher", "ekfac"), apart, strict=True))
     for layer in layers:
         block = slice(layer.offset, layer.offset + layer.size)
         assert_close(mixed[:, block], alone[layer.curvature][:, block], 1e-8)
@@ -227,10 +226,10 @@ def test_sums_of_any_split_add_up():
 def test_rows_do_not_depend_on_batch_order_or_padding(order, budget, longest):
     model, examples = _MODEL_AND_EXAMPLES
     encoder = Encoder(TASK, (model,), make_plan(model, batch_tokens=10_000), _ARRAYS)
-    alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
+    alone = np.concatenate([encoder.rows([e])["blocks"].values for e in examples])
     other = Encoder(TASK, (model,), make_plan(model, batch_tokens=budget), _ARRAYS)
     padding = make_examples(1, seed=5, longest=longest)
-    rows = other.rows([examples[i] for i in order] + padding)["blocks"][: len(order)]
+    rows = other.rows([examples[i] for i in order] + padding)["blocks"].values[: len(order)]
     assert_close(rows, alone[list(order)], 1e-10)
 
 
@@ -242,8 +241,8 @@ def test_float32_rows_agree_across_batchings_to_1e_5():
     model = make_model(dtype="float32")
     examples = make_examples(30)
     encoder = fit(model, make_plan(model), examples)
-    alone = np.concatenate([encoder.rows([e])["blocks"] for e in examples])
-    together = Encoder(TASK, (model,), make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)["blocks"]
+    alone = np.concatenate([encoder.rows([e])["blocks"].values for e in examples])
+    together = Encoder(TASK, (model,), make_plan(model, batch_tokens=500), encoder.arrays).rows(examples)["blocks"].values
     np.testing.assert_array_less(np.linalg.norm(together - alone, axis=1), 1e-5 * np.linalg.norm(alone, axis=1))
 
 
@@ -251,7 +250,7 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     exact = Encoder(TASK, (make_model(dtype="float32"),), make_plan(make_model(dtype="float32"), curvature="identity"), {})
     rough = Encoder(TASK, (make_model(dtype="bfloat16"),), exact.plan, {})
     examples = make_examples(10)
-    a, b = exact.rows(examples)["blocks"], rough.rows(examples)["blocks"]
+    a, b = exact.rows(examples)["blocks"].values, rough.rows(examples)["blocks"].values
     assert b.dtype == np.float32
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.98
@@ -267,7 +266,7 @@ def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     plan = make_plan(model, patterns=("h.1.*",))
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
-    Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))["blocks"]
+    Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
     assert {layer.name.split(".")[2] for layer in plan.components[0].layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
@@ -286,7 +285,7 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch):
     products = []
     original = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
-    encoder.rows(make_examples(1))["blocks"]
+    encoder.rows(make_examples(1))
     inputs = [s for s in products if s[1] == 4]
     assert len(inputs) == len({layer.input_group for layer in plan.components[0].layers}) + len(
         plan.components[0].layers
@@ -299,7 +298,7 @@ def test_a_layer_that_runs_twice_sums_its_calls():
     plan = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
     gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
-    (row,) = Encoder(TASK, (model,), plan, {}).rows([example])["blocks"]
+    (row,) = Encoder(TASK, (model,), plan, {}).rows([example])["blocks"].values
     assert_close(row, np.concatenate([g.ravel() for g in gradients]), 1e-10)
 
 
@@ -349,7 +348,7 @@ class Odd(torch.nn.Module):
 def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
     model = Odd(habit)
     plan = make_plan(model, rank=rank, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
-    rows = Encoder(TASK, (model,), plan, {}).rows(make_examples(5))["blocks"]
+    rows = Encoder(TASK, (model,), plan, {}).rows(make_examples(5))["blocks"].values
     if habit == "writes into an input":  # which autograd of the weights does not survive
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
@@ -371,7 +370,7 @@ def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
     encoder = Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.0",)), {})
     model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
-        encoder.rows(make_examples(3))["blocks"]
+        encoder.rows(make_examples(3))
 
 
 def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
@@ -450,7 +449,7 @@ def test_nan_weights_are_named_not_hidden():
     plan = make_plan(model, curvature="identity")
     model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="of example 'e"):
-        Encoder(TASK, (model,), plan, {}).rows(make_examples(3))["blocks"]
+        Encoder(TASK, (model,), plan, {}).rows(make_examples(3))
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
@@ -515,7 +514,7 @@ def test_sampled_labels_make_the_true_fisher():
             mask[t] = True
             for label in range(p.shape[1]):
                 token_ids = np.append(example.token_ids[:t], label).astype(np.int32)
-                row = Encoder(TASK, (model,), plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])["blocks"][0]
+                row = Encoder(TASK, (model,), plain, {}).rows([Example("", "", "", token_ids, mask[: t + 1])])["blocks"].values[0]
                 square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
         expected.append(square)
     assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()

@@ -85,7 +85,7 @@ def test_rows_of_a_model_that_computes_long_batches_otherwise_are_those_of_each_
         ids = torch.tensor(client.index.example(row).token_ids[None]).long()
         losses = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(losses, weights)]).numpy()
-        assert_close(client.index.row(row, component), expected, 1e-4)
+        assert_close(client.index.vectors(row, component).values[0], expected, 1e-4)
 
 
 def test_most_models_may_share_batches():
@@ -246,7 +246,7 @@ def test_a_model_that_is_set_to_return_tuples_is_read(tmp_path, corpus_file):
         out = tmp_path / f"i{len(rows)}"
         build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2, components=("blocks",)))
         index = Client(out).index
-        rows.append(np.stack([index.row(row, index.manifest.components[0]) for row in range(len(index))]))
+        rows.append(np.concatenate([index.vectors(row, index.manifest.components[0]).values for row in range(len(index))]))
     assert_close(rows[1], rows[0], 1e-5)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
-from wherefrom.query.scoring import all_scores
+from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store import postings as module
 from wherefrom.store.arrays import ArrayFile, ArrayGroup
@@ -45,7 +45,7 @@ def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows
                 terms = factors[e] * signs_of(codes[e : e + 1], bits)[0].astype(float) * rotated[j]
                 expected[owners[j], i] += terms.sum()
                 size[owners[j], i] += np.abs(terms).sum()
-    lists = Postings.of([read])
+    lists = Postings.of([read], sparse_component(vocabulary, bits, bits, 5))
     assert (np.diff(lists.tokens.astype(int)) > 0).all()
     found = np.zeros((2, queries, rows), np.float32)
     lists.add_scores(asked.keys, owners, byte_tables(rotated), found[0])
@@ -75,7 +75,7 @@ def index(tmp_path, model_dir, corpus_file, monkeypatch):
 def scores(path):
     client = Client(path)
     rows = client.encode([Query(text=t) for t in random_texts(3, seed=4)])
-    return np.concatenate([s for _, s in all_scores(client.index, rows)], axis=1)
+    return score_matrix(client.index, rows)
 
 
 def files(path):
@@ -85,7 +85,12 @@ def files(path):
 def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatch):
     before = scores(index)
     made = []
-    monkeypatch.setattr(module.Postings, "of", classmethod(lambda cls, rows, of=Postings.of: made.append(1) or of(rows)))
+
+    def counted(cls, shards, component, of=Postings.of):
+        made.append(1)
+        return of(shards, component)
+
+    monkeypatch.setattr(module.Postings, "of", classmethod(counted))
     assert np.array_equal(scores(index), before)
     assert made == []  # a build leaves them
     (path,) = files(index)

@@ -19,6 +19,7 @@ from wherefrom.store.index import Index
 from wherefrom.store.kernels import count_differences, multiply_int8
 from wherefrom.store.scan_codes import Rounded, ScanCodes
 from wherefrom.store.shard import rows_path
+from wherefrom.store.vectors import DenseVectors
 
 DIM = 256
 
@@ -47,7 +48,7 @@ def queries_for(rows, count, seed):
     asked[::2] += rows[generator.integers(0, len(rows), len(asked[::2]))]
     asked[::5] *= generator.random((len(asked[::5]), DIM)) < 0.02
     asked[:, 0] += 1e-3 * np.linalg.norm(rows, axis=1).mean()
-    return {"blocks": asked.astype(np.float32)}
+    return {"blocks": DenseVectors(asked.astype(np.float32))}
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_estimates_err_as_theory_says(tmp_path, index_dir, name, rows, dtype):
     scorer = Scorer.of(index, queries, Metric())
     (group,) = index.groups
     exact, e = scorer.scores(group), scorer.estimates(group)
-    assert not e.sure.any()
+    assert not e.exact.any()
     empty = e.deviations == 0
     assert empty.any() == (name == "sparse")  # a row of zeros
-    assert not e.guess[empty].any()
-    errors = ((e.guess - exact)[~empty] / e.deviations[~empty]).astype(float)
+    assert not e.estimate[empty].any()
+    errors = ((e.estimate - exact)[~empty] / e.deviations[~empty]).astype(float)
     # Standard deviations are upper bounds, and within 15 % of the truth where query and row are not alike.
     assert abs(errors.mean()) < (0.3 if name == "clustered" else 0.05)  # errors of rows that are alike are alike
     assert np.square(errors).mean() < 1.1
@@ -83,10 +84,10 @@ def test_codes_of_fewer_bits_than_coordinates_err_as_theory_says(tmp_path, index
     monkeypatch.setattr(module, "_MOST_BITS", 64)
     rows = next(kinds_of_rows(2000))[1]
     index = dense_index(tmp_path / "i", index_dir, rows)
-    scorer = Scorer.of(index, {"blocks": np.random.default_rng(3).standard_normal((60, DIM)).astype(np.float32)}, Metric())
+    scorer = Scorer.of(index, {"blocks": DenseVectors(np.random.default_rng(3).standard_normal((60, DIM)).astype(np.float32))}, Metric())
     (group,) = index.groups
     e = scorer.estimates(group)
-    errors = (e.guess - scorer.scores(group)) / e.deviations
+    errors = (e.estimate - scorer.scores(group)) / e.deviations
     assert 0.8 < np.square(errors).mean() < 1.1
 
 
@@ -118,10 +119,10 @@ def test_a_recall_of_almost_one_and_queries_that_are_no_numbers(index_dir):
     index = Index(index_dir)
     asked = np.random.default_rng(0).standard_normal((2, index.manifest.components[0].dim)).astype(np.float32)
     for recall in (np.nextafter(1, 0), 1 - 1e-15):
-        assert len(search(index, {"blocks": asked}, 10, recall=recall)) == 2
+        assert len(search(index, {"blocks": DenseVectors(asked)}, 10, recall=recall)) == 2
     asked[1, 0] = np.nan
     with pytest.raises(NumericalError, match="not finite"):
-        search(index, {"blocks": asked}, 10, recall=0.9)
+        search(index, {"blocks": DenseVectors(asked)}, 10, recall=0.9)
 
 
 def complete(index, queries, k, recall):
@@ -167,7 +168,7 @@ def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch
     rows = dict(kinds_of_rows(3000, 4))["gauss"]
     index = dense_index(tmp_path / "i", index_dir, rows)
     for number, group in enumerate(index.groups):
-        codes = index.scan_codes(group, index.manifest.components[0])
+        codes = index.search_arrays(group, index.manifest.components[0])
         if fault == "too sure":
             broken = ScanCodes(codes.codes, codes.factors, codes.noises * 0.1, codes.norms, codes.checks)
         elif fault == "biased":

@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
-from wherefrom.query.scoring import all_scores, standard_errors
+from wherefrom.query.scoring import Scorer, score_matrix
 from wherefrom.query.search import _merge, search
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
-from wherefrom.store.sparse import inner_products
+from wherefrom.store.vectors import DenseVectors, join
 
 
 def dense_rows(index):
     (component,) = index.manifest.components
-    return np.stack([index.row(i, component) for i in range(len(index))])
+    return np.concatenate([index.vectors(i, component).values for i in range(len(index))])
 
 
 def random_queries(index, count, seed=0):
     (component,) = index.manifest.components
-    return {"blocks": np.random.default_rng(seed).normal(size=(count, component.dim)).astype(np.float32)}
+    return {"blocks": DenseVectors(np.random.default_rng(seed).normal(size=(count, component.dim)).astype(np.float32))}
 
 
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
@@ -33,7 +33,7 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
     index = Index(index_dir)
     rows, queries = dense_rows(index), random_queries(index, 300)
     against = rows / np.linalg.norm(rows, axis=1, keepdims=True) if mode == "cosine" else rows
-    asked = queries["blocks"]
+    asked = queries["blocks"].values
     if mode == "cosine":
         asked = asked / np.linalg.norm(asked, axis=1, keepdims=True)
     hits = search(index, queries, 7, Metric(mode))
@@ -56,8 +56,8 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
 def test_all_scores_are_all_inner_products(index_dir):
     index = Index(index_dir)
     queries = random_queries(index, 3)
-    found = np.concatenate([scores for _, scores in all_scores(index, queries)], axis=1)
-    rows, asked = dense_rows(index).astype(float), queries["blocks"].astype(float)
+    found = score_matrix(index, queries)
+    rows, asked = dense_rows(index).astype(float), queries["blocks"].values.astype(float)
     assert_close(found, asked @ rows.T, 1e-6, np.outer(np.linalg.norm(asked, axis=1), np.linalg.norm(rows, axis=1)))
 
 
@@ -86,13 +86,13 @@ def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, c
     low = Client(built(tmp_path, model_dir, corpus_file, "low", curvature=curvature, damping=0.05))
     high = Client(built(tmp_path, model_dir, corpus_file, "high", curvature=curvature, damping=2.0))
     queries = [Query(text=t) for t in random_texts(3, seed=9)]
-    rows_low, rows_high = low.rows(queries), high.rows(queries)
-    there = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 2.0))], axis=1)
-    scratch = np.concatenate([s for _, s in all_scores(high.index, rows_high, Metric(mode))], axis=1)
+    rows_low, rows_high = low.encode(queries), high.encode(queries)
+    there = score_matrix(low.index, rows_low, Metric(mode, 2.0))
+    scratch = score_matrix(high.index, rows_high, Metric(mode))
     assert_close(there, scratch, 2e-4)
-    plain = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode))], axis=1)
+    plain = score_matrix(low.index, rows_low, Metric(mode))
     assert np.abs(plain - scratch).max() > 1e-2 * np.abs(scratch).max()
-    same = np.concatenate([s for _, s in all_scores(low.index, rows_low, Metric(mode, 0.05))], axis=1)
+    same = score_matrix(low.index, rows_low, Metric(mode, 0.05))
     assert_close(same, plain, 1e-5)
 
 
@@ -100,12 +100,12 @@ def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, c
 def test_smaller_rows_keep_the_scores(tmp_path, model_dir, corpus_file, index_dir, dtype, tolerance):
     small = Index(built(tmp_path, model_dir, corpus_file, dtype, row_dtype=dtype))
     queries = random_queries(small, 5)
-    exact = np.concatenate([s for _, s in all_scores(Index(index_dir), queries)], axis=1)
-    found = np.concatenate([s for _, s in all_scores(small, queries)], axis=1)
+    exact = score_matrix(Index(index_dir), queries)
+    found = score_matrix(small, queries)
     assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
     for metric in (Metric("cosine"), Metric("cosine", 1.0)):
-        exact = np.concatenate([s for _, s in all_scores(Index(index_dir), queries, metric)], axis=1)
-        found = np.concatenate([s for _, s in all_scores(small, queries, metric)], axis=1)
+        exact = score_matrix(Index(index_dir), queries, metric)
+        found = score_matrix(small, queries, metric)
         assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
         assert np.abs(found).max() <= 1 + 1e-5
 
@@ -124,16 +124,17 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
     (component,) = client.index.manifest.components
     for i in (0, 17, 119):
         example = client.index.example(i)
-        asked = client.encode([Query(text=example.text)])["blocks"][0]
-        assert_close(asked, client.index.row(i, component), 1e-4)
+        asked = client.encode([Query(text=example.text)])["blocks"]
+        stored = client.index.vectors(i, component)
+        assert_close(asked.values, stored.values, 1e-4)
         answer = client.query(text=example.text, k=120)
         (own,) = [a for a in answer.proponents if a.row == i]
-        assert own.score == pytest.approx(float(np.linalg.norm(client.index.row(i, component))) ** 2, rel=1e-3)
+        assert own.score == pytest.approx(float(np.linalg.norm(stored.values)) ** 2, rel=1e-3)
 
 
 def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
     client = Client(index_dir)
-    monkeypatch.setattr(type(client), "_sources", None)
+    monkeypatch.setattr(type(client), "recorded", None)
     answer = client.query(row=5, k=3)
     assert answer.query["row"] == 5
     assert answer.search.recall == 1.0
@@ -180,15 +181,15 @@ def test_more_answers_than_rows_are_all_rows(index_dir, recall):
 def test_bad_queries_are_usage_errors(index_dir, tmp_path, model_dir, corpus_file):
     client = Client(index_dir)
     for options, message in [
-        ({"row": 1, "k": 0}, "k is 0"),
+        ({"row": 1, "k": 0}, "`k` is 0"),
         ({"row": 120}, "row 120"),
-        ({"row": -1}, "row -1"),
+        ({"row": -1}, "row is -1; it must be at least 0"),
         ({}, "exactly one"),
         ({"text": "w1 w2", "row": 1}, "exactly one"),
         ({"prompt": "w1"}, "exactly one"),
         ({"row": 1, "mode": "vibes"}, "vibes"),
-        ({"row": 1, "damping": 0.0}, "from 1e-6"),
-        ({"row": 1, "damping": float("nan")}, "from 1e-6"),
+        ({"row": 1, "damping": 0.0}, "damping` is 0.0; it must be between 1e-06 and"),
+        ({"row": 1, "damping": float("nan")}, "damping` is nan; it must be between 1e-06 and"),
         ({"text": words(*[1] * 65)}, "66 tokens long"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -207,16 +208,12 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 @pytest.mark.parametrize("curvature", ["fisher", "ekfac", "diagonal", "identity"])
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
-    from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import all_scores
-
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
-    rows = {"blocks": np.stack([whitened.index.row(r, whitened.index.component("blocks")) for r in (3, 50)])}
-    asked = {"blocks": np.stack([plain.index.row(r, plain.index.component("blocks")) for r in (3, 50)])}
-    found, expected = (
-        np.concatenate([s.T for _, s in all_scores(c.index, q, m)])
-        for c, q, m in ((whitened, rows, Metric(mode, curvature=False)), (plain, asked, Metric(mode)))
+    rows, asked = (
+        join([{"blocks": client.index.vectors(row, client.index.component("blocks"))} for row in (3, 50)]) for client in (whitened, plain)
     )
+    found = score_matrix(whitened.index, rows, Metric(mode, curvature=False))
+    expected = score_matrix(plain.index, asked, Metric(mode))
     assert_close(found, expected, 2e-4)
 
 
@@ -232,19 +229,17 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
     asked = client.encode(queries)
     exact, squared = 0, 0
     for s in components:
-        products = inner_products(asked[s.name], rows[s.name]) if s.kind == "sparse" else asked[s.name] @ rows[s.name].T
-        exact = exact + s.weight * products
-        lengths = rows[s.name].squared_norms if s.kind == "sparse" else np.square(rows[s.name]).sum(1)
-        own = asked[s.name].squared_norms if s.kind == "sparse" else np.square(asked[s.name]).sum(1)
-        squared = squared + s.weight * lengths
-        norms = s.weight * own + (0 if s is components[0] else norms)
+        exact = exact + s.weight * asked[s.name].inner_products(rows[s.name])
+        squared = squared + s.weight * rows[s.name].squared_norms
+        norms = s.weight * asked[s.name].squared_norms + (0 if s is components[0] else norms)
     if mode == "cosine":
         exact = exact / np.sqrt(norms[:, None] * squared[None])
     if mode == "loss-normalized":
         exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     metric = Metric(mode)
-    found = np.concatenate([s for _, s in all_scores(client.index, asked, metric)], axis=1)
-    errors = np.stack(standard_errors(client.index, asked, metric, [np.arange(120)] * 40))
+    scorer = Scorer.of(client.index, asked, metric)
+    found = score_matrix(client.index, asked, metric)
+    errors = np.stack([scorer.standard_errors(query, np.arange(120)) for query in range(40)])
     z = ((found - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the query the stated error is too large
     assert 0.8 < z.std() < 1.1
     assert np.mean(np.abs(z) > 3) < 0.01

@@ -20,26 +20,27 @@ from wherefrom.store.errors import IntegrityError, UsageError
 from wherefrom.store.manifest import Curvature, SparseComponent
 from wherefrom.store.postings import Postings, byte_tables
 from wherefrom.store.shard import rows_path
-from wherefrom.store.sparse import SparseRows, SparseVectors, code, join
+from wherefrom.store.sparse import SparseRows, code, join
+from wherefrom.store.vectors import SparseVectors
 
 TASK = CausalLM()
 
 
-def head_plan(model, bits=64, keys=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None, role="head", others=0):
-    layer, vocabulary, width, *tail = TASK.sparse_head(model) if role == "head" else TASK.sparse_embeddings(model)
+def head_plan(model, bits=64, max_tokens=None, labels="sampled", damping=1.0, batch_tokens=64, blocks=None, role="head", extra_tokens=0):
+    layer = TASK.sparse_head(model) if role == "head" else TASK.sparse_embeddings(model)
     head = SparseComponent(
         name=role,
         kind="sparse",
         model=0,
         weight=1.0,
         role=role,
-        layer=layer,
-        vocabulary=vocabulary,
-        width=width,
+        layer=layer.name,
+        vocabulary=layer.vocabulary,
+        width=layer.width,
         bits=bits,
-        others=others,
-        keys=keys,
-        tail=any(tail),
+        extra_tokens=extra_tokens,
+        max_tokens=max_tokens,
+        postprocessed=layer.postprocessed,
         seed=3,
         curvature=Curvature(kind="kfac", labels=labels, examples=0, tokens=0, damping=damping),
     )
@@ -93,9 +94,9 @@ def test_vectors_equal_the_whitened_dense_head_gradient(name, labels, monkeypatc
     tokens = np.mean([len(h) for _, h, _ in truth])
     e, U = np.linalg.eigh(sum(h.T @ h for _, h, _ in truth) / len(truth))
     q = encoder.arrays["head/vocabulary"]
-    tail = plan.components[0].tail
-    assert tail == (name == "with a soft-cap")
-    if labels == "sampled" and not tail:
+    postprocessed = plan.components[0].postprocessed
+    assert postprocessed == (name == "with a soft-cap")
+    if labels == "sampled" and not postprocessed:
         np.testing.assert_allclose(q, sum((p * (1 - p)).sum(0) for _, _, p in truth) / len(truth), rtol=1e-8)
     assert_close(encoder.arrays["head/eigenvalues"], np.maximum(e, 0) / tokens, 1e-6)
     eigenvalues = q[:, None] * np.maximum(e, 0)[None] / tokens
@@ -221,7 +222,7 @@ def test_fits_of_any_split_and_any_batching_agree():
 def test_only_the_largest_keys_are_kept_when_asked():
     model, examples = make_model(), make_examples(6)
     encoder = fitted(model, head_plan(model), examples)
-    few = Encoder(TASK, (model,), head_plan(model, keys=2), encoder.arrays).rows(examples)["head"]
+    few = Encoder(TASK, (model,), head_plan(model, max_tokens=2), encoder.arrays).rows(examples)["head"]
     every = encoder.rows(examples)["head"]
     for i in range(6):
         whole = every.part(i, i + 1)
@@ -232,8 +233,8 @@ def test_only_the_largest_keys_are_kept_when_asked():
 def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
     model, examples = make_model(), make_examples(6)
     encoder = fitted(model, head_plan(model), examples)
-    more = Encoder(TASK, (model,), head_plan(model, others=3), encoder.arrays).rows(examples)["head"]
-    every = Encoder(TASK, (model,), head_plan(model, others=1000), encoder.arrays).rows(examples)["head"]
+    more = Encoder(TASK, (model,), head_plan(model, extra_tokens=3), encoder.arrays).rows(examples)["head"]
+    every = Encoder(TASK, (model,), head_plan(model, extra_tokens=1000), encoder.arrays).rows(examples)["head"]
     for i, example in enumerate(examples):
         gradient, _, p = dense_head_gradient(model, example)
         targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}
@@ -298,7 +299,7 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
             for j in np.flatnonzero(asked.keys == rows.keys[e]):
                 expected[owners[j], i] += factors[e] * (signs @ rotated[j])
     found = np.zeros((4, 30), np.float32)
-    Postings.of([read]).add_scores(asked.keys, owners, byte_tables(rotated), found)
+    Postings.of([read], sparse_component(vocabulary, 12, bits, 5)).add_scores(asked.keys, owners, byte_tables(rotated), found)
     assert_close(found, expected, 1e-5, np.sqrt(np.outer(asked.squared_norms, rows.squared_norms)))
 
 
@@ -308,10 +309,10 @@ def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
         read = sparse_rows(tmp_path / str(bits), rows, 30, bits, 5)
         own = []
         for i in range(20):
-            keys, vectors = read.vectors(i)
-            tables = byte_tables(rotate(vectors, bits, 5))
+            row = read.vectors(i, {})
+            tables = byte_tables(rotate(row.vectors, bits, 5))
             scores = np.zeros((1, 20), np.float32)
-            Postings.of([read]).add_scores(keys, np.zeros(len(keys), int), tables, scores)
+            Postings.of([read], sparse_component(30, width, bits, 5)).add_scores(row.keys, row.owners, tables, scores)
             own.append(scores[0, i] / read.norms[i] ** 2)
         if padded_width(width, bits) == width:  # else what the padding held is lost
             assert np.mean(own) == pytest.approx(1.0, abs=0.4 if bits < width else 0.1)
@@ -367,15 +368,15 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     assert blocks.weight > 0
     (example,) = client.to_examples(_documents(words(3, 9, 9, 30, 41)))
     rows = client.measure([example])
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
-    found = np.concatenate([s[0] for _, s in all_scores(client.index, rows)])
+    found = score_matrix(client.index, rows)[0]
     asked = rows["head"]
     rotated = rotate(asked.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
         shard, at = client.index.locate(i)
         sparse = client.index.rows(shard, head)
-        score = blocks.weight * float(rows["blocks"][0] @ client.index.row(i, blocks))
+        score = blocks.weight * float(rows["blocks"].inner_products(client.index.vectors(i, blocks))[0, 0])
         for key, code_, factor in zip(*sparse.entries(at, at + 1), strict=True):
             signs = np.unpackbits(code_, count=head.bits).astype(float) * 2 - 1
             score += sum(factor * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == key))
@@ -384,13 +385,13 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
 
 def test_weights_of_a_query_multiply_those_of_the_index(head_index):
     from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
     client = Client(head_index)
     rows = client.measure(client.to_examples(_documents(words(3, 9, 9, 30, 41))))
 
     def scores(**weights):
-        return np.concatenate([s[0] for _, s in all_scores(client.index, rows, Metric(weights=weights))])
+        return score_matrix(client.index, rows, Metric(weights=weights))[0]
 
     summed = np.abs(scores(head=0)).max() + np.abs(scores(blocks=0)).max()
     assert_close(scores(head=0) + scores(blocks=0), scores(), 1e-5, summed)
@@ -438,11 +439,11 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
         build(BuildConfig(out=str(tmp_path / name), damping=damping, **config))
     low, high = Client(tmp_path / "low"), Client(tmp_path / "high")
     from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import all_scores
+    from wherefrom.query.scoring import score_matrix
 
     examples = low.to_examples(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
-    changed = np.concatenate([s.T for _, s in all_scores(low.index, low.measure(examples), Metric(damping=4.0))])
-    built = np.concatenate([s.T for _, s in all_scores(high.index, high.measure(examples))])
+    changed = score_matrix(low.index, low.measure(examples), Metric(damping=4.0))
+    built = score_matrix(high.index, high.measure(examples))
     assert np.corrcoef(changed.ravel(), built.ravel())[0, 1] > 0.999
     assert np.abs(changed - built).max() < 0.05 * np.abs(built).max()
     with pytest.raises(UsageError, match="under the build's damping alone"):

@@ -42,7 +42,8 @@ def whole(place, corpus_file, out, rows, **options):
     config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", shard_rows=50, **ROWS[rows], **options)
     build(config)
     client = Client(out, task=options.get("task"))
-    stored = [np.stack([client.index.row(i, s) for i in range(0, 120, 7)]) for s in client.index.manifest.components if s.kind == "dense"]
+    dense = [s for s in client.index.manifest.components if s.kind == "dense"]
+    stored = [np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)]) for s in dense]
     answers = [client.query(k=5, **asked) for asked in ASKED]
     scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
     (explained,) = client.explain([answers[0].proponents[0].row], Query(**ASKED[0]))
@@ -93,7 +94,7 @@ def test_two_gpus_give_the_rows_of_one(place, corpus_file, tmp_path):
     for device in ("map", "cuda:0"):
         build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path / device), rank=4, device=device))
         client = Client(tmp_path / device, device=device)
-        rows.append(np.stack([client.index.row(i, client.index.manifest.components[0]) for i in range(120)]))
+        rows.append(np.concatenate([client.index.vectors(i, client.index.manifest.components[0]).values for i in range(120)]))
         if device == SPREAD:
             assert len({p.device for p in client.encoder.model.parameters()}) == 2
     assert_close(rows[0], rows[1], 1e-4)
@@ -124,17 +125,17 @@ def test_layers_without_maps_see_both_sides_on_their_own_device(place, corpus_fi
         with Devices():
             build(
                 BuildConfig(
-                    str(place),
-                    (str(corpus_file),),
-                    str(tmp_path / task[:3]),
-                    task,
+                    model=str(place),
+                    data=(str(corpus_file),),
+                    out=str(tmp_path / task[:3]),
+                    task=task,
                     rank=10_000,
                     curvature="diagonal",
                     layers=("*.0.*", "*_proj"),
                 )
             )
         client = Client(tmp_path / task[:3], task=task)
-        rows[task] = np.stack([client.index.row(i, client.index.manifest.components[0]) for i in range(0, 120, 9)])
+        rows[task] = np.concatenate([client.index.vectors(i, client.index.manifest.components[0]).values for i in range(0, 120, 9)])
     assert_close(rows["devices:Spread"], rows["causal-lm"], 1e-5)
 
 

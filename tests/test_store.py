@@ -134,7 +134,7 @@ def test_an_index_reads_with_plain_zarr_arrow_and_safetensors(index_dir):
         documents = pa.ipc.open_file(index_dir / "documents" / f"{shard_id}.arrow").read_all()
         assert documents.num_rows == len(rows) == size
         for i in (0, size - 1):
-            np.testing.assert_array_equal(rows[i], index.row(first + i, component))
+            np.testing.assert_array_equal(rows[i], index.vectors(first + i, component).values[0])
             example = index.example(first + i)
             assert documents["text"][i].as_py() == example.text
             assert documents["metadata"][i].as_py() == dict(example.metadata)

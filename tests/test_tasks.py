@@ -56,15 +56,15 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     assert result.exit_code == 0, result.output
     client = Client(tmp_path / "p.wherefrom", task=task)
     model, records = client.encoder.model, vectors(20, 36, 3)
-    rows = np.stack([autograd(model, client.task.loss, r) for r in records])
-    asked = np.stack([autograd(model, client.task.measurement, r) for r in records[:4]])
+    rows = np.stack([autograd(model, client.recorded.task.loss, r) for r in records])
+    asked = np.stack([autograd(model, client.recorded.task.measurement, r) for r in records[:4]])
     expected = 0
     for layer in client.index.component("blocks").layers:
         block = slice(layer.offset, layer.offset + layer.size)
         H = rows[:, block].T @ rows[:, block] / len(rows)
         expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
-    queries = client.measure(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"]
-    stored = np.stack([client.index.row(i, client.index.component("blocks")) for i in range(20)])
+    queries = client.measure(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"].values
+    stored = np.concatenate([client.index.vectors(i, client.index.component("blocks")).values for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
 
@@ -123,8 +123,8 @@ def test_convolutions_side_by_side_keep_their_own_inputs(tmp_path):
         )
         for weight in weights:
             weight.requires_grad_(True)
-        gradients = torch.autograd.grad(client.task.loss(model, batch).sum(), weights)
-        assert_close(client.index.row(row, component), torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
+        gradients = torch.autograd.grad(client.recorded.task.loss(model, batch).sum(), weights)
+        assert_close(client.index.vectors(row, component).values[0], torch.cat([g.flatten() for g in gradients]).numpy(), 1e-5)
 
 
 def test_kfac_of_a_convolution_counts_its_places(tmp_path):
@@ -160,7 +160,7 @@ def test_convolutions_are_whitened_by_every_strategy(pictures, tmp_path, curvatu
     options = ["--model", model_file, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Pictures", "-o", "rank=4"]
     assert run("build", *options, "-o", f"curvature={curvature}", "-o", "projection=pca").exit_code == 0
     index = Client(tmp_path / "p").index
-    rows = np.stack([index.row(i, index.component("blocks")) for i in range(20)])
+    rows = np.concatenate([index.vectors(i, index.component("blocks")).values for i in range(20)])
     assert np.isfinite(rows).all()
     assert (np.linalg.norm(rows, axis=1) > 0).all()
 
