@@ -6,7 +6,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-# The types, shapes and dtypes in signatures are checked while the tests run; WHEREFROM_UNCHECKED=1 leaves it out, for timings. Modules are
+# The types, shapes and dtypes in signatures are checked while the tests run; WHEREFROM_UNCHECKED=1 leaves it out. Modules are
 # left out where tests hand in what their signatures exclude, to see that it is refused in words.
 UNCHECKED = {"query.options"}
 if not os.environ.get("WHEREFROM_UNCHECKED"):
@@ -15,7 +15,7 @@ if not os.environ.get("WHEREFROM_UNCHECKED"):
     names = {".".join(path.relative_to(root).with_suffix("").parts) for path in files}
     jaxtyping.install_import_hook([f"wherefrom.{name}" for name in sorted(names - UNCHECKED)], "typecheck.check")
 
-from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl
+from helpers import SHARED, make_model, make_tokenizer, random_texts, write_jsonl  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
