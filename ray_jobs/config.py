@@ -257,6 +257,3 @@ def recorded_config(options: dict[str, Any]) -> BuildConfig:
         return BuildConfig(**options)
     except (UsageError, TypeError) as error:
         raise IntegrityError(f"the index's record of its build is damaged ({error}); restore its manifest") from error
-
-
-COMPONENT_PARTS = get_args(ComponentPart)

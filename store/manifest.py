@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
+from .errors import IncompatibleError, IntegrityError, NotFoundError
 from .files import create_only, read_bytes, sha256, write_whole
 
 FORMAT_VERSION = 2
@@ -479,16 +479,6 @@ class Manifest(_Model):
     deleted: Count
     table: FileRecord
     build: Build
-
-
-def check_damping(damping: float) -> None:
-    """Refuse a damping (relative to the mean eigenvalue) that is too small for the numerical precision, or too large to be meant.
-
-    Raises:
-        UsageError: it is not a number from 1e-6 to 1e9.
-    """
-    if not 1e-6 <= damping <= 1e9:
-        raise UsageError(f"the damping is {damping}; give a number from 1e-6 to 1e9 (relative to the mean eigenvalue, such as 0.1)")
 
 
 def publish_manifest(directory: Path, manifest: Manifest) -> Path:
