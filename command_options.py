@@ -165,6 +165,8 @@ def _parsed(name: str, text: str) -> Any:
     from .ray_jobs.config import BuildConfig, option_problem
 
     field = BuildConfig.model_fields[name]
+    if text == "none" and field.default is None:
+        return None
     if "tuple" in str(field.annotation):
         return tuple(part.strip() for part in text.split(","))
     try:

@@ -122,6 +122,7 @@ class Query:
         names = ("id", "prompt", "completion", "text", "messages", "tools", "row", "against", "span", "features", "label", "weight")
         values = {name: getattr(self, name) for name in names}
         values["prompt"] = None if self.completion is None else self.prompt
+        values["features"] = None if self.features is None else list(self.features)
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -248,6 +248,9 @@ def test_judging_a_pack_prints_a_table_and_an_object(pack):
     assert (content["queries"], content["subsets"], content["seeds"]) == (5, 6, 2)
     assert set(content["baselines"]) == {"random", "tfidf", "chars", "bm25", "norm", "dot", "cosine", "hidden"}
     assert all({"lds", "low", "high", "lead", "lead_low", "lead_high"} == set(c) for c in content["baselines"].values())
+    kept = pack.parent / "kept.wherefrom"
+    assert run("evaluate", "lds", pack, *options, "--out", kept, "--json").exit_code == 0
+    assert json.loads(run("evaluate", "lds", pack, "--index", kept, "--json").stdout)["lds"] == content["lds"]
     odd = json.loads(run("evaluate", "lds", pack, *options, "--queries", "odd", "--json").stdout)
     assert odd["queries"] == 2
 

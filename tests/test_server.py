@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 import urllib.parse
+from dataclasses import fields
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import assert_close, assert_same_ranking, random_texts, words
@@ -138,6 +140,18 @@ def test_both_clients_answer_alike(server, paths, name):
     for a, b in zip(here.explain([3, 70], QUERIES[0]), there.explain([3, 70], QUERIES[0]), strict=True):
         assert_alike(b, a)
     assert there.complete("w1 w2", 3) == here.complete("w1 w2", 3)
+    for options in ({}, {"where": "year > 1950", "mode": "cosine", "damping": 2.0} if name == "dense" else {"where": "year > 1950"}):
+        scores = here.scores(QUERIES, **options)
+        assert scores.shape == (len(QUERIES), 120)
+        assert np.isnan(scores).any() == ("where" in options)
+        assert_close(np.nan_to_num(there.scores(QUERIES, **options)), np.nan_to_num(scores), 1e-5)
+    ours, theirs = here.encode(QUERIES), there.encode(QUERIES)
+    assert ours.keys() == theirs.keys()
+    for component, vectors in ours.items():
+        for field in (field for field in fields(vectors) if getattr(vectors, field.name) is not None):
+            assert_close(getattr(theirs[component], field.name), getattr(vectors, field.name), 1e-5)
+    ranked = [p.row for p in here.query(QUERIES[0], k=5).proponents]
+    assert np.argsort(-here.scores(QUERIES[:1])[0], kind="stable")[:5].tolist() == ranked
 
 
 def test_the_command_line_asks_a_running_server_and_prints_the_same(server, paths, environment):

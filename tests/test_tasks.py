@@ -9,10 +9,10 @@ import training
 from click.testing import CliRunner
 from helpers import assert_close, write_jsonl
 from safetensors.torch import save_file
-from wherefrom import Client
+from wherefrom import Client, Query
 from wherefrom.cli import main
 from wherefrom.store.corpus import read_corpus
-from wherefrom.store.errors import UsageError
+from wherefrom.store.errors import DataError, UsageError
 
 
 def run(*arguments):
@@ -67,6 +67,15 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     stored = np.concatenate([client.index.vectors(i, client.index.component("blocks")).values for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
+    vector = {"features": records[2]["features"], "label": records[2]["label"]}
+    assert_close(client.scores([Query(**vector)])[0], expected[2], 1e-4)
+    assert client.query(**vector, k=1).query == {**vector, "mode": "influence", "damping": 0.3}
+    with pytest.raises(UsageError, match="holds vectors, not texts"):
+        client.query(text="w1 w2")
+    with pytest.raises(UsageError, match="features and a label; give both"):
+        Query(features=[1.0])
+    with pytest.raises(DataError, match="does not take vectors of 2 numbers"):
+        client.query(features=[1.0, 2.0], label=0)
 
 
 def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_path):
