@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from wherefrom import Client, Query
 from wherefrom.cli import main
 from wherefrom.store.corpus import read_corpus
-from wherefrom.store.errors import DataError, UsageError
+from wherefrom.store.errors import UsageError
 
 
 def run(*arguments):
@@ -74,8 +74,6 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
         client.query(text="w1 w2")
     with pytest.raises(UsageError, match="features and a label; give both"):
         Query(features=[1.0])
-    with pytest.raises(DataError, match="does not take vectors of 2 numbers"):
-        client.query(features=[1.0, 2.0], label=0)
 
 
 def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_path):
