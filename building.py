@@ -1,5 +1,6 @@
 """Builds from Python: models, tokenizers and data may be in memory."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -93,15 +94,34 @@ def _sources(data: Any) -> Iterator[Any]:
         return
     with tempfile.TemporaryDirectory(prefix="wherefrom-") as folder:
         written = _write(data, Path(folder))
-        place = Path(tempfile.gettempdir()) / f"wherefrom-{sha256(written)[:32]}"
-        place.mkdir(exist_ok=True)
-        path = place / written.name
-        os.replace(written, path)
-        os.utime(path, (0, 0))
+        with _held(Path(tempfile.gettempdir()) / f"wherefrom-{os.getuid()}-{sha256(written)[:32]}") as place:
+            path = place / written.name
+            os.replace(written, path)
+            os.utime(path, (0, 0))
+            yield path
+
+
+@contextmanager
+def _held(place: Path) -> Iterator[Path]:
+    """Make a directory that other builds of the same data may use at the same time; the last one removes it."""
+    while True:
+        place.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+            break
+        os.close(descriptor)  # another build has just removed it
     try:
-        yield path
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise UsageError(f"{place} belongs to another user; set TMPDIR to a directory of your own")
+        yield place
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+        except BlockingIOError:
+            pass  # another build reads the data
+        os.close(descriptor)
 
 
 def _write(data: Any, folder: Path) -> Path:
