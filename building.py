@@ -131,12 +131,12 @@ def _write(data: Any, folder: Path) -> Path:
         data.to_parquet(str(path))
         return path
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise UsageError(f"data is a {type(data).__name__}; give a path, a list of dictionaries, or a dataset")
+        raise UsageError(f"data has the type {type(data).__name__}; give a path, a list of dictionaries, or a dataset")
     path = folder / "data.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number, record in enumerate(data, 1):
             if not isinstance(record, Mapping):
-                raise DataError(f"item {number} of the data is a {type(record).__name__}, not a dictionary of columns")
+                raise DataError(f"item {number} of the data has the type {type(record).__name__}; give a dictionary of columns")
             try:
                 file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
             except (TypeError, ValueError, UnicodeEncodeError) as error:
