@@ -1,6 +1,6 @@
 """How fast is the search of dense rows, exact and by quantized scan and rescore, beside FAISS, on rows grown from real ones?
 
-    wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom --rank 16
+    wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom -o rank=16
     python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl [--rows 1000000] [--compare 100000]
 
 Real rows are searched as they are. For more, real rows and queries are folded to 4,096 coordinates; a grown row's direction is nine parts

@@ -47,7 +47,7 @@ def _products(a, b):
 
 def _exact(client, train, queries):
     """Scores [examples, queries] of the index's components without codes, reduction or bound on tokens."""
-    whole = tuple(s.model_copy(update={"keys": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
+    whole = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
     encoder = Encoder(client.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays)
     rows, asked = encoder.rows(train), encoder.rows(queries, queries=True)
     return sum(s.weight * _products(rows[s.name], asked[s.name]) for s in whole)

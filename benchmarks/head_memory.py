@@ -54,7 +54,7 @@ def main():
         ids = generator.integers(0, args.vocabulary, args.tokens).astype(np.int32)
         mask = np.arange(args.tokens) > 0
         examples.append(Example(id=str(i), text="", source="", token_ids=ids, loss_mask=mask))
-    layer, vocabulary, width, tail = task.sparse_head(model)
+    layer, vocabulary, width, postprocessed = task.sparse_head(model)
     component = SparseComponent(
         name="head",
         kind="sparse",
@@ -65,9 +65,9 @@ def main():
         vocabulary=vocabulary,
         width=width,
         bits=64,
-        others=0,
-        keys=None,
-        tail=tail,
+        extra_tokens=0,
+        max_tokens=None,
+        postprocessed=postprocessed,
         seed=0,
         curvature=Curvature(kind="kfac", labels="sampled", examples=0, tokens=0, damping=1.0),
     )

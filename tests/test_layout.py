@@ -20,7 +20,7 @@ ROOMS = {
     "query": {"store"},
     "ray_jobs": {"store", "indexer"},
     "evaluation": {"store", "indexer", "query", "ray_jobs", "client"},
-    "demo": {"store", "indexer", "query", "ray_jobs", "client"},
+    "demo": {"store", "indexer", "query", "ray_jobs", "client", "terminal"},
     "server": {"store", "query", "client", "remote"},
 }
 FOREIGN = {
@@ -82,8 +82,8 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 
 def test_the_public_names():
-    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Fields", "Index", "Query", "Task", "VectorTask", "WherefromError"]
-    assert wherefrom.__all__ == [*classes, "build", "connect"]
+    answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
+    assert wherefrom.__all__ == [*answers, "Task", "VectorTask", "WherefromError", "build", "connect", "evaluate"]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -106,12 +106,9 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
+    modules = ("__init__", "building", "callback", "cli", "client", "command_options", "evaluate", "remote", "terminal")
+    expected |= {f"wherefrom/{name}.py" for name in modules}
     expected |= {
-        "wherefrom/__init__.py",
-        "wherefrom/cli.py",
-        "wherefrom/client.py",
-        "wherefrom/remote.py",
-        "wherefrom/callback.py",
         "wherefrom/py.typed",
         "wherefrom/demo/corpus.jsonl",
     }
@@ -127,11 +124,24 @@ def test_the_code_is_clean(command):
 
 HEADER = """# The command line
 
-An option comes from the command line, else from the environment (`WHEREFROM_BUILD_RANK=32` for `wherefrom build --rank 32`), else from a
-TOML file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`: names with underscores), else it has its default. Results go to
-standard output, progress and errors to standard error. Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity,
-130 interrupted.
+The options of `wherefrom build` and `wherefrom plan` are the fields of `BuildConfig`.
+About a dozen of them have flags, which `--help` shows in panels.
+All others are given as `-o name=value`, such as `-o rank=32`; `--help-all` lists them, and so does the end of this page.
+A TOML file given with `--config` may hold any of them by their names, such as `fit_examples = 512` and `layers = ["h.0.*"]`.
+An option comes from the command line, else from the environment, else from the TOML file; else it has its default.
+In the environment, `wherefrom build -o rank=32` is written as `WHEREFROM_BUILD_RANK=32`.
 
+Results go to standard output, progress and errors to standard error.
+Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity, 130 interrupted.
+
+"""
+OTHERS = """
+## Other options of a build
+
+These are given as `-o name=value`, or in the `--config` file.
+
+| option | what |
+|---|---|
 """
 
 
@@ -147,7 +157,9 @@ def help_page():
     for words in commands(main):
         result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
         parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
-    return HEADER + "\n".join(parts)
+    others = main.commands["build"].other_options()
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in others.items()]
+    return HEADER + "\n".join(parts) + OTHERS + "".join(rows)
 
 
 def test_the_help_page_is_what_the_commands_print():
