@@ -18,6 +18,8 @@ from .store.errors import DataError, UsageError
 from .store.files import sha256
 from .store.index import Index
 
+_NO_DOCUMENTS = "the data has no documents; give at least one"
+
 
 def build(
     model: Any,
@@ -66,7 +68,7 @@ def build(
     names = models if not loaded else _names(loaded)
     reports = nullcontext(reporter) if reporter is not None or not progress else default_reporter()
     with _sources(data) as sources, reports as current:
-        config = BuildConfig(model=names, data=sources, out=os.fspath(out), **options)
+        config = BuildConfig(model=names, data=sources, out=out, **options)
         build_index(config, current, loaded)
     return Index(config.out)
 
@@ -127,6 +129,8 @@ def _held(place: Path) -> Iterator[Path]:
 def _write(data: Any, folder: Path) -> Path:
     """Write data in memory to a file."""
     if hasattr(data, "to_parquet"):  # a datasets.Dataset
+        if not len(data):
+            raise DataError(_NO_DOCUMENTS)
         path = folder / "data.parquet"
         data.to_parquet(str(path))
         return path
@@ -141,4 +145,6 @@ def _write(data: Any, folder: Path) -> Path:
                 file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
             except (TypeError, ValueError, UnicodeEncodeError) as error:
                 raise DataError(f"item {number} of the data: {error}; columns hold text, numbers, truth values, lists or None") from error
+    if not path.stat().st_size:
+        raise DataError(_NO_DOCUMENTS)
     return path

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import wherefrom
-from helpers import make_model, make_tokenizer, random_texts
+from helpers import make_model, make_tokenizer, random_texts, write_jsonl
 from wherefrom.building import _held
 from wherefrom.query.answers import Answer, Explanation
 from wherefrom.ray_jobs.progress import Silent
@@ -155,6 +155,8 @@ def test_directories_are_held_and_removed_by_many_threads_at_once(tmp_path):
         (dict(model=[make_model("gpt2", "float32"), "somewhere"], data=DOCUMENTS), "either all in memory or all"),
         (dict(model="somewhere", data={"text": "w1"}), "give a path, a list of dictionaries, or a dataset"),
         (dict(model="somewhere", data=7), "data has the type int"),
+        (dict(model="somewhere", data=[]), "the data has no documents"),
+        (dict(model="somewhere", data=iter(())), "the data has no documents"),
         (dict(model="somewhere", data=[{"text": object()}]), "item 1 of the data"),
         (dict(model="somewhere", data=[{"text": "w1"}], ranks=3), "there is no option 'ranks'"),
     ],
@@ -239,3 +241,23 @@ def test_answers_and_explanations_are_html_that_escapes_what_is_stored(tmp_path,
     record = answer.to_dict()
     record["groups"][0]["value"] = "<script>"
     assert "<script>" not in Answer.from_dict(record)._repr_html_()
+
+
+def test_checks_take_an_open_index_or_its_directory(index):
+    found = wherefrom.evaluate.recall(index, index.path, [wherefrom.Query(row=3)], k=2)
+    assert found == wherefrom.evaluate.recall(index.path, index, [wherefrom.Query(row=3)], k=2)
+    with pytest.raises(wherefrom.WherefromError, match="column"):
+        wherefrom.evaluate.labels(index, "source")
+
+
+def test_a_pack_takes_paths(tmp_path, model):
+    pytest.importorskip("scipy")
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for name, records in (("train", DOCUMENTS[:8]), ("queries", DOCUMENTS[8:10])):
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    files = (tmp_path / "train.jsonl", tmp_path / "queries.jsonl")
+    pack = wherefrom.evaluate.pack("training:train", tmp_path / "model", files[0], files[1], tmp_path / "pack", subsets=2, max_tokens=64)
+    judgement = wherefrom.evaluate.lds(pack, baselines=False, bytes_per_example=400)
+    assert (judgement.subsets, judgement.queries, judgement.examples) == (2, 2, 8)
+    assert "so few subsets say hardly anything" in judgement.protocol
