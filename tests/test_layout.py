@@ -189,6 +189,24 @@ def test_links_in_the_docs_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_files_that_the_docs_name_exist():
+    rooms = "|".join([*ROOMS, "benchmarks", "docs", "examples", "tests"])
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(rf"`((?:{rooms})/[\w./-]+\.\w+)`", page.read_text()):
+            assert page.name == "CHANGELOG.md" or (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_functions_that_the_architecture_names_exist():
+    cells = [line.split("|") for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if line.startswith("| ")]
+    steps = [row[2] for row in cells if len(row) == 5 and row[2].startswith(" `") and ".py`" in row[2]]
+    assert len(steps) > 15
+    for step in steps:
+        quoted = re.findall(r"`([^`]+)`", step)
+        source = "".join((ROOT / name).read_text() for name in quoted if name.endswith(".py"))
+        for name in quoted:
+            assert name.endswith(".py") or re.search(rf"(?:def|class) {name.split('.')[-1]}\b", source), (name, step)
+
+
 def test_constraints_pin_what_pyproject_asks_for():
     import tomllib
 
