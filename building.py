@@ -1,5 +1,6 @@
 """Builds from Python: models, tokenizers and data may be in memory."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from .ray_jobs.progress import Reporter, default_reporter
 from .store.errors import DataError, UsageError
 from .store.files import sha256
 from .store.index import Index
+
+_NO_DOCUMENTS = "the data has no documents; give at least one"
 
 
 def build(
@@ -65,7 +68,7 @@ def build(
     names = models if not loaded else _names(loaded)
     reports = nullcontext(reporter) if reporter is not None or not progress else default_reporter()
     with _sources(data) as sources, reports as current:
-        config = BuildConfig(model=names, data=sources, out=os.fspath(out), **options)
+        config = BuildConfig(model=names, data=sources, out=out, **options)
         build_index(config, current, loaded)
     return Index(config.out)
 
@@ -93,32 +96,55 @@ def _sources(data: Any) -> Iterator[Any]:
         return
     with tempfile.TemporaryDirectory(prefix="wherefrom-") as folder:
         written = _write(data, Path(folder))
-        place = Path(tempfile.gettempdir()) / f"wherefrom-{sha256(written)[:32]}"
-        place.mkdir(exist_ok=True)
-        path = place / written.name
-        os.replace(written, path)
-        os.utime(path, (0, 0))
+        with _held(Path(tempfile.gettempdir()) / f"wherefrom-{os.getuid()}-{sha256(written)[:32]}") as place:
+            path = place / written.name
+            os.replace(written, path)
+            os.utime(path, (0, 0))
+            yield path
+
+
+@contextmanager
+def _held(place: Path) -> Iterator[Path]:
+    """Make a directory that other builds of the same data may use at the same time; the last one removes it."""
+    while True:
+        place.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+            break
+        os.close(descriptor)  # another build has just removed it
     try:
-        yield path
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise UsageError(f"{place} belongs to another user; set TMPDIR to a directory of your own")
+        yield place
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
+        except BlockingIOError:
+            pass  # another build reads the data
+        os.close(descriptor)
 
 
 def _write(data: Any, folder: Path) -> Path:
     """Write data in memory to a file."""
     if hasattr(data, "to_parquet"):  # a datasets.Dataset
+        if not len(data):
+            raise DataError(_NO_DOCUMENTS)
         path = folder / "data.parquet"
         data.to_parquet(str(path))
         return path
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise UsageError(f"data is a {type(data).__name__}; give a path, a list of dictionaries, or a dataset")
+        raise UsageError(f"data has the type {type(data).__name__}; give a path, a list of dictionaries, or a dataset")
     path = folder / "data.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number, record in enumerate(data, 1):
             if not isinstance(record, Mapping):
-                raise DataError(f"item {number} of the data is a {type(record).__name__}, not a dictionary of columns")
+                raise DataError(f"item {number} of the data has the type {type(record).__name__}; give a dictionary of columns")
             try:
                 file.write(json.dumps(dict(record), ensure_ascii=False) + "\n")
             except (TypeError, ValueError, UnicodeEncodeError) as error:
                 raise DataError(f"item {number} of the data: {error}; columns hold text, numbers, truth values, lists or None") from error
+    if not path.stat().st_size:
+        raise DataError(_NO_DOCUMENTS)
     return path

@@ -1,5 +1,6 @@
 """Evaluation from Python: does an index predict what retraining does? docs/evaluation.md describes the checks."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def lds(
     place = None if data is None else Path(data)
     if scores is not None:
         return judge_scores(Path(pack), Path(scores), data=place, half=half, **options)
-    path = index.path if isinstance(index, Index) else index
+    path = None if index is None else _directory(index)
     with default_reporter() as reporter:
         return judge_index(Path(pack), options, index=path, data=place, half=half, mode=mode, baselines=baselines, reporter=reporter)
 
@@ -77,46 +78,53 @@ def tailpatch(
         return checks.tailpatch(client, queries, k=k, mode=mode, optimizer=optimizer, rate=rate, reporter=reporter)
 
 
-def brittleness(index: str | Path, queries: Sequence[Query], train: str, base: str, **options: Any) -> Report:
+def brittleness(index: str | Path | Index, queries: Sequence[Query], train: str, base: str | Path, **options: Any) -> Report:
     """Retrain without the top proponents, and measure the rise of the query's loss (see `checks.brittleness`).
 
     Args:
-        index: its directory.
+        index: or its directory.
         queries: to check.
         train: your training function, `module:function`.
         base: the model that training starts from.
         options: k, draws, mode, model, device, workers, threads, address.
     """
     with default_reporter() as reporter:
-        return checks.brittleness(str(index), queries, train, base, reporter=reporter, **options)
+        return checks.brittleness(_directory(index), queries, train, os.fspath(base), reporter=reporter, **options)
 
 
-def labels(index: str | Path, column: str) -> Report:
+def labels(index: str | Path | Index, column: str) -> Report:
     """Compute the AUC of self-influence for examples whose metadata column is true (see `checks.labels`).
 
     Args:
-        index: its directory.
+        index: or its directory.
         column: true where an example's label is known to be wrong.
     """
-    return checks.labels(str(index), column)
+    return checks.labels(_directory(index), column)
 
 
 def recall(
-    index: str | Path, reference: str | Path, queries: Sequence[Query] | None = None, *, k: int = 10, mode: Mode = "influence"
+    index: str | Path | Index,
+    reference: str | Path | Index,
+    queries: Sequence[Query] | None = None,
+    *,
+    k: int = 10,
+    mode: Mode = "influence",
 ) -> Report:
     """Compute the share of a reference index's top k that another index of the same corpus finds (see `checks.recall`).
 
     Args:
-        index: its directory.
+        index: or its directory.
         reference: of the same examples; its scores are the truth.
         queries: by default a sample of the index's rows.
         k: best rows to find.
         mode: of the scores.
     """
-    return checks.recall(str(index), str(reference), queries, k=k, mode=mode)
+    return checks.recall(_directory(index), _directory(reference), queries, k=k, mode=mode)
 
 
-def pack(train: str, model: str, data: str | Sequence[str], queries: str, out: str | Path, **options: Any) -> Path:
+def pack(
+    train: str, model: str | Path, data: str | Path | Sequence[str | Path], queries: str | Path, out: str | Path, **options: Any
+) -> Path:
     """Make ground truth: retrain a model on random subsets of its corpus and measure the queries' losses (see `PackConfig`).
 
     Args:
@@ -127,6 +135,11 @@ def pack(train: str, model: str, data: str | Sequence[str], queries: str, out: s
         out: directory to make.
         options: subsets, fraction, seeds, max_tokens and others of `PackConfig`.
     """
-    sources = (data,) if isinstance(data, str) else tuple(data)
+    sources = tuple(map(str, (data,) if isinstance(data, str | Path) else data))
+    config = PackConfig(train=train, model=os.fspath(model), data=sources, queries=os.fspath(queries), out=os.fspath(out), **options)
     with default_reporter() as reporter:
-        return make_pack(PackConfig(train=train, model=model, data=sources, queries=queries, out=str(out), **options), reporter)
+        return make_pack(config, reporter)
+
+
+def _directory(index: str | Path | Index) -> str:
+    return str(index.path if isinstance(index, Index) else index)

@@ -19,8 +19,8 @@ from wherefrom.query.scoring import score_matrix
 
 _METHODS = {
     "Wherefrom, defaults (800 bytes)": {},
-    "Wherefrom, `--rank 16`": {"rank": 16},
-    "Wherefrom, `--rank 64 --curvature ekfac --labels sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
+    "Wherefrom, `-o rank=16`": {"rank": 16},
+    "Wherefrom, `-o rank=64 -o curvature=ekfac -o labels=sampled`": {"rank": 64, "curvature": "ekfac", "labels": "sampled"},
     "Wherefrom, `-o components=head` (64 bits a token)": {"components": ("head",)},
     "Wherefrom, `-o components=head -o head_bits=256`": {"components": ("head",), "head_bits": 256},
     "Wherefrom, `-o components=head -o head_bits=32 -o head_max_tokens=32`": {

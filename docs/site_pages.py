@@ -33,7 +33,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Move the files of docs/ below docs/ on the site, and add the pages at the root."""
+    """Move the files of docs/ below docs/ on the site, and add the pages at the root and the notebooks."""
     root = _root(config)
 
     def placed(path: Path) -> File:
@@ -45,6 +45,6 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
             moved = placed(Path(file.src_dir).resolve() / file.src_uri)
             moved.inclusion = file.inclusion
             files.append(moved)
-    for page in sorted(root.glob("*.md")):
+    for page in sorted([*root.glob("*.md"), *root.glob("examples/*.ipynb")]):
         files.append(placed(page))
     return files

@@ -3,7 +3,7 @@
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 
 _SHOWN_TEXT = 400  # characters of a text in a notebook
+_SHOWN_PARTS = 10  # of a kind, in a notebook
+_FOR, _AGAINST = "46, 111, 214", "217, 119, 6"  # colors of tokens in a notebook
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table; numbers have four digits."""
+
+    def row(tag: str, cells: Sequence[Any]) -> str:
+        texts = (f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{escape(printable(text))}</{tag}>" for text in texts) + "</tr>"
+
+    return f"<h4>{escape(title)}</h4><table>{row('th', columns)}{''.join(row('td', cells) for cells in rows)}</table>"
 
 
 @dataclass(frozen=True)
@@ -126,12 +138,18 @@ class Answer:
         return f"Answer({len(self.proponents)} proponents, {len(self.opponents)} opponents of {self.search.rows:,} rows{best})"
 
     def _repr_html_(self) -> str:
-        """Tables of proponents and opponents, for notebooks."""
+        """Tables of proponents and opponents, and of groups and baselines where there are some, for notebooks."""
         parts = []
         for title, attributions in (("Proponents", self.proponents), ("Opponents", self.opponents)):
-            cells = ((str(a.rank), f"{a.score:.4g}", a.id, a.text[:_SHOWN_TEXT]) for a in attributions)
-            rows = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row) + "</tr>" for row in cells)
-            parts.append(f"<h4>{title}</h4><table><tr><th></th><th>score</th><th>id</th><th>text</th></tr>{rows}</table>")
+            rows = [(a.rank, a.score, a.id, a.text[:_SHOWN_TEXT]) for a in attributions]
+            parts.append(_table(title, ("", "score", "id", "text"), rows))
+        if self.groups is not None:
+            columns = ("value", "rows", "total", "low", "high", "share for", "share against")
+            groups = [(g.value, g.rows, g.total, g.low, g.high, g.positive_share, g.negative_share) for g in self.groups]
+            parts.append(_table("Groups", columns, groups))
+        if self.baselines is not None:
+            baselines = [(b.name, b.correlation, b.shared, ", ".join(b.ids)) for b in self.baselines]
+            parts.append(_table("Baselines", ("name", "correlation", "shared", "best"), baselines))
         return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,8 +185,33 @@ class Answer:
         """
         kinds = {"proponent": self.proponents, "opponent": self.opponents}
         columns = ["kind", *Attribution.__dataclass_fields__]
-        pd = require("pandas", "pandas")
-        return pd.DataFrame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns=columns)
+        return _frame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns)
+
+    def groups_to_pandas(self) -> "pd.DataFrame":
+        """The groups, one a line; none where the query had no `group_by`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return _frame([asdict(group) for group in self.groups or ()], list(Group.__dataclass_fields__))
+
+    def baselines_to_pandas(self) -> "pd.DataFrame":
+        """What the baselines find: one row of the index a line, best first; none where the query had no `baselines`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        columns = ["name", "rank", "row", "id", "score", "correlation"]
+        lines = [
+            (b.name, rank, row, id, score, b.correlation)
+            for b in self.baselines or ()
+            for rank, (row, id, score) in enumerate(zip(b.rows, b.ids, b.scores, strict=True), 1)
+        ]
+        return _frame([dict(zip(columns, line, strict=True)) for line in lines], columns)
+
+
+def _frame(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "pd.DataFrame":
+    return require("pandas", "pandas").DataFrame(list(records), columns=list(columns))
 
 
 @dataclass(frozen=True)
@@ -223,6 +266,40 @@ class Explanation:
     query: TokenShares | None = None
     blocks: tuple[Part, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Explanation(row {self.row}, {self.id!r}, score {self.score:.4g})"
+
+    def _repr_html_(self) -> str:
+        """The tokens in color (blue: for, orange: against) and tables of the parts, for notebooks."""
+        html = [f"<h4>{escape(printable(self.id))}: {self.score:.4g}</h4>"]
+        for title, shares in (("example", self.example), ("query", self.query)):
+            html += [f"<p>{title}: {_colored(shares)}</p>"] if shares is not None else []
+        if self.example is None:
+            html.append(f"<p>{escape(printable(self.text[:_SHOWN_TEXT]))}</p>")
+        for name, parts in self._parts().items():
+            if parts:
+                rows = [(part.name, part.score, part.component) for part in parts[:_SHOWN_PARTS]]
+                left_out = f" (the strongest {_SHOWN_PARTS} of {len(parts)})" if len(parts) > _SHOWN_PARTS else ""
+                html.append(_table(name + left_out, ("name", "score", "component"), rows))
+        return "".join(html)
+
+    def _parts(self) -> dict[str, tuple[Part, ...]]:
+        return {"component": self.components, "layer": self.layers, "block": self.blocks, "shared token": self.vocabulary}
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The parts, one a line, with a column `kind`: component, layer, block, shared token, example token or query token.
+
+        The scores of one kind add up to the score, for token shares to `recomputed`; layers and blocks only where these are known.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        lines = [{"kind": kind, **asdict(part)} for kind, parts in self._parts().items() for part in parts]
+        for kind, shares in (("example token", self.example), ("query token", self.query)):
+            pairs = zip(shares.tokens, shares.scores, strict=True) if shares is not None else ()
+            lines += [{"kind": kind, "name": token, "score": score} for token, score in pairs]
+        return _frame(lines, ["kind", *Part.__dataclass_fields__]).astype({"token": "Int64"})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, keys as in `wherefrom explain --json`."""
         return asdict(self)
@@ -236,3 +313,13 @@ class Explanation:
             for name in ("example", "query")
         }
         return cls(**{**record, **parts, **shares})
+
+
+def _colored(shares: TokenShares) -> str:
+    """A text as HTML: the stronger a token's color, the more it adds to the score."""
+    strongest = max(map(abs, shares.scores), default=0.0) or 1.0
+    spans = []
+    for token, score in zip(shares.tokens, shares.scores, strict=True):
+        color = f"rgba({_FOR if score > 0 else _AGAINST}, {0.6 * abs(score) / strongest:.2f})"
+        spans.append(f'<span style="background: {color}" title="{score:.4g}">{escape(printable(token))}</span>')
+    return "".join(spans)

@@ -84,8 +84,8 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 
 def test_the_public_names():
-    classes = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient", "Task"]
-    assert wherefrom.__all__ == [*classes, "VectorTask", "WherefromError", "build", "connect", "evaluate"]
+    answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
+    assert wherefrom.__all__ == [*answers, "Task", "VectorTask", "WherefromError", "build", "connect", "evaluate"]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -108,8 +108,9 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
+    modules = ("__init__", "building", "callback", "cli", "client", "command_options", "evaluate", "remote", "terminal")
+    expected |= {f"wherefrom/{name}.py" for name in modules}
     expected |= {
-        *(f"wherefrom/{n}" for n in tracked if n.endswith(".py") and "/" not in n),
         "wherefrom/py.typed",
         "wherefrom/demo/corpus.jsonl",
     }
@@ -159,12 +160,24 @@ def test_queries_and_options_are_defined_once():
 
 HEADER = """# The command line
 
-The options of a build that have no flag are given as `-o name=value`; `--help-all` lists them.
-An option comes from the command line, else from the environment (`WHEREFROM_BUILD_RANK=32` for `wherefrom build -o rank=32`), \
-else from a TOML file given with `--config` (`fit_examples = 512`, `layers = ["h.0.*"]`), else it has its default.
+The options of `wherefrom build` and `wherefrom plan` are the fields of `BuildConfig`.
+About a dozen of them have flags, which `--help` shows in panels.
+All others are given as `-o name=value`, such as `-o rank=32`; `--help-all` lists them, and so does the end of this page.
+A TOML file given with `--config` may hold any of them by their names, such as `fit_examples = 512` and `layers = ["h.0.*"]`.
+An option comes from the command line, else from the environment, else from the TOML file; else it has its default.
+In the environment, `wherefrom build -o rank=32` is written as `WHEREFROM_BUILD_RANK=32`.
+
 Results go to standard output, progress and errors to standard error.
 Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity, 130 interrupted.
 
+"""
+OTHERS = """
+## Other options of a build
+
+These are given as `-o name=value`, or in the `--config` file.
+
+| option | what |
+|---|---|
 """
 
 
@@ -178,10 +191,11 @@ def commands(command, words=()):
 def help_page():
     parts = []
     for words in commands(main):
-        help_all = "--help-all" if words in (("build",), ("plan",), ("evaluate", "lds")) else "--help"
-        result = CliRunner().invoke(main, [*words, help_all], prog_name="wherefrom", terminal_width=100)
+        result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
         parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
-    return HEADER + "\n".join(parts)
+    others = main.commands["build"].other_options()
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in others.items()]
+    return HEADER + "\n".join(parts) + OTHERS + "".join(rows)
 
 
 def test_the_help_page_is_what_the_commands_print():
@@ -209,6 +223,24 @@ def test_links_in_the_docs_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_that_the_docs_name_exist():
+    rooms = "|".join([*ROOMS, "benchmarks", "docs", "examples", "tests"])
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(rf"`((?:{rooms})/[\w./-]+\.\w+)`", page.read_text()):
+            assert page.name == "CHANGELOG.md" or (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_functions_that_the_architecture_names_exist():
+    cells = [line.split("|") for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if line.startswith("| ")]
+    steps = [row[2] for row in cells if len(row) == 5 and row[2].startswith(" `") and ".py`" in row[2]]
+    assert len(steps) > 15
+    for step in steps:
+        quoted = re.findall(r"`([^`]+)`", step)
+        source = "".join((ROOT / name).read_text() for name in quoted if name.endswith(".py"))
+        for name in quoted:
+            assert name.endswith(".py") or re.search(rf"(?:def|class) {name.split('.')[-1]}\b", source), (name, step)
 
 
 def test_constraints_pin_what_pyproject_asks_for():
