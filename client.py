@@ -20,7 +20,7 @@ from .query.assemble import AskedQuery, answer_queries, searched_rows
 from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
-from .query.options import Options, Query, ScoreOptions
+from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.scoring import Scorer, all_scores
 from .store.corpus import Document
 from .store.documents import Example
@@ -80,6 +80,7 @@ class Client(BaseClient):
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
         """See `BaseClient.query_many`."""
+        check_queries(queries)
         Metric.of(options)  # an error before the model is loaded
         return self.answer(queries, self.encode(queries), **options) if queries else []
 
@@ -119,6 +120,7 @@ class Client(BaseClient):
 
     def encode(self, queries: Sequence[Query]) -> Rows:
         """See `BaseClient.encode`. The rows of the last 128 queries in words are cached."""
+        check_queries(queries)
         if any(query.against is not None for query in queries):
             plain, matrix = _without_contrasts(queries)
             return combine(self.encode(plain), matrix)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from .query.answers import Answer, Explanation
 from .query.asking import BaseClient
-from .query.options import Options, Query, ScoreOptions, check_options
+from .query.options import Options, Query, ScoreOptions, check_options, check_queries
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
 
@@ -68,7 +68,8 @@ class RemoteClient(BaseClient):
         return f"RemoteClient({self.url!r}" + (f", index={self.index!r})" if self.index else ")")
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `Client.query_many`; splits the queries into requests of an accepted size."""
+        """See `BaseClient.query_many`; splits the queries into requests of an accepted size."""
+        check_queries(queries)
         check_options(options)
         answers: list[Answer] = []
         for part in [queries] if options.get("mean") else self._requests(queries, options):
@@ -84,6 +85,7 @@ class RemoteClient(BaseClient):
         """See `BaseClient.scores`."""
         import numpy as np
 
+        check_queries(queries)
         check_options(options)
         rows = []
         for query in queries:

@@ -58,6 +58,7 @@ _OTHER_KINDS = {
     "ForMaskedLM": "a masked language model",
     "ForImageClassification": "a classifier of images",
 }
+IN_MEMORY = "in-memory"  # the id of a model that was loaded from nowhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -71,7 +72,7 @@ class LoadedModel:
     @property
     def id(self) -> str:
         """The directory or hub id that it was loaded from, if it has one; the index then finds the model again there."""
-        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "")) or "in-memory"
+        return str(getattr(getattr(self.model, "config", None), "_name_or_path", "")) or IN_MEMORY
 
 
 @dataclass(frozen=True)

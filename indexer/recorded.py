@@ -9,7 +9,7 @@ from ..store.errors import IncompatibleError, UsageError
 from ..store.index import Index
 from .encoder import Encoder, EncoderPlan
 from .examples import DocumentEncoder
-from .models import LoadedModel, ModelSource, model_fingerprint
+from .models import IN_MEMORY, LoadedModel, ModelSource, model_fingerprint
 from .tasks import Task, find_task, load_model
 
 _QUERY_BATCH_TOKENS = 2048
@@ -56,6 +56,8 @@ class RecordedEncoder:
         """Where the models are loaded from."""
         records = self.index.manifest.models
         options = self._device, self._trust_remote_code
+        if not self._models and any(model.id.startswith(IN_MEMORY) for model in records):
+            raise UsageError(f"{self.index.path} was built from a model in memory; give `model` and `tokenizer`, or ask it by row")
         if not self._models:
             return tuple(ModelSource(model.id, model.revision, model.dtype, *options, model.base) for model in records)
         if len(self._models) != len(records):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ..store.errors import UsageError
 from .answers import Answer, Explanation
-from .options import Options, Query, ScoreOptions
+from .options import Options, Query, ScoreOptions, check_queries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +82,8 @@ class BaseClient(ABC):
             UsageError: not exactly one query, an option out of range, a text that is empty or longer than the model's context.
         """
         values = locals()
+        if query is not None:
+            check_queries([query])
         given = {f.name: values[f.name] for f in fields(Query) if f.name in values and values[f.name] != f.default}
         if query is not None and given:
             raise UsageError(f"a Query has its own fields; give `{min(given)}` in it")

@@ -241,6 +241,16 @@ def option_fields(owner: type) -> dict[str, OptionField]:
     return fields
 
 
+def check_queries(queries: object) -> None:
+    """Refuse anything but a sequence of queries.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if not isinstance(queries, list | tuple) or not all(isinstance(query, Query) for query in queries):
+        raise UsageError("queries are a list of Query objects, such as [Query(text='...')]")
+
+
 def check_options(options: Mapping[str, object]) -> None:
     """Refuse an unknown option, or a value of another type or out of range.
 

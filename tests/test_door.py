@@ -261,3 +261,19 @@ def test_a_pack_takes_paths(tmp_path, model):
     judgement = wherefrom.evaluate.lds(pack, baselines=False, bytes_per_example=400)
     assert (judgement.subsets, judgement.queries, judgement.examples) == (2, 2, 8)
     assert "so few subsets say hardly anything" in judgement.protocol
+
+
+def test_an_index_of_a_model_from_nowhere_says_so(index):
+    with pytest.raises(wherefrom.WherefromError, match="was built from a model in memory; give `model` and `tokenizer`"):
+        wherefrom.connect(index).query(text=TEXTS[0])
+    assert wherefrom.connect(index).query(row=3, k=1).proponents
+
+
+def test_things_that_are_no_queries_are_refused_in_words(client):
+    for call in (client.query, client.query_many, client.scores, client.encode):
+        with pytest.raises(wherefrom.WherefromError, match="queries are a list of Query objects"):
+            call("w1 w2")
+    with pytest.raises(wherefrom.WherefromError, match="queries are a list of Query objects"):
+        client.scores(wherefrom.Query(row=1))
+    with pytest.raises(wherefrom.WherefromError, match="give `row` in it"):
+        client.query(wherefrom.Query(row=1), row=2)
