@@ -1,9 +1,7 @@
 """Builds from Python: models, tokenizers and data may be in memory."""
 
-import fcntl
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -67,9 +65,9 @@ def build(
         options = {"dtype": _dtype(loaded[0]), **options}
     names = models if not loaded else _names(loaded)
     reports = nullcontext(reporter) if reporter is not None or not progress else default_reporter()
-    with _sources(data) as sources, reports as current:
+    with _sources(data) as (sources, data_sha256), reports as current:
         config = BuildConfig(model=names, data=sources, out=out, **options)
-        build_index(config, current, loaded)
+        build_index(config, current, loaded, data_sha256)
     return Index(config.out)
 
 
@@ -85,45 +83,15 @@ def _names(loaded: list[LoadedModel]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _sources(data: Any) -> Iterator[Any]:
-    """Sources of the corpus; data in memory is written to a temporary file.
-
-    The file has a name by its content and a fixed time, so that a build of the same data is recognized.
-    """
+def _sources(data: Any) -> Iterator[tuple[Any, str | None]]:
+    """Sources of the corpus; data in memory is written to a temporary file, whose SHA-256 identifies it."""
     items = list(data) if isinstance(data, list | tuple) else [data]
     if all(isinstance(item, str | os.PathLike) for item in items) and items:
-        yield data
+        yield data, None
         return
     with tempfile.TemporaryDirectory(prefix="wherefrom-") as folder:
-        written = _write(data, Path(folder))
-        with _held(Path(tempfile.gettempdir()) / f"wherefrom-{os.getuid()}-{sha256(written)[:32]}") as place:
-            path = place / written.name
-            os.replace(written, path)
-            os.utime(path, (0, 0))
-            yield path
-
-
-@contextmanager
-def _held(place: Path) -> Iterator[Path]:
-    """Make a directory that other builds of the same data may use at the same time; the last one removes it."""
-    while True:
-        place.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
-            break
-        os.close(descriptor)  # another build has just removed it
-    try:
-        if os.fstat(descriptor).st_uid != os.getuid():
-            raise UsageError(f"{place} belongs to another user; set TMPDIR to a directory of your own")
-        yield place
-    finally:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
-        except BlockingIOError:
-            pass  # another build reads the data
-        os.close(descriptor)
+        path = _write(data, Path(folder))
+        yield path, sha256(path)
 
 
 def _write(data: Any, folder: Path) -> Path:

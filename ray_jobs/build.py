@@ -23,7 +23,7 @@ from ..indexer.calibrate import Agreement, calibrate
 from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderPlan
 from ..indexer.fit import Fit, with_known_sample
-from ..indexer.models import LoadedModel, ModelSource
+from ..indexer.models import IN_MEMORY, LoadedModel, ModelSource
 from ..indexer.tasks import find_task
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
@@ -77,12 +77,15 @@ class _Job:
         return self.out / "staging"
 
 
-def build(config: BuildConfig, reporter: Reporter | None = None, loaded: Sequence[LoadedModel] = ()) -> Manifest:
+def build(
+    config: BuildConfig, reporter: Reporter | None = None, loaded: Sequence[LoadedModel] = (), data_sha256: str | None = None
+) -> Manifest:
     """Build an index, resume a build that was interrupted, or return the manifest of a finished one.
 
     Args:
         reporter: of progress.
         loaded: the models in memory, in the order of the configuration's names.
+        data_sha256: of data that was in memory and is in a temporary file; it identifies the data instead of path and time.
 
     Returns:
         The published manifest.
@@ -95,7 +98,11 @@ def build(config: BuildConfig, reporter: Reporter | None = None, loaded: Sequenc
     reporter = reporter or Silent()
     out = Path(config.out)
     refuse_occupied(out)
+    content = config.content_options()
     corpus_files = describe_sources(config.sources)
+    if data_sha256 is not None:
+        content["data"] = [IN_MEMORY]
+        corpus_files = [{"path": IN_MEMORY, "sha256": data_sha256}]
     # A worker's working directory may be another one.
     absolute_config = config.replace(model=tuple(map(absolute, config.models)), out=str(out.resolve()))
     sources = model_sources(absolute_config)
@@ -110,7 +117,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None, loaded: Sequenc
             models, plan, facts = executor.call("describe")
             what = {
                 "format": FORMAT_VERSION,
-                "options": config.content_options(),
+                "options": content,
                 "models": [model.fingerprint for model in models],
                 "tokenizer": encoder.fingerprint,
                 "corpus": corpus_files,

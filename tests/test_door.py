@@ -1,12 +1,9 @@
 """The Python door: `wherefrom.build` with models and data in memory, `connect` with a model, and answers as tables."""
 
-import threading
-
 import numpy as np
 import pytest
 import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
-from wherefrom.building import _held
 from wherefrom.query.answers import Answer, Explanation
 from wherefrom.ray_jobs.progress import Silent
 
@@ -116,36 +113,6 @@ def test_data_in_memory_leaves_no_file_behind(tmp_path, tmp_path_factory, model,
         wherefrom.build(model, [{"text": "w1 w2"}, "w3"], tmp_path / "j", tokenizer=make_tokenizer(), **OPTIONS)
     assert not list(folder.iterdir())
     assert not (tmp_path / "j").exists()
-
-
-def test_a_directory_that_two_builds_hold_stays_until_the_last_is_done(tmp_path):
-    place = tmp_path / "held"
-    with _held(place):
-        (place / "data").write_text("x")
-        with _held(place):
-            pass
-        assert (place / "data").exists()
-    assert not place.exists()
-
-
-def test_directories_are_held_and_removed_by_many_threads_at_once(tmp_path):
-    place = tmp_path / "held"
-    problems = []
-
-    def work():
-        for _ in range(50):
-            with _held(place):
-                (place / "data").write_text("x")
-                if not (place / "data").exists():
-                    problems.append("gone")
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
-    assert not place.exists()
 
 
 @pytest.mark.parametrize(
