@@ -481,7 +481,7 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "the same command goes on" in err
+    assert "the same command continues it" in err
     assert "Traceback" not in err
     assert not (out / "manifests").exists()
     kept = len(list(out.glob("rows/*")))
@@ -496,7 +496,7 @@ def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_
         pytest.skip("this machine does not let tests mount a small disk")
     model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
     build_command = (
-        f"{sys.executable} -c 'from wherefrom.cli import main; main()' build --model {model} --data {corpus} --rank 4 --shard-rows 24"
+        f"{sys.executable} -c 'from wherefrom.cli import main; main()' build --model {model} --data {corpus} -o rank=4 -o shard_rows=24"
     )
     script = f"""
     mkdir {tmp_path}/disk && mount -t tmpfs -o size=400k tmpfs {tmp_path}/disk

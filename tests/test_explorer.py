@@ -132,6 +132,9 @@ def test_filters_damping_groups_and_controls_rank_again_at_once(page, server):
     page.check("#baselines")
     page.wait_for_selector("#baselines-list .card")
     assert {text.split()[0] for text in page.locator("#baselines-list .card").all_inner_texts()} == {"bm25", "hidden", "norm"}
+    page.uncheck("#baselines")
+    page.select_option("#group", "")
+    settled(page)
     page.check("#certified")
     page.wait_for_function("document.querySelector('#certificate').textContent.includes('with probability 0.99')")
     page.fill("#where", "nothing == 1")
@@ -355,7 +358,7 @@ def test_the_interface_page_lists_every_path(page, server):
     page.goto(f"{server.url}/docs")
     page.wait_for_selector("h2")
     shown = page.inner_text("main")
-    for path in ("/v1/query", "/v1/explain", "/healthz", "rows (required)"):
+    for path in ("/v1/query", "/v1/explain", "/healthz", "examples (required)"):
         assert path in shown
 
 

@@ -305,7 +305,7 @@ def test_a_build_whose_node_is_killed_makes_the_very_same_files(cluster, tmp_pat
     make_model("gpt2", "float32").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(320, seed=5))])
-    config = partial(BuildConfig, str(tmp_path / "model"), (str(corpus),), rank=4, shard_rows=8)
+    config = partial(BuildConfig, model=str(tmp_path / "model"), data=str(corpus), rank=4, shard_rows=8)
     alone, out = tmp_path / "alone", tmp_path / "out"
     build(config(out=str(alone)))
     node, finished = cluster.add_node(num_cpus=1), []
