@@ -347,14 +347,14 @@ class _RayExecutor:
         for slot in self._slots:
             if slot.step == "empty" and time.monotonic() >= slot.earliest:
                 slot.nodes = self._alive_nodes()
-                options = {
-                    "num_cpus": self._bundle["CPU"],
-                    "num_gpus": self._bundle.get("GPU", 0),
-                    "max_restarts": 0,
-                    "max_task_retries": 0,
-                }
-                strategy = PlacementGroupSchedulingStrategy(self._group, slot.bundle)
-                slot.actor = self._ray.remote(_Actor).options(**options, scheduling_strategy=strategy).remote(self._factory)
+                actor_class = self._ray.remote(_Actor).options(
+                    num_cpus=self._bundle["CPU"],
+                    num_gpus=self._bundle.get("GPU", 0),
+                    max_restarts=0,
+                    max_task_retries=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, slot.bundle),
+                )
+                slot.actor = actor_class.remote(self._factory)
                 slot.set_step("place", slot.actor.node_id.remote())
 
     def _alive_nodes(self) -> frozenset[str]:
