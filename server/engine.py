@@ -88,7 +88,7 @@ class Engine:
                 job.future.set_exception(BusyError("the server is stopping; send the query again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def ask(self, query: Query, options: Options) -> Answer:
+    async def answer(self, query: Query, options: Options) -> Answer:
         """Answer one query.
 
         Raises:
