@@ -1,6 +1,6 @@
 """Search for the rows with the highest and lowest scores: by an exact scan, or by quantized scan and rescore with a certificate.
 
-The exact scan scores all rows in blocks. Posting lists are always searched so.
+The exact scan scores all rows, in one pass over the groups of shards. Posting lists are always scanned exactly.
 
 Quantized scan and rescore is for dense rows. One-bit codes estimate all scores (store/scan_codes.py). Then the stored rows that could be
 among the best k are read, and their scores replace the estimates.

@@ -40,7 +40,7 @@ class Cost:
         components: names and sizes of the components.
         bytes_per_example, bytes_of_rows, encoder_bytes: sizes in the index; documents are not included.
         memory_per_worker: largest memory of this process during the measurement, in bytes.
-        fit_seconds, row_seconds: times of the fitting passes and of the rows, for `workers` processes at full speed.
+        fit_seconds, row_seconds: times of the fitting passes and of the rows, if `workers` processes do not slow one another down.
     """
 
     documents: int
