@@ -160,7 +160,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         if body.queries is None:
             if body.mean:
                 raise UsageError("mean is over several queries; give them as queries")
-            return _json((await engine.answer(body.query(), options)).to_dict())
+            return _json((await engine.ask(body.query(), options)).to_dict())
         queries = [fields.query() for fields in body.queries]
         if any(getattr(body, name) not in (None, "") for name in QueryFields.model_fields):
             raise UsageError("give one query, or queries, not both")

@@ -88,7 +88,7 @@ class Engine:
                 job.future.set_exception(BusyError("the server is stopping; send the query again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def answer(self, query: Query, options: Options) -> Answer:
+    async def ask(self, query: Query, options: Options) -> Answer:
         """Answer one query.
 
         Raises:
@@ -104,7 +104,7 @@ class Engine:
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull as error:
-            raise BusyError(f"{self._queue.maxsize} requests are waiting; send the query again later") from error
+            raise BusyError(f"{self._queue.maxsize} requests wait already; send the query again later") from error
         self._metrics.waiting.labels(self.name).set(self._queue.qsize())
         return await job.future
 
