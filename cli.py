@@ -338,11 +338,11 @@ def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None
     """
     _quiet_libraries()
     from .client import Client
-    from .server.run import named, read_token
+    from .server.run import name_indexes, read_token
     from .server.run import serve as run
 
     token = read_token(token_file)
-    clients = {name: Client(path, **model) for name, path in named(list(indexes)).items()}
+    clients = {name: Client(path, **model) for name, path in name_indexes(list(indexes)).items()}
     for client in clients.values():
         client.prepare()
     run(clients, host, port, token, batch)

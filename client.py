@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64
 
 from .query.answers import Answer, Explanation, TokenShares
 from .query.asking import BaseClient
-from .query.assemble import AskedQuery, answer_queries, searched_rows
+from .query.assemble import QueryRecord, answer_queries, searched_rows
 from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
@@ -92,14 +92,14 @@ class Client(BaseClient):
             rows: of the queries (see `encode`), or of anything else that was encoded.
             options: see `Options`.
         """
-        asked = [AskedQuery(query.to_dict(), query.row is not None) for query in queries]
+        asked = [QueryRecord(query.to_dict(), query.row is not None) for query in queries]
         mean: Float64[np.ndarray, "answers queries"] = np.eye(len(queries))
         if options.get("mean"):
             mean = np.array([[1.0 if query.weight is None else query.weight for query in queries]]) / len(queries)
             if not mean.any():
                 raise UsageError("every query of the mean has the weight 0; leave at least one")
             rows = combine(rows, mean)
-            asked = [AskedQuery({"mean_of": len(queries)}, any(query.has_row for query in asked))]
+            asked = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in asked))]
         baselines = self._baselines(queries, mean) if options.get("baselines") else None
         return answer_queries(self.index, asked, rows, options, baselines)
 

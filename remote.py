@@ -1,7 +1,7 @@
-"""Clients of a running server, and its discovery. Only the standard library is imported, so that a command starts at once.
+"""Client of a running server, and discovery of servers. Only the standard library is imported, so that commands start fast.
 
-A server writes a discovery file with its address, token and indexes, which only its owner can read. `wherefrom query` uses the server of
-WHEREFROM_URL, else one with a discovery file.
+A server writes a discovery file with its address, token and indexes, which only the server's user can read. `wherefrom query` uses the
+server of WHEREFROM_URL, else one with a discovery file.
 """
 
 import glob
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .store.vectors import Rows
 
 MOST_QUERIES = 256  # in a request
-MOST_COSTLY = 16  # with groups or baselines
+MOST_COSTLY = 16  # queries with groups or baselines, in a request
 MOST_ANSWERS = 20_000
 MOST_EXPLAINED = 20
 _MOST_BYTES = 900_000
@@ -55,9 +55,9 @@ class RemoteClient(BaseClient):
         except (ValueError, AttributeError, TypeError):
             valid = False
         if not valid or parts.query or parts.fragment or parts.username:
-            raise UsageError(f"{url!r} is not a server's address; write it as http://127.0.0.1:8787")
+            raise UsageError(f"{url!r} is not the address of a server; write it as http://127.0.0.1:8787")
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise UsageError("a server's token has only visible ASCII characters; check WHEREFROM_TOKEN")
+            raise UsageError("the token has other characters than visible ASCII ones; check `token` or WHEREFROM_TOKEN")
         self.url = url.rstrip("/")
         self.index = index
         self._token = token
@@ -68,7 +68,7 @@ class RemoteClient(BaseClient):
         return f"RemoteClient({self.url!r}" + (f", index={self.index!r})" if self.index else ")")
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `BaseClient.query_many`; splits the queries into requests of an accepted size."""
+        """See `BaseClient.query_many`. The queries are split into requests of a size that the server accepts."""
         check_queries(queries)
         check_options(options)
         answers: list[Answer] = []
@@ -118,7 +118,7 @@ class RemoteClient(BaseClient):
         return self._parse(lambda r: str(r["completion"]), response)
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send a request; returns the JSON of the response.
+        """Send a request; return the JSON of the response.
 
         Raises:
             NotFoundError: no server answers at the address.
@@ -127,7 +127,7 @@ class RemoteClient(BaseClient):
         return self._parse(json.loads, self._send(method, path, body))
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
-        """Send a request; returns the content of the response. Raises as `request` does."""
+        """Send a request; return the content of the response, or raise the errors of `request`."""
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._token}"} if self._token else {})}
@@ -138,7 +138,7 @@ class RemoteClient(BaseClient):
             content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise NotFoundError(
-                f"no server answers at {self.url} ({error}); start one with wherefrom serve, or ask the index directory itself"
+                f"no server answers at {self.url} ({error}); start one with wherefrom serve, or use the index directory"
             ) from error
         finally:
             connection.close()
@@ -166,7 +166,7 @@ class RemoteClient(BaseClient):
         try:
             return parse(response)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise NotFoundError(f"{self.url} answers, but not as a Wherefrom server does") from error
+            raise NotFoundError(f"{self.url} answers, but not as a Wherefrom server does; check the address") from error
 
     def _query_body(self, queries: Sequence[Query], options: Mapping[str, Any]) -> dict[str, Any]:
         bodies = [query.to_dict() for query in queries]
@@ -195,12 +195,13 @@ def connect(index: Any, /, **options: Any) -> BaseClient:
 
 
 def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None, with tuples as lists."""
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
     return {name: value for name, value in plain.items() if value is not None}
 
 
 def _server_error(status: int, content: bytes, url: str) -> WherefromError:
-    """The error that a response describes, of the class that the library would raise."""
+    """Return the error that a response describes, of the class that the library would raise."""
     try:
         value = json.loads(content)
         kind = getattr(errors, str(value["kind"]))
@@ -209,13 +210,13 @@ def _server_error(status: int, content: bytes, url: str) -> WherefromError:
         kind = None
         detail = ""
     if not (isinstance(kind, type) and issubclass(kind, WherefromError)):
-        return NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status})")
+        return NotFoundError(f"{url} answers, but not as a Wherefrom server does (status {status}); check the address")
     return kind(detail)
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, as in its discovery file."""
+    """A running server, as its discovery file describes it."""
 
     url: str
     pid: int
@@ -224,16 +225,17 @@ class Served:
 
 
 def servers_directory() -> Path:
-    """Directory of the servers' discovery files."""
+    """Return the directory of the discovery files."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "wherefrom" if runtime else Path.home() / ".cache/wherefrom/servers"
 
 
 def announce(served: Served) -> Path:
-    """Register a server in a discovery file that only its owner can read."""
+    """Register a server in a discovery file that only its user can read; return the path of the file."""
     directory = servers_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, staged = (directory / f"{socket.gethostname()}-{served.pid}{ending}" for ending in (".json", ".tmp"))
+    path = directory / f"{socket.gethostname()}-{served.pid}.json"
+    staged = path.with_suffix(".tmp")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump({"url": served.url, "pid": served.pid, "token": served.token, "indexes": dict(served.indexes)}, file)
@@ -242,7 +244,7 @@ def announce(served: Served) -> Path:
 
 
 def find_server(index: str) -> RemoteClient | None:
-    """Connect to a running server of an index: that of WHEREFROM_URL (with WHEREFROM_TOKEN), else one registered on this machine."""
+    """Connect to a server of an index, if any: that of WHEREFROM_URL (with WHEREFROM_TOKEN), else one with a discovery file."""
     name = str(Path(index).resolve()) if Path(index).exists() else index
     url = os.environ.get("WHEREFROM_URL")
     if url:

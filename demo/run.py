@@ -1,7 +1,7 @@
-"""End-to-end demonstration: train a tokenizer and a small GPT-2 on the included corpus, index it, run three queries.
+"""Demonstration: train a tokenizer and a small GPT-2 on the included corpus, build an index, and run three queries.
 
-The corpus is the gazette of a fictional archipelago, so the model can only know it from the corpus. Each of three facts is in three
-documents, about different topics and in different words; these should rank highest.
+The corpus is the gazette of a fictional archipelago, so its facts are in no other text. Each query is about a fact that three documents
+state, in different words; these should rank highest.
 """
 
 from importlib.resources import files
@@ -37,9 +37,13 @@ _RANK = 128
 
 
 def run(out: Path, workers: int) -> None:
-    """Write corpus, model and index to `out`, and print an answer for each query."""
+    """Write corpus, model and index to `out`, and print the answer to each query.
+
+    Raises:
+        UsageError: `out` contains other files.
+    """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").is_file())):
-        raise UsageError(f"{out} holds other things; choose an out that does not exist yet")
+        raise UsageError(f"`out` {out} holds other things; choose a directory that does not exist yet")
     out.mkdir(parents=True, exist_ok=True)
     corpus = out / "corpus.jsonl"
     model = out / "model"

@@ -1,4 +1,4 @@
-"""From encoded queries to answers: one prepared scorer and one pass over the rows give hits, errors, groups and baselines."""
+"""Assembly of answers from encoded queries: hits, standard errors, groups and baselines from one pass over the rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,35 +23,37 @@ _MATRIX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class AskedQuery:
+class QueryRecord:
     """A query as its answer shows it.
 
     Attributes:
-        record: its fields.
-        has_row: it is a row of the index, or a mean with one: its scores have no standard errors, since the row is coded itself.
+        fields: of the query.
+        has_row: the query is a row of the index, or a mean with one. Its scores have no standard errors, since that row is coded too.
     """
 
-    record: Mapping[str, Any]
+    fields: Mapping[str, Any]
     has_row: bool
 
 
 def answer_queries(
-    index: Index, queries: Sequence[AskedQuery], rows: Rows, options: Options, baselines: BaselineScores | None = None
+    index: Index, queries: Sequence[QueryRecord], rows: Rows, options: Options, baselines: BaselineScores | None = None
 ) -> list[Answer]:
     """Answer encoded queries.
 
     Args:
         rows: of the queries.
-        baselines: scores of baselines, by name; None for answers without.
+        baselines: scores of baselines, by name; None for answers without baselines.
 
     Raises:
-        UsageError: an option is out of range or not possible with the index, or no row matches the filter.
+        UsageError: an option is out of range or not possible with the index, or there are no rows to search.
     """
     metric = Metric.of(options)
     where = options.get("where")
     searched = searched_rows(index, where)
     if not searched.any():
-        raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
+        if where:
+            raise UsageError(f"no row matches the filter {where!r}; change `where`")
+        raise UsageError("every row of this index was deleted; add documents, or use another index")
     k = options.get("k")
     k = _DEFAULT_K if k is None else min(k, len(index))
     recall = options.get("recall", 1.0)
@@ -76,7 +78,7 @@ def answer_queries(
                 compared = compare(index, scores, matrix[number], searched, hits.proponents.tolist(), k)
             answers.append(
                 Answer(
-                    query={**query.record, **settings},
+                    query={**query.fields, **settings},
                     proponents=sides["proponents"],
                     opponents=sides.get("opponents", ()),
                     search=_report(index, metric, hits, int(searched.sum())),
@@ -123,7 +125,7 @@ def _report(index: Index, metric: Metric, hits: Hits, searched: int) -> SearchRe
 
 
 def describe_index(index: Index) -> dict[str, Any]:
-    """Describe the index of an answer, JSON-ready."""
+    """Return a JSON-ready description of the index of an answer."""
     manifest = index.manifest
     return {
         "path": str(index.path.resolve()),
@@ -135,10 +137,12 @@ def describe_index(index: Index) -> dict[str, Any]:
     }
 
 
-def _attributions(scorer: Scorer, query_number: int, query: AskedQuery, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:
+def _attributions(scorer: Scorer, query_number: int, query: QueryRecord, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:
     errors = [None] * len(rows) if query.has_row else scorer.standard_errors(query_number, rows).tolist()
     attributions = []
     for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), errors, strict=True), 1):
-        e = scorer.index.example(row)
-        attributions.append(Attribution(rank, row, e.id, score, e.text, e.source, e.document, e.metadata, error))
+        example = scorer.index.example(row)
+        attributions.append(
+            Attribution(rank, row, example.id, score, example.text, example.source, example.document, example.metadata, error)
+        )
     return tuple(attributions)

@@ -1,11 +1,11 @@
 """Baselines: scores from words, from the model's hidden states, and from the length of the gradient.
 
-    bm25     the search engine's classic over words (Robertson and Zaragoza, 2009)
-    hidden   cosine of the mean last hidden states, where the build kept them (--hidden)
-    norm     the row's length alone, the same for every query
+    bm25     BM25, a ranking function over words (Robertson and Zaragoza, 2009)
+    hidden   cosine of the mean last hidden states, if the index has them (`hidden`)
+    norm     length of the row, the same for every query
 
-The score of a contrast of two completions is the difference of their scores. Where a baseline finds the same rows as influence, the cheaper
-baseline would have sufficed.
+The score of a contrast of two completions is the difference of their scores. If a baseline finds the same rows as influence, the baseline
+suffices, and it is cheaper.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from .answers import Baseline
 
 Scores = Float[np.ndarray, "examples queries"]
 BaselineScores = Mapping[str, Scores]
-"""Scores of all rows for each query, by baseline."""
+"""Scores of all rows for each query, by name of the baseline."""
 
 
 class Words:
-    """BM25 over an index's texts, made once.
+    """BM25 over the texts of an index.
 
     Raises:
         UsageError: bm25s is not installed.
@@ -32,22 +32,23 @@ class Words:
     def __init__(self, documents: Sequence[str]) -> None:
         bm25s = require("bm25s", "evaluation")
         self._tokenize = lambda texts: bm25s.tokenize(list(texts), stopwords=None, show_progress=False, return_ids=False)
-        self._engine, self._count = bm25s.BM25(), len(documents)
+        self._count = len(documents)
+        self._engine = bm25s.BM25()
         self._engine.index(self._tokenize(documents), show_progress=False)
 
-    def scores(self, asked: Sequence[str]) -> Scores:
-        """Of all texts, for some queries."""
-        nothing = np.zeros(self._count)  # of a query without a word
-        return np.stack([self._engine.get_scores(tokens) if tokens else nothing for tokens in self._tokenize(asked)], axis=1)
+    def scores(self, queries: Sequence[str]) -> Scores:
+        """Compute the scores of all texts for each query; 0 for a query without words."""
+        zeros = np.zeros(self._count)
+        return np.stack([self._engine.get_scores(words) if words else zeros for words in self._tokenize(queries)], axis=1)
 
 
 def row_norms(index: Index) -> Float[np.ndarray, " examples"]:
-    """The rows' lengths over all components, with their weights: the square root of self-influence."""
+    """Compute the lengths of the rows over all weighted components: the square roots of self-influence."""
     return np.sqrt(sum((s.weight * index.norms(s).astype(np.float64) ** 2 for s in index.manifest.components), np.zeros(len(index))))
 
 
 def cosines(a: Float[np.ndarray, "examples size"], b: Float[np.ndarray, "queries size"]) -> Scores:
-    """Cosines of all pairs; 0 with vectors of zeros."""
+    """Compute the cosines of all pairs; 0 for vectors of zeros."""
     a, b = (v.astype(np.float64) / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30) for v in (a, b))
     return a @ b.T
 
@@ -66,8 +67,8 @@ def compare(
         baselines: by name, scores of all rows.
         scores: of the searched rows.
         searched: mask of the rows.
-        proponents: rows.
-        k: rows that each baseline returns.
+        proponents: the query's best rows.
+        k: number of rows of each baseline.
     """
     rows = np.flatnonzero(searched)
     ranks = _ranks(scores)
@@ -94,6 +95,7 @@ def _ranks(scores: Float32[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
 
 
 def _correlation(a: Float[np.ndarray, " rows"], b: Float[np.ndarray, " rows"]) -> float | None:
+    """Return the correlation of two vectors; None if all values of one are equal."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,7 +1,7 @@
 """Splits of a score by component, layer, block and shared token, from the stored rows.
 
-A score is a sum over components, of a dense component over layers, of a sparse one over the tokens that query and row share. Layers cannot
-be told apart where coordinates were mixed (folded, or rotated for one bit each).
+A score is a sum over components. That of a dense component is a sum over layers, and that of a sparse one is a sum over the tokens that the
+query and the row share. It cannot be split by layers if the coordinates are random mixtures (of fewer coordinates, or of one bit each).
 """
 
 import re
@@ -28,7 +28,7 @@ def split_score(scorer: Scorer, query: int, row: int) -> tuple[tuple[Part, ...],
 
 
 def by_block(layers: Sequence[Part]) -> tuple[Part, ...]:
-    """Sum the parts of each block's layers, such as those of `transformer.h.3`; a layer outside of blocks is its own block."""
+    """Sum the parts of the layers of each transformer block, such as `transformer.h.3`; other layers have sums of their own."""
     sums: dict[tuple[str, str | None], float] = {}
     for part in layers:
         block = re.match(r"(.*?\.\d+)\.", part.name)

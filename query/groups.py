@@ -1,8 +1,8 @@
 """Scores by group, such as by source, author or license, with bootstrap intervals over examples.
 
 The influence of a group is the sum of its examples' scores (scores are additive to first order). Intervals come from the Poisson
-bootstrap: in each of 200 draws every example counts a number of times drawn from a Poisson distribution of mean 1 (Chamandy et al.,
-Estimating uncertainty for massive data streams, 2012), from bytes, whose 256 values carry its probabilities to 1/256.
+bootstrap: in each of 200 draws, every example is repeated a random number of times, from a Poisson distribution of mean 1 (Chamandy et al.,
+Estimating uncertainty for massive data streams, 2012). A table maps random bytes to these numbers, with probabilities rounded to 1/256.
 """
 
 import numpy as np
@@ -11,10 +11,13 @@ from jaxtyping import Bool, Float32
 from ..store.index import Index
 from .answers import Group
 
-_DRAWS, _LEVEL, _MOST_GROUPS = 200, 0.95, 10_000
+_DRAWS = 200
+_LEVEL = 0.95
+_MOST_GROUPS = 10_000
 
 
 def _poisson_table() -> np.ndarray:
+    """Return the number of repeats for each value of a byte, scaled to mean 1."""
     probabilities = np.exp(-1) / np.cumprod([1, *range(1, 6)])
     counts = np.floor(probabilities * 256 + 0.5).astype(int)
     counts[0] += 256 - counts.sum()
@@ -26,10 +29,10 @@ _POISSON = _poisson_table()
 
 
 class Grouping:
-    """The groups of a column among the searched rows.
+    """Groups of the searched rows by the values of a column.
 
     Args:
-        column: to group by.
+        column: of the metadata.
         searched: mask of the rows.
 
     Raises:
@@ -41,7 +44,7 @@ class Grouping:
         self._codes = codes[searched]
 
     def groups(self, scores: Float32[np.ndarray, " searched"], seed: int = 0) -> tuple[Group, ...]:
-        """Sum scores by group; highest total first.
+        """Sum scores by group; the highest total is first.
 
         Args:
             scores: of the searched rows.

@@ -1,7 +1,7 @@
-"""The whole matrix of scores of many queries, streamed to Zarr or Parquet: what the score of every example is for every query.
+"""Matrix of the scores of every example for many queries, written to Zarr or Parquet.
 
-Scores come shard by shard for as many queries as fit into memory at a time, and are written as they come; the finished matrix is
-renamed to its name, so that a half-written one is never taken for whole.
+Scores are computed and written by groups of shards, for as many queries as fit into memory. The file is renamed when it is complete, so an
+incomplete matrix never has the requested name.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from .options import Query
 
 _BLOCK_BYTES = 256 << 20
 Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]]
-"""Every row's score for some queries, shard by shard: the first row, and the scores."""
+"""Function that yields, for some queries, the first row and the scores of each group of shards."""
 
 
 @runtime_checkable
@@ -30,26 +30,26 @@ class _Reporter(Protocol):
 
 
 def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Path, reporter: _Reporter) -> tuple[int, int]:
-    """Write scores [queries, rows] as float32; a deleted row's are NaN.
+    """Write scores [queries, rows] as float32; those of deleted rows are NaN.
 
     Args:
-        out: ends in `.zarr` (arrays `scores`, `rows`, `queries`) or `.parquet` (a line for each row, a column for each query).
+        out: path ending in `.zarr` (arrays `scores`, `rows`, `queries`) or `.parquet` (one record for each row, one column for each query).
 
     Returns:
-        The matrix's shape.
+        The shape of the matrix.
 
     Raises:
-        UsageError: another ending, `out` exists, or there are no queries.
+        UsageError: `out` has another ending or exists, there are no queries, or two have the same id.
     """
     if out.suffix not in (".zarr", ".parquet"):
         raise UsageError(f"`out` {out} must end in .zarr or .parquet")
     if out.exists():
         raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
     if not queries:
-        raise UsageError("there is no query in the file")
+        raise UsageError("there are no queries; add at least one")
     names = [query.id or str(i) for i, query in enumerate(queries)]
     if out.suffix == ".parquet" and len({*names, "id"}) <= len(names):
-        raise UsageError("two queries have the same id (or one is called id), and a column needs a name of its own; fix them")
+        raise UsageError("two queries have the same id, or one has the id 'id'; give each query another id, since ids are names of columns")
     staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         with storage_errors(out):
@@ -68,16 +68,18 @@ def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: l
 
     step = max(1, _BLOCK_BYTES // (4 * max(group.rows for group in index.groups)))
     group = zarr.create_group(path, zarr_format=3)
-    shape, chunks = (len(queries), len(index)), (min(step, len(queries)), min(1 << 16, len(index)))
+    shape = (len(queries), len(index))
+    chunks = (min(step, len(queries)), min(1 << 16, len(index)))
     matrix = group.create_array("scores", shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan)
     ids = np.array(index.column("id").to_pylist())
     group.create_array("rows", shape=ids.shape, dtype=ids.dtype)[...] = ids
     group.create_array("queries", shape=(len(names),), dtype=np.array(names).dtype)[...] = np.array(names)
     reporter.stage("writing scores", len(queries) * len(index.groups))
-    for at in range(0, len(queries), step):
-        part = queries[at : at + step]
-        for first, block in scores(part):
-            matrix[at : at + len(part), first : first + block.shape[1]] = _without_deleted(index, first, block)
+    for first_query in range(0, len(queries), step):
+        part = queries[first_query : first_query + step]
+        for first_row, block in scores(part):
+            columns = slice(first_row, first_row + block.shape[1])
+            matrix[first_query : first_query + len(part), columns] = _without_deleted(index, first_row, block)
             reporter.update(len(part), 0)
 
 
@@ -95,4 +97,5 @@ def _write_parquet(index: Index, scores: Scores, queries: Sequence[Query], names
 
 
 def _without_deleted(index: Index, first: int, block: np.ndarray) -> np.ndarray:
+    """Replace the scores of deleted rows by NaN."""
     return np.where(index.alive[first : first + block.shape[1]], block, np.float32(np.nan))

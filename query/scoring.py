@@ -1,17 +1,16 @@
-"""Scores of rows for any number of queries: exact ones, and estimates of them from one-bit codes.
+"""Scores of rows for any number of queries: exact scores, and estimates of them from one-bit codes.
 
-    influence   <z_q, z_i>
-    cosine      <z_q, z_i> / (|z_q| |z_i|)
-    loss-normalized     <z_q, z_i> / L_i, with the example's own loss: what a nat of it is worth, so that long and surprising texts do not
-    lead
+    influence        <z_q, z_i>
+    cosine           <z_q, z_i> / (|z_q| |z_i|)
+    loss-normalized  <z_q, z_i> / L_i, with the loss L_i of the example, so that long and surprising texts do not rank first
 
-Another damping a' than the build's a is exact and changes only the query: coordinates are whitened with (l + a)^(-1/2), so
+A damping a' that differs from the build's damping a is exact and changes only the query. Coordinates are whitened with (l + a)^(-1/2), so
 
     g_q^T (H + a' I)^(-1) g_i = sum_j  z_qj (l_j + a_j) / (l_j + a'_j) z_ij
 
-and under cosine the norms are taken in the same metric, in the same pass. Without curvature the factor is (l_j + a_j); of layers that are
-left out it is 0. Scores are linear in the query, so that contrasts and means of queries are queries too (`combine`). A scan is
-bound by memory bandwidth; for float32 rows it multiplies straight from the memory map.
+Cosines take the norms in the same metric, in the same pass. Without curvature the factor is (l_j + a_j); for layers that are left out it is
+0. Scores are linear in the query, so contrasts and means of queries are queries too (`combine`). A scan is bound by memory bandwidth;
+float32 rows are multiplied directly from the memory map.
 """
 
 import os
@@ -31,18 +30,18 @@ from .metric import Metric, matched
 from .operands import OPERANDS, Estimates, Operand
 from .options import Mode
 
-_SHORTEST = 1e-37  # lengths whose inverse is a float32
+_SHORTEST = 1e-37  # smallest length whose inverse is a float32
 
 
 @dataclass(frozen=True)
 class EstimatedScores:
-    """Estimated scores of a group's rows: (exact + estimate) * scale.
+    """Estimated scores of the rows of a group of shards: (exact + estimate) * scale.
 
     Attributes:
-        exact: the part of sparse components, whose posting lists are cheap.
-        estimate: the part of dense components, from scan codes.
-        deviations: standard deviations of the estimates (times `scale`: of the scores).
-        scale: under cosine one over the lengths, under loss-normalized over the losses; 0 for a row without one.
+        exact: sum over sparse components, from their posting lists.
+        estimate: sum over dense components, from scan codes.
+        deviations: standard deviations of the estimates; those of the scores are `deviations * scale`.
+        scale: for cosines the inverse of the lengths, for loss-normalized scores of the losses; 0 where these are 0.
     """
 
     exact: Float32[np.ndarray, "queries rows"]
@@ -53,10 +52,10 @@ class EstimatedScores:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Queries prepared for scores with the rows of an index: one for a whole answer.
+    """Queries prepared for scores with the rows of an index.
 
     Attributes:
-        operands: the queries of each component that counts.
+        operands: the queries of each component with a weight other than 0.
         norms: the queries' lengths under the metric.
     """
 
@@ -82,7 +81,7 @@ class Scorer:
         return cls(index, operands, norms, metric.mode)
 
     def __len__(self) -> int:
-        """Number of queries."""
+        """Return the number of queries."""
         return len(self.norms)
 
     def scores(self, group: Group) -> Float32[np.ndarray, "queries rows"]:
@@ -96,7 +95,7 @@ class Scorer:
         return scores
 
     def estimates(self, group: Group) -> EstimatedScores:
-        """Estimate the scores of a group's rows, where `refusal` is None."""
+        """Estimate the scores of a group's rows; possible if `refusal` returns None."""
         shape = len(self), group.rows
         sums = Estimates(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape), self._squared(group))
         for operand in self.operands:
@@ -106,22 +105,22 @@ class Scorer:
         return EstimatedScores(sums.exact, sums.estimate, deviations, self._scale(group, sums.squared))
 
     def refusal(self) -> str | None:
-        """Return the reason why a quantized scan is not possible or not useful, if there is one."""
+        """Return the reason why a quantized scan is not possible or not useful; None if it is both."""
         if all(operand.exact_scan for operand in self.operands):
-            return "these are all sparse, and the posting lists of a query's tokens are short"
+            return "all components are sparse, and the posting lists of a query's tokens are short"
         reasons = (operand.refusal(self.index, self.mode) for operand in self.operands)
         return next((reason for reason in reasons if reason is not None), None)
 
     def read(self, query: int, rows: Int64[np.ndarray, " rows"]) -> Float32[np.ndarray, " rows"]:
-        """Return the exact part of a query's scores with some rows, in place of their estimates."""
+        """Return the sums over dense components for a query and rows, from the rows themselves; see `EstimatedScores.estimate`."""
         return np.stack([operand.read(self.index, rows, query) for operand in self.operands]).sum(axis=0, dtype=np.float32)
 
     def standard_errors(self, query: int, rows: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
         """Compute the standard errors that one-bit codes give to a query's scores with some rows; 0 for other codes.
 
         With D coordinates rotated, of which b are kept, the estimate of <v, q> from one bit each has the variance
-        (|v|^2 |q|^2 - <v, q>^2) (pi/2 D/b - 1) / D (RaBitQ, arXiv 2405.12497, for b = D); <v, q> is taken as 0 here, which errs upwards.
-        Tokens and coordinates that are not stored are not in it.
+        (|v|^2 |q|^2 - <v, q>^2) (pi/2 D/b - 1) / D (RaBitQ, arXiv 2405.12497, for b = D). <v, q> is taken as 0 here, so the errors are
+        rather too large. The error from tokens and coordinates that are not stored is not included.
         """
         return np.sqrt([self._variance(query, row) for row in rows.tolist()])
 
@@ -143,7 +142,7 @@ class Scorer:
         return 1.0 / length if length > 0 else 0.0
 
     def squared_length(self, rows: Rows, stored: bool) -> float:
-        """Compute the squared length under the metric of a single row in memory, before coding.
+        """Compute the squared length, under the metric, of one row in memory before coding.
 
         Args:
             stored: leave out coordinates that are not stored.
@@ -170,39 +169,44 @@ class Scorer:
 
 
 def _check_finite(*arrays: np.ndarray) -> None:
+    """Refuse scores that are not finite.
+
+    Raises:
+        NumericalError: a score is not finite.
+    """
     if not all(np.isfinite(array).all() for array in arrays):
-        raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; ask with smaller ones")
+        raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; use smaller weights")
 
 
 Result = TypeVar("Result")
 
 
 def by_group(groups: Sequence[Group], function: Callable[[Group], Result]) -> Iterator[tuple[Group, Result]]:
-    """A function of groups of rows, in their order, by as many threads as there are cores to run on."""
+    """Call a function for each group of shards, with one thread for each available core; yield the results in the order of groups."""
     threads = min(len(os.sched_getaffinity(0)), len(groups))
     if threads < 2:
         for group in groups:
             yield group, function(group)
         return
     with ThreadPoolExecutor(threads) as pool:
-        begun: deque[tuple[Group, Future[Result]]] = deque()
+        submitted: deque[tuple[Group, Future[Result]]] = deque()
         for group in groups:
-            begun.append((group, pool.submit(function, group)))
-            if len(begun) > 2 * threads:  # no more in memory than is being read
-                group, made = begun.popleft()  # noqa: PLW2901
-                yield group, made.result()
-        for group, made in begun:
-            yield group, made.result()
+            submitted.append((group, pool.submit(function, group)))
+            if len(submitted) > 2 * threads:  # bounds the results in memory
+                first, future = submitted.popleft()
+                yield first, future.result()
+        for group, future in submitted:
+            yield group, future.result()
 
 
 def all_scores(index: Index, queries: Rows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-    """Yield the scores of each group of rows with its first row, in row order; deleted rows are scored, too."""
+    """Yield the first row and the scores of each group of shards, in row order; deleted rows are scored too."""
     for group, scores in by_group(index.groups, Scorer.of(index, queries, metric).scores):
         yield group.first, scores
 
 
 def score_matrix(index: Index, queries: Rows, metric: Metric = Metric()) -> Float32[np.ndarray, "queries rows"]:
-    """Compute all scores; deleted rows are scored, too."""
+    """Compute all scores; deleted rows are scored too."""
     return np.concatenate([scores for _, scores in all_scores(index, queries, metric)], axis=1)
 
 
@@ -216,18 +220,18 @@ def _weights(index: Index, metric: Metric) -> dict[str, float]:
     names = ", ".join(component.name for component in components)
     unknown = sorted(metric.weights.keys() - {name for component in components for name in (component.name, component.part)})
     if unknown:
-        raise UsageError(f"there is no component {unknown[0]!r}; this index has {names}")
+        raise UsageError(f"there is no component {unknown[0]!r} in this index; choose among {names}")
     weights = {}
     for component in components:
         factors = [metric.weights[name] for name in {component.name, component.part} & metric.weights.keys()]
         weights[component.name] = component.weight * float(np.prod(factors))
     if not any(weights.values()):
-        raise UsageError("every component has the weight 0; leave at least one")
+        raise UsageError("every component has the weight 0; give at least one another weight")
     for component in components:
         if not matched(component.layer_names, metric.layers).any():
             weights[component.name] = 0.0
     if not any(weights.values()):
         layers = [name for component in components for name in component.layer_names]
         shown = ", ".join(layers[:6]) + " ..." * (len(layers) > 6)
-        raise UsageError(f"no layer of this index matches {', '.join(metric.layers)}; it has {shown}")
+        raise UsageError(f"no layer of this index matches {', '.join(metric.layers)}; choose among {shown}")
     return weights

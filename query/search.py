@@ -1,15 +1,16 @@
-"""The best and the worst rows: by an exact scan of all, or by quantized scan and rescore with a certificate.
+"""Search for the rows with the highest and lowest scores: by an exact scan, or by quantized scan and rescore with a certificate.
 
-Exact, in one blocked pass, is what everything else is held against, and what posting lists do anyway. By quantized scan and rescore, where
-rows are dense: one-bit codes estimate all scores (store/scan_codes.py), and rows are read, from the finest that is stored, that could be
-among the best k.
+The exact scan scores all rows, in one pass over the groups of shards. Posting lists are always scanned exactly.
 
-The certificate. Let s be the k-th best score among the rows that were read; it can only be below the true k-th best. A row is left unread
-when its estimate, plus z times the estimate's standard deviation, does not exceed s. A row that belongs to the true k best scores s or
-more, so that to be left out its estimate must have erred by z standard deviations, which happens with the probability 1 - Phi(z). For
-recall r, z is chosen so that this is (1 - r) / k: with a probability of at least r, over the codes' random rotation, not one of the k best
-is missing (union bound), and likewise of the worst. That holds for any rows and any query; what depends on them is how many rows are
-read. If these are too many, the exact scan is cheaper, and is what is done.
+Quantized scan and rescore is for dense rows. One-bit codes estimate all scores (store/scan_codes.py). Then the stored rows that could be
+among the best k are read, and their scores replace the estimates.
+
+The certificate. Let s be the k-th best score among the rows that were read; it is at most the true k-th best score. A row is not read if
+its estimate plus z times the estimate's standard deviation does not exceed s. A row of the true k best scores at least s, so it is missed
+only if its estimate is too low by z standard deviations, which has the probability 1 - Phi(z). For recall r, z is chosen so that this is
+(1 - r) / k. By the union bound, none of the k best rows is missing with a probability of at least r, over the random rotation of the codes,
+and likewise none of the k worst. That holds for any rows and any query; only the number of rows to read depends on them. If it is too
+large, an exact scan is made instead, since it is faster.
 """
 
 import time
@@ -26,23 +27,24 @@ from ..store.vectors import Rows, count, cut
 from .metric import Metric
 from .scoring import Scorer, by_group
 
-_EXACT_PASS, _SCAN_PASS = 64, 8
+_EXACT_PASS = 64  # queries in one exact scan
+_SCAN_PASS = 8  # queries in one quantized scan
 _READ_FIRST = 256
-_MOST_READ = 16  # one row in so many, at most; more are scanned faster
+_MOST_READ = 16  # at most one row in 16 is read; an exact scan is faster than to read more
 _MOST_READ_OF_FEW = 1024
 
 
 @dataclass(frozen=True)
 class Hits:
-    """One query's best and worst rows.
+    """The best and worst rows of a query.
 
     Attributes:
-        proponents, proponent_scores: rows of positive score, highest first (ties: lower row first).
-        opponents, opponent_scores: rows of negative score, lowest first.
-        seconds: wall time of the pass that answered it.
-        candidates: rows that were read (of an exact scan, all that were searched).
-        recall: with at least this probability none of the best k is missing, and likewise none of the worst; 1 after an exact scan.
-        note: why it was an exact scan although less was asked for.
+        proponents, proponent_scores: rows with positive scores, highest first (of equal scores, the lower row first).
+        opponents, opponent_scores: rows with negative scores, lowest first.
+        seconds: wall time of the query's pass.
+        candidates: number of rows that were read; for an exact scan, of all searched rows.
+        recall: probability that none of the best k is missing, at least; likewise of the worst. 1 after an exact scan.
+        note: reason for an exact scan where a recall below 1 was requested.
     """
 
     proponents: Int64[np.ndarray, " p"]
@@ -63,14 +65,14 @@ def search(
     allowed: Bool[np.ndarray, " rows"] | None = None,
     recall: float = 1.0,
 ) -> list[Hits]:
-    """Find the k rows of highest and of lowest score for each query, among those that are not deleted.
+    """Find the k rows with the highest and with the lowest scores for each query, without deleted rows.
 
     Args:
         queries: component name -> whitened query rows.
-        k: at least 1; where there are fewer rows, all are returned.
-        allowed: rows to search; None searches all.
-        recall: 1 scans all rows; below 1, rows are searched by quantized scan and rescore (see above), except where only sparse components
-            count: their posting lists are exact.
+        k: at least 1; an index with fewer rows returns them all.
+        allowed: mask of the rows to search; None searches all.
+        recall: 1 scans all rows. Below 1, the search is by quantized scan and rescore (see above), or by posting lists, which are exact, if
+            only sparse components count.
 
     Raises:
         UsageError: k or recall is out of range, or the metric is not possible with the index.
@@ -83,7 +85,7 @@ def search(
 
 
 def pass_size(recall: float) -> int:
-    """Queries that share one pass over the rows."""
+    """Return the number of queries in one pass over the rows."""
     return _EXACT_PASS if recall == 1 else _SCAN_PASS
 
 
@@ -99,8 +101,8 @@ def find(
     """Find the best and the worst rows for the queries of a scorer, in one pass.
 
     Args:
-        searched: rows to search.
-        with_scores: return the scores of all searched rows too, which needs an exact scan.
+        searched: mask of the rows to search.
+        with_scores: also return the scores of all searched rows, which needs an exact scan.
 
     Raises:
         UsageError: k or recall is out of range.
@@ -126,11 +128,12 @@ def find(
         recall = 1.0
         results, matrix = _scan(scorer, k, searched, with_scores)
     seconds = time.perf_counter() - started
-    bound = 1.0 if scorer.mode == "cosine" else np.inf  # estimates from one-bit codes may exceed 1; they are ranked as they are
+    bound = 1.0 if scorer.mode == "cosine" else np.inf  # cosines from one-bit codes may exceed 1; they are ranked before they are clipped
     hits = []
     for (best, best_scores), (worst, worst_scores), candidates in results:
-        clipped = best_scores.clip(-bound, bound), worst_scores.clip(-bound, bound)
-        hits.append(Hits(best, clipped[0], worst, clipped[1], seconds, candidates, recall, note))
+        best_scores = best_scores.clip(-bound, bound)  # noqa: PLW2901
+        worst_scores = worst_scores.clip(-bound, bound)  # noqa: PLW2901
+        hits.append(Hits(best, best_scores, worst, worst_scores, seconds, candidates, recall, note))
     return hits, matrix
 
 
@@ -142,7 +145,7 @@ _NOTHING: _Ranked = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 def _scan(
     scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], with_scores: bool
 ) -> tuple[list[_Result], Float32[np.ndarray, "queries searched"] | None]:
-    """Score all searched rows; returns each query's best and worst, and all scores if asked for."""
+    """Score all searched rows; return each query's best and worst rows, and with `with_scores` all scores."""
     best = [_NOTHING] * len(scorer)
     worst = [_NOTHING] * len(scorer)
     blocks = []
@@ -162,13 +165,13 @@ def _scan(
 
 
 def _merge(ranked: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
-    """Return the k entries of largest positive sign * score among ranked and new rows; equal scores in row order."""
+    """Return the k entries with the largest positive sign * score among ranked and new rows; equal scores in row order."""
     best_rows, best_scores = ranked
     threshold = best_scores[-1] if len(best_rows) == k else np.float32(0)
     candidates = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
     if not len(candidates):
         return ranked
-    if len(candidates) > 4 * k:  # sort only those that may stay, equal ones among them
+    if len(candidates) > 4 * k:  # sort only the k best and those equal to the k-th
         costs = -sign * scores[candidates]
         candidates = candidates[costs <= np.partition(costs, k - 1)[k - 1]]
     all_rows = np.concatenate([best_rows, rows[candidates]])
@@ -178,12 +181,12 @@ def _merge(ranked: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: 
 
 
 class _TooManyError(Exception):
-    """More rows would have to be read than is worth it."""
+    """So many rows would have to be read that an exact scan is faster."""
 
 
 @dataclass
 class _Side:
-    """A query's best rows (sign 1) or worst (sign -1) during a search: the best k of those that were read."""
+    """The best (sign 1) or worst (sign -1) k rows of a query among those that were read so far."""
 
     k: int
     sign: int
@@ -191,12 +194,12 @@ class _Side:
 
     @property
     def threshold(self) -> float:
-        """The value of sign * score that a row must reach to be among the best."""
+        """Value of sign * score that a row must reach to be among the k rows."""
         rows, scores = self.ranked
         return float(self.sign * scores[-1]) if len(rows) == self.k else 0.0
 
     def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Add rows in any order; of equal scores, the lower row goes first."""
+        """Add rows in any order; of equal scores, the lower row is first."""
         rows = np.concatenate([self.ranked[0], rows])
         scores = np.concatenate([self.ranked[1], scores])
         positive = self.sign * scores > 0
@@ -206,7 +209,12 @@ class _Side:
 
 @dataclass
 class _Candidates:
-    """Rows that may be among the best and were not read, with the exact part of their scores and their scales."""
+    """Rows that may be among the best and were not read yet.
+
+    Attributes:
+        bounds: upper bounds of sign * score.
+        exact, scale: see `EstimatedScores`.
+    """
 
     rows: Int64[np.ndarray, " candidates"]
     bounds: Float32[np.ndarray, " candidates"]
@@ -217,29 +225,29 @@ class _Candidates:
         return len(self.rows)
 
     def take(self, positions: np.ndarray) -> "_Candidates":
-        """Some of them, by position or mask."""
+        """Select candidates by position or mask."""
         return _Candidates(self.rows[positions], self.bounds[positions], self.exact[positions], self.scale[positions])
 
     def split(self, count: int) -> tuple["_Candidates", "_Candidates"]:
-        """Those with the `count` highest bounds, and the others."""
-        head = np.ones(len(self), bool)
+        """Split into the candidates with the `count` highest bounds, and the others."""
+        is_high = np.ones(len(self), bool)
         if len(self) > count:
-            head[np.argpartition(-self.bounds, count - 1)[count:]] = False
-        return self.take(head), self.take(~head)
+            is_high[np.argpartition(-self.bounds, count - 1)[count:]] = False
+        return self.take(is_high), self.take(~is_high)
 
 
 class _Queue:
-    """Candidates of several groups whose bounds (of sign * score) reach a threshold, highest bound first."""
+    """Candidates of several groups of shards whose bounds reach a threshold, highest bound first."""
 
     def __init__(self, parts: Sequence[_Candidates], threshold: float) -> None:
-        every = _Candidates(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
-        positions = np.flatnonzero(every.bounds >= threshold)
-        positions = positions[np.argsort(-every.bounds[positions], kind="stable")]  # parts come in the order of their rows
-        self._candidates = every.take(positions)
+        candidates = _Candidates(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
+        positions = np.flatnonzero(candidates.bounds >= threshold)
+        positions = positions[np.argsort(-candidates.bounds[positions], kind="stable")]  # equal bounds stay in the order of rows
+        self._candidates = candidates.take(positions)
         self._first = 0
 
     def next(self, size: int, threshold: float) -> _Candidates:
-        """Remove at most `size` candidates, of those whose bounds reach the threshold."""
+        """Remove and return at most `size` candidates whose bounds reach the threshold."""
         reached = int(np.searchsorted(-self._candidates.bounds, -threshold, side="right"))
         last = max(self._first, min(self._first + size, reached))
         candidates = self._candidates.take(np.arange(self._first, last))
@@ -248,7 +256,7 @@ class _Queue:
 
 
 def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], z: float) -> list[_Result] | None:
-    """Search by one-bit codes (see above); None where more rows would have to be read than is worth it."""
+    """Search by quantized scan and rescore (see above); return None if too many rows would have to be read."""
     queries = range(len(scorer))
     sides = [(_Side(k, 1), _Side(k, -1)) for _ in queries]
     rows_read: list[list[np.ndarray]] = [[] for _ in queries]
@@ -256,7 +264,7 @@ def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"
     size = max(k, _READ_FIRST)
 
     def candidates_of(group: Group) -> list[list[_Candidates]]:
-        """The candidates of a group, for each query and side."""
+        """Find the candidates of a group of shards, for each query and side."""
         estimates = scorer.estimates(group)
         excluded = np.flatnonzero(~searched[group.first : group.first + group.rows])
         result = []
@@ -275,7 +283,7 @@ def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"
         return result
 
     def read(q: int, queues: Sequence[_Queue], count: int) -> bool:
-        """Read up to `count` candidates of each side of a query, those of highest bounds; False if there were none."""
+        """Read at most `count` candidates with the highest bounds for each side of a query; return False if there are none."""
         batches = [queue.next(count, side.threshold) for queue, side in zip(queues, sides[q], strict=True)]
         rows = np.concatenate([batch.rows for batch in batches])
         rows_read[q].append(rows)
@@ -288,14 +296,15 @@ def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"
 
     first, *others = scorer.index.groups
     thresholds = [(0.0, 0.0)] * len(scorer)
-    begun = [[candidates.split(size) for candidates in by_side] for by_side in candidates_of(first)]
+    first_candidates = [[candidates.split(size) for candidates in by_side] for by_side in candidates_of(first)]
     try:
-        for q in queries:  # the first group gives thresholds for the others, whatever the order of their threads
-            read(q, [_Queue([head], 0.0) for head, _ in begun[q]], size)
+        for q in queries:  # thresholds from the first group alone do not depend on the order of the other groups' threads
+            read(q, [_Queue([high], 0.0) for high, _ in first_candidates[q]], size)
         thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
-        waiting = [[[tail for _, tail in by_side] for by_side in begun], *(result for _, result in by_group(others, candidates_of))]
+        unread = [[[low for _, low in by_side] for by_side in first_candidates]]
+        unread += [candidates for _, candidates in by_group(others, candidates_of)]
         for q in queries:
-            queues = [_Queue([group[q][n] for group in waiting], thresholds[q][n]) for n in range(2)]
+            queues = [_Queue([group[q][n] for group in unread], thresholds[q][n]) for n in range(2)]
             while read(q, queues, size) and read(q, queues, most):
                 pass
     except _TooManyError:

@@ -1,8 +1,7 @@
-"""A build from corpus to manifest: describe the model, write the examples, fit, build the shards, publish.
+"""A build from corpus to manifest: describe the models, write the examples, fit the encoder, build the shards, publish the manifest.
 
-Each stage leaves something whole behind, under a name that depends only on what is being built, so a build that was killed goes on
-where it was when the same command is given again. `staging/` holds what is not finished, and the plan that says which build that is.
-The manifest is written last; until then there is no index.
+Each stage writes complete files, whose names depend only on the inputs of the build, so the same command resumes a build that was killed.
+`staging/` holds unfinished files and the plan, a record of the inputs. The manifest is written last; until then there is no index.
 """
 
 import json
@@ -64,7 +63,7 @@ _COUNTED = 1024
 
 @dataclass(frozen=True)
 class _Job:
-    """A build's directory, configuration, models and identity."""
+    """Directory, configuration and models of a build, with the hash of its inputs."""
 
     config: BuildConfig
     out: Path
@@ -80,19 +79,19 @@ class _Job:
 def build(
     config: BuildConfig, reporter: Reporter | None = None, loaded: Sequence[LoadedModel] = (), data_sha256: str | None = None
 ) -> Manifest:
-    """Build an index, resume a build that was interrupted, or return the manifest of a finished one.
+    """Build an index, resume an interrupted build, or return the manifest of a finished one.
 
     Args:
         reporter: of progress.
-        loaded: the models in memory, in the order of the configuration's names.
+        loaded: models in memory, in the order of the configuration's names.
         data_sha256: of data that was in memory and is in a temporary file; it identifies the data instead of path and time.
 
     Returns:
         The published manifest.
 
     Raises:
-        UsageError: an invalid option, or `out` contains something else.
-        BusyError: another build is writing there.
+        UsageError: an option is invalid, or `out` contains other files.
+        BusyError: another build is writing to `out`.
         WherefromError: see store/errors.py; finished stages are kept.
     """
     reporter = reporter or Silent()
@@ -103,7 +102,7 @@ def build(
     if data_sha256 is not None:
         content["data"] = [IN_MEMORY]
         corpus_files = [{"path": IN_MEMORY, "sha256": data_sha256}]
-    # A worker's working directory may be another one.
+    # Paths are absolute, since a worker may have another working directory.
     absolute_config = config.replace(model=tuple(map(absolute, config.models)), out=str(out.resolve()))
     sources = model_sources(absolute_config)
     if loaded:
@@ -115,37 +114,37 @@ def build(
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, absolute_config, sources), resources) as executor:
             models, plan, facts = executor.call("describe")
-            what = {
+            inputs = {
                 "format": FORMAT_VERSION,
                 "options": content,
                 "models": [model.fingerprint for model in models],
                 "tokenizer": encoder.fingerprint,
                 "corpus": corpus_files,
             }
-            job = _Job(config, out, sources, digest(json.dumps(what, sort_keys=True).encode()).hexdigest(), reporter)
-            finished = _finished(job, what)
-            if finished is not None:
-                return finished
-            _claim(job, what)
+            job = _Job(config, out, sources, digest(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), reporter)
+            manifest = _finished_manifest(job, inputs)
+            if manifest is not None:
+                return manifest
+            _claim(job, inputs)
             corpus = _write_corpus(job, models, plan, executor.call("vocabulary"))
-            plan = select_components(config, plan, _sampled_examples(job, corpus))
+            plan = select_components(config, plan, _read_sample(job, corpus))
             notes = model_notes(facts, plan.components)
             for note in notes:
                 reporter.note(note)
             arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
             shards = _build_shards(job, executor, plan, arrays, corpus)
-            components, calibration = _calibrated(job, executor, plan, arrays, corpus)
+            components, calibration = _calibrate(job, executor, plan, arrays, corpus)
             silent = silent_components(out, shards[0], components)
             for note in silent:
                 reporter.note(note)
             record = Build(
-                what=What.model_validate_json(json.dumps(what)),
+                what=What.model_validate_json(json.dumps(inputs)),
                 how=config.runtime_options(),
                 batch_tokens=plan.batch_tokens,
                 tracked=tuple(tracked(model, components, number) for number, model in enumerate(facts)),
                 calibration=calibration,
                 **corpus.counts(),
-                **corpus.not_kept(),
+                **corpus.omissions(),
                 **not_finite(out, shards),
                 notes=(*notes, *silent),
             )
@@ -153,36 +152,37 @@ def build(
     except BaseException as error:
         resumable = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
         has_rows = bool(list(out.glob("rows/*")))
-        if is_new and not out.is_symlink() and out.is_dir() and not has_rows and (not resumable or not _begun(out)):
-            shutil.rmtree(out)  # a build that cannot be resumed with the same options leaves nothing behind
+        if is_new and not out.is_symlink() and out.is_dir() and not has_rows and not (resumable and _names(out)):
+            shutil.rmtree(out)  # the build cannot be resumed with the same options
         raise
 
 
-def _begun(out: Path) -> bool:
-    return bool({p.name for p in out.iterdir()} - {".lock"})
+def _names(out: Path) -> set[str]:
+    """Return the names of the files and folders in a directory, without the lock file."""
+    return {path.name for path in out.iterdir()} - {".lock"}
 
 
 def refuse_occupied(out: Path) -> None:
-    """Refuse a directory that holds something else than an index, finished or begun.
+    """Refuse a directory that holds other files than those of an index, finished or not.
 
     Raises:
-        UsageError: it does.
+        UsageError: the directory holds other files, or is not a directory.
     """
     if out.is_symlink() and not out.exists():
-        raise UsageError(f"`out` {out} is a link to nothing; choose another place")
+        raise UsageError(f"`out` {out} is a link whose target does not exist; choose another directory")
     if out.exists() and not out.is_dir():
         raise UsageError(f"`out` {out} is a file; choose a directory that does not exist yet")
-    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if names - {".lock"} and not names & {"manifests", "staging"}:
+    names = _names(out) if out.is_dir() else set()
+    if names and not names & {"manifests", "staging"}:
         raise UsageError(f"`out` {out} holds other things and no index; choose a directory that does not exist yet")
 
 
-def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
+def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
     """Return the manifest of a finished build with the same inputs; None if there is no index."""
     if latest_manifest(job.out) is None:
         return None
     manifest = read_manifest(job.out)
-    _refuse_other(job.out, manifest.build.what.model_dump(mode="json"), what)
+    _refuse_other_inputs(job.out, manifest.build.what.model_dump(mode="json"), inputs)
     sizes = {job.out / manifest.encoder.path: manifest.encoder.bytes}
     for shard in Index(job.out).shards:
         sizes |= {rows_path(job.out, shard.id): shard.bytes, documents_path(job.out, shard.id): shard.documents_bytes}
@@ -195,7 +195,7 @@ def _finished(job: _Job, what: dict[str, Any]) -> Manifest | None:
 
 
 def refresh_search(out: Path, reporter: Reporter) -> None:
-    """Write the missing search caches; one that cannot be written is not a failure, since searches then make it anew."""
+    """Write the missing search caches. An error is only a note, since each search can compute them."""
     try:
         Index(out).reindex()
     except OSError as error:
@@ -205,29 +205,27 @@ def refresh_search(out: Path, reporter: Reporter) -> None:
         )
 
 
-def _claim(job: _Job, what: dict[str, Any]) -> None:
-    """Record the inputs of this build, or check that the build that was begun here has the same.
-
-    A build that has no rows yet is replaced.
-    """
+def _claim(job: _Job, inputs: dict[str, Any]) -> None:
+    """Record the inputs of this build, or check that an unfinished build in the directory has the same; one without rows is replaced."""
     plan = job.staging / PLAN
-    if plan.is_file() and read_json(plan) != json.loads(json.dumps(what)) and not list(job.out.glob("rows/*")):
+    if plan.is_file() and read_json(plan) != json.loads(json.dumps(inputs)) and not list(job.out.glob("rows/*")):
         for folder in ("staging", "documents", "encoder"):
             shutil.rmtree(job.out / folder, ignore_errors=True)
     if plan.is_file():
-        _refuse_other(job.out, read_json(plan), what)
+        _refuse_other_inputs(job.out, read_json(plan), inputs)
     else:
-        write_whole(plan, json.dumps(what).encode())
+        write_whole(plan, json.dumps(inputs).encode())
 
 
-def _refuse_other(out: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_other_inputs(out: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Refuse to resume a build with other inputs.
 
     Raises:
-        UsageError: names the inputs that differ.
+        UsageError: inputs differ; the message names them.
     """
-    wanted = json.loads(json.dumps(wanted))  # as the recorded ones were
-    before, now = ({**inputs["options"], **{k: v for k, v in inputs.items() if k != "options"}} for inputs in (recorded, wanted))
+    before = recorded["options"] | {name: value for name, value in recorded.items() if name != "options"}
+    inputs = json.loads(json.dumps(inputs))  # converts tuples to lists, as in the recorded inputs
+    now = inputs.pop("options") | inputs
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         words = {"models": "the model's weights", "tokenizer": "the tokenizer", "corpus": "the corpus files"}
@@ -238,28 +236,27 @@ def _refuse_other(out: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
-    """Tokens of the longest example: what was asked for, else the models' shortest context, at most 2,048.
+    """Return the tokens of the longest example: `max_tokens`, else the shortest context of the models, at most 2,048.
 
     Raises:
-        UsageError: more was asked for than the model's context.
+        UsageError: `max_tokens` is larger than a model's context.
     """
     limit = min((model.context for model in models if model.context), default=None)
     if config.max_tokens and limit and config.max_tokens > limit:
-        raise UsageError(f"`max_tokens` is {config.max_tokens}, the model's context is {limit}; it can be at most that")
+        raise UsageError(f"`max_tokens` is {config.max_tokens}, the model's context is {limit}; choose at most {limit}")
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
 def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
+    """Write the shards' examples. Without `shard_rows`, the rows of a shard take at most `_SHARD_BYTES`."""
     config = job.config
     encoder = document_encoder(config, job.sources, longest_example(config, models))
     row_bytes = config.budget or max(row_cost(component, {}) for component in plan.components)
     shard_rows = config.shard_rows or max(1, min(_SHARD_ROWS, int(_SHARD_BYTES // row_bytes)))
-    task = find_task(config.task)
-    fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
-    return plan_corpus(config, fields, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
+    return plan_corpus(config, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
-def _sampled_examples(job: _Job, corpus: CorpusPlan) -> list[Example]:
+def _read_sample(job: _Job, corpus: CorpusPlan) -> list[Example]:
     """Read a sample of the examples."""
     examples = []
     for part in _sample(corpus, min(_COUNTED, corpus.rows), job.config.seed):
@@ -270,24 +267,25 @@ def _sampled_examples(job: _Job, corpus: CorpusPlan) -> list[Example]:
 
 
 def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
-    """Fit the encoder on a seeded sample, or read the one that an earlier run published.
+    """Fit the encoder on a seeded sample, or read the encoder of an earlier run.
 
-    Parts of the sample are fixed and their sums are added in order, so the arrays are the same bits whatever the number of workers.
+    The parts of the sample are fixed, and their sums are added in order, so the arrays are the same bits for any number of workers.
     """
     from safetensors.numpy import load_file, save_file
 
-    c = job.config
     path = job.out / "encoder" / f"{shard_id(job.fingerprint, -1)}.safetensors"
-    done = job.staging / "encoder.json"
-    if done.is_file():
-        record = read_json(done)
+    record_file = job.staging / "encoder.json"
+    if record_file.is_file():
+        record = read_json(record_file)
         if path.is_file() and FileRecord.of(job.out, path).model_dump() == record["file"]:
-            return load_file(path), _fitted(plan, record["fitted"]), FileRecord(**record["file"])
-    shutil.rmtree(job.out / "rows", ignore_errors=True)  # rows of an encoder that is gone are worth nothing
-    fit, arrays = Fit(plan), dict[str, np.ndarray]()
-    parts = _sample(corpus, min(c.fit_examples, corpus.rows), c.seed)
+            return load_file(path), _with_counts(plan, record["fitted"]), FileRecord(**record["file"])
+    shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
+    fit = Fit(plan)
+    arrays: Arrays = {}
+    fit_examples = min(job.config.fit_examples, corpus.rows)
+    parts = _sample(corpus, fit_examples, job.config.seed)
     for step in range(len(fit.steps)):
-        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", min(c.fit_examples, corpus.rows))
+        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", fit_examples)
         totals: Arrays = {}
         for sums in executor.map("measure", (plan, arrays, step), [(part,) for part in parts], job.reporter):
             totals = add_sums(totals, sums)
@@ -299,22 +297,23 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     path.unlink(missing_ok=True)
     publish(staged, path)
     file = FileRecord.of(job.out, path)
-    write_whole(done, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
-    return arrays, _fitted(plan, counts), file
+    write_whole(record_file, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
+    return arrays, _with_counts(plan, counts), file
 
 
-def _fitted(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
+def _with_counts(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
+    """Return a plan whose curvatures have the numbers of examples and tokens of the fit."""
     components = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in plan.components)
     return replace(plan, components=components)
 
 
-def _calibrated(
+def _calibrate(
     job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights by the first rows of the first shard (see indexer/calibrate.py).
 
     Returns:
-        The components, and the figures for the index's record; none for a single component that stores everything.
+        The components, and figures for the record of the index; no figures for a single component without reduction and coding errors.
     """
     if len(plan.components) == 1 and not plan.components[0].reduced and not plan.components[0].estimated:
         return plan.components, {}
@@ -336,7 +335,7 @@ def _calibrated(
 
 
 def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
-    """Draw `count` rows without replacement, in parts: for each shard its id, its number of rows, and the positions of the sample."""
+    """Draw `count` rows without replacement, in parts. Each lists shards with id, number of rows, and the drawn positions."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in corpus.shards])
@@ -380,7 +379,7 @@ def _publish(
 
 
 def installed_version() -> str:
-    """The version of the installed package."""
+    """Return the version of the installed package."""
     try:
         return version("wherefrom")
     except PackageNotFoundError:

@@ -1,10 +1,11 @@
-"""Incremental updates: examples are added with the encoder of the build, deleted, and their storage is reclaimed.
+"""Changes of an index: addition and deletion of examples, and removal of their storage.
 
-Every change publishes a new manifest and keeps the files of the one before, so that a reader keeps the snapshot that it opened; `prune`
+Every change publishes a new manifest and keeps the files of the previous one, so an open index stays a snapshot of its manifest. `prune`
 removes files that the newest manifest does not name.
 
-Added rows are whitened with the curvature of the build. With H its second moment and H' that of the new examples, the mean squared length
-of their rows is tr((H + a)^-1 H'): its ratio to that of the first rows is the *drift*, 1 where nothing has changed.
+Added rows are whitened with the curvature of the build. Let H be the second moment of the gradients of the build's examples, H' that of the
+added ones, and a the damping. The mean squared length of the added rows is then tr((H + a)^-1 H'). Its ratio to the mean squared length of
+the build's rows is the *drift*.
 """
 
 import json
@@ -21,7 +22,6 @@ import numpy as np
 
 from ..indexer.encoder import EncoderPlan
 from ..indexer.recorded import RecordedEncoder
-from ..indexer.tasks import find_task
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
@@ -39,38 +39,38 @@ from .notes import not_finite, report_not_finite
 from .progress import Reporter, Silent
 from .worker import Worker, absolute, document_encoder
 
-_DRIFTED = 1.5
-_OURS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
+_LARGEST_DRIFT = 1.5
+_PATTERNS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def add(
     out: Path,
     data: Sequence[str],
-    how: dict[str, Any] | None = None,
+    runtime: dict[str, Any] | None = None,
     models: Sequence[str] = (),
     reporter: Reporter | None = None,
     task: str | None = None,
 ) -> Manifest:
     """Add documents to an index.
 
-    An interrupted call is taken up by the same call; one that was interrupted after it had published is recognized.
+    The same call resumes an interrupted one. If that one was interrupted after it had published, nothing is added again.
 
     Args:
-        data: files, folders or hub datasets, of the same columns as the build's.
-        how: options of `BuildConfig` that say how, not what: workers, threads, address, device, batch_tokens, trust_remote_code.
-        models: where the models lie now, if they were moved.
-        task: of an index that was built with a task of one's own, its name again, `module:Class` (an index names no code to run).
+        data: files, folders or hub datasets, with the same columns as those of the build.
+        runtime: options of `BuildConfig` that do not change the rows: workers, threads, address, device, batch_tokens, trust_remote_code.
+        models: new paths of the models, if they were moved.
+        task: `module:Class` of a custom task; needed if the index was built with one, since code that an index names is not run.
 
     Raises:
-        IncompatibleError: a model or its tokenizer is not the one that the index was built with.
+        IncompatibleError: a model or its tokenizer differs from that of the build.
         DataError: an id is in the index already.
-        BusyError: another process is writing there.
+        BusyError: another process is changing the index.
     """
     reporter = reporter or Silent()
-    device = (how or {}).get("device") or "auto"
-    recorded = RecordedEncoder(Index(out), models, device, bool((how or {}).get("trust_remote_code")), task)
-    config = _recorded_config(recorded, out, data, how or {})
+    runtime = runtime or {}
+    recorded = RecordedEncoder(Index(out), models, runtime.get("device") or "auto", bool(runtime.get("trust_remote_code")), task)
+    config = _recorded_config(recorded, out, data, runtime)
     corpus_files = describe_sources(data)
     resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
     with exclusive(out):
@@ -78,7 +78,7 @@ def add(
         manifest = index.manifest
         call = digest(json.dumps({"encoder": manifest.encoder.sha256, "corpus": corpus_files}, sort_keys=True).encode()).hexdigest()
         if manifest.build.added and (manifest.build.added[-1].call, manifest.build.added[-1].manifest) == (call, manifest.number):
-            (out / "staging" / PLAN).unlink(missing_ok=True)  # published by a call that was then interrupted
+            _discard_addition(out)  # published by a call that was then interrupted
             refresh_search(out, reporter)
             return manifest
         with open_executor(partial(Worker, config, recorded.sources), resources) as executor:
@@ -89,7 +89,7 @@ def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], 
     """Return the configuration of the build, with other data and runtime options."""
     manifest = recorded.index.manifest
     content = manifest.build.what.options.model_dump(mode="json")
-    _ = recorded.task  # an error of a custom task that is not named
+    _ = recorded.task  # raises an error if the custom task is not named
     options = {
         **{name: value for name, value in content.items() if name != "revision"},
         "model": tuple(absolute(source.id) for source in recorded.sources),
@@ -110,6 +110,7 @@ def _add(
     executor: Executor,
     reporter: Reporter,
 ) -> Manifest:
+    """Write the shards of new documents and publish them."""
     index = recorded.index
     out = index.path
     manifest = index.manifest
@@ -120,10 +121,8 @@ def _add(
     identity = {"adds_to": manifest.number, "call": call}
     fingerprint = digest(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     _claim(out, identity)
-    task = find_task(config.task)
-    fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
     shard_rows = max(shard.rows for shard in index.shards)
-    corpus = plan_corpus(config, fields, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
+    corpus = plan_corpus(config, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
     _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     plan = EncoderPlan(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
     shards = [replace(shard, first=shard.first + manifest.rows) for shard in corpus.shards]
@@ -135,33 +134,39 @@ def _add(
         corpus=tuple(corpus_files),
         rows=corpus.rows,
         drift=_drift(index, added),
-        **corpus.not_kept(),
+        **corpus.omissions(),
     )
-    before = manifest.build
-    broken = not_finite(out, added)
-    report_not_finite(broken["not_finite"], broken["not_finite_first"], reporter)
-    counts = {name: getattr(before, name) + value for name, value in {**corpus.counts(), **broken}.items() if not name.endswith("_first")}
-    record = before.model_copy(update={**counts, "added": (*before.added, addition)})
-    grown = publish_index(out, (*index.shards, *added), index.deleted, {**dict(manifest), "number": manifest.number + 1, "build": record})
-    (out / "staging" / PLAN).unlink(missing_ok=True)
+    build = manifest.build
+    invalid = not_finite(out, added)
+    report_not_finite(invalid["not_finite"], invalid["not_finite_first"], reporter)
+    counts = {name: getattr(build, name) + value for name, value in {**corpus.counts(), **invalid}.items() if not name.endswith("_first")}
+    record = build.model_copy(update={**counts, "added": (*build.added, addition)})
+    manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record}
+    new_manifest = publish_index(out, (*index.shards, *added), index.deleted, manifest_fields)
+    _discard_addition(out)
     refresh_search(out, reporter)
-    return grown
+    return new_manifest
 
 
-def _claim(out: Path, what: dict[str, Any]) -> None:
-    """Record the identity of this call; discard what an interrupted other call left."""
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Record the identity of this call, and discard the files of another call that was interrupted."""
     plan = out / "staging" / PLAN
-    if not plan.is_file() or read_json(plan) != json.loads(json.dumps(what)):
+    if not plan.is_file() or read_json(plan) != identity:
         shutil.rmtree(out / "staging", ignore_errors=True)
-    write_whole(plan, json.dumps(what).encode())
+    write_whole(plan, json.dumps(identity).encode())
 
 
 def _refuse_existing_ids(index: Index, added: Iterable[Documents]) -> None:
+    """Refuse documents with an id of the index.
+
+    Raises:
+        DataError: an id is in the index already.
+    """
     ids = set(np.array(index.column("id").to_pylist(), object)[index.alive].tolist())
     for documents in added:
         for id in documents.ids():
             if id in ids:
-                raise DataError(f"the id {id!r} is in the index already; fix it, or delete that example first (wherefrom delete)")
+                raise DataError(f"the id {id!r} is in the index already; change it, or delete that example first with wherefrom delete")
 
 
 def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
@@ -177,22 +182,22 @@ def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
 
 
 def drifted(drift: dict[str, float]) -> list[str]:
-    """The components whose curvature should be fitted anew (that is, the index built again): drift beyond 1.5 or below its inverse."""
-    return [name for name, ratio in drift.items() if not 1 / _DRIFTED <= ratio <= _DRIFTED]
+    """Return the components whose drift is above 1.5 or below its inverse. Their curvature no longer fits: the index should be rebuilt."""
+    return [name for name, ratio in drift.items() if not 1 / _LARGEST_DRIFT <= ratio <= _LARGEST_DRIFT]
 
 
 def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
-    """Take examples out of all answers from now on.
+    """Delete examples, so that they are in no answer.
 
     Args:
         ids: of examples, or of documents with all their chunks.
-        where: a filter (see store/filters.py).
+        where: a filter of the examples to delete (see store/filters.py).
 
     Returns:
-        How many rows were deleted that were not before.
+        The number of rows that were deleted; rows that were deleted before are not counted.
 
     Raises:
-        UsageError: an id is not in the index; or every row would be deleted.
+        UsageError: an id is not in the index, or every row would be deleted.
     """
     Index(out)
     with exclusive(out):
@@ -200,7 +205,7 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
         manifest = index.manifest
         matches, unknown = index.rows_of(ids)
         if unknown:
-            raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted")
+            raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted: fix the ids")
         if where is not None:
             matches |= index.matching(where)
         deleted = matches & index.alive
@@ -213,10 +218,10 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
 
 
 def compact(out: Path) -> int:
-    """Write the shards that hold deleted rows again without them; rows behind them move up. Files of older manifests stay: see `prune`.
+    """Rewrite the shards with deleted rows, without these; the rows after them get lower numbers. See `prune` for the old files.
 
     Returns:
-        How many rows were dropped.
+        The number of rows that were removed.
     """
     Index(out)
     with exclusive(out):
@@ -235,21 +240,21 @@ def compact(out: Path) -> int:
             raise UsageError(f"every example of {out} was deleted; remove the directory instead")
         if dropped:
             publish_index(out, shards, np.zeros(0, np.int64), {**dict(manifest), "number": manifest.number + 1})
-        _abandon(out)
+        _discard_addition(out)
         refresh_search(out, Silent())
     return dropped
 
 
-def _abandon(out: Path) -> None:
-    """Forget an addition that was interrupted: what it had begun was for another state of the index."""
+def _discard_addition(out: Path) -> None:
+    """Remove the plan of an addition, so that it is not resumed."""
     (out / "staging" / PLAN).unlink(missing_ok=True)
 
 
 def prune(out: Path) -> int:
-    """Remove files that the newest manifest does not name, and older manifests; readers that opened these lose them.
+    """Remove older manifests, and files that the newest manifest does not name. Open indexes of older manifests become unusable.
 
     Returns:
-        Bytes given back.
+        The number of bytes that were removed.
     """
     Index(out)
     with exclusive(out):
@@ -259,16 +264,16 @@ def prune(out: Path) -> int:
         for shard in index.shards:
             named |= {rows_path(out, shard.id), documents_path(out, shard.id)}
         freed = 0
-        for path in sorted(path for pattern in _OURS for path in out.glob(pattern)):
-            if path not in named and _is_ours(path):
+        for path in sorted(path for pattern in _PATTERNS for path in out.glob(pattern)):
+            if path not in named and _is_index_file(path):
                 freed += path.stat().st_size
                 path.unlink()
-        _abandon(out)
+        _discard_addition(out)
         refresh_search(out, Silent())
     return freed
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a regular file carries the name of a file that this library makes."""
-    named = _UUID.fullmatch(path.name.partition(".")[0]) is not None or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
-    return named and not path.is_symlink() and path.is_file()
+def _is_index_file(path: Path) -> bool:
+    """Return True for a regular file whose name is that of a file of an index."""
+    has_name = _UUID.fullmatch(path.name.partition(".")[0]) is not None or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
+    return has_name and not path.is_symlink() and path.is_file()

@@ -1,20 +1,21 @@
-"""The first stage of a build: the corpus becomes shards of examples on disk, tokenized, with ids that are known to be unique.
+"""The first stage of a build: conversion of the corpus to shards of tokenized examples on disk, with a check that ids are unique.
 
-It runs in the driver, in one streaming pass (tokenizers use every core by themselves); all later stages read the shards. What it
-found is written to `staging/examples.json` last, so a build that is taken up again trusts the shards named there and no others.
+It is one streaming pass in the driver, since tokenizers use every core by themselves. All later stages read the shards. The plan is
+written to `staging/examples.json` last, so a resumed build uses the shards that are named there and no others.
 """
 
 import hashlib
 import json
 import uuid
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..indexer.examples import DocumentEncoder
+from ..indexer.tasks import find_task
 from ..store.corpus import Corpus, unread_record
 from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
@@ -31,7 +32,12 @@ _SHARD_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard that is to be built: rows `first` to `first + rows`, with so many input tokens."""
+    """A shard whose rows are to be built.
+
+    Attributes:
+        first: number of its first row in the index.
+        tokens: number of input tokens.
+    """
 
     id: str
     first: int
@@ -42,11 +48,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """All shards, and what became of documents that were too long or could not be used.
+    """All shards of a corpus, and a record of its documents.
 
     Attributes:
-        unread: of files in the corpus's folders that are not read, how many, and the first with the reasons.
-        left_out_columns: column -> what it holds, of those that cannot be kept.
+        documents: number of usable documents; `split` and `truncated` are those that were longer than the longest example.
+        skipped: number of documents that could not be used, and in `skipped_first` the errors of the first ones.
+        unread: `files`, the number of files in the corpus's folders that are not read, and `first`, the first ones with the reasons.
+        left_out_columns: the columns that an index cannot hold, each with a description of its content.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -58,35 +66,40 @@ class CorpusPlan:
     unread: dict[str, Any]
     left_out_columns: dict[str, str]
 
-    def not_kept(self) -> dict[str, Any]:
-        """What of the corpus the index does not hold, for its record."""
+    def omissions(self) -> dict[str, Any]:
+        """Return the files and columns of the corpus that the index does not hold, for its record."""
         unread = UnreadFiles(files=self.unread["files"], first=tuple(self.unread["first"]))
         return {"unread": unread, "left_out_columns": self.left_out_columns}
 
     @property
     def rows(self) -> int:
-        """Examples in all shards."""
+        """Number of examples in all shards."""
         return sum(s.rows for s in self.shards)
 
     @property
     def tokens(self) -> int:
-        """Input tokens in all shards."""
+        """Number of input tokens in all shards."""
         return sum(s.tokens for s in self.shards)
 
     def counts(self) -> dict[str, Any]:
-        """What became of the documents, as an index records it."""
+        """Return the counts of documents for the record of the index."""
         names = ("documents", "split", "truncated", "skipped", "skipped_first")
         return {name: getattr(self, name) for name in names}
 
 
 def shard_id(fingerprint: str, number: int) -> str:
-    """The name of a build's n-th shard: the same for the same build, so that it finds its own shards again."""
+    """Return the id of a build's n-th shard. It is the same for the same build, so that a resumed build finds its shards."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wherefrom:{fingerprint}:{number}"))
+
+
+def corpus_fields(config: BuildConfig) -> Fields:
+    """Return the fields of the corpus, in the form that the task needs."""
+    form = find_task(config.task).form
+    return config.fields if form == "auto" else replace(config.fields, form=form)
 
 
 def plan_corpus(
     config: BuildConfig,
-    fields: Fields,
     encoder: DocumentEncoder,
     out: Path,
     fingerprint: str,
@@ -94,19 +107,19 @@ def plan_corpus(
     reporter: Reporter,
     vocabulary: int | None = None,
 ) -> CorpusPlan:
-    """Read, tokenize, cut and write the corpus, or find that an earlier run did.
+    """Read, tokenize, split and write the corpus, or return the plan of an earlier run.
 
     Args:
-        shard_rows: examples in a shard; fewer where these would fill more than `_SHARD_BYTES` with text and metadata.
-        vocabulary: how many tokens the model embeds; an example with another token cannot be used.
+        shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`.
+        vocabulary: number of tokens that the model embeds; an example with another token cannot be used.
 
     Raises:
-        DataError: no usable document, a bad one (unless they are to be skipped), or an id that stands twice.
+        DataError: there is no usable document, a document cannot be used (with `bad_documents` error), or an id is not unique.
     """
-    done = out / "staging" / "examples.json"
-    known = _read_plan(out, done)
-    if known is not None:
-        return known
+    plan_file = out / "staging" / "examples.json"
+    earlier_plan = _read_plan(out, plan_file)
+    if earlier_plan is not None:
+        return earlier_plan
     reporter.stage("reading the corpus", None)
     shards: list[ShardPlan] = []
     pending: list[Example] = []
@@ -116,8 +129,7 @@ def plan_corpus(
     skipped_count = 0
 
     def flush() -> None:
-        number, tokens = len(shards), sum(e.tokens for e in pending)
-        id = shard_id(fingerprint, number)
+        id = shard_id(fingerprint, len(shards))
         staged = out / "staging" / f"{id}.arrow"
         write_documents(staged, pending)
         digest = sha256(staged)
@@ -125,13 +137,13 @@ def plan_corpus(
         path.unlink(missing_ok=True)
         publish(staged, path)
         first = shards[-1].first + shards[-1].rows if shards else 0
-        shards.append(ShardPlan(id, first, len(pending), tokens, digest))
+        shards.append(ShardPlan(id, first, len(pending), sum(e.tokens for e in pending), digest))
         pending.clear()
 
-    read = Corpus(config.sources, fields)
-    held = 0
-    for encoded in encoder.documents(read):
-        example = _usable(encoded, vocabulary)
+    corpus = Corpus(config.sources, corpus_fields(config))
+    pending_bytes = 0
+    for encoded in encoder.documents(corpus):
+        example = _check_tokens(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":
                 raise DataError(f"{example} (`bad_documents` skip leaves such documents out and counts them)")
@@ -141,28 +153,36 @@ def plan_corpus(
         _count(counts, example)
         hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
         pending.append(example)
-        held += stored_bytes(example)
-        if len(pending) == shard_rows or held > _SHARD_BYTES:
+        pending_bytes += stored_bytes(example)
+        if len(pending) == shard_rows or pending_bytes > _SHARD_BYTES:
             flush()
-            held = 0
+            pending_bytes = 0
             reporter.update(counts["examples"], counts["tokens"])
     if pending:
         flush()
     reporter.update(counts["examples"], counts["tokens"])
     if not shards:
         raise DataError(
-            f"there is no usable document in {', '.join(config.sources)}"
-            + (f"; the first of {skipped_count}: {skipped[0]}" if skipped else "")
+            f"there is no usable document in {', '.join(config.sources)}; "
+            + (f"fix them, the first of {skipped_count}: {skipped[0]}" if skipped else "check `data`")
         )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
-    told = {name: counts[name] for name in ("documents", "split", "truncated")}
-    lost = {"skipped": skipped_count, "skipped_first": tuple(skipped), "unread": unread_record(read.unread)}
-    plan = CorpusPlan(tuple(shards), **told, **lost, left_out_columns=read.left_out)  # type: ignore[arg-type]
-    write_whole(done, json.dumps(asdict(plan)).encode())
+    plan = CorpusPlan(
+        shards=tuple(shards),
+        documents=counts["documents"],
+        split=counts["split"],
+        truncated=counts["truncated"],
+        skipped=skipped_count,
+        skipped_first=tuple(skipped),
+        unread=unread_record(corpus.unread),
+        left_out_columns=corpus.left_out,
+    )
+    write_whole(plan_file, json.dumps(asdict(plan)).encode())
     return plan
 
 
 def _count(counts: dict[str, int], example: Example) -> None:
+    """Count an example. Chunk 0 also counts its document, and chunk 1 counts the document as split."""
     counts["documents"] += example.chunk == 0
     counts["split"] += example.chunk == 1
     counts["truncated"] += example.truncated
@@ -170,18 +190,20 @@ def _count(counts: dict[str, int], example: Example) -> None:
     counts["tokens"] += example.tokens
 
 
-def _usable(example: Example | DataError, vocabulary: int | None) -> Example | DataError:
+def _check_tokens(example: Example | DataError, vocabulary: int | None) -> Example | DataError:
+    """Return an example whose tokens the model embeds, or an error."""
     if isinstance(example, DataError) or vocabulary is None or not len(example.token_ids) or example.token_ids.max() < vocabulary:
         return example
     return DataError(
-        f"example {example.id!r} has token {example.token_ids.max()}, the model embeds only {vocabulary}; tokenizer and model do not fit"
+        f"example {example.id!r} has token {example.token_ids.max()}, the model embeds only {vocabulary}; use the model's own tokenizer"
     )
 
 
-def _read_plan(out: Path, done: Path) -> CorpusPlan | None:
-    if not done.is_file():
+def _read_plan(out: Path, plan_file: Path) -> CorpusPlan | None:
+    """Read the plan of an earlier run; None if there is none, or one of its shards is missing or differs."""
+    if not plan_file.is_file():
         return None
-    content = read_json(done)
+    content = read_json(plan_file)
     shards = tuple(ShardPlan(**s) for s in content.pop("shards"))
     for shard in shards:
         path = documents_path(out, shard.id)
@@ -192,7 +214,11 @@ def _read_plan(out: Path, done: Path) -> CorpusPlan | None:
 
 
 def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray) -> None:
-    """Ids are compared by 64-bit hash (8 bytes an example in memory); only where two are equal are the ids themselves read."""
+    """Refuse ids that are not unique. Only ids with equal 64-bit hashes are read, so memory holds 8 bytes for each example.
+
+    Raises:
+        DataError: an id is not unique.
+    """
     unique, counts = np.unique(hashes, return_counts=True)
     suspects = set(np.flatnonzero(np.isin(hashes, unique[counts > 1])).tolist()) if len(unique) < len(hashes) else set()
     seen: dict[str, Example] = {}

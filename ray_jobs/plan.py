@@ -1,13 +1,13 @@
-"""What a build will cost, said before it is begun: the corpus is counted, a sample of it encoded, and a few batches are measured.
+"""Estimates of the cost of a build, from a count of the corpus, a sample of its documents, and the time of a few batches.
 
-Rows, tokens and times are extrapolated from the sample, so they are estimates; the components are those that the build will choose but for
-what the sample's tokens differ from the corpus's. Nothing is written.
+Rows, tokens and times are extrapolated from the sample. The components are those of the build, as far as the sample's tokens are like the
+corpus's. Nothing is written.
 """
 
 import random
 import resource
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..store.documents import Example
 from ..store.errors import DataError
 from .build import longest_example
 from .config import BuildConfig
+from .corpus import corpus_fields
 from .schema import select_components
 from .worker import Worker, document_encoder, encode_rows
 
@@ -34,11 +35,12 @@ class Cost:
     """An estimate of a build.
 
     Attributes:
-        documents: counted. `rows` and `tokens`: estimated from a sample.
-        components: name, and what is stored of it.
-        bytes_per_example, bytes_of_rows, encoder_bytes: of the index, without documents.
-        memory_per_worker: the most that this process has held while it measured, bytes.
-        fit_seconds, row_seconds: of the fitting passes and of the rows, by `workers` processes that do not hinder one another.
+        documents: number of documents, counted.
+        rows, tokens: numbers of examples and of their tokens, estimated from the sample.
+        components: names and sizes of the components.
+        bytes_per_example, bytes_of_rows, encoder_bytes: sizes in the index; documents are not included.
+        memory_per_worker: largest memory of this process during the measurement, in bytes.
+        fit_seconds, row_seconds: times of the fitting passes and of the rows, if `workers` processes do not slow one another down.
     """
 
     documents: int
@@ -54,21 +56,21 @@ class Cost:
     workers: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as `wherefrom plan --json` prints it."""
+        """Return the fields as JSON-ready values, as `wherefrom plan --json` prints them."""
         return asdict(self)
 
 
 def estimate(config: BuildConfig) -> Cost:
-    """Count, sample and measure.
+    """Estimate the cost of a build.
 
     Raises:
-        UsageError, DataError, NotFoundError, ...: what the build would raise, as far as the sample shows it.
+        UsageError, DataError, NotFoundError, ...: the errors that the build would raise, as far as the sample shows them.
     """
-    task, worker = find_task(config.task), Worker(config)
+    task = find_task(config.task)
+    worker = Worker(config)
     models, plan, _ = worker.describe()
     encoder = document_encoder(config, worker.sources, longest_example(config, models))
-    fields = config.fields if task.form == "auto" else replace(config.fields, form=task.form)
-    documents, sample = _sampled(config, fields)
+    documents, sample = _sample_documents(config)
     examples: list[Example] = []
     for example in encoder.documents(sample):
         if isinstance(example, Example):
@@ -76,25 +78,26 @@ def estimate(config: BuildConfig) -> Cost:
         elif config.bad_documents == "error":
             raise example
     if not examples:
-        raise DataError(f"there is no usable document in {', '.join(config.sources)}")
+        raise DataError(f"there is no usable document in {', '.join(config.sources)}; check `data`")
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
     plan = select_components(config, plan, examples)
-    fitted = min(config.fit_examples, rows)
-    plan = with_known_sample(plan, fitted)
-    measured = _some(examples, plan.batch_tokens * _MEASURED_BATCHES)
-    tokens_each = sum(e.tokens for e in examples) / len(examples)
-    arrays, fit_seconds = Arrays(), 0.0
+    fit_examples = min(config.fit_examples, rows)
+    plan = with_known_sample(plan, fit_examples)
+    measured = _first_examples(examples, plan.batch_tokens * _MEASURED_BATCHES)
+    measured_tokens = sum(e.tokens for e in measured)
+    mean_tokens = sum(e.tokens for e in examples) / len(examples)
+    arrays = Arrays()
+    fit_seconds = 0.0
     fit = Fit(plan)
-    fit_rate = measured_tokens = sum(e.tokens for e in measured)
     for step in range(len(fit.steps)):
         worker_encoder = Encoder(task, worker.models, plan, arrays)
         if step == 0:
-            fit.measure(worker_encoder, step, measured[:1])  # the first pass pays for what is made once
+            fit.measure(worker_encoder, step, measured[:1])  # the first call is slower, so it is not timed
         started = time.perf_counter()
         sums = fit.measure(worker_encoder, step, measured)
-        fit_seconds += (time.perf_counter() - started) / fit_rate * tokens_each * fitted / config.workers
+        fit_seconds += (time.perf_counter() - started) / measured_tokens * mean_tokens * fit_examples / config.workers
         started = time.perf_counter()
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
@@ -102,12 +105,12 @@ def estimate(config: BuildConfig) -> Cost:
     encode_rows(worker_encoder, measured[:1])
     started = time.perf_counter()
     encode_rows(worker_encoder, measured)
-    row_seconds = (time.perf_counter() - started) / measured_tokens * tokens_each * rows / config.workers
+    row_seconds = (time.perf_counter() - started) / measured_tokens * mean_tokens * rows / config.workers
     cost = sum(row_cost(s, counts) for s in plan.components)
     return Cost(
         documents=documents,
         rows=rows,
-        tokens=round(tokens_each * rows),
+        tokens=round(mean_tokens * rows),
         components=tuple(s.sizes() | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.components),
         bytes_per_example=round(cost, 1),
         bytes_of_rows=round(cost * rows),
@@ -119,17 +122,20 @@ def estimate(config: BuildConfig) -> Cost:
     )
 
 
-def _sampled(config: BuildConfig, fields: Any) -> tuple[int, list[Document | DataError]]:
-    """How many documents there are, and a seeded sample of them (reservoir sampling: Vitter, algorithm R) in the corpus's order."""
-    generator, kept = random.Random(config.seed), list[tuple[int, Document | DataError]]()
-    number = -1
-    for number, document in enumerate(read_corpus(config.sources, fields)):
-        at = number if number < _SAMPLED else generator.randrange(number + 1)
-        if at < _SAMPLED:
-            kept[at : at + 1] = [(number, document)]
-    return number + 1, [document for _, document in sorted(kept, key=lambda pair: pair[0])]
+def _sample_documents(config: BuildConfig) -> tuple[int, list[Document | DataError]]:
+    """Count the documents and draw a seeded sample of them, in the order of the corpus (reservoir sampling: Vitter, algorithm R)."""
+    generator = random.Random(config.seed)
+    reservoir: list[tuple[int, Document | DataError]] = []
+    count = 0
+    for number, document in enumerate(read_corpus(config.sources, corpus_fields(config))):
+        count = number + 1
+        position = number if number < _SAMPLED else generator.randrange(count)
+        if position < _SAMPLED:
+            reservoir[position : position + 1] = [(number, document)]
+    return count, [document for _, document in sorted(reservoir, key=lambda pair: pair[0])]
 
 
-def _some(examples: list[Example], tokens: int) -> list[Example]:
+def _first_examples(examples: list[Example], tokens: int) -> list[Example]:
+    """Return the first examples, at least one, that have no more than so many tokens together."""
     total = np.cumsum([e.tokens for e in examples])
     return examples[: max(1, int(np.searchsorted(total, tokens, side="right")))]

@@ -1,10 +1,9 @@
-"""A worker: loads its models once, then measures parts of the fitting sample and builds whole shards.
+"""Workers of a build. A worker loads the models once, then computes sums over parts of the fitting sample and builds shards.
 
-Every method is a function of its arguments and the models alone, so that a task can be given again to any worker after one died, and gives
-the same bytes. The same class runs in the driver's process (`--workers 1`) and as a Ray actor.
+The result of a method depends only on its arguments and the models. So any worker can repeat the task of one that died, with the same
+bytes. The same class runs in the driver's process (`workers` 1) and in a Ray actor.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -39,11 +38,11 @@ _LARGEST_HALF = 65504.0
 
 
 class Worker:
-    """Works for one build.
+    """Worker of one build.
 
     Args:
-        config: the build's; with one thread (the default) rows are the same bits whatever the number of workers.
-        sources: of the models; by default those that the configuration names.
+        config: of the build. With one thread (the default), the rows are the same bits for any number of workers.
+        sources: of the models; by default those of the configuration.
     """
 
     def __init__(self, config: BuildConfig, sources: Sequence[models.ModelSource] = ()) -> None:
@@ -58,7 +57,7 @@ class Worker:
 
     @cached_property
     def models(self) -> tuple[nn.Module, ...]:
-        """The models, loaded when first needed (so that failing to load is this task's error)."""
+        """The models, loaded at the first use, so that an error of loading is the error of a task."""
         import torch
 
         models.keep_freed_memory()
@@ -66,11 +65,11 @@ class Worker:
         return tuple(load_model(self.task, source) for source in self.sources)
 
     def describe(self) -> tuple[tuple[Model, ...], EncoderPlan, tuple[ModelFacts, ...]]:
-        """Return the models' descriptions, the plan of their encoder before any fit, and facts for the index's record.
+        """Return descriptions of the models, the plan of their encoder before the fit, and facts for the record of the index.
 
         Raises:
-            UsageError: no layer matches, or one of the matching ones does not run.
-            IncompatibleError: one of several models does not read the same tokens.
+            UsageError: no layer matches, or a matching layer does not run.
+            IncompatibleError: the models have vocabularies of different sizes.
         """
         config = self._config
         descriptions: list[Model] = []
@@ -80,7 +79,7 @@ class Worker:
         for number, (source, model) in enumerate(zip(self.sources, self.models, strict=True)):
             if sizes[number] != sizes[0]:
                 raise IncompatibleError(
-                    f"{source.id} embeds {sizes[number]} tokens, {config.models[0]} {sizes[0]}; models of an index read the same"
+                    f"{source.id} embeds {sizes[number]} tokens and {config.models[0]} {sizes[0]}; use models with the same vocabulary"
                 )
             models.refuse_zero_weights(model, source.id)
             descriptions.append(
@@ -102,7 +101,7 @@ class Worker:
         return tuple(descriptions), plan, tuple(ModelFacts.of(model) for model in self.models)
 
     def vocabulary(self) -> int | None:
-        """Return the number of tokens that all the models embed; None where there are no tokens."""
+        """Return the number of tokens that all models embed; None without tokens."""
         sizes = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
         return min(sizes, default=None) if self.task.form != "vector" else None
 
@@ -123,7 +122,7 @@ class Worker:
         return Fit(plan).measure(self._encoder(plan, arrays, f"pass {step}"), step, examples, progress)
 
     def build(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress = ignore_progress) -> Shard:
-        """Write one shard's rows, unless they were written before, and return its entry."""
+        """Write the rows of a shard, unless they are complete on disk, and return its entry."""
         out = Path(self._config.out)
         if is_whole(out, shard.id, shard.rows, plan.components):
             progress(shard.rows, shard.tokens)
@@ -135,10 +134,10 @@ class Worker:
     def exact_rows(
         self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
     ) -> tuple[Rows, float | None]:
-        """Compute the first rows of a shard before tokens or coordinates are left out and coded.
+        """Compute the first rows of a shard with all tokens and coordinates, before coding.
 
         Returns:
-            The rows, and the mean share of the last model's head's full gradients (see `HeadMean`); None without a head.
+            The rows, and the mean share of the full gradients of the last model's head (see `HeadMean`); None without a head.
         """
         uncut = tuple(component.uncut() for component in plan.components)
         encoder = Encoder(self.task, self.models, replace(plan, components=uncut), arrays)
@@ -151,10 +150,6 @@ class Worker:
                 backward(encoder.model, batch, [mean], self.task.loss, tolerant=True)
             mean_share = mean.mean_share
         return encoder.rows(examples, progress=progress, tolerant=True), mean_share
-
-    def pid(self) -> int:
-        """The process that this worker runs in."""
-        return os.getpid()
 
     def _examples(self, shard: str, rows: int, positions: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
@@ -169,9 +164,9 @@ class Worker:
 def encode_rows(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
 ) -> tuple[dict[str, ArrayGroup], Float32[np.ndarray, " rows"], Float16[np.ndarray, "rows width"] | None]:
-    """Compute the arrays of each component of a shard, its examples' losses (nats), and their mean hidden states if the plan has them.
+    """Compute the arrays of each component, the losses of the examples (nats), and their mean hidden states if the plan has them.
 
-    Rows are coded batch by batch, so that memory holds no more than a batch of whitened rows.
+    Rows are coded batch by batch, so that memory holds the whitened rows of one batch only.
     """
     count = len(examples)
     writers = {c.name: KINDS[c.kind].writer(c, encoder.arrays, count) for c in encoder.plan.components}
@@ -189,16 +184,16 @@ def encode_rows(
 
 
 def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:
-    """The models that a configuration names, and how they are loaded."""
+    """Return the models of a configuration, with the options of their loading."""
     options = config.dtype, config.device, config.trust_remote_code
     return tuple(models.ModelSource(id, revision, *options) for id, revision in zip(config.models, config.revisions, strict=True))
 
 
 def document_encoder(config: BuildConfig, sources: Sequence[models.ModelSource], max_tokens: int | None = None) -> DocumentEncoder:
-    """The encoder of documents: with the first model's tokenizer, which must be that of the others too, where these have one.
+    """Return the document encoder with the first model's tokenizer.
 
     Raises:
-        IncompatibleError: two models have tokenizers that differ.
+        IncompatibleError: another model has a different tokenizer.
     """
     task = find_task(config.task)
     first, *others = sources
@@ -207,12 +202,12 @@ def document_encoder(config: BuildConfig, sources: Sequence[models.ModelSource],
         try:
             differs = task.encoder(other).fingerprint != encoder.fingerprint
         except NotFoundError:
-            continue  # checkpoints are often saved without one; the size of the vocabulary is compared when they are loaded
+            continue  # a checkpoint without a tokenizer: the vocabulary is compared when it is loaded
         if differs:
-            raise IncompatibleError(f"the tokenizer of {other.id} is not that of {first.id}; the models of an index read the same tokens")
+            raise IncompatibleError(f"the tokenizer of {other.id} is not that of {first.id}; use models with the same tokenizer")
     return encoder
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute, so that it means the same in any working directory; a hub id as it is."""
+    """Return the absolute path of a local path, for use in any working directory; return a hub id unchanged."""
     return str(Path(path).resolve()) if Path(path).exists() else path

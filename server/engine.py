@@ -1,7 +1,7 @@
 """Engine of one served index: a bounded queue and one worker thread.
 
-While a batch is processed the next one accumulates, so an idle server adds no delay and a busy one shares passes over the model and the
-rows. The client caches the rows of queries: the same query with another filter, damping or mode only costs a search.
+While a batch is processed, the next one accumulates. So an idle server adds no delay, and a busy one uses one pass of the model and the
+rows for several queries. The client caches the rows of queries, so the same query with another filter, damping or mode needs only a search.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class Metrics:
-    """Prometheus metrics."""
+    """Prometheus metrics of a server."""
 
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
@@ -48,14 +48,14 @@ class _Job(Generic[Result]):
 
 
 class Engine:
-    """Queue and worker of one index.
+    """Queue and worker thread of one index.
 
     Args:
         name: of the index, in requests.
         client: of the index.
         metrics: to update.
-        batch: most queries in one pass.
-        queue: most requests that wait; more are rejected.
+        batch: largest number of queries in one pass.
+        queue: largest number of waiting requests; more are rejected.
     """
 
     def __init__(self, name: str, client: Client, metrics: Metrics, batch: int, queue: int) -> None:
@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """True while queries are processed."""
+        """True while the engine processes requests."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
@@ -85,7 +85,7 @@ class Engine:
             self._running.append(self._queue.get_nowait())
         for job in self._running:
             if not job.future.done():
-                job.future.set_exception(BusyError("the server is stopping; ask again later"))
+                job.future.set_exception(BusyError("the server is stopping; send the query again later"))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, query: Query, options: Options) -> Answer:
@@ -104,7 +104,7 @@ class Engine:
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull as error:
-            raise BusyError(f"{self._queue.maxsize} requests wait already; ask again later") from error
+            raise BusyError(f"{self._queue.maxsize} requests wait already; send the query again later") from error
         self._metrics.waiting.labels(self.name).set(self._queue.qsize())
         return await job.future
 
@@ -130,7 +130,7 @@ class Engine:
                     job.future.set_result(outcome)
 
     def _work(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
-        """Process jobs on the worker thread; returns a result or an error for each."""
+        """Process jobs on the worker thread; return a result or an error for each."""
         start = time.perf_counter()
         for job in jobs:
             self._metrics.seconds.labels(self.name, "queue").observe(start - job.since)
@@ -157,11 +157,11 @@ class Engine:
         self._metrics.remembered.labels(self.name, "hit").inc(cached)
         self._metrics.remembered.labels(self.name, "miss").inc(len(queries) - cached)
         if cached < len(queries):
-            _outcome(lambda client: client.encode(queries), self.client)  # errors come again, query by query
+            _outcome(lambda client: client.encode(queries), self.client)  # an error is raised again for the queries that cause it
             self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - start)
 
     def _answers(self, queries: Sequence[Query], options: Options) -> list[Any]:
-        """Answers to queries with the same options, or their errors."""
+        """Answer queries with the same options; return an answer or an error for each."""
         answers = _outcome(lambda client: client.query_many(queries, **options), self.client)
         if isinstance(answers, BaseException):
             return [self._answers([query], options)[0] for query in queries] if len(queries) > 1 else [answers]
@@ -171,11 +171,12 @@ class Engine:
         return answers
 
     def _refresh(self) -> None:
-        """Switch to a newer state of the index, if any."""
+        """Switch to the newest manifest of the index."""
         self.client = self.client.refreshed()
 
 
 def _outcome(function: Callable[[Client], Result], client: Client) -> Result | Exception:
+    """Call a function of the client; return its result or its error."""
     try:
         return function(client)
     except Exception as error:

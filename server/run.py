@@ -1,4 +1,4 @@
-"""Startup of `wherefrom serve`: bind, register the server in a discovery file, and stop gracefully."""
+"""Start and stop of `wherefrom serve`, and registration of the server in a discovery file."""
 
 import os
 import signal
@@ -15,22 +15,25 @@ from .app import create_app
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _MOST_CONNECTIONS = 512
-_GRACE = 10
+_GRACE_SECONDS = 10
 
 
-def named(paths: list[str]) -> dict[str, Path]:
-    """Names of indexes: NAME=PATH, or the directory's name without its ending.
+def name_indexes(arguments: list[str]) -> dict[str, Path]:
+    """Return indexes by name: the NAME of an argument NAME=PATH, else the directory's name without its ending.
 
     Raises:
-        UsageError: two have the same name, or one has none.
+        UsageError: two indexes have the same name, or one has none.
     """
     indexes: dict[str, Path] = {}
-    for argument in paths:
+    for argument in arguments:
         name, equals, path = argument.partition("=")
-        index = Path(path if equals and "/" not in name else argument)
-        name = name if equals and "/" not in name else index.resolve().stem
-        if not name or name in indexes:
-            raise UsageError(f"two indexes are called {name!r}; name them: NAME={index}" if name else f"{argument!r} names no index")
+        has_name = equals and "/" not in name
+        index = Path(path if has_name else argument)
+        name = name if has_name else index.resolve().stem
+        if not name:
+            raise UsageError(f"the index {argument!r} has no name; write it as NAME=PATH")
+        if name in indexes:
+            raise UsageError(f"two indexes have the name {name!r}; give each a name: NAME={index}")
         indexes[name] = index
     return indexes
 
@@ -45,7 +48,7 @@ def read_token(file: str | None) -> str | None:
     if file is None:
         return None
     if not Path(file).is_file():
-        raise NotFoundError(f"there is no token file {file}")
+        raise NotFoundError(f"there is no token file {file}; create it with a token of at least 16 visible ASCII characters")
     token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
     if len(token) < 16 or not all(33 <= ord(c) < 127 for c in token):
         raise UsageError(f"{file} must contain one token of at least 16 visible ASCII characters")
@@ -53,13 +56,13 @@ def read_token(file: str | None) -> str | None:
 
 
 def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None, batch: int) -> None:
-    """Serve until a signal.
+    """Serve indexes until a signal stops the server.
 
     Raises:
-        UsageError: the address is not available, or is reachable from other machines without a token.
+        UsageError: the address is not available, or other machines can reach it and there is no token.
     """
     if host not in _LOOPBACK and token is None:
-        raise UsageError(f"{host} can be reached from elsewhere; give `token_file`, or use 127.0.0.1")
+        raise UsageError(f"other machines can reach `host` {host}; give a `token_file`, or use 127.0.0.1")
     hosts = _LOOPBACK if host in _LOOPBACK else None
     config = uvicorn.Config(
         create_app(clients, token=token, hosts=hosts, batch=batch),
@@ -71,13 +74,13 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         server_header=False,
         limit_concurrency=_MOST_CONNECTIONS,
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="on",
     )
     try:
         socket = config.bind_socket()
     except (SystemExit, OSError) as error:
-        raise UsageError(f"cannot listen on {host}:{port} (is something else there?); choose another `port`, or 0 for any") from error
+        raise UsageError(f"cannot listen on {host}:{port}, perhaps another program does; choose another `port`, or 0 for any") from error
     socket.listen(_MOST_CONNECTIONS)  # before the discovery file is written, so that its readers can connect
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
     served = Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()})
@@ -85,18 +88,18 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
     try:
         discovery_file = announce(served)
     except OSError as error:
-        sys.stderr.write(f"commands will not find this server by themselves ({error}); set WHEREFROM_URL\n")
+        sys.stderr.write(f"the discovery file could not be written ({error}); set WHEREFROM_URL so that commands use this server\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")
     sys.stderr.flush()
 
-    def leave(*_: object) -> None:
-        """Exit without waiting for threads: uvicorn passes signals on after its last answer or the grace period."""
+    def exit_now(*_: object) -> None:
+        """Exit without waiting for threads. Uvicorn repeats the signal after its last answer or the grace period."""
         if discovery_file is not None:
             discovery_file.unlink(missing_ok=True)
         os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+        signal.signal(number, exit_now)
     try:
         uvicorn.Server(config).run(sockets=[socket])
     finally:
