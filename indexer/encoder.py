@@ -50,7 +50,7 @@ class EncodedBatch:
 
     positions: list[int]
     rows: Rows
-    losses: Float32[np.ndarray, " batch"]
+    losses: Float[np.ndarray, " batch"]
     hidden: Float32[np.ndarray, "batch width"] | None
 
 
