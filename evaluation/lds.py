@@ -34,7 +34,7 @@ class Estimate:
 
 
 def lds(
-    scores: Float[np.ndarray, "examples queries"],
+    scores: Float[np.ndarray, "_examples _queries"],
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
 ) -> Float64[np.ndarray, " queries"]:

@@ -13,7 +13,7 @@ import json
 import shutil
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 from torch import nn
 
 from ..indexer.encoder import Progress, ignore_progress
@@ -195,7 +195,7 @@ class Retrainer:
         return losses
 
     def train_subset(
-        self, name: str, indices: Sequence[int], seed: int, progress: Progress = ignore_progress
+        self, name: str, indices: Int64[np.ndarray, " examples"], seed: int, progress: Progress = ignore_progress
     ) -> Float32[np.ndarray, " queries"]:
         """The queries' losses (nats) after training on some examples; computed once, then read."""
         path = self._directory / "pieces" / f"{name}.npy"
@@ -234,7 +234,7 @@ class Retrainer:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _model(self, indices: Sequence[int], seed: int) -> nn.Module:
+    def _model(self, indices: Iterable[int], seed: int) -> nn.Module:
         return trained(self._train, [self._examples[i] for i in indices], self._source.id, seed, self._source.device)
 
     @cached_property

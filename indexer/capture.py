@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..store.errors import UsageError
@@ -21,7 +21,8 @@ from ..store.manifest import Layer
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
-Visit = Callable[[Layer, Float[Tensor, "batch tokens in_rank"], Float[Tensor, "batch tokens out_rank"]], None]
+Inputs = Float[Tensor, "batch tokens in_rank"] | Int[Tensor, "batch tokens"]  # of embeddings, token ids
+Visit = Callable[[Layer, Inputs, Float[Tensor, "batch tokens out_rank"]], None]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

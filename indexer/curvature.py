@@ -114,4 +114,4 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
 
 def add_sums(total: Arrays, part: Arrays) -> Arrays:
     """Add the sums of two fits; associative and commutative up to float64 round-off."""
-    return {name: total[name] + value if name in total else value for name, value in part.items()}
+    return {name: np.asarray(total[name] + value) if name in total else value for name, value in part.items()}

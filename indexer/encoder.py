@@ -23,7 +23,7 @@ from ..store.errors import IntegrityError, NumericalError
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Layer
 from ..store.vectors import Rows
-from .capture import Map, capture
+from .capture import Inputs, Map, capture
 from .dense import DensePart
 from .hidden import HiddenMeans
 from .sparse import SparsePart
@@ -50,7 +50,7 @@ class EncodedBatch:
 
     positions: list[int]
     rows: Rows
-    losses: Float32[np.ndarray, " batch"]
+    losses: Float[np.ndarray, " batch"]
     hidden: Float32[np.ndarray, "batch width"] | None
 
 
@@ -65,7 +65,7 @@ class Visitor(Protocol):
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens out_rank"]) -> None:
         """Process one call of one layer."""
 
 

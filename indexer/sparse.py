@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..store.manifest import Layer, SparseComponent
 from ..store.vectors import SparseVectors
-from .capture import Map, accumulation_dtype
+from .capture import Inputs, Map, accumulation_dtype
 from .curvature import Arrays
 from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
@@ -105,7 +105,7 @@ class SparseCollector:
         self._keys = [torch.unique(row[row != IGNORED]).to(part.device) for row in tokens]
         self._sums: list[Tensor] | None = None
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
         if self._part.component.role == "head":
             if self._part.component.extra_tokens and self._sums is None:
@@ -198,7 +198,7 @@ class SparseMeter:
         """Start a batch."""
         self._batch = batch
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
         assert self._batch is not None
         if self._component.role == "embeddings":

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from ..store.errors import UsageError
 from .answers import Answer, Explanation
@@ -64,7 +64,7 @@ class BaseClient(ABC):
         prompt: str = "",
         completion: str | None = None,
         text: str | None = None,
-        row: int | None = None,
+        row: SupportsIndex | None = None,
         against: str | None = None,
         span: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,

@@ -90,7 +90,7 @@ def compare(
     return tuple(compared)
 
 
-def _ranks(scores: Float32[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+def _ranks(scores: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
     return require("scipy.stats", "evaluation").rankdata(scores)
 
 

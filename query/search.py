@@ -137,7 +137,7 @@ def find(
     return hits, matrix
 
 
-_Ranked = tuple[Int64[np.ndarray, " ranked"], Float32[np.ndarray, " ranked"]]
+_Ranked = tuple[Int64[np.ndarray, " _ranked"], Float32[np.ndarray, " _ranked"]]
 _Result = tuple[_Ranked, _Ranked, int]
 _NOTHING: _Ranked = (np.zeros(0, np.int64), np.zeros(0, np.float32))
 

@@ -1,10 +1,11 @@
 """Progress on standard error: a bar with rates and time left on a terminal, one line for each finished stage elsewhere."""
 
+import io
 import sys
 import time
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..store.printable import printable
 
@@ -45,7 +46,7 @@ class Silent:
 class Console:
     """Bars on a terminal, lines elsewhere; a context manager, so that the last stage is closed."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: io.TextIOBase | None = None) -> None:
         self._stream = stream or sys.stderr
         self._bars: Progress | None = None
         self._name = ""
@@ -63,7 +64,7 @@ class Console:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rates]}"),
                 TimeRemainingColumn(),
-                console=RichConsole(file=self._stream),
+                console=RichConsole(file=self._stream),  # type: ignore[arg-type]
             )
             self._bars.start()
         return self

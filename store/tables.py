@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,7 +75,7 @@ def _fits(parse: _Parser, text: str) -> bool:
     return True
 
 
-def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, reading: Reading) -> Iterator[Record]:
+def csv_records(open_file: Callable[[], io.BufferedIOBase], name: str, delimiter: str, reading: Reading) -> Iterator[Record]:
     """Yield the records of a CSV file with a header.
 
     A first pass over the file infers the type of each column that is not content: booleans, 64-bit integers, floats, ISO dates, ISO times
@@ -100,10 +100,10 @@ def csv_records(open_file: Callable[[], IO[bytes]], name: str, delimiter: str, r
                 yield where, id, {c: types.get(c, str)(text) if text else "" if c == reading.prompt else None for c, text in cells}
 
 
-def _rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
+def _rows(file: io.BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[list[str], int, list[str]]]:
     """Yield (header, line, cells) of each record that is not blank."""
     csv.field_size_limit(LONGEST_BYTES)
-    reader = csv.reader(_text_lines(io.TextIOWrapper(file, "utf-8-sig", newline=""), name), delimiter=delimiter, strict=True)
+    reader = csv.reader(_text_lines(io.TextIOWrapper(file, "utf-8-sig", newline=""), name), delimiter=delimiter, strict=True)  # type: ignore[arg-type]
     try:
         header = next(reader, [])
         _check_columns(header, name)

@@ -117,7 +117,7 @@ class SparseVectors:
 
     indptr: Int64[np.ndarray, " rows_and_one"]
     keys: Int64[np.ndarray, " entries"]
-    vectors: Float32[np.ndarray, "entries width"]
+    vectors: Float[np.ndarray, "entries width"]
     whole: Float64[np.ndarray, " rows"] | None = None
 
     def __len__(self) -> int:

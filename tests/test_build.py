@@ -1,5 +1,6 @@
 """Builds: the same bytes whatever the workers, killed and taken up again, interrupted, crowded, starved of disk."""
 
+import io
 import json
 import os
 import random
@@ -440,27 +441,18 @@ def test_layers_can_be_chosen(tmp_path, model_dir, corpus_file):
     assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
 
 
-class _Terminal:
-    def __init__(self):
-        self.text = ""
-
+class _Terminal(io.StringIO):
     def isatty(self):
         return True
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
 
 
 def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path, model_dir, corpus_file, capsys):
     terminal = _Terminal()
     with Console(terminal) as reporter:
         build(config(model_dir, corpus_file, tmp_path / "i"), reporter)
-    assert "building rows" in terminal.text
-    assert "120/120" in terminal.text
-    assert "tokens/s" in terminal.text
+    assert "building rows" in terminal.getvalue()
+    assert "120/120" in terminal.getvalue()
+    assert "tokens/s" in terminal.getvalue()
     with Console(sys.stderr) as reporter:
         build(config(model_dir, corpus_file, tmp_path / "j"), reporter)
     lines = [line for line in capsys.readouterr().err.splitlines() if "examples/s" in line]

@@ -213,7 +213,7 @@ def test_fits_of_any_split_and_any_batching_agree():
     for name in ("head/vocabulary", "head/eigenvalues"):
         assert_close(split.arrays[name], whole.arrays[name], 1e-9)
     other = Encoder(TASK, (model,), head_plan(model, batch_tokens=5), whole.arrays)
-    order = np.random.default_rng(0).permutation(14)
+    order = np.random.default_rng(0).permutation(14).tolist()
     a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
     for at, i in enumerate(order):
         assert_close(b.part(at, at + 1).vectors, a.part(i, i + 1).vectors, 1e-4)
