@@ -237,8 +237,8 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
     those of the build (1: alike). Where it is far from 1 the curvature no longer fits, and the index should be built again.
     """
     _quiet_libraries()
-    from .ray_jobs.change import add as run
-    from .ray_jobs.change import drifted
+    from .ray_jobs.add import add as run
+    from .ray_jobs.add import drifted
     from .ray_jobs.progress import Console
 
     with Console() as reporter:
@@ -268,8 +268,8 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
     Lines of a list end at a newline; empty ones are skipped. A line that begins with a quotation mark or a brace is JSON: a text, or an
     object with an id, as in the explorer's removal list and in answers saved as JSON lines. Any other line is the id itself.
     """
-    from .ray_jobs.change import delete as run
     from .store.corpus import read_ids
+    from .store.update import delete as run
 
     if (ids is None) == (where is None):
         raise UsageError("name what is to be deleted: --ids FILE or --where FILTER, one of them")
@@ -290,8 +290,8 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
     \b
       wherefrom compact my.wherefrom --prune
     """
-    from .ray_jobs.change import compact as run
-    from .ray_jobs.change import prune as run_prune
+    from .store.update import compact as run
+    from .store.update import prune as run_prune
 
     dropped = run(Path(index))
     freed = run_prune(Path(index)) if prune else 0

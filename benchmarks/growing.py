@@ -84,7 +84,12 @@ def sparse_sampler(index):
 
 
 def link(index, out, copies):
-    """An index of so many copies of the shards of another, by hard links; all rows have the same ids as those that they are copies of."""
+    """An index of so many copies of the shards of another, by hard links; all rows have the same ids as those that they are copies of.
+
+    Args:
+        index: one whose last group of shards is full, so that the copies' groups are copies of its own.
+    """
+    assert len(index) % index.groups[0].rows == 0, f"{len(index):,} rows are no multiple of {index.groups[0].rows:,}"
     shards = []
     for copy in range(copies):
         names = {}

@@ -1,12 +1,16 @@
-"""How does an index grow: files, bytes, and what the commands that read it cost, at a million rows and more?
+"""How does an index grow: files, bytes, and what the commands that read it cost, at a million rows, ten million and a hundred million?
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom --bytes-per-example 800
-    python benchmarks/index_scale.py --index full.wherefrom [--rows 983040 9830400] [--linked 10]
+    python benchmarks/index_scale.py --index full.wherefrom [--rows 1048576 10027008] [--linked 10] [--rounds 5] [--grown DIR] [--json]
 
-Grown rows are those of benchmarks/search_speed.py, in shards of 16,384, with documents of 200 characters and 48 tokens. `--linked` also
-makes so many copies of the largest by hard links: all is real but the page cache, which sees one copy. Each command runs in a process of
-its own after the files were dropped from the cache where the system allows that; printed are its CPU seconds (user and system, with
-Python's start), its peak of memory that is not the files', and the bytes that it read.
+Grown rows are those of benchmarks/search_speed.py, in shards of 16,384, with documents of 200 characters and 48 tokens: ten million take 22
+GB and about five minutes. `--linked` also makes so many copies of the largest by hard links: all is real but the page cache, which sees one
+copy, and the ids, which every copy has. `--grown` names a folder where grown indexes are kept, and found again.
+
+Commands take turns, each in a process of its own after the files were dropped from the cache where the system allows that. Given are CPU
+seconds (user and system, with Python's start; the median, the least and the most of all rounds), the peak of memory that is not the files',
+and what was read from the disk. A round before these, in which memory is watched, is not timed: it may compile. `delete` takes 10,000 ids
+out of a copy by links, which is made anew for every round.
 """
 
 import argparse
@@ -14,9 +18,10 @@ import json
 import os
 import resource
 import shutil
-import subprocess
+import statistics
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,81 +29,141 @@ from growing import grow, link, sparse_sampler
 from wherefrom.store.index import Index
 
 _IDS = 10_000
+_MIB = 1 << 20
+_CLI = "from wherefrom.cli import main; main([{}])"
 _COMMANDS = {
     "open": "from wherefrom.store.index import Index; Index(sys.argv[1])",
-    "info": "from wherefrom.cli import main; main(['info', sys.argv[1], '--json'])",
-    "query --row": "from wherefrom.cli import main; main(['query', sys.argv[1], '--row', '123', '--json'])",
-    "query --where": "from wherefrom.cli import main; main(['query', sys.argv[1], '--row', '1', '--where', 'year > 2020', '--json'])",
-    "delete": "from wherefrom.cli import main; main(['delete', sys.argv[1], '--ids', sys.argv[2]])",
+    "info": _CLI.format("'info', sys.argv[1], '--json'"),
+    "query --row": _CLI.format("'query', sys.argv[1], '--row', '123', '--json'"),
+    "query --where": _CLI.format("'query', sys.argv[1], '--row', '123', '--where', 'year > 2020', '--json'"),
+    "delete": _CLI.format("'delete', sys.argv[1], '--ids', sys.argv[2]"),
 }
+_OF_LINKED = ("open", "info", "query --row")
 _WRAPPED = """
-import sys, os
-before = os.times()
+import os, sys, threading
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
+peak, ended = [0], threading.Event()
+def watch():
+    while not ended.wait(0.02):
+        peak[0] = max(peak[0], own())
+if len(sys.argv) > 3:
+    threading.Thread(target=watch, daemon=True).start()
 try:
     {command}
-except SystemExit as ended:
-    assert not ended.code, ended.code
-times = os.times()
-own = int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
-read = int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
-print("", round(times.user + times.system, 2), own >> 10, read >> 20, file=sys.stderr)
+except SystemExit as end:
+    assert not end.code, end.code
+ended.set()
+print("", max(peak[0], own()), file=sys.stderr)
 """
 
 
-def measure(command, index, ids):
-    """CPU seconds, MiB of its own at the end, MiB read from the disk."""
+def _drop(index):
+    """Drop an index's files from the cache, where the system allows that."""
     for path in index.rglob("*"):
-        if path.is_file():
+        if path.is_file() and hasattr(os, "posix_fadvise"):
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-    script = [sys.executable, "-c", _WRAPPED.format(command=command), str(index), str(ids)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    seconds, own, read = done.stderr.split()[-3:]
-    return {"cpu_seconds": float(seconds), "own_mib": int(own), "read_mib": int(read)}
 
 
-def report(index, commands):
-    """Print what an index takes, and what commands on it cost."""
-    files = [p for p in index.path.rglob("*") if p.is_file()]
-    manifests = sum(p.stat().st_size for p in files if p.parent.name == "manifests")
-    print(json.dumps({"rows": len(index), "files": len(files), "manifest_kib": manifests >> 10}), flush=True)
+def _run(command, index, ids, watched):
+    """Run a command in a process of its own: its use of resources, and its peak of memory that is not the files', in bytes."""
+    _drop(index)
+    script = [sys.executable, "-c", _WRAPPED.format(command=command), str(index), str(ids), *(["watched"] if watched else [])]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile("w+") as errors:
+        descriptors = [(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, errors.fileno(), 2)]
+        process = os.posix_spawn(sys.executable, script, os.environ, file_actions=descriptors)
+        _, status, used = os.wait4(process, 0)
+        errors.seek(0)
+        said = errors.read()
+    if status:
+        raise SystemExit(said)
+    return used, int(said.split()[-1])
+
+
+def measure(index, commands, rounds):
+    """What commands cost, by name: figures of some rounds in which they take turns, and of one whose memory is watched."""
     generator = np.random.default_rng(1)
-    with tempfile.TemporaryDirectory() as folder:
-        ids = Path(folder) / "ids.txt"
+    seconds = {name: [] for name in commands}
+    figures = {name: {} for name in commands}
+    with tempfile.TemporaryDirectory(dir=index.path.parent) as folder:
+        ids, copy = Path(folder) / "ids.txt", Path(folder) / "copy"
         ids.write_text("".join(f"r{row}\n" for row in generator.choice(len(index), _IDS, replace=False)))
-        for name in commands:
-            print(json.dumps({"rows": len(index), "command": name, **measure(_COMMANDS[name], index.path, ids)}), flush=True)
+        for number in range(rounds + 1):
+            for name in commands:
+                place = index.path
+                if name == "delete":
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(index.path, copy, copy_function=os.link)
+                    place = copy
+                used, own = _run(_COMMANDS[name], place, ids, watched=number == 0)
+                if number == 0:
+                    figures[name]["own_mib"] = own // _MIB
+                else:
+                    seconds[name].append(used.ru_utime + used.ru_stime)
+                    figures[name]["read_mib"] = used.ru_inblock * 512 // _MIB
+    return {name: {"cpu_seconds": [round(s, 3) for s in sorted(seconds[name])], **figures[name]} for name in commands}
+
+
+def report(index, commands, rounds, linked):
+    """What an index takes, and what commands on it cost."""
+    files = [path for path in index.path.rglob("*") if path.is_file()]
+    return {
+        "rows": len(index),
+        "linked": linked,
+        "shards": len(index.shards),
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "manifest_bytes": sum(path.stat().st_size for path in files if path.parent.name == "manifests"),
+        "commands": measure(index, commands, rounds),
+    }
+
+
+def show(found):
+    """Print a report as lines for people."""
+    how = ", by hard links" if found["linked"] else ""
+    print(
+        f"{found['rows']:,} rows{how}: {found['shards']:,} shards, {found['files']:,} files, {found['bytes'] / 1e9:.1f} GB, "
+        f"manifests {found['manifest_bytes']:,} bytes"
+    )
+    for name, of in found["commands"].items():
+        seconds = of["cpu_seconds"]
+        spread = f"{statistics.median(seconds):6.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+        print(f"  {name:14s} CPU s {spread}, own memory {of['own_mib']:,} MiB, read {of['read_mib']:,} MiB", flush=True)
+
+
+def _grown(real, place, rows):
+    """The index of so many rows at a place: that which lies there, or one that is grown there."""
+    if (place / "manifests").is_dir():
+        return Index(place)
+    encoder = place / real.manifest.encoder.path
+    encoder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(real.path / real.manifest.encoder.path, encoder)
+    return grow(real, place, real.manifest.components, rows, sparse_sampler(real))
 
 
 def main():
     """Grow, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, type=Path)
-    parser.add_argument("--rows", type=int, nargs="*", default=[983_040])
-    parser.add_argument("--linked", type=int, default=0)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1_048_576, 10_027_008])
+    parser.add_argument("--linked", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grown", type=Path)
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     real = Index(args.index)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    places = []
-    try:
+    with ExitStack() as stack:
+        folder = args.grown or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.index.parent)))
+        say = (lambda found: print(json.dumps(found), flush=True)) if args.json else show
         for rows in args.rows:
-            places.append(Path(tempfile.mkdtemp(dir=args.index.parent)))
-            encoder = places[-1] / real.manifest.encoder.path
-            encoder.parent.mkdir()
-            shutil.copy(real.path / real.manifest.encoder.path, encoder)
-            index = grow(real, places[-1], real.manifest.components, rows, sparse_sampler(real))
-            if not (args.linked and rows == args.rows[-1]):
-                report(index, _COMMANDS)
+            index = _grown(real, folder / f"{rows}", rows)
+            say(report(index, list(_COMMANDS), args.rounds, linked=False))
         if args.linked:
-            places.append(Path(tempfile.mkdtemp(dir=args.index.parent)))
-            report(link(index, places[-1], args.linked), ["open", "info", "query --row"])
-            report(index, _COMMANDS)
-    finally:
-        for place in places:
-            shutil.rmtree(place)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                say(report(link(index, Path(place), args.linked), list(_OF_LINKED), args.rounds, linked=True))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from ..indexer.tasks import find_task
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
-from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WherefromError, WorkerError
-from ..store.files import PLAN, exclusive, publish, read_json, regular_size, storage_errors, write_whole
-from ..store.index import Index
+from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WorkerError
+from ..store.files import PLAN, discard_plan, exclusive, publish, read_json, regular_size, storage_errors, write_whole
+from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
     FORMAT_VERSION,
@@ -43,9 +43,9 @@ from ..store.manifest import (
     latest_manifest,
     read_manifest,
 )
-from ..store.shard import Shard, documents_path, publish_index, rows_path
+from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
-from .corpus import CorpusPlan, plan_corpus, shard_id
+from .corpus import CorpusPlan, plan_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
@@ -189,20 +189,16 @@ def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
     for path, size in sizes.items():
         if regular_size(path) != size:
             raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
-    (job.staging / PLAN).unlink(missing_ok=True)
+    discard_plan(job.out)
     refresh_search(job.out, job.reporter)
     return manifest
 
 
 def refresh_search(out: Path, reporter: Reporter) -> None:
-    """Write the missing search caches. An error is only a note, since each search can compute them."""
-    try:
-        Index(out).reindex()
-    except OSError as error:
-        reason = str(error) if isinstance(error, WherefromError) else error.strerror or str(error)
-        reporter.note(
-            f"the posting lists and codes beside the rows could not be written ({reason}); make them with wherefrom reindex {out}"
-        )
+    """Write the missing search caches; a failure is only a note."""
+    problem = write_search_caches(out)
+    if problem is not None:
+        reporter.note(problem)
 
 
 def _claim(job: _Job, inputs: dict[str, Any]) -> None:
@@ -273,7 +269,7 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     """
     from safetensors.numpy import load_file, save_file
 
-    path = job.out / "encoder" / f"{shard_id(job.fingerprint, -1)}.safetensors"
+    path = job.out / "encoder" / f"{derived_id(job.fingerprint, -1)}.safetensors"
     record_file = job.staging / "encoder.json"
     if record_file.is_file():
         record = read_json(record_file)
@@ -373,7 +369,7 @@ def _publish(
         build=record,
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)
-    (job.staging / PLAN).unlink(missing_ok=True)
+    discard_plan(job.out)
     refresh_search(job.out, job.reporter)
     return manifest
 

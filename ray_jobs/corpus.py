@@ -6,7 +6,6 @@ written to `staging/examples.json` last, so a resumed build uses the shards that
 
 import hashlib
 import json
-import uuid
 from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..store.errors import DataError
 from ..store.fields import Fields
 from ..store.files import publish, read_json, sha256, write_whole
 from ..store.manifest import UnreadFiles
-from ..store.shard import documents_path
+from ..store.shard import derived_id, documents_path
 from .config import BuildConfig
 from .progress import Reporter
 
@@ -87,11 +86,6 @@ class CorpusPlan:
         return {name: getattr(self, name) for name in names}
 
 
-def shard_id(fingerprint: str, number: int) -> str:
-    """Return the id of a build's n-th shard. It is the same for the same build, so that a resumed build finds its shards."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wherefrom:{fingerprint}:{number}"))
-
-
 def corpus_fields(config: BuildConfig) -> Fields:
     """Return the fields of the corpus, in the form that the task needs."""
     form = find_task(config.task).form
@@ -129,7 +123,7 @@ def plan_corpus(
     skipped_count = 0
 
     def flush() -> None:
-        id = shard_id(fingerprint, len(shards))
+        id = derived_id(fingerprint, len(shards))
         staged = out / "staging" / f"{id}.arrow"
         write_documents(staged, pending)
         digest = sha256(staged)

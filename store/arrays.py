@@ -15,17 +15,17 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int64, UInt32
 
 from .errors import IntegrityError
-from .files import regular_size, size_problem, storage_errors
+from .files import memory_map, read_ahead, regular_size, size_problem, storage_errors
 
 PAGE_BYTES = 1 << 16
 _ALIGNMENT = 64
@@ -34,6 +34,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 _PADDING_TAG = 0x5057  # the id of the extra field that aligns an entry's bytes
 _PAGES = "_pages"
 _MOST_ENTRIES = 10_000
+_DIRECTORY_BYTES = 1 << 13  # more than most files' central directories have
+_READ_AHEAD_BYTES = 1 << 20  # of longer arrays, the system notices that they are read in order
 _RESTORE = "restore the file or build the index again"
 
 crc32c = google_crc32c.value
@@ -123,12 +125,14 @@ class ArrayFile:
         self.path = path
         self._remedy = remedy
         self._bytes = _map(path, size, remedy)
+        read_ahead(path, [(max(0, len(self._bytes) - _DIRECTORY_BYTES), _DIRECTORY_BYTES)])
         try:
             self._entries, self.directory = _directory(self._bytes)
         except (zipfile.BadZipFile, ValueError, struct.error, OSError, NotImplementedError, OverflowError) as error:
             raise IntegrityError(f"{path} is not a whole file of arrays ({error}); {self._remedy}") from error
         if directory is not None and self.directory != directory:
             raise IntegrityError(f"{path} is not the file that belongs there; {self._remedy}")
+        read_ahead(path, [(start, size) for start, size, _ in self._entries.values() if size <= PAGE_BYTES])
 
     def __contains__(self, name: str) -> bool:
         return f"{name}/zarr.json" in self._entries
@@ -162,6 +166,8 @@ class ArrayFile:
             IntegrityError: the array is missing, damaged, or not of that shape and type.
         """
         content, checksum = self._values(name, shape, np.dtype(dtype))
+        if PAGE_BYTES < len(content) <= _READ_AHEAD_BYTES:
+            self.read_ahead([content], np.zeros(1, np.int64), np.full(1, len(content)))
         if zlib.crc32(content.data) != checksum:
             raise IntegrityError(f"{self.path}: {name} fails its checksum; {self._remedy}")
         return content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
@@ -178,7 +184,8 @@ class ArrayFile:
         if len(content) <= PAGE_BYTES:
             return replace(PagedArray.of(self.array(name, shape, dtype)), where=where, offset=offset, remedy=self._remedy)
         checksums = self.array(name + _PAGES, (math.ceil(len(content) / PAGE_BYTES),), "uint32")
-        return PagedArray(content, checksums, content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape), where, offset, self._remedy)
+        items = content.view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+        return PagedArray(content, checksums, items, where, offset, self._remedy, self.path)
 
     def unchecked(self, name: str, shape: tuple[int, ...], dtype: np.dtype | str) -> np.ndarray:
         """Return an array as a view of the memory map, without comparing its checksum; the caller has other checksums of its values.
@@ -187,6 +194,15 @@ class ArrayFile:
             IntegrityError: the array is missing, or not of that shape and type.
         """
         return self._values(name, shape, np.dtype(dtype))[0].view(np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+    def read_ahead(self, arrays: Iterable[np.ndarray], first: Int64[np.ndarray, " ranges"], last: Int64[np.ndarray, " ranges"]) -> None:
+        """Tell the system to read ranges of rows, `first` to `last` (not included), of some of the file's arrays."""
+        ranges: list[tuple[int, int]] = []
+        for array in arrays:
+            offset = array.__array_interface__["data"][0] - self._bytes.__array_interface__["data"][0]
+            width = array.strides[0]
+            ranges += zip((offset + first * width).tolist(), ((last - first) * width).tolist(), strict=True)
+        read_ahead(self.path, ranges)
 
     def _values(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, int]:
         """Return an array's bytes and their recorded CRC-32."""
@@ -244,6 +260,7 @@ class PagedArray:
     where: str
     offset: int
     remedy: str = _RESTORE
+    path: Path | None = None
     _checked: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -272,7 +289,11 @@ class PagedArray:
         if last <= first or not len(self.content):
             return
         row_bytes = len(self.content) // len(self.values)
-        for page in range(first * row_bytes // PAGE_BYTES, -(-last * row_bytes // PAGE_BYTES)):
+        pages = range(first * row_bytes // PAGE_BYTES, -(-last * row_bytes // PAGE_BYTES))
+        size = len(pages) * PAGE_BYTES
+        if self.path is not None and size <= _READ_AHEAD_BYTES and not self._checked[pages.start : pages.stop].all():
+            read_ahead(self.path, [(self.offset + pages.start * PAGE_BYTES, size)])
+        for page in pages:
             if not self._checked[page]:
                 if crc32c(self.content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]) != self.checksums[page]:
                     raise IntegrityError(f"{self.where} fails a checksum; {self.remedy}")
@@ -293,18 +314,19 @@ def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], in
 
     entries = {}
     with zipfile.ZipFile(pa.BufferReader(pa.py_buffer(content))) as archive:
-        if len(archive.filelist) > _MOST_ENTRIES:
+        members = sorted(archive.filelist, key=lambda entry: entry.header_offset)
+        if len(members) > _MOST_ENTRIES:
             raise ValueError("too many entries")
-        for entry in archive.filelist:
+        ends = [entry.header_offset for entry in members[1:]] + [archive.start_dir]
+        for entry, end in zip(members, ends, strict=True):
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
                 raise ValueError("compressed or encrypted")
-            header = content[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES]
-            name_length, extra_length = struct.unpack_from("<HH", header.tobytes(), 26)
-            start = entry.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
-            if start + entry.file_size > archive.start_dir or start % _ALIGNMENT:
-                raise ValueError("an entry is outside of the file, or not at a multiple of 64 bytes")
+            # Without reading local headers, which are all over the file: an entry's bytes end where the next entry begins.
+            start = end - entry.file_size
+            if start < entry.header_offset + _LOCAL_HEADER_BYTES + len(entry.filename) or start % _ALIGNMENT:
+                raise ValueError("an entry lies outside of it, or not at a multiple of 64 bytes")
             entries[entry.filename] = (start, entry.file_size, entry.CRC)
-        if len(entries) < len(archive.filelist):
+        if len(entries) < len(members):
             raise ValueError("duplicate entries")
         return entries, crc32c(content[archive.start_dir :].tobytes())
 
@@ -314,8 +336,4 @@ def _map(path: Path, size: int | None, remedy: str) -> np.ndarray:
     problem = f"{path} is empty" if actual == 0 else size_problem(path, size if size is not None else (actual or 0))
     if problem:
         raise IntegrityError(f"{problem}; {remedy}")
-    import pyarrow as pa
-
-    # Arrow's memory map needs no open file; numpy's would keep a file descriptor open for each of an index's thousands of files.
-    with pa.memory_map(str(path)) as file:
-        return np.frombuffer(file.read_buffer(), np.uint8)
+    return np.frombuffer(memory_map(path), np.uint8)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,10 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt32
 
 from .arrays import crc32c
 from .errors import IntegrityError
-from .files import regular_size, storage_errors
-from .filters import JSON_KIND, Column, kind_of
+from .files import memory_map, read_ahead, regular_size, storage_errors
+
+if TYPE_CHECKING:
+    from .filters import Column
 
 BATCH_ROWS = 256
 _NESTING = 16  # levels of a type that Arrow files support
@@ -145,8 +147,8 @@ def _map(path: Path) -> pa.Buffer:
     """Map a file of examples into memory, without keeping it open."""
     if not regular_size(path):
         raise ValueError("missing, empty or not a regular file")
-    with pa.memory_map(str(path)) as file:
-        content = file.read_buffer()
+    read_ahead(path, [(0, len(_MAGIC))])
+    content = memory_map(path)
     if content.slice(0, len(_MAGIC)).to_pybytes() != _MAGIC:
         raise ValueError("not an Arrow file")
     return content
@@ -198,7 +200,7 @@ def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
     batch.validate(full=True)
     lists = [batch.column(name) for name in ("token_ids", "loss_mask") if name in schema.names]
     nulls = sum(batch.column(f.name).null_count for f in schema if f.name != "metadata") + sum(c.values.null_count for c in lists)
-    if nulls or (lists and lists[0].value_lengths() != lists[1].value_lengths()):
+    if nulls or (lists and batch.num_rows and not np.array_equal(np.diff(_starts(lists[0])), np.diff(_starts(lists[1])))):
         raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
     if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
         raise ValueError("a chunk has a number below 0")
@@ -209,12 +211,19 @@ def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
 
 def _check_tokens(ids: pa.ListArray, masks: pa.ListArray) -> None:
     """Refuse texts without a token to predict, with ids below 0, or whose first token is in the loss."""
-    # The buffers are read directly, since pyarrow.compute imports pandas. Arrays of a file have no offset into their buffers.
-    starts = np.frombuffer(ids.offsets.buffers()[1], np.int32)[: len(ids) + 1]
+    starts = _starts(ids)
     values = np.frombuffer(ids.values.buffers()[1], np.int32)[: starts[-1]]
     bits = np.unpackbits(np.frombuffer(masks.values.buffers()[1], np.uint8), bitorder="little")
     if (np.diff(starts) < _SHORTEST).any() or (values < 0).any() or bits[starts[:-1]].any():
         raise ValueError("token ids or loss masks are not valid")
+
+
+def _starts(lists: pa.ListArray) -> Int32[np.ndarray, " lists_and_one"]:
+    """Return the starts of lists, and the end of the last one, without pyarrow.compute, which takes long to import.
+
+    Arrays of a file have no offset into their buffers.
+    """
+    return np.frombuffer(lists.offsets.buffers()[1], np.int32)[: len(lists) + 1]
 
 
 def _is_compressed(message: bytes) -> bool:
@@ -272,11 +281,15 @@ class Columns:
 
     def kind(self, name: str) -> str | None:
         """Return the kind as which a column's values are compared (see filters.py)."""
+        from .filters import JSON_KIND, kind_of
+
         field, _ = self._positions[name]
         return JSON_KIND if _is_encoded(field) else kind_of(field.type)
 
-    def __getitem__(self, name: str) -> Column:
+    def __getitem__(self, name: str) -> "Column":
         """Return one column of all rows."""
+        from .filters import Column
+
         field, position = self._positions[name]
         if position is None:
             return Column(pa.chunked_array([batch.column(name) for batch in self._batches], field.type))
@@ -353,6 +366,7 @@ class Documents:
     def _checked(self, section: int) -> pa.Buffer:
         """Compare the checksum of the bytes before the first batch (section 0) or of batch `section` - 1, and return the bytes."""
         begin, end = (0, *self._offsets)[section : section + 2]
+        read_ahead(self.path, [(begin, end - begin)])
         content = self._content.slice(begin, end - begin)
         if self._checksums is not None and crc32c(content.to_pybytes()) != self._checksums[section]:
             raise ValueError("it fails a checksum")

@@ -13,11 +13,14 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BusyError, IntegrityError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FOLDERS = ("documents", "encoder", "manifests", "rows", "search", "staging")
 _SMALL_BYTES = 1 << 24
@@ -76,6 +79,39 @@ def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
         if status.st_size > most:
             raise IntegrityError(f"{path} has {status.st_size:,} bytes, more than {most:,}; restore the file or build the index again")
         return file.read(status.st_size)
+
+
+def memory_map(path: Path) -> "pa.Buffer":
+    """Map a file that is not empty into memory; its bytes are read when they are first used.
+
+    Arrow's map remains without an open file, where numpy's keeps a descriptor open for each of an index's thousands of files.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        first = file.read_buffer(1)  # Arrow tells the system to read all bytes that it is asked for
+        return pa.foreign_buffer(first.address, file.size(), first)
+
+
+def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """Tell the system to read ranges of a mapped file, so that it does not read everything around each page that is used.
+
+    Args:
+        ranges: first byte and number of bytes of each.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):  # the bytes are then read when they are used
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            for first, size in ranges:
+                if size:  # 0 would mean the rest of the file
+                    os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
@@ -169,6 +205,11 @@ def refuse_links(directory: Path) -> None:
                         raise UsageError(f"{entry.path} is a link, and changing the index could write outside it; remove it")
                     if entry.is_dir() and (entry.name == PLAN or place.name == "search"):
                         raise UsageError(f"{entry.path} is a folder, but an index has a file of that name; remove it")
+
+
+def discard_plan(directory: Path) -> None:
+    """Remove the plan of an interrupted build or addition, so that it is not resumed."""
+    (directory / "staging" / PLAN).unlink(missing_ok=True)
 
 
 def clear_leftovers(directory: Path) -> None:

@@ -18,7 +18,7 @@ from .arrays import ArrayFile, ArrayGroup
 from .cache import read_cache, write_cache
 from .dense import Reduction
 from .documents import Columns, Documents, Example
-from .errors import IntegrityError, UsageError
+from .errors import IntegrityError, UsageError, WherefromError
 from .files import clear_leftovers, regular_size, sha256, size_problem
 from .kinds import KINDS, SearchArrays
 from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
@@ -377,8 +377,10 @@ class Index:
         masks = list[np.ndarray]()
         for shard, columns in self._columns_by_shard():
             matches = np.zeros(shard.rows, bool)
-            for name in ("id", "document"):
-                positions = pc.index_in(columns[name].values, wanted)
+            ids_of_rows = columns["id"].values
+            documents = columns["document"].values
+            for values in (ids_of_rows,) if documents.equals(ids_of_rows) else (ids_of_rows, documents):
+                positions = pc.index_in(values, wanted)
                 matches |= np.asarray(pc.is_valid(positions))
                 is_present[np.asarray(positions.drop_null())] = True
             masks.append(matches)
@@ -570,6 +572,16 @@ class Index:
             raise UsageError(f"row {row} was deleted; name another row")
         shard = self.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+def write_search_caches(path: Path) -> str | None:
+    """Write the missing search caches of an index; returns a sentence if it fails, since each search can compute them."""
+    try:
+        Index(path).reindex()
+    except OSError as error:
+        reason = str(error) if isinstance(error, WherefromError) else error.strerror or str(error)
+        return f"the posting lists and codes beside the rows could not be written ({reason}); make them with wherefrom reindex {path}"
+    return None
 
 
 def _equal(a: SearchArrays, b: SearchArrays) -> bool:

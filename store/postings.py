@@ -50,6 +50,7 @@ class Postings:
     factors: Float32[np.ndarray, " postings"]
     checks: UInt32[np.ndarray, " lists"]
     where: str = field(default="", compare=False)
+    file: ArrayFile | None = field(default=None, compare=False)
     _checked: Bool[np.ndarray, " lists"] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +104,10 @@ class Postings:
         Raises:
             IntegrityError: a list is damaged, or has row numbers from `rows` on or factors that are not finite.
         """
-        for i in lists[~self._checked[lists]].tolist():
+        unread = lists[~self._checked[lists]]
+        if self.file is not None and len(unread):
+            self.file.read_ahead((self.rows, self.codes, self.factors), self.starts[unread], self.starts[unread + 1])
+        for i in unread.tolist():
             postings = slice(int(self.starts[i]), int(self.starts[i + 1]))
             owners = self.rows[postings]
             factors = self.factors[postings]
@@ -134,6 +138,7 @@ class Postings:
                 file.unchecked(f"{name}/factors", (postings,), "float32"),
                 file.array(f"{name}/checks", (lists,), "uint32"),
                 f"{file.path}: {name}",
+                file,
             )
         except (IntegrityError, ValueError):
             return None

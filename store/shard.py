@@ -54,6 +54,11 @@ class Shard:
     component_bytes: tuple[int, ...]
 
 
+def derived_id(identity: str, number: int) -> str:
+    """Return the id of the n-th file of a build or change, which is the same for the same identity, so that a resumed one finds it."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wherefrom:{identity}:{number}"))
+
+
 def rows_path(index: Path, shard_id: str) -> Path:
     """Return the path of a shard's rows."""
     return index / "rows" / f"{shard_id}.zarr.zip"

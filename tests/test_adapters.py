@@ -11,8 +11,8 @@ from helpers import assert_close, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from wherefrom import BuildConfig, Client
 from wherefrom.indexer.models import ModelSource, load_causal_lm, loaded, model_fingerprint
+from wherefrom.ray_jobs.add import add
 from wherefrom.ray_jobs.build import build
-from wherefrom.ray_jobs.change import add
 from wherefrom.store.errors import IncompatibleError, NotFoundError, UsageError
 
 

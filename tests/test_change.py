@@ -12,13 +12,14 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
+from wherefrom.ray_jobs.add import add, drifted
 from wherefrom.ray_jobs.build import build
-from wherefrom.ray_jobs.change import add, compact, delete, drifted, prune
 from wherefrom.store.errors import BusyError, DataError, IncompatibleError, IntegrityError, UsageError
 from wherefrom.store.files import exclusive
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import latest_manifest
 from wherefrom.store.shard import publish_index
+from wherefrom.store.update import compact, delete, prune
 
 OPTIONS = dict(components=("blocks", "head", "embeddings"), rank=4, row_dtype="1bit", head_bits=32, shard_rows=25)
 QUERIES = [Query(text=t) for t in random_texts(4, seed=31)]
@@ -124,7 +125,7 @@ def test_what_cannot_be_added(tmp_path, index):
 
 def test_an_interrupted_addition_is_taken_up_and_another_takes_its_place(tmp_path, index, monkeypatch):
     more = write_jsonl(tmp_path / "more.jsonl", records(60, 100))
-    monkeypatch.setattr("wherefrom.ray_jobs.change.publish_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wherefrom.ray_jobs.add.publish_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add(index, [str(more)])
     monkeypatch.undo()
@@ -132,7 +133,7 @@ def test_an_interrupted_addition_is_taken_up_and_another_takes_its_place(tmp_pat
     assert Index(index).manifest.number == 1
     add(index, [str(more)])
     assert {p: p.stat().st_mtime_ns for p in (index / "rows").rglob("*") if p.is_file()} == made
-    monkeypatch.setattr("wherefrom.ray_jobs.change.publish_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wherefrom.ray_jobs.add.publish_index", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         add(index, [str(write_jsonl(tmp_path / "b.jsonl", records(100, 110)))])
     monkeypatch.undo()

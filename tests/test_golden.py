@@ -13,8 +13,8 @@ import pytest
 from helpers import assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from wherefrom import BuildConfig, Client
 from wherefrom.ray_jobs.build import build
-from wherefrom.ray_jobs.change import delete
 from wherefrom.store.manifest import seal
+from wherefrom.store.update import delete
 
 GOLDEN = Path(__file__).parent / "golden"
 QUERIES = {

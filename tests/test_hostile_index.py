@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
+from wherefrom.ray_jobs.add import add
 from wherefrom.ray_jobs.build import build
-from wherefrom.ray_jobs.change import add, compact, delete, prune
 from wherefrom.store.arrays import ArrayFile, _append, page_checksums, write_arrays
 from wherefrom.store.documents import Documents, batch_checksums
 from wherefrom.store.errors import IntegrityError, UsageError, WherefromError
@@ -34,6 +34,7 @@ from wherefrom.store.index import Index
 from wherefrom.store.manifest import latest_manifest, seal
 from wherefrom.store.printable import printable, to_json
 from wherefrom.store.shard import documents_path, publish_index, read_table, rows_path, table_arrays
+from wherefrom.store.update import compact, delete, prune
 
 
 @pytest.fixture(scope="module")

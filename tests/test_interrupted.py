@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from helpers import random_texts, write_jsonl
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
-from wherefrom.ray_jobs import change
+from wherefrom.ray_jobs.add import add
 from wherefrom.ray_jobs.build import build
-from wherefrom.ray_jobs.change import add, compact, delete, prune
 from wherefrom.store import shard as shard_module
 from wherefrom.store.errors import DataError, NotFoundError
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import latest_manifest
+from wherefrom.store.update import compact, delete, prune
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_build_stopped_between_the_manifests_folder_and_its_first_file_goes_on
 
 def test_an_addition_stopped_after_it_was_published_is_recognized(index, more, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(change, "refresh_search", stop)
+        patched.setattr("wherefrom.ray_jobs.add.refresh_search", stop)
         with pytest.raises(KeyboardInterrupt):
             add(index, [str(more)])
     published = latest_manifest(index)

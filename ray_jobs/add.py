@@ -1,7 +1,6 @@
-"""Changes of an index: addition and deletion of examples, and removal of their storage.
+"""Addition of documents to an index, with the encoder that it has.
 
-Every change publishes a new manifest and keeps the files of the previous one, so an open index stays a snapshot of its manifest. `prune`
-removes files that the newest manifest does not name.
+An addition publishes a new manifest and keeps the files of the previous one, so an open index stays a snapshot of its manifest.
 
 Added rows are whitened with the curvature of the build. Let H be the second moment of the gradients of the build's examples, H' that of the
 added ones, and a the damping. The mean squared length of the added rows is then tr((H + a)^-1 H'). Its ratio to the mean squared length of
@@ -9,7 +8,6 @@ the build's rows is the *drift*.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,23 +23,21 @@ from ..indexer.recorded import RecordedEncoder
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
-from ..store.errors import DataError, UsageError
-from ..store.files import PLAN, exclusive, read_json, write_whole
+from ..store.errors import DataError
+from ..store.files import PLAN, discard_plan, exclusive, read_json, write_whole
 from ..store.index import Index
 from ..store.kinds import open_rows
-from ..store.manifest import Addition, Manifest, manifest_path
+from ..store.manifest import Addition, Manifest
 from ..store.shard import Shard, documents_path, publish_index, rows_path
 from .build import longest_example, refresh_search
 from .config import BuildConfig, recorded_config
-from .corpus import plan_corpus, shard_id
+from .corpus import plan_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import not_finite, report_not_finite
 from .progress import Reporter, Silent
 from .worker import Worker, absolute, document_encoder
 
 _LARGEST_DRIFT = 1.5
-_PATTERNS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def add(
@@ -78,7 +74,7 @@ def add(
         manifest = index.manifest
         call = digest(json.dumps({"encoder": manifest.encoder.sha256, "corpus": corpus_files}, sort_keys=True).encode()).hexdigest()
         if manifest.build.added and (manifest.build.added[-1].call, manifest.build.added[-1].manifest) == (call, manifest.number):
-            _discard_addition(out)  # published by a call that was then interrupted
+            discard_plan(out)  # published by a call that was then interrupted
             refresh_search(out, reporter)
             return manifest
         with open_executor(partial(Worker, config, recorded.sources), resources) as executor:
@@ -143,7 +139,7 @@ def _add(
     record = build.model_copy(update={**counts, "added": (*build.added, addition)})
     manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record}
     new_manifest = publish_index(out, (*index.shards, *added), index.deleted, manifest_fields)
-    _discard_addition(out)
+    discard_plan(out)
     refresh_search(out, reporter)
     return new_manifest
 
@@ -184,96 +180,3 @@ def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
 def drifted(drift: dict[str, float]) -> list[str]:
     """Return the components whose drift is above 1.5 or below its inverse. Their curvature no longer fits: the index should be rebuilt."""
     return [name for name, ratio in drift.items() if not 1 / _LARGEST_DRIFT <= ratio <= _LARGEST_DRIFT]
-
-
-def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
-    """Delete examples, so that they are in no answer.
-
-    Args:
-        ids: of examples, or of documents with all their chunks.
-        where: a filter of the examples to delete (see store/filters.py).
-
-    Returns:
-        The number of rows that were deleted; rows that were deleted before are not counted.
-
-    Raises:
-        UsageError: an id is not in the index, or every row would be deleted.
-    """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
-        manifest = index.manifest
-        matches, unknown = index.rows_of(ids)
-        if unknown:
-            raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted: fix the ids")
-        if where is not None:
-            matches |= index.matching(where)
-        deleted = matches & index.alive
-        remaining = index.alive & ~matches
-        if not remaining.any():
-            raise UsageError(f"that would delete every example of {out}; remove the directory instead")
-        if deleted.any():
-            publish_index(out, index.shards, np.flatnonzero(~remaining), {**dict(manifest), "number": manifest.number + 1})
-    return int(deleted.sum())
-
-
-def compact(out: Path) -> int:
-    """Rewrite the shards with deleted rows, without these; the rows after them get lower numbers. See `prune` for the old files.
-
-    Returns:
-        The number of rows that were removed.
-    """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
-        manifest = index.manifest
-        shards = []
-        for shard in index.shards:
-            remaining = np.flatnonzero(index.alive[shard.first : shard.first + shard.rows])
-            if len(remaining) == shard.rows:
-                shards.append(shard)
-            elif len(remaining):
-                new_id = shard_id(f"{shard.id}:{digest(remaining.tobytes()).hexdigest()}", 0)
-                shards.append(index.reader(shard).select(remaining, new_id))
-        dropped = manifest.rows - sum(shard.rows for shard in shards)
-        if not shards:
-            raise UsageError(f"every example of {out} was deleted; remove the directory instead")
-        if dropped:
-            publish_index(out, shards, np.zeros(0, np.int64), {**dict(manifest), "number": manifest.number + 1})
-        _discard_addition(out)
-        refresh_search(out, Silent())
-    return dropped
-
-
-def _discard_addition(out: Path) -> None:
-    """Remove the plan of an addition, so that it is not resumed."""
-    (out / "staging" / PLAN).unlink(missing_ok=True)
-
-
-def prune(out: Path) -> int:
-    """Remove older manifests, and files that the newest manifest does not name. Open indexes of older manifests become unusable.
-
-    Returns:
-        The number of bytes that were removed.
-    """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
-        manifest = index.manifest
-        named = {out / manifest.encoder.path, out / manifest.table.path, manifest_path(out, manifest.number)}
-        for shard in index.shards:
-            named |= {rows_path(out, shard.id), documents_path(out, shard.id)}
-        freed = 0
-        for path in sorted(path for pattern in _PATTERNS for path in out.glob(pattern)):
-            if path not in named and _is_index_file(path):
-                freed += path.stat().st_size
-                path.unlink()
-        _discard_addition(out)
-        refresh_search(out, Silent())
-    return freed
-
-
-def _is_index_file(path: Path) -> bool:
-    """Return True for a regular file whose name is that of a file of an index."""
-    has_name = _UUID.fullmatch(path.name.partition(".")[0]) is not None or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
-    return has_name and not path.is_symlink() and path.is_file()
