@@ -53,7 +53,7 @@ def answer_queries(
     if not searched.any():
         raise UsageError(f"no row matches the filter {where!r}" if where else "every row of this index was deleted")
     k = options.get("k")
-    k = _DEFAULT_K if k is None else min(k, len(index))
+    k = _DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
     column = options.get("group_by")
     grouping = None if column is None else Grouping(index, column, searched)
