@@ -319,7 +319,7 @@ class Client(BaseClient):
         )
         return self.recorded.documents.query(document, query.span, self.recorded.context)
 
-    def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"]) -> BaselineScores:
+    def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers asked"]) -> BaselineScores:
         """Compute the baselines' scores of all rows, for queries or for their mean."""
         plain, contrasts = _without_contrasts(queries)
         matrix = mean @ contrasts

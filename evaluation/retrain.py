@@ -13,7 +13,7 @@ import json
 import shutil
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -184,7 +184,7 @@ class Retrainer:
         path = self._directory / "pieces" / "whole.npy"
         losses = self._load_losses(path)
         if losses is None or not (final / "config.json").is_file() or not list(final.glob("*.safetensors*")):
-            model = self._model(range(len(self._examples)), 0)
+            model = self._model(np.arange(len(self._examples)), 0)
             context = self._task.context(model)
             if context is not None and context < self._max_tokens:
                 raise UsageError(f"max_tokens is {self._max_tokens}, above the trained model's context of {context}; lower it")
@@ -234,7 +234,7 @@ class Retrainer:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _model(self, indices: Iterable[int], seed: int) -> nn.Module:
+    def _model(self, indices: Int64[np.ndarray, " examples"], seed: int) -> nn.Module:
         return trained(self._train, [self._examples[i] for i in indices], self._source.id, seed, self._source.device)
 
     @cached_property

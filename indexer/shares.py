@@ -16,7 +16,7 @@ from torch import Tensor
 from ..store.documents import Example
 from ..store.manifest import Layer
 from ..store.vectors import DenseVectors, Rows, SparseVectors
-from .capture import Map
+from .capture import Inputs, Map
 from .dense import DensePart
 from .encoder import Encoder, backward
 from .sparse import SparsePart
@@ -68,12 +68,12 @@ class SparseShares:
             self._adjoints.append((keys, part.adjoint(keys, torch.from_numpy(row.vectors).to(part.device))))
         self.shares: Tensor | None = None
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call."""
         shares = torch.stack([self._product(keys, adjoint, x[0], d[0]) for keys, adjoint in self._adjoints])
         self.shares = shares if self.shares is None else self.shares + shares
 
-    def _product(self, keys: Tensor, adjoint: Tensor, x: Float[Tensor, "tokens inputs"], d: Float[Tensor, "tokens outputs"]) -> Tensor:
+    def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: Float[Tensor, "tokens outputs"]) -> Tensor:
         if not len(keys):
             return torch.zeros(len(self._inputs), dtype=torch.float64, device=d.device)
         if self._part.component.role == "head":

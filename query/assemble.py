@@ -55,7 +55,7 @@ def answer_queries(
             raise UsageError(f"no row matches the filter {where!r}; change `where`")
         raise UsageError("every row of this index was deleted; add documents, or use another index")
     k = options.get("k")
-    k = _DEFAULT_K if k is None else min(k, len(index))
+    k = _DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
     column = options.get("group_by")
     grouping = None if column is None else Grouping(index, column, searched)

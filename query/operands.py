@@ -99,7 +99,7 @@ class DenseOperand:
     Attributes:
         queries: reduced as the rows are.
         one_bit_variance: of a product of unit vectors, where rows are one-bit codes.
-        change: by stored coordinate, the factor of the change of damping and layers; None for none.
+        change: by selected coordinate, the factor of the change of damping and layers; None for none.
         factors: by coordinate of a whitened row, weight times change.
     """
 
@@ -110,7 +110,7 @@ class DenseOperand:
     queries: Float32[np.ndarray, "queries stored"]
     squared_norms: Float64[np.ndarray, " queries"]
     one_bit_variance: float
-    change: Float32[np.ndarray, " stored"] | None
+    change: Float32[np.ndarray, " selected"] | None
     factors: Float64[np.ndarray, " dim"]
 
     @classmethod

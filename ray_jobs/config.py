@@ -38,14 +38,14 @@ def _fields(value: Any) -> Any:
         value = {name.strip(): column.strip() for name, _, column in pairs}
     if not isinstance(value, dict):
         return value
-    if "form" in value:  # as recorded
-        return Fields(**value)
     unknown = sorted(value.keys() - set(Fields.__dataclass_fields__))
-    if unknown or not all(value.values()):
+    if unknown or not ("form" in value or all(value.values())):
         raise UsageError(
             f"`fields` names columns as {', '.join(list(Fields.__dataclass_fields__)[1:])}, such as prompt=question,completion=answer; "
             f"there is no {(unknown or [min(value)])[0]!r}"
         )
+    if "form" in value:  # as recorded
+        return Fields(**value)
     forms: dict[Form, tuple[str, ...]] = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
     named: list[Form] = [form for form, names in forms.items() if value.keys() & set(names)]
     if len(named) > 1:
@@ -170,8 +170,10 @@ class BuildConfig(BaseModel):
             raise UsageError("model, data or out is empty; name a model, a corpus and the index's directory")
         if not self.sources:
             raise UsageError("no `data` given; name at least one file, folder or dataset")
-        if self.fields.split_text not in get_args(SplitText):
-            raise UsageError(f"`split_text` is {self.fields.split_text!r}; it can be {' or '.join(get_args(SplitText))}")
+        for name, kind in (("form", Form), ("split_text", SplitText)):
+            value = getattr(self.fields, name)
+            if value not in get_args(kind):
+                raise UsageError(f"`{name}` is {value!r}; it can be {' or '.join(get_args(kind))}")
         if "-" in self.sources:
             raise UsageError("`data` cannot be standard input, which a resumed build could not read again; save it to a file")
         revisions = _as_tuple(self.revision)

@@ -202,7 +202,7 @@ class SparseVectors:
 
     def sums_by_row(self, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
         """Sum a value of each entry, row by row."""
-        return np.bincount(self.owners, values, len(self))
+        return np.bincount(self.owners, values, len(self)).astype(np.float64, copy=False)  # without entries, integers
 
 
 def to_bytes(rows: Rows) -> bytes:

@@ -7,8 +7,9 @@ import jaxtyping
 import pytest
 
 # The types, shapes and dtypes in signatures are checked while the tests run; WHEREFROM_UNCHECKED=1 leaves it out. Modules are
-# left out where tests hand in what their signatures exclude, to see that it is refused in words, and where Ray pickles a class by value.
-UNCHECKED = {"query.options", "ray_jobs.executor"}
+# left out where tests hand in what their signatures exclude, to see that it is refused in words, where Ray pickles a class by value, and
+# where functions are compiled.
+UNCHECKED = {"query.options", "ray_jobs.executor", "store.fields", "store.kernels"}
 if not os.environ.get("WHEREFROM_UNCHECKED"):
     root = Path(__file__).parents[1]
     files = [*root.glob("*.py"), *(path for init in root.glob("*/__init__.py") for path in init.parent.glob("*.py"))]

@@ -242,6 +242,8 @@ BAD_INPUTS = {
     "long config file": ((*ON_CORPUS, "--config", "{bad}/long.toml"), 2, "long.toml is longer than 16 KiB"),
     "deep config file": ((*ON_CORPUS, "--config", "{bad}/deep.toml"), 2, "deep.toml cannot be read as TOML: it is nested too deeply"),
     "unknown split of texts": ((*ON_CORPUS, "--fields", "split_text=pages"), 2, "split_text is 'pages'; it can be file or blank-lines"),
+    "unknown form of documents": ((*ON_CORPUS, "--fields", "form=pages"), 2, "form is 'pages'; it can be auto or text or completion"),
+    "unknown field beside a form": ((*ON_CORPUS, "--fields", "form=text,page=p"), 2, "there is no 'page'"),
     "unknown split": ((*BUILD, "--data", "{bad}/splits:dev"), 3, "splits has no split 'dev'; it has train, test"),
     "nothing readable": (
         (*BUILD, "--data", "{bad}/pictures"),
