@@ -126,7 +126,7 @@ class Client(BaseClient):
             return combine(self.encode(plain), matrix)
         missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
         if missing:
-            measured = self.measure(self.query_examples(missing))
+            measured = self.encode_examples(self.query_examples(missing))
             for number, query in enumerate(missing):
                 self._encoded[query] = cut(measured, number, number + 1)
         rows = join([self._query_rows(query) for query in queries])
@@ -150,7 +150,7 @@ class Client(BaseClient):
 
         keep_freed_memory()
         if self.index.manifest.tokenizer is not None:
-            _ = self.recorded.documents
+            _ = self.recorded.converter
         _ = self.recorded.encoder
 
     def refreshed(self) -> "Client":
@@ -197,11 +197,11 @@ class Client(BaseClient):
         """See `BaseClient.complete`."""
         import torch
 
-        from .indexer.examples import TextEncoder
+        from .indexer.examples import TextConverter
 
-        documents = self.recorded.documents
+        documents = self.recorded.converter
         model: Any = self.recorded.models[-1]
-        if not isinstance(documents, TextEncoder) or not hasattr(model, "generate"):
+        if not isinstance(documents, TextConverter) or not hasattr(model, "generate"):
             raise UsageError(f"the model of {self.index.path} does not write text; give a completion")
         ids = documents.tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
         free = (self.recorded.context or ids.shape[1] + tokens) - ids.shape[1]
@@ -224,13 +224,13 @@ class Client(BaseClient):
             DataError: a document cannot be used.
         """
         examples: list[Example] = []
-        for example in self.recorded.documents.documents(documents):
+        for example in self.recorded.converter.documents(documents):
             if isinstance(example, DataError):
                 raise example
             examples.append(example)
         return examples
 
-    def measure(self, examples: Sequence[Example]) -> Rows:
+    def encode_examples(self, examples: Sequence[Example]) -> Rows:
         """Compute the whitened rows of the task's measurement of examples, by component."""
         rows = self.encoder.rows(examples, queries=True)
         return {name: vectors.as_float32() for name, vectors in rows.items()}
@@ -278,7 +278,7 @@ class Client(BaseClient):
         query_shares = None
         if query.against is None:
             query_shares = token_shares(self.encoder, query_example, scaled_examples, query=query.row is None)
-        tokenizer = self.recorded.documents.tokenizer  # type: ignore[attr-defined]
+        tokenizer = self.recorded.converter.tokenizer  # type: ignore[attr-defined]
         result = []
         for number, (explanation, example, scale) in enumerate(zip(explanations, examples, scales, strict=True)):
             shares = token_shares(self.encoder, example, scaled_queries[number : number + 1])[0] * scale
@@ -317,7 +317,7 @@ class Client(BaseClient):
             features=None if query.features is None else np.array(query.features, np.float32),
             label=query.label,
         )
-        return self.recorded.documents.query(document, query.span, self.recorded.context)
+        return self.recorded.converter.query(document, query.span, self.recorded.context)
 
     def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers asked"]) -> BaselineScores:
         """Compute the baselines' scores of all rows, for queries or for their mean."""

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .query.answers import Answer, Explanation, Group, Part, TokenShares
+from .query.answers import Answer, Explanation, Group, ScorePart, TokenShares
 from .store.printable import printable, printable_line
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def heat(shares: TokenShares) -> Text:
     return text
 
 
-def _told_apart(parts: Sequence[Part]) -> list[tuple[str, float]]:
+def _told_apart(parts: Sequence[ScorePart]) -> list[tuple[str, float]]:
     """Names and scores; with the component where parts of several have the same kind of name."""
     several = len({p.component for p in parts}) > 1
     return [(f"{p.name} ({p.component})" if several else p.name, p.score) for p in parts]

@@ -19,7 +19,7 @@ import torch
 from wherefrom import BuildConfig
 from wherefrom.indexer.budget import allocate, count_tokens
 from wherefrom.indexer.encoder import Encoder, batches
-from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
@@ -65,19 +65,19 @@ def main():
     for dtype in args.dtypes:
         source, task = ModelSource(args.model, dtype=dtype, device="cpu"), CausalLM()
         frozen, trained, tokenizer = task.load(source), task.load(source).requires_grad_(True), load_tokenizer(source)
-        stream = TextEncoder(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
+        stream = TextConverter(tokenizer, args.max_tokens, "truncate").documents(read_corpus([args.data]))
         examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
         for name in args.configurations:
             options = {"model": args.model, "data": (args.data,), "out": "-", "dtype": dtype, "batch_tokens": args.batch_tokens}
-            _, plan, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
+            _, settings, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
             size = _CONFIGURATIONS[name].get("bytes_per_example")
             if size is not None:
-                plan = replace(plan, components=allocate(size, plan.components, count_tokens(examples)))
-            plan = with_known_sample(plan, 2048)  # the curvature that a build of a real corpus has
-            fit, arrays = Fit(plan), {}
+                settings = replace(settings, components=allocate(size, settings.components, count_tokens(examples)))
+            settings = with_known_sample(settings, 2048)  # the curvature that a build of a real corpus has
+            fit, arrays = Fit(settings), {}
             for step in range(len(fit.steps)):
-                arrays = fit.finish(step, arrays, fit.measure(Encoder(task, (frozen,), plan, arrays), step, examples))
-            encoder = Encoder(task, (frozen,), plan, arrays)
+                arrays = fit.finish(step, arrays, fit.sum_statistics(Encoder(task, (frozen,), settings, arrays), step, examples))
+            encoder = Encoder(task, (frozen,), settings, arrays)
             planned = [b for _, b in batches(task, (frozen,), examples, args.batch_tokens)]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())

@@ -64,7 +64,7 @@ def tables(packs, data, scores):
                 if number == 0:
                     judged = judgement
                     pack, client = read_pack(path, data), Client(out)
-                    found = score_matrix(client.index, client.measure(client.to_examples(pack.queries))).T
+                    found = score_matrix(client.index, client.encode_examples(client.to_examples(pack.queries))).T
                     widths[judged.pack] = {n: estimate(found, pack.masks[:n], pack.losses[:n]) for n in _STEPS if n <= len(pack.masks)}
         for place, name, file in scores:
             if place == judged.pack:

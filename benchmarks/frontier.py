@@ -42,8 +42,10 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 def _exact(client, train, queries):
     """Scores [examples, queries] of the index's components without codes, reduction or bound on tokens."""
-    whole = tuple(component.uncut() for component in client.encoder.plan.components)
-    encoder = Encoder(client.recorded.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays)
+    whole = tuple(component.uncut() for component in client.encoder.settings.components)
+    encoder = Encoder(
+        client.recorded.task, (client.encoder.model,), replace(client.encoder.settings, components=whole), client.encoder.arrays
+    )
     rows, asked = encoder.rows(train), encoder.rows(queries, queries=True)
     return sum(s.weight * rows[s.name].as_float32().inner_products(asked[s.name].as_float32()) for s in whole)
 
@@ -69,7 +71,7 @@ def _measured(pack, options, scratch, recall):
     build(BuildConfig(task=pack.task, data=(str(data),), out=str(out), **given))
     client = Client(out)
     queries = client.to_examples(pack.queries)
-    scores = score_matrix(client.index, client.measure(queries)).T
+    scores = score_matrix(client.index, client.encode_examples(queries)).T
     found = _halves(scores, pack)
     summary = client.index.summary()
     found["bytes"], found["encoder"] = summary["bytes_per_example"], summary["encoder_bytes"]

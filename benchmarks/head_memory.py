@@ -14,7 +14,7 @@ import resource
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from wherefrom.indexer.encoder import Encoder, EncoderPlan
+from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.worker import encode_rows
@@ -71,14 +71,14 @@ def main():
         seed=0,
         curvature=Curvature(kind="kfac", labels="sampled", examples=0, tokens=0, damping=1.0),
     )
-    plan = EncoderPlan((component,), args.tokens)
+    settings = EncoderSettings((component,), args.tokens)
     loaded = _peak()
     task.loss(model, task.collate(examples[:1], torch.device("cpu")))
     forward = _peak()
-    fit = Fit(plan)
-    arrays = fit.finish(0, {}, fit.measure(Encoder(task, (model,), plan, {}), 0, examples))
+    fit = Fit(settings)
+    arrays = fit.finish(0, {}, fit.sum_statistics(Encoder(task, (model,), settings, {}), 0, examples))
     fitted = _peak()
-    encode_rows(Encoder(task, (model,), plan, arrays), examples)
+    encode_rows(Encoder(task, (model,), settings, arrays), examples)
     dense = vocabulary * width * 4
     found = {"dense_gradient": dense, "model": loaded, "forward": forward - loaded, "fit": fitted - loaded, "rows": _peak() - loaded}
     print(json.dumps({name: f"{value / 2**30:.2f} GiB" for name, value in found.items()}))

@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 import torch
-from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.corpus import Document
 from wherefrom.store.documents import Example
@@ -79,7 +79,7 @@ def prepare(data, out):
     trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((d["text"] for d in rest), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    encoder = TextEncoder(fast, _TOKENS, "truncate")
+    encoder = TextConverter(fast, _TOKENS, "truncate")
     encoded = [e for e in encoder.documents(Document(d["id"], d["source"], "", text=d["text"]) for d in rest) if isinstance(e, Example)]
     torch.manual_seed(0)
     config = LlamaConfig(

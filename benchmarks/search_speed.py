@@ -31,7 +31,7 @@ def measure(index, asked, repeats):
     """Wall times and postings of every query, asked alone."""
     names = [s.name for s in index.manifest.components]
     count = len(asked[names[0]])
-    parts = [{name: rows.part(i, i + 1) for name, rows in asked.items()} for i in range(count)]
+    parts = [{name: rows.cut(i, i + 1) for name, rows in asked.items()} for i in range(count)]
     for part in parts[:3]:
         search(index, part, 10)
     seconds, touched = [], []

@@ -28,7 +28,7 @@ _MARKS = "<!-- settings: benchmarks/settings.py -->", "<!-- end of settings -->"
 def settings(components):
     """Every metric of the grid, the build's own first."""
     yield Metric()
-    others = [s.part for s in components[1:]]
+    others = [s.role for s in components[1:]]
     for factors in itertools.product(_FACTORS, repeat=len(others)):
         weights = {name: factor for name, factor in zip(others, factors, strict=True) if factor != 1.0}
         for mode in ("influence", "cosine", "loss-normalized"):
@@ -54,7 +54,7 @@ def measure(path, data, size):
             BuildConfig(model=str(pack.model), task=pack.task, data=(str(documents),), out=str(out), bytes_per_example=size, **pack.build)
         )
         client = Client(out)
-        queries = client.measure(client.to_examples(pack.queries))
+        queries = client.encode_examples(client.to_examples(pack.queries))
         scores = {_shown(metric): score_matrix(client.index, queries, metric).T for metric in settings(client.index.manifest.components)}
     even, odd = slice(0, None, 2), slice(1, None, 2)
     on_even = {name: float(np.nanmean(lds(s[:, even], pack.masks, pack.losses[:, :, even]))) for name, s in scores.items()}

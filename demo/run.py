@@ -77,7 +77,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from ..indexer.examples import TextEncoder
+    from ..indexer.examples import TextConverter
     from ..indexer.models import keep_freed_memory
     from ..indexer.tasks import CausalLM
 
@@ -89,7 +89,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((d.text or "" for d in documents if not isinstance(d, Exception)), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    examples = [e for e in TextEncoder(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
+    examples = [e for e in TextConverter(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
 
     keep_freed_memory()
     task = CausalLM()

@@ -20,7 +20,7 @@ import torch
 from ..client import Client
 from ..indexer.encoder import Encoder
 from ..indexer.hidden import mean_hidden
-from ..indexer.layers import find_layers, plan_layers
+from ..indexer.layers import describe_layers, find_layers
 from ..indexer.tasks import Task
 from ..query.baselines import Scores, Words, cosines, row_norms
 from ..store.documents import Example
@@ -39,13 +39,13 @@ def gradient_baselines(client: Client, train: Sequence[Example], queries: Sequen
     """
     norms = row_norms(client.index)
     encoder = client.encoder
-    blocks = [component for component in client.index.manifest.components if component.part == "blocks"]
+    blocks = [component for component in client.index.manifest.components if component.role == "blocks"]
     names = list(blocks[-1].layer_names) if blocks else find_layers(encoder.model, (), client.recorded.task.within_blocks)
     query_rows = np.zeros((0, 0), np.float32)
     for rank in _RANKS:
-        layers = plan_layers(client.recorded.task, encoder.model, names, rank, "identity", 0, explicit=bool(blocks))
+        layers = describe_layers(client.recorded.task, encoder.model, names, rank, "identity", 0, explicit=bool(blocks))
         component = _plain_component(layers, rank)
-        plain = Encoder(client.recorded.task, (encoder.model,), replace(encoder.plan, components=(component,)), {})
+        plain = Encoder(client.recorded.task, (encoder.model,), replace(encoder.settings, components=(component,)), {})
         if len(queries) * component.dim * 4 <= _QUERY_BYTES or rank == _RANKS[-1]:
             query_rows = plain.rows(queries, queries=True)["plain"].values.astype(np.float32)
             break

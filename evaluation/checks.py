@@ -38,7 +38,7 @@ from ..store.errors import DataError, NumericalError, UsageError
 from ..store.extras import require
 from ..store.index import Index
 from .lds import columns_correlation, interval
-from .retrain import Train, measure_losses, trained
+from .retrain import Train, compute_losses, trained
 
 Optimizer = Literal["sgd", "adam"]
 _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -105,7 +105,7 @@ def tailpatch(
         raise UsageError(f"k is {k}; it must be between 1 and the index's {len(client.index)} rows")
     scores = score_matrix(client.index, client.encode(queries), Metric(mode))
     trainer = _StepTrainer(client, optimizer, rate)
-    before = measure_losses(client.recorded.task, trainer.model, examples)
+    before = compute_losses(client.recorded.task, trainer.model, examples)
     reporter.stage("steps", len(queries) * 2 * k)
     falls: dict[str, list[np.ndarray]] = {"proponents": [], "random": []}
     agreement = []
@@ -147,7 +147,7 @@ class _StepTrainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.requires_grad_(False)
-        loss = float(measure_losses(task, model, [query])[0])
+        loss = float(compute_losses(task, model, [query])[0])
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self._weights[name])
@@ -236,7 +236,7 @@ class Remover:
         """The queries' losses (nats) after training on all other examples."""
         remaining = set(range(len(self._examples))) - set(removed)
         model = trained(self._train, [self._examples[i] for i in sorted(remaining)], self._base, 0, self._device)
-        losses = measure_losses(self._client.recorded.task, model, self._queries)
+        losses = compute_losses(self._client.recorded.task, model, self._queries)
         progress(len(remaining), 0)
         return losses
 

@@ -25,7 +25,7 @@ from ..store.files import write_whole
 from .baselines import content_baselines, gradient_baselines, hidden_baseline, require_libraries
 from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
-from .retrain import measure_losses
+from .retrain import compute_losses
 
 _FEW_SUBSETS = 20
 _SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay within it
@@ -130,13 +130,13 @@ def judge_index(
         query_examples = client.to_examples(pack.queries)
         if options.get("model") is None:
             _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
-        queries = client.measure(query_examples)
+        queries = client.encode_examples(query_examples)
         scores = score_matrix(client.index, queries, Metric(mode)).T
         baseline_scores = {}
         if baselines:
             baseline_scores = content_baselines(train, query_examples) | gradient_baselines(client, train, query_examples)
             baseline_scores["hidden"] = hidden_baseline(
-                client.recorded.task, client.encoder.model, train, query_examples, client.encoder.plan.batch_tokens
+                client.recorded.task, client.encoder.model, train, query_examples, client.encoder.settings.batch_tokens
             )
         summary = client.index.summary()
         judgement = _judge(pack, half, scores, baseline_scores)
@@ -232,7 +232,7 @@ def _check_append_token(pack: Pack, config: BuildConfig) -> None:
 def _check_model(pack: Pack, task: Task, model: nn.Module, queries: Sequence[Example]) -> None:
     """Check that the model gives the pack's queries the losses in the pack, up to the precision that it was saved in."""
     if pack.full_losses is not None:
-        losses = measure_losses(task, model, queries)
+        losses = compute_losses(task, model, queries)
         if np.abs(losses - pack.full_losses).mean() > _SAME_MODEL * pack.full_losses.mean():
             raise IncompatibleError(
                 f"{pack.model} is not the pack's model: its mean loss on the queries is {losses.mean():.4g} nats, in the pack it is "

@@ -188,7 +188,7 @@ class Retrainer:
             context = self._task.context(model)
             if context is not None and context < self._max_tokens:
                 raise UsageError(f"max_tokens is {self._max_tokens}, above the trained model's context of {context}; lower it")
-            losses = measure_losses(self._task, model, self._queries)
+            losses = compute_losses(self._task, model, self._queries)
             self._save_model(model, final)
             _save(path, losses)
         progress(len(self._examples), 0)
@@ -201,7 +201,7 @@ class Retrainer:
         path = self._directory / "pieces" / f"{name}.npy"
         losses = self._load_losses(path)
         if losses is None:
-            losses = measure_losses(self._task, self._model(indices, seed), self._queries)
+            losses = compute_losses(self._task, self._model(indices, seed), self._queries)
             _save(path, losses)
         progress(len(indices), 0)
         return losses
@@ -281,7 +281,7 @@ def trained(train: Train, examples: Sequence[Example], model: str, seed: int, de
 
 
 @torch.no_grad()
-def measure_losses(task: Task, model: nn.Module, examples: Sequence[Example]) -> Float32[np.ndarray, " examples"]:
+def compute_losses(task: Task, model: nn.Module, examples: Sequence[Example]) -> Float32[np.ndarray, " examples"]:
     """The task's measurement (nats) of each example.
 
     Raises:

@@ -36,7 +36,7 @@ _ROW_BYTES = 8
 
 def row_cost(component: Component, counts: TokenCounts) -> float:
     """Return the bytes of a row in a component, on average over the sample."""
-    return KINDS[component.kind].rows.row_cost(component, counts.get(component.part))
+    return KINDS[component.kind].rows.row_cost(component, counts.get(component.role))
 
 
 def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) -> tuple[Component, ...]:
@@ -52,7 +52,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
     if len(models) > 1:
         by_model = [[component for component in candidates if component.model == model] for model in models]
         return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts))
-    by_part = {component.part: component for component in candidates}
+    by_part = {component.role: component for component in candidates}
     vocabulary = [cast("SparseComponent", by_part[part]) for part in ("head", "embeddings") if part in by_part]
     rest = float(budget)
     blocks_bytes = 0.0
@@ -80,7 +80,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
 
 def _with_size(component: SparseComponent, budget: float, counts: TokenCounts) -> SparseComponent | None:
     """Return a sparse component with the bits and tokens that fit into a budget; None if not one token fits."""
-    tokens = counts[component.part]
+    tokens = counts[component.role]
     bits = padded_width(component.width, 1)
     while True:
         limit = _token_limit((budget - _ROW_BYTES) / entry_bytes(component, bits), tokens)

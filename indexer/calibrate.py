@@ -60,7 +60,7 @@ def calibrate(
         The components, and by component the figures that its weight rests on, for the index's record.
     """
     mean_shares = {name: agreement.mean_share for name, agreement in agreements.items()}
-    last = {component.part: component.name for component in components if component.model == components[-1].model}
+    last = {component.role: component.name for component in components if component.model == components[-1].model}
     if head_mean_share is not None:
         mean_shares[last["head"]] = head_mean_share
     head = mean_shares.get(last.get("head", ""), 0.0)
@@ -70,7 +70,7 @@ def calibrate(
     for component in components:
         agreement = agreements[component.name]
         known = agreement.spread > 0 and agreement.fidelity > 0
-        weights[component.name] = shares[component.part] * agreement.fidelity**2 / agreement.spread if known else 0.0
+        weights[component.name] = shares[component.role] * agreement.fidelity**2 / agreement.spread if known else 0.0
     unit = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
     if not any(weights.values()):
         weights = dict.fromkeys(weights, unit)

@@ -29,7 +29,7 @@ def key(name: str, array: str) -> str:
     return f"{name}/{array}"
 
 
-class DensePart:
+class DenseEncoder:
     """Computation of a dense component's rows.
 
     Args:
@@ -113,19 +113,19 @@ class DensePart:
 class DenseCollector(GradientSum):
     """Visitor that turns a batch's gradients into rows."""
 
-    def __init__(self, part: DensePart, examples: int) -> None:
+    def __init__(self, encoder: DenseEncoder, examples: int) -> None:
         super().__init__()
-        self._part = part
+        self._encoder = encoder
         self._examples = examples
-        self.layers: Sequence[Layer] = part.component.layers
-        self.maps: Mapping[str, tuple[Map, Map]] = part.maps
+        self.layers: Sequence[Layer] = encoder.component.layers
+        self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
 
     def rows(self) -> DenseVectors:
         """The batch's whitened rows."""
-        part = self._part
-        block = torch.zeros((self._examples, part.component.dim), dtype=accumulation_dtype(part._dtype))
-        for layer in part.component.layers:
+        encoder = self._encoder
+        block = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
+        for layer in encoder.component.layers:
             if layer.name in self.by_layer:
-                whitened = part._whiten(layer, self.by_layer[layer.name])
+                whitened = encoder._whiten(layer, self.by_layer[layer.name])
                 block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
         return DenseVectors(block.numpy())

@@ -1,7 +1,7 @@
 """Encoder: frozen models and the arrays of each component, from examples to whitened rows in one pass of each model.
 
-A component's part (dense.py, sparse.py) declares the layers that it tracks and their maps. It creates a collector for every batch, which is
-called with the layers' inputs and output gradients and returns the batch's rows. An encoder's state is a flat dictionary of arrays
+A component's encoder (dense.py, sparse.py) declares the layers that it tracks and their maps. It creates a collector for every batch, which
+is called with the layers' inputs and output gradients and returns the batch's rows. An encoder's state is a flat dictionary of arrays
 (`Arrays`) under `<component>/...`, which a fit (fit.py) fills pass by pass and which safetensors and Ray carry unchanged.
 
 When only the output head is tracked, autograd's graph starts at the head's output: there is no backward pass through the model.
@@ -24,16 +24,16 @@ from ..store.kinds import KINDS
 from ..store.manifest import Component, Layer
 from ..store.vectors import Rows
 from .capture import Inputs, Map, capture
-from .dense import DensePart
+from .dense import DenseEncoder
 from .hidden import HiddenMeans
-from .sparse import SparsePart
+from .sparse import SparseEncoder
 from .tasks import Batch, Task
 
 Progress = Callable[[int, int], None]
 """Callback after each batch, with its numbers of examples and tokens."""
 Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
 """A task's loss or measurement."""
-PARTS: dict[str, type[DensePart] | type[SparsePart]] = {"dense": DensePart, "sparse": SparsePart}
+COMPONENT_ENCODERS: dict[str, type[DenseEncoder] | type[SparseEncoder]] = {"dense": DenseEncoder, "sparse": SparseEncoder}
 """By kind of component, the class that computes its rows."""
 
 
@@ -45,7 +45,7 @@ class EncodedBatch:
         positions: of its examples.
         rows: by component.
         losses: of the examples, or measurements, under the last model (nats); NaN where they are not finite.
-        hidden: mean last hidden states under the last model; None if the plan does not have them.
+        hidden: mean last hidden states under the last model; None if the settings leave them out.
     """
 
     positions: list[int]
@@ -70,7 +70,7 @@ class Visitor(Protocol):
 
 
 @dataclass(frozen=True)
-class EncoderPlan:
+class EncoderSettings:
     """Settings of an encoder.
 
     Attributes:
@@ -91,13 +91,13 @@ class Encoder:
     Attributes:
         task: the loss and the measurement.
         models: frozen, on their device.
-        plan: the components, with projection and curvature.
+        settings: the components, with projection and curvature.
         arrays: the state; rows need every pass of the fit in it.
     """
 
     task: Task
     models: tuple[nn.Module, ...]
-    plan: EncoderPlan
+    settings: EncoderSettings
     arrays: Mapping[str, np.ndarray]
 
     @property
@@ -106,28 +106,28 @@ class Encoder:
         return self.models[-1]
 
     @cached_property
-    def parts(self) -> dict[str, DensePart | SparsePart]:
-        """The part that computes each component's rows, by component.
+    def component_encoders(self) -> dict[str, DenseEncoder | SparseEncoder]:
+        """The encoder of each component, by name.
 
         Raises:
             IntegrityError: a component has other layers than the model, since a manifest may come from an untrusted source.
         """
-        parts: dict[str, DensePart | SparsePart] = {}
-        for component in self.plan.components:
+        encoders: dict[str, DenseEncoder | SparseEncoder] = {}
+        for component in self.settings.components:
             model = self.models[component.model]
             prefix = f"{component.name}/"
             arrays = {key.removeprefix(prefix): array for key, array in self.arrays.items() if key.startswith(prefix)}
             modules = dict(model.named_modules())
             missing = [name for name in component.layer_names if name not in modules]
-            part = None if missing else PARTS[component.kind](component, arrays, model)  # type: ignore[arg-type]
-            unfit = missing or [layer.name for layer in part.layers if not part.fits(layer, modules[layer.name])]  # type: ignore[union-attr]
+            encoder = None if missing else COMPONENT_ENCODERS[component.kind](component, arrays, model)  # type: ignore[arg-type]
+            unfit = missing or [layer.name for layer in encoder.layers if not encoder.fits(layer, modules[layer.name])]  # type: ignore[union-attr]
             if unfit:
                 raise IntegrityError(
                     f"the index describes the layer {unfit[0]} ({component.name}) with sizes that the model does not have; restore the "
                     "index's manifest"
                 )
-            parts[component.name] = part  # type: ignore[assignment]
-        return parts
+            encoders[component.name] = encoder  # type: ignore[assignment]
+        return encoders
 
     def batches(
         self, examples: Sequence[Example], progress: Progress = ignore_progress, queries: bool = False, tolerant: bool = False
@@ -144,12 +144,12 @@ class Encoder:
             NumericalError: a loss or a row is not finite and not tolerated; names the example.
         """
         objective = self.task.measurement if queries else self.task.loss
-        for positions, batch in batches(self.task, self.models, examples, self.plan.batch_tokens):
+        for positions, batch in batches(self.task, self.models, examples, self.settings.batch_tokens):
             broken = torch.zeros(len(positions), dtype=torch.bool)
-            collectors = {name: part.collector(batch) for name, part in self.parts.items()}
-            with HiddenMeans(self.task, self.model) if self.plan.hidden else nullcontext() as means:
+            collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
+            with HiddenMeans(self.task, self.model) if self.settings.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
-                    visitors = [collectors[c.name] for c in self.plan.components if c.model == number]
+                    visitors = [collectors[c.name] for c in self.settings.components if c.model == number]
                     if visitors:
                         losses = backward(model, batch, visitors, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
@@ -175,7 +175,7 @@ class Encoder:
         """Compute all rows at once, by component, in the examples' order; see `batches`."""
         encoded = list(self.batches(examples, progress, queries, tolerant))
         rows = {}
-        for component in self.plan.components:
+        for component in self.settings.components:
             blocks = [(batch.positions, batch.rows[component.name]) for batch in encoded]
             rows[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
         return rows

@@ -35,7 +35,7 @@ class _Rendered:
 
 
 @runtime_checkable
-class DocumentEncoder(Protocol):
+class DocumentConverter(Protocol):
     """Encoder of documents as examples."""
 
     @property
@@ -58,13 +58,13 @@ class DocumentEncoder(Protocol):
 
 
 @dataclass(frozen=True)
-class VectorEncoder:
+class VectorConverter:
     """Encoder of documents that hold vectors."""
 
     fingerprint: None = None
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """See `DocumentEncoder`."""
+        """See `DocumentConverter`."""
         for document in documents:
             if isinstance(document, DataError):
                 yield document
@@ -74,7 +74,7 @@ class VectorEncoder:
                 yield self._example(document)
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """See `DocumentEncoder`."""
+        """See `DocumentConverter`."""
         if document.features is None:
             raise UsageError("the index holds vectors, not texts; ask it by row, or with features and a label")
         return self._example(document)
@@ -94,7 +94,7 @@ class VectorEncoder:
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class TextConverter:
     """Encoder of text documents.
 
     Attributes:
@@ -112,7 +112,7 @@ class TextEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """See `DocumentEncoder`."""
+        """See `DocumentConverter`."""
         return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
@@ -128,7 +128,7 @@ class TextEncoder:
                     yield from self._cut(document, text, *next(encoded))
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """See `DocumentEncoder`: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
+        """See `DocumentConverter`: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
 
         A text without a span ends with the end-of-text token where `append_eos` is set, as a document does; a completion never does.
         """

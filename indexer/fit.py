@@ -22,7 +22,7 @@ from . import sparse
 from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, choose_curvature, whitening_scale
 from .dense import key
-from .encoder import Encoder, EncoderPlan, Objective, Progress, backward, batches, ignore_progress
+from .encoder import Encoder, EncoderSettings, Objective, Progress, backward, batches, ignore_progress
 from .projection import principal_projection
 from .tasks import Batch, Task
 
@@ -77,24 +77,24 @@ class ComponentFit(Protocol):
 class Fit:
     """Steps that fit an encoder's arrays."""
 
-    plan: EncoderPlan
+    settings: EncoderSettings
 
     @property
     def steps(self) -> list[list[tuple[Component, int]]]:
         """The components of each step, each with the number of its pass."""
         steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
-        for component in self.plan.components:
+        for component in self.settings.components:
             fit = component_fit(component)
             for number in range(fit.passes):
                 order = (number, component.model, fit.label_seed, component.curvature.labels == "expected")
                 steps.setdefault(order, []).append((component, number))
         return [steps[o] for o in sorted(steps, key=lambda o: (o[0], o[1], o[2] is not None, o[3]))]
 
-    def measure(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
+    def sum_statistics(self, encoder: Encoder, step: int, examples: Sequence[Example], progress: Progress = ignore_progress) -> Arrays:
         """Sum a step's statistics over some examples.
 
         Args:
-            encoder: of this plan, with the arrays of the steps before.
+            encoder: of this settings, with the arrays of the steps before.
 
         Returns:
             `<component>/<layer or input group>/<statistic>` -> float64 array, and the numbers `examples` and `tokens`.
@@ -108,7 +108,7 @@ class Fit:
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
-        for positions, batch in batches(encoder.task, (model,), examples, self.plan.batch_tokens):
+        for positions, batch in batches(encoder.task, (model,), examples, self.settings.batch_tokens):
             finite = torch.ones(len(positions), dtype=torch.bool)
             for objective in objectives:
                 for meter in meters.values():
@@ -194,7 +194,7 @@ class DenseFit:
 
     def meter(self, number: int, encoder: Encoder) -> Meter:
         """See `ComponentFit`."""
-        return DenseMeter(self.component, number, encoder.parts[self.component.name].maps)  # type: ignore[union-attr]
+        return DenseMeter(self.component, number, encoder.component_encoders[self.component.name].maps)  # type: ignore[union-attr]
 
     def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """See `ComponentFit`."""
@@ -325,6 +325,6 @@ def _owner(layer: Layer, name: str) -> str:
     return layer.input_group if name.startswith("input_") else layer.name
 
 
-def with_known_sample(plan: EncoderPlan, examples: int) -> EncoderPlan:
-    """The plan with each component's curvature selected for the actual number of examples."""
-    return replace(plan, components=tuple(component_fit(component).with_sample(examples) for component in plan.components))
+def with_known_sample(settings: EncoderSettings, examples: int) -> EncoderSettings:
+    """Return the settings with each component's curvature selected for the actual number of examples."""
+    return replace(settings, components=tuple(component_fit(component).with_sample(examples) for component in settings.components))

@@ -56,7 +56,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     return [name for name in candidates if name in matched]
 
 
-def plan_layers(
+def describe_layers(
     task: Task, model: nn.Module, names: Sequence[str], rank: int, curvature: CurvatureKind, examples: int, explicit: bool
 ) -> tuple[Layer, ...]:
     """Sizes, ranks, shared inputs and offsets of the tracked layers, from a run of two small examples through the model.

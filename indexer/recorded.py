@@ -7,8 +7,8 @@ from torch import nn
 
 from ..store.errors import IncompatibleError, UsageError
 from ..store.index import Index
-from .encoder import Encoder, EncoderPlan
-from .examples import DocumentEncoder
+from .encoder import Encoder, EncoderSettings
+from .examples import DocumentConverter
 from .models import IN_MEMORY, LoadedModel, ModelSource, model_fingerprint
 from .tasks import Task, find_task, load_model
 
@@ -72,15 +72,15 @@ class RecordedEncoder:
         return min((model.context for model in self.index.manifest.models if model.context), default=None)
 
     @cached_property
-    def documents(self) -> DocumentEncoder:
-        """The tokenizer's encoder of documents.
+    def converter(self) -> DocumentConverter:
+        """The converter of documents and queries to examples, with the tokenizer.
 
         Raises:
             IncompatibleError: the tokenizer is not the one that the index was built with.
         """
         options = self.index.manifest.build.what.options
         encoder = self.task.encoder(self.sources[0], options.max_tokens or self.context, options.long, options.append_eos)
-        self.check_documents(encoder)
+        self.check_converter(encoder)
         return encoder
 
     @cached_property
@@ -97,8 +97,8 @@ class RecordedEncoder:
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder that computed the rows of the index."""
-        plan = EncoderPlan(self.index.manifest.components, _QUERY_BATCH_TOKENS)
-        return Encoder(self.task, self.models, plan, self.index.arrays)
+        settings = EncoderSettings(self.index.manifest.components, _QUERY_BATCH_TOKENS)
+        return Encoder(self.task, self.models, settings, self.index.arrays)
 
     def check_models(self, fingerprints: Sequence[str]) -> None:
         """Compare the fingerprints of models with those that the index records.
@@ -113,7 +113,7 @@ class RecordedEncoder:
                     "since); point `model` at the original, or build the index again"
                 )
 
-    def check_documents(self, encoder: DocumentEncoder) -> None:
+    def check_converter(self, encoder: DocumentConverter) -> None:
         """Compare the fingerprint of a tokenizer with the one that the index records.
 
         Raises:
@@ -130,6 +130,6 @@ class RecordedEncoder:
         """The encoder of a newer state of the index, with the loaded models where both states have the same encoder."""
         newer = RecordedEncoder(index, self._models, self._device, self._trust_remote_code, self._task_name)
         if (index.manifest.encoder, index.manifest.models) == (self.index.manifest.encoder, self.index.manifest.models):
-            loaded = {"task", "sources", "documents", "models"} & self.__dict__.keys()
+            loaded = {"task", "sources", "converter", "models"} & self.__dict__.keys()
             newer.__dict__.update({name: self.__dict__[name] for name in loaded})
         return newer

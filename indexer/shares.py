@@ -17,9 +17,9 @@ from ..store.documents import Example
 from ..store.manifest import Layer
 from ..store.vectors import DenseVectors, Rows, SparseVectors
 from .capture import Inputs, Map
-from .dense import DensePart
+from .dense import DenseEncoder
 from .encoder import Encoder, backward
-from .sparse import SparsePart
+from .sparse import SparseEncoder
 
 
 class DenseShares:
@@ -32,12 +32,12 @@ class DenseShares:
 
     predicted = False  # shares belong to the tokens that are read
 
-    def __init__(self, part: DensePart, others: Sequence[DenseVectors], inputs: Tensor) -> None:
+    def __init__(self, encoder: DenseEncoder, others: Sequence[DenseVectors], inputs: Tensor) -> None:
         vectors = [other.values[0] for other in others]
-        self.layers: Sequence[Layer] = part.component.layers
-        self.maps: Mapping[str, tuple[Map, Map]] = part.maps
+        self.layers: Sequence[Layer] = encoder.component.layers
+        self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
         self._adjoints = {
-            layer.name: torch.stack([part.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
+            layer.name: torch.stack([encoder.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
             for layer in self.layers
         }
         self.shares: Tensor | None = None
@@ -56,16 +56,16 @@ class SparseShares:
         inputs: of the batch.
     """
 
-    def __init__(self, part: SparsePart, others: Sequence[SparseVectors], inputs: Tensor) -> None:
-        self.predicted = part.component.role == "head"
-        self._part = part
-        self._inputs = inputs[0].to(part.device)
-        self.layers: Sequence[Layer] = (part.layer,)
-        self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
+    def __init__(self, encoder: SparseEncoder, others: Sequence[SparseVectors], inputs: Tensor) -> None:
+        self.predicted = encoder.component.role == "head"
+        self._encoder = encoder
+        self._inputs = inputs[0].to(encoder.device)
+        self.layers: Sequence[Layer] = (encoder.layer,)
+        self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         self._adjoints: list[tuple[Tensor, Tensor]] = []
         for row in others:
-            keys = torch.from_numpy(row.keys.astype(np.int64)).to(part.device)
-            self._adjoints.append((keys, part.adjoint(keys, torch.from_numpy(row.vectors).to(part.device))))
+            keys = torch.from_numpy(row.keys.astype(np.int64)).to(encoder.device)
+            self._adjoints.append((keys, encoder.adjoint(keys, torch.from_numpy(row.vectors).to(encoder.device))))
         self.shares: Tensor | None = None
 
     def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
@@ -76,7 +76,7 @@ class SparseShares:
     def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: Float[Tensor, "tokens outputs"]) -> Tensor:
         if not len(keys):
             return torch.zeros(len(self._inputs), dtype=torch.float64, device=d.device)
-        if self._part.component.role == "head":
+        if self._encoder.component.role == "head":
             return (d[:, keys] * (x @ adjoint.T)).sum(1).double()
         positions = torch.searchsorted(keys, self._inputs).clamp(max=len(keys) - 1)
         return torch.where(keys[positions] == self._inputs, (d * adjoint[positions]).sum(1), 0.0).double()
@@ -99,11 +99,11 @@ def token_shares(encoder: Encoder, example: Example, others: Sequence[Rows], que
     shares = np.zeros((len(others), batch.inputs.shape[1] + 1))
     visitors: dict[str, DenseShares | SparseShares] = {}
     for name in others[0]:
-        part = encoder.parts[name]
+        component_encoder = encoder.component_encoders[name]
         vectors = [other[name] for other in others]
-        visitors[name] = SHARES[part.component.kind](part, vectors, batch.inputs)  # type: ignore[arg-type]
+        visitors[name] = SHARES[component_encoder.component.kind](component_encoder, vectors, batch.inputs)  # type: ignore[arg-type]
     for number, model in enumerate(encoder.models):
-        active = [visitors[c.name] for c in encoder.plan.components if c.model == number and c.name in visitors]
+        active = [visitors[c.name] for c in encoder.settings.components if c.model == number and c.name in visitors]
         if active:
             backward(model, batch, active, task.measurement if query else task.loss)
     for visitor in visitors.values():

@@ -51,7 +51,7 @@ def vocabulary_layer(component: SparseComponent) -> Layer:
     )
 
 
-class SparsePart:
+class SparseEncoder:
     """Computation of a sparse component's rows.
 
     Args:
@@ -96,19 +96,19 @@ class SparsePart:
 class SparseCollector:
     """Visitor that turns a batch's gradients of the head or the embeddings into rows."""
 
-    def __init__(self, part: SparsePart, batch: Batch) -> None:
-        self._part = part
+    def __init__(self, encoder: SparseEncoder, batch: Batch) -> None:
+        self._encoder = encoder
         self._batch = batch
-        self.layers: Sequence[Layer] = (part.layer,)
-        self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        tokens = batch.targets if part.component.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
-        self._keys = [torch.unique(row[row != IGNORED]).to(part.device) for row in tokens]
+        self.layers: Sequence[Layer] = (encoder.layer,)
+        self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
+        tokens = batch.targets if encoder.component.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
+        self._keys = [torch.unique(row[row != IGNORED]).to(encoder.device) for row in tokens]
         self._sums: list[Tensor] | None = None
 
     def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the layer's call; a `Visit`."""
-        if self._part.component.role == "head":
-            if self._part.component.extra_tokens and self._sums is None:
+        if self._encoder.component.role == "head":
+            if self._encoder.component.extra_tokens and self._sums is None:
                 self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
             sums = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
         else:
@@ -118,7 +118,7 @@ class SparseCollector:
     def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
         """The predicted tokens and the most probable others (those whose gradients, summed over positions, are largest)."""
         mass = d.sum(0).index_fill(0, keys, -torch.inf)
-        others = torch.topk(mass, min(self._part.component.extra_tokens, len(mass) - len(keys))).indices
+        others = torch.topk(mass, min(self._encoder.component.extra_tokens, len(mass) - len(keys))).indices
         return torch.sort(torch.cat([keys, others])).values
 
     def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
@@ -129,14 +129,14 @@ class SparseCollector:
 
     def rows(self) -> SparseVectors:
         """The batch's whitened rows, by token."""
-        part = self._part
-        limit = part.component.max_tokens
+        encoder = self._encoder
+        limit = encoder.component.max_tokens
         keys = []
         vectors = []
         counts = []
         totals = []
         for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
-            z = (gradient @ part.basis) * part.scale(tokens)
+            z = (gradient @ encoder.basis) * encoder.scale(tokens)
             energy = z.square().sum(1)
             totals.append(float(energy.double().sum()))
             if limit is not None and len(tokens) > limit:
@@ -156,12 +156,12 @@ class HeadMean:
     stationary point of the loss.
     """
 
-    def __init__(self, part: SparsePart, tokens: int) -> None:
-        self._part = part
-        self.layers: Sequence[Layer] = (part.layer,)
-        self.maps: Mapping[str, tuple[Map, Map]] = {part.layer.name: (None, None)}
-        self._tokens = torch.topk(part.vocabulary, min(tokens, len(part.vocabulary))).indices
-        self._scale = part.scale(self._tokens)
+    def __init__(self, encoder: SparseEncoder, tokens: int) -> None:
+        self._encoder = encoder
+        self.layers: Sequence[Layer] = (encoder.layer,)
+        self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
+        self._tokens = torch.topk(encoder.vocabulary, min(tokens, len(encoder.vocabulary))).indices
+        self._scale = encoder.scale(self._tokens)
         self._sum = torch.zeros_like(self._scale, dtype=torch.float64)
         self._squares = 0.0
         self._examples = 0
@@ -169,7 +169,7 @@ class HeadMean:
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
         """Add the head's call."""
         for i in range(len(x)):
-            z = (d[i][:, self._tokens].T @ x[i] @ self._part.basis) * self._scale
+            z = (d[i][:, self._tokens].T @ x[i] @ self._encoder.basis) * self._scale
             self._sum += z
             self._squares += float(z.square().sum(dtype=torch.float64))
             self._examples += 1

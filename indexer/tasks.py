@@ -28,7 +28,7 @@ from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
 from . import models
-from .examples import DocumentEncoder, TextEncoder, VectorEncoder
+from .examples import DocumentConverter, TextConverter, VectorConverter
 
 IGNORED = -100
 _PADDED = 16
@@ -87,7 +87,7 @@ class Task(ABC):
     @abstractmethod
     def encoder(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
-    ) -> DocumentEncoder:
+    ) -> DocumentConverter:
         """Encoder of documents.
 
         Args:
@@ -121,12 +121,12 @@ class Task(ABC):
         """Raise an IncompatibleError if the model does not fit the task; any does by default."""
 
     def group(self, models: Sequence[nn.Module], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-        """Group examples by length (tokens) into batches of indices; see `plan_batches`."""
+        """Group examples by length (tokens) into batches of indices; see `batches_by_length`."""
         splits = {split for model in models for split in self.splits(model, max(lengths, default=0))}
-        return plan_batches(lengths, token_budget, sorted(splits))
+        return batches_by_length(lengths, token_budget, sorted(splits))
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
-        """Lengths (tokens) at and below which the model computes differently, as in `plan_batches`."""
+        """Lengths (tokens) at and below which the model computes differently, as in `batches_by_length`."""
         return ()
 
     def context(self, model: nn.Module) -> int | None:
@@ -163,9 +163,9 @@ class CausalLM(Task):
 
     def encoder(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
-    ) -> TextEncoder:
+    ) -> TextConverter:
         """See `Task`."""
-        return TextEncoder(models.load_tokenizer(source), max_tokens or 1 << 30, long, append_eos)
+        return TextConverter(models.load_tokenizer(source), max_tokens or 1 << 30, long, append_eos)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Combine examples to a batch, without their last tokens as inputs."""
@@ -267,9 +267,9 @@ class VectorTask(Task):
 
     def encoder(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
-    ) -> VectorEncoder:
+    ) -> VectorConverter:
         """See `Task`."""
-        return VectorEncoder()
+        return VectorConverter()
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Stack vectors, in float32."""
@@ -384,7 +384,7 @@ def import_object(path: str, kind: str) -> Any:
         ) from error
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int, splits: Sequence[int] = ()) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], token_budget: int, splits: Sequence[int] = ()) -> list[list[int]]:
     """Group examples of similar length so that a padded batch holds at most `token_budget` tokens (one example may exceed it alone).
 
     A function of the lengths alone, longest first, so the same examples always share the same batches.

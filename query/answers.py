@@ -215,7 +215,7 @@ def _frame(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "pd.
 
 
 @dataclass(frozen=True)
-class Part:
+class ScorePart:
     """A part of a score.
 
     Attributes:
@@ -258,13 +258,13 @@ class Explanation:
     id: str
     text: str
     score: float
-    components: tuple[Part, ...]
-    layers: tuple[Part, ...]
-    vocabulary: tuple[Part, ...]
+    components: tuple[ScorePart, ...]
+    layers: tuple[ScorePart, ...]
+    vocabulary: tuple[ScorePart, ...]
     recomputed: float | None = None
     example: TokenShares | None = None
     query: TokenShares | None = None
-    blocks: tuple[Part, ...] = ()
+    blocks: tuple[ScorePart, ...] = ()
 
     def __repr__(self) -> str:
         return f"Explanation(row {self.row}, {self.id!r}, score {self.score:.4g})"
@@ -283,7 +283,7 @@ class Explanation:
                 html.append(_table(name + left_out, ("name", "score", "component"), rows))
         return "".join(html)
 
-    def _parts(self) -> dict[str, tuple[Part, ...]]:
+    def _parts(self) -> dict[str, tuple[ScorePart, ...]]:
         return {"component": self.components, "layer": self.layers, "block": self.blocks, "shared token": self.vocabulary}
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -298,7 +298,7 @@ class Explanation:
         for kind, shares in (("example token", self.example), ("query token", self.query)):
             pairs = zip(shares.tokens, shares.scores, strict=True) if shares is not None else ()
             lines += [{"kind": kind, "name": token, "score": score} for token, score in pairs]
-        return _frame(lines, ["kind", *Part.__dataclass_fields__]).astype({"token": "Int64"})
+        return _frame(lines, ["kind", *ScorePart.__dataclass_fields__]).astype({"token": "Int64"})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, keys as in `wherefrom explain --json`."""
@@ -307,7 +307,7 @@ class Explanation:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Explanation":
         """An explanation from what `to_dict` made of it."""
-        parts = {name: tuple(Part(**part) for part in record[name]) for name in ("components", "layers", "vocabulary", "blocks")}
+        parts = {name: tuple(ScorePart(**part) for part in record[name]) for name in ("components", "layers", "vocabulary", "blocks")}
         shares = {
             name: None if record[name] is None else TokenShares(tuple(record[name]["tokens"]), tuple(record[name]["scores"]))
             for name in ("example", "query")

@@ -12,7 +12,7 @@ from ..store.bits import padded_width, rotate
 from ..store.compiled import Compiled
 from ..store.dense import DenseRows, row_bytes
 from ..store.errors import NumericalError, UsageError
-from ..store.index import Group, Index
+from ..store.index import Index, ShardGroup
 from ..store.manifest import Component, DenseComponent, SparseComponent
 from ..store.postings import byte_tables
 from ..store.scan_codes import Rounded, scan_bits, words
@@ -62,11 +62,11 @@ class Operand(Protocol):
         """Prepare a component's queries under a metric, times a weight."""
 
     def add(
-        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+        self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
         """Add weighted products with a group's rows and, for cosines, the rows' weighted squared lengths in the same metric."""
 
-    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+    def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
         """Add exact products where they are cheap, else estimates from scan codes with their variances."""
 
     def refusal(self, index: Index, mode: str) -> str | None:
@@ -145,7 +145,7 @@ class DenseOperand:
         )
 
     def add(
-        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+        self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
         """See `Operand`."""
         for rows, offsets, positions, codes in self._blocks(index, group):
@@ -160,7 +160,7 @@ class DenseOperand:
                     lengths = (values * values * self.change).sum(axis=1) * factors**2
                 squared[positions] += self.weight * lengths * norms.astype(np.float64) ** 2
 
-    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+    def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
         """See `Operand`."""
         rounded = self._rounded
         lengths = np.square(self.queries, dtype=np.float64).sum(axis=1)
@@ -238,7 +238,7 @@ class DenseOperand:
             factors[selection] = self.factors[selection]
         return DenseVectors((row.values.astype(np.float64) * factors).astype(np.float32))
 
-    def _blocks(self, index: Index, group: Group) -> Iterator[tuple[DenseRows, slice, slice, np.ndarray]]:
+    def _blocks(self, index: Index, group: ShardGroup) -> Iterator[tuple[DenseRows, slice, slice, np.ndarray]]:
         """Yield blocks of a group's rows: the reader, their offsets in the shard, their positions in the group, and their codes."""
         for shard in group.shards:
             rows = index.rows(shard, self.component)
@@ -247,7 +247,7 @@ class DenseOperand:
                 last = first + len(codes)
                 yield rows, slice(first, last), slice(start + first, start + last), codes
 
-    def _codes(self, index: Index, group: Group) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def _codes(self, index: Index, group: ShardGroup) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Yield positions in the group with codes, factors, noises and norms (see scan_codes.py); one-bit rows have no noise."""
         if not self.component.one_bit:
             scan_codes = index.search_arrays(group, self.component)
@@ -300,7 +300,7 @@ class SparseOperand:
         return cls(component, weight, damping, queries.keys, queries.owners, tables, squares, squared_norms)
 
     def add(
-        self, index: Index, group: Group, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
+        self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
         """See `Operand`; the products are unbiased estimates from one-bit codes."""
         index.search_arrays(group, self.component).add_scores(self.keys, self.owners, self.tables, scores)
@@ -308,7 +308,7 @@ class SparseOperand:
             norms = np.concatenate([index.rows(shard, self.component).norms for shard in group.shards])
             squared += self.weight * np.square(norms, dtype=np.float64)
 
-    def estimate(self, index: Index, group: Group, estimates: Estimates) -> None:
+    def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
         """See `Operand`: posting lists give all that a scan of the rows gives."""
         self.add(index, group, estimates.exact, estimates.squared)
 

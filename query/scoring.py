@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import NumericalError, UsageError
-from ..store.index import Group, Index
+from ..store.index import Index, ShardGroup
 from ..store.vectors import Rows, count
 from .metric import Metric, matched
 from .operands import OPERANDS, Estimates, Operand
@@ -84,7 +84,7 @@ class Scorer:
         """Return the number of queries."""
         return len(self.norms)
 
-    def scores(self, group: Group) -> Float32[np.ndarray, "queries rows"]:
+    def scores(self, group: ShardGroup) -> Float32[np.ndarray, "queries rows"]:
         """Compute the scores of a group's rows."""
         scores = np.zeros((len(self), group.rows), np.float32)
         squared = self._squared(group)
@@ -94,7 +94,7 @@ class Scorer:
         _check_finite(scores)
         return scores
 
-    def estimates(self, group: Group) -> EstimatedScores:
+    def estimates(self, group: ShardGroup) -> EstimatedScores:
         """Estimate the scores of a group's rows; possible if `refusal` returns None."""
         shape = len(self), group.rows
         sums = Estimates(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape), self._squared(group))
@@ -153,11 +153,11 @@ class Scorer:
             total += float(operand.scaled(self.index, row, stored).inner_products(row).sum(dtype=np.float64))
         return total
 
-    def _squared(self, group: Group) -> Float64[np.ndarray, " rows"] | None:
+    def _squared(self, group: ShardGroup) -> Float64[np.ndarray, " rows"] | None:
         """Return zeros for the rows' squared lengths, if the mode needs them."""
         return np.zeros(group.rows) if self.mode == "cosine" else None
 
-    def _scale(self, group: Group, squared: Float64[np.ndarray, " rows"] | None) -> Float32[np.ndarray, "queries rows"]:
+    def _scale(self, group: ShardGroup, squared: Float64[np.ndarray, " rows"] | None) -> Float32[np.ndarray, "queries rows"]:
         """Return the factors that turn sums of products into scores."""
         if squared is not None:
             lengths = self.norms[:, None] * np.sqrt(squared)[None]
@@ -181,7 +181,7 @@ def _check_finite(*arrays: np.ndarray) -> None:
 Result = TypeVar("Result")
 
 
-def by_group(groups: Sequence[Group], function: Callable[[Group], Result]) -> Iterator[tuple[Group, Result]]:
+def by_group(groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Result]) -> Iterator[tuple[ShardGroup, Result]]:
     """Call a function for each group of shards, with one thread for each available core; yield the results in the order of groups."""
     threads = min(len(os.sched_getaffinity(0)), len(groups))
     if threads < 2:
@@ -189,7 +189,7 @@ def by_group(groups: Sequence[Group], function: Callable[[Group], Result]) -> It
             yield group, function(group)
         return
     with ThreadPoolExecutor(threads) as pool:
-        submitted: deque[tuple[Group, Future[Result]]] = deque()
+        submitted: deque[tuple[ShardGroup, Future[Result]]] = deque()
         for group in groups:
             submitted.append((group, pool.submit(function, group)))
             if len(submitted) > 2 * threads:  # bounds the results in memory
@@ -218,12 +218,12 @@ def _weights(index: Index, metric: Metric) -> dict[str, float]:
     """
     components = index.manifest.components
     names = ", ".join(component.name for component in components)
-    unknown = sorted(metric.weights.keys() - {name for component in components for name in (component.name, component.part)})
+    unknown = sorted(metric.weights.keys() - {name for component in components for name in (component.name, component.role)})
     if unknown:
         raise UsageError(f"there is no component {unknown[0]!r} in this index; choose among {names}")
     weights = {}
     for component in components:
-        factors = [metric.weights[name] for name in {component.name, component.part} & metric.weights.keys()]
+        factors = [metric.weights[name] for name in {component.name, component.role} & metric.weights.keys()]
         weights[component.name] = component.weight * float(np.prod(factors))
     if not any(weights.values()):
         raise UsageError("every component has the weight 0; give at least one another weight")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
-from ..store.index import Group, Index
+from ..store.index import Index, ShardGroup
 from ..store.vectors import Rows, count, cut
 from .metric import Metric
 from .scoring import Scorer, by_group
@@ -263,7 +263,7 @@ def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"
     most = max(_MOST_READ_OF_FEW, int(searched.sum()) // _MOST_READ)
     size = max(k, _READ_FIRST)
 
-    def candidates_of(group: Group) -> list[list[_Candidates]]:
+    def candidates_of(group: ShardGroup) -> list[list[_Candidates]]:
         """Find the candidates of a group of shards, for each query and side."""
         estimates = scorer.estimates(group)
         excluded = np.flatnonzero(~searched[group.first : group.first + group.rows])

@@ -1,1 +1,1 @@
-"""Fit and build as jobs: configuration, plan, workers, progress. Ties the indexer to the store; does no mathematics."""
+"""Fit and build as jobs: configuration, settings, workers, progress. Ties the indexer to the store; does no mathematics."""

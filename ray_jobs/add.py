@@ -18,24 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from ..indexer.encoder import EncoderPlan
+from ..indexer.encoder import EncoderSettings
 from ..indexer.recorded import RecordedEncoder
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import DataError
-from ..store.files import PLAN, discard_plan, exclusive, read_json, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, read_json, write_whole
 from ..store.index import Index
 from ..store.kinds import open_rows
 from ..store.manifest import Addition, Manifest
 from ..store.shard import Shard, documents_path, publish_index, rows_path
 from .build import longest_example, refresh_search
 from .config import BuildConfig, recorded_config
-from .corpus import plan_corpus
+from .corpus import write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import not_finite, report_not_finite
 from .progress import Reporter, Silent
-from .worker import Worker, absolute, document_encoder
+from .worker import Worker, absolute, document_converter
 
 _LARGEST_DRIFT = 1.5
 
@@ -74,7 +74,7 @@ def add(
         manifest = index.manifest
         call = digest(json.dumps({"encoder": manifest.encoder.sha256, "corpus": corpus_files}, sort_keys=True).encode()).hexdigest()
         if manifest.build.added and (manifest.build.added[-1].call, manifest.build.added[-1].manifest) == (call, manifest.number):
-            discard_plan(out)  # published by a call that was then interrupted
+            discard_inputs(out)  # published by a call that was then interrupted
             refresh_search(out, reporter)
             return manifest
         with open_executor(partial(Worker, config, recorded.sources), resources) as executor:
@@ -112,18 +112,18 @@ def _add(
     manifest = index.manifest
     models, _, _ = executor.call("describe")
     recorded.check_models([model.fingerprint for model in models])
-    encoder = document_encoder(config, recorded.sources, longest_example(config, models))
-    recorded.check_documents(encoder)
+    encoder = document_converter(config, recorded.sources, longest_example(config, models))
+    recorded.check_converter(encoder)
     identity = {"adds_to": manifest.number, "call": call}
     fingerprint = digest(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     _claim(out, identity)
     shard_rows = max(shard.rows for shard in index.shards)
-    corpus = plan_corpus(config, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
+    corpus = write_corpus(config, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
     _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
-    plan = EncoderPlan(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
+    settings = EncoderSettings(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
     shards = [replace(shard, first=shard.first + manifest.rows) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
-    added = tuple(executor.map("build", (plan, index.arrays), [(shard,) for shard in shards], reporter))
+    added = tuple(executor.map("build", (settings, index.arrays), [(shard,) for shard in shards], reporter))
     addition = Addition(
         call=call,
         manifest=manifest.number + 1,
@@ -139,17 +139,17 @@ def _add(
     record = build.model_copy(update={**counts, "added": (*build.added, addition)})
     manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record}
     new_manifest = publish_index(out, (*index.shards, *added), index.deleted, manifest_fields)
-    discard_plan(out)
+    discard_inputs(out)
     refresh_search(out, reporter)
     return new_manifest
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Record the identity of this call, and discard the files of another call that was interrupted."""
-    plan = out / "staging" / PLAN
-    if not plan.is_file() or read_json(plan) != identity:
+    record = out / "staging" / INPUTS
+    if not record.is_file() or read_json(record) != identity:
         shutil.rmtree(out / "staging", ignore_errors=True)
-    write_whole(plan, json.dumps(identity).encode())
+    write_whole(record, json.dumps(identity).encode())
 
 
 def _refuse_existing_ids(index: Index, added: Iterable[Documents]) -> None:

@@ -1,7 +1,7 @@
 """A build from corpus to manifest: describe the models, write the examples, fit the encoder, build the shards, publish the manifest.
 
 Each stage writes complete files, whose names depend only on the inputs of the build, so the same command resumes a build that was killed.
-`staging/` holds unfinished files and the plan, a record of the inputs. The manifest is written last; until then there is no index.
+`staging/` holds unfinished files and a record of the build's inputs. The manifest is written last; until then there is no index.
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 from ..indexer.budget import row_cost
 from ..indexer.calibrate import Agreement, calibrate
 from ..indexer.curvature import Arrays, add_sums
-from ..indexer.encoder import EncoderPlan
+from ..indexer.encoder import EncoderSettings
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.models import IN_MEMORY, LoadedModel, ModelSource
 from ..indexer.tasks import find_task
@@ -28,7 +28,7 @@ from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WorkerError
-from ..store.files import PLAN, discard_plan, exclusive, publish, read_json, regular_size, storage_errors, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, storage_errors, write_whole
 from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
@@ -45,12 +45,12 @@ from ..store.manifest import (
 )
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
-from .corpus import CorpusPlan, plan_corpus
+from .corpus import WrittenCorpus, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import select_components
-from .worker import Worker, absolute, document_encoder, model_sources
+from .worker import Worker, absolute, document_converter, model_sources
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
@@ -108,12 +108,12 @@ def build(
     if loaded:
         options = config.dtype, config.device, config.trust_remote_code
         sources = tuple(ModelSource.of(model, *options) for model in loaded)
-    encoder = document_encoder(config, sources)
+    encoder = document_converter(config, sources)
     is_new = not out.exists()
     try:
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
         with exclusive(out), open_executor(partial(Worker, absolute_config, sources), resources) as executor:
-            models, plan, facts = executor.call("describe")
+            models, settings, facts = executor.call("describe")
             inputs = {
                 "format": FORMAT_VERSION,
                 "options": content,
@@ -126,21 +126,21 @@ def build(
             if manifest is not None:
                 return manifest
             _claim(job, inputs)
-            corpus = _write_corpus(job, models, plan, executor.call("vocabulary"))
-            plan = select_components(config, plan, _read_sample(job, corpus))
-            notes = model_notes(facts, plan.components)
+            corpus = _write_corpus(job, models, settings, executor.call("vocabulary"))
+            settings = select_components(config, settings, _read_sample(job, corpus))
+            notes = model_notes(facts, settings.components)
             for note in notes:
                 reporter.note(note)
-            arrays, plan, file = _fit(job, executor, with_known_sample(plan, min(config.fit_examples, corpus.rows)), corpus)
-            shards = _build_shards(job, executor, plan, arrays, corpus)
-            components, calibration = _calibrate(job, executor, plan, arrays, corpus)
+            arrays, settings, file = _fit(job, executor, with_known_sample(settings, min(config.fit_examples, corpus.rows)), corpus)
+            shards = _build_shards(job, executor, settings, arrays, corpus)
+            components, calibration = _calibrate(job, executor, settings, arrays, corpus)
             silent = silent_components(out, shards[0], components)
             for note in silent:
                 reporter.note(note)
             record = Build(
                 what=What.model_validate_json(json.dumps(inputs)),
                 how=config.runtime_options(),
-                batch_tokens=plan.batch_tokens,
+                batch_tokens=settings.batch_tokens,
                 tracked=tuple(tracked(model, components, number) for number, model in enumerate(facts)),
                 calibration=calibration,
                 **corpus.counts(),
@@ -189,7 +189,7 @@ def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
     for path, size in sizes.items():
         if regular_size(path) != size:
             raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
-    discard_plan(job.out)
+    discard_inputs(job.out)
     refresh_search(job.out, job.reporter)
     return manifest
 
@@ -203,14 +203,14 @@ def refresh_search(out: Path, reporter: Reporter) -> None:
 
 def _claim(job: _Job, inputs: dict[str, Any]) -> None:
     """Record the inputs of this build, or check that an unfinished build in the directory has the same; one without rows is replaced."""
-    plan = job.staging / PLAN
-    if plan.is_file() and read_json(plan) != json.loads(json.dumps(inputs)) and not list(job.out.glob("rows/*")):
+    record = job.staging / INPUTS
+    if record.is_file() and read_json(record) != json.loads(json.dumps(inputs)) and not list(job.out.glob("rows/*")):
         for folder in ("staging", "documents", "encoder"):
             shutil.rmtree(job.out / folder, ignore_errors=True)
-    if plan.is_file():
-        _refuse_other_inputs(job.out, read_json(plan), inputs)
+    if record.is_file():
+        _refuse_other_inputs(job.out, read_json(record), inputs)
     else:
-        write_whole(plan, json.dumps(inputs).encode())
+        write_whole(record, json.dumps(inputs).encode())
 
 
 def _refuse_other_inputs(out: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -243,16 +243,16 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
-def _write_corpus(job: _Job, models: Sequence[Model], plan: EncoderPlan, vocabulary: int | None) -> CorpusPlan:
+def _write_corpus(job: _Job, models: Sequence[Model], settings: EncoderSettings, vocabulary: int | None) -> WrittenCorpus:
     """Write the shards' examples. Without `shard_rows`, the rows of a shard take at most `_SHARD_BYTES`."""
     config = job.config
-    encoder = document_encoder(config, job.sources, longest_example(config, models))
-    row_bytes = config.budget or max(row_cost(component, {}) for component in plan.components)
+    encoder = document_converter(config, job.sources, longest_example(config, models))
+    row_bytes = config.budget or max(row_cost(component, {}) for component in settings.components)
     shard_rows = config.shard_rows or max(1, min(_SHARD_ROWS, int(_SHARD_BYTES // row_bytes)))
-    return plan_corpus(config, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
+    return write_corpus(config, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
-def _read_sample(job: _Job, corpus: CorpusPlan) -> list[Example]:
+def _read_sample(job: _Job, corpus: WrittenCorpus) -> list[Example]:
     """Read a sample of the examples."""
     examples = []
     for part in _sample(corpus, min(_COUNTED, corpus.rows), job.config.seed):
@@ -262,7 +262,7 @@ def _read_sample(job: _Job, corpus: CorpusPlan) -> list[Example]:
     return examples
 
 
-def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -> tuple[Arrays, EncoderPlan, FileRecord]:
+def _fit(job: _Job, executor: Executor, settings: EncoderSettings, corpus: WrittenCorpus) -> tuple[Arrays, EncoderSettings, FileRecord]:
     """Fit the encoder on a seeded sample, or read the encoder of an earlier run.
 
     The parts of the sample are fixed, and their sums are added in order, so the arrays are the same bits for any number of workers.
@@ -274,16 +274,16 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     if record_file.is_file():
         record = read_json(record_file)
         if path.is_file() and FileRecord.of(job.out, path).model_dump() == record["file"]:
-            return load_file(path), _with_counts(plan, record["fitted"]), FileRecord(**record["file"])
+            return load_file(path), _with_counts(settings, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
-    fit = Fit(plan)
+    fit = Fit(settings)
     arrays: Arrays = {}
     fit_examples = min(job.config.fit_examples, corpus.rows)
     parts = _sample(corpus, fit_examples, job.config.seed)
     for step in range(len(fit.steps)):
         job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", fit_examples)
         totals: Arrays = {}
-        for sums in executor.map("measure", (plan, arrays, step), [(part,) for part in parts], job.reporter):
+        for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], job.reporter):
             totals = add_sums(totals, sums)
         arrays = fit.finish(step, arrays, totals)
     counts = {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
@@ -294,43 +294,43 @@ def _fit(job: _Job, executor: Executor, plan: EncoderPlan, corpus: CorpusPlan) -
     publish(staged, path)
     file = FileRecord.of(job.out, path)
     write_whole(record_file, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
-    return arrays, _with_counts(plan, counts), file
+    return arrays, _with_counts(settings, counts), file
 
 
-def _with_counts(plan: EncoderPlan, counts: dict[str, int]) -> EncoderPlan:
-    """Return a plan whose curvatures have the numbers of examples and tokens of the fit."""
-    components = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in plan.components)
-    return replace(plan, components=components)
+def _with_counts(settings: EncoderSettings, counts: dict[str, int]) -> EncoderSettings:
+    """Return settings whose curvatures have the numbers of examples and tokens of the fit."""
+    components = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in settings.components)
+    return replace(settings, components=components)
 
 
 def _calibrate(
-    job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan
+    job: _Job, executor: Executor, settings: EncoderSettings, arrays: Arrays, corpus: WrittenCorpus
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights by the first rows of the first shard (see indexer/calibrate.py).
 
     Returns:
         The components, and figures for the record of the index; no figures for a single component without reduction and coding errors.
     """
-    if len(plan.components) == 1 and not plan.components[0].reduced and not plan.components[0].estimated:
-        return plan.components, {}
+    if len(settings.components) == 1 and not settings.components[0].reduced and not settings.components[0].estimated:
+        return settings.components, {}
     shard = corpus.shards[0]
-    width = sum(component.dim for component in plan.components if component.has_wide_rows)
+    width = sum(component.dim for component in settings.components if component.has_wide_rows)
     rows = min(shard.rows, max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width))))
     if rows < 2:
-        return plan.components, {}
+        return settings.components, {}
     job.reporter.stage("calibrating components", rows)
-    ((exact, head_mean_share),) = executor.map("exact_rows", (plan, arrays), [(shard, rows)], job.reporter)
+    ((exact, head_mean_share),) = executor.map("exact_rows", (settings, arrays), [(shard, rows)], job.reporter)
     file = ArrayFile(rows_path(job.out, shard.id))
     agreements = {}
-    for component in plan.components:
+    for component in settings.components:
         vectors = exact[component.name]
         stored = open_rows(file, component, shard.rows)
         products = KINDS[component.kind].products(stored, component, vectors, arrays)[:, :rows]
         agreements[component.name] = Agreement.of(vectors.inner_products(vectors), products)
-    return calibrate(plan.components, agreements, head_mean_share)
+    return calibrate(settings.components, agreements, head_mean_share)
 
 
-def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
+def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
     """Draw `count` rows without replacement, in parts. Each lists shards with id, number of rows, and the drawn positions."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
@@ -344,9 +344,9 @@ def _sample(corpus: CorpusPlan, count: int, seed: int) -> list[list[tuple[str, i
     return parts
 
 
-def _build_shards(job: _Job, executor: Executor, plan: EncoderPlan, arrays: Arrays, corpus: CorpusPlan) -> tuple[Shard, ...]:
+def _build_shards(job: _Job, executor: Executor, settings: EncoderSettings, arrays: Arrays, corpus: WrittenCorpus) -> tuple[Shard, ...]:
     job.reporter.stage("building rows", corpus.rows)
-    return tuple(executor.map("build", (plan, arrays), [(shard,) for shard in corpus.shards], job.reporter))
+    return tuple(executor.map("build", (settings, arrays), [(shard,) for shard in corpus.shards], job.reporter))
 
 
 def _publish(
@@ -369,7 +369,7 @@ def _publish(
         build=record,
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)
-    discard_plan(job.out)
+    discard_inputs(job.out)
     refresh_search(job.out, job.reporter)
     return manifest
 

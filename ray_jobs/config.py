@@ -57,7 +57,7 @@ Names = Annotated[str | tuple[str, ...], BeforeValidator(_path)]
 Path = Annotated[str, BeforeValidator(_path)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Positive = Annotated[int, Field(ge=1)]
-ComponentPart = Literal["blocks", "head", "embeddings"]
+ComponentRole = Literal["blocks", "head", "embeddings"]
 
 
 class BuildConfig(BaseModel):
@@ -107,7 +107,7 @@ class BuildConfig(BaseModel):
     """End each document with the end-of-text token."""
     bad_documents: Literal["error", "skip"] = "error"
     """A document that cannot be used is an error, or is skipped and counted."""
-    components: Annotated[tuple[ComponentPart, ...], BeforeValidator(_tuple), Field(min_length=1)] | None = None
+    components: Annotated[tuple[ComponentRole, ...], BeforeValidator(_tuple), Field(min_length=1)] | None = None
     """Parts of a row: blocks (dense rows of linear layers), head and embeddings (sparse, keyed by token).  [default: those that the bytes
     afford, else blocks]"""
     projection: Literal["random", "pca"] | None = None

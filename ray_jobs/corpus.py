@@ -1,6 +1,6 @@
 """The first stage of a build: conversion of the corpus to shards of tokenized examples on disk, with a check that ids are unique.
 
-It is one streaming pass in the driver, since tokenizers use every core by themselves. All later stages read the shards. The plan is
+It is one streaming pass in the driver, since tokenizers use every core by themselves. All later stages read the shards. The corpus is
 written to `staging/examples.json` last, so a resumed build uses the shards that are named there and no others.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..indexer.examples import DocumentEncoder
+from ..indexer.examples import DocumentConverter
 from ..indexer.tasks import find_task
 from ..store.corpus import Corpus, unread_record
 from ..store.documents import Documents, Example, stored_bytes, write_documents
@@ -30,7 +30,7 @@ _SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class WrittenShard:
     """A shard whose rows are to be built.
 
     Attributes:
@@ -46,7 +46,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class CorpusPlan:
+class WrittenCorpus:
     """All shards of a corpus, and a record of its documents.
 
     Attributes:
@@ -56,7 +56,7 @@ class CorpusPlan:
         left_out_columns: the columns that an index cannot hold, each with a description of its content.
     """
 
-    shards: tuple[ShardPlan, ...]
+    shards: tuple[WrittenShard, ...]
     documents: int
     split: int
     truncated: int
@@ -92,16 +92,16 @@ def corpus_fields(config: BuildConfig) -> Fields:
     return config.fields if form == "auto" else replace(config.fields, form=form)
 
 
-def plan_corpus(
+def write_corpus(
     config: BuildConfig,
-    encoder: DocumentEncoder,
+    encoder: DocumentConverter,
     out: Path,
     fingerprint: str,
     shard_rows: int,
     reporter: Reporter,
     vocabulary: int | None = None,
-) -> CorpusPlan:
-    """Read, tokenize, split and write the corpus, or return the plan of an earlier run.
+) -> WrittenCorpus:
+    """Read, tokenize, split and write the corpus, or return the corpus of an earlier run.
 
     Args:
         shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`.
@@ -110,12 +110,12 @@ def plan_corpus(
     Raises:
         DataError: there is no usable document, a document cannot be used (with `bad_documents` error), or an id is not unique.
     """
-    plan_file = out / "staging" / "examples.json"
-    earlier_plan = _read_plan(out, plan_file)
+    record_file = out / "staging" / "examples.json"
+    earlier_plan = _read_written(out, record_file)
     if earlier_plan is not None:
         return earlier_plan
     reporter.stage("reading the corpus", None)
-    shards: list[ShardPlan] = []
+    shards: list[WrittenShard] = []
     pending: list[Example] = []
     hashes = array("Q")
     counts = {"examples": 0, "tokens": 0, "documents": 0, "split": 0, "truncated": 0}
@@ -131,7 +131,7 @@ def plan_corpus(
         path.unlink(missing_ok=True)
         publish(staged, path)
         first = shards[-1].first + shards[-1].rows if shards else 0
-        shards.append(ShardPlan(id, first, len(pending), sum(e.tokens for e in pending), digest))
+        shards.append(WrittenShard(id, first, len(pending), sum(e.tokens for e in pending), digest))
         pending.clear()
 
     corpus = Corpus(config.sources, corpus_fields(config))
@@ -161,7 +161,7 @@ def plan_corpus(
             + (f"fix them, the first of {skipped_count}: {skipped[0]}" if skipped else "check `data`")
         )
     _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
-    plan = CorpusPlan(
+    written = WrittenCorpus(
         shards=tuple(shards),
         documents=counts["documents"],
         split=counts["split"],
@@ -171,8 +171,8 @@ def plan_corpus(
         unread=unread_record(corpus.unread),
         left_out_columns=corpus.left_out,
     )
-    write_whole(plan_file, json.dumps(asdict(plan)).encode())
-    return plan
+    write_whole(record_file, json.dumps(asdict(written)).encode())
+    return written
 
 
 def _count(counts: dict[str, int], example: Example) -> None:
@@ -193,21 +193,21 @@ def _check_tokens(example: Example | DataError, vocabulary: int | None) -> Examp
     )
 
 
-def _read_plan(out: Path, plan_file: Path) -> CorpusPlan | None:
-    """Read the plan of an earlier run; None if there is none, or one of its shards is missing or differs."""
-    if not plan_file.is_file():
+def _read_written(out: Path, record_file: Path) -> WrittenCorpus | None:
+    """Read the corpus of an earlier run; None if there is none, or one of its shards is missing or differs."""
+    if not record_file.is_file():
         return None
-    content = read_json(plan_file)
-    shards = tuple(ShardPlan(**s) for s in content.pop("shards"))
+    content = read_json(record_file)
+    shards = tuple(WrittenShard(**s) for s in content.pop("shards"))
     for shard in shards:
         path = documents_path(out, shard.id)
         if not path.is_file() or sha256(path) != shard.documents_sha256:
             return None
     content["skipped_first"] = tuple(content["skipped_first"])
-    return CorpusPlan(shards, **content)
+    return WrittenCorpus(shards, **content)
 
 
-def _refuse_repeated_ids(out: Path, shards: list[ShardPlan], hashes: np.ndarray) -> None:
+def _refuse_repeated_ids(out: Path, shards: list[WrittenShard], hashes: np.ndarray) -> None:
     """Refuse ids that are not unique. Only ids with equal 64-bit hashes are read, so memory holds 8 bytes for each example.
 
     Raises:

@@ -24,7 +24,7 @@ from .build import longest_example
 from .config import BuildConfig
 from .corpus import corpus_fields
 from .schema import select_components
-from .worker import Worker, document_encoder, encode_rows
+from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
 _MEASURED_BATCHES = 6
@@ -68,8 +68,8 @@ def estimate(config: BuildConfig) -> Cost:
     """
     task = find_task(config.task)
     worker = Worker(config)
-    models, plan, _ = worker.describe()
-    encoder = document_encoder(config, worker.sources, longest_example(config, models))
+    models, settings, _ = worker.describe()
+    encoder = document_converter(config, worker.sources, longest_example(config, models))
     documents, sample = _sample_documents(config)
     examples: list[Example] = []
     for example in encoder.documents(sample):
@@ -82,36 +82,36 @@ def estimate(config: BuildConfig) -> Cost:
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
-    plan = select_components(config, plan, examples)
+    settings = select_components(config, settings, examples)
     fit_examples = min(config.fit_examples, rows)
-    plan = with_known_sample(plan, fit_examples)
-    measured = _first_examples(examples, plan.batch_tokens * _MEASURED_BATCHES)
+    settings = with_known_sample(settings, fit_examples)
+    measured = _first_examples(examples, settings.batch_tokens * _MEASURED_BATCHES)
     measured_tokens = sum(e.tokens for e in measured)
     mean_tokens = sum(e.tokens for e in examples) / len(examples)
     arrays = Arrays()
     fit_seconds = 0.0
-    fit = Fit(plan)
+    fit = Fit(settings)
     for step in range(len(fit.steps)):
-        worker_encoder = Encoder(task, worker.models, plan, arrays)
+        worker_encoder = Encoder(task, worker.models, settings, arrays)
         if step == 0:
-            fit.measure(worker_encoder, step, measured[:1])  # the first call is slower, so it is not timed
+            fit.sum_statistics(worker_encoder, step, measured[:1])  # the first call is slower, so it is not timed
         started = time.perf_counter()
-        sums = fit.measure(worker_encoder, step, measured)
+        sums = fit.sum_statistics(worker_encoder, step, measured)
         fit_seconds += (time.perf_counter() - started) / measured_tokens * mean_tokens * fit_examples / config.workers
         started = time.perf_counter()
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
-    worker_encoder = Encoder(task, worker.models, plan, arrays)
+    worker_encoder = Encoder(task, worker.models, settings, arrays)
     encode_rows(worker_encoder, measured[:1])
     started = time.perf_counter()
     encode_rows(worker_encoder, measured)
     row_seconds = (time.perf_counter() - started) / measured_tokens * mean_tokens * rows / config.workers
-    cost = sum(row_cost(s, counts) for s in plan.components)
+    cost = sum(row_cost(s, counts) for s in settings.components)
     return Cost(
         documents=documents,
         rows=rows,
         tokens=round(mean_tokens * rows),
-        components=tuple(s.sizes() | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in plan.components),
+        components=tuple(s.sizes() | {"bytes_per_example": round(row_cost(s, counts), 1)} for s in settings.components),
         bytes_per_example=round(cost, 1),
         bytes_of_rows=round(cost * rows),
         encoder_bytes=sum(array.nbytes for array in arrays.values()),

@@ -7,13 +7,13 @@ from typing import Literal
 from torch import nn
 
 from ..indexer.budget import allocate, count_tokens
-from ..indexer.encoder import EncoderPlan
-from ..indexer.layers import NARROWING, find_layers, plan_layers
+from ..indexer.encoder import EncoderSettings
+from ..indexer.layers import NARROWING, describe_layers, find_layers
 from ..indexer.tasks import Task, VocabularyLayer
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Projection, SparseComponent
-from .config import BuildConfig, ComponentPart
+from .config import BuildConfig, ComponentRole
 
 _BITS = 64
 
@@ -27,9 +27,9 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     Raises:
         UsageError: a named component, layer or kind of labels is not possible with the model.
     """
-    parts: tuple[ComponentPart, ...] = config.components or ("blocks",)
+    parts: tuple[ComponentRole, ...] = config.components or ("blocks",)
     if config.components is None and config.budget is not None:
-        layers: dict[ComponentPart, VocabularyLayer | None] = {
+        layers: dict[ComponentRole, VocabularyLayer | None] = {
             "head": task.sparse_head(model),
             "embeddings": task.sparse_embeddings(model),
         }
@@ -39,15 +39,15 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     )
 
 
-def select_components(config: BuildConfig, plan: EncoderPlan, examples: Sequence[Example]) -> EncoderPlan:
-    """Return the plan with the components and sizes that the budget affords.
+def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example]) -> EncoderSettings:
+    """Return the settings with the components and sizes that the budget affords.
 
     Args:
         examples: a sample of the corpus, whose tokens determine what fits.
     """
     if config.budget is None:
-        return plan
-    return replace(plan, components=allocate(config.budget, plan.components, count_tokens(examples)))
+        return settings
+    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples)))
 
 
 def component_name(config: BuildConfig, part: str, number: int) -> str:
@@ -76,7 +76,7 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         weight=1.0,
         coordinates=config.coordinates,
         dtype=config.row_dtype or "float32",
-        layers=plan_layers(task, model, names, rank, config.curvature, config.fit_examples, explicit=bool(config.layers)),
+        layers=describe_layers(task, model, names, rank, config.curvature, config.fit_examples, explicit=bool(config.layers)),
         projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
         curvature=curvature,
     )

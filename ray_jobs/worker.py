@@ -16,8 +16,8 @@ from torch import nn
 
 from ..indexer import models
 from ..indexer.curvature import Arrays
-from ..indexer.encoder import Encoder, EncoderPlan, Progress, backward, batches, ignore_progress
-from ..indexer.examples import DocumentEncoder
+from ..indexer.encoder import Encoder, EncoderSettings, Progress, backward, batches, ignore_progress
+from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.sparse import HeadMean
 from ..indexer.tasks import Task, find_task, load_model
@@ -29,7 +29,7 @@ from ..store.manifest import Component, Model
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows
 from .config import BuildConfig
-from .corpus import ShardPlan
+from .corpus import WrittenShard
 from .notes import ModelFacts
 from .schema import candidate_components, component_name
 
@@ -64,8 +64,8 @@ class Worker:
         torch.set_num_threads(self._config.threads)
         return tuple(load_model(self.task, source) for source in self.sources)
 
-    def describe(self) -> tuple[tuple[Model, ...], EncoderPlan, tuple[ModelFacts, ...]]:
-        """Return descriptions of the models, the plan of their encoder before the fit, and facts for the record of the index.
+    def describe(self) -> tuple[tuple[Model, ...], EncoderSettings, tuple[ModelFacts, ...]]:
+        """Return descriptions of the models, the settings of their encoder before the fit, and facts for the record of the index.
 
         Raises:
             UsageError: no layer matches, or a matching layer does not run.
@@ -97,17 +97,17 @@ class Worker:
             components += candidate_components(config, self.task, model, number)
         device = next(self.models[0].parameters()).device.type
         batch_tokens = config.batch_tokens or self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"])
-        plan = EncoderPlan(tuple(components), batch_tokens, config.hidden)
-        return tuple(descriptions), plan, tuple(ModelFacts.of(model) for model in self.models)
+        settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
+        return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
 
     def vocabulary(self) -> int | None:
         """Return the number of tokens that all models embed; None without tokens."""
         sizes = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
         return min(sizes, default=None) if self.task.form != "vector" else None
 
-    def measure(
+    def sum_statistics(
         self,
-        plan: EncoderPlan,
+        settings: EncoderSettings,
         arrays: Arrays,
         step: int,
         parts: Sequence[tuple[str, int, Sequence[int]]],
@@ -119,34 +119,34 @@ class Worker:
             parts: for each shard of the examples, its id, its number of rows, and the positions of the examples.
         """
         examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
-        return Fit(plan).measure(self._encoder(plan, arrays, f"pass {step}"), step, examples, progress)
+        return Fit(settings).sum_statistics(self._encoder(settings, arrays, f"pass {step}"), step, examples, progress)
 
-    def build(self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, progress: Progress = ignore_progress) -> Shard:
+    def build(self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, progress: Progress = ignore_progress) -> Shard:
         """Write the rows of a shard, unless they are complete on disk, and return its entry."""
         out = Path(self._config.out)
-        if is_whole(out, shard.id, shard.rows, plan.components):
+        if is_whole(out, shard.id, shard.rows, settings.components):
             progress(shard.rows, shard.tokens)
         else:
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            write_shard(out, shard.id, *encode_rows(self._encoder(plan, arrays, "rows"), examples, progress))
-        return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, plan.components)
+            write_shard(out, shard.id, *encode_rows(self._encoder(settings, arrays, "rows"), examples, progress))
+        return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
 
     def exact_rows(
-        self, plan: EncoderPlan, arrays: Arrays, shard: ShardPlan, count: int, progress: Progress = ignore_progress
+        self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, count: int, progress: Progress = ignore_progress
     ) -> tuple[Rows, float | None]:
         """Compute the first rows of a shard with all tokens and coordinates, before coding.
 
         Returns:
             The rows, and the mean share of the full gradients of the last model's head (see `HeadMean`); None without a head.
         """
-        uncut = tuple(component.uncut() for component in plan.components)
-        encoder = Encoder(self.task, self.models, replace(plan, components=uncut), arrays)
+        uncut = tuple(component.uncut() for component in settings.components)
+        encoder = Encoder(self.task, self.models, replace(settings, components=uncut), arrays)
         examples = self._examples(shard.id, shard.rows, range(count))
-        head: Any = encoder.parts.get(component_name(self._config, "head", len(self.models) - 1))
+        head: Any = encoder.component_encoders.get(component_name(self._config, "head", len(self.models) - 1))
         mean_share = None
         if head is not None:
             mean = HeadMean(head, _MEAN_TOKENS)
-            for _, batch in batches(self.task, (encoder.model,), examples, plan.batch_tokens):
+            for _, batch in batches(self.task, (encoder.model,), examples, settings.batch_tokens):
                 backward(encoder.model, batch, [mean], self.task.loss, tolerant=True)
             mean_share = mean.mean_share
         return encoder.rows(examples, progress=progress, tolerant=True), mean_share
@@ -155,21 +155,21 @@ class Worker:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
         return [documents[position] for position in positions]
 
-    def _encoder(self, plan: EncoderPlan, arrays: Arrays, stage: str) -> Encoder:
+    def _encoder(self, settings: EncoderSettings, arrays: Arrays, stage: str) -> Encoder:
         if stage not in self._encoders:
-            self._encoders = {stage: Encoder(self.task, self.models, plan, arrays)}
+            self._encoders = {stage: Encoder(self.task, self.models, settings, arrays)}
         return self._encoders[stage]
 
 
 def encode_rows(
     encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
 ) -> tuple[dict[str, ArrayGroup], Float32[np.ndarray, " rows"], Float16[np.ndarray, "rows width"] | None]:
-    """Compute the arrays of each component, the losses of the examples (nats), and their mean hidden states if the plan has them.
+    """Compute the arrays of each component, the losses of the examples (nats), and their mean hidden states if the settings include them.
 
     Rows are coded batch by batch, so that memory holds the whitened rows of one batch only.
     """
     count = len(examples)
-    writers = {c.name: KINDS[c.kind].writer(c, encoder.arrays, count) for c in encoder.plan.components}
+    writers = {c.name: KINDS[c.kind].writer(c, encoder.arrays, count) for c in encoder.settings.components}
     losses = np.zeros(count, np.float32)
     hidden: np.ndarray | None = None
     for batch in encoder.batches(examples, progress, tolerant=True):
@@ -189,7 +189,7 @@ def model_sources(config: BuildConfig) -> tuple[models.ModelSource, ...]:
     return tuple(models.ModelSource(id, revision, *options) for id, revision in zip(config.models, config.revisions, strict=True))
 
 
-def document_encoder(config: BuildConfig, sources: Sequence[models.ModelSource], max_tokens: int | None = None) -> DocumentEncoder:
+def document_converter(config: BuildConfig, sources: Sequence[models.ModelSource], max_tokens: int | None = None) -> DocumentConverter:
     """Return the document encoder with the first model's tokenizer.
 
     Raises:

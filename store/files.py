@@ -27,7 +27,7 @@ _SMALL_BYTES = 1 << 24
 _REFUSED = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 )
-PLAN = "plan.json"  # in staging/: the plan of the build or addition in progress
+INPUTS = "inputs.json"  # in staging/: the inputs of the build or addition in progress
 
 
 @contextlib.contextmanager
@@ -203,19 +203,19 @@ def refuse_links(directory: Path) -> None:
                 for entry in entries:
                     if entry.is_symlink():
                         raise UsageError(f"{entry.path} is a link, and changing the index could write outside it; remove it")
-                    if entry.is_dir() and (entry.name == PLAN or place.name == "search"):
+                    if entry.is_dir() and (entry.name == INPUTS or place.name == "search"):
                         raise UsageError(f"{entry.path} is a folder, but an index has a file of that name; remove it")
 
 
-def discard_plan(directory: Path) -> None:
-    """Remove the plan of an interrupted build or addition, so that it is not resumed."""
-    (directory / "staging" / PLAN).unlink(missing_ok=True)
+def discard_inputs(directory: Path) -> None:
+    """Remove the record of an interrupted build or addition, so that it is not resumed."""
+    (directory / "staging" / INPUTS).unlink(missing_ok=True)
 
 
 def clear_leftovers(directory: Path) -> None:
     """Remove unfinished files of killed writers from `staging/`; all of `staging/` if no build or addition is in progress there."""
     staging = directory / "staging"
-    if not (staging / PLAN).exists():
+    if not (staging / INPUTS).exists():
         shutil.rmtree(staging, ignore_errors=True)
         return
     for leftover in staging.iterdir():

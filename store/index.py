@@ -35,7 +35,7 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
-class Group:
+class ShardGroup:
     """Consecutive shards that are searched together: rows `first` to `first + rows` of the index."""
 
     shards: tuple[Shard, ...]
@@ -125,7 +125,7 @@ class Index:
         return self.reader(shard).documents
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[ShardGroup, ...]:
         """All shards, in groups of at most 65,536 rows (if no shard is larger), so that the scores of a group fit into a core's cache."""
         groups: list[list[Shard]] = []
         for shard in self.shards:
@@ -133,9 +133,9 @@ class Index:
                 groups[-1].append(shard)
             else:
                 groups.append([shard])
-        return tuple(Group(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
+        return tuple(ShardGroup(tuple(g), g[0].first, g[-1].first + g[-1].rows - g[0].first) for g in groups)
 
-    def search_arrays(self, group: Group, component: Component) -> Any:
+    def search_arrays(self, group: ShardGroup, component: Component) -> Any:
         """Return the posting lists or scan codes of a component in a group: from the search cache, or else computed from the rows.
 
         None if the component has none, or if the search cache lacks scan codes, which take longer to compute than an exact scan.
@@ -176,7 +176,7 @@ class Index:
         clear_leftovers(self.path)
         return written
 
-    def _cache_problem(self, group: Group, compare: bool) -> str | None:
+    def _cache_problem(self, group: ShardGroup, compare: bool) -> str | None:
         """Return the problem of a group's search cache; None if there is no problem."""
         file = self._cache_file(group)
         if file is None:
@@ -193,7 +193,7 @@ class Index:
             return "is damaged"
         return None
 
-    def _cache_groups(self, group: Group) -> dict[str, ArrayGroup]:
+    def _cache_groups(self, group: ShardGroup) -> dict[str, ArrayGroup]:
         arrays = {component.name: self._computed(group, component).arrays() for component in self._cached_components()}
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
@@ -204,26 +204,26 @@ class Index:
         """Return the components that have arrays in a search cache."""
         return [component for component in self.manifest.components if component.has_search_arrays]
 
-    def _cache_path(self, group: Group) -> Path:
+    def _cache_path(self, group: ShardGroup) -> Path:
         return self.path / "search" / f"{group.id}.zarr.zip"
 
-    def _cache_file(self, group: Group) -> ArrayFile | None:
+    def _cache_file(self, group: ShardGroup) -> ArrayFile | None:
         if group.id not in self._cache_files:
             self._cache_files[group.id] = read_cache(self._cache_path(group), group.source)
         return self._cache_files[group.id]
 
-    def _read_cached(self, group: Group, component: Component) -> SearchArrays | None:
+    def _read_cached(self, group: ShardGroup, component: Component) -> SearchArrays | None:
         file = self._cache_file(group)
         return None if file is None else KINDS[component.kind].search_arrays.read(file, component, group.rows)
 
-    def _computed(self, group: Group, component: Component) -> SearchArrays:
+    def _computed(self, group: ShardGroup, component: Component) -> SearchArrays:
         """Compute a component's posting lists or scan codes from the rows."""
         shards = [self.rows(shard, component) for shard in group.shards]
         return KINDS[component.kind].search_arrays.of(shards, component)
 
     def by_shard(
         self, rows: Int64[np.ndarray, " rows"]
-    ) -> Iterator[tuple[Group, Shard, Int64[np.ndarray, " shard_rows"], Int64[np.ndarray, " shard_rows"]]]:
+    ) -> Iterator[tuple[ShardGroup, Shard, Int64[np.ndarray, " shard_rows"], Int64[np.ndarray, " shard_rows"]]]:
         """Yield, for each shard that holds some of the rows: group, shard, positions in `rows`, and row numbers within the shard."""
         numbers_of_rows = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(numbers_of_rows, kind="stable")
@@ -233,7 +233,7 @@ class Index:
             yield self._groups_of_shards[number], shard, positions, rows[positions] - shard.first
 
     @cached_property
-    def _groups_of_shards(self) -> list[Group]:
+    def _groups_of_shards(self) -> list[ShardGroup]:
         return [group for group in self.groups for _ in group.shards]
 
     def norms(self, component: Component) -> Float32[np.ndarray, " rows"]:

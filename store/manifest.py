@@ -111,11 +111,6 @@ class _Component(_Model):
     weight: float
     curvature: Curvature
 
-    @property
-    def part(self) -> str:
-        """The name without the model's number: "blocks", "head" or "embeddings"."""
-        return self.name.partition("-")[0]
-
     def described(self, **about: Any) -> dict[str, Any]:
         """Combine fields of every component with those of a kind, JSON-ready."""
         curvature = {"labels": self.curvature.labels, "fitted_on": self.curvature.examples, "damping": self.curvature.damping}
@@ -136,6 +131,11 @@ class DenseComponent(_Component):
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
+
+    @property
+    def role(self) -> Literal["blocks"]:
+        """Its part of the model: the linear layers inside the blocks."""
+        return "blocks"
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
-from .files import discard_plan, exclusive
+from .files import discard_inputs, exclusive
 from .index import Index, write_search_caches
 from .manifest import manifest_path
 from .shard import derived_id, documents_path, publish_index, rows_path
@@ -76,7 +76,7 @@ def compact(out: Path) -> int:
             raise UsageError(f"every example of {out} was deleted; remove the directory instead")
         if dropped:
             publish_index(out, shards, np.zeros(0, np.int64), {**dict(manifest), "number": manifest.number + 1})
-        discard_plan(out)
+        discard_inputs(out)
         problem = write_search_caches(out)
         if problem is not None:
             warnings.warn(problem, stacklevel=2)
@@ -101,7 +101,7 @@ def prune(out: Path) -> int:
             if path not in named and _is_index_file(path):
                 freed += path.stat().st_size
                 path.unlink()
-        discard_plan(out)
+        discard_inputs(out)
         problem = write_search_caches(out)
         if problem is not None:
             warnings.warn(problem, stacklevel=2)

@@ -24,7 +24,7 @@ class Vectors(Protocol):
     def width(self) -> int:
         """Coordinates of a row, or of a token's vector."""
 
-    def part(self, first: int, last: int) -> "Vectors":
+    def cut(self, first: int, last: int) -> "Vectors":
         """Copy rows `first` to `last`, not included."""
 
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "Vectors":
@@ -74,7 +74,7 @@ class DenseVectors:
         """See `Vectors`."""
         return self.values.shape[1]
 
-    def part(self, first: int, last: int) -> "DenseVectors":
+    def cut(self, first: int, last: int) -> "DenseVectors":
         """See `Vectors`."""
         return DenseVectors(self.values[first:last].copy())
 
@@ -147,7 +147,7 @@ class SparseVectors:
         """See `Vectors`."""
         return self.vectors.shape[1]
 
-    def part(self, first: int, last: int) -> "SparseVectors":
+    def cut(self, first: int, last: int) -> "SparseVectors":
         """See `Vectors`."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
         entries = slice(int(indptr[0]), int(indptr[-1]))
@@ -248,7 +248,7 @@ def count(rows: Rows) -> int:
 
 def cut(rows: Rows, first: int, last: int) -> Rows:
     """Copy rows `first` to `last`, not included."""
-    return {name: vectors.part(first, last) for name, vectors in rows.items()}
+    return {name: vectors.cut(first, last) for name, vectors in rows.items()}
 
 
 def join(rows: Sequence[Rows]) -> Rows:

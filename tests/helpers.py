@@ -106,12 +106,12 @@ def make_examples(count, seed=0, longest=20):
 
 
 def make_plan(model, rank=4, curvature="fisher", projection="random", labels="data", damping=0.1, batch_tokens=64, patterns=()):
-    from wherefrom.indexer.encoder import EncoderPlan
-    from wherefrom.indexer.layers import find_layers, plan_layers
+    from wherefrom.indexer.encoder import EncoderSettings
+    from wherefrom.indexer.layers import describe_layers, find_layers
     from wherefrom.indexer.tasks import CausalLM
     from wherefrom.store.manifest import Curvature, DenseComponent, Projection
 
-    layers = plan_layers(CausalLM(), model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
+    layers = describe_layers(CausalLM(), model, find_layers(model, patterns), rank, curvature, 10**6, explicit=bool(patterns))
     component = DenseComponent(
         name="blocks",
         kind="dense",
@@ -123,22 +123,22 @@ def make_plan(model, rank=4, curvature="fisher", projection="random", labels="da
         projection=Projection(kind=projection, rank=rank, seed=7),
         curvature=Curvature(kind=curvature, labels=labels, examples=0, tokens=0, damping=damping),
     )
-    return EncoderPlan((component,), batch_tokens)
+    return EncoderSettings((component,), batch_tokens)
 
 
-def fit(model, plan, examples, parts=1):
+def fit(model, settings, examples, parts=1):
     from wherefrom.indexer.curvature import add_sums
     from wherefrom.indexer.encoder import Encoder
     from wherefrom.indexer.fit import Fit
     from wherefrom.indexer.tasks import CausalLM
 
-    fitting, arrays = Fit(plan), {}
+    fitting, arrays = Fit(settings), {}
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.measure(Encoder(CausalLM(), (model,), plan, arrays), step, examples[part::parts]))
+            totals = add_sums(totals, fitting.sum_statistics(Encoder(CausalLM(), (model,), settings, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
-    return Encoder(CausalLM(), (model,), plan, arrays)
+    return Encoder(CausalLM(), (model,), settings, arrays)
 
 
 def write_jsonl(path, records):

@@ -74,7 +74,7 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     assert_close(after[:, :60], before, 1e-6)
     client = Client(index)
     blocks = client.index.component("blocks")
-    exact = client.measure(client.to_examples(list(_documents(records(60, 100)))))["blocks"].values
+    exact = client.encode_examples(client.to_examples(list(_documents(records(60, 100)))))["blocks"].values
     stored = np.concatenate([client.index.vectors(i, blocks).values for i in range(60, 100)])
     assert (np.einsum("rd,rd->r", exact, stored) > 0).all()
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), np.linalg.norm(exact, axis=1), rtol=0.1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wherefrom.indexer.chat import Conversation
-from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.examples import TextConverter
 from wherefrom.store.corpus import Document, read_corpus
 from wherefrom.store.errors import DataError, UsageError
 from wherefrom.store.fields import Fields
@@ -146,7 +146,7 @@ def test_tokens_and_mask_are_those_that_trl_trains_on(tmp_path, name):
     trained = trainer.train_dataset[0]
     path = tmp_path / "d.jsonl"
     Dataset.from_list([record]).to_json(path)
-    (example,) = TextEncoder(tokenizer, 4096).documents(read_corpus([str(path)]))
+    (example,) = TextConverter(tokenizer, 4096).documents(read_corpus([str(path)]))
     labels = np.array(trained["labels"])
     labels[0] = -100  # nothing predicts the first token
     last = int(np.flatnonzero(labels != -100)[-1]) + 1  # what follows the last token of the loss is not stored: it cannot change it
@@ -159,7 +159,7 @@ def encoded(tmp_path, record, template, bos=None, fields=Fields()):
 
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    (example,) = TextEncoder(byte_tokenizer(template, bos), 4096).documents(read_corpus([str(path)], fields))
+    (example,) = TextConverter(byte_tokenizer(template, bos), 4096).documents(read_corpus([str(path)], fields))
     return example
 
 
@@ -193,13 +193,13 @@ def test_a_text_that_has_its_first_token_already_gets_no_second(tmp_path):
         example = encoded(tmp_path, {"text": text}, None, bos="<s>")
         assert example.token_ids.tolist() == [259, *b"hi there", 256][: len(example.token_ids)] or example.token_ids[0] == 259
         assert (example.token_ids == 259).sum() == 1
-        asked = ask(TextEncoder(tokenizer, 4096), text=text)
+        asked = ask(TextConverter(tokenizer, 4096), text=text)
         assert asked.token_ids.tolist() == example.token_ids.tolist()
-        assert (ask(TextEncoder(tokenizer, 4096), prompt=text, completion=" you").token_ids == 259).sum() == 1
+        assert (ask(TextConverter(tokenizer, 4096), prompt=text, completion=" you").token_ids == 259).sum() == 1
 
 
 def test_a_query_of_messages_is_what_the_document_is(tmp_path):
-    encoder = TextEncoder(byte_tokenizer(MARKED), 4096)
+    encoder = TextConverter(byte_tokenizer(MARKED), 4096)
     document = encoded(tmp_path, {"messages": CHATS["tools"], "tools": [TOOL]}, MARKED)
     asked = ask(encoder, messages=CHATS["tools"], tools=[TOOL])
     length = len(document.token_ids)
@@ -211,18 +211,18 @@ def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     with pytest.raises(UsageError, match="occurs 0 times"):
         ask(encoder, messages=CHATS["multi"], span="hi there")
     with pytest.raises(UsageError, match="rejects these messages"):
-        ask(TextEncoder(byte_tokenizer("{{ raise_exception('no system role') }}"), 64), messages=[USER, SAID])
+        ask(TextConverter(byte_tokenizer("{{ raise_exception('no system role') }}"), 64), messages=[USER, SAID])
 
 
 def test_templates_that_are_none_or_take_text_alone(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = 5
     with pytest.raises(UsageError, match="no chat template"):
-        ask(TextEncoder(tokenizer, 64), messages=[USER, SAID])
+        ask(TextConverter(tokenizer, 64), messages=[USER, SAID])
     parts = {"role": "user", "content": [{"type": "text", "text": "hi there"}]}
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
     with pytest.raises(UsageError, match="accepts text, and these contents are lists of parts"):
-        ask(TextEncoder(byte_tokenizer(plain), 64), messages=[parts, SAID])
+        ask(TextConverter(byte_tokenizer(plain), 64), messages=[parts, SAID])
 
 
 @pytest.mark.parametrize(

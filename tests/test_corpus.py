@@ -12,7 +12,7 @@ import pytest
 from helpers import make_tokenizer, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom.indexer.examples import TextEncoder
+from wherefrom.indexer.examples import TextConverter
 from wherefrom.query.files import read_chat, read_queries
 from wherefrom.query.options import Query
 from wherefrom.store.corpus import Corpus, Document, describe_sources, read_corpus, read_ids
@@ -382,7 +382,7 @@ def test_messages_of_a_file_and_their_errors(tmp_path):
 
 def encode(document, **options):
     defaults = {"max_tokens": 64, "append_eos": False}
-    return list(TextEncoder(make_tokenizer(), **(defaults | options)).documents([document]))
+    return list(TextConverter(make_tokenizer(), **(defaults | options)).documents([document]))
 
 
 def text_document(*numbers):
@@ -420,7 +420,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
     tokenizer.chat_template = TEMPLATE
     turns = [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4"), ("assistant", "w5 w6")]
     chat = Document(id="d", source="s", where="l", messages=[{"role": r, "content": c} for r, c in turns])
-    (example,) = TextEncoder(tokenizer, 64).documents([chat])
+    (example,) = TextConverter(tokenizer, 64).documents([chat])
     assert example.token_ids.tolist() == [40, 1, 2, 42, 41, 3, 42, 40, 4, 42, 41, 5, 6, 42]
     assert np.flatnonzero(example.loss_mask).tolist() == [5, 6, 11, 12, 13]
 
@@ -441,7 +441,7 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns():
 def test_chats_that_cannot_be_used(template, messages, error):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    (found,) = TextEncoder(tokenizer, 64).documents([Document(id="d", source="s", where="line 9", messages=messages)])
+    (found,) = TextConverter(tokenizer, 64).documents([Document(id="d", source="s", where="line 9", messages=messages)])
     assert isinstance(found, DataError)
     assert error in str(found)
     assert "line 9" in str(found)
@@ -482,7 +482,7 @@ def test_truncation_is_counted_and_bad_documents_say_where():
 
 
 def test_queries_are_never_cut():
-    encoder = TextEncoder(make_tokenizer(), max_tokens=4, append_eos=False)
+    encoder = TextConverter(make_tokenizer(), max_tokens=4, append_eos=False)
     assert isinstance(encoder.query(Document("query", "query", "the query", text=words(*range(1, 30)))), Example)
     for bad, message in [
         ({"text": words(1, 2, 3, 4)}, "4 tokens long"),
@@ -497,7 +497,7 @@ def test_queries_are_never_cut():
 def test_batches_of_the_tokenizer_keep_the_order(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join((json.dumps({"text": words(1 + i % 60, 2)}) if i % 7 else "oops") + "\n" for i in range(600)))
-    found = list(TextEncoder(make_tokenizer(), 64).documents(read_corpus([str(path)])))
+    found = list(TextConverter(make_tokenizer(), 64).documents(read_corpus([str(path)])))
     assert [isinstance(f, DataError) for f in found] == [i % 7 == 0 for i in range(600)]
     assert [f.id for f in found if isinstance(f, Example)] == [f"c.jsonl:{i + 1}" for i in range(600) if i % 7]
 
@@ -512,11 +512,11 @@ def _post_processed(template):
 
 def test_a_tokenizer_that_ends_texts_by_itself_ends_them_once_and_in_the_loss():
     document = Document(id="d", source="s", where="line 1", text=words(5, 6, 7))
-    for encoder in (TextEncoder(_post_processed("$A <eos>"), 64), TextEncoder(make_tokenizer(), 64)):
+    for encoder in (TextConverter(_post_processed("$A <eos>"), 64), TextConverter(make_tokenizer(), 64)):
         (example,) = encoder.documents([document])
         assert example.token_ids.tolist() == [5, 6, 7, 0]
         assert example.loss_mask.tolist() == [False, True, True, True]
-    (started,) = TextEncoder(_post_processed("<eos> $A"), 64, append_eos=False).documents([document])
+    (started,) = TextConverter(_post_processed("<eos> $A"), 64, append_eos=False).documents([document])
     assert started.token_ids.tolist() == [0, 5, 6, 7]
     assert started.loss_mask.tolist() == [False, True, True, True]
 
@@ -529,7 +529,7 @@ def test_whitespace_whose_offsets_are_trimmed_stays_in_the_loss_and_the_prompts_
     inner = Tokenizer(models.BPE({"<eos>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.post_processor = processors.ByteLevel(trim_offsets=True)
-    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>"), 64, append_eos=False)
+    encoder = TextConverter(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>"), 64, append_eos=False)
     (whole,) = encoder.documents([Document(id="d", source="s", where="", text="a b  ")])
     assert whole.loss_mask.tolist() == [False, True, True, True, True]
     (asked,) = encoder.documents([Document(id="d", source="s", where="", prompt="ab ", completion=" c ")])

@@ -25,7 +25,7 @@ from wherefrom.evaluation.checks import brittleness, labels, recall, tailpatch
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, lds, split_half
 from wherefrom.evaluation.packs import read_pack
-from wherefrom.evaluation.retrain import draw_masks, measure_losses
+from wherefrom.evaluation.retrain import compute_losses, draw_masks
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
@@ -195,7 +195,7 @@ def test_a_pack_holds_what_the_models_trained_on_its_subsets_lose(pack, model_di
             expected = -sum(log_p[t - 1, query.token_ids[t]].detach() for t in range(1, len(query.token_ids)))
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
     whole = training.train(examples, str(model_dir), 0).eval()
-    np.testing.assert_allclose(truth["full_losses"], measure_losses(CausalLM(), whole, asked), rtol=1e-4)
+    np.testing.assert_allclose(truth["full_losses"], compute_losses(CausalLM(), whole, asked), rtol=1e-4)
 
 
 def _source(model_dir):
@@ -260,7 +260,7 @@ def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
     read, client = read_pack(pack), Client(tmp_path / "kept.wherefrom")
     scores = np.zeros((24, 5))
     for q, document in enumerate(client.to_examples(read.queries)):
-        rows = client.measure([document])["blocks"].values
+        rows = client.encode_examples([document])["blocks"].values
         for i in range(24):
             scores[i, q] = rows[0] @ client.index.vectors(i, client.index.component("blocks")).values[0]
     assert judgement.estimate.value == pytest.approx(np.nanmean(lds(scores, read.masks, read.losses)), abs=1e-3)
@@ -415,13 +415,15 @@ def test_an_image_pack_is_judged_by_the_ordinary_build(image_pack, tmp_path):
     # the plain product of gradients is the baseline of that name
     scores = (
         client.index.vectors(3, client.index.component("blocks")).values[0]
-        @ client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values.T
+        @ client.encode_examples(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values.T
     )
     baselines = gradient_baselines(
         client, [client.index.example(i) for i in range(30)], client.to_examples(read_pack(place, tmp_path / "data").queries)
     )
     norms = [np.linalg.norm(client.index.vectors(3, client.index.component("blocks")).values[0])]
-    lengths = np.linalg.norm(client.measure(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values, axis=1)
+    lengths = np.linalg.norm(
+        client.encode_examples(client.to_examples(read_pack(place, tmp_path / "data").queries))["blocks"].values, axis=1
+    )
     assert_close(baselines["norm"][3], norms * 10, 1e-5)
     assert_close(baselines["dot"][3], scores, 1e-5, norms[0] * lengths)
     assert_close(baselines["cosine"][3], scores / norms[0] / lengths, 1e-5, 1.0)

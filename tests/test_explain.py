@@ -15,7 +15,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer.examples import token_name, token_texts
 from wherefrom.indexer.shares import token_shares
-from wherefrom.query.answers import Answer, Attribution, Explanation, Part, SearchReport, TokenShares
+from wherefrom.query.answers import Answer, Attribution, Explanation, ScorePart, SearchReport, TokenShares
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
 from wherefrom.ray_jobs.build import build
@@ -147,7 +147,7 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
     shares, opposite = token_shares(encoder, example, [{"blocks": DenseVectors(vector[None])}, {"blocks": DenseVectors(-vector[None])}])
     assert_close(opposite, -shares, 1e-6)
     component = client.index.manifest.components[0]
-    model, part = encoder.model, encoder.parts["blocks"]
+    model, part = encoder.model, encoder.component_encoders["blocks"]
     batch = encoder.task.collate([example], torch.device("cpu"))
     seen = {}
     modules = dict(model.named_modules())
@@ -284,8 +284,8 @@ def test_answers_are_printed_with_rows_and_texts_of_any_script(capsys):
 
 
 def test_bars_and_names_tell_parts_apart(capsys):
-    parts = (Part("lm_head", 3.0, "head"), Part("lm_head", -2.0, "head-2"), Part("wte", 0.0, "embeddings"))
-    show_explanation(Explanation(1, "a", "text", 1.0, (Part("head", 1.0), Part("embeddings", 0.0)), parts, ()))
+    parts = (ScorePart("lm_head", 3.0, "head"), ScorePart("lm_head", -2.0, "head-2"), ScorePart("wte", 0.0, "embeddings"))
+    show_explanation(Explanation(1, "a", "text", 1.0, (ScorePart("head", 1.0), ScorePart("embeddings", 0.0)), parts, ()))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("lm_head (head)") and "█" in line for line in lines)
     assert any(line.startswith("lm_head (head-2)") for line in lines)

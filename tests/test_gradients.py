@@ -15,7 +15,7 @@ from wherefrom.indexer.curvature import whitening_scale
 from wherefrom.indexer.encoder import Encoder, backward, batches
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.projection import principal_projection, random_projection
-from wherefrom.indexer.tasks import CausalLM, plan_batches, sample_targets
+from wherefrom.indexer.tasks import CausalLM, batches_by_length, sample_targets
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import IncompatibleError, NumericalError, UsageError
 
@@ -58,25 +58,25 @@ def test_captured_gradients_equal_one_at_a_time_autograd(architecture, dtype, to
         softmax = F.softmax
         monkeypatch.setattr(F, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))
     model = make_model(architecture, dtype)
-    plan = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
+    settings = make_plan(model, rank=HUGE, curvature="identity", batch_tokens=48)
     examples = make_examples(7)
-    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"].values
+    rows = Encoder(TASK, (model,), settings, {}).rows(examples)["blocks"].values
     assert rows.dtype == (np.float64 if dtype == "float64" else np.float32)
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
+        gradients, _ = autograd_gradients(model, settings.components[0].layers, example)
         assert_close(row, np.concatenate([g.ravel() for g in gradients]), tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_projected_rows_equal_projected_autograd(architecture):
     model = make_model(architecture)
-    plan = make_plan(model, rank=5, curvature="identity")
+    settings = make_plan(model, rank=5, curvature="identity")
     examples = make_examples(4)
-    rows = Encoder(TASK, (model,), plan, {}).rows(examples)["blocks"].values
+    rows = Encoder(TASK, (model,), settings, {}).rows(examples)["blocks"].values
     for row, example in zip(rows, examples, strict=True):
-        gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
+        gradients, _ = autograd_gradients(model, settings.components[0].layers, example)
         parts = []
-        for gradient, layer in zip(gradients, plan.components[0].layers, strict=True):
+        for gradient, layer in zip(gradients, settings.components[0].layers, strict=True):
             left = random_projection(layer.name, "output", layer.output_rank, layer.outputs, 7).astype(float)
             right = random_projection(layer.input_group, "input", layer.input_rank, layer.inputs, 7).astype(float)
             parts.append((left @ gradient @ right.T).ravel())
@@ -92,9 +92,9 @@ def test_losses_are_sums_of_nats_over_loss_tokens():
         assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
-def whole_gradients(model, plan, examples):
+def whole_gradients(model, settings, examples):
     """Projected gradients by layer, from an encoder without curvature."""
-    plain = make_plan(model, rank=plan.components[0].projection.rank, curvature="identity")
+    plain = make_plan(model, rank=settings.components[0].projection.rank, curvature="identity")
     rows = Encoder(TASK, (model,), plain, {}).rows(examples)["blocks"].values
     return {layer.name: rows[:, layer.offset : layer.offset + layer.size] for layer in plain.components[0].layers}
 
@@ -102,13 +102,13 @@ def whole_gradients(model, plan, examples):
 @pytest.mark.parametrize("damping", [0.01, 0.1, 3.0])
 def test_fisher_influence_equals_the_dense_inverse(damping):
     model = make_model()
-    plan = make_plan(model, rank=4, curvature="fisher", damping=damping)
+    settings = make_plan(model, rank=4, curvature="fisher", damping=damping)
     examples, queries = make_examples(40), make_examples(3, seed=1)
-    encoder = fit(model, plan, examples)
+    encoder = fit(model, settings, examples)
     influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
-    train, asked = whole_gradients(model, plan, examples), whole_gradients(model, plan, queries)
+    train, asked = whole_gradients(model, settings, examples), whole_gradients(model, settings, queries)
     expected = 0
-    for layer in plan.components[0].layers:
+    for layer in settings.components[0].layers:
         g = train[layer.name]
         H = g.T @ g / len(examples)
         a = damping * np.trace(H) / len(H)
@@ -116,13 +116,13 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
     assert_close(influence, expected, 1e-6)
 
 
-def token_pairs(model, plan, examples, maps=None):
+def token_pairs(model, settings, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
-    found = {layer.name: [] for layer in plan.components[0].layers}
+    found = {layer.name: [] for layer in settings.components[0].layers}
     for example in examples:
         for _, batch in batches(TASK, (model,), [example], 64):
-            maps = maps or {layer.name: (None, None) for layer in plan.components[0].layers}
-            pair = Visit(plan.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
+            maps = maps or {layer.name: (None, None) for layer in settings.components[0].layers}
+            pair = Visit(settings.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
             backward(model, batch, [pair], TASK.loss)
     return found
 
@@ -132,15 +132,15 @@ def token_pairs(model, plan, examples, maps=None):
 def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank):
     model = make_model("llama")
     patterns = ("layers.0.self_attn.*", "layers.1.mlp.down_proj")
-    plan = make_plan(model, rank=rank, curvature=curvature, patterns=patterns)
+    settings = make_plan(model, rank=rank, curvature=curvature, patterns=patterns)
     examples, queries = make_examples(30), make_examples(3, seed=1)
-    encoder = fit(model, plan, examples)
+    encoder = fit(model, settings, examples)
     influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
     plain = Encoder(TASK, (model,), make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
-    pairs = token_pairs(model, plan, examples, plain.parts["blocks"].maps)
+    pairs = token_pairs(model, settings, examples, plain.parts["blocks"].maps)
     train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     expected = 0
-    for layer in plan.components[0].layers:
+    for layer in settings.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         tokens = sum(len(x) for x, _ in pairs[layer.name])
         A = sum(x.T @ x for x, _ in pairs[layer.name]) / tokens
@@ -162,7 +162,7 @@ def test_diagonal_and_identity_influence():
     train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
-    for layer in encoder.plan.components[0].layers:
+    for layer in encoder.settings.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
         expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
@@ -174,11 +174,11 @@ def test_diagonal_and_identity_influence():
 @pytest.mark.parametrize("projection", ["random", "pca"])
 def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projection):
     model = make_model("llama")
-    plan = make_plan(model, curvature=curvature, projection=projection)
+    settings = make_plan(model, curvature=curvature, projection=projection)
     examples = make_examples(24)
-    whole = fit(model, plan, examples).rows(examples)["blocks"].values
+    whole = fit(model, settings, examples).rows(examples)["blocks"].values
     for parts in (2, 3, 7):
-        merged = fit(model, plan, examples, parts).rows(examples)["blocks"].values
+        merged = fit(model, settings, examples, parts).rows(examples)["blocks"].values
         assert_close(merged @ merged.T, whole @ whole.T, 1e-8)
 
 
@@ -188,8 +188,8 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
     fisher, ekfac = (make_plan(model, curvature=kind) for kind in ("fisher", "ekfac"))
     kinds = ["ekfac" if i % 2 else "fisher" for i in range(len(fisher.components[0].layers))]
     layers = tuple(layer.model_copy(update={"curvature": kind}) for layer, kind in zip(fisher.components[0].layers, kinds, strict=True))
-    plan = replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),))
-    mixed, *apart = (fit(model, one, examples).rows(examples)["blocks"].values for one in (plan, fisher, ekfac))
+    settings = replace(fisher, components=(fisher.components[0].model_copy(update={"layers": layers}),))
+    mixed, *apart = (fit(model, one, examples).rows(examples)["blocks"].values for one in (settings, fisher, ekfac))
     alone = dict(zip(("fisher", "ekfac"), apart, strict=True))
     for layer in layers:
         block = slice(layer.offset, layer.offset + layer.size)
@@ -199,10 +199,10 @@ def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
 def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
     model = make_model("llama")
     examples = make_examples(24)
-    plan = make_plan(model, rank=3, curvature="identity", projection="pca")
-    encoder = fit(model, plan, examples)
-    pairs = token_pairs(model, plan, examples)
-    for layer in plan.components[0].layers:
+    settings = make_plan(model, rank=3, curvature="identity", projection="pca")
+    encoder = fit(model, settings, examples)
+    pairs = token_pairs(model, settings, examples)
+    for layer in settings.components[0].layers:
         inputs = principal_projection(sum(x.T @ x for x, _ in pairs[layer.name]), 3)
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
         assert_close(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, 1e-7, 1)
@@ -211,11 +211,11 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
 
 def test_sums_of_any_split_add_up():
     model = make_model("qwen2")
-    plan = make_plan(model, curvature="fisher")
+    settings = make_plan(model, curvature="fisher")
     examples = make_examples(15)
-    encoder = Encoder(TASK, (model,), plan, {})
-    whole = Fit(plan).measure(encoder, 0, examples)
-    halves = [Fit(plan).measure(encoder, 0, part) for part in (examples[:4], examples[4:])]
+    encoder = Encoder(TASK, (model,), settings, {})
+    whole = Fit(settings).sum_statistics(encoder, 0, examples)
+    halves = [Fit(settings).sum_statistics(encoder, 0, part) for part in (examples[:4], examples[4:])]
     assert whole.keys() == halves[0].keys()
     for name, value in whole.items():
         assert_close(halves[0][name] + halves[1][name], value, 1e-11)
@@ -248,7 +248,7 @@ def test_float32_rows_agree_across_batchings_to_1e_5():
 
 def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     exact = Encoder(TASK, (make_model(dtype="float32"),), make_plan(make_model(dtype="float32"), curvature="identity"), {})
-    rough = Encoder(TASK, (make_model(dtype="bfloat16"),), exact.plan, {})
+    rough = Encoder(TASK, (make_model(dtype="bfloat16"),), exact.settings, {})
     examples = make_examples(10)
     a, b = exact.rows(examples)["blocks"].values, rough.rows(examples)["blocks"].values
     assert b.dtype == np.float32
@@ -256,49 +256,49 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     assert cosines.min() > 0.98
     sums = GradientSum()
     for _, batch in batches(TASK, (rough.model,), examples, 64):
-        backward(rough.model, batch, [Visit(rough.plan.components[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
+        backward(rough.model, batch, [Visit(rough.settings.components[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
 
 def test_no_weight_gradient_and_nothing_below_the_first_tracked_layer():
     model = make_model()
-    plan = make_plan(model, patterns=("h.1.*",))
+    settings = make_plan(model, patterns=("h.1.*",))
     seen = []
     model.transformer.h[0].register_full_backward_hook(lambda *_: seen.append("block 0"))
     Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.1.*",)), {}).rows(make_examples(3))
-    assert {layer.name.split(".")[2] for layer in plan.components[0].layers} == {"1"}
+    assert {layer.name.split(".")[2] for layer in settings.components[0].layers} == {"1"}
     assert seen == []
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_layers_that_share_an_input_project_it_once(monkeypatch):
     model = make_model("llama")
-    plan = make_plan(model, curvature="identity")
-    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in plan.components[0].layers}
+    settings = make_plan(model, curvature="identity")
+    groups = {layer.name.split(".", 2)[2]: layer.input_group.split(".", 2)[2] for layer in settings.components[0].layers}
     assert groups["0.self_attn.k_proj"] == groups["0.self_attn.v_proj"] == "0.self_attn.q_proj"
     assert groups["0.mlp.up_proj"] == "0.mlp.gate_proj"
-    encoder = Encoder(TASK, (model,), plan, {})
-    assert len({id(encoder.parts["blocks"].maps[layer.name][0]) for layer in plan.components[0].layers}) == len(
-        {layer.input_group for layer in plan.components[0].layers}
+    encoder = Encoder(TASK, (model,), settings, {})
+    assert len({id(encoder.component_encoders["blocks"].maps[layer.name][0]) for layer in settings.components[0].layers}) == len(
+        {layer.input_group for layer in settings.components[0].layers}
     )
     products = []
     original = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
     encoder.rows(make_examples(1))
     inputs = [s for s in products if s[1] == 4]
-    assert len(inputs) == len({layer.input_group for layer in plan.components[0].layers}) + len(
-        plan.components[0].layers
+    assert len(inputs) == len({layer.input_group for layer in settings.components[0].layers}) + len(
+        settings.components[0].layers
     )  # each input once, each output once
 
 
 def test_a_layer_that_runs_twice_sums_its_calls():
     model = make_model()
     model.transformer.h[1] = model.transformer.h[0]
-    plan = make_plan(model, rank=HUGE, curvature="identity")
+    settings = make_plan(model, rank=HUGE, curvature="identity")
     example = make_examples(1)[0]
-    gradients, _ = autograd_gradients(model, plan.components[0].layers, example)
-    (row,) = Encoder(TASK, (model,), plan, {}).rows([example])["blocks"].values
+    gradients, _ = autograd_gradients(model, settings.components[0].layers, example)
+    (row,) = Encoder(TASK, (model,), settings, {}).rows([example])["blocks"].values
     assert_close(row, np.concatenate([g.ravel() for g in gradients]), 1e-10)
 
 
@@ -347,14 +347,14 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize("habit", ["", "twice", "flat", "writes into an output", "writes into an input"])
 def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
     model = Odd(habit)
-    plan = make_plan(model, rank=rank, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
-    rows = Encoder(TASK, (model,), plan, {}).rows(make_examples(5))["blocks"].values
+    settings = make_plan(model, rank=rank, curvature="identity", patterns=("h.0", "h.1") if "input" in habit else ("h.0",))
+    rows = Encoder(TASK, (model,), settings, {}).rows(make_examples(5))["blocks"].values
     if habit == "writes into an input":  # which autograd of the weights does not survive
         model.habit = "the same without writing"
     for row, example in zip(rows, make_examples(5), strict=True):
         expected = []
         for gradient, layer in zip(
-            autograd_gradients(model, plan.components[0].layers, example)[0], plan.components[0].layers, strict=True
+            autograd_gradients(model, settings.components[0].layers, example)[0], settings.components[0].layers, strict=True
         ):
             sides = (layer.name, "output"), (layer.input_group, "input")
             left, right = (np.eye(8) if rank == HUGE else random_projection(*side, 5, 8, 7).astype(float) for side in sides)
@@ -376,8 +376,8 @@ def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
 def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
     model = Odd("twice")
     examples = make_examples(20)
-    plan = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
-    encoder = fit(model, plan, examples)
+    settings = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
+    encoder = fit(model, settings, examples)
     A, S, tokens = np.zeros((8, 8)), np.zeros((8, 8)), 0
     for _, batch in batches(TASK, (model,), examples, 1):
 
@@ -386,7 +386,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
             x, d = x[0].numpy(), d[0].numpy()
             A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
 
-        backward(model, batch, [Visit(plan.components[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
+        backward(model, batch, [Visit(settings.components[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
     assert_close(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), 1e-8)
 
@@ -394,15 +394,15 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
 def test_ekfac_with_sampled_labels_samples_in_both_passes():
     model = make_model("llama")
     examples, patterns = make_examples(12), ("layers.1.mlp.down_proj",)
-    plan = make_plan(model, rank=3, curvature="ekfac", labels="sampled", patterns=patterns)
-    encoder = fit(model, plan, examples)
+    settings = make_plan(model, rank=3, curvature="ekfac", labels="sampled", patterns=patterns)
+    encoder = fit(model, settings, examples)
     # The same labels, written into the examples: the data's own labels then are the model's.
     relabelled = []
     for example in examples:
         batch = TASK.collate([example], torch.device("cpu"))
-        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, plan.components[0].projection.seed)[0].numpy()
+        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, settings.components[0].projection.seed)[0].numpy()
         relabelled.append((example, drawn))
-    (layer,) = plan.components[0].layers
+    (layer,) = settings.components[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
     plain = Encoder(TASK, (model,), make_plan(model, rank=3, curvature="identity", patterns=patterns), {})
     A, S, squares, tokens = np.zeros((3, 3)), np.zeros((3, 3)), np.zeros(9), 0
@@ -410,7 +410,7 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
         batch = replace(TASK.collate([example], torch.device("cpu")), targets=torch.tensor(drawn)[None])
         pairs = []
         visit = Visit(
-            plan.components[0].layers,
+            settings.components[0].layers,
             plain.parts["blocks"].maps,
             lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())),
         )
@@ -446,15 +446,15 @@ def test_a_model_that_looks_ahead_is_refused():
 
 def test_nan_weights_are_named_not_hidden():
     model = make_model(dtype="float32")
-    plan = make_plan(model, curvature="identity")
+    settings = make_plan(model, curvature="identity")
     model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="of example 'e"):
-        Encoder(TASK, (model,), plan, {}).rows(make_examples(3))
+        Encoder(TASK, (model,), settings, {}).rows(make_examples(3))
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 200))
 def test_batches_hold_each_example_once_within_the_budget(lengths, budget):
-    planned = plan_batches(lengths, budget)
+    planned = batches_by_length(lengths, budget)
     assert sorted(i for batch in planned for i in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in planned)
 
@@ -499,9 +499,9 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
 def test_sampled_labels_make_the_true_fisher():
     model = make_model()
     examples = [Example(**{**e.__dict__, "id": f"{e.id}-{i}"}) for i in range(150) for e in make_examples(2, longest=3)]
-    plan = make_plan(model, rank=2, curvature="diagonal", labels="sampled", patterns=("h.1.mlp.c_fc",))
-    (layer,) = plan.components[0].layers
-    estimated = fit(model, plan, examples).arrays[f"blocks/{layer.name}/eigenvalues"]
+    settings = make_plan(model, rank=2, curvature="diagonal", labels="sampled", patterns=("h.1.mlp.c_fc",))
+    (layer,) = settings.components[0].layers
+    estimated = fit(model, settings, examples).arrays[f"blocks/{layer.name}/eigenvalues"]
     expected = []
     for example in make_examples(2, longest=3):  # enumerate every label of every position
         ids = torch.tensor(example.token_ids.astype(np.int64))

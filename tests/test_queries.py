@@ -209,9 +209,9 @@ def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(clien
     weight = model.get_submodule(layer.name).weight
     (gradient,) = torch.autograd.grad(-(log_probability(one) - log_probability(other)), weight)
     model.requires_grad_(False)
-    maps = client.encoder.parts["blocks"].maps[layer.name]
+    maps = client.encoder.component_encoders["blocks"].maps[layer.name]
     projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
-    whitened = client.encoder.parts["blocks"]._whiten(layer, projected)[0].numpy()
+    whitened = client.encoder.component_encoders["blocks"]._whiten(layer, projected)[0].numpy()
     found = client.encode([Query(prompt, one, against=other)])["blocks"].values[0][: layer.size]
     assert_close(found, whitened, 1e-4)
 
@@ -276,9 +276,9 @@ def test_without_curvature_scores_are_those_of_plain_projected_gradients(tmp_pat
 
 def test_per_nat_divides_by_the_examples_own_losses(client):
     examples = [client.index.example(i) for i in range(120)]
-    from wherefrom.evaluation.retrain import measure_losses
+    from wherefrom.evaluation.retrain import compute_losses
 
-    losses = measure_losses(client.recorded.task, client.encoder.model, examples)
+    losses = compute_losses(client.recorded.task, client.encoder.model, examples)
     stored = np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     np.testing.assert_allclose(stored, losses, rtol=1e-4)
     query = [Query(text=words(1, 2, 3))]

@@ -10,7 +10,7 @@ from helpers import assert_close, make_examples, make_model, make_plan, open_zar
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
 from wherefrom.indexer.curvature import add_sums
-from wherefrom.indexer.encoder import Encoder, EncoderPlan
+from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.build import build
@@ -44,17 +44,17 @@ def head_plan(model, bits=64, max_tokens=None, labels="sampled", damping=1.0, ba
         seed=3,
         curvature=Curvature(kind="kfac", labels=labels, examples=0, tokens=0, damping=damping),
     )
-    return EncoderPlan((*(blocks.components if blocks else ()), head), batch_tokens)
+    return EncoderSettings((*(blocks.components if blocks else ()), head), batch_tokens)
 
 
-def fitted(model, plan, examples, parts=1):
-    fitting, arrays = Fit(plan), {}
+def fitted(model, settings, examples, parts=1):
+    fitting, arrays = Fit(settings), {}
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.measure(Encoder(TASK, (model,), plan, arrays), step, examples[part::parts]))
+            totals = add_sums(totals, fitting.sum_statistics(Encoder(TASK, (model,), settings, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
-    return Encoder(TASK, (model,), plan, arrays)
+    return Encoder(TASK, (model,), settings, arrays)
 
 
 def dense_head_gradient(model, example):
@@ -88,13 +88,13 @@ MODELS = {
 def test_vectors_equal_the_whitened_dense_head_gradient(name, labels, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double() if self.dtype == torch.float64 else self.to(torch.float32))
     model, examples = MODELS[name](), make_examples(9)
-    plan = head_plan(model, labels=labels, damping=0.7)
-    encoder = fitted(model, plan, examples)
+    settings = head_plan(model, labels=labels, damping=0.7)
+    encoder = fitted(model, settings, examples)
     truth = [dense_head_gradient(model, e) for e in examples]
     tokens = np.mean([len(h) for _, h, _ in truth])
     e, U = np.linalg.eigh(sum(h.T @ h for _, h, _ in truth) / len(truth))
     q = encoder.arrays["head/vocabulary"]
-    postprocessed = plan.components[0].postprocessed
+    postprocessed = settings.components[0].postprocessed
     assert postprocessed == (name == "with a soft-cap")
     if labels == "sampled" and not postprocessed:
         np.testing.assert_allclose(q, sum((p * (1 - p)).sum(0) for _, _, p in truth) / len(truth), rtol=1e-8)
@@ -133,12 +133,12 @@ def dense_embedding_gradients(model, example, labels):
 def test_embeddings_equal_the_whitened_dense_gradient(name, labels, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double() if self.dtype == torch.float64 else self.to(torch.float32))
     model, examples = MODELS[name](), make_examples(9)
-    plan = head_plan(model, labels=labels, damping=0.7, role="embeddings")
-    encoder = fitted(model, plan, examples)
+    settings = head_plan(model, labels=labels, damping=0.7, role="embeddings")
+    encoder = fitted(model, settings, examples)
     moments = [dense_embedding_gradients(model, e, labels)[1] for e in examples]
     tokens = sum(len(m) for m in moments)
     e, U = np.linalg.eigh(sum(m.T @ m for m in moments) / tokens)
-    q = np.bincount(np.concatenate([x.token_ids[:-1] for x in examples]), minlength=plan.components[0].vocabulary) / len(examples)
+    q = np.bincount(np.concatenate([x.token_ids[:-1] for x in examples]), minlength=settings.components[0].vocabulary) / len(examples)
     np.testing.assert_allclose(encoder.arrays["embeddings/vocabulary"], q)
     eigenvalues = q[:, None] * np.maximum(e, 0)[None]
     rows = encoder.rows(examples)["embeddings"]
@@ -156,7 +156,7 @@ def test_embeddings_equal_the_whitened_dense_gradient(name, labels, monkeypatch)
 def test_embeddings_do_not_depend_on_the_batch_or_on_other_components():
     model, examples = make_model(), make_examples(14)
     alone = fitted(model, head_plan(model, role="embeddings"), examples)
-    every = EncoderPlan(
+    every = EncoderSettings(
         (*head_plan(model, blocks=make_plan(model, curvature="ekfac")).components, *head_plan(model, role="embeddings").components), 23
     )
     together = fitted(model, every, examples, parts=3)
@@ -189,7 +189,7 @@ def test_nothing_of_the_size_of_vocabulary_times_width_is_ever_formed(role):
     vocabulary, width = 3000, 256
     config = AutoConfig.for_model("gpt2", vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=2, n_positions=64)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-    examples, plan = make_examples(6), head_plan(model, role=role, batch_tokens=32)
+    examples, settings = make_examples(6), head_plan(model, role=role, batch_tokens=32)
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -201,7 +201,7 @@ def test_nothing_of_the_size_of_vocabulary_times_width_is_ever_formed(role):
             return made
 
     with Sizes():
-        fitted(model, plan, examples).rows(examples)
+        fitted(model, settings, examples).rows(examples)
     assert len(sizes) > 100
     assert max(sizes) < vocabulary * width / 2  # the logits of a batch of 32 tokens; the weight itself is not counted
 
@@ -216,7 +216,7 @@ def test_fits_of_any_split_and_any_batching_agree():
     order = np.random.default_rng(0).permutation(14).tolist()
     a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
     for at, i in enumerate(order):
-        assert_close(b.part(at, at + 1).vectors, a.part(i, i + 1).vectors, 1e-4)
+        assert_close(b.cut(at, at + 1).vectors, a.cut(i, i + 1).vectors, 1e-4)
 
 
 def test_only_the_largest_keys_are_kept_when_asked():
@@ -225,9 +225,9 @@ def test_only_the_largest_keys_are_kept_when_asked():
     few = Encoder(TASK, (model,), head_plan(model, max_tokens=2), encoder.arrays).rows(examples)["head"]
     every = encoder.rows(examples)["head"]
     for i in range(6):
-        whole = every.part(i, i + 1)
+        whole = every.cut(i, i + 1)
         largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
-        assert few.part(i, i + 1).keys.tolist() == largest.tolist()
+        assert few.cut(i, i + 1).keys.tolist() == largest.tolist()
 
 
 def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
@@ -239,11 +239,11 @@ def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
         gradient, _, p = dense_head_gradient(model, example)
         targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}
         others = [int(v) for v in np.argsort(-p.sum(0)) if int(v) not in targets][:3]
-        assert more.part(i, i + 1).keys.tolist() == sorted(targets | set(others))
-        whole = every.part(i, i + 1)
+        assert more.cut(i, i + 1).keys.tolist() == sorted(targets | set(others))
+        whole = every.cut(i, i + 1)
         assert whole.keys.tolist() == list(range(len(gradient)))
-        assert set(more.part(i, i + 1).keys) <= set(whole.keys)
-        found = more.part(i, i + 1)
+        assert set(more.cut(i, i + 1).keys) <= set(whole.keys)
+        found = more.cut(i, i + 1)
         assert_close(found.vectors, whole.vectors[found.keys], 1e-6)
 
 
@@ -323,7 +323,7 @@ def test_batches_are_joined_in_the_rows_order():
     parts = [[5, 0, 7], [1], [2, 8, 3, 4, 6]]
     blocks = []
     for part in parts:
-        pieces = [rows.part(i, i + 1) for i in part]
+        pieces = [rows.cut(i, i + 1) for i in part]
         indptr = np.concatenate([[0], np.cumsum([len(p.keys) for p in pieces])])
         merged = SparseVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
         blocks.append((part, code(merged, 8, 1)))
@@ -367,7 +367,7 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     assert head.weight == 1.0
     assert blocks.weight > 0
     (example,) = client.to_examples(_documents(words(3, 9, 9, 30, 41)))
-    rows = client.measure([example])
+    rows = client.encode_examples([example])
     from wherefrom.query.scoring import score_matrix
 
     found = score_matrix(client.index, rows)[0]
@@ -388,7 +388,7 @@ def test_weights_of_a_query_multiply_those_of_the_index(head_index):
     from wherefrom.query.scoring import score_matrix
 
     client = Client(head_index)
-    rows = client.measure(client.to_examples(_documents(words(3, 9, 9, 30, 41))))
+    rows = client.encode_examples(client.to_examples(_documents(words(3, 9, 9, 30, 41))))
 
     def scores(**weights):
         return score_matrix(client.index, rows, Metric(weights=weights))[0]
@@ -442,8 +442,8 @@ def test_query_time_damping_of_the_head_equals_an_index_built_with_it(tmp_path, 
     from wherefrom.query.scoring import score_matrix
 
     examples = low.to_examples(_documents(words(3, 9, 9, 30, 41, 8), words(5, 6, 7, 8)))
-    changed = score_matrix(low.index, low.measure(examples), Metric(damping=4.0))
-    built = score_matrix(high.index, high.measure(examples))
+    changed = score_matrix(low.index, low.encode_examples(examples), Metric(damping=4.0))
+    built = score_matrix(high.index, high.encode_examples(examples))
     assert np.corrcoef(changed.ravel(), built.ravel())[0, 1] > 0.999
     assert np.abs(changed - built).max() < 0.05 * np.abs(built).max()
     with pytest.raises(UsageError, match="under the build's damping alone"):

@@ -63,7 +63,7 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
         block = slice(layer.offset, layer.offset + layer.size)
         H = rows[:, block].T @ rows[:, block] / len(rows)
         expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
-    queries = client.measure(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"].values
+    queries = client.encode_examples(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"].values
     stored = np.concatenate([client.index.vectors(i, client.index.component("blocks")).values for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
@@ -92,11 +92,11 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
     source = {"model": str(tmp_path / "m.safetensors"), "data": (str(data),), "task": "mlp", "dtype": "float64"}
     config = BuildConfig(out="x", curvature="diagonal", labels="expected", **source)
     worker = Worker(config)
-    _, plan, _ = worker.describe()
+    _, settings, _ = worker.describe()
     examples = list(MLP().encoder(ModelSource("x")).documents(read_corpus([str(data)], training_fields())))
-    fit = Fit(plan)
+    fit = Fit(settings)
     assert len(fit.steps) == 1
-    arrays = fit.finish(0, {}, fit.measure(Encoder(MLP(), worker.models, plan, {}), 0, examples))
+    arrays = fit.finish(0, {}, fit.sum_statistics(Encoder(MLP(), worker.models, settings, {}), 0, examples))
     model = worker.models[0].requires_grad_(True)
     for at in (0, 2):
         expected = 0
