@@ -126,7 +126,7 @@ def _encoded(pack, documents):
     from wherefrom.indexer.tasks import find_task
 
     build_ = pack.build
-    encoder = find_task(pack.task).encoder(
+    encoder = find_task(pack.task).converter(
         ModelSource(str(pack.model)), build_.get("max_tokens"), build_.get("long", "split"), build_.get("append_eos", True)
     )
     return [list(encoder.documents(part)) for part in documents.values()]

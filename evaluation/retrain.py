@@ -239,7 +239,7 @@ class Retrainer:
 
     @cached_property
     def _encoder(self) -> Any:
-        return self._task.encoder(self._source, self._max_tokens, "truncate", self._append_eos)
+        return self._task.converter(self._source, self._max_tokens, "truncate", self._append_eos)
 
     @cached_property
     def _examples(self) -> list[Example]:

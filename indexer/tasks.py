@@ -85,10 +85,10 @@ class Task(ABC):
         """Load the model, in evaluation mode, in its dtype and on its device; the caller freezes it."""
 
     @abstractmethod
-    def encoder(
+    def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
     ) -> DocumentConverter:
-        """Encoder of documents.
+        """Return the converter of documents to examples.
 
         Args:
             max_tokens: the longest example.
@@ -161,7 +161,7 @@ class CausalLM(Task):
         """See `Task`."""
         return models.load_causal_lm(source)
 
-    def encoder(
+    def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
     ) -> TextConverter:
         """See `Task`."""
@@ -265,7 +265,7 @@ class VectorTask(Task):
     form: Form = "vector"
     batch_tokens = {"cpu": 256, "cuda": 4096}  # noqa: RUF012
 
-    def encoder(
+    def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
     ) -> VectorConverter:
         """See `Task`."""

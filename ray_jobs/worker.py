@@ -197,10 +197,10 @@ def document_converter(config: BuildConfig, sources: Sequence[models.ModelSource
     """
     task = find_task(config.task)
     first, *others = sources
-    encoder = task.encoder(first, max_tokens, config.long, config.append_eos)
+    encoder = task.converter(first, max_tokens, config.long, config.append_eos)
     for other in others:
         try:
-            differs = task.encoder(other).fingerprint != encoder.fingerprint
+            differs = task.converter(other).fingerprint != encoder.fingerprint
         except NotFoundError:
             continue  # a checkpoint without a tokenizer: the vocabulary is compared when it is loaded
         if differs:

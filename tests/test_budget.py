@@ -222,7 +222,7 @@ def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_grad
     model.save_pretrained(tmp_path / "m")
     from wherefrom.indexer.models import ModelSource
 
-    examples = list(task.encoder(ModelSource(str(tmp_path / "m"))).documents(read_corpus([str(corpus_file)])))
+    examples = list(task.converter(ModelSource(str(tmp_path / "m"))).documents(read_corpus([str(corpus_file)])))
     model.requires_grad_(True)
     if frozen:
         model.get_input_embeddings().weight.requires_grad_(False)  # the head is tied to it

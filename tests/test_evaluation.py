@@ -184,7 +184,7 @@ def test_a_pack_holds_what_the_models_trained_on_its_subsets_lose(pack, model_di
     assert read.masks.shape == (6, 24)
     assert (read.masks.sum(axis=1) == 12).all()
     assert read.losses.shape == (6, 2, 5)
-    tokenizer = CausalLM().encoder(_source(model_dir), 12, "truncate")
+    tokenizer = CausalLM().converter(_source(model_dir), 12, "truncate")
     examples, asked = (list(tokenizer.documents(documents)) for documents in (read.train, read.queries))
     assert max(len(e.token_ids) for e in examples) == 12
     for subset, seed in ((0, 0), (3, 1)):
@@ -489,7 +489,7 @@ def planted(tmp_path_factory, model_dir):
     texts = [sentence] * 6 + random_texts(54, seed=8, shortest=8, longest=14)
     corpus = write_jsonl(here / "c.jsonl", [{"id": f"d{i}", "text": t, "odd": i < 6} for i, t in enumerate(texts)])
     source = ModelSource(str(model_dir), device="cpu")
-    encoder = CausalLM().encoder(source, 64)
+    encoder = CausalLM().converter(source, 64)
     from wherefrom.store.corpus import read_corpus
 
     model = training.train(list(encoder.documents(read_corpus([str(corpus)]))), str(model_dir), 0)

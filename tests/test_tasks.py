@@ -93,7 +93,7 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
     config = BuildConfig(out="x", curvature="diagonal", labels="expected", **source)
     worker = Worker(config)
     _, settings, _ = worker.describe()
-    examples = list(MLP().encoder(ModelSource("x")).documents(read_corpus([str(data)], training_fields())))
+    examples = list(MLP().converter(ModelSource("x")).documents(read_corpus([str(data)], training_fields())))
     fit = Fit(settings)
     assert len(fit.steps) == 1
     arrays = fit.finish(0, {}, fit.sum_statistics(Encoder(MLP(), worker.models, settings, {}), 0, examples))
