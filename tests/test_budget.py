@@ -142,7 +142,7 @@ def test_an_index_says_what_each_component_costs_and_holds(index):
         entry = client.index.component(part["name"])
         kept = float(np.square(client.index.norms(entry).astype(float)).sum())
 
-        plan = replace(client.encoder.plan, components=(entry.model_copy(update={"max_tokens": None}),))
+        plan = replace(client.encoder.settings, components=(entry.model_copy(update={"max_tokens": None}),))
         every = Encoder(client.recorded.task, (client.encoder.model,), plan, client.encoder.arrays)
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
         assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
@@ -164,9 +164,9 @@ def _linear_layers(client):
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
-    whole = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.plan.components)
+    whole = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.settings.components)
     exact = Encoder(
-        client.recorded.task, (client.encoder.model,), replace(client.encoder.plan, components=whole), client.encoder.arrays
+        client.recorded.task, (client.encoder.model,), replace(client.encoder.settings, components=whole), client.encoder.arrays
     ).rows(rows)
     other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
     for one in whole:

@@ -1,5 +1,7 @@
 """The Python door: `wherefrom.build` with models and data in memory, `connect` with a model, and answers as tables."""
 
+import os
+
 import numpy as np
 import pytest
 import wherefrom
@@ -236,6 +238,7 @@ def test_an_index_of_a_model_from_nowhere_says_so(index):
     assert wherefrom.connect(index).query(row=3, k=1).proponents
 
 
+@pytest.mark.skipif("WHEREFROM_CHECK_TYPES" in os.environ, reason="the type checker refuses them first")
 def test_things_that_are_no_queries_are_refused_in_words(client):
     for call in (client.query, client.query_many, client.scores, client.encode):
         with pytest.raises(wherefrom.WherefromError, match="queries are a list of Query objects"):

@@ -137,7 +137,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     encoder = fit(model, settings, examples)
     influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
     plain = Encoder(TASK, (model,), make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
-    pairs = token_pairs(model, settings, examples, plain.parts["blocks"].maps)
+    pairs = token_pairs(model, settings, examples, plain.component_encoders["blocks"].maps)
     train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     expected = 0
     for layer in settings.components[0].layers:
@@ -256,7 +256,7 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     assert cosines.min() > 0.98
     sums = GradientSum()
     for _, batch in batches(TASK, (rough.model,), examples, 64):
-        backward(rough.model, batch, [Visit(rough.settings.components[0].layers, rough.parts["blocks"].maps, sums)], TASK.loss)
+        backward(rough.model, batch, [Visit(rough.settings.components[0].layers, rough.component_encoders["blocks"].maps, sums)], TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
@@ -411,7 +411,7 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
         pairs = []
         visit = Visit(
             settings.components[0].layers,
-            plain.parts["blocks"].maps,
+            plain.component_encoders["blocks"].maps,
             lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())),
         )
         backward(model, batch, [visit], TASK.loss)

@@ -271,7 +271,7 @@ def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, ind
                 continue
 
 
-@pytest.mark.parametrize("place", ["staging", "search", "documents", "manifests", "staging/plan.json", "search/odd.zarr.zip"])
+@pytest.mark.parametrize("place", ["staging", "search", "documents", "manifests", "staging/inputs.json", "search/odd.zarr.zip"])
 def test_files_in_the_place_of_folders_end_in_a_sentence(index, model_dir, corpus_file, place):
     path = index / place
     shutil.rmtree(path, ignore_errors=True)
