@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-from jaxtyping import Float32, Float64
 
 from .query.answers import Answer, Explanation, TokenShares
 from .query.asking import BaseClient
@@ -27,6 +26,7 @@ from .store.documents import Example
 from .store.errors import DataError, UsageError
 from .store.index import Index
 from .store.manifest import identity, latest_manifest
+from .store.shapes import Float32, Float64
 from .store.vectors import Rows, combine, cut, join
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from .store.errors import NotFoundError, UsageError, WherefromError
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float32
 
+    from .store.shapes import Float32
     from .store.vectors import Rows
 
 MOST_QUERIES = 256  # in a request

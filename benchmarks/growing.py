@@ -100,9 +100,9 @@ def link(index, out, copies):
                 target = path_of(out, shard_id)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(path_of(index.path, shard.id), target)
-            shards.append(replace(shard, id=shard_id))
+            shards.append(shard._replace(id=shard_id))
         for group in index.groups:
-            renamed = replace(group, shards=tuple(replace(shard, id=names[shard.id]) for shard in group.shards))
+            renamed = replace(group, shards=tuple(shard._replace(id=names[shard.id]) for shard in group.shards))
             target = out / "search" / f"{renamed.id}.zarr.zip"
             target.parent.mkdir(exist_ok=True)
             os.link(index.path / "search" / f"{group.id}.zarr.zip", target)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 from torch import nn
 
 from ..client import Client
@@ -37,6 +36,7 @@ from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
 from ..store.extras import require
 from ..store.index import Index
+from ..store.shapes import Float32
 from .lds import columns_correlation, interval
 from .retrain import Train, compute_losses, trained
 

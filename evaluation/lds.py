@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
 
 from ..store.errors import UsageError
 from ..store.extras import require
+from ..store.shapes import Bool, Float, Float64
 
 _rankdata = require("scipy.stats", "evaluation").rankdata
 _RESAMPLES = 400

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32
 
 from ..store.corpus import Document, read_corpus
 from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
 from ..store.fields import Fields
 from ..store.files import sha256
+from ..store.shapes import Bool, Float32
 
 Half = Literal["all", "even", "odd"]
 _IMAGES = {

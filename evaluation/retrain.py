@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
 from torch import nn
 
 from ..indexer.encoder import Progress, ignore_progress
@@ -37,6 +36,7 @@ from ..store.errors import DataError, NumericalError, StorageError, UsageError, 
 from ..store.fields import Fields
 from ..store.files import exclusive, publish, read_json, storage_errors, write_whole
 from ..store.files import sha256 as file_sha256
+from ..store.shapes import Bool, Float32, Int64
 from ..store.sources import describe_files
 from .packs import write_documents_file
 

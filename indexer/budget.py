@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from jaxtyping import Int64
 
 from ..store.bits import padded_width
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.kinds import KINDS
 from ..store.manifest import Component, SparseComponent
+from ..store.shapes import Int64
 from ..store.sparse import entry_bytes
 
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from ..store.manifest import Component
+from ..store.shapes import Float
 
 _SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 _SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..store.errors import UsageError
 from ..store.manifest import Layer
+from ..store.shapes import Float, Int
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..store.manifest import CurvatureKind, LayerCurvature
+from ..store.shapes import Float, Float64
 from .projection import symmetric_eigen
 
 Arrays = dict[str, np.ndarray]

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..store.manifest import DenseComponent, Layer
+from ..store.shapes import Float
 from ..store.vectors import DenseVectors
 from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import whitening_scale

@@ -15,13 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import IntegrityError, NumericalError
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Layer
+from ..store.shapes import Float, Float32
 from ..store.vectors import Rows
 from .capture import Inputs, Map, capture
 from .dense import DenseEncoder

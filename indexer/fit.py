@@ -12,12 +12,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
 from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
+from ..store.shapes import Float
 from . import sparse
 from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, choose_curvature, whitening_scale

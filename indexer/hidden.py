@@ -5,10 +5,10 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ..store.documents import Example
+from ..store.shapes import Float32
 from .tasks import Batch, Task
 
 

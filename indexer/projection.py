@@ -10,7 +10,8 @@ import hashlib
 import math
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+
+from ..store.shapes import Float, Float32, Float64
 
 
 def random_projection(name: str, side: str, rank: int, size: int, seed: int) -> Float32[np.ndarray, "rank size"] | None:

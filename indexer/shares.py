@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..store.documents import Example
 from ..store.manifest import Layer
+from ..store.shapes import Float, Float64
 from ..store.vectors import DenseVectors, Rows, SparseVectors
 from .capture import Inputs, Map
 from .dense import DenseEncoder

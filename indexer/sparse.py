@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from ..store.manifest import Layer, SparseComponent
+from ..store.shapes import Float, Float64, Int
 from ..store.vectors import SparseVectors
 from .capture import Inputs, Map, accumulation_dtype
 from .curvature import Arrays

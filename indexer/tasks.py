@@ -21,12 +21,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
+from ..store.shapes import Bool, Float, Int
 from . import models
 from .examples import DocumentConverter, TextConverter, VectorConverter
 

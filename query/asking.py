@@ -11,8 +11,8 @@ from .options import Options, Query, ScoreOptions, check_queries
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Float32
 
+    from ..store.shapes import Float32
     from ..store.vectors import Rows
 
 

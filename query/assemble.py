@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 
 from ..store.errors import UsageError
 from ..store.index import Index
+from ..store.shapes import Bool
 from ..store.vectors import Rows, cut
 from .answers import Answer, Attribution, SearchReport
 from .baselines import BaselineScores, compare

@@ -11,10 +11,10 @@ suffices, and it is cheaper.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
 
 from ..store.extras import require
 from ..store.index import Index
+from ..store.shapes import Bool, Float, Float32
 from .answers import Baseline
 
 Scores = Float[np.ndarray, "examples queries"]

@@ -6,9 +6,9 @@ Estimating uncertainty for massive data streams, 2012). A table maps random byte
 """
 
 import numpy as np
-from jaxtyping import Bool, Float32
 
 from ..store.index import Index
+from ..store.shapes import Bool, Float32
 from .answers import Group
 
 _DRAWS = 200

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
 
 from ..store.errors import UsageError
 from ..store.files import storage_errors
 from ..store.index import Index
+from ..store.shapes import Float32
 from .options import Query
 
 _BLOCK_BYTES = 256 << 20

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 
 from ..store.errors import UsageError
+from ..store.shapes import Bool
 from .options import Mode, Options, ScoreOptions, check_options, option_fields
 
 _LARGEST_WEIGHT = 1e6

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
 
 from ..store.bits import padded_width, rotate
 from ..store.compiled import Compiled
@@ -16,6 +15,7 @@ from ..store.index import Index, ShardGroup
 from ..store.manifest import Component, DenseComponent, SparseComponent
 from ..store.postings import byte_tables
 from ..store.scan_codes import Rounded, scan_bits, words
+from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
 
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Index, ShardGroup
+from ..store.shapes import Float32, Float64, Int64
 from ..store.vectors import Rows, count
 from .metric import Metric, matched
 from .operands import OPERANDS, Estimates, Operand

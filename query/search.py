@@ -19,10 +19,10 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
 
 from ..store.errors import UsageError
 from ..store.index import Index, ShardGroup
+from ..store.shapes import Bool, Float32, Int64
 from ..store.vectors import Rows, count, cut
 from .metric import Metric
 from .scoring import Scorer, by_group

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Float32
 from torch import nn
 
 from ..indexer import models
@@ -26,6 +25,7 @@ from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Model
+from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows
 from .config import BuildConfig

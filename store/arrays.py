@@ -22,10 +22,10 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Int64, UInt32
 
 from .errors import IntegrityError
 from .files import memory_map, read_ahead, regular_size, size_problem, storage_errors
+from .shapes import Int64, UInt32
 
 PAGE_BYTES = 1 << 16
 _ALIGNMENT = 64

@@ -14,7 +14,8 @@ import hashlib
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+
+from .shapes import Float32, Int64, UInt8
 
 _ROUNDS = 3
 _CACHED_FOLDS = 4

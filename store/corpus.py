@@ -16,10 +16,10 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from jaxtyping import Float32
 
 from .errors import DataError, NotFoundError
 from .fields import Fields, Form
+from .shapes import Float32
 from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expand, lines, parse_json
 
 _METADATA_BYTES = 1 << 24

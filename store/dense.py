@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64, UInt32
 
 from .arrays import ArrayFile, ArrayGroup, crc32c
 from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import DenseComponent
+from .shapes import Float, Float32, Int64, UInt32
 from .vectors import DenseVectors
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1"), "1bit": np.dtype("u1")}

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int32, Int64, UInt32
 
 from .arrays import crc32c
 from .errors import IntegrityError
 from .files import memory_map, read_ahead, regular_size, storage_errors
+from .shapes import Bool, Float32, Int32, Int64, UInt32
 
 if TYPE_CHECKING:
     from .filters import Column

@@ -25,9 +25,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool
 
 from .errors import IntegrityError, UsageError
+from .shapes import Bool
 
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",

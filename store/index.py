@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float16, Float32, Float64, Int64
 
 from .arrays import ArrayFile, ArrayGroup
 from .cache import read_cache, write_cache
@@ -22,6 +21,7 @@ from .errors import IntegrityError, UsageError, WherefromError
 from .files import clear_leftovers, regular_size, sha256, size_problem
 from .kinds import KINDS, SearchArrays
 from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
+from .shapes import Bool, Float16, Float32, Float64, Int64
 from .shard import Shard, ShardReader, documents_path, read_table, rows_path
 from .vectors import Vectors
 

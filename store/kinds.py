@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from .arrays import ArrayFile
 from .bits import rotate
@@ -13,6 +12,7 @@ from .dense import DenseRows, DenseWriter, Reduction
 from .manifest import Component, DenseComponent, SparseComponent
 from .postings import Postings, byte_tables
 from .scan_codes import ScanCodes
+from .shapes import Float32
 from .sparse import SparseRows, SparseWriter
 from .vectors import DenseVectors, SparseVectors
 

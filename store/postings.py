@@ -24,13 +24,13 @@ from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt32
 
 from .arrays import ArrayFile, ArrayGroup, crc32c, crc32c_extend
 from .bits import signs_of, to_words
 from .compiled import Compiled
 from .errors import IntegrityError
 from .manifest import SparseComponent
+from .shapes import Bool, Float32, Int64, UInt32
 from .sparse import SparseRows, unsigned_dtype
 
 _add_lists = Compiled("add_lists", after=1 << 19)
@@ -107,15 +107,17 @@ class Postings:
         unread = lists[~self._checked[lists]]
         if self.file is not None and len(unread):
             self.file.read_ahead((self.rows, self.codes, self.factors), self.starts[unread], self.starts[unread + 1])
-        for i in unread.tolist():
-            postings = slice(int(self.starts[i]), int(self.starts[i + 1]))
-            owners = self.rows[postings]
-            factors = self.factors[postings]
-            if _checksum(owners, self.codes[postings], factors) != self.checks[i]:
+        if not len(unread):
+            return
+        places = [slice(first, last) for first, last in zip(self.starts[unread].tolist(), self.starts[unread + 1].tolist(), strict=True)]
+        for place, check in zip(places, self.checks[unread].tolist(), strict=True):
+            if _checksum(self.rows[place], self.codes[place], self.factors[place]) != check:
                 raise IntegrityError(f"{self.where} fails a checksum; make it anew with wherefrom reindex")
-            if len(owners) and (int(owners.max()) >= rows or not np.isfinite(factors).all()):
-                raise IntegrityError(f"{self.where} has invalid rows or factors; make it anew with wherefrom reindex")
-            self._checked[i] = True
+        owners = np.concatenate([self.rows[place] for place in places])
+        factors = np.concatenate([self.factors[place] for place in places])
+        if owners.max(initial=0) >= rows or not np.isfinite(factors).all():
+            raise IntegrityError(f"{self.where} has invalid rows or factors; make it anew with wherefrom reindex")
+        self._checked[unread] = True
 
     def arrays(self) -> ArrayGroup:
         """Return the arrays for a search cache."""

@@ -22,7 +22,6 @@ from typing import ClassVar
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8, UInt32, UInt64
 
 from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate, to_words
@@ -30,6 +29,7 @@ from .compiled import Compiled
 from .dense import DenseRows
 from .errors import IntegrityError
 from .manifest import DenseComponent
+from .shapes import Float32, Float64, UInt8, UInt32, UInt64
 
 PLANES = 4
 _LEVELS = (1 << PLANES) - 1

@@ -7,13 +7,11 @@ documents/<id>.arrow   the examples (see documents.py)
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Float32, Int64
 
 from .arrays import ArrayFile, ArrayGroup, write_arrays
 from .documents import Documents, batch_checksums, write_documents
@@ -21,6 +19,7 @@ from .errors import IntegrityError
 from .files import publish, sha256, size_problem
 from .kinds import Rows, open_rows
 from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
+from .shapes import Float16, Float32, Int64, UInt8
 
 _WIDEST = 1 << 24
 _SHA256_BYTES = 32
@@ -28,8 +27,7 @@ _COUNTS = ("rows", "tokens", "bytes", "documents_bytes")
 _DIGESTS = ("sha256", "documents_sha256")
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A shard's entry in the table: rows `first` to `first + rows` of the index.
 
     Attributes:
@@ -231,7 +229,7 @@ def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tupl
     Raises:
         IntegrityError: the table is damaged or does not fit these numbers.
     """
-    ids = [str(uuid.UUID(bytes=bytes(row))) for row in file.array("id", (shards, 16), "uint8")]
+    ids = [_uuid(digits) for digits in _hexadecimal(file.array("id", (shards, 16), "uint8"))]
     counts = {name: file.array(name, (shards,), "int64") for name in _COUNTS}
     digests = {name: file.array(name, (shards, _SHA256_BYTES), "uint8") for name in _DIGESTS}
     energy = file.array("energy", (shards, components, 2), "float64")
@@ -244,16 +242,28 @@ def read_table(file: ArrayFile, shards: int, components: int, rows: int) -> tupl
         raise IntegrityError(f"{file.path} does not list the shards of {rows:,} rows; restore it or build the index again")
     if deleted.ndim != 1 or (np.diff(deleted) <= 0).any() or (len(deleted) and not 0 <= deleted[0] <= deleted[-1] < rows):
         raise IntegrityError(f"{file.path}: its deleted rows are not ascending, or not rows of the index; build the index again")
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Sequence[Any]] = {
         "id": ids,
         "first": firsts[:-1].tolist(),
         **{name: array.tolist() for name, array in counts.items()},
-        **{name: [digest.tobytes().hex() for digest in array] for name, array in digests.items()},
+        **{name: _hexadecimal(array) for name, array in digests.items()},
         "directory": file.array("directory", (shards,), "uint32").tolist(),
         "energy": [tuple(map(tuple, energies)) for energies in energy.tolist()],
         "component_bytes": list(map(tuple, component_bytes)),
     }
-    return tuple(Shard(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)), deleted
+    in_order = [columns[name] for name in Shard._fields]
+    return tuple(map(Shard._make, zip(*in_order, strict=True))), deleted
+
+
+def _hexadecimal(rows: UInt8[np.ndarray, "rows bytes"]) -> list[str]:
+    """Return the hexadecimal digits of each row of bytes."""
+    digits = rows.tobytes().hex()
+    width = 2 * rows.shape[1]
+    return [digits[i : i + width] for i in range(0, len(digits), width)]
+
+
+def _uuid(digits: str) -> str:
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarray, " deleted"], fields: Mapping[str, Any]) -> Manifest:

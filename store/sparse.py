@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, UInt8, UInt32
 
 from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import SparseComponent
+from .shapes import Float32, Float64, Int64, UInt8, UInt32
 from .vectors import SparseVectors
 
 _ROW_BYTES = 8  # a row's start and norm

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+from .shapes import Bool, Float, Float32, Float64, Int64
 
 
 @runtime_checkable

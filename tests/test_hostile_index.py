@@ -93,7 +93,7 @@ def reseal(index, change=lambda content: None, shard_change=lambda entries: entr
         with contextlib.suppress(IntegrityError):
             directory = ArrayFile(rows).directory
         sizes = {"bytes": rows.stat().st_size, "documents_bytes": documents.stat().st_size, "directory": directory}
-        entries.append(dataclasses.replace(shard, sha256=sha256(rows), documents_sha256=sha256(documents), **sizes))
+        entries.append(shard._replace(sha256=sha256(rows), documents_sha256=sha256(documents), **sizes))
     new_table = index / "manifests" / f"{uuid.uuid4()}.zarr.zip"
     write_arrays(new_table, {"": table_arrays(shard_change(entries), deleted)})
     for record in (content["encoder"], content["table"]):
@@ -397,7 +397,7 @@ def test_a_forged_search_cache_is_found_by_verify_and_mended_by_reindex(index):
 @pytest.mark.parametrize("rows", [10**12, 2**62])
 def test_more_rows_than_the_files_hold_allocate_nothing(index, rows):
     def longer(entries):
-        return [*entries[:-1], dataclasses.replace(entries[-1], rows=rows)]
+        return [*entries[:-1], entries[-1]._replace(rows=rows)]
 
     def change(content):
         content["rows"] += rows - last
@@ -412,7 +412,7 @@ def test_sizes_that_the_files_do_not_have_allocate_nothing(index):
     last = Index(index).shards[-1].rows
 
     def longer(entries):
-        return [*entries[:-1], dataclasses.replace(entries[-1], rows=10**12, bytes=10**13)]
+        return [*entries[:-1], entries[-1]._replace(rows=10**12, bytes=10**13)]
 
     reseal(index, lambda content: content.update(rows=content["rows"] + 10**12 - last), longer)
     with pytest.raises(IntegrityError, match="where"):
