@@ -78,7 +78,7 @@ class RecordedEncoder:
         Raises:
             IncompatibleError: the tokenizer is not the one that the index was built with.
         """
-        options = self.index.manifest.build.what.options
+        options = self.index.manifest.build.inputs.options
         encoder = self.task.converter(self.sources[0], options.max_tokens or self.context, options.long, options.append_eos)
         self.check_converter(encoder)
         return encoder

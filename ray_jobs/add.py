@@ -84,7 +84,7 @@ def add(
 def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], runtime: Mapping[str, Any]) -> BuildConfig:
     """Return the configuration of the build, with other data and runtime options."""
     manifest = recorded.index.manifest
-    content = manifest.build.what.options.model_dump(mode="json")
+    content = manifest.build.inputs.options.model_dump(mode="json")
     _ = recorded.task  # raises an error if the custom task is not named
     options = {
         **{name: value for name, value in content.items() if name != "revision"},

@@ -36,10 +36,10 @@ from ..store.manifest import (
     Build,
     Component,
     FileRecord,
+    Inputs,
     Manifest,
     Model,
     Tokenizer,
-    What,
     latest_manifest,
     read_manifest,
 )
@@ -138,8 +138,8 @@ def build(
             for note in silent:
                 reporter.note(note)
             record = Build(
-                what=What.model_validate_json(json.dumps(inputs)),
-                how=config.runtime_options(),
+                inputs=Inputs.model_validate_json(json.dumps(inputs)),
+                runtime=config.runtime_options(),
                 batch_tokens=settings.batch_tokens,
                 tracked=tuple(tracked(model, components, number) for number, model in enumerate(facts)),
                 calibration=calibration,
@@ -182,7 +182,7 @@ def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
     if latest_manifest(job.out) is None:
         return None
     manifest = read_manifest(job.out)
-    _refuse_other_inputs(job.out, manifest.build.what.model_dump(mode="json"), inputs)
+    _refuse_other_inputs(job.out, manifest.build.inputs.model_dump(mode="json"), inputs)
     sizes = {job.out / manifest.encoder.path: manifest.encoder.bytes}
     for shard in Index(job.out).shards:
         sizes |= {rows_path(job.out, shard.id): shard.bytes, documents_path(job.out, shard.id): shard.documents_bytes}
@@ -363,7 +363,7 @@ def _publish(
         wherefrom=installed_version(),
         task=job.config.task,
         models=models,
-        tokenizer=Tokenizer(fingerprint=record.what.tokenizer) if record.what.tokenizer else None,
+        tokenizer=Tokenizer(fingerprint=record.inputs.tokenizer) if record.inputs.tokenizer else None,
         components=components,
         encoder=file,
         build=record,

@@ -377,7 +377,7 @@ class Options(_Model):
     append_eos: bool
 
 
-class What(_Model):
+class Inputs(_Model):
     """The inputs that determine the contents of an index: options, models, tokenizer and corpus files."""
 
     format: Size
@@ -429,15 +429,15 @@ class Build(_Model):
     """The record of a build.
 
     Attributes:
-        how: options that do not change the contents of the index.
+        runtime: options that do not change the contents of the index.
         calibration: by component, the numbers from which its weight was computed.
         not_finite: the number of rows that are stored as zeros, since loss or gradient is not finite; `_first` are some of their ids.
         left_out_columns: by name, the type of the corpus's columns that were not stored.
         notes: sentences about the models for readers of answers.
     """
 
-    what: What
-    how: dict[str, Any]
+    inputs: Inputs
+    runtime: dict[str, Any]
     batch_tokens: Size
     tracked: tuple[Tracked, ...]
     calibration: dict[str, dict[str, float]]

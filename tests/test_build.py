@@ -75,10 +75,10 @@ def test_the_same_command_again_changes_nothing(tmp_path, model_dir, corpus_file
 
 def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_file):
     manifest = read_manifest(index_dir)
-    options = manifest.build.what.options.model_dump()
+    options = manifest.build.inputs.options.model_dump()
     assert (options["rank"], options["shard_rows"], options["damping"]) == (4, 32, None)
     assert manifest.components[0].curvature.damping == 0.1
-    assert manifest.build.what.corpus[0]["path"] == str(corpus_file)
+    assert manifest.build.inputs.corpus[0]["path"] == str(corpus_file)
     assert manifest.models[0].id == str(Path(model_dir).resolve())
     assert manifest.components[0].curvature.examples == 120
     assert manifest.rows == 120

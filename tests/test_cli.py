@@ -84,7 +84,7 @@ def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_pa
     )
     assert done.exit_code == 0, done.output
     assert "wherefrom query" in done.stdout
-    options = json.loads(latest_manifest(tmp_path / "i").read_text())["build"]["what"]["options"]
+    options = json.loads(latest_manifest(tmp_path / "i").read_text())["build"]["inputs"]["options"]
     assert (options["rank"], options["damping"], options["seed"], options["layers"]) == (3, 0.25, 5, ["h.1.*"])
     again = wherefrom(
         "build", "--config", config, "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i", "-o", "seed=5", "--json", env=env

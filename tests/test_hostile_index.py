@@ -144,7 +144,7 @@ def test_add_runs_no_code_that_an_index_names(tmp_path, index, model_dir, corpus
     monkeypatch.chdir(tmp_path)
 
     def change(content):
-        content["build"]["what"]["options"] |= {"trust_remote_code": True, "task": "evil:Task"}
+        content["build"]["inputs"]["options"] |= {"trust_remote_code": True, "task": "evil:Task"}
         if named == "task":
             content["task"] = "evil:Task"
 
@@ -423,7 +423,7 @@ def test_an_odd_record_of_the_build_is_damage_and_no_defect(index):
     for change in (
         lambda c: c["build"].pop("documents"),
         lambda c: c["build"].update(weighed=[1]),
-        lambda c: c["build"]["what"].update(options={"task": 5}),
+        lambda c: c["build"]["inputs"].update(options={"task": 5}),
         lambda c: c.update(build=[]),
         lambda c: c["build"].update(batch_tokens=-3),
     ):

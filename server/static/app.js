@@ -72,15 +72,15 @@ function read() {
     if ($("against").value) query.against = $("against").value;
   } else if (kind === "text") query.text = $("text").value;
   else query.row = Number($("row").value);
-  const how = { index: $("index").value, mode: $("mode").value };
-  if ($("damping").value.trim()) how.damping = number("damping", "The damping");
-  if ($("layers").value.trim()) how.layers = $("layers").value.split(",").map((part) => part.trim());
+  const options = { index: $("index").value, mode: $("mode").value };
+  if ($("damping").value.trim()) options.damping = number("damping", "The damping");
+  if ($("layers").value.trim()) options.layers = $("layers").value.split(",").map((part) => part.trim());
   const search = { k: $("k").value.trim() ? number("k", "How many") : 10 };
   if ($("where").value.trim()) search.where = $("where").value.trim();
   if ($("group").value) search.group_by = $("group").value;
   if ($("baselines").checked) search.baselines = true;
   if ($("certified").checked) search.recall = 0.99;
-  return { query, how, search };
+  return { query, options, search };
 }
 
 const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "baselines", "recall"];
@@ -122,7 +122,7 @@ async function ask({ keep = false } = {}) {
   } catch (error) {
     return fail(error);
   }
-  const body = { ...now.query, ...now.how, ...now.search };
+  const body = { ...now.query, ...now.options, ...now.search };
   const own = ++serial;
   if (now.query.completion === "" || now.query.text === "" || Number.isNaN(now.query.row) || (kind === "row" && !$("row").value)) {
     fail(new Error(kind === "row" ? "Give the number of a row." : "Write what the model said."));
@@ -165,7 +165,7 @@ function render() {
   const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
   const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
   $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
-  $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.query, ...asked.how, ...asked.search }))}`;
+  $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.query, ...asked.options, ...asked.search }))}`;
   fill($("proponents"), proponents, "Nothing spoke for it.");
   fill($("opponents"), opponents, "Nothing spoke against it.");
   for (const id of ["histogram", "layers-chart", "query-heat"]) $(id).replaceChildren();
@@ -213,7 +213,7 @@ function card(a) {
 }
 
 function searchFrom(row) {
-  write({ ...asked.how, ...asked.search, row });
+  write({ ...asked.options, ...asked.search, row });
   ask();
   $("results").focus();
 }
@@ -248,7 +248,7 @@ const AT_ONCE = 5; // explanations, so that the first are seen soon
 async function explain(own, now) {
   const { proponents, opponents } = answer, rows = [];
   for (let i = 0; i < Math.max(proponents.length, opponents.length); i += AT_ONCE) rows.push(...[...proponents.slice(i, i + AT_ONCE), ...opponents.slice(i, i + AT_ONCE)].map((a) => a.row));
-  const histogram = request("/v1/scores", { ...now.query, ...now.how, ...(now.search.where ? { where: now.search.where } : {}) });
+  const histogram = request("/v1/scores", { ...now.query, ...now.options, ...(now.search.where ? { where: now.search.where } : {}) });
   histogram.then((found) => own === serial && drawHistogram(found), () => {});
   if (!rows.length) return;
   if (now.query.against) $("query-heat").textContent = "A contrast is the difference of two completions: it has no tokens of its own to colour.";
@@ -258,7 +258,7 @@ async function explain(own, now) {
     $("state").textContent = `explaining ${i + 1} to ${Math.min(i + AT_ONCE, rows.length)} of ${rows.length} …`;
     let found;
     try {
-      found = (await request("/v1/explain", { ...now.query, ...now.how, examples: rows.slice(i, i + AT_ONCE) })).explanations;
+      found = (await request("/v1/explain", { ...now.query, ...now.options, examples: rows.slice(i, i + AT_ONCE) })).explanations;
     } catch (error) {
       if (own === serial) $("query-heat").textContent = `No explanation: ${error.message}`;
       return;
