@@ -16,7 +16,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
-from .command_options import BUILD_PANELS, ConfigCommand, config_options, config_values, given, query_options
+from .command_options import BUILD_FLAGS, ConfigCommand, config_options, query_options, take_config_values, take_options
 from .query.options import Options, Query, ScoreOptions
 from .store.errors import UsageError, WherefromError
 from .store.printable import printable, to_json
@@ -60,9 +60,9 @@ class _Group(cloup.Group):
 
     def _with_flags(self, message: str) -> str:
         """A message of the library, which names options as `max_tokens`, with the command line's names of them."""
+        flags = dict(BUILD_FLAGS)
         groups = [self, *(command for command in self.commands.values() if isinstance(command, click.Group))]
         commands = [command for group in groups for command in group.commands.values()]
-        flags = {name: f"--{name.replace('_', '-')}" for names in BUILD_PANELS.values() for name in names}
         for parameter in (parameter for command in commands for parameter in command.params):
             if isinstance(parameter, click.Option) and parameter.name:
                 flags[parameter.name] = max(parameter.opts, key=len)
@@ -175,7 +175,7 @@ def build(as_json: bool, **values: Any) -> None:
 
     A build that was interrupted continues when the same command is given again.
     """
-    options = config_values(values)
+    options = take_config_values(values)
     _quiet_libraries()
     from .ray_jobs.build import build as run
     from .ray_jobs.config import BuildConfig
@@ -205,7 +205,7 @@ def plan(as_json: bool, **values: Any) -> None:
       wherefrom plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
       wherefrom plan --model ./sft --data chats.parquet -o rank=32 --workers 4 --json
     """
-    options = config_values(values)
+    options = take_config_values(values)
     _quiet_libraries()
     from .ray_jobs.config import BuildConfig
     from .ray_jobs.plan import estimate
@@ -381,7 +381,7 @@ def query(index: str, file: str | None, as_json: bool, **values: Any) -> None:
     many would have to be read, or there are no codes (wherefrom reindex), all are, and the answer says so.
     """
     queries = _queries(file, values)
-    options = given(values, Options)
+    options = take_options(values, Options)
     client = _client(index, values, queries)
     for answer in client.query_many(queries, **options):
         if as_json:
@@ -412,7 +412,7 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
     Components, layers and shared tokens are read from the rows, and add up to the score. Shares by token are computed with the model.
     """
     (query,) = _queries(None, values)
-    options = given(values, ScoreOptions)
+    options = take_options(values, ScoreOptions)
     client = _client(index, values, [query], with_model=tokens)
     if not examples:
         examples = tuple(proponent.row for proponent in client.query(query, **options).proponents[:3])
@@ -445,7 +445,7 @@ def scores(index: str, file: str, out: str, **values: Any) -> None:
     from .ray_jobs.progress import Console
 
     queries = list(_read_queries(file))
-    options = given(values, ScoreOptions)
+    options = take_options(values, ScoreOptions)
     client = _local_client(index, values, queries)
     with Console() as reporter:
         shape = write_scores(client.index, lambda part: client.score_blocks(part, **options), queries, Path(out), reporter)
@@ -475,7 +475,7 @@ def _local_client(index: str, model: dict[str, Any], queries: Sequence[Query], w
 
 def _queries(file: str | None, values: dict[str, Any]) -> list[Query]:
     """The queries of a file, or the one that the options give."""
-    fields = given(values, Query)
+    fields = take_options(values, Query)
     if file is None:
         if values.get("mean"):
             raise UsageError("--mean is over the queries of a file; give it with --file")
@@ -591,7 +591,7 @@ def lds(
     from .terminal import show_judgement
 
     source = click.get_current_context().get_parameter_source
-    options = config_values(values)
+    options = take_config_values(values)
     place = Path(data) if data else None
     _quiet_libraries()
     from .evaluation.judge import judge_index, judge_scores

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import cloup
@@ -11,14 +11,18 @@ import cloup
 from .query.options import OptionField, option_fields
 from .store.errors import UsageError
 
-_LARGEST_CONFIG = 1 << 14
+_LARGEST_CONFIG = 1 << 14  # bytes; the time of the TOML parser may grow with their square
 BUILD_PANELS = {
     "Index": ("bytes_per_example", "layers"),
     "Corpus": ("model", "data", "out", "fields", "max_tokens"),
     "Machine": ("workers", "device", "dtype"),
 }
 """Options of a build that have flags, by panel of the help; all others are given as -o name=value."""
-_WITH_FLAGS = frozenset(name for names in BUILD_PANELS.values() for name in names)
+BUILD_FLAGS = {name: f"--{name.replace('_', '-')}" for names in BUILD_PANELS.values() for name in names}
+_FLAG_TYPES: dict[str, click.ParamType] = {
+    **dict.fromkeys(("model", "data", "out"), click.Path()),
+    **dict.fromkeys(("bytes_per_example", "max_tokens", "workers"), click.INT),
+}
 _REPEATED = ("model", "data", "layers")
 
 
@@ -27,7 +31,7 @@ class ConfigCommand(cloup.Command):
 
     Args:
         without: options that the command does not have.
-        kwargs: of `cloup.Command`.
+        args, kwargs: those of `cloup.Command`.
     """
 
     def __init__(self, *args: Any, without: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -48,15 +52,10 @@ class ConfigCommand(cloup.Command):
         return super().get_params(ctx)
 
     def _option(self, name: str, group: cloup.OptionGroup) -> click.Option:
-        field = _config_fields()[name]
-        option_type: Any = field.annotation if field.annotation in (int, float) else str
-        if name in ("bytes_per_example", "max_tokens"):
-            option_type = int
-        if name == "dtype":
-            option_type = click.Choice(_choices(name))
+        choices = _choices(name)
         return cloup.Option(
-            [f"--{name.replace('_', '-')}"],
-            type=click.Path() if name in ("model", "data", "out") else option_type,
+            [BUILD_FLAGS[name]],
+            type=click.Choice(choices) if choices else _FLAG_TYPES.get(name, click.STRING),
             multiple=name in _REPEATED,
             help=_help(name) + ("  Repeatable." if name in _REPEATED else ""),
             group=group,
@@ -64,7 +63,7 @@ class ConfigCommand(cloup.Command):
 
     def other_options(self) -> dict[str, str]:
         """The options without flags, with their help."""
-        return {name: _help(name) for name in _config_fields() if name not in _WITH_FLAGS and name not in self._without}
+        return {name: _help(name) for name in _config_fields() if name not in BUILD_FLAGS and name not in self._without}
 
 
 def _config_fields() -> Mapping[str, Any]:
@@ -76,19 +75,17 @@ def _config_fields() -> Mapping[str, Any]:
 def _help(name: str) -> str:
     field = _config_fields()[name]
     text = " ".join((field.description or "").split())
-    shown = "[default:" in text or field.default in (None, ()) or field.is_required()
+    has_default = "[default:" not in text and field.default not in (None, ()) and not field.is_required()
     default = str(field.default).lower() if isinstance(field.default, bool) else field.default
     choices = _choices(name)
-    if choices and name not in _WITH_FLAGS:
+    if choices and name not in BUILD_FLAGS:
         text, bracket, rest = text.partition("[default:")
         text = f"{text.strip()} One of {', '.join(choices)}." + (f"  {bracket}{rest}" if bracket else "")
-    return text + ("" if shown else f"  [default: {default}]")
+    return text + (f"  [default: {default}]" if has_default else "")
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """The texts that an option can be; empty where it is free."""
-    from typing import Literal, get_args, get_origin
-
+    """Return the only texts that an option can be; empty if there are others."""
     annotation = _config_fields()[name].annotation
     members = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
@@ -121,11 +118,11 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def config_values(values: dict[str, Any]) -> dict[str, Any]:
+def take_config_values(values: dict[str, Any]) -> dict[str, Any]:
     """Combine the options of a build: from -o and flags, else from the environment, else from the configuration file.
 
     Args:
-        values: of a `ConfigCommand`'s parameters; the build's are removed from it.
+        values: the values of a `ConfigCommand`'s parameters; those of the build are removed.
 
     Raises:
         UsageError: an option is unknown, given twice, or has an invalid value.
@@ -138,28 +135,35 @@ def config_values(values: dict[str, Any]) -> dict[str, Any]:
     file = values.pop("config_file")
     if file is not None:
         combined |= _toml(file)
-    for name in others:
+    for name in others:  # click has read the environment's variables of flags
         text = os.environ.get(f"{ctx.auto_envvar_prefix}_{name.upper()}")
         if text is not None:
             combined[name] = _parsed(name, text)
-    for name in (name for names in BUILD_PANELS.values() for name in names if name in values):
-        value = values.pop(name)
+    for name in BUILD_FLAGS:
+        value = values.pop(name, None)
         if value not in (None, ()):
             combined[name] = value
+    repeated = set()
     for text in values.pop("others"):
         name, equals, value = text.partition("=")
+        if name in BUILD_FLAGS and name not in command._without:
+            raise UsageError(f"-o {text}: this option has a flag; write {BUILD_FLAGS[name]}")
         if not equals or name not in others:
-            flags = ", ".join(others)
-            raise UsageError(f"-o {text} is not an option of a build; write -o name=value with one of {flags} (--help-all describes them)")
+            names = ", ".join(others)
+            raise UsageError(f"-o {text} is not an option of a build; write -o name=value with one of {names} (--help-all describes them)")
+        if name in repeated:
+            raise UsageError(f"-o {name} is given twice; give it once")
+        repeated.add(name)
         combined[name] = _parsed(name, value)
-    unknown = sorted(combined.keys() - _config_fields().keys() | combined.keys() & set(command._without))
+    known = _config_fields().keys() - set(command._without)
+    unknown = sorted(combined.keys() - known)
     if unknown:
         raise UsageError(f"{file}: there is no option {unknown[0]!r}; wherefrom build --help-all lists the names")
     return combined
 
 
 def _parsed(name: str, text: str) -> Any:
-    """A value of a build's option, from text: a number, true or false, or several values with commas between."""
+    """Return the value of a build's option from text: a number, true, false or none, or several values with commas between."""
     from pydantic import TypeAdapter, ValidationError
 
     from .ray_jobs.config import BuildConfig, option_problem
@@ -177,7 +181,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _toml(file: str) -> dict[str, Any]:
-    """Options of a small TOML file; the parser's time grows with the square of a file's size."""
+    """Return the options of a TOML file."""
     import tomllib
 
     if not Path(file).is_file():
@@ -190,33 +194,31 @@ def _toml(file: str) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except RecursionError as error:
         raise UsageError(f"{file} cannot be read as TOML: it is nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} cannot be read as TOML: it is not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(f"{file} cannot be read as TOML: {error}") from error
 
 
 def _query_option(field: OptionField) -> Callable[..., Any]:
-    kinds = {str: str, int: int, float: float}
     option = field.option
     text = ("JSON file: " if option.file else "") + option.help
     if option.default is not None and field.kind is not bool:
         text += f"  [default: {option.default}]"
     if field.kind is bool:
         return click.option(*field.flags, field.name, is_flag=True, default=bool(option.default), help=text)
-    option_type = click.Choice(field.choices) if field.choices else click.Path() if option.file else kinds.get(field.kind, str)
+    plain = field.kind if field.kind in (int, float) else str
+    option_type = click.Choice(field.choices) if field.choices else click.Path() if option.file else plain
     return click.option(*field.flags, field.name, type=option_type, multiple=field.name == "layers", help=text)
 
 
-def query_options(title: str, owner: type, without: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Add the fields of `Query` or the options of answers to a command, as a panel of its help."""
-    fields = [field for name, field in option_fields(owner).items() if field.option.on_command_line and name not in without]
+def query_options(title: str, definition: type, without: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Add the fields of a definition (`Query`, `Options` or `ScoreOptions`) to a command, as a panel of its help."""
+    fields = [field for name, field in option_fields(definition).items() if field.option.on_command_line and name not in without]
     return cloup.option_group(title, *(_query_option(field) for field in fields))
 
 
-def given(values: dict[str, Any], owner: type) -> dict[str, Any]:
-    """Take the values of an owner's options out of a command's, without those that were not given."""
-    taken = {name: values.pop(name) for name in option_fields(owner) if name in values}
+def take_options(values: dict[str, Any], definition: type) -> dict[str, Any]:
+    """Remove the options of a definition (as of `query_options`) from a command's values, and return those that were given."""
+    taken = {name: values.pop(name) for name in option_fields(definition) if name in values}
     if "weights" in taken:
         taken["weights"] = _weights(taken["weights"])
     return {name: value for name, value in taken.items() if value not in (None, ())}

@@ -1,10 +1,14 @@
 """Dense components: projected, whitened gradients of linear layers.
 
-    row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, i) = <row_q, row_i>
+    row = diag(l + a)^(-1/2) U^T vec(sum_t (R_o^T P_o d_t) (R_i^T P_i x_t)^T),    influence(q, j) = <row_q, row_j>
+
+For each layer, at token t, x_t is its input and d_t the gradient of the loss in its output. P_o and P_i are projections (LoGra, Choe et
+al., arXiv 2405.13954), R_o and R_i rotations into the eigenbasis of the Kronecker factors, U and l eigenvectors and eigenvalues of the
+curvature, and a is the damping times the mean of l. vec puts one row of the matrix (one output) after the other.
 
 The arrays are `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's
-name, `input_projection` and `input_rotation` under the name of the group of layers that share the input. Random projections are not among
-them.
+name, `input_projection` and `input_rotation` under the name of the group of layers that share the input, which is that of the group's first
+layer. Random projections are not among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +38,8 @@ class DenseEncoder:
 
     Args:
         component: the layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
-        arrays: the component's arrays, by `key`; those of the fit's finished passes.
+        arrays: the component's arrays, by `key`, as far as the fit has computed them. A layer without `eigenvalues` is not whitened. What
+            is derived from them is cached, so that each pass of the fit has its own encoder.
         model: contains the layers.
     """
 
@@ -45,12 +50,12 @@ class DenseEncoder:
         self._devices = {name: layer_device(model, name) for name in component.layer_names}
         self._dtype = next(model.parameters()).dtype
 
-    def fits(self, layer: Layer, module: nn.Module | None) -> bool:
-        """Return True if a module is the layer's."""
+    def matches(self, layer: Layer, module: nn.Module | None) -> bool:
+        """Return True if a module is linear and has the layer's sizes."""
         return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)
 
     def collector(self, batch: Batch) -> "DenseCollector":
-        """Visitor of one batch."""
+        """Return the callback of `capture` that sums one batch's gradients."""
         return DenseCollector(self, len(batch.ids))
 
     @cached_property
@@ -61,7 +66,7 @@ class DenseEncoder:
         """
         shared: dict[tuple[str, bool], Map] = {}
         maps = {}
-        for layer in self.component.layers:
+        for layer in self.layers:
             rotated = key(layer.name, "output_rotation") in self.arrays
             group = (layer.input_group, rotated)
             if group not in shared:
@@ -88,44 +93,48 @@ class DenseEncoder:
         return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
 
     def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
-        """Matrix M such that <M, sum_t d_t x_t^T> is the product of the layer's whitened block with a vector."""
+        """Return the matrix whose product with a layer's gradient is the product of the layer's coordinates of a row with a vector.
+
+        The gradient is sum_t d_t x_t^T after `maps`. The matrix is on the layer's device, in float32, or float64 for a float64 model.
+        """
         whitener = self._whiteners[layer.name]
-        matrix = torch.from_numpy(vector).to(self._devices[layer.name], accumulation_dtype(self._dtype))
+        values = torch.from_numpy(vector).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         if whitener is not None:
-            matrix = matrix * whitener if whitener.dim() == 1 else whitener @ matrix
-        return matrix.reshape(layer.output_rank, layer.input_rank)
+            values = values * whitener if whitener.dim() == 1 else whitener @ values
+        return values.reshape(layer.output_rank, layer.input_rank)
 
     @cached_property
     def _whiteners(self) -> dict[str, Tensor | None]:
+        """By layer: scales [n] for a diagonal curvature in its basis, a matrix [n, n] for the dense Fisher, None for the identity."""
         whiteners: dict[str, Tensor | None] = {}
-        for layer in self.component.layers:
+        for layer in self.layers:
             eigenvalues = self.arrays.get(key(layer.name, "eigenvalues"))
             if eigenvalues is None:
                 whiteners[layer.name] = None
                 continue
             scale = whitening_scale(eigenvalues, self.component.curvature.damping)
             basis = self.arrays.get(key(layer.name, "basis"))
-            matrix = scale if basis is None else basis * scale
-            whiteners[layer.name] = torch.from_numpy(matrix).to(self._devices[layer.name], accumulation_dtype(self._dtype))
+            whitener = scale if basis is None else basis * scale
+            whiteners[layer.name] = torch.from_numpy(whitener).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         return whiteners
 
 
 class DenseCollector(GradientSum):
-    """Visitor that turns a batch's gradients into rows."""
+    """Callback of `capture` that sums a batch's gradients, from which `rows` computes the rows."""
 
     def __init__(self, encoder: DenseEncoder, examples: int) -> None:
         super().__init__()
         self._encoder = encoder
         self._examples = examples
-        self.layers: Sequence[Layer] = encoder.component.layers
+        self.layers: Sequence[Layer] = encoder.layers
         self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
 
     def rows(self) -> DenseVectors:
-        """The batch's whitened rows."""
+        """Return the batch's whitened rows [examples, dim]. A layer that was not called contributes zeros."""
         encoder = self._encoder
-        block = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
-        for layer in encoder.component.layers:
+        values = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
+        for layer in encoder.layers:
             if layer.name in self.by_layer:
                 whitened = encoder._whiten(layer, self.by_layer[layer.name])
-                block[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
-        return DenseVectors(block.numpy())
+                values[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
+        return DenseVectors(values.numpy())

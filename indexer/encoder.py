@@ -120,10 +120,10 @@ class Encoder:
             modules = dict(model.named_modules())
             missing = [name for name in component.layer_names if name not in modules]
             encoder = None if missing else COMPONENT_ENCODERS[component.kind](component, arrays, model)  # type: ignore[arg-type]
-            unfit = missing or [layer.name for layer in encoder.layers if not encoder.fits(layer, modules[layer.name])]  # type: ignore[union-attr]
-            if unfit:
+            others = missing or [layer.name for layer in encoder.layers if not encoder.matches(layer, modules[layer.name])]  # type: ignore[union-attr]
+            if others:
                 raise IntegrityError(
-                    f"the index describes the layer {unfit[0]} ({component.name}) with sizes that the model does not have; restore the "
+                    f"the index describes the layer {others[0]} ({component.name}) with sizes that the model does not have; restore the "
                     "index's manifest"
                 )
             encoders[component.name] = encoder  # type: ignore[assignment]

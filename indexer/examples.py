@@ -1,4 +1,4 @@
-"""Encoding of documents as examples: token ids and a loss mask, long documents cut to the model's window.
+"""Conversion of documents, and of queries that are documents, to examples: token ids and a loss mask, at most `max_tokens` of a document.
 
 Every form of document becomes one text with *loss spans* (all of it; the completion; the assistant's turns). The full text is tokenized
 at once, as in training, and a token is in the loss when it holds a character of a span: a token across the end of a prompt belongs to the
@@ -19,49 +19,62 @@ import numpy as np
 from ..store.corpus import Document
 from ..store.documents import Example
 from ..store.errors import DataError, UsageError
+from ..store.shapes import Bool, Int64
 from .chat import Conversation
 from .models import tokenizer_fingerprint
 
 _TOKENIZE_BATCH = 256
-_MOST_PENDING = 48
+_MOST_PENDING = 48  # tokens that may wait for the end of a character; each is decoded with those before it
 _Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
 @dataclass(frozen=True)
 class _Rendered:
+    """The text of a document, with its loss spans (start and end in characters).
+
+    Attributes:
+        add_special_tokens: the tokenizer adds its special tokens, which the text does not hold.
+    """
+
     text: str
     spans: tuple[tuple[int, int], ...]
-    special_tokens: bool = True
+    add_special_tokens: bool = True
 
 
 @runtime_checkable
 class DocumentConverter(Protocol):
-    """Encoder of documents as examples."""
+    """Conversion of documents to examples.
+
+    Errors of the reader pass through in their places, so that documents keep their order and their number.
+    """
 
     @property
     def fingerprint(self) -> str | None:
         """SHA-256 of the tokenizer; None without one."""
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """Encode a stream of documents, in order; an unusable one yields its error."""
+        """Convert a stream of documents, in order; an unusable one yields its error."""
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """Encode a query, given as a document, uncut.
+        """Convert a query, given as a document, to one example, which is never cut.
 
         Args:
+            document: its text, completion, messages or features; its id is not used.
             span: a part of the text; the loss is on its tokens alone.
-            context: of the model, in tokens.
+            context: the model's longest input, in tokens; the example may have one more, the last target.
 
         Raises:
-            UsageError: it is empty, too long, or of another form than the index's documents.
+            UsageError: it is empty or too long, or holds a text for an index of vectors, or a vector for an index of texts.
         """
 
 
 @dataclass(frozen=True)
 class VectorConverter:
-    """Encoder of documents that hold vectors."""
+    """Conversion of documents that hold vectors."""
 
-    fingerprint: None = None
+    @property
+    def fingerprint(self) -> None:
+        """None, since there is no tokenizer."""
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
         """See `DocumentConverter`."""
@@ -95,14 +108,14 @@ class VectorConverter:
 
 @dataclass(frozen=True)
 class TextConverter:
-    """Encoder of text documents.
+    """Conversion of text documents.
 
     Attributes:
         tokenizer: a fast `transformers` tokenizer (character offsets are needed).
         max_tokens: longest example, in tokens.
         long: treatment of a longer document: "split" into chunks, or "truncate".
-        append_eos: append the end-of-text token to a document (and predict it), as in most pre-training; not to chats, whose template
-            writes it, nor to a query's completion.
+        append_eos: append the end-of-text token to a document, where it is predicted, as in most pre-training; not to chats, whose
+            template writes it, nor to a query's completion.
     """
 
     tokenizer: Any
@@ -116,16 +129,16 @@ class TextConverter:
         return tokenizer_fingerprint(self.tokenizer)
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """Encode a stream of documents in batches, in order; an unusable one yields its error."""
+        """See `DocumentConverter`; documents are tokenized in batches."""
         stream = iter(documents)
         while batch := list(islice(stream, _TOKENIZE_BATCH)):
             rendered = [self._try_render(d) for d in batch]
-            encoded = iter(self._tokenize([r for r in rendered if isinstance(r, _Rendered)]))
-            for document, text in zip(batch, rendered, strict=True):
-                if isinstance(text, DataError):
-                    yield text
+            tokens = iter(self._tokenize([r for r in rendered if isinstance(r, _Rendered)]))
+            for document, result in zip(batch, rendered, strict=True):
+                if isinstance(result, DataError):
+                    yield result
                 elif isinstance(document, Document):
-                    yield from self._cut(document, text, *next(encoded))
+                    yield from self._cut(document, result, *next(tokens))
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
         """See `DocumentConverter`: the loss is on the completion, the full text, the assistant's turns of messages, or a `span` of these.
@@ -139,10 +152,7 @@ class TextConverter:
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
         if span is not None:
-            starts = [a + m.start() for a, b in rendered.spans for m in re.finditer(f"(?={re.escape(span)})", rendered.text[a:b]) if span]
-            if len(starts) != 1:
-                raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(starts)} times in the queried text; it must occur once")
-            rendered = replace(rendered, spans=((starts[0], starts[0] + len(span)),))
+            rendered = replace(rendered, spans=(_occurrence(rendered, span, where),))
         ids, mask, offsets = self._tokenize([rendered])[0]
         if document.text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, offsets)
@@ -164,7 +174,7 @@ class TextConverter:
         if document.messages is not None:
             chat = Conversation(self.tokenizer, document.messages, document.template)
             spans = chat.after(document.prompt_messages) if document.prompt_messages else chat.assistant_spans()
-            return _Rendered(chat.text, tuple(spans), special_tokens=False)
+            return _Rendered(chat.text, tuple(spans), add_special_tokens=False)
         if document.completion is not None:
             if not document.completion:
                 raise DataError("the completion is empty; there is nothing to predict")
@@ -187,7 +197,7 @@ class TextConverter:
         """Tokenize texts; a character span of a text becomes its loss mask."""
         results: dict[int, _Tokens] = {}
         for special in (True, False):
-            indices = [i for i, r in enumerate(rendered) if r.special_tokens == special]
+            indices = [i for i, r in enumerate(rendered) if r.add_special_tokens == special]
             if not indices:
                 continue
             encoded = self.tokenizer(
@@ -202,17 +212,14 @@ class TextConverter:
             for i, ids, pairs in zip(indices, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 offsets = np.array(pairs, np.int64).reshape(-1, 2)
                 mask = np.zeros(len(ids), bool)
-                empty = offsets[:, 0] == offsets[:, 1]  # whitespace that a tokenizer trims follows its offset; special tokens are at 0
                 for start, end in rendered[i].spans:
-                    mask |= np.where(
-                        empty, (offsets[:, 0] > start) & (offsets[:, 0] <= end), (offsets[:, 0] < end) & (offsets[:, 1] > start)
-                    )
-                mask[:1] = False
+                    mask |= _is_in_span(offsets, start, end)
+                mask[:1] = False  # nothing predicts the first token
                 results[i] = (np.array(ids, np.int32), mask, offsets)
         return [results[i] for i in range(len(rendered))]
 
     def _end(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray) -> _Tokens:
-        """Append the end-of-text token to a document's tokens, where `append_eos` applies."""
+        """Append the end-of-text token to a document's tokens, where `append_eos` applies. It is in the loss if a token precedes it."""
         eos = self.tokenizer.eos_token_id
         if not self.append_eos or document.messages is not None or eos is None:
             return ids, mask, offsets
@@ -226,6 +233,10 @@ class TextConverter:
     def _cut(
         self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray
     ) -> Iterator[Example | DataError]:
+        """Yield a document's examples: one, or the chunks of a document longer than `max_tokens` that have a loss token, numbered from 0.
+
+        The text of a document that fits is its full text, and that of a chunk the characters of its tokens.
+        """
         ids, mask, offsets = self._end(document, rendered, ids, mask, offsets)
         starts = range(0, max(1, len(ids) - 1), self.max_tokens - 1) if self.long == "split" else (0,)
         complete = len(ids) <= self.max_tokens
@@ -256,8 +267,34 @@ class TextConverter:
             )
 
 
+def _occurrence(rendered: _Rendered, span: str, where: str) -> tuple[int, int]:
+    """Return the start and end, in characters, of the only occurrence of a span in the loss spans of a query.
+
+    Raises:
+        UsageError: the span is empty, or does not occur exactly once.
+    """
+    if not span:
+        raise UsageError(f"{where}: the span is empty; give a part of the queried text")
+    occurrences = f"(?={re.escape(span)})"  # a lookahead, since occurrences may overlap
+    starts = [first + match.start() for first, last in rendered.spans for match in re.finditer(occurrences, rendered.text[first:last])]
+    if len(starts) != 1:
+        raise UsageError(f"{where}: the span {span[:80]!r} occurs {len(starts)} times in the queried text; it must occur once")
+    return starts[0], starts[0] + len(span)
+
+
+def _is_in_span(offsets: Int64[np.ndarray, "tokens 2"], start: int, end: int) -> Bool[np.ndarray, " tokens"]:
+    """Return a mask of the tokens that hold a character of a span.
+
+    A token without characters belongs to the span that ends there or goes on: whitespace that the tokenizer trimmed, whose offset is after
+    it. Special tokens are at 0, and in no span.
+    """
+    first = offsets[:, 0]
+    last = offsets[:, 1]
+    return np.where(first == last, (first > start) & (first <= end), (first < end) & (last > start))
+
+
 def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
-    """The text that each token adds to the tokens before it; the parts join to the full text.
+    """Return the text that each token adds to the tokens before it; these texts join to the full text.
 
     A token that ends within a character adds nothing, the one that completes it adds the character. Decoding tokens one by one would lose
     such characters, and for many tokenizers the spaces between words. (In long runs of bytes that are not characters, boundaries between
@@ -269,17 +306,18 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> tuple[str, .
     end = 0  # ids[start:end] are decoded already, as context of the next token
     ids = [int(id) for id in ids]
     for i in range(len(ids)):
-        context = decode(ids[start:end])
+        before = decode(ids[start:end])
         text = decode(ids[start : i + 1])
-        incomplete = len(text) <= len(context) or text.endswith("\ufffd")
+        incomplete = len(text) <= len(before) or text.endswith("\ufffd")
         if i == len(ids) - 1 or not incomplete or i - end == _MOST_PENDING - 1:
-            texts[i] = text[len(context) :]
-            start, end = end, i + 1
+            texts[i] = text[len(before) :]
+            start = end
+            end = i + 1
     return tuple(texts)
 
 
 def token_name(tokenizer: Any, id: int) -> str:
-    """Name of a single token: its text, or its bytes, as <0xE5>, where these are not a character."""
+    """Return the name of a single token: its text, or its bytes, such as <0xE5>, if they are not a character."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     text: str = tokenizer.backend_tokenizer.decode([id], skip_special_tokens=False)

@@ -79,9 +79,9 @@ class RecordedEncoder:
             IncompatibleError: the tokenizer is not the one that the index was built with.
         """
         options = self.index.manifest.build.inputs.options
-        encoder = self.task.converter(self.sources[0], options.max_tokens or self.context, options.long, options.append_eos)
-        self.check_converter(encoder)
-        return encoder
+        converter = self.task.converter(self.sources[0], options.max_tokens or self.context, options.long, options.append_eos)
+        self.check_converter(converter)
+        return converter
 
     @cached_property
     def models(self) -> tuple[nn.Module, ...]:
@@ -113,14 +113,14 @@ class RecordedEncoder:
                     "since); point `model` at the original, or build the index again"
                 )
 
-    def check_converter(self, encoder: DocumentConverter) -> None:
+    def check_converter(self, converter: DocumentConverter) -> None:
         """Compare the fingerprint of a tokenizer with the one that the index records.
 
         Raises:
             IncompatibleError: they differ.
         """
         record = self.index.manifest.tokenizer
-        if encoder.fingerprint != (record.fingerprint if record else None):
+        if converter.fingerprint != (record.fingerprint if record else None):
             raise IncompatibleError(
                 f"the tokenizer of {self.sources[0].id} is not the one that {self.index.path} was built with; "
                 "point `model` at the original, or build the index again"

@@ -73,8 +73,8 @@ class SparseEncoder:
             )
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
-    def fits(self, layer: Layer, module: nn.Module | None) -> bool:
-        """Return True if a module is the layer's."""
+    def matches(self, layer: Layer, module: nn.Module | None) -> bool:
+        """Return True if a module is of the layer's type and has its sizes."""
         if self.component.role == "embeddings":
             return isinstance(module, nn.Embedding) and (module.embedding_dim, module.num_embeddings) == (layer.outputs, layer.inputs)
         return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)

@@ -14,14 +14,14 @@ from ..store.errors import NumericalError, UsageError
 from ..store.index import Index, ShardGroup
 from ..store.manifest import Component, DenseComponent, SparseComponent
 from ..store.postings import byte_tables
-from ..store.scan_codes import Rounded, scan_bits, words
+from ..store.scan_codes import RoundedQueries, scan_bits, words
 from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched
 
 _FEW_QUERIES = 4
-_multiply_int8 = Compiled("multiply_int8", after=1 << 24)
+_multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
 
 
 class Split(NamedTuple):
@@ -164,11 +164,11 @@ class DenseOperand:
         """See `Operand`."""
         rounded = self._rounded
         lengths = np.square(self.queries, dtype=np.float64).sum(axis=1)
-        rests = rounded.rests**2
+        squared_errors = rounded.error_lengths**2
         for positions, codes, factors, noises, norms in self._codes(index, group):
             estimates.estimate[:, positions] += rounded.products(codes) * factors
             estimates.variances[:, positions] += np.outer(lengths, np.square(noises, dtype=np.float64))
-            estimates.variances[:, positions] += np.outer(rests, np.square(factors, dtype=np.float64))
+            estimates.variances[:, positions] += np.outer(squared_errors, np.square(factors, dtype=np.float64))
             if estimates.squared is not None:
                 estimates.squared[positions] += self.weight * norms.astype(np.float64) ** 2
 
@@ -258,10 +258,10 @@ class DenseOperand:
             yield positions, words(codes), norms * rows.factors()[offsets], np.zeros(len(codes), np.float32), norms
 
     @cached_property
-    def _rounded(self) -> Rounded:
+    def _rounded(self) -> RoundedQueries:
         if self.component.one_bit:
-            return Rounded.of(self.queries)
-        return Rounded.of(rotate(self.queries, scan_bits(self.component.stored), self.component.seed))
+            return RoundedQueries.of(self.queries)
+        return RoundedQueries.of(rotate(self.queries, scan_bits(self.component.stored), self.component.seed))
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ def _damped(
 
 def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, codes: np.ndarray) -> Float32[np.ndarray, "queries rows"]:
     """Compute inner products of queries with codes: by a matrix product, or in a compiled loop for a few queries and many int8 codes."""
-    compiled = _multiply_int8.after(codes.size) if rows.dtype == np.int8 and len(queries) <= _FEW_QUERIES else None
+    compiled = _multiply_int8.if_worth(codes.size) if rows.dtype == np.int8 and len(queries) <= _FEW_QUERIES else None
     if compiled is not None:
         products = np.empty((len(queries), len(codes)), np.float32)
         compiled(np.asarray(codes).view(np.ndarray), queries, products)

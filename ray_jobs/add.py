@@ -112,13 +112,13 @@ def _add(
     manifest = index.manifest
     models, _, _ = executor.call("describe")
     recorded.check_models([model.fingerprint for model in models])
-    encoder = document_converter(config, recorded.sources, longest_example(config, models))
-    recorded.check_converter(encoder)
+    converter = document_converter(config, recorded.sources, longest_example(config, models))
+    recorded.check_converter(converter)
     identity = {"adds_to": manifest.number, "call": call}
     fingerprint = digest(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     _claim(out, identity)
     shard_rows = max(shard.rows for shard in index.shards)
-    corpus = write_corpus(config, encoder, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
+    corpus = write_corpus(config, converter, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
     _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     settings = EncoderSettings(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
     shards = [replace(shard, first=shard.first + manifest.rows) for shard in corpus.shards]

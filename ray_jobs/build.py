@@ -108,7 +108,7 @@ def build(
     if loaded:
         options = config.dtype, config.device, config.trust_remote_code
         sources = tuple(ModelSource.of(model, *options) for model in loaded)
-    encoder = document_converter(config, sources)
+    converter = document_converter(config, sources)
     is_new = not out.exists()
     try:
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
@@ -118,7 +118,7 @@ def build(
                 "format": FORMAT_VERSION,
                 "options": content,
                 "models": [model.fingerprint for model in models],
-                "tokenizer": encoder.fingerprint,
+                "tokenizer": converter.fingerprint,
                 "corpus": corpus_files,
             }
             job = _Job(config, out, sources, digest(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), reporter)
@@ -246,10 +246,10 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
 def _write_corpus(job: _Job, models: Sequence[Model], settings: EncoderSettings, vocabulary: int | None) -> WrittenCorpus:
     """Write the shards' examples. Without `shard_rows`, the rows of a shard take at most `_SHARD_BYTES`."""
     config = job.config
-    encoder = document_converter(config, job.sources, longest_example(config, models))
+    converter = document_converter(config, job.sources, longest_example(config, models))
     row_bytes = config.budget or max(row_cost(component, {}) for component in settings.components)
     shard_rows = config.shard_rows or max(1, min(_SHARD_ROWS, int(_SHARD_BYTES // row_bytes)))
-    return write_corpus(config, encoder, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
+    return write_corpus(config, converter, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
 
 
 def _read_sample(job: _Job, corpus: WrittenCorpus) -> list[Example]:

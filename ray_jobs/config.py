@@ -1,23 +1,24 @@
 """The configuration of a build: one frozen pydantic model, which the Python interface, the command line and TOML files share.
 
-Nothing heavy is imported here, since `wherefrom build --help` is generated from the model.
+Nothing heavy but pydantic is imported here, since `wherefrom build --help` is generated from the model.
 """
 
 import os
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..store.errors import IntegrityError, UsageError
-from ..store.fields import Fields, Form, SplitText
+from ..store.fields import Fields, Form
 from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype
 
 _DEFAULT_BYTES = 800
 _MAX_THREADS = 1024
+# `bytes_per_example` chooses these:
 _SIZES = ("head_bits", "head_max_tokens", "head_extra_tokens", "embedding_bits", "embedding_max_tokens", "coordinates", "row_dtype")
-_ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels")
-_RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")
+_ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels")  # one of them turns off the default budget
+_RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")  # may differ on resuming
 
 
 def _path(value: Any) -> Any:
@@ -39,12 +40,13 @@ def _fields(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     unknown = sorted(value.keys() - set(Fields.__dataclass_fields__))
-    if unknown or not ("form" in value or all(value.values())):
-        raise UsageError(
-            f"`fields` names columns as {', '.join(list(Fields.__dataclass_fields__)[1:])}, such as prompt=question,completion=answer; "
-            f"there is no {(unknown or [min(value)])[0]!r}"
-        )
-    if "form" in value:  # as recorded
+    empty = sorted(name for name, column in value.items() if not column)
+    if unknown:
+        names = ", ".join(list(Fields.__dataclass_fields__)[1:])
+        raise UsageError(f"`fields` names columns as {names}, such as prompt=question,completion=answer; there is no {unknown[0]!r}")
+    if empty:
+        raise UsageError(f"`fields` names no column for {empty[0]}; write it as {empty[0]}=column")
+    if "form" in value:  # the dictionary of a `Fields`, from a manifest
         return Fields(**value)
     forms: dict[Form, tuple[str, ...]] = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
     named: list[Form] = [form for form, names in forms.items() if value.keys() & set(names)]
@@ -63,7 +65,8 @@ ComponentRole = Literal["blocks", "head", "embeddings"]
 class BuildConfig(BaseModel):
     """Options of a build; None means a default that depends on the model, the data or the machine.
 
-    An option's description is its help on the command line; `wherefrom build --help-all` lists all of them.
+    An option's description is its help on the command line; `wherefrom build --help-all` lists all of them. Some defaults are different
+    "with a budget": when `bytes_per_example` is given, or no option that says what a row is made of.
 
     Raises:
         UsageError: an option is unknown, missing, or has a value that it cannot have.
@@ -79,10 +82,10 @@ class BuildConfig(BaseModel):
     out: Path
     """Index directory to make."""
     bytes_per_example: Positive | None = None
-    """Storage budget of a row; chooses components and their sizes.  [default: 800 where no option names what a row is made of]"""
+    """Storage budget of a row; chooses components and their sizes.  [default: 800, unless an option says what a row is made of]"""
     layers: Globs = ()
-    """Globs over layer names of the blocks, such as 'h.[0-3].mlp.*'.  [default: all inside the blocks; for a number of bytes, those with
-    more inputs than outputs]"""
+    """Globs over layer names of the blocks, such as 'h.[0-3].mlp.*'.  [default: all inside the blocks; with a budget, those with more
+    inputs than outputs]"""
     fields: Annotated[Fields, BeforeValidator(_fields)] = Fields()
     """Names of columns, such as prompt=question,completion=answer,id=key; the loss is on a completion alone, on all of a text, on the
     assistant's turns of messages. `split_text=blank-lines` splits text files at blank lines.  [default: the columns text, prompt,
@@ -108,24 +111,25 @@ class BuildConfig(BaseModel):
     bad_documents: Literal["error", "skip"] = "error"
     """A document that cannot be used is an error, or is skipped and counted."""
     components: Annotated[tuple[ComponentRole, ...], BeforeValidator(_tuple), Field(min_length=1)] | None = None
-    """Parts of a row: blocks (dense rows of linear layers), head and embeddings (sparse, keyed by token).  [default: those that the bytes
-    afford, else blocks]"""
+    """Parts of a row: blocks (dense rows of linear layers), head and embeddings (sparse, keyed by token).  [default: blocks; with a budget,
+    those that it affords]"""
     projection: Literal["random", "pca"] | None = None
-    """How gradients are projected.  [default: random; for a number of bytes pca]"""
+    """How gradients are projected.  [default: random; with a budget pca]"""
     rank: Positive | None = None
-    """Coordinates of a layer's inputs and outputs each.  [default: 16; for a number of bytes 128]"""
+    """Coordinates of a layer's inputs and outputs each.  [default: 16; with a budget 128]"""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of projections, the fitting sample and sampled labels."""
     curvature: CurvatureKind = "auto"
     """How rows are whitened; auto chooses by a layer's size."""
     labels: LabelKind | None = None
     """Labels of the curvature: the data's, sampled from the model, or expected (all classes by their probability, where an example has one
-    label).  [default: data for the blocks, sampled for head and embeddings; for a number of bytes the model's for all]"""
+    label).  [default: data for the blocks, sampled for head and embeddings; with a budget, expected for blocks of examples with one label,
+    else sampled]"""
     fit_examples: Positive = 5000
     """Examples that the curvature is fitted on."""
     damping: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
-    """Relative to the mean eigenvalue; a query can change it.  [default: 0.1 for the blocks, 1 for head and embeddings; for a number of
-    bytes 1]"""
+    """What is added to the eigenvalues, relative to their mean; a query can change it.  [default: 0.1 for the blocks, 1 for head and
+    embeddings; with a budget 1]"""
     row_dtype: RowDtype | None = None
     """Storage of the blocks' coordinates.  [default: float32]"""
     coordinates: Positive | None = None
@@ -170,10 +174,6 @@ class BuildConfig(BaseModel):
             raise UsageError("model, data or out is empty; name a model, a corpus and the index's directory")
         if not self.sources:
             raise UsageError("no `data` given; name at least one file, folder or dataset")
-        for name, kind in (("form", Form), ("split_text", SplitText)):
-            value = getattr(self.fields, name)
-            if value not in get_args(kind):
-                raise UsageError(f"`{name}` is {value!r}; it can be {' or '.join(get_args(kind))}")
         if "-" in self.sources:
             raise UsageError("`data` cannot be standard input, which a resumed build could not read again; save it to a file")
         revisions = _as_tuple(self.revision)
@@ -185,10 +185,10 @@ class BuildConfig(BaseModel):
 
     @property
     def budget(self) -> int | None:
-        """Bytes of a row to be spent; None where options name what a row is made of."""
+        """`bytes_per_example`, or 800 bytes; None if only other options say what a row is made of."""
         defaults = type(self).model_fields
-        named = any(getattr(self, name) != defaults[name].default for name in _ROW_OPTIONS)
-        return self.bytes_per_example or (None if named else _DEFAULT_BYTES)
+        has_row_options = any(getattr(self, name) != defaults[name].default for name in _ROW_OPTIONS)
+        return self.bytes_per_example or (None if has_row_options else _DEFAULT_BYTES)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -253,7 +253,7 @@ def recorded_config(options: dict[str, Any]) -> BuildConfig:
     """A configuration from an index's record, which anybody may have written.
 
     Raises:
-        IntegrityError: an option is unknown, or of another type than it can have.
+        IntegrityError: they are not the options of a valid build.
     """
     try:
         return BuildConfig(**options)

@@ -94,7 +94,7 @@ def corpus_fields(config: BuildConfig) -> Fields:
 
 def write_corpus(
     config: BuildConfig,
-    encoder: DocumentConverter,
+    converter: DocumentConverter,
     out: Path,
     fingerprint: str,
     shard_rows: int,
@@ -111,9 +111,9 @@ def write_corpus(
         DataError: there is no usable document, a document cannot be used (with `bad_documents` error), or an id is not unique.
     """
     record_file = out / "staging" / "examples.json"
-    earlier_plan = _read_written(out, record_file)
-    if earlier_plan is not None:
-        return earlier_plan
+    earlier = _read_written(out, record_file)
+    if earlier is not None:
+        return earlier
     reporter.stage("reading the corpus", None)
     shards: list[WrittenShard] = []
     pending: list[Example] = []
@@ -136,7 +136,7 @@ def write_corpus(
 
     corpus = Corpus(config.sources, corpus_fields(config))
     pending_bytes = 0
-    for encoded in encoder.documents(corpus):
+    for encoded in converter.documents(corpus):
         example = _check_tokens(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":

@@ -50,9 +50,9 @@ def select_components(config: BuildConfig, settings: EncoderSettings, examples: 
     return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples)))
 
 
-def component_name(config: BuildConfig, part: str, number: int) -> str:
-    """Return a component's name: its part and, with several models, the model's number from 1."""
-    return part if len(config.models) == 1 else f"{part}-{number + 1}"
+def component_name(config: BuildConfig, role: str, number: int) -> str:
+    """Return a component's name: its role and, with several models, the model's number from 1."""
+    return role if len(config.models) == 1 else f"{role}-{number + 1}"
 
 
 def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> DenseComponent:

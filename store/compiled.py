@@ -5,22 +5,22 @@ from typing import Any
 
 
 class Compiled:
-    """A loop of `kernels.py` that is loaded after enough work in this process.
+    """A loop of `kernels.py` that is loaded once a process has done enough work without it to repay the loading.
 
     Args:
         name: the name of the loop.
-        after: the units of work that are done before without the loop.
+        least_work: the work that is done without the loop, in units of the caller.
     """
 
-    def __init__(self, name: str, after: int) -> None:
+    def __init__(self, name: str, least_work: int) -> None:
         self._name = name
-        self._enough = after
-        self._met = 0
+        self._least_work = least_work
+        self._work = 0
 
-    def after(self, work: int) -> Callable[..., Any] | None:
-        """Count units of work, and return the loop; None if the work so far, including this, is not enough."""
-        self._met += work
-        if self._met <= self._enough:
+    def if_worth(self, work: int) -> Callable[..., Any] | None:
+        """Add to the process's work, and return the loop; None while the work is less than `least_work`."""
+        self._work += work
+        if self._work <= self._least_work:
             return None
         from . import kernels
 

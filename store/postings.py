@@ -33,7 +33,7 @@ from .manifest import SparseComponent
 from .shapes import Bool, Float32, Int64, UInt32
 from .sparse import SparseRows, unsigned_dtype
 
-_add_lists = Compiled("add_lists", after=1 << 19)
+_add_lists = Compiled("add_lists", least_work=1 << 19)
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 
@@ -92,7 +92,7 @@ class Postings:
         has_list = self.tokens[lists] == keys
         bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
         self._check(np.unique(lists[has_list]), scores.shape[1])
-        add_lists = _add_lists.after(int((self.starts[lists + 1] - self.starts[lists])[has_list].sum())) or add_lists_plainly
+        add_lists = _add_lists.if_worth(int((self.starts[lists + 1] - self.starts[lists])[has_list].sum())) or add_lists_plainly
         for query in range(len(scores)):
             entries = slice(bounds[query], bounds[query + 1])
             postings = self.starts, self.rows, self.codes, self.factors

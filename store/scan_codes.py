@@ -1,16 +1,19 @@
-"""Scan codes: one-bit codes of dense rows, from which all scores are estimated, each with its standard deviation.
+"""Scan codes: one-bit codes of dense rows, from which all scores are estimated, each with a bound on its standard deviation.
 
-    codes    [rows, words]  uint64: signs of the rotated unit direction (see bits.py), 8 a byte, most significant first
-    factors  [rows]         float32: |v| |u|^2 / A, with u the stored direction and A the sum of its |coordinates| after the rotation
-    noises   [rows]         float32: |v| |u| sqrt((b |u|^2 / A^2 - 1) / (w - 1)) for b bits of w coordinates
+Of a row, v is the whitened row, u its direction as stored (of length 1, except for rounding, which int8 makes noticeable), padded with
+zeros to w coordinates and rotated (see bits.py), b = min(w, 8192) the number of leading coordinates that are coded, s their signs (0 for
+the other coordinates), and A the sum of their absolute values.
+
+    codes    [rows, words]  uint64: s, 8 signs a byte, most significant first
+    factors  [rows]         float32: |v| |u|^2 / A
+    noises   [rows]         float32: |v| |u| sqrt((b |u|^2 / A^2 - 1) / (w - 1))
     norms    [rows]         float32: |v|
-    checks   [rows]         uint32: CRC-32C of the row's stored codes, to check rows that are read one by one
+    checks   [rows]         uint32: CRC-32C of the row's bytes in the file of rows, to check rows that are read one by one
 
-Let s be the signs, u the rotated direction (of length 1, except for rounding, which int8 makes noticeable) and q a rotated query. Then
-s = (A / |u|^2) u + r, where r is orthogonal to u, |r|^2 = b - A^2 / |u|^2, and all directions of r are equally likely. Therefore
-factor * <s, q> = |v| <u, q> + e, where e has mean 0 and a standard deviation of at most noise * |q| (RaBitQ, Gao and Long, arXiv
-2405.12497, here with A of each row). The query is rounded to four bits a coordinate, so that an estimate takes four exclusive ors and bit
-counts; a rounding error of length p adds the standard deviation factor * p.
+Let q be a rotated query. Then s = (A / |u|^2) u + r, where r is orthogonal to u, |r|^2 = b - A^2 / |u|^2, and all directions of r are
+equally likely. Therefore factor * <s, q> = |v| <u, q> + e, where e has mean 0 and a standard deviation of at most noise * |q| (RaBitQ, Gao
+and Long, arXiv 2405.12497; unlike there, A is each row's own and not its expectation). The query is rounded to four bits a coordinate, so
+that an estimate takes four exclusive ors and bit counts a word; a rounding error of length p adds the standard deviation factor * p.
 
 FAISS has RaBitQ, too, but returns only the best rows of a list. Filters, opponents and other components need all estimates, and the choice
 of the rows to read needs their deviations. benchmarks/dense_search.py compares the speeds.
@@ -31,16 +34,19 @@ from .errors import IntegrityError
 from .manifest import DenseComponent
 from .shapes import Float32, Float64, UInt8, UInt32, UInt64
 
-PLANES = 4
-_LEVELS = (1 << PLANES) - 1
+_PLANES = 4
+_TOP_LEVEL = (1 << _PLANES) - 1
 _MOST_BITS = 8192
-_CLIPS = np.arange(1.8, 4.1, 0.2)
-_count_differences = Compiled("count_differences", after=1 << 22)
+_CLIPS = np.arange(1.8, 4.1, 0.2)  # in root mean squares of a query's coordinates
+_count_differences = Compiled("count_differences", least_work=1 << 22)
 
 
 @dataclass(frozen=True)
 class ScanCodes:
-    """The scan codes of a dense component in a group of shards. The module's docstring describes the arrays."""
+    """The scan codes of a dense component in a group of shards. The module's docstring describes the arrays.
+
+    Without them, a search reads all rows. They are written with a search cache.
+    """
 
     computed_when_missing: ClassVar[bool] = False
 
@@ -52,19 +58,18 @@ class ScanCodes:
 
     @classmethod
     def of(cls, shards: Sequence[DenseRows], component: DenseComponent) -> "ScanCodes":
-        """Compute the codes of the rows of shards, one shard after the other."""
-        seed = component.projection.seed
-        width = padded_width(shards[0].coordinates, 1)
-        bits = scan_bits(shards[0].coordinates)
+        """Compute the codes of the rows of shards, at least one, one shard after the other."""
+        width = padded_width(component.stored, 1)
+        bits = scan_bits(component.stored)
         codes = []
         sums = []
         squares = []
         checks = []
         for rows in shards:
-            factors = rows.factors()
+            to_directions = rows.factors()
             for first, block in rows.blocks():
-                directions = rows.values(block) * factors[first : first + len(block), None]
-                rotated = rotate(directions, bits, seed)
+                directions = rows.values(block) * to_directions[first : first + len(block), None]
+                rotated = rotate(directions, bits, component.seed)
                 codes.append(words(np.packbits(rotated > 0, axis=1)))
                 sums.append(np.abs(rotated).sum(axis=1, dtype=np.float64))
                 squares.append(np.einsum("rd,rd->r", directions, directions, dtype=np.float64))
@@ -78,7 +83,7 @@ class ScanCodes:
         return cls(np.concatenate(codes), factors, noises.astype(np.float32), norms, np.concatenate(checks))
 
     def arrays(self) -> ArrayGroup:
-        """Return the arrays for a search cache."""
+        """Return the arrays for the component's group in a search cache."""
         return ArrayGroup({f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
@@ -96,56 +101,58 @@ class ScanCodes:
 
 
 def scan_bits(coordinates: int) -> int:
-    """Return the bits of a code: the number of coordinates after the rotation, but at most 8,192."""
+    """Return the number of coordinates that are coded, one bit each, of a row with so many stored coordinates."""
     return min(padded_width(coordinates, 1), _MOST_BITS)
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """Rotated queries, rounded to four bits a coordinate.
+class RoundedQueries:
+    """Rotated queries, each coordinate rounded to one of 16 levels: level l stands for half_step * (2 l - 15).
 
     Attributes:
-        planes: [queries, 4, words]: the coordinates' first to fourth bits.
-        steps: half of the distance between neighbouring levels.
-        rests: the lengths of the rounding errors.
-        bits: the number of coordinates.
+        planes: the coordinates' levels, one bit of each coordinate in each of four planes, least significant first.
+        half_steps: half of the distance between neighbouring levels.
+        error_lengths: the lengths of the rounding errors.
+        width: the number of coordinates.
     """
 
     planes: UInt64[np.ndarray, "queries planes words"]
-    steps: Float64[np.ndarray, " queries"]
-    rests: Float64[np.ndarray, " queries"]
-    bits: int
+    half_steps: Float64[np.ndarray, " queries"]
+    error_lengths: Float64[np.ndarray, " queries"]
+    width: int
 
     @classmethod
-    def of(cls, rotated: Float32[np.ndarray, "queries bits"]) -> "Rounded":
+    def of(cls, rotated: Float32[np.ndarray, "queries width"]) -> "RoundedQueries":
         """Round each query to evenly spaced levels, with the clipping that minimizes the rounding error."""
-        bits = rotated.shape[1]
-        planes = np.zeros((len(rotated), PLANES, -(-bits // 64)), np.uint64)
-        steps = np.zeros(len(rotated))
-        rests = np.zeros(len(rotated))
+        width = rotated.shape[1]
+        planes = np.zeros((len(rotated), _PLANES, -(-width // 64)), np.uint64)
+        half_steps = np.zeros(len(rotated))
+        error_lengths = np.zeros(len(rotated))
         for i, query in enumerate(rotated.astype(np.float64)):
             spread = np.sqrt(np.mean(query**2))
             if spread == 0:
                 continue
             candidates = []
-            for step in _CLIPS * spread / _LEVELS:
-                levels = np.clip(np.rint((query / step + _LEVELS) / 2), 0, _LEVELS)
-                candidates.append((float(np.linalg.norm(query - step * (2 * levels - _LEVELS))), step, levels.astype(np.uint8)))
-            rests[i], steps[i], levels = min(candidates, key=lambda candidate: candidate[0])
-            planes[i] = [words(np.packbits((levels >> p) & 1)[None])[0] for p in range(PLANES)]
-        return cls(planes, steps, rests, bits)
+            for half_step in _CLIPS * spread / _TOP_LEVEL:
+                levels = np.clip(np.rint((query / half_step + _TOP_LEVEL) / 2), 0, _TOP_LEVEL)
+                error = query - half_step * (2 * levels - _TOP_LEVEL)
+                candidates.append((float(np.linalg.norm(error)), half_step, levels.astype(np.uint8)))
+            error_lengths[i], half_steps[i], levels = min(candidates, key=lambda candidate: candidate[0])
+            planes[i] = [words(np.packbits((levels >> p) & 1)[None])[0] for p in range(_PLANES)]
+        return cls(planes, half_steps, error_lengths, width)
 
     def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "queries rows"]:
         """Compute the inner products of the rounded queries with the signs of some codes."""
         totals = np.zeros((len(self.planes), len(codes)), np.uint32)
-        compiled = _count_differences.after(codes.size * len(self.planes))
+        compiled = _count_differences.if_worth(codes.size * len(self.planes))
         if compiled is not None:
             compiled(codes, self.planes, totals)
         else:
             for query, planes in enumerate(self.planes):
                 for p, plane in enumerate(planes):
                     totals[query] += np.bitwise_count(codes ^ plane).sum(axis=1, dtype=np.uint32) << np.uint32(p)
-        return (self.steps[:, None].astype(np.float32)) * (np.float32(_LEVELS * self.bits) - 2 * totals.astype(np.float32))
+        # sign * (2 l - 15) = 15 - 2 d, where the bits of d are those of l, each exclusive-or'd with the sign's bit.
+        return (self.half_steps[:, None].astype(np.float32)) * (np.float32(_TOP_LEVEL * self.width) - 2 * totals.astype(np.float32))
 
 
 def words(codes: UInt8[np.ndarray, "rows bytes"]) -> UInt64[np.ndarray, "rows words"]:

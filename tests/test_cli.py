@@ -93,21 +93,20 @@ def test_build_prints_what_to_type_next_and_takes_options_from_everywhere(tmp_pa
 
 
 def test_options_of_a_build_are_said_once_and_refused_in_words(tmp_path, model_dir, corpus_file):
-    from wherefrom.command_options import BUILD_PANELS
+    from wherefrom.command_options import BUILD_FLAGS
     from wherefrom.ray_jobs.config import BuildConfig
 
-    flags = {name for names in BUILD_PANELS.values() for name in names}
     help_all = wherefrom("build", "--help-all").stdout
     for name in BuildConfig.model_fields:
-        shown = f"--{name.replace('_', '-')}" if name in flags else f"\n  {name}"
+        shown = f"--{name.replace('_', '-')}" if name in BUILD_FLAGS else f"\n  {name}"
         assert shown in help_all, name
-        assert shown not in wherefrom("build", "--help").stdout or name in flags
+        assert shown not in wherefrom("build", "--help").stdout or name in BUILD_FLAGS
     build = ("build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i")
     for option, message in (
         ("rank=four", "`rank` is 'four'"),
         ("rank=0", "rank is 0; it must be at least 1"),
         ("rnak=4", "-o rnak=4 is not an option of a build; write -o name=value with one of task"),
-        ("model=x", "-o model=x is not an option of a build"),
+        ("model=x", "-o model=x: this option has a flag; write --model"),
         ("rank", "-o rank is not an option of a build"),
         ("curvature=hessian", "curvature is 'hessian'; it can be auto, fisher, ekfac, kfac, diagonal or identity"),
         ("components=head,head", "components names head,head; name each once"),
@@ -117,6 +116,8 @@ def test_options_of_a_build_are_said_once_and_refused_in_words(tmp_path, model_d
         done = wherefrom(*build, "-o", option)
         assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message.replace("`", "") in done.stderr, done.stderr
+    done = wherefrom(*build, "-o", "rank=1", "-o", "rank=2")
+    assert (done.exit_code, done.stderr) == (2, "Error: -o rank is given twice; give it once\n")
     done = wherefrom("build", "--model", model_dir, "--out", tmp_path / "i")
     assert (done.exit_code, done.stderr) == (2, "Error: no --data given; name it\n")
     done = wherefrom("plan", "--model", model_dir, "--data", corpus_file, "-o", "rank=2", "-o", "damping=none", "--json")

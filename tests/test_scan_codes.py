@@ -17,7 +17,7 @@ from wherefrom.store.cache import write_cache
 from wherefrom.store.errors import IntegrityError, NumericalError, UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.kernels import count_differences, multiply_int8
-from wherefrom.store.scan_codes import Rounded, ScanCodes
+from wherefrom.store.scan_codes import RoundedQueries, ScanCodes
 from wherefrom.store.shard import rows_path
 from wherefrom.store.vectors import DenseVectors
 
@@ -184,20 +184,20 @@ def test_both_loops_count_alike_and_products_are_those_of_the_rounded_query():
     generator = np.random.default_rng(0)
     for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
         vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
-        codes, rounded = module.words(np.packbits(vectors > 0, axis=1)), Rounded.of(asked)
-        module._count_differences._met = 0
+        codes, rounded = module.words(np.packbits(vectors > 0, axis=1)), RoundedQueries.of(asked)
+        module._count_differences._work = 0
         plain = rounded.products(codes)
-        module._count_differences._met = module._count_differences._enough
+        module._count_differences._work = module._count_differences._least_work
         assert np.array_equal(rounded.products(codes), plain)
         totals = np.zeros((count, rows), np.uint32)
         count_differences(codes, rounded.planes, totals)
         levels = [[np.unpackbits(plane.view(np.uint8), count=bits) for plane in planes] for planes in rounded.planes]
         whole = np.array([[2.0 * sum(int(2**p) * plane for p, plane in enumerate(planes)) - 15] for planes in levels])[:, 0]
-        whole *= rounded.steps[:, None]
+        whole *= rounded.half_steps[:, None]
         assert_close(plain, whole @ np.where(vectors > 0, 1, -1).T, 1e-5, np.abs(whole).sum(1).max())
-        np.testing.assert_allclose(np.linalg.norm(asked - whole, axis=1), rounded.rests, rtol=1e-4)
-        assert (rounded.rests < 0.2 * np.linalg.norm(asked, axis=1)).all()
-    assert not Rounded.of(np.zeros((1, 64), np.float32)).products(codes[:1, :1]).any()
+        np.testing.assert_allclose(np.linalg.norm(asked - whole, axis=1), rounded.error_lengths, rtol=1e-4)
+        assert (rounded.error_lengths < 0.2 * np.linalg.norm(asked, axis=1)).all()
+    assert not RoundedQueries.of(np.zeros((1, 64), np.float32)).products(codes[:1, :1]).any()
 
 
 def test_int8_products_are_numpys():

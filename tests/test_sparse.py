@@ -470,6 +470,6 @@ def test_a_resumed_head_build_and_the_command_line(tmp_path, model_dir, corpus_f
     assert info["bytes_per_example"] < 200
     assert info["components"][0]["tokens"] == "4 of largest norm"
     assert "is already complete" in run("build", *options).stdout
-    refused = run("build", *options[:-4], "-o", "components=head,tail")
+    refused = run("build", *options[:6], "-o", "components=head,tail")
     assert (refused.exit_code, "can be blocks, head" in refused.stderr) == (2, True)
     assert run("build", *options[:4], "--out", tmp_path / "x", "-o", "components=head", "-o", "head_bits=0").exit_code == 2
