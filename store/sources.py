@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 from .errors import DataError, NotFoundError, UsageError
 from .extras import require
 from .fields import SplitText
+from .files import sha256
 
 _TEXT = (".txt", ".md")
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT)
@@ -108,13 +109,19 @@ def expand(names: Sequence[str]) -> tuple[list[Source], list[Unread]]:
 
 
 def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return path, size (bytes) and modification time (ns) of all files, also in folders; size and time of a hub dataset are None."""
-    files = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
-    stats = [file.stat() if file.is_file() else None for file in files]
-    return [
-        {"path": str(file), "bytes": stat and stat.st_size, "modified": stat and stat.st_mtime_ns}
-        for file, stat in zip(files, stats, strict=True)
-    ]
+    """Return path, size (bytes) and SHA-256 of all files, also in folders; size and SHA-256 of a hub dataset are None.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    described = []
+    for file in (file for path in paths for file in (_files(path) if path.is_dir() else [path])):
+        try:
+            size, checksum = (file.stat().st_size, sha256(file)) if file.is_file() else (None, None)
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}; give a file that you may read") from error
+        described.append({"path": str(file), "bytes": size, "sha256": checksum})
+    return described
 
 
 def standard_input() -> Source:

@@ -306,6 +306,9 @@ def test_going_on_with_other_options_model_or_corpus_is_refused(tmp_path, model_
     make_tokenizer().save_pretrained(other)
     with pytest.raises(UsageError, match="the model's weights"):
         build(config(other, corpus, out))
+    os.utime(corpus, (1, 1))  # the content counts, not the time
+    build(config(model_dir, corpus, out))
+    assert checksums(out) == before
     with open(corpus, "a") as file:
         file.write('{"text": "w1 w2"}\n')
     with pytest.raises(UsageError, match="the corpus files"):
