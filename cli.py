@@ -552,13 +552,7 @@ def evaluate() -> None:
 @click.option("--model", multiple=True, type=click.Path(), help="Another model than the pack's: directory, hub id, or safetensors file.")
 @click.option("--index", type=click.Path(), help="Judge this index of the pack's training documents instead of building one.")
 @click.option("--data", type=click.Path(), help="Directory of an image pack's IDX files.  [default: in the pack, or ../../data from there]")
-@click.option(
-    "--queries",
-    type=click.Choice(["all", "even", "odd"]),
-    default="all",
-    show_default=True,
-    help="The queries to use.",
-)
+@click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The queries to use.")
 @click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option

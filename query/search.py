@@ -58,12 +58,7 @@ class Hits:
 
 
 def search(
-    index: Index,
-    queries: Rows,
-    k: int,
-    metric: Metric = Metric(),
-    allowed: Bool[np.ndarray, " rows"] | None = None,
-    recall: float = 1.0,
+    index: Index, queries: Rows, k: int, metric: Metric = Metric(), allowed: Bool[np.ndarray, " rows"] | None = None, recall: float = 1.0
 ) -> list[Hits]:
     """Find the k rows with the highest and with the lowest scores for each query, without deleted rows.
 
