@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -94,13 +94,6 @@ class Curvature(_Model):
     examples: Count
     tokens: Count
     damping: Annotated[float, Field(gt=0)]
-
-
-class EncoderArray(NamedTuple):
-    """Shape of one of the encoder's arrays, and whether it must be there."""
-
-    shape: tuple[int, ...]
-    required: bool
 
 
 class _Component(_Model):
@@ -208,18 +201,18 @@ class DenseComponent(_Component):
         """Return the component whose rows have everything that an encoder computes; encoders do not reduce dense rows."""
         return self
 
-    def encoder_arrays(self) -> dict[str, EncoderArray]:
-        """The encoder's arrays, by name."""
-        arrays: dict[str, EncoderArray] = {}
+    def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Return, by the name of the encoder's array, its shape and whether it must be there."""
+        arrays: dict[str, tuple[tuple[int, ...], bool]] = {}
         pca = self.projection.kind == "pca"
         for layer in self.layers:
             kronecker = layer.curvature in ("ekfac", "kfac")
             sides = (("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs))
             for side, owner, rank, size in sides:
-                arrays[f"{owner}/{side}_rotation"] = EncoderArray((rank, rank), kronecker)
-                arrays[f"{owner}/{side}_projection"] = EncoderArray((rank, size), pca and rank < size)
-            arrays[f"{layer.name}/eigenvalues"] = EncoderArray((layer.size,), layer.curvature != "identity")
-            arrays[f"{layer.name}/basis"] = EncoderArray((layer.size, layer.size), layer.curvature == "fisher")
+                arrays[f"{owner}/{side}_rotation"] = ((rank, rank), kronecker)
+                arrays[f"{owner}/{side}_projection"] = ((rank, size), pca and rank < size)
+            arrays[f"{layer.name}/eigenvalues"] = ((layer.size,), layer.curvature != "identity")
+            arrays[f"{layer.name}/basis"] = ((layer.size, layer.size), layer.curvature == "fisher")
         return arrays
 
     def sizes(self) -> dict[str, Any]:
@@ -313,12 +306,12 @@ class SparseComponent(_Component):
         """Return the component whose rows have all their tokens."""
         return self.model_copy(update={"max_tokens": None})
 
-    def encoder_arrays(self) -> dict[str, EncoderArray]:
-        """The encoder's arrays, by name."""
+    def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Return, by the name of the encoder's array, its shape and whether it must be there."""
         return {
-            "basis": EncoderArray((self.width, self.width), True),
-            "eigenvalues": EncoderArray((self.width,), True),
-            "vocabulary": EncoderArray((self.vocabulary,), True),
+            "basis": ((self.width, self.width), True),
+            "eigenvalues": ((self.width,), True),
+            "vocabulary": ((self.vocabulary,), True),
         }
 
     def sizes(self) -> dict[str, Any]:

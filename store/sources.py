@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
-from .errors import DataError, NotFoundError, UsageError
+from .errors import DataError, NotFoundError, UsageError, first_line
 from .extras import require
 from .fields import SplitText
 
@@ -34,17 +34,6 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json",
 _REPORTED = 5  # unread files in an error message
 LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
-
-
-@runtime_checkable
-class ByteFile(Protocol):
-    """A file that is read as bytes, compressed or not."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read at most `size` bytes."""
-
-    def readline(self, size: int = -1, /) -> bytes:
-        """Read one line, at most `size` bytes of it."""
 
 
 Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
@@ -211,7 +200,7 @@ def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
             yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", reading)
         else:
             with _open(path, compression) as file:
-                reader: Callable[[ByteFile, str], Iterator[Record]] = json_lines
+                reader: Callable[[BinaryIO, str], Iterator[Record]] = json_lines
                 if kind in _TEXT:
                     reader = _full_text if reading.split_text == "file" else _paragraphs
                 for where, id, record in reader(file, name):
@@ -233,7 +222,7 @@ def _open(path: Path, compression: str) -> Any:
     return openers[compression](path, "rb")
 
 
-def lines(file: ByteFile, name: str) -> Iterator[tuple[str, int, str | DataError]]:
+def lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str | DataError]]:
     """Yield the lines of a UTF-8 file, which end only at a newline, as (place, number, line with its end or an error)."""
     number = 0
     while line := file.readline(LONGEST_BYTES):
@@ -280,7 +269,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def json_lines(file: ByteFile, name: str) -> Iterator[Record]:
+def json_lines(file: BinaryIO, name: str) -> Iterator[Record]:
     """Yield the records of JSON lines, without blank lines."""
     for where, number, line in lines(file, name):
         id = f"{name}:{number}"
@@ -299,7 +288,7 @@ def json_lines(file: ByteFile, name: str) -> Iterator[Record]:
                 yield where, id, DataError(f"{where}: a JSON {kind}, not an object; write one JSON object on each line")
 
 
-def _full_text(file: ByteFile, name: str) -> Iterator[Record]:
+def _full_text(file: BinaryIO, name: str) -> Iterator[Record]:
     content = file.read(LONGEST_BYTES + 1)
     if len(content) > LONGEST_BYTES:
         reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or set `split_text` to blank-lines"
@@ -311,7 +300,7 @@ def _full_text(file: ByteFile, name: str) -> Iterator[Record]:
         yield name, name, DataError(f"{name}: not UTF-8; convert the file, for instance with iconv")
 
 
-def _paragraphs(file: ByteFile, name: str) -> Iterator[Record]:
+def _paragraphs(file: BinaryIO, name: str) -> Iterator[Record]:
     """Yield the texts between blank lines, without the end of their last line."""
     paragraph_lines: list[str] = []
     place = name, name
@@ -385,8 +374,9 @@ def _hub_dataset(dataset: str, config: str | None, split: str, name: str, readin
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds of error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded ({reason}); check name and connection") from error
+        raise NotFoundError(
+            f"the dataset {dataset} (split {split}) cannot be loaded ({first_line(error)}); check name and connection"
+        ) from error
     for column, feature in (stream.features or {}).items():
         if getattr(feature, "decode", False) is True:  # images and sounds, as bytes
             stream = stream.cast_column(column, type(feature)(decode=False))
