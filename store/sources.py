@@ -36,6 +36,7 @@ LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
 
 
+ByteFile = io.BufferedIOBase | BinaryIO  # compressed or not; typing knows standard input as the latter
 Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
 
 
@@ -200,7 +201,7 @@ def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
             yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", reading)
         else:
             with _open(path, compression) as file:
-                reader: Callable[[BinaryIO, str], Iterator[Record]] = json_lines
+                reader: Callable[[ByteFile, str], Iterator[Record]] = json_lines
                 if kind in _TEXT:
                     reader = _full_text if reading.split_text == "file" else _paragraphs
                 for where, id, record in reader(file, name):
@@ -222,7 +223,7 @@ def _open(path: Path, compression: str) -> Any:
     return openers[compression](path, "rb")
 
 
-def lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str | DataError]]:
+def lines(file: ByteFile, name: str) -> Iterator[tuple[str, int, str | DataError]]:
     """Yield the lines of a UTF-8 file, which end only at a newline, as (place, number, line with its end or an error)."""
     number = 0
     while line := file.readline(LONGEST_BYTES):
@@ -269,7 +270,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def json_lines(file: BinaryIO, name: str) -> Iterator[Record]:
+def json_lines(file: ByteFile, name: str) -> Iterator[Record]:
     """Yield the records of JSON lines, without blank lines."""
     for where, number, line in lines(file, name):
         id = f"{name}:{number}"
@@ -288,7 +289,7 @@ def json_lines(file: BinaryIO, name: str) -> Iterator[Record]:
                 yield where, id, DataError(f"{where}: a JSON {kind}, not an object; write one JSON object on each line")
 
 
-def _full_text(file: BinaryIO, name: str) -> Iterator[Record]:
+def _full_text(file: ByteFile, name: str) -> Iterator[Record]:
     content = file.read(LONGEST_BYTES + 1)
     if len(content) > LONGEST_BYTES:
         reason = f"{name}: longer than {LONGEST_BYTES >> 20} MiB, too long for one document; cut it, or set `split_text` to blank-lines"
@@ -300,7 +301,7 @@ def _full_text(file: BinaryIO, name: str) -> Iterator[Record]:
         yield name, name, DataError(f"{name}: not UTF-8; convert the file, for instance with iconv")
 
 
-def _paragraphs(file: BinaryIO, name: str) -> Iterator[Record]:
+def _paragraphs(file: ByteFile, name: str) -> Iterator[Record]:
     """Yield the texts between blank lines, without the end of their last line."""
     paragraph_lines: list[str] = []
     place = name, name
