@@ -92,7 +92,7 @@ def _print_json(value: Any) -> None:
 
 
 def _result(as_json: bool, record: Any, show: str, *shown: Any) -> None:
-    """Print a result: its record as JSON, or for people by the function `show` of terminal.py, which is imported here, since rich is slow."""
+    """Print a result: its record as JSON, or for people by the function `show` of terminal.py, which loads rich and is slow."""
     if as_json:
         _print_json(record)
     else:
@@ -305,12 +305,10 @@ def reindex(index: str) -> None:
     \b
       wherefrom reindex my.wherefrom
     """
-    from .store.files import exclusive
-    from .store.index import Index
+    from .store.index import changing
 
-    Index(index)
-    with exclusive(Path(index)):
-        written = Index(index).reindex(compare=True)
+    with changing(Path(index)) as opened:
+        written = opened.reindex(compare=True)
     say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
@@ -513,11 +511,9 @@ def verify(index: str, as_json: bool) -> None:
     if as_json:
         _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})
     else:
-        say(
-            "\n".join(
-                [*(problem["problem"] for problem in problems), f"{index}: {len(checked)} files read, {len(problems) or 'none'} damaged"]
-            )
-        )
+        for problem in problems:
+            say(problem["problem"])
+        say(f"{index}: {len(checked)} files read, {len(problems) or 'none'} damaged")
     if problems:
         sys.exit(4)
 
