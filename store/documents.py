@@ -159,11 +159,7 @@ def _batch_offsets(content: pa.Buffer) -> list[int]:
 
 
 def _read_schema(content: pa.Buffer) -> pa.Schema:
-    """Read the schema of a file of examples.
-
-    Raises:
-        ValueError: it is not a schema of examples.
-    """
+    """Read the schema of a file of examples; raise a ValueError if it is another."""
     schema = pa.ipc.read_schema(pa.ipc.read_message(pa.BufferReader(content.slice(len(_MAGIC)))))
     for field_ in schema:
         expected = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
@@ -178,11 +174,7 @@ def _read_schema(content: pa.Buffer) -> pa.Schema:
 
 
 def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
-    """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted.
-
-    Raises:
-        pa.ArrowException, ValueError, ...: it is not a valid batch of examples.
-    """
+    """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted."""
     message = pa.ipc.read_message(pa.BufferReader(content))
     if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
         raise ValueError(f"it has a {message.type} that is compressed or not expected")

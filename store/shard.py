@@ -107,11 +107,6 @@ def write_shard(
 class ShardReader:
     """The rows and documents of one shard.
 
-    Args:
-        index: the directory of the index.
-        shard: the shard's entry in the table.
-        components: the components of the index.
-
     Raises:
         IntegrityError: see `ArrayFile`.
     """
