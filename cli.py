@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,11 @@ from click.core import ParameterSource
 
 from .command_options import BUILD_FLAGS, ConfigCommand, config_options, query_options, take_config_values, take_options
 from .query.options import Options, Query, ScoreOptions
-from .store.errors import UsageError, WherefromError
-from .store.printable import printable, to_json
+from .store.errors import UsageError, WherefromError, first_line
+from .store.printable import say, to_json
 
 if TYPE_CHECKING:
     from .client import Client
-    from .evaluation.checks import Report
     from .query.asking import BaseClient
 
 
@@ -39,10 +39,10 @@ class _Group(cloup.Group):
         except click.exceptions.Exit as signal:
             sys.exit(signal.exit_code)
         except click.ClickException as error:
-            _say(error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "", err=True)
+            say(error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "", err=True)
             _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _say("Interrupted. What a build has finished is kept; the same command continues it.", err=True)
+            say("Interrupted. What a build has finished is kept; the same command continues it.", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -73,7 +73,7 @@ def _unforeseen(error: Exception) -> str:
     import traceback
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    reason = first_line(error) if str(error) else "no reason given"
     return (
         f"{type(error).__name__}: {reason} (at {frame.filename}:{frame.lineno}); if that is not your own code, it is a defect of "
         "Wherefrom: WHEREFROM_TRACEBACK=1 shows where it comes from"
@@ -81,19 +81,24 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    _say(f"Error: {message}", err=True)
+    say(f"Error: {message}", err=True)
     sys.exit(code)
-
-
-def _say(line: str, err: bool = False) -> None:
-    """Print a line; control characters in it are escaped."""
-    click.echo(printable(line), err=err)
 
 
 def _print_json(value: Any) -> None:
     """Print JSON on one line."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "").replace("_", "")
     click.echo(to_json(value, ascii_only=encoding != "utf8"))
+
+
+def _result(as_json: bool, record: Any, show: str, *shown: Any) -> None:
+    """Print a result: its record as JSON, or for people by the function `show` of terminal.py, which loads rich and is slow."""
+    if as_json:
+        _print_json(record)
+    else:
+        from . import terminal
+
+        getattr(terminal, show)(*shown)
 
 
 _BUILD = cloup.Section("Build an index")
@@ -211,12 +216,7 @@ def plan(as_json: bool, **values: Any) -> None:
     from .ray_jobs.plan import estimate
 
     cost = estimate(BuildConfig(out="(nothing)", **options))
-    if as_json:
-        _print_json(cost.to_dict())
-    else:
-        from .terminal import show_cost
-
-        show_cost(cost)
+    _result(as_json, asdict(cost), "show_cost", cost)
 
 
 @main.command(section=_BUILD)
@@ -245,12 +245,8 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
         manifest = run(Path(index), data, runtime, model, reporter, task)
     addition = manifest.build.added[-1]
     refit = drifted(addition.drift)
-    if as_json:
-        _print_json({**addition.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"}), "refit": refit})
-    else:
-        from .terminal import show_added
-
-        show_added(index, manifest, refit)
+    record = addition.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"})
+    _result(as_json, {**record, "refit": refit}, "show_added", index, manifest, refit)
 
 
 @main.command(section=_BUILD)
@@ -277,7 +273,7 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
     if as_json:
         _print_json({"deleted": deleted})
     else:
-        _say(f"{deleted:,} rows were deleted from {index}")
+        say(f"{deleted:,} rows were deleted from {index}")
 
 
 @main.command(section=_BUILD)
@@ -298,7 +294,7 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
     if as_json:
         _print_json({"dropped": dropped, "freed_bytes": freed})
     else:
-        _say(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
+        say(f"{dropped:,} rows were dropped from {index}" + (f", {freed:,} bytes given back" if prune else ""))
 
 
 @main.command(section=_BUILD)
@@ -309,13 +305,11 @@ def reindex(index: str) -> None:
     \b
       wherefrom reindex my.wherefrom
     """
-    from .store.files import exclusive
-    from .store.index import Index
+    from .store.index import changing
 
-    Index(index)
-    with exclusive(Path(index)):
-        written = Index(index).reindex(compare=True)
-    _say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
+    with changing(Path(index)) as opened:
+        written = opened.reindex(compare=True)
+    say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
 @main.command(section=_ASK)
@@ -384,12 +378,7 @@ def query(index: str, file: str | None, as_json: bool, **values: Any) -> None:
     options = take_options(values, Options)
     client = _client(index, values, queries)
     for answer in client.query_many(queries, **options):
-        if as_json:
-            _print_json(answer.to_dict())
-        else:
-            from .terminal import show_answer
-
-            show_answer(answer)
+        _result(as_json, answer.to_dict(), "show_answer", answer)
 
 
 @main.command(section=_ASK)
@@ -417,12 +406,7 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
     if not examples:
         examples = tuple(proponent.row for proponent in client.query(query, **options).proponents[:3])
     for explanation in client.explain(examples, query, tokens=tokens, **options):
-        if as_json:
-            _print_json(explanation.to_dict())
-        else:
-            from .terminal import show_explanation
-
-            show_explanation(explanation)
+        _result(as_json, explanation.to_dict(), "show_explanation", explanation)
 
 
 @main.command(section=_ASK)
@@ -449,7 +433,7 @@ def scores(index: str, file: str, out: str, **values: Any) -> None:
     client = _local_client(index, values, queries)
     with Console() as reporter:
         shape = write_scores(client.index, lambda part: client.score_blocks(part, **options), queries, Path(out), reporter)
-    _say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
+    say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 
 def _client(index: str, values: dict[str, Any], queries: Sequence[Query], with_model: bool = False) -> "BaseClient":
@@ -508,12 +492,7 @@ def info(index: str, as_json: bool) -> None:
     from .store.index import Index
 
     summary = Index(index).summary()
-    if as_json:
-        _print_json(summary)
-    else:
-        from .terminal import show_summary
-
-        show_summary(summary)
+    _result(as_json, summary, "show_summary", summary)
 
 
 @main.command(section=_LOOK)
@@ -533,8 +512,8 @@ def verify(index: str, as_json: bool) -> None:
         _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})
     else:
         for problem in problems:
-            _say(problem["problem"])
-        _say(f"{index}: {len(checked)} files read, {len(problems) or 'none'} damaged")
+            say(problem["problem"])
+        say(f"{index}: {len(checked)} files read, {len(problems) or 'none'} damaged")
     if problems:
         sys.exit(4)
 
@@ -552,13 +531,7 @@ def evaluate() -> None:
 @click.option("--model", multiple=True, type=click.Path(), help="Another model than the pack's: directory, hub id, or safetensors file.")
 @click.option("--index", type=click.Path(), help="Judge this index of the pack's training documents instead of building one.")
 @click.option("--data", type=click.Path(), help="Directory of an image pack's IDX files.  [default: in the pack, or ../../data from there]")
-@click.option(
-    "--queries",
-    type=click.Choice(["all", "even", "odd"]),
-    default="all",
-    show_default=True,
-    help="The queries to use.",
-)
+@click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The queries to use.")
 @click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option
@@ -588,7 +561,6 @@ def lds(
     does, with the options given here; the pack says how its documents were encoded.
     """
     from .ray_jobs.progress import Console
-    from .terminal import show_judgement
 
     source = click.get_current_context().get_parameter_source
     options = take_config_values(values)
@@ -610,10 +582,7 @@ def lds(
             judgement = judge_index(
                 Path(pack), options, index=index, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
             )
-    if as_json:
-        _print_json(judgement.to_dict())
-    else:
-        show_judgement(judgement)
+    _result(as_json, judgement.to_dict(), "show_judgement", judgement)
 
 
 @evaluate.command()
@@ -640,7 +609,7 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 
     with Console() as reporter:
         report = run(Client(index, model=model, device=device, task=task), list(_read_queries(file)), reporter=reporter, **options)
-    _show_report(report, as_json)
+    _result(as_json, report.to_dict(), "show_report", report)
 
 
 @evaluate.command()
@@ -667,7 +636,7 @@ def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **o
 
     with Console() as reporter:
         report = run(index, list(_read_queries(file)), train, base, reporter=reporter, **options)
-    _show_report(report, as_json)
+    _result(as_json, report.to_dict(), "show_report", report)
 
 
 @evaluate.command()
@@ -682,7 +651,8 @@ def labels(index: str, column: str, as_json: bool) -> None:
     """
     from .evaluation.checks import labels as run
 
-    _show_report(run(index, column), as_json)
+    report = run(index, column)
+    _result(as_json, report.to_dict(), "show_report", report)
 
 
 @evaluate.command()
@@ -701,16 +671,8 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
     _quiet_libraries()
     from .evaluation.checks import recall as run
 
-    _show_report(run(index, reference, list(_read_queries(file)) if file else None, **options), as_json)
-
-
-def _show_report(report: "Report", as_json: bool) -> None:
-    from .terminal import show_report
-
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        show_report(report)
+    report = run(index, reference, list(_read_queries(file)) if file else None, **options)
+    _result(as_json, report.to_dict(), "show_report", report)
 
 
 @main.command(section=_JUDGE)
@@ -745,7 +707,7 @@ def pack(**options: Any) -> None:
 
     with Console() as reporter:
         directory = make_pack(PackConfig(**options), reporter)
-    _say(f"judge an index on it:  wherefrom evaluate lds {directory}")
+    say(f"judge an index on it:  wherefrom evaluate lds {directory}")
 
 
 @main.command(section=_LOOK)

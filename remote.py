@@ -10,7 +10,6 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import urlsplit
@@ -214,31 +213,26 @@ def _server_error(status: int, content: bytes, url: str) -> WherefromError:
     return kind(detail)
 
 
-@dataclass(frozen=True)
-class Served:
-    """A running server, as its discovery file describes it."""
-
-    url: str
-    pid: int
-    token: str | None
-    indexes: Mapping[str, str]
-
-
 def servers_directory() -> Path:
     """Return the directory of the discovery files."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "wherefrom" if runtime else Path.home() / ".cache/wherefrom/servers"
 
 
-def announce(served: Served) -> Path:
-    """Register a server in a discovery file that only its user can read; return the path of the file."""
+def announce(url: str, token: str | None, indexes: Mapping[str, str], pid: int) -> Path:
+    """Register a running server in a discovery file that only its user can read; return the path of the file.
+
+    Args:
+        indexes: the absolute paths of its indexes, by name.
+        pid: the number of its process.
+    """
     directory = servers_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / f"{socket.gethostname()}-{served.pid}.json"
+    path = directory / f"{socket.gethostname()}-{pid}.json"
     staged = path.with_suffix(".tmp")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump({"url": served.url, "pid": served.pid, "token": served.token, "indexes": dict(served.indexes)}, file)
+        json.dump({"url": url, "pid": pid, "token": token, "indexes": dict(indexes)}, file)
     os.replace(staged, path)
     return path
 

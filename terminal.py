@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .query.answers import Answer, Explanation, Group, ScorePart, TokenShares
-from .store.printable import printable, printable_line
+from .store.printable import printable, printable_line, say
 
 if TYPE_CHECKING:
     from .evaluation.checks import Report
@@ -29,11 +28,6 @@ _LITTLE = 0.5
 _SHOWN_GROUPS = 10
 _SHOWN_IDS = 5
 _FOR, _AGAINST, _FAINT, _DARK, _BAR = (5, 80, 160), (235, 140, 20), 0.05, 0.5, 24
-
-
-def say(line: str, err: bool = False) -> None:
-    """Print a line; control characters in it are escaped, so that file names and stored texts cannot control the terminal."""
-    click.echo(printable(line), err=err)
 
 
 def show_answer(answer: Answer) -> None:

@@ -25,7 +25,9 @@ from growing import grow as grow_index
 from wherefrom import Client
 from wherefrom.indexer.models import keep_freed_memory
 from wherefrom.query.files import read_queries
-from wherefrom.query.search import search
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import Scorer
+from wherefrom.query.search import find
 from wherefrom.store.bits import fold
 from wherefrom.store.dense import encode_dense, row_bytes
 from wherefrom.store.errors import UsageError
@@ -83,11 +85,11 @@ def measure(place, queries, recall, repeats):
     (component,) = index.manifest.components
     parts = [{component.name: DenseVectors(row[None])} for row in asked]
     for part in parts[:2]:
-        search(index, part, _K, recall=recall)
+        find(Scorer.of(index, part, Metric()), _K, index.alive, recall)
     seconds, hits = [], []
     for part in parts * repeats:
         started = time.perf_counter()
-        hits.append(search(index, part, _K, recall=recall)[0])
+        hits += find(Scorer.of(index, part, Metric()), _K, index.alive, recall)[0]
         seconds.append(time.perf_counter() - started)
     found = np.stack([np.concatenate([h.proponents, h.opponents]) for h in hits[: len(parts)]])
     kept = queries.with_name(f"{place.name}-exact.npy")

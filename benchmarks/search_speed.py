@@ -23,7 +23,9 @@ import numpy as np
 from growing import grow, sparse_sampler
 from wherefrom import Client
 from wherefrom.query.files import read_queries
-from wherefrom.query.search import search
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import Scorer
+from wherefrom.query.search import find
 from wherefrom.store.errors import UsageError
 
 
@@ -33,11 +35,11 @@ def measure(index, asked, repeats):
     count = len(asked[names[0]])
     parts = [{name: rows.cut(i, i + 1) for name, rows in asked.items()} for i in range(count)]
     for part in parts[:3]:
-        search(index, part, 10)
+        find(Scorer.of(index, part, Metric()), 10, index.alive, 1.0)
     seconds, touched = [], []
     for part in parts * repeats:
         started = time.perf_counter()
-        search(index, part, 10)
+        find(Scorer.of(index, part, Metric()), 10, index.alive, 1.0)
         seconds.append(time.perf_counter() - started)
     for part in parts:
         total = 0

@@ -6,11 +6,11 @@ leading eigenvectors of the inputs' or output gradients' second moments (LoGra's
 A rank of a layer's size or more is the exact identity.
 """
 
-import hashlib
 import math
 
 import numpy as np
 
+from ..store.bits import philox
 from ..store.shapes import Float, Float32, Float64
 
 
@@ -26,8 +26,7 @@ def random_projection(name: str, side: str, rank: int, size: int, seed: int) -> 
     """
     if rank >= size:
         return None
-    key = int.from_bytes(hashlib.sha256(f"wherefrom projection {seed} {side} {name}".encode()).digest()[:16], "little")
-    words = np.random.Philox(key=key).random_raw(-(-rank * size // 64)).astype("<u8")
+    words = philox(f"wherefrom projection {seed} {side} {name}").random_raw(-(-rank * size // 64)).astype("<u8")
     signs = np.unpackbits(words.view(np.uint8), count=rank * size, bitorder="little").reshape(rank, size)
     return ((2.0 * signs - 1.0) / math.sqrt(rank)).astype(np.float32)
 

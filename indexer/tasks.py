@@ -10,7 +10,6 @@ A text batch is right-padded and carries no attention mask: in a causal model no
 from the left, so that padding cannot change a row. The last token is only predicted, so it is not in the input.
 """
 
-import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..store.bits import philox
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
@@ -417,8 +417,8 @@ def sample_targets(logits: Float[Tensor, "batch tokens vocab"], batch: Batch, se
     sampled = batch.targets.clone()
     for i, id in enumerate(batch.ids):
         positions = (batch.targets[i] != IGNORED).nonzero()[:, 0]
-        key = int.from_bytes(hashlib.sha256(f"wherefrom labels {seed} {id}".encode()).digest()[:16], "little")
-        uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(len(positions))).to(logits.device)
+        generator = np.random.Generator(philox(f"wherefrom labels {seed} {id}"))
+        uniform = torch.from_numpy(generator.random(len(positions))).to(logits.device)
         cumulative = logits[i, positions].double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None])[:, 0]
         sampled[i, positions] = drawn.clamp(max=logits.shape[-1] - 1)

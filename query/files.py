@@ -81,11 +81,7 @@ def read_chat(file: str) -> dict[str, Any]:
 
 
 def _chat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record's messages and tools.
-
-    Raises:
-        ValueError: they are not such.
-    """
+    """Return a record's messages and tools; raise a ValueError if they are not such."""
     if record.get("messages") is None:
         return {}
     return {"messages": chat_messages(record, "messages"), "tools": template_inputs(record).get("tools")}

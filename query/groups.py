@@ -31,10 +31,6 @@ _POISSON = _poisson_table()
 class Grouping:
     """Groups of the searched rows by the values of a column.
 
-    Args:
-        column: of the metadata.
-        searched: mask of the rows.
-
     Raises:
         UsageError: there is no such column, or it has too many values (see `Index.distinct`).
     """

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..store.bits import padded_width, rotate
+from ..store.bits import padded_width, rotate, to_words
 from ..store.compiled import Compiled
 from ..store.dense import DenseRows, row_bytes
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Index, ShardGroup
 from ..store.manifest import Component, DenseComponent, SparseComponent
 from ..store.postings import byte_tables
-from ..store.scan_codes import RoundedQueries, scan_bits, words
+from ..store.scan_codes import RoundedQueries, scan_bits
 from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
@@ -255,7 +255,7 @@ class DenseOperand:
             return
         for rows, offsets, positions, codes in self._blocks(index, group):
             norms = rows.norms[offsets]
-            yield positions, words(codes), norms * rows.factors()[offsets], np.zeros(len(codes), np.float32), norms
+            yield positions, to_words(codes, "<u8"), norms * rows.factors()[offsets], np.zeros(len(codes), np.float32), norms
 
     @cached_property
     def _rounded(self) -> RoundedQueries:

@@ -161,14 +161,10 @@ class ScoreOptions(TypedDict, total=False):
 class Options(ScoreOptions, total=False):
     """Options of an answer; an absent one has its default."""
 
-    k: Annotated[
-        int | None,
-        Option("At most so many proponents, and opponents.  [default: 10]", low=1, high=_LARGEST_ROW, flags=("-k",)),
-    ]
+    k: Annotated[int | None, Option("At most so many proponents, and opponents.  [default: 10]", low=1, high=_LARGEST_ROW, flags=("-k",))]
     opponents: Annotated[bool, Option("Return opponents, too.", default=True)]
     where: Annotated[
-        str | None,
-        Option("Search only rows that match a filter, such as 'source == \"web\" and year >= 2020'.", longest=4000),
+        str | None, Option("Search only rows that match a filter, such as 'source == \"web\" and year >= 2020'.", longest=4000)
     ]
     group_by: Annotated[str | None, Option("A column, such as source: the influence of each of its values, with intervals.", longest=200)]
     mean: Annotated[bool, Option("Answer the queries' weighted mean as one query.")]

@@ -169,11 +169,7 @@ class Scorer:
 
 
 def _check_finite(*arrays: np.ndarray) -> None:
-    """Refuse scores that are not finite.
-
-    Raises:
-        NumericalError: a score is not finite.
-    """
+    """Refuse scores that are not finite."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise NumericalError("a score is not finite: the query's weights, or its gradient, are too large; use smaller weights")
 
@@ -211,11 +207,7 @@ def score_matrix(index: Index, queries: Rows, metric: Metric = Metric()) -> Floa
 
 
 def _weights(index: Index, metric: Metric) -> dict[str, float]:
-    """Return the weight of each component under a metric.
-
-    Raises:
-        UsageError: no component remains, or a named one does not exist.
-    """
+    """Return the weight of each component under a metric; refuse a metric that leaves none, or names one that does not exist."""
     components = index.manifest.components
     names = ", ".join(component.name for component in components)
     unknown = sorted(metric.weights.keys() - {name for component in components for name in (component.name, component.role)})

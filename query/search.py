@@ -14,17 +14,14 @@ large, an exact scan is made instead, since it is faster.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
 
-from ..store.errors import UsageError
-from ..store.index import Index, ShardGroup
+from ..store.index import ShardGroup
 from ..store.shapes import Bool, Float32, Int64
-from ..store.vectors import Rows, count, cut
-from .metric import Metric
 from .scoring import Scorer, by_group
 
 _EXACT_PASS = 64  # queries in one exact scan
@@ -57,42 +54,9 @@ class Hits:
     note: str | None = None
 
 
-def search(
-    index: Index,
-    queries: Rows,
-    k: int,
-    metric: Metric = Metric(),
-    allowed: Bool[np.ndarray, " rows"] | None = None,
-    recall: float = 1.0,
-) -> list[Hits]:
-    """Find the k rows with the highest and with the lowest scores for each query, without deleted rows.
-
-    Args:
-        queries: component name -> whitened query rows.
-        k: at least 1; an index with fewer rows returns them all.
-        allowed: mask of the rows to search; None searches all.
-        recall: 1 scans all rows. Below 1, the search is by quantized scan and rescore (see above), or by posting lists, which are exact, if
-            only sparse components count.
-
-    Raises:
-        UsageError: k or recall is out of range, or the metric is not possible with the index.
-    """
-    searched = index.alive if allowed is None else index.alive & allowed
-    hits: list[Hits] = []
-    for part in passes(queries, pass_size(recall)):
-        hits += find(Scorer.of(index, part, metric), k, searched, recall)[0]
-    return hits
-
-
 def pass_size(recall: float) -> int:
     """Return the number of queries in one pass over the rows."""
     return _EXACT_PASS if recall == 1 else _SCAN_PASS
-
-
-def passes(queries: Rows, size: int) -> Iterator[Rows]:
-    """Split queries into passes."""
-    for first in range(0, count(queries), size):
-        yield cut(queries, first, first + size)
 
 
 def find(
@@ -101,16 +65,12 @@ def find(
     """Find the best and the worst rows for the queries of a scorer, in one pass.
 
     Args:
+        k: at least 1; an index with fewer rows returns them all.
         searched: mask of the rows to search.
+        recall: 1 scans all rows. Below 1, the search is by quantized scan and rescore (see above), or by posting lists, which are exact, if
+            only sparse components count.
         with_scores: also return the scores of all searched rows, which needs an exact scan.
-
-    Raises:
-        UsageError: k or recall is out of range.
     """
-    if k < 1:
-        raise UsageError(f"k is {k}; it must be at least 1")
-    if not 0.5 <= recall <= 1:
-        raise UsageError(f"the recall is {recall}; it must be between 0.5 and 1 (1 scans all rows)")
     k = min(k, len(scorer.index))
     started = time.perf_counter()
     note = None

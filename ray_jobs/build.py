@@ -183,12 +183,9 @@ def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
         return None
     manifest = read_manifest(job.out)
     _refuse_other_inputs(job.out, manifest.build.inputs.model_dump(mode="json"), inputs)
-    sizes = {job.out / manifest.encoder.path: manifest.encoder.bytes}
-    for shard in Index(job.out).shards:
-        sizes |= {rows_path(job.out, shard.id): shard.bytes, documents_path(job.out, shard.id): shard.documents_bytes}
-    for path, size in sizes.items():
-        if regular_size(path) != size:
-            raise IntegrityError(f"{path} is missing or truncated; restore it, or remove {job.out} and build again")
+    for record in (manifest.encoder, *(file for shard in Index(job.out).shards for file in shard.files())):
+        if regular_size(job.out / record.path) != record.bytes:
+            raise IntegrityError(f"{job.out / record.path} is missing or truncated; restore it, or remove {job.out} and build again")
     discard_inputs(job.out)
     refresh_search(job.out, job.reporter)
     return manifest

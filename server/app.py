@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp
 
 from ..client import Client
+from ..query.options import Options, ScoreOptions
 from ..remote import MOST_ANSWERS, MOST_COSTLY
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WherefromError
 from ..store.printable import to_json
@@ -138,11 +139,7 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
             e = client.index.example(row)
             shard, offset = client.index.locate(row)
             fields = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
-            try:
-                loss = float(client.index.losses(shard)[offset])
-            except IncompatibleError:  # an older index
-                return fields
-            return {**fields, "tokens": int(e.loss_mask.sum()), "loss": loss}
+            return {**fields, "tokens": int(e.loss_mask.sum()), "loss": float(client.index.losses(shard)[offset])}
 
         return _json(await _engine_of(engines, index).call(read))
 
@@ -152,7 +149,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def query(body: QueryBody) -> Response:
         """Find the training examples that influenced the model: one answer, or for `queries` a list under `answers`."""
         engine = _engine_of(engines, body.index)
-        options = body.options()
+        options = body.given(Options)
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
             if k > _LARGEST_K:
@@ -185,7 +182,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         """Explain the scores of some training examples by component, layer, shared token, and token of either text."""
         query = body.query()
         explanations = await _engine_of(engines, body.index).call(
-            lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.score_options())
+            lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.given(ScoreOptions))
         )
         return _json({"explanations": [explanation.to_dict() for explanation in explanations]})
 
@@ -193,7 +190,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def scores(body: ScoresBody) -> Response:
         """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
-        matrix = await _engine_of(engines, body.index).call(lambda client: client.scores([query], body.where, **body.score_options()))
+        matrix = await _engine_of(engines, body.index).call(lambda client: client.scores([query], body.where, **body.given(ScoreOptions)))
         if body.format == "float32":
             return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
         return _json(_histogram(matrix[0][np.isfinite(matrix[0])]))

@@ -46,19 +46,15 @@ class QueryFields(_QueryFields):  # type: ignore[misc]
 class EncodeBody(_ScoreBody, QueryFields):  # type: ignore[misc]
     """A query to encode."""
 
-    def score_options(self) -> ScoreOptions:
-        """The options of scores that are given."""
-        return _given(self, option_fields(ScoreOptions))  # type: ignore[return-value]
+    def given(self, owner: type) -> Any:
+        """Return the options of `ScoreOptions` or `Options` that are given."""
+        return {name: getattr(self, name) for name in option_fields(owner) if getattr(self, name) is not None}
 
 
 class QueryBody(_OptionsBody, EncodeBody):  # type: ignore[misc]
     """One or several queries, with their options."""
 
     queries: list[QueryFields] | None = Field(None, max_length=MOST_QUERIES, description="Several queries instead of one.")
-
-    def options(self) -> Options:
-        """All options that are given."""
-        return _given(self, option_fields(Options))  # type: ignore[return-value]
 
 
 class ExplainBody(EncodeBody):
@@ -80,7 +76,3 @@ class CompleteBody(_IndexBody):
 
     prompt: Annotated[str, Field(max_length=200_000)]
     tokens: int = Field(16, ge=1, le=128)
-
-
-def _given(body: Any, names: Any) -> dict[str, Any]:
-    return {name: getattr(body, name) for name in names if getattr(body, name) is not None}

@@ -51,9 +51,6 @@ class Engine:
     """Queue and worker thread of one index.
 
     Args:
-        name: of the index, in requests.
-        client: of the index.
-        metrics: to update.
         batch: largest number of queries in one pass.
         queue: largest number of waiting requests; more are rejected.
     """
@@ -134,7 +131,7 @@ class Engine:
         start = time.perf_counter()
         for job in jobs:
             self._metrics.seconds.labels(self.name, "queue").observe(start - job.since)
-        self._refresh()
+        self.client = self.client.refreshed()  # with the newest manifest of the index
         outcomes: dict[int, Any] = {}
         by_options: dict[str, list[int]] = {}
         for number, job in enumerate(jobs):
@@ -169,10 +166,6 @@ class Engine:
         self._metrics.seconds.labels(self.name, "search").observe(answers[0].search.seconds)
         self._metrics.candidates.labels(self.name).inc(sum(answer.search.candidates for answer in answers))
         return answers
-
-    def _refresh(self) -> None:
-        """Switch to the newest manifest of the index."""
-        self.client = self.client.refreshed()
 
 
 def _outcome(function: Callable[[Client], Result], client: Client) -> Result | Exception:

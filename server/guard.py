@@ -48,7 +48,6 @@ class Guard:
     """ASGI wrapper of the application.
 
     Args:
-        app: the application.
         token: bearer token, required except for the explorer's files and the health checks; None requires none.
         patience: time limit (seconds) for receiving a body.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from ..client import Client
-from ..remote import Served, announce
+from ..remote import announce
 from ..store.errors import NotFoundError, UsageError
 from .app import create_app
 
@@ -83,10 +83,10 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         raise UsageError(f"cannot listen on {host}:{port}, perhaps another program does; choose another `port`, or 0 for any") from error
     socket.listen(_MOST_CONNECTIONS)  # before the discovery file is written, so that its readers can connect
     url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
-    served = Served(url, os.getpid(), token, {name: str(client.index.path.resolve()) for name, client in clients.items()})
+    indexes = {name: str(client.index.path.resolve()) for name, client in clients.items()}
     discovery_file: Path | None = None
     try:
-        discovery_file = announce(served)
+        discovery_file = announce(url, token, indexes, os.getpid())
     except OSError as error:
         sys.stderr.write(f"the discovery file could not be written ({error}); set WHEREFROM_URL so that commands use this server\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")

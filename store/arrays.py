@@ -305,11 +305,7 @@ def _chunk_name(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """Return the start, size and CRC-32 of each entry, and the CRC-32C of the central directory.
-
-    Raises:
-        zipfile.BadZipFile, ValueError, ...: it is not an uncompressed zip.
-    """
+    """Return the start, size and CRC-32 of each entry of an uncompressed zip, and the CRC-32C of its central directory."""
     import pyarrow as pa
 
     entries = {}

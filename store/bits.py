@@ -60,14 +60,14 @@ def _hadamard(x: Float32[np.ndarray, "entries width"]) -> Float32[np.ndarray, "e
 
 
 def _signs(width: int, seed: int) -> list[Float32[np.ndarray, " width"]]:
-    words = _words(f"wherefrom rotation {seed} {width}", -(-_ROUNDS * width // 64))
-    bits = np.unpackbits(words.view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
+    words = philox(f"wherefrom rotation {seed} {width}").random_raw(-(-_ROUNDS * width // 64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=_ROUNDS * width, bitorder="little").reshape(_ROUNDS, width)
     return list((2.0 * bits - 1.0).astype(np.float32))
 
 
-def _words(purpose: str, count: int) -> np.ndarray:
-    key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:16], "little")
-    return np.random.Philox(key=key).random_raw(count).astype("<u8")
+def philox(purpose: str) -> np.random.Philox:
+    """Return the generator for a purpose; its key is the first 16 bytes of the SHA-256 of the text, little-endian."""
+    return np.random.Philox(key=int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:16], "little"))
 
 
 def fold(vectors: Float32[np.ndarray, "rows width"], bits: int, seed: int) -> Float32[np.ndarray, "rows folded"]:
@@ -102,7 +102,7 @@ def unfold(folded: Float32[np.ndarray, "rows folded"], width: int, seed: int) ->
 
 @lru_cache(_CACHED_FOLDS)
 def _folding(width: int, bits: int, seed: int) -> tuple[Int64[np.ndarray, " width"], Float32[np.ndarray, " width"]]:
-    words = _words(f"wherefrom fold {seed} {width} {bits}", width)
+    words = philox(f"wherefrom fold {seed} {width} {bits}").random_raw(width)
     order = np.argsort(words, kind="stable")
     return order, np.where(words[order] & np.uint64(1), np.float32(1), np.float32(-1))
 

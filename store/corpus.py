@@ -145,11 +145,7 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
 
 
 def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
-    """Select the columns that can be stored, and convert their values to types of Arrow and JSON.
-
-    Raises:
-        ValueError: a value cannot be stored; names the column and the reason.
-    """
+    """Select the columns that can be stored, and convert their values to types of Arrow and JSON; a ValueError names an invalid one."""
     metadata: dict[str, Any] = {}
     for name, value in columns.items():
         unsupported = _unsupported_type(value)

@@ -134,13 +134,7 @@ def encode_dense(rows: Float[np.ndarray, "rows dim"], dtype: str) -> ArrayGroup:
 
 
 class DenseWriter:
-    """Coder of a shard's rows of a dense component, which come batch by batch; they are reduced at once, to save memory.
-
-    Args:
-        component: the manifest's entry.
-        arrays: those of the encoder.
-        rows: of the shard.
-    """
+    """Coder of a shard's rows of a dense component, which come batch by batch; they are reduced at once, to save memory."""
 
     def __init__(self, component: DenseComponent, arrays: Mapping[str, np.ndarray], rows: int) -> None:
         self._dtype = component.dtype
@@ -160,11 +154,6 @@ class DenseWriter:
 
 class DenseRows:
     """The rows of a dense component in one shard.
-
-    Args:
-        file: the shard's arrays.
-        component: the component's description in the manifest.
-        rows: the number of rows of the shard.
 
     Raises:
         IntegrityError: an array is missing, truncated or of another shape, or fails its checksum (codes: when they are first read).

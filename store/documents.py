@@ -15,7 +15,7 @@ import contextlib
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from .arrays import crc32c
-from .errors import IntegrityError
+from .errors import IntegrityError, first_line
 from .files import memory_map, read_ahead, regular_size, storage_errors
 from .shapes import Bool, Float32, Int32, Int64, UInt32
 
@@ -92,19 +92,9 @@ def stored_bytes(example: Example) -> int:
 
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, in order, as one Arrow IPC file."""
-    columns = [
-        pa.array([e.id for e in examples], pa.string()),
-        pa.array([e.document or e.id for e in examples], pa.string()),
-        pa.array([e.chunk for e in examples], pa.int32()),
-        pa.array([e.text for e in examples], pa.string()),
-        pa.array([e.source for e in examples], pa.string()),
-        pa.array([e.token_ids for e in examples], pa.list_(pa.int32())),
-        pa.array([e.loss_mask for e in examples], pa.list_(pa.bool_())),
-    ]
-    schema = _FIXED
-    if any(e.features is not None for e in examples):
-        schema = pa.schema([*_FIXED, *_VECTOR])
-        columns += [pa.array([e.features for e in examples], _VECTOR[0].type), pa.array([e.label for e in examples], _VECTOR[1].type)]
+    examples = [e if e.document else replace(e, document=e.id) for e in examples]
+    schema = pa.schema([*_FIXED, *_VECTOR]) if any(e.features is not None for e in examples) else _FIXED
+    columns = [pa.array([getattr(e, f.name) for e in examples], f.type) for f in schema]
     names = sorted({name for e in examples for name in e.metadata})
     if names:
         fields, arrays = zip(*(_metadata_column(name, [e.metadata.get(name) for e in examples]) for name in names), strict=True)
@@ -169,11 +159,7 @@ def _batch_offsets(content: pa.Buffer) -> list[int]:
 
 
 def _read_schema(content: pa.Buffer) -> pa.Schema:
-    """Read the schema of a file of examples.
-
-    Raises:
-        ValueError: it is not a schema of examples.
-    """
+    """Read the schema of a file of examples; raise a ValueError if it is another."""
     schema = pa.ipc.read_schema(pa.ipc.read_message(pa.BufferReader(content.slice(len(_MAGIC)))))
     for field_ in schema:
         expected = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
@@ -188,11 +174,7 @@ def _read_schema(content: pa.Buffer) -> pa.Schema:
 
 
 def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
-    """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted.
-
-    Raises:
-        pa.ArrowException, ValueError, ...: it is not a valid batch of examples.
-    """
+    """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted."""
     message = pa.ipc.read_message(pa.BufferReader(content))
     if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
         raise ValueError(f"it has a {message.type} that is compressed or not expected")
@@ -243,10 +225,6 @@ def _is_compressed(message: bytes) -> bool:
     root = struct.unpack_from("<I", message, 0)[0]
     header = field_offset(root, 2)
     return bool(header) and bool(field_offset(header + struct.unpack_from("<I", message, header)[0], 3))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_encoded(field: pa.Field) -> bool:
@@ -360,7 +338,7 @@ class Documents:
             yield
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise IntegrityError(
-                f"{self.path} is not a whole Arrow file of examples ({_first_line(error)}); restore it or build again"
+                f"{self.path} is not a whole Arrow file of examples ({first_line(error)[:200]}); restore it or build again"
             ) from error
 
     def _checked(self, section: int) -> pa.Buffer:
@@ -392,22 +370,16 @@ class Documents:
         arrays = ("token_ids", "loss_mask", "features")
         try:
             record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
-            metadata = self._decode(record.get("metadata") or {})
+            record["metadata"] = self._decode(record.get("metadata") or {})
         except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise IntegrityError(
                 f"{self.path}: the metadata of row {row} cannot be read; restore the file or build the index again"
             ) from error
         return Example(
-            id=record["id"],
-            text=record["text"],
-            source=record["source"],
+            **record,
             token_ids=np.array(batch.column("token_ids")[offset].as_py(), np.int32),
             loss_mask=np.array(batch.column("loss_mask")[offset].as_py(), bool),  # not to_numpy, which imports pandas
-            document=record["document"],
-            chunk=record["chunk"],
-            metadata=metadata,
             features=np.array(batch.column("features")[offset].as_py(), np.float32) if "label" in record else None,
-            label=record.get("label"),
         )
 
     @cached_property

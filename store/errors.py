@@ -1,16 +1,5 @@
 """The errors that Wherefrom raises.
 
-    WherefromError                  exit code 1
-    ├── DataError                1   a document or a query file that cannot be used (also a ValueError)
-    ├── NumericalError           1   a gradient or statistic that is not finite (also an ArithmeticError)
-    ├── StorageError             1   a disk that is full or read-only, or no permission (also an OSError)
-    ├── BusyError                1   another process is writing to the index, or published first
-    ├── WorkerError              1   a worker process died too often
-    ├── UsageError               2   an invalid argument (also a ValueError)
-    ├── NotFoundError            3   a missing file, index, model or dataset (also a FileNotFoundError)
-    ├── IncompatibleError        3   something that does not fit: another model, an unknown format version (also a ValueError)
-    └── IntegrityError           4   stored bytes that are damaged or missing
-
 A message is a sentence with the problem, its place and a remedy. It names options as `batch_tokens`, which `cli.py` replaces by the flag.
 Only `cli.py` turns an error into an exit code.
 """
@@ -23,6 +12,11 @@ class WherefromError(Exception):
 
     def __str__(self) -> str:  # OSError and KeyError subclasses would otherwise print errno tuples or quotes
         return str(self.args[0]) if self.args else type(self).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of any error's message; the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class DataError(WherefromError, ValueError):

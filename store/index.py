@@ -1,6 +1,6 @@
 """A snapshot of an index: the newest manifest, and its shards, documents and encoder, which are opened on first use."""
 
-import re
+import contextlib
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +18,11 @@ from .cache import read_cache, write_cache
 from .dense import Reduction
 from .documents import Columns, Documents, Example
 from .errors import IntegrityError, UsageError, WherefromError
-from .files import clear_leftovers, regular_size, sha256, size_problem
+from .files import clear_leftovers, exclusive, regular_size, sha256, size_problem
 from .kinds import KINDS, SearchArrays
 from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
 from .shapes import Bool, Float16, Float32, Float64, Int64
-from .shard import Shard, ShardReader, documents_path, read_table, rows_path
+from .shard import Shard, ShardReader, has_id, read_table, rows_path
 from .vectors import Vectors
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _GROUP_ROWS = 1 << 16
 _OPEN_SHARDS = 1024
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,6 @@ class Index:
     def __len__(self) -> int:
         """Return the number of rows, deleted rows included."""
         return self.manifest.rows
-
-    def _refuse_missing_rows(self) -> None:
-        """Check that every shard has a file of rows of the recorded size, before memory is allocated for that many rows."""
-        for shard in self.shards:
-            problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
-            if problem:
-                raise IntegrityError(f"{problem}; restore the file or build the index again")
 
     def component(self, name: str) -> Component:
         """Return the manifest's description of a component."""
@@ -169,7 +161,7 @@ class Index:
                 written += 1
         names = {self._cache_path(group).name for group in self.groups}
         for path in (self.path / "search").glob("*.zarr.zip"):
-            if path.name not in names and _UUID.fullmatch(path.name.partition(".")[0]) and regular_size(path) is not None:
+            if path.name not in names and has_id(path) and regular_size(path) is not None:
                 path.unlink()
         self._cache_files.clear()
         self._caches.clear()
@@ -397,7 +389,10 @@ class Index:
         Raises:
             IntegrityError: a shard's file of rows is missing or has another size than recorded.
         """
-        self._refuse_missing_rows()
+        for shard in self.shards:  # before memory is allocated for so many rows
+            problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
+            if problem:
+                raise IntegrityError(f"{problem}; restore the file or build the index again")
         alive = np.ones(self.manifest.rows, bool)
         alive[self.deleted] = False
         return alive
@@ -501,13 +496,8 @@ class Index:
         yield self.manifest.table.path, _file_problem(self.path, self.manifest.table)
         intact = True
         for shard in self.shards:
-            rows = rows_path(self.path, shard.id).relative_to(self.path).as_posix()
-            documents = documents_path(self.path, shard.id).relative_to(self.path).as_posix()
-            records = (
-                FileRecord(path=rows, bytes=shard.bytes, sha256=shard.sha256),
-                FileRecord(path=documents, bytes=shard.documents_bytes, sha256=shard.documents_sha256),
-            )
-            problems = [(record.path, _file_problem(self.path, record)) for record in records]
+            problems = [(record.path, _file_problem(self.path, record)) for record in shard.files()]
+            rows = problems[0][0]
             yield from problems
             if any(problem for _, problem in problems):
                 intact = False
@@ -572,6 +562,19 @@ class Index:
             raise UsageError(f"row {row} was deleted; name another row")
         shard = self.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[Index]:
+    """Open an index whose lock is held meanwhile, so that no other process changes it.
+
+    Raises:
+        BusyError: another process holds the lock.
+        NotFoundError, IncompatibleError, IntegrityError: see `Index`.
+    """
+    Index(path)  # the lock of what is not an index would be a new directory
+    with exclusive(path):
+        yield Index(path)
 
 
 def write_search_caches(path: Path) -> str | None:

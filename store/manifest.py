@@ -10,9 +10,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import IncompatibleError, IntegrityError, NotFoundError
 from .files import create_only, read_bytes, sha256, write_whole
@@ -96,13 +96,6 @@ class Curvature(_Model):
     damping: Annotated[float, Field(gt=0)]
 
 
-class EncoderArray(NamedTuple):
-    """Shape of one of the encoder's arrays, and whether it must be there."""
-
-    shape: tuple[int, ...]
-    required: bool
-
-
 class _Component(_Model):
     """Fields of every component. A kind of component declares its layers, its encoder's arrays, and how it is described."""
 
@@ -121,21 +114,23 @@ class DenseComponent(_Component):
     """A component in which every row has the same coordinates.
 
     Attributes:
+        role: its part of the model: the linear layers inside the blocks.
+        estimated: True if scores need a calibration against exact ones, though nothing was left out.
+        has_wide_rows: True if a whitened row has all `dim` coordinates in memory.
         model: the number of the index's model, from 0.
         coordinates: the number of stored coordinates of a row, a selection (the encoder's array `kept`) or a random mixture; None for all.
         dtype: the type of a stored coordinate.
     """
+
+    role: ClassVar[Literal["blocks"]] = "blocks"
+    estimated: ClassVar[bool] = False
+    has_wide_rows: ClassVar[bool] = True
 
     kind: Literal["dense"]
     coordinates: Width | None
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
-
-    @property
-    def role(self) -> Literal["blocks"]:
-        """Its part of the model: the linear layers inside the blocks."""
-        return "blocks"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -158,16 +153,6 @@ class DenseComponent(_Component):
         return self.dtype == "1bit"
 
     @property
-    def estimated(self) -> bool:
-        """True if scores need a calibration against exact ones, though nothing was left out."""
-        return False
-
-    @property
-    def has_wide_rows(self) -> bool:
-        """True if a whitened row has all `dim` coordinates in memory."""
-        return True
-
-    @property
     def has_search_arrays(self) -> bool:
         """True if search caches hold arrays of it."""
         return not self.one_bit
@@ -187,39 +172,40 @@ class DenseComponent(_Component):
         """The number of coordinates of a stored row. One-bit rows may have more than `dim`, for more exact estimates."""
         return (self.coordinates or self.dim) if self.one_bit else min(self.coordinates or self.dim, self.dim)
 
-    def layout_problem(self) -> str | None:
-        """Return the contradiction in the list of layers, if there is one."""
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        """Refuse layers that contradict one another."""
         offset = 0
         names = set[str]()
         inputs = dict[str, tuple[int, int]]()
         for layer in self.layers:
             if layer.offset != offset:
-                return f"layer {layer.name} does not begin where the one before it ends"
+                raise ValueError(f"layer {layer.name} does not begin where the one before it ends")
             shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
             if layer.name in names or shared != (layer.inputs, layer.input_rank):
-                return f"layer {layer.name} is a duplicate or not of its input group"
+                raise ValueError(f"layer {layer.name} is a duplicate or not of its input group")
             if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:
-                return f"layer {layer.name} has a rank above its size"
+                raise ValueError(f"layer {layer.name} has a rank above its size")
             names.add(layer.name)
             offset += layer.size
-        return None
+        return self
 
     def uncut(self) -> "DenseComponent":
         """Return the component whose rows have everything that an encoder computes; encoders do not reduce dense rows."""
         return self
 
-    def encoder_arrays(self) -> dict[str, EncoderArray]:
-        """The encoder's arrays, by name."""
-        arrays: dict[str, EncoderArray] = {}
+    def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Return, by the name of the encoder's array, its shape and whether it must be there."""
+        arrays: dict[str, tuple[tuple[int, ...], bool]] = {}
         pca = self.projection.kind == "pca"
         for layer in self.layers:
             kronecker = layer.curvature in ("ekfac", "kfac")
             sides = (("input", layer.input_group, layer.input_rank, layer.inputs), ("output", layer.name, layer.output_rank, layer.outputs))
             for side, owner, rank, size in sides:
-                arrays[f"{owner}/{side}_rotation"] = EncoderArray((rank, rank), kronecker)
-                arrays[f"{owner}/{side}_projection"] = EncoderArray((rank, size), pca and rank < size)
-            arrays[f"{layer.name}/eigenvalues"] = EncoderArray((layer.size,), layer.curvature != "identity")
-            arrays[f"{layer.name}/basis"] = EncoderArray((layer.size, layer.size), layer.curvature == "fisher")
+                arrays[f"{owner}/{side}_rotation"] = ((rank, rank), kronecker)
+                arrays[f"{owner}/{side}_projection"] = ((rank, size), pca and rank < size)
+            arrays[f"{layer.name}/eigenvalues"] = ((layer.size,), layer.curvature != "identity")
+            arrays[f"{layer.name}/basis"] = ((layer.size, layer.size), layer.curvature == "fisher")
         return arrays
 
     def sizes(self) -> dict[str, Any]:
@@ -242,6 +228,9 @@ class DenseComponent(_Component):
 class SparseComponent(_Component):
     """A component of a vocabulary layer: a row is a list of tokens, each with a vector of `width` coordinates that is coded in `bits` bits.
 
+    Its codes depend on no array of the encoder (`reduced`), and search caches hold its posting lists (`has_search_arrays`); the other
+    constants are those of `DenseComponent`.
+
     Attributes:
         model: the number of the index's model, from 0.
         role: "head", the output head keyed by the tokens that an example predicts, or "embeddings", keyed by those that it reads.
@@ -254,6 +243,12 @@ class SparseComponent(_Component):
         seed: the seed of the rotation.
         curvature: in Kronecker form: a weight for each token, and the second moment of the head's inputs or the embeddings' gradients.
     """
+
+    reduced: ClassVar[bool] = False
+    one_bit: ClassVar[bool] = True
+    estimated: ClassVar[bool] = True
+    has_wide_rows: ClassVar[bool] = False
+    has_search_arrays: ClassVar[bool] = True
 
     kind: Literal["sparse"]
     role: Literal["head", "embeddings"]
@@ -272,31 +267,6 @@ class SparseComponent(_Component):
         return (self.layer,)
 
     @property
-    def reduced(self) -> bool:
-        """False: its codes depend on no array of the encoder."""
-        return False
-
-    @property
-    def one_bit(self) -> bool:
-        """True: scores are estimates from one-bit codes."""
-        return True
-
-    @property
-    def estimated(self) -> bool:
-        """True: scores need a calibration against exact ones."""
-        return True
-
-    @property
-    def has_wide_rows(self) -> bool:
-        """False: a whitened row has the vectors of its own tokens alone."""
-        return False
-
-    @property
-    def has_search_arrays(self) -> bool:
-        """True: search caches hold its posting lists."""
-        return True
-
-    @property
     def features(self) -> frozenset[str]:
         """The features that a reader of the index needs."""
         return frozenset({"sparse"})
@@ -306,19 +276,16 @@ class SparseComponent(_Component):
         """The number of coordinates of a token's vector."""
         return self.width
 
-    def layout_problem(self) -> None:
-        """Return None: there is a single layer."""
-
     def uncut(self) -> "SparseComponent":
         """Return the component whose rows have all their tokens."""
         return self.model_copy(update={"max_tokens": None})
 
-    def encoder_arrays(self) -> dict[str, EncoderArray]:
-        """The encoder's arrays, by name."""
+    def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Return, by the name of the encoder's array, its shape and whether it must be there."""
         return {
-            "basis": EncoderArray((self.width, self.width), True),
-            "eigenvalues": EncoderArray((self.width,), True),
-            "vocabulary": EncoderArray((self.vocabulary,), True),
+            "basis": ((self.width, self.width), True),
+            "eigenvalues": ((self.width,), True),
+            "vocabulary": ((self.vocabulary,), True),
         }
 
     def sizes(self) -> dict[str, Any]:
@@ -595,7 +562,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _contradictions(manifest: Manifest, number: int) -> Iterator[str]:
-    """Yield contradictions in a manifest: another number than in its file name, duplicate components, layers that overlap."""
+    """Yield contradictions in a manifest: another number than in its file name, duplicate components, missing models."""
     if manifest.number != number:
         yield f"is manifest {manifest.number} under another's name"
     if bool(manifest.deleted) != ("deleted" in manifest.features) or manifest.deleted > manifest.rows:
@@ -605,6 +572,3 @@ def _contradictions(manifest: Manifest, number: int) -> Iterator[str]:
     for component in manifest.components:
         if component.model >= len(manifest.models):
             yield f"is damaged: component {component.name} has a model that is not listed"
-        problem = component.layout_problem()
-        if problem is not None:
-            yield f"is damaged: {problem}"

@@ -99,11 +99,7 @@ class Postings:
             add_lists(lists[entries], has_list[entries], tables[entries], *postings, scores[query])
 
     def _check(self, lists: Int64[np.ndarray, " lists"], rows: int) -> None:
-        """Compare the checksums of lists that were not compared before, and check row numbers, since the compiled loop does not.
-
-        Raises:
-            IntegrityError: a list is damaged, or has row numbers from `rows` on or factors that are not finite.
-        """
+        """Compare the checksums of lists that were not compared before, and check row numbers, since the compiled loop does not."""
         unread = lists[~self._checked[lists]]
         if self.file is not None and len(unread):
             self.file.read_ahead((self.rows, self.codes, self.factors), self.starts[unread], self.starts[unread + 1])

@@ -24,6 +24,13 @@ def printable_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def say(line: str, err: bool = False) -> None:
+    """Print a line; hostile characters in it are escaped, so that file names and stored texts cannot control the terminal."""
+    import click
+
+    click.echo(printable(line), err=err)
+
+
 def to_json(value: Any, ascii_only: bool = False) -> str:
     """Format a value as JSON: dates and similar values as text, numbers that are not finite as null, hostile characters escaped.
 

@@ -32,7 +32,7 @@ from .compiled import Compiled
 from .dense import DenseRows
 from .errors import IntegrityError
 from .manifest import DenseComponent
-from .shapes import Float32, Float64, UInt8, UInt32, UInt64
+from .shapes import Float32, Float64, UInt32, UInt64
 
 _PLANES = 4
 _TOP_LEVEL = (1 << _PLANES) - 1
@@ -70,7 +70,7 @@ class ScanCodes:
             for first, block in rows.blocks():
                 directions = rows.values(block) * to_directions[first : first + len(block), None]
                 rotated = rotate(directions, bits, component.seed)
-                codes.append(words(np.packbits(rotated > 0, axis=1)))
+                codes.append(to_words(np.packbits(rotated > 0, axis=1), "<u8"))
                 sums.append(np.abs(rotated).sum(axis=1, dtype=np.float64))
                 squares.append(np.einsum("rd,rd->r", directions, directions, dtype=np.float64))
                 checks.append(np.array([google_crc32c.value(row.tobytes()) for row in block], np.uint32))
@@ -138,7 +138,7 @@ class RoundedQueries:
                 error = query - half_step * (2 * levels - _TOP_LEVEL)
                 candidates.append((float(np.linalg.norm(error)), half_step, levels.astype(np.uint8)))
             error_lengths[i], half_steps[i], levels = min(candidates, key=lambda candidate: candidate[0])
-            planes[i] = [words(np.packbits((levels >> p) & 1)[None])[0] for p in range(_PLANES)]
+            planes[i] = [to_words(np.packbits((levels >> p) & 1)[None], "<u8")[0] for p in range(_PLANES)]
         return cls(planes, half_steps, error_lengths, width)
 
     def products(self, codes: UInt64[np.ndarray, "rows words"]) -> Float32[np.ndarray, "queries rows"]:
@@ -153,8 +153,3 @@ class RoundedQueries:
                     totals[query] += np.bitwise_count(codes ^ plane).sum(axis=1, dtype=np.uint32) << np.uint32(p)
         # sign * (2 l - 15) = 15 - 2 d, where the bits of d are those of l, each exclusive-or'd with the sign's bit.
         return (self.half_steps[:, None].astype(np.float32)) * (np.float32(_TOP_LEVEL * self.width) - 2 * totals.astype(np.float32))
-
-
-def words(codes: UInt8[np.ndarray, "rows bytes"]) -> UInt64[np.ndarray, "rows words"]:
-    """Pack the bytes of codes into 64-bit words, padded with zeros."""
-    return to_words(codes, "<u8")

@@ -5,6 +5,7 @@ rows/<id>.zarr.zip     arrays (see arrays.py): a group for each component (dense
 documents/<id>.arrow   the examples (see documents.py)
 """
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from .kinds import Rows, open_rows
 from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
 from .shapes import Float16, Float32, Int64, UInt8
 
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _WIDEST = 1 << 24
 _SHA256_BYTES = 32
 _COUNTS = ("rows", "tokens", "bytes", "documents_bytes")
@@ -51,10 +53,22 @@ class Shard(NamedTuple):
     energy: tuple[tuple[float, float], ...]
     component_bytes: tuple[int, ...]
 
+    def files(self) -> tuple[FileRecord, FileRecord]:
+        """Return the records of the shard's rows and of its documents."""
+        return (
+            FileRecord(path=rows_path(Path(), self.id).as_posix(), bytes=self.bytes, sha256=self.sha256),
+            FileRecord(path=documents_path(Path(), self.id).as_posix(), bytes=self.documents_bytes, sha256=self.documents_sha256),
+        )
+
 
 def derived_id(identity: str, number: int) -> str:
     """Return the id of the n-th file of a build or change, which is the same for the same identity, so that a resumed one finds it."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wherefrom:{identity}:{number}"))
+
+
+def has_id(path: Path) -> bool:
+    """Return True if a file's name begins with an id, as those of `derived_id`, before its first dot."""
+    return _ID.fullmatch(path.name.partition(".")[0]) is not None
 
 
 def rows_path(index: Path, shard_id: str) -> Path:
@@ -92,11 +106,6 @@ def write_shard(
 
 class ShardReader:
     """The rows and documents of one shard.
-
-    Args:
-        index: the directory of the index.
-        shard: the shard's entry in the table.
-        components: the components of the index.
 
     Raises:
         IntegrityError: see `ArrayFile`.

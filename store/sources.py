@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
-from .errors import DataError, NotFoundError, UsageError
+from .errors import DataError, NotFoundError, UsageError, first_line
 from .extras import require
 from .fields import SplitText
 from .files import sha256
@@ -37,17 +37,7 @@ LONGEST_BYTES = 1 << 28
 MOST_COLUMNS = 4096
 
 
-@runtime_checkable
-class ByteFile(Protocol):
-    """A file that is read as bytes, compressed or not."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read at most `size` bytes."""
-
-    def readline(self, size: int = -1, /) -> bytes:
-        """Read one line, at most `size` bytes of it."""
-
-
+ByteFile = io.BufferedIOBase | BinaryIO  # compressed or not; typing knows standard input as the latter
 Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
 
 
@@ -392,8 +382,9 @@ def _hub_dataset(dataset: str, config: str | None, split: str, name: str, readin
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds of error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f"the dataset {dataset} (split {split}) cannot be loaded ({reason}); check name and connection") from error
+        raise NotFoundError(
+            f"the dataset {dataset} (split {split}) cannot be loaded ({first_line(error)}); check name and connection"
+        ) from error
     for column, feature in (stream.features or {}).items():
         if getattr(feature, "decode", False) is True:  # images and sounds, as bytes
             stream = stream.cast_column(column, type(feature)(decode=False))

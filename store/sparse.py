@@ -108,10 +108,7 @@ def unsigned_dtype(count: int) -> str:
 class SparseWriter:
     """Coder of a shard's rows of a sparse component, which come batch by batch; they are coded at once, to save memory.
 
-    Args:
-        component: the manifest's entry.
-        arrays: those of the encoder, which are not used.
-        rows: of the shard.
+    It needs neither the encoder's arrays nor the number of rows.
     """
 
     def __init__(self, component: SparseComponent, arrays: Mapping[str, np.ndarray], rows: int) -> None:
@@ -129,11 +126,6 @@ class SparseWriter:
 
 class SparseRows:
     """The rows of a sparse component in one shard.
-
-    Args:
-        file: the shard's arrays.
-        component: the component's description in the manifest.
-        rows: the number of rows of the shard.
 
     Raises:
         IntegrityError: an array is missing, truncated or of another shape, or fails its checksum (keys, codes and factors: when they are

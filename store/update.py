@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
-from .files import discard_inputs, exclusive
-from .index import Index, write_search_caches
+from .files import discard_inputs
+from .index import changing, write_search_caches
 from .manifest import manifest_path
-from .shard import derived_id, documents_path, publish_index, rows_path
+from .shard import derived_id, has_id, publish_index
 
 _PATTERNS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
@@ -35,9 +34,7 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
     Raises:
         UsageError: an id is not in the index, or every row would be deleted.
     """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
+    with changing(out) as index:
         manifest = index.manifest
         matches, unknown = index.rows_of(ids)
         if unknown:
@@ -59,9 +56,7 @@ def compact(out: Path) -> int:
     Returns:
         The number of rows that were removed.
     """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
+    with changing(out) as index:
         manifest = index.manifest
         shards = []
         for shard in index.shards:
@@ -76,10 +71,7 @@ def compact(out: Path) -> int:
             raise UsageError(f"every example of {out} was deleted; remove the directory instead")
         if dropped:
             publish_index(out, shards, np.zeros(0, np.int64), {**dict(manifest), "number": manifest.number + 1})
-        discard_inputs(out)
-        problem = write_search_caches(out)
-        if problem is not None:
-            warnings.warn(problem, stacklevel=2)
+        _refresh(out)
     return dropped
 
 
@@ -89,26 +81,29 @@ def prune(out: Path) -> int:
     Returns:
         The number of bytes that were removed.
     """
-    Index(out)
-    with exclusive(out):
-        index = Index(out)
+    with changing(out) as index:
         manifest = index.manifest
         named = {out / manifest.encoder.path, out / manifest.table.path, manifest_path(out, manifest.number)}
         for shard in index.shards:
-            named |= {rows_path(out, shard.id), documents_path(out, shard.id)}
+            named |= {out / record.path for record in shard.files()}
         freed = 0
         for path in sorted(path for pattern in _PATTERNS for path in out.glob(pattern)):
             if path not in named and _is_index_file(path):
                 freed += path.stat().st_size
                 path.unlink()
-        discard_inputs(out)
-        problem = write_search_caches(out)
-        if problem is not None:
-            warnings.warn(problem, stacklevel=2)
+        _refresh(out)
     return freed
+
+
+def _refresh(out: Path) -> None:
+    """Remove the record of an interrupted build or addition, and write the missing search caches."""
+    discard_inputs(out)
+    problem = write_search_caches(out)
+    if problem is not None:
+        warnings.warn(problem, stacklevel=3)
 
 
 def _is_index_file(path: Path) -> bool:
     """Return True for a regular file whose name is that of a file of an index."""
-    has_name = _UUID.fullmatch(path.name.partition(".")[0]) is not None or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
+    has_name = has_id(path) or re.fullmatch(r"[0-9]{6,18}\.json", path.name) is not None
     return has_name and not path.is_symlink() and path.is_file()

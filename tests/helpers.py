@@ -51,6 +51,18 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
 
 
+def search(index, rows, k, metric=None, recall=1.0):
+    """The hits of every query among all rows, in passes of the size that answers take."""
+    from wherefrom.query.metric import Metric
+    from wherefrom.query.scoring import Scorer
+    from wherefrom.query.search import find, pass_size
+    from wherefrom.store.vectors import count, cut
+
+    size = pass_size(recall)
+    parts = (cut(rows, first, first + size) for first in range(0, count(rows), size))
+    return [hit for part in parts for hit in find(Scorer.of(index, part, metric or Metric()), k, index.alive, recall)[0]]
+
+
 def assert_close(found, expected, rtol, scale=None):
     """No number errs by more than `rtol` of `scale`: the size of what was summed to make it, by default the largest number expected.
 

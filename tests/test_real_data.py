@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers import search
 from wherefrom import BuildConfig, Client, Query
-from wherefrom.query.search import search
 from wherefrom.ray_jobs.build import build
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]

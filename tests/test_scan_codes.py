@@ -4,15 +4,15 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts
+from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts, search
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer
-from wherefrom.query.search import search
 from wherefrom.ray_jobs.build import build
 from wherefrom.store import index as index_module
 from wherefrom.store import scan_codes as module
 from wherefrom.store.arrays import ArrayFile, ArrayGroup
+from wherefrom.store.bits import to_words
 from wherefrom.store.cache import write_cache
 from wherefrom.store.errors import IntegrityError, NumericalError, UsageError
 from wherefrom.store.index import Index
@@ -184,7 +184,7 @@ def test_both_loops_count_alike_and_products_are_those_of_the_rounded_query():
     generator = np.random.default_rng(0)
     for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
         vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
-        codes, rounded = module.words(np.packbits(vectors > 0, axis=1)), RoundedQueries.of(asked)
+        codes, rounded = to_words(np.packbits(vectors > 0, axis=1), "<u8"), RoundedQueries.of(asked)
         module._count_differences._work = 0
         plain = rounded.products(codes)
         module._count_differences._work = module._count_differences._least_work

@@ -5,13 +5,13 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_ranking, random_texts, words
+from helpers import assert_close, assert_same_ranking, random_texts, search, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer, score_matrix
-from wherefrom.query.search import _merge, search
+from wherefrom.query.search import _merge
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index

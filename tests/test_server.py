@@ -23,7 +23,7 @@ from wherefrom import BuildConfig, Client, Query, connect
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
 from wherefrom.ray_jobs.build import build
-from wherefrom.remote import RemoteClient, Served, announce, find_server, servers_directory
+from wherefrom.remote import RemoteClient, announce, find_server, servers_directory
 from wherefrom.server.app import create_app
 from wherefrom.store.errors import BusyError, NotFoundError, UsageError
 from wherefrom.store.printable import to_json
@@ -416,7 +416,7 @@ def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
     monkeypatch.delenv("WHEREFROM_URL", raising=False)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    word = announce(Served("http://127.0.0.1:1", gone.pid, None, {"i": str(tmp_path / "i")}))
+    word = announce("http://127.0.0.1:1", None, {"i": str(tmp_path / "i")}, gone.pid)
     assert find_server(str(tmp_path / "i")) is None
     assert not word.exists()
     host = socket.gethostname()
