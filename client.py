@@ -160,12 +160,7 @@ class Client(BaseClient):
             return self
         device, trust_remote_code, task = self._open_options
         newer = Client(
-            self.index.path,
-            model=self._models,
-            tokenizer=self._tokenizer,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            task=task,
+            self.index.path, model=self._models, tokenizer=self._tokenizer, device=device, trust_remote_code=trust_remote_code, task=task
         )
         if "recorded" in self.__dict__:
             newer.recorded = self.recorded.moved_to(newer.index)

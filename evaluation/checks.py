@@ -206,14 +206,7 @@ def brittleness(
         "without random examples, the loss rises by (nats)": _mean(by_chance.mean(axis=0).tolist()),
         "share of queries where the proponents' removal costs more than every random one": _mean((by_top > by_chance.max(axis=0)).tolist()),
     }
-    about = {
-        "queries": len(queries),
-        "k": k,
-        "draws": draws,
-        "mode": mode,
-        "rows": rows,
-        "chance_of_the_share": round(1 / (draws + 1), 3),
-    }
+    about = {"queries": len(queries), "k": k, "draws": draws, "mode": mode, "rows": rows, "chance_of_the_share": round(1 / (draws + 1), 3)}
     return Report("brittleness", figures, about, f"Trained again by {train} without {k} of {rows:,} examples, always with the same seed.")
 
 

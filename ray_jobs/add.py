@@ -99,12 +99,7 @@ def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], 
 
 
 def _add(
-    recorded: RecordedEncoder,
-    config: BuildConfig,
-    call: str,
-    corpus_files: list[dict[str, Any]],
-    executor: Executor,
-    reporter: Reporter,
+    recorded: RecordedEncoder, config: BuildConfig, call: str, corpus_files: list[dict[str, Any]], executor: Executor, reporter: Reporter
 ) -> Manifest:
     """Write the shards of new documents and publish them."""
     index = recorded.index
