@@ -65,22 +65,17 @@ def _diagonal(sums: Sums, examples: int) -> Arrays:
     return {"eigenvalues": sums["gradient_square"] / examples}
 
 
-def _kronecker(sums: Sums, examples: int) -> tuple[Arrays, Float64[np.ndarray, " n"]]:
+def _kronecker(sums: Sums, examples: int) -> Arrays:
     inputs, input_basis = symmetric_eigen(sums["input_covariance"] / sums["input_tokens"])
     outputs, output_basis = symmetric_eigen(sums["output_covariance"] / examples)
-    return {"input_rotation": input_basis, "output_rotation": output_basis}, np.outer(outputs, inputs).ravel()
-
-
-def _kfac(sums: Sums, examples: int) -> Arrays:
-    bases, eigenvalues = _kronecker(sums, examples)
-    return {**bases, "eigenvalues": eigenvalues}
+    return {"input_rotation": input_basis, "output_rotation": output_basis, "eigenvalues": np.outer(outputs, inputs).ravel()}
 
 
 _FACTORS = ("input_covariance", "input_tokens", "output_covariance")
 STRATEGIES = {
     "fisher": Strategy((("gradient_covariance",),), (_fisher,)),
-    "kfac": Strategy((_FACTORS,), (_kfac,)),
-    "ekfac": Strategy((_FACTORS, ("gradient_square",)), (lambda sums, examples: _kronecker(sums, examples)[0], _diagonal)),
+    "kfac": Strategy((_FACTORS,), (_kronecker,)),
+    "ekfac": Strategy((_FACTORS, ("gradient_square",)), (_kronecker, _diagonal)),  # whose eigenvalues replace those of the factors
     "diagonal": Strategy((("gradient_square",),), (_diagonal,)),
     "identity": Strategy((), ()),
 }

@@ -79,8 +79,7 @@ class WrittenCorpus(BaseModel):
 
     def counts(self) -> dict[str, Any]:
         """Return the counts of documents for the record of the index."""
-        names = ("documents", "split", "truncated", "skipped", "skipped_first")
-        return {name: getattr(self, name) for name in names}
+        return self.model_dump(include={"documents", "split", "truncated", "skipped", "skipped_first"})
 
 
 def corpus_fields(config: BuildConfig) -> Fields:
