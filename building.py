@@ -11,7 +11,7 @@ from typing import Any
 from .indexer.models import DTYPES, LoadedModel
 from .ray_jobs.build import build as build_index
 from .ray_jobs.config import BuildConfig
-from .ray_jobs.progress import Reporter, default_reporter
+from .ray_jobs.progress import Reporter, Silent, default_reporter
 from .store.errors import DataError, UsageError
 from .store.files import sha256
 from .store.index import Index
@@ -64,7 +64,7 @@ def build(
     if loaded:
         options = {"dtype": _dtype(loaded[0]), **options}
     names = models if not loaded else _names(loaded)
-    reports = nullcontext(reporter) if reporter is not None or not progress else default_reporter()
+    reports = default_reporter() if progress and reporter is None else nullcontext(reporter or Silent())
     with _sources(data) as (sources, data_sha256), reports as current:
         config = BuildConfig(model=names, data=sources, out=out, **options)
         build_index(config, current, loaded, data_sha256)

@@ -21,9 +21,9 @@ from .query.explain import by_block, split_score
 from .query.metric import Metric
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.scoring import Scorer, all_scores
-from .store.corpus import Document
+from .store.corpus import Document, usable
 from .store.documents import Example
-from .store.errors import DataError, UsageError
+from .store.errors import UsageError
 from .store.index import Index
 from .store.manifest import identity, latest_manifest
 from .store.shapes import Float32, Float64
@@ -70,7 +70,7 @@ class Client(BaseClient):
         task: str | None = None,
     ) -> None:
         self.index = index if isinstance(index, Index) else Index(index)
-        self._open_options = device, trust_remote_code, task
+        self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
         self._encoded: OrderedDict[Query, Rows] = OrderedDict()
@@ -158,15 +158,7 @@ class Client(BaseClient):
         latest = latest_manifest(self.index.path)
         if latest is not None and identity(latest) == self.index.identity:
             return self
-        device, trust_remote_code, task = self._open_options
-        newer = Client(
-            self.index.path,
-            model=self._models,
-            tokenizer=self._tokenizer,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            task=task,
-        )
+        newer = Client(self.index.path, model=self._models, tokenizer=self._tokenizer, **self._open_options)
         if "recorded" in self.__dict__:
             newer.recorded = self.recorded.moved_to(newer.index)
             if newer.index.manifest.encoder == self.index.manifest.encoder:
@@ -182,7 +174,7 @@ class Client(BaseClient):
         models: list[str | LoadedModel] = [
             str(model) if isinstance(model, str | Path) else LoadedModel(model, self._tokenizer) for model in self._models
         ]
-        return RecordedEncoder(self.index, models, *self._open_options)
+        return RecordedEncoder(self.index, models, **self._open_options)
 
     @property
     def encoder(self) -> "Encoder":
@@ -223,12 +215,7 @@ class Client(BaseClient):
         Raises:
             DataError: a document cannot be used.
         """
-        examples: list[Example] = []
-        for example in self.recorded.converter.documents(documents):
-            if isinstance(example, DataError):
-                raise example
-            examples.append(example)
-        return examples
+        return list(usable(self.recorded.converter.documents(documents)))
 
     def encode_examples(self, examples: Sequence[Example]) -> Rows:
         """Compute the whitened rows of the task's measurement of examples, by component."""
@@ -259,18 +246,14 @@ class Client(BaseClient):
         example_rows = self.encoder.rows(examples)
         if query.row is not None:  # the full row, and not what the index stores of it
             query_rows = self.encoder.rows([query_example])
+        operands = {operand.component.name: operand for operand in scorer.operands}
         scaled_queries: list[Rows] = []
         scaled_examples: list[Rows] = []
         scales = []
         for number, explanation in enumerate(explanations):
             own_rows = cut(example_rows, number, number + 1)
-            pairs = {name: (query_rows[name], own_rows[name]) for name in (operand.component.name for operand in scorer.operands)}
-            scaled_queries.append(
-                {o.component.name: o.scaled(self.index, a.shared_with(b)) for o in scorer.operands for a, b in [pairs[o.component.name]]}
-            )
-            scaled_examples.append(
-                {o.component.name: o.scaled(self.index, b.shared_with(a)) for o in scorer.operands for a, b in [pairs[o.component.name]]}
-            )
+            scaled_queries.append({n: o.scaled(self.index, query_rows[n].shared_with(own_rows[n])) for n, o in operands.items()})
+            scaled_examples.append({n: o.scaled(self.index, own_rows[n].shared_with(query_rows[n])) for n, o in operands.items()})
             scales.append(scorer.scale(0, explanation.row))
             if scorer.mode == "cosine":  # of full rows, as the shares are
                 squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(own_rows, stored=True)
@@ -309,13 +292,9 @@ class Client(BaseClient):
             id="query",
             source="query",
             where=f"query {query.id}" if query.id else "the query",
-            text=query.text,
-            prompt=query.prompt,
-            completion=query.completion,
-            messages=query.messages,
             template={"tools": query.tools} if query.tools else {},
             features=None if query.features is None else np.array(query.features, np.float32),
-            label=query.label,
+            **{name: getattr(query, name) for name in ("text", "prompt", "completion", "messages", "label")},
         )
         return self.recorded.converter.query(document, query.span, self.recorded.context)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from wherefrom import BuildConfig
 from wherefrom.indexer.budget import allocate, count_tokens
-from wherefrom.indexer.encoder import Encoder, batches
+from wherefrom.indexer.encoder import Encoder
 from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
@@ -78,7 +78,7 @@ def main():
             for step in range(len(fit.steps)):
                 arrays = fit.finish(step, arrays, fit.sum_statistics(Encoder(task, (frozen,), settings, arrays), step, examples))
             encoder = Encoder(task, (frozen,), settings, arrays)
-            planned = [b for _, b in batches(task, (frozen,), examples, args.batch_tokens)]
+            planned = [b for _, b in task.batches((frozen,), examples, args.batch_tokens)]
             tokens = sum(int(b.valid.sum()) for b in planned)
             folder = Path(tempfile.mkdtemp())
             write_documents(documents_path(folder, _SHARD), examples)

@@ -13,8 +13,7 @@ from ..client import Client
 from ..ray_jobs.build import build
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Console, Reporter
-from ..store.corpus import read_corpus
-from ..store.documents import Example
+from ..store.corpus import read_corpus, usable
 from ..store.errors import UsageError
 from ..store.files import publish
 from ..terminal import show_answer
@@ -81,16 +80,15 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     from ..indexer.models import keep_freed_memory
     from ..indexer.tasks import CausalLM
 
-    documents = list(read_corpus([str(corpus)]))
+    documents = list(usable(read_corpus([str(corpus)])))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((d.text or "" for d in documents if not isinstance(d, Exception)), trainer)
+    tokenizer.train_from_iterator((d.text or "" for d in documents), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    examples = [e for e in TextConverter(fast, _CONTEXT).documents(documents) if isinstance(e, Example)]
-
+    examples = list(usable(TextConverter(fast, _CONTEXT).documents(documents)))
     keep_freed_memory()
     task = CausalLM()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ Figures have 95 % intervals, by bootstrap over queries (labels: over examples), 
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from ..query.metric import Metric
 from ..query.options import Mode, Query
 from ..query.scoring import score_matrix
 from ..ray_jobs.executor import Resources, open_executor
-from ..ray_jobs.progress import Reporter, Silent
+from ..ray_jobs.progress import Reporter, reporting
 from ..ray_jobs.worker import absolute
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, UsageError
@@ -76,7 +77,7 @@ class Report:
 
 
 def tailpatch(
-    client: Client,
+    index: str | Path | Index | Client,
     queries: Sequence[Query],
     *,
     k: int = 10,
@@ -88,7 +89,14 @@ def tailpatch(
     """Take one step on each of a query's k best proponents, and on k random examples, from the same weights each time.
 
     Args:
-        optimizer, rate: of the step, on the mean of the example's loss over loss tokens, as in training; it updates every weight.
+        index: a directory, an open index, or a client of one.
+        queries: to check.
+        k: proponents of each query, and random examples.
+        mode: of the scores.
+        optimizer: of the step, "sgd" or "adam".
+        rate: the step's learning rate. The step is on the mean of the example's loss over loss tokens, as in training; it updates every
+            weight.
+        reporter: of progress, instead of the default one.
 
     Raises:
         UsageError: an invalid optimizer, rate or k.
@@ -98,7 +106,7 @@ def tailpatch(
         raise UsageError(f"optimizer is {optimizer!r}; it can be {', '.join(_OPTIMIZERS)}")
     if not 0 < rate < np.inf:
         raise UsageError(f"rate is {rate}; it must be a number above 0")
-    reporter = reporter or Silent()
+    client = index if isinstance(index, Client) else Client(index)
     generator = np.random.default_rng(0)
     examples = client.query_examples(queries)
     if not 1 <= k <= len(client.index):
@@ -106,16 +114,17 @@ def tailpatch(
     scores = score_matrix(client.index, client.encode(queries), Metric(mode))
     trainer = _StepTrainer(client, optimizer, rate)
     before = compute_losses(client.recorded.task, trainer.model, examples)
-    reporter.stage("steps", len(queries) * 2 * k)
     falls: dict[str, list[np.ndarray]] = {"proponents": [], "random": []}
     agreement = []
-    for number, (query, score, loss) in enumerate(zip(examples, scores, before, strict=True)):
-        selections = {"proponents": np.argsort(-score, kind="stable")[:k], "random": generator.choice(len(score), k, replace=False)}
-        for kind, rows in selections.items():
-            falls[kind].append(float(loss) - np.array([trainer.loss_after(int(row), query) for row in rows]))
-        row_scores = np.concatenate([score[rows] for rows in selections.values()]).astype(float)
-        agreement.append(float(columns_correlation(row_scores[:, None], np.concatenate([f[-1] for f in falls.values()])[:, None])[0]))
-        reporter.update((number + 1) * 2 * k, 0)
+    with reporting(reporter) as current:
+        current.stage("steps", len(queries) * 2 * k)
+        for number, (query, score, loss) in enumerate(zip(examples, scores, before, strict=True)):
+            selections = {"proponents": np.argsort(-score, kind="stable")[:k], "random": generator.choice(len(score), k, replace=False)}
+            for kind, rows in selections.items():
+                falls[kind].append(float(loss) - np.array([trainer.loss_after(int(row), query) for row in rows]))
+            row_scores = np.concatenate([score[rows] for rows in selections.values()]).astype(float)
+            agreement.append(float(columns_correlation(row_scores[:, None], np.concatenate([f[-1] for f in falls.values()])[:, None])[0]))
+            current.update((number + 1) * 2 * k, 0)
     figures = {f"{kind}: loss falls by (nats)": _mean([f.mean() for f in values]) for kind, values in falls.items()}
     figures |= {f"{kind}: share of steps after which it fell": _mean([(f > 0).mean() for f in values]) for kind, values in falls.items()}
     figures["rank correlation of score and fall"] = _mean(agreement)
@@ -155,10 +164,10 @@ class _StepTrainer:
 
 
 def brittleness(
-    index: str,
+    index: str | Path | Index,
     queries: Sequence[Query],
     train: str,
-    base: str,
+    base: str | Path,
     *,
     k: int = 50,
     draws: int = 5,
@@ -173,8 +182,15 @@ def brittleness(
     """Retrain without each query's k best proponents, and `draws` times without k random examples; compare with training on all.
 
     Args:
+        index: a directory, or an open index.
+        queries: to check.
         train: the user's training function, `module:function` (see retrain.py); every training has the same seed.
         base: the initial model, not trained on the examples (unlike the index's model).
+        k: examples to leave out.
+        mode: of the scores.
+        model: the index's models, if they were moved.
+        device, workers, threads, address: as for a build.
+        reporter: of progress, instead of the default one.
 
     Raises:
         UsageError: an invalid k or draws.
@@ -187,17 +203,16 @@ def brittleness(
         raise UsageError(f"k is {k}; it must leave some of the index's {rows} rows to train on")
     if draws < 1:
         raise UsageError(f"draws is {draws}; it must be at least 1")
-    reporter = reporter or Silent()
     generator = np.random.default_rng(0)
     scores = score_matrix(client.index, client.encode(queries), Metric(mode))
     best = [np.argsort(-score, kind="stable")[:k].tolist() for score in scores]
     removed = [[], *best, *(generator.choice(rows, k, replace=False).tolist() for _ in range(draws))]
-    factory = partial(
-        Remover, train, absolute(base), str(Path(index).resolve()), tuple(queries), tuple(map(absolute, model)), device, threads
-    )
-    reporter.stage("retraining", sum(rows - len(r) for r in removed))
-    with open_executor(factory, Resources(workers, threads, address, device, own_code=True)) as executor:
-        losses = np.stack(list(executor.map("losses_without", (), [(r,) for r in removed], reporter)))
+    directory = str(client.index.path.resolve())
+    factory = partial(Remover, train, absolute(os.fspath(base)), directory, tuple(queries), tuple(map(absolute, model)), device, threads)
+    resources = Resources(workers, threads, address, device, own_code=True)
+    with reporting(reporter) as current, open_executor(factory, resources) as executor:
+        current.stage("retraining", sum(rows - len(r) for r in removed))
+        losses = np.stack(list(executor.map("losses_without", (), [(r,) for r in removed], current)))
     full = losses[0]
     by_top = np.diagonal(losses[1 : 1 + len(queries)]) - full
     by_chance = losses[1 + len(queries) :] - full
@@ -206,14 +221,7 @@ def brittleness(
         "without random examples, the loss rises by (nats)": _mean(by_chance.mean(axis=0).tolist()),
         "share of queries where the proponents' removal costs more than every random one": _mean((by_top > by_chance.max(axis=0)).tolist()),
     }
-    about = {
-        "queries": len(queries),
-        "k": k,
-        "draws": draws,
-        "mode": mode,
-        "rows": rows,
-        "chance_of_the_share": round(1 / (draws + 1), 3),
-    }
+    about = {"queries": len(queries), "k": k, "draws": draws, "mode": mode, "rows": rows, "chance_of_the_share": round(1 / (draws + 1), 3)}
     return Report("brittleness", figures, about, f"Trained again by {train} without {k} of {rows:,} examples, always with the same seed.")
 
 
@@ -241,13 +249,17 @@ class Remover:
         return losses
 
 
-def labels(index: str, column: str) -> Report:
+def labels(index: str | Path | Index, column: str) -> Report:
     """AUC of self-influence (a row's squared norm) for examples whose metadata column `column` is true.
+
+    Args:
+        index: a directory, or an open index.
+        column: true where an example's label is known to be wrong.
 
     Raises:
         UsageError: the column is missing, or the same for all examples.
     """
-    reader = Index(index)
+    reader = index if isinstance(index, Index) else Index(index)
     values = [reader.example(row).metadata.get(column) for row in range(len(reader))]
     if all(value is None for value in values):
         raise UsageError(f"the index has no metadata column {column!r}")
@@ -266,27 +278,37 @@ def labels(index: str, column: str) -> Report:
 
 
 def recall(
-    index: str, reference: str, queries: Sequence[Query] | None = None, *, k: int = 10, mode: Mode = "influence", sample: int = 100
+    index: str | Path | Index,
+    reference: str | Path | Index,
+    queries: Sequence[Query] | None = None,
+    *,
+    k: int = 10,
+    mode: Mode = "influence",
+    sample: int = 100,
 ) -> Report:
     """Share of the reference's top k in an index's top k, for queries, or for rows used as queries (self-retrieval).
 
     Args:
-        index, reference: of the same examples; the reference's scores are the truth.
-        sample: number of rows used as queries if there are none.
+        index, reference: directories or open indexes of the same examples; the reference's scores are the truth.
+        queries: by default a sample of the index's rows.
+        k: best rows to find.
+        mode: of the scores.
+        sample: number of rows in that sample.
 
     Raises:
         UsageError: the two do not hold the same examples.
     """
     client = Client(index)
     truth_client = Client(reference)
+    paths = f"{client.index.path} and {truth_client.index.path}"
     ids = [[i for shard in c.index.shards for i in c.index.documents(shard).ids()] for c in (client, truth_client)]
     if ids[0] != ids[1]:
-        raise UsageError(f"{index} and {reference} do not hold the same examples in the same order; build both from the same corpus")
+        raise UsageError(f"{paths} do not hold the same examples in the same order; build both from the same corpus")
     rows = len(client.index)
     if [m.fingerprint for m in client.index.manifest.models] != [m.fingerprint for m in truth_client.index.manifest.models] or any(
         client.index.example(row).text != truth_client.index.example(row).text for row in range(rows)
     ):
-        raise UsageError(f"{index} and {reference} have different models, or different texts under the same ids; build both alike")
+        raise UsageError(f"{paths} have different models, or different texts under the same ids; build both alike")
     if not queries:
         positions = np.sort(np.random.default_rng(0).choice(rows, min(sample, rows), replace=False))
         queries = [Query(row=int(row)) for row in positions]
@@ -294,27 +316,20 @@ def recall(
         raise UsageError(f"k is {k}; it must be at least 1 and below the indexes' {rows} rows")
     scores, truth = (score_matrix(c.index, c.encode(queries), Metric(mode)).T for c in (client, truth_client))
     same = [(q.row, i) for i, q in enumerate(queries) if q.row is not None]  # a query row does not count as its own result
-    best = []
-    worst = []
-    for matrix in (scores, truth):
-        ascending = matrix.copy()
-        descending = -matrix
+
+    def smallest(matrix: Float32[np.ndarray, "rows queries"]) -> list[list[int]]:
         for position in same:
-            ascending[position] = descending[position] = np.inf
-        best.append(np.argsort(descending, axis=0, kind="stable")[:k])
-        worst.append(np.argsort(ascending, axis=0, kind="stable")[:k])
-    shares = {
-        name: [len({*a} & {*b}) / k for a, b in zip(*(t.T.tolist() for t in tops), strict=True)]
-        for name, tops in (("proponents", best), ("opponents", worst))
-    }
+            matrix[position] = np.inf
+        return np.argsort(matrix, axis=0, kind="stable")[:k].T.tolist()
+
+    tops = {"proponents": (smallest(-scores), smallest(-truth)), "opponents": (smallest(scores.copy()), smallest(truth.copy()))}
+    shares = {name: [len({*a} & {*b}) / k for a, b in zip(*pair, strict=True)] for name, pair in tops.items()}
     figures = {f"top {k} {name} found again": _mean(values) for name, values in shares.items()}
     figures["rank correlation of all scores"] = _mean(columns_correlation(scores.astype(float), truth.astype(float)).tolist())
-    sizes = {
-        name: c.index.summary()["bytes_per_example"]
-        for name, c in (("bytes_per_example", client), ("reference_bytes_per_example", truth_client))
-    }
+    size, reference_size = (c.index.summary()["bytes_per_example"] for c in (client, truth_client))
+    sizes = {"bytes_per_example": size, "reference_bytes_per_example": reference_size}
     about = {"queries": len(queries), "k": k, "mode": mode, "rows": rows, **sizes}
-    return Report("recall", figures, about, f"The truth is the exact scan of {reference}.")
+    return Report("recall", figures, about, f"The truth is the exact scan of {truth_client.index.path}.")
 
 
 def _truth(value: Any, column: str) -> bool:

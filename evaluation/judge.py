@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ..client import Client
-from ..indexer.models import ModelSource
+from ..indexer.models import ModelSource, load_tokenizer
 from ..indexer.tasks import Task, find_task
 from ..query.baselines import Scores
 from ..query.metric import Metric
@@ -19,8 +19,9 @@ from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import model_sources
+from ..store.corpus import usable
 from ..store.documents import Example
-from ..store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
+from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from ..store.files import write_whole
 from .baselines import content_baselines, gradient_baselines, hidden_baseline, require_libraries
 from .lds import Estimate, ceiling, difference, estimate, split_half
@@ -93,7 +94,7 @@ def judge_index(
     mode: Any = "influence",
     out: Path | None = None,
     baselines: bool = True,
-    reporter: Reporter | None = None,
+    reporter: Reporter = Silent(),
 ) -> Judgement:
     """Build an index over a pack's training examples, score its queries, and judge both the scores and the baselines.
 
@@ -122,7 +123,7 @@ def judge_index(
         config = BuildConfig(data=(str(documents),), out=str(out or folder / "index.wherefrom"), **settings)
         _check_append_token(pack, config)
         if index is None:
-            build(config, reporter or Silent())
+            build(config, reporter)
         client = Client(index or config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
         train = [client.index.example(row) for row in range(len(client.index))]
         if [e.id for e in train] != [d.id for d in pack.train]:
@@ -187,7 +188,7 @@ def judge_scores(
     task = find_task(pack.task)
     source = ModelSource(model or str(pack.model), device=device)
     encoder = task.converter(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
-    train, query_examples = ([_example(e) for e in encoder.documents(documents)] for documents in (pack.train, pack.queries))
+    train, query_examples = (list(usable(encoder.documents(documents))) for documents in (pack.train, pack.queries))
     network = task.load(source)
     if model is None:
         _check_model(pack, task, network, query_examples)
@@ -220,8 +221,6 @@ def _check_append_token(pack: Pack, config: BuildConfig) -> None:
     """Check that the tokenizer's end-of-text token is the one that the pack appended."""
     if pack.append_token is None:
         return
-    from ..indexer.models import load_tokenizer
-
     eos = load_tokenizer(model_sources(config)[0]).eos_token_id
     if eos != pack.append_token:
         raise IncompatibleError(
@@ -238,12 +237,6 @@ def _check_model(pack: Pack, task: Task, model: nn.Module, queries: Sequence[Exa
                 f"{pack.model} is not the pack's model: its mean loss on the queries is {losses.mean():.4g} nats, in the pack it is "
                 f"{pack.full_losses.mean():.4g}; restore it, or set model"
             )
-
-
-def _example(example: Example | DataError) -> Example:
-    if isinstance(example, DataError):
-        raise example
-    return example
 
 
 def _read_scores(file: Path) -> np.ndarray:

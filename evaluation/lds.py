@@ -9,7 +9,7 @@ has an interval, by bootstrap over subsets and queries together (conservative: i
 ceiling, the highest LDS that the noise between seeds allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -69,17 +69,25 @@ def estimate(
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
     seed: int = 0,
+    others: Float[np.ndarray, "examples queries"] | None = None,
 ) -> Estimate:
-    """The mean LDS over queries, with its interval by bootstrap over subsets and queries."""
-    value = _mean(lds(scores, masks, losses))
-    predicted = _predicted(scores, masks)
+    """The mean LDS over queries, with its interval by bootstrap over subsets and queries; with `others`, less the mean LDS of these."""
+    matrices = [scores] if others is None else [scores, others]
+    value = _lead(lds(matrix, masks, losses) for matrix in matrices)
+    predicted = [_predicted(matrix, masks) for matrix in matrices]
     actual = losses.mean(axis=1, dtype=np.float64)
 
     def statistic(subsets: np.ndarray, queries: np.ndarray) -> float:
         cells = np.ix_(subsets, queries)
-        return _mean(columns_correlation(predicted[cells], actual[cells]))
+        return _lead(columns_correlation(sums[cells], actual[cells]) for sums in predicted)
 
     return Estimate(value, *interval(statistic, actual.shape, seed))
+
+
+def _lead(correlations: Iterable[Float64[np.ndarray, " queries"]]) -> float:
+    """Mean of the first correlations less the means of the others."""
+    first, *others = map(_mean, correlations)
+    return first - sum(others)
 
 
 def split_half(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
@@ -143,13 +151,4 @@ def difference(
     losses: Float[np.ndarray, "subsets seeds queries"],
 ) -> Estimate:
     """Difference of the LDS of `scores` and `others`, with its interval from the same drawn subsets."""
-    value = _mean(lds(scores, masks, losses)) - _mean(lds(others, masks, losses))
-    first = _predicted(scores, masks)
-    second = _predicted(others, masks)
-    actual = losses.mean(axis=1, dtype=np.float64)
-
-    def statistic(subsets: np.ndarray, queries: np.ndarray) -> float:
-        cells = np.ix_(subsets, queries)
-        return _mean(columns_correlation(first[cells], actual[cells])) - _mean(columns_correlation(second[cells], actual[cells]))
-
-    return Estimate(value, *interval(statistic, actual.shape))
+    return estimate(scores, masks, losses, others=others)

@@ -9,15 +9,15 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..store.corpus import Document, read_corpus
-from ..store.errors import DataError, IntegrityError, NotFoundError, UsageError
+from ..store.corpus import Document, read_corpus, usable
+from ..store.errors import IntegrityError, NotFoundError, UsageError
 from ..store.fields import Fields
 from ..store.files import sha256
 from ..store.shapes import Bool, Float32
@@ -188,12 +188,7 @@ def _documents(directory: Path, meta: dict[str, Any], kind: str) -> tuple[Docume
     checksums = meta.get("sha256", {})
     if isinstance(checksums, dict) and checksums.get(f"{kind}.jsonl", sha256(path)) != sha256(path):
         raise IntegrityError(f"{path} is not the file that the pack was made with (SHA-256 differs); restore it or make the pack again")
-    documents = []
-    for document in read_corpus([str(path)], Fields()):
-        if isinstance(document, DataError):
-            raise document
-        documents.append(document)
-    return tuple(documents)
+    return tuple(usable(read_corpus([str(path)], Fields())))
 
 
 def _last_model(directory: Path) -> Path:
@@ -248,8 +243,10 @@ def _images(directory: Path, images: np.ndarray, labels: np.ndarray, truth: dict
 
 def write_documents_file(documents: Sequence[Document], path: Path) -> None:
     """Write documents of any form as JSON lines that a build can read."""
-
-    def lines() -> Iterator[str]:
+    if not documents:
+        raise UsageError("there are no documents to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
         for d in documents:
             if d.features is not None:
                 content: dict[str, Any] = {"features": d.features.tolist(), "label": d.label}
@@ -257,10 +254,4 @@ def write_documents_file(documents: Sequence[Document], path: Path) -> None:
                 content = {"prompt": d.prompt, "completion": d.completion}
             else:
                 content = {"messages": d.messages} if d.messages is not None else {"text": d.text}
-            yield json.dumps({"id": d.id, "source": d.source, **content, **d.metadata}, ensure_ascii=False, default=str) + "\n"
-
-    if not documents:
-        raise UsageError("there are no documents to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines())
+            file.write(json.dumps({"id": d.id, "source": d.source, **content, **d.metadata}, ensure_ascii=False, default=str) + "\n")

@@ -30,7 +30,7 @@ from ..indexer.tasks import CausalLM, Task, import_object
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
 from ..ray_jobs.worker import absolute
-from ..store.corpus import Document, read_corpus
+from ..store.corpus import Document, read_corpus, usable
 from ..store.documents import Example
 from ..store.errors import DataError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.fields import Fields
@@ -96,7 +96,7 @@ class PackConfig:
 _HOW = ("out", "workers", "threads", "address", "device")
 
 
-def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
+def make_pack(config: PackConfig, reporter: Reporter = Silent()) -> Path:
     """Make a pack, or resume one that was interrupted; returns its directory.
 
     Raises:
@@ -104,7 +104,6 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
         NotFoundError: the training function, the model or a file is missing.
         DataError, NumericalError: a document is unusable; a training ends in losses that are not finite.
     """
-    reporter = reporter or Silent()
     out = Path(config.out)
     function = import_object(config.train, "training function")
     if not callable(function):
@@ -133,10 +132,9 @@ def make_pack(config: PackConfig, reporter: Reporter | None = None) -> Path:
             (out / f".{name}").replace(out / name)
         pieces = [(subset, seed) for subset in range(config.subsets) for seed in range(config.seeds)]
         resources = Resources(config.workers, config.threads, config.address, config.device, own_code=True)
-        worker = partial(
-            Retrainer, config.train, absolute(config.model), str(out.resolve()), config.max_tokens, config.append_eos, config.device
-        )
-        with open_executor(partial(_with_threads, worker, config.threads), resources) as executor:
+        encoding = config.max_tokens, config.append_eos
+        worker = partial(Retrainer, config.train, absolute(config.model), str(out.resolve()), *encoding, config.device, config.threads)
+        with open_executor(worker, resources) as executor:
             reporter.stage("training on everything", len(train))
             (full_losses,) = executor.map("train_full", (), [()], reporter)
             reporter.stage("retraining on subsets", int(masks.sum()) * config.seeds)
@@ -162,15 +160,11 @@ def draw_masks(examples: int, subsets: int, fraction: float, seed: int) -> Bool[
 
 
 class Retrainer:
-    """A worker that trains on subsets of a pack's examples and measures the queries.
+    """A worker that trains on subsets of a pack's examples, encoded by the model's tokenizer, and measures the queries."""
 
-    Args:
-        train: the training function, `module:function`.
-        model: provides the tokenizer.
-        directory: of the pack.
-    """
-
-    def __init__(self, train: str, model: str, directory: str, max_tokens: int, append_eos: bool, device: str) -> None:
+    def __init__(self, train: str, model: str, directory: str, max_tokens: int, append_eos: bool, device: str, threads: int) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(threads)
         self._train: Train = import_object(train, "training function")
         self._task: Task = CausalLM()
         self._source = ModelSource(model, device=device)
@@ -250,13 +244,10 @@ class Retrainer:
         return self._encoded("query.jsonl")
 
     def _encoded(self, name: str) -> list[Example]:
-        examples = []
-        for example in self._encoder.documents(read_corpus([str(self._directory / name)], Fields())):
-            if isinstance(example, DataError):
-                raise example
+        examples = list(usable(self._encoder.documents(read_corpus([str(self._directory / name)], Fields()))))
+        for example in examples:
             example.token_ids.setflags(write=False)  # shared by all trainings
             example.loss_mask.setflags(write=False)
-            examples.append(example)
         return examples
 
 
@@ -288,8 +279,7 @@ def compute_losses(task: Task, model: nn.Module, examples: Sequence[Example]) ->
         NumericalError: one is not finite; names the example.
     """
     losses = np.zeros(len(examples), np.float32)
-    for positions in task.group((model,), [e.tokens for e in examples], _MEASURE_TOKENS):
-        batch = task.collate([examples[i] for i in positions], next(model.parameters()).device)
+    for positions, batch in task.batches((model,), examples, _MEASURE_TOKENS):
         losses[positions] = task.measurement(model, batch).float().cpu().numpy()
     if not np.isfinite(losses).all():
         raise NumericalError(
@@ -305,12 +295,6 @@ def _source_hash(function: Any) -> str:
         return "unknown"
 
 
-def _with_threads(worker: Callable[[], Retrainer], threads: int) -> Retrainer:
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    return worker()
-
-
 def _save(path: Path, losses: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, losses.astype(np.float32), allow_pickle=False)
@@ -319,9 +303,7 @@ def _save(path: Path, losses: np.ndarray) -> None:
 
 def _documents(sources: Sequence[str]) -> tuple[Document, ...]:
     documents: dict[str, Document] = {}
-    for document in read_corpus(sources, Fields()):
-        if isinstance(document, DataError):
-            raise document
+    for document in usable(read_corpus(sources, Fields())):
         if document.id in documents:
             raise DataError(f"duplicate id {document.id!r} in {', '.join(sources)}; ids must be unique")
         documents[document.id] = document

@@ -25,8 +25,6 @@ class Conversation:
     """Messages rendered by a tokenizer's chat template.
 
     Args:
-        tokenizer: a `transformers` tokenizer.
-        messages: each with a role.
         template: `tools`, and other options of the template.
 
     Raises:

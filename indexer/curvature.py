@@ -24,6 +24,7 @@ from ..store.shapes import Float, Float64
 from .projection import symmetric_eigen
 
 Arrays = dict[str, np.ndarray]
+Sums = Mapping[str, Float64[np.ndarray, "..."]]  # of statistics
 
 # Sums over a batch, from a layer's inputs x, output gradients d, gradients g and the mask of valid tokens.
 TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -42,51 +43,39 @@ def _second_moment(v: Float[Tensor, "rows n"]) -> Float[Tensor, "n n"]:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums of one layer's statistics after a pass, and the number of examples."""
-
-    statistics: Mapping[str, Float64[np.ndarray, "..."]]
-    examples: int
-
-
-@dataclass(frozen=True)
 class Strategy:
     """Statistics of each pass, and the functions that turn their sums into arrays.
 
     Attributes:
         passes: names of the statistics of each pass over the sample; those that start with `input_` belong to the input group.
-        finish: a function for each pass, from its sums to arrays (`input_rotation`, `output_rotation`, `basis`, `eigenvalues`).
+        finish: a function for each pass, from the sums of one layer's statistics and the number of examples to arrays (`input_rotation`,
+            `output_rotation`, `basis`, `eigenvalues`).
     """
 
     passes: tuple[tuple[str, ...], ...]
-    finish: tuple[Callable[[Sums], Arrays], ...]
+    finish: tuple[Callable[[Sums, int], Arrays], ...]
 
 
-def _fisher(sums: Sums) -> Arrays:
-    values, vectors = symmetric_eigen(sums.statistics["gradient_covariance"] / sums.examples)
+def _fisher(sums: Sums, examples: int) -> Arrays:
+    values, vectors = symmetric_eigen(sums["gradient_covariance"] / examples)
     return {"eigenvalues": values, "basis": vectors}
 
 
-def _diagonal(sums: Sums) -> Arrays:
-    return {"eigenvalues": sums.statistics["gradient_square"] / sums.examples}
+def _diagonal(sums: Sums, examples: int) -> Arrays:
+    return {"eigenvalues": sums["gradient_square"] / examples}
 
 
-def _kronecker(sums: Sums) -> tuple[Arrays, Float64[np.ndarray, " n"]]:
-    inputs, input_basis = symmetric_eigen(sums.statistics["input_covariance"] / sums.statistics["input_tokens"])
-    outputs, output_basis = symmetric_eigen(sums.statistics["output_covariance"] / sums.examples)
-    return {"input_rotation": input_basis, "output_rotation": output_basis}, np.outer(outputs, inputs).ravel()
-
-
-def _kfac(sums: Sums) -> Arrays:
-    bases, eigenvalues = _kronecker(sums)
-    return {**bases, "eigenvalues": eigenvalues}
+def _kronecker(sums: Sums, examples: int) -> Arrays:
+    inputs, input_basis = symmetric_eigen(sums["input_covariance"] / sums["input_tokens"])
+    outputs, output_basis = symmetric_eigen(sums["output_covariance"] / examples)
+    return {"input_rotation": input_basis, "output_rotation": output_basis, "eigenvalues": np.outer(outputs, inputs).ravel()}
 
 
 _FACTORS = ("input_covariance", "input_tokens", "output_covariance")
 STRATEGIES = {
     "fisher": Strategy((("gradient_covariance",),), (_fisher,)),
-    "kfac": Strategy((_FACTORS,), (_kfac,)),
-    "ekfac": Strategy((_FACTORS, ("gradient_square",)), (lambda sums: _kronecker(sums)[0], _diagonal)),
+    "kfac": Strategy((_FACTORS,), (_kronecker,)),
+    "ekfac": Strategy((_FACTORS, ("gradient_square",)), (_kronecker, _diagonal)),  # whose eigenvalues replace those of the factors
     "diagonal": Strategy((("gradient_square",),), (_diagonal,)),
     "identity": Strategy((), ()),
 }

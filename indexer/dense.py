@@ -28,17 +28,12 @@ from .projection import random_projection
 from .tasks import Batch
 
 
-def key(name: str, array: str) -> str:
-    """Key of a layer's (or input group's) array in a dense component's arrays."""
-    return f"{name}/{array}"
-
-
 class DenseEncoder:
     """Computation of a dense component's rows.
 
     Args:
         component: the layers, projection and curvature (`damping` is relative to each layer's mean eigenvalue).
-        arrays: the component's arrays, by `key`, as far as the fit has computed them. A layer without `eigenvalues` is not whitened. What
+        arrays: `<layer or input group>/<array>`, as far as the fit has computed them. A layer without `eigenvalues` is not whitened. What
             is derived from them is cached, so that each pass of the fit has its own encoder.
         model: contains the layers.
     """
@@ -50,9 +45,9 @@ class DenseEncoder:
         self._devices = {name: layer_device(model, name) for name in component.layer_names}
         self._dtype = next(model.parameters()).dtype
 
-    def matches(self, layer: Layer, module: nn.Module | None) -> bool:
+    def matches(self, layer: Layer, module: nn.Module) -> bool:
         """Return True if a module is linear and has the layer's sizes."""
-        return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)
+        return layer_sizes(module) == (layer.outputs, layer.inputs)
 
     def collector(self, batch: Batch) -> "DenseCollector":
         """Return the callback of `capture` that sums one batch's gradients."""
@@ -67,7 +62,7 @@ class DenseEncoder:
         shared: dict[tuple[str, bool], Map] = {}
         maps = {}
         for layer in self.layers:
-            rotated = key(layer.name, "output_rotation") in self.arrays
+            rotated = f"{layer.name}/output_rotation" in self.arrays
             group = (layer.input_group, rotated)
             if group not in shared:
                 shared[group] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
@@ -76,11 +71,11 @@ class DenseEncoder:
 
     def _map(self, name: str, side: str, rank: int, size: int, rotated: bool) -> Map:
         if self.component.projection.kind == "pca":
-            projection = self.arrays.get(key(name, f"{side}_projection"))
+            projection = self.arrays.get(f"{name}/{side}_projection")
         else:
             projection = random_projection(name, side, rank, size, self.component.projection.seed)
         if rotated:
-            rotation = self.arrays[key(name, f"{side}_rotation")].T
+            rotation = self.arrays[f"{name}/{side}_rotation"].T
             projection = rotation if projection is None else rotation @ projection
         if projection is None:
             return None
@@ -108,12 +103,12 @@ class DenseEncoder:
         """By layer: scales [n] for a diagonal curvature in its basis, a matrix [n, n] for the dense Fisher, None for the identity."""
         whiteners: dict[str, Tensor | None] = {}
         for layer in self.layers:
-            eigenvalues = self.arrays.get(key(layer.name, "eigenvalues"))
+            eigenvalues = self.arrays.get(f"{layer.name}/eigenvalues")
             if eigenvalues is None:
                 whiteners[layer.name] = None
                 continue
             scale = whitening_scale(eigenvalues, self.component.curvature.damping)
-            basis = self.arrays.get(key(layer.name, "basis"))
+            basis = self.arrays.get(f"{layer.name}/basis")
             whitener = scale if basis is None else basis * scale
             whiteners[layer.name] = torch.from_numpy(whitener).to(self._devices[layer.name], accumulation_dtype(self._dtype))
         return whiteners

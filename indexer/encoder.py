@@ -25,7 +25,7 @@ from ..store.shapes import Float, Float32
 from ..store.vectors import Rows
 from .capture import Inputs, Map, capture
 from .dense import DenseEncoder
-from .hidden import HiddenMeans
+from .hidden import hidden_means
 from .sparse import SparseEncoder
 from .tasks import Batch, Task
 
@@ -118,15 +118,16 @@ class Encoder:
             prefix = f"{component.name}/"
             arrays = {key.removeprefix(prefix): array for key, array in self.arrays.items() if key.startswith(prefix)}
             modules = dict(model.named_modules())
-            missing = [name for name in component.layer_names if name not in modules]
-            encoder = None if missing else COMPONENT_ENCODERS[component.kind](component, arrays, model)  # type: ignore[arg-type]
-            others = missing or [layer.name for layer in encoder.layers if not encoder.matches(layer, modules[layer.name])]  # type: ignore[union-attr]
+            others = [name for name in component.layer_names if name not in modules]
+            if not others:
+                encoder = COMPONENT_ENCODERS[component.kind](component, arrays, model)  # type: ignore[arg-type]
+                encoders[component.name] = encoder
+                others = [layer.name for layer in encoder.layers if not encoder.matches(layer, modules[layer.name])]
             if others:
                 raise IntegrityError(
                     f"the index describes the layer {others[0]} ({component.name}) with sizes that the model does not have; restore the "
                     "index's manifest"
                 )
-            encoders[component.name] = encoder  # type: ignore[assignment]
         return encoders
 
     def batches(
@@ -144,17 +145,17 @@ class Encoder:
             NumericalError: a loss or a row is not finite and not tolerated; names the example.
         """
         objective = self.task.measurement if queries else self.task.loss
-        for positions, batch in batches(self.task, self.models, examples, self.settings.batch_tokens):
+        for positions, batch in self.task.batches(self.models, examples, self.settings.batch_tokens):
             broken = torch.zeros(len(positions), dtype=torch.bool)
             collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
-            with HiddenMeans(self.task, self.model) if self.settings.hidden else nullcontext() as means:
+            with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
                     visitors = [collectors[c.name] for c in self.settings.components if c.model == number]
                     if visitors:
                         losses = backward(model, batch, visitors, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
             rows = {name: collector.rows() for name, collector in collectors.items()}
-            hidden = means.of(batch) if means else None
+            hidden = means(batch) if means else None
             for vectors in rows.values():
                 squares = torch.from_numpy(vectors.squared_norms[:, None])
                 if not tolerant:
@@ -179,13 +180,6 @@ class Encoder:
             blocks = [(batch.positions, batch.rows[component.name]) for batch in encoded]
             rows[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
         return rows
-
-
-def batches(task: Task, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:
-    """Length-bucketed batches with the positions of their examples, on the last model's device."""
-    device = next(models[-1].parameters()).device
-    for positions in task.group(models, [e.tokens for e in examples], token_budget):
-        yield positions, task.collate([examples[i] for i in positions], device)
 
 
 def backward(

@@ -268,11 +268,7 @@ class TextConverter:
 
 
 def _occurrence(rendered: _Rendered, span: str, where: str) -> tuple[int, int]:
-    """Return the start and end, in characters, of the only occurrence of a span in the loss spans of a query.
-
-    Raises:
-        UsageError: the span is empty, or does not occur exactly once.
-    """
+    """Return the start and end, in characters, of the only occurrence of a span in the loss spans of a query; refuse any other span."""
     if not span:
         raise UsageError(f"{where}: the span is empty; give a part of the queried text")
     occurrences = f"(?={re.escape(span)})"  # a lookahead, since occurrences may overlap

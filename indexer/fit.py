@@ -20,9 +20,8 @@ from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
 from ..store.shapes import Float
 from . import sparse
 from .capture import GradientSum, Map
-from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, Sums, choose_curvature, whitening_scale
-from .dense import key
-from .encoder import Encoder, EncoderSettings, Objective, Progress, backward, batches, ignore_progress
+from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, choose_curvature, whitening_scale
+from .encoder import Encoder, EncoderSettings, Objective, Progress, backward, ignore_progress
 from .projection import principal_projection
 from .tasks import Batch, Task
 
@@ -108,7 +107,7 @@ class Fit:
         if classes is not None:
             objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
-        for positions, batch in batches(encoder.task, (model,), examples, self.settings.batch_tokens):
+        for positions, batch in encoder.task.batches((model,), examples, self.settings.batch_tokens):
             finite = torch.ones(len(positions), dtype=torch.bool)
             for objective in objectives:
                 for meter in meters.values():
@@ -269,10 +268,10 @@ def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, n
                 "input_projection": principal_projection(statistics["input_covariance"], layer.input_rank),
                 "output_projection": principal_projection(statistics["output_covariance"], layer.output_rank),
             }
-            arrays |= {key(_owner(layer, name), name): array for name, array in projections.items() if array is not None}
+            arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in projections.items() if array is not None}
         elif statistics:
-            results = STRATEGIES[layer.curvature].finish[number - _pca(component)](Sums(statistics, examples))
-            arrays |= {key(_owner(layer, name), name): array for name, array in results.items()}
+            results = STRATEGIES[layer.curvature].finish[number - _pca(component)](statistics, examples)
+            arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in results.items()}
     return arrays
 
 
@@ -284,7 +283,7 @@ def _coordinates(component: DenseComponent, arrays: Mapping[str, np.ndarray]) ->
     sum e^2 + c (sum e)^2 / m about zero. The selection maximizes the correlation of the two: all coordinates where energy is spread out,
     fewer than could be stored where it falls off steeply.
     """
-    spectra = [arrays.get(key(layer.name, "eigenvalues")) for layer in component.layers]
+    spectra = [arrays.get(f"{layer.name}/eigenvalues") for layer in component.layers]
     if any(values is None for values in spectra):
         return {}
     whitened = [values * whitening_scale(values, component.curvature.damping) ** 2 for values in spectra if values is not None]

@@ -1,7 +1,7 @@
 """Mean last hidden states: the model's embedding of an example, a baseline for gradient rows."""
 
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,44 +12,32 @@ from ..store.shapes import Float32
 from .tasks import Batch, Task
 
 
-class HiddenMeans:
-    """Context manager that captures the prediction layer's inputs and averages them over an example's tokens.
+@contextmanager
+def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Float32[np.ndarray, "batch width"]]]:
+    """Capture the inputs of the task's prediction layer; the value is a function that averages those of the last batch over tokens."""
+    states: list[Tensor] = []
 
-    Args:
-        task: names the layer.
-        model: contains it.
-    """
+    def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        states[:] = [args[0].detach()]
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        self._head = task.head(model)
-        self._states: Tensor | None = None
+    def means(batch: Batch) -> Float32[np.ndarray, "batch width"]:
+        valid = batch.valid.to(states[0].device)
+        valid_states = states[0].reshape(*valid.shape, -1).float() * valid[..., None]
+        return (valid_states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
 
-    def __enter__(self) -> "HiddenMeans":
-        def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._states = args[0].detach()
-
-        self._handle = self._head.register_forward_pre_hook(capture)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._handle.remove()
-
-    def of(self, batch: Batch) -> Float32[np.ndarray, "batch width"]:
-        """Means of the model's last batch."""
-        assert self._states is not None
-        valid = batch.valid.to(self._states.device)
-        states = self._states.reshape(*valid.shape, -1).float() * valid[..., None]
-        return (states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
+    handle = task.head(model).register_forward_pre_hook(capture)
+    try:
+        yield means
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
 def mean_hidden(task: Task, model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> Float32[np.ndarray, "examples width"]:
     """Mean hidden states of some examples."""
     rows: dict[int, np.ndarray] = {}
-    device = next(model.parameters()).device
-    with HiddenMeans(task, model) as means:
-        for positions in task.group((model,), [e.tokens for e in examples], batch_tokens):
-            batch = task.collate([examples[i] for i in positions], device)
+    with hidden_means(task, model) as means:
+        for positions, batch in task.batches((model,), examples, batch_tokens):
             task.loss(model, batch)
-            rows.update(zip(positions, means.of(batch), strict=True))
+            rows.update(zip(positions, means(batch), strict=True))
     return np.stack([rows[i] for i in range(len(examples))])

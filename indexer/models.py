@@ -307,11 +307,7 @@ def _load_base(source: ModelSource, device: torch.device | None) -> nn.Module:
 
 
 def _check_suitable(config: Any, source: ModelSource) -> None:
-    """Check by its configuration that a model is a causal language model.
-
-    Raises:
-        IncompatibleError: it is not; names its kind.
-    """
+    """Refuse a model that is not a causal language model by its configuration; the error names its kind."""
     depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(depth, int) and depth > _DEEPEST:
         raise IncompatibleError(f"the configuration of {source.id} has {depth:,} layers, more than any model; restore config.json")
@@ -341,22 +337,18 @@ def other_kind(config: Any, architectures: Sequence[str]) -> str | None:
 
 
 def _check_weights(source: ModelSource) -> None:
-    """Check that the weight files exist, are complete and are safetensors, before a library reads them.
-
-    Raises:
-        IncompatibleError: they do not; names the file.
-    """
+    """Check that the weight files exist, are complete and are safetensors, before a library reads them."""
     folder = Path(source.id)
     if not folder.is_dir():
         return
     index = folder / "model.safetensors.index.json"
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name of a file is not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IncompatibleError(f"{index} is not the list of the weights' files that it should be; restore the checkpoint") from error
-    if not all(isinstance(name, str) for name in names):
-        raise IncompatibleError(f"{index} is not the list of the weights' files that it should be; restore the checkpoint")
-    missing = sorted(name for name in names if not (folder / str(name)).is_file())
+    missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise IncompatibleError(f"the weight file {folder / missing[0]} is missing; restore the checkpoint")
     files = sorted(folder / name for name in names) if names else sorted(folder.glob("model*.safetensors"))
@@ -457,11 +449,7 @@ def find_adapter(source: ModelSource) -> Adapter | None:
 
 
 def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Merge an adapter into a model's weights.
-
-    Raises:
-        IncompatibleError: the adapter does not fit the model, or the merged model's predictions are not those of the adapted one.
-    """
+    """Merge an adapter into a model's weights; check that it fits, and that the merged model's predictions are those of the adapted one."""
     folder = adapter.folder
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -518,11 +506,7 @@ def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def _check_kind(folder: Path) -> None:
-    """Check by adapter_config.json that PEFT supports the kind of an adapter, and that it changes weights.
-
-    Raises:
-        IncompatibleError: it does not; names the kind.
-    """
+    """Check by adapter_config.json that PEFT supports the kind of an adapter, and that it changes weights."""
     from peft import PeftConfig, PeftType, PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -546,11 +530,7 @@ def _innermost(name: str, modules: set[str]) -> str:
 
 
 def _resize(model: Any, adapter: Path) -> None:
-    """Resize a model's vocabulary to that of the adapter's embeddings.
-
-    Raises:
-        IncompatibleError: the adapter has only one of the two layers.
-    """
+    """Resize a model's vocabulary to that of the adapter's embeddings; refuse an adapter that has only one of the two layers."""
     from safetensors import safe_open
 
     names = {id(m): n for n, m in model.named_modules()}

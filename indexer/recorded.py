@@ -38,8 +38,7 @@ class RecordedEncoder:
         task: str | None = None,
     ) -> None:
         self.index = index
-        self._device = device
-        self._trust_remote_code = trust_remote_code
+        self._options = device, trust_remote_code
         self._models = models
         self._task_name = task
 
@@ -55,16 +54,15 @@ class RecordedEncoder:
     def sources(self) -> tuple[ModelSource, ...]:
         """Where the models are loaded from."""
         records = self.index.manifest.models
-        options = self._device, self._trust_remote_code
         if not self._models and any(model.id.startswith(IN_MEMORY) for model in records):
             raise UsageError(f"{self.index.path} was built from a model in memory; give `model` and `tokenizer`, or ask it by row")
         if not self._models:
-            return tuple(ModelSource(model.id, model.revision, model.dtype, *options, model.base) for model in records)
+            return tuple(ModelSource(model.id, model.revision, model.dtype, *self._options, model.base) for model in records)
         if len(self._models) != len(records):
             raise UsageError(
                 f"{self.index.path} was built with {len(records)} models, `model` names {len(self._models)}; name all in order"
             )
-        return tuple(ModelSource.of(model, record.dtype, *options) for model, record in zip(self._models, records, strict=True))
+        return tuple(ModelSource.of(model, record.dtype, *self._options) for model, record in zip(self._models, records, strict=True))
 
     @cached_property
     def context(self) -> int | None:
@@ -128,7 +126,7 @@ class RecordedEncoder:
 
     def moved_to(self, index: Index) -> "RecordedEncoder":
         """The encoder of a newer state of the index, with the loaded models where both states have the same encoder."""
-        newer = RecordedEncoder(index, self._models, self._device, self._trust_remote_code, self._task_name)
+        newer = RecordedEncoder(index, self._models, *self._options, self._task_name)
         if (index.manifest.encoder, index.manifest.models) == (self.index.manifest.encoder, self.index.manifest.models):
             loaded = {"task", "sources", "converter", "models"} & self.__dict__.keys()
             newer.__dict__.update({name: self.__dict__[name] for name in loaded})

@@ -23,12 +23,7 @@ from .sparse import SparseEncoder
 
 
 class DenseShares:
-    """Visitor that splits the products of a dense row with other rows by position, for a batch of one.
-
-    Args:
-        others: of one row each.
-        inputs: of the batch.
-    """
+    """Visitor that splits the products of a dense row with others, of one row each, by position, for the inputs of a batch of one."""
 
     predicted = False  # shares belong to the tokens that are read
 
@@ -49,12 +44,7 @@ class DenseShares:
 
 
 class SparseShares:
-    """Visitor that splits the products of a sparse row with other rows by position, for a batch of one.
-
-    Args:
-        others: of one row each.
-        inputs: of the batch.
-    """
+    """Visitor that splits the products of a sparse row with others, of one row each, by position, for the inputs of a batch of one."""
 
     def __init__(self, encoder: SparseEncoder, others: Sequence[SparseVectors], inputs: Tensor) -> None:
         self.predicted = encoder.component.role == "head"

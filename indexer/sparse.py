@@ -73,11 +73,11 @@ class SparseEncoder:
             )
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
-    def matches(self, layer: Layer, module: nn.Module | None) -> bool:
+    def matches(self, layer: Layer, module: nn.Module) -> bool:
         """Return True if a module is of the layer's type and has its sizes."""
         if self.component.role == "embeddings":
             return isinstance(module, nn.Embedding) and (module.embedding_dim, module.num_embeddings) == (layer.outputs, layer.inputs)
-        return module is not None and not isinstance(module, nn.Embedding) and layer_sizes(module) == (layer.outputs, layer.inputs)
+        return layer_sizes(module) == (layer.outputs, layer.inputs)
 
     def adjoint(self, keys: Int[Tensor, " keys"], vectors: Float[Tensor, "keys width"]) -> Float[Tensor, "keys width"]:
         """Vectors M_v such that sum_v <M_v, G[v]> is the product of a row with some tokens' whitened vectors."""

@@ -12,7 +12,7 @@ from the left, so that padding cannot change a row. The last token is only predi
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -124,6 +124,12 @@ class Task(ABC):
         """Group examples by length (tokens) into batches of indices; see `batches_by_length`."""
         splits = {split for model in models for split in self.splits(model, max(lengths, default=0))}
         return batches_by_length(lengths, token_budget, sorted(splits))
+
+    def batches(self, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:
+        """Yield batches of examples of similar length, with the positions of the examples, on the last model's device; see `group`."""
+        device = next(models[-1].parameters()).device
+        for positions in self.group(models, [e.tokens for e in examples], token_budget):
+            yield positions, self.collate([examples[i] for i in positions], device)
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
         """Lengths (tokens) at and below which the model computes differently, as in `batches_by_length`."""

@@ -10,7 +10,6 @@ the build's rows is the *drift*.
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from hashlib import sha256 as digest
 from pathlib import Path
@@ -45,7 +44,7 @@ def add(
     data: Sequence[str],
     runtime: dict[str, Any] | None = None,
     models: Sequence[str] = (),
-    reporter: Reporter | None = None,
+    reporter: Reporter = Silent(),
     task: str | None = None,
 ) -> Manifest:
     """Add documents to an index.
@@ -63,7 +62,6 @@ def add(
         DataError: an id is in the index already.
         BusyError: another process is changing the index.
     """
-    reporter = reporter or Silent()
     runtime = runtime or {}
     recorded = RecordedEncoder(Index(out), models, runtime.get("device") or "auto", bool(runtime.get("trust_remote_code")), task)
     config = _recorded_config(recorded, out, data, runtime)
@@ -99,12 +97,7 @@ def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], 
 
 
 def _add(
-    recorded: RecordedEncoder,
-    config: BuildConfig,
-    call: str,
-    corpus_files: list[dict[str, Any]],
-    executor: Executor,
-    reporter: Reporter,
+    recorded: RecordedEncoder, config: BuildConfig, call: str, corpus_files: list[dict[str, Any]], executor: Executor, reporter: Reporter
 ) -> Manifest:
     """Write the shards of new documents and publish them."""
     index = recorded.index
@@ -121,7 +114,7 @@ def _add(
     corpus = write_corpus(config, converter, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
     _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     settings = EncoderSettings(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
-    shards = [replace(shard, first=shard.first + manifest.rows) for shard in corpus.shards]
+    shards = [shard.model_copy(update={"first": shard.first + manifest.rows}) for shard in corpus.shards]
     reporter.stage("building rows", corpus.rows)
     added = tuple(executor.map("build", (settings, index.arrays), [(shard,) for shard in shards], reporter))
     addition = Addition(
@@ -153,11 +146,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _refuse_existing_ids(index: Index, added: Iterable[Documents]) -> None:
-    """Refuse documents with an id of the index.
-
-    Raises:
-        DataError: an id is in the index already.
-    """
+    """Refuse documents with an id of the index."""
     ids = set(np.array(index.column("id").to_pylist(), object)[index.alive].tolist())
     for documents in added:
         for id in documents.ids():

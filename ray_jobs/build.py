@@ -77,7 +77,7 @@ class _Job:
 
 
 def build(
-    config: BuildConfig, reporter: Reporter | None = None, loaded: Sequence[LoadedModel] = (), data_sha256: str | None = None
+    config: BuildConfig, reporter: Reporter = Silent(), loaded: Sequence[LoadedModel] = (), data_sha256: str | None = None
 ) -> Manifest:
     """Build an index, resume an interrupted build, or return the manifest of a finished one.
 
@@ -94,7 +94,6 @@ def build(
         BusyError: another build is writing to `out`.
         WherefromError: see store/errors.py; finished stages are kept.
     """
-    reporter = reporter or Silent()
     out = Path(config.out)
     refuse_occupied(out)
     content = config.content_options()
@@ -132,7 +131,8 @@ def build(
             for note in notes:
                 reporter.note(note)
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, min(config.fit_examples, corpus.rows)), corpus)
-            shards = _build_shards(job, executor, settings, arrays, corpus)
+            reporter.stage("building rows", corpus.rows)
+            shards = tuple(executor.map("build", (settings, arrays), [(shard,) for shard in corpus.shards], reporter))
             components, calibration = _calibrate(job, executor, settings, arrays, corpus)
             silent = silent_components(out, shards[0], components)
             for note in silent:
@@ -211,11 +211,7 @@ def _claim(job: _Job, inputs: dict[str, Any]) -> None:
 
 
 def _refuse_other_inputs(out: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Refuse to resume a build with other inputs.
-
-    Raises:
-        UsageError: inputs differ; the message names them.
-    """
+    """Refuse to resume a build with other inputs; the error names them."""
     before = recorded["options"] | {name: value for name, value in recorded.items() if name != "options"}
     inputs = json.loads(json.dumps(inputs))  # converts tuples to lists, as in the recorded inputs
     now = inputs.pop("options") | inputs
@@ -339,11 +335,6 @@ def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str
         shards = [corpus.shards[number] for number in numbers]
         parts.append([(s.id, s.rows, [int(row) - s.first for row in rows if s.first <= row < s.first + s.rows]) for s in shards])
     return parts
-
-
-def _build_shards(job: _Job, executor: Executor, settings: EncoderSettings, arrays: Arrays, corpus: WrittenCorpus) -> tuple[Shard, ...]:
-    job.reporter.stage("building rows", corpus.rows)
-    return tuple(executor.map("build", (settings, arrays), [(shard,) for shard in corpus.shards], job.reporter))
 
 
 def _publish(

@@ -7,15 +7,16 @@ written to `staging/examples.json` last, so a resumed build uses the shards that
 import hashlib
 import json
 from array import array
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from ..indexer.examples import DocumentConverter
 from ..indexer.tasks import find_task
-from ..store.corpus import Corpus, unread_record
+from ..store.corpus import Corpus
 from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.fields import Fields
@@ -29,14 +30,15 @@ _REPORTED = 20
 _SHARD_BYTES = 1 << 28
 
 
-@dataclass(frozen=True)
-class WrittenShard:
+class WrittenShard(BaseModel):
     """A shard whose rows are to be built.
 
     Attributes:
         first: number of its first row in the index.
         tokens: number of input tokens.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     id: str
     first: int
@@ -45,16 +47,17 @@ class WrittenShard:
     documents_sha256: str
 
 
-@dataclass(frozen=True)
-class WrittenCorpus:
+class WrittenCorpus(BaseModel):
     """All shards of a corpus, and a record of its documents.
 
     Attributes:
         documents: number of usable documents; `split` and `truncated` are those that were longer than the longest example.
         skipped: number of documents that could not be used, and in `skipped_first` the errors of the first ones.
-        unread: `files`, the number of files in the corpus's folders that are not read, and `first`, the first ones with the reasons.
+        unread: the files in the corpus's folders that are not read.
         left_out_columns: the columns that an index cannot hold, each with a description of its content.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     shards: tuple[WrittenShard, ...]
     documents: int
@@ -62,28 +65,21 @@ class WrittenCorpus:
     truncated: int
     skipped: int
     skipped_first: tuple[str, ...]
-    unread: dict[str, Any]
+    unread: UnreadFiles
     left_out_columns: dict[str, str]
 
     def omissions(self) -> dict[str, Any]:
         """Return the files and columns of the corpus that the index does not hold, for its record."""
-        unread = UnreadFiles(files=self.unread["files"], first=tuple(self.unread["first"]))
-        return {"unread": unread, "left_out_columns": self.left_out_columns}
+        return {"unread": self.unread, "left_out_columns": self.left_out_columns}
 
     @property
     def rows(self) -> int:
         """Number of examples in all shards."""
         return sum(s.rows for s in self.shards)
 
-    @property
-    def tokens(self) -> int:
-        """Number of input tokens in all shards."""
-        return sum(s.tokens for s in self.shards)
-
     def counts(self) -> dict[str, Any]:
         """Return the counts of documents for the record of the index."""
-        names = ("documents", "split", "truncated", "skipped", "skipped_first")
-        return {name: getattr(self, name) for name in names}
+        return self.model_dump(include={"documents", "split", "truncated", "skipped", "skipped_first"})
 
 
 def corpus_fields(config: BuildConfig) -> Fields:
@@ -131,7 +127,8 @@ def write_corpus(
         path.unlink(missing_ok=True)
         publish(staged, path)
         first = shards[-1].first + shards[-1].rows if shards else 0
-        shards.append(WrittenShard(id, first, len(pending), sum(e.tokens for e in pending), digest))
+        tokens = sum(e.tokens for e in pending)
+        shards.append(WrittenShard(id=id, first=first, rows=len(pending), tokens=tokens, documents_sha256=digest))
         pending.clear()
 
     corpus = Corpus(config.sources, corpus_fields(config))
@@ -168,10 +165,10 @@ def write_corpus(
         truncated=counts["truncated"],
         skipped=skipped_count,
         skipped_first=tuple(skipped),
-        unread=unread_record(corpus.unread),
+        unread=UnreadFiles(files=len(corpus.unread), first=tuple(map(str, corpus.unread[:_REPORTED]))),
         left_out_columns=corpus.left_out,
     )
-    write_whole(record_file, json.dumps(asdict(written)).encode())
+    write_whole(record_file, written.model_dump_json().encode())
     return written
 
 
@@ -197,22 +194,14 @@ def _read_written(out: Path, record_file: Path) -> WrittenCorpus | None:
     """Read the corpus of an earlier run; None if there is none, or one of its shards is missing or differs."""
     if not record_file.is_file():
         return None
-    content = read_json(record_file)
-    shards = tuple(WrittenShard(**s) for s in content.pop("shards"))
-    for shard in shards:
-        path = documents_path(out, shard.id)
-        if not path.is_file() or sha256(path) != shard.documents_sha256:
-            return None
-    content["skipped_first"] = tuple(content["skipped_first"])
-    return WrittenCorpus(shards, **content)
+    written = WrittenCorpus.model_validate_json(json.dumps(read_json(record_file)))
+    paths = [documents_path(out, shard.id) for shard in written.shards]
+    whole = all(path.is_file() and sha256(path) == shard.documents_sha256 for path, shard in zip(paths, written.shards, strict=True))
+    return written if whole else None
 
 
 def _refuse_repeated_ids(out: Path, shards: list[WrittenShard], hashes: np.ndarray) -> None:
-    """Refuse ids that are not unique. Only ids with equal 64-bit hashes are read, so memory holds 8 bytes for each example.
-
-    Raises:
-        DataError: an id is not unique.
-    """
+    """Refuse ids that are not unique. Only ids with equal 64-bit hashes are read, so memory holds 8 bytes for each example."""
     unique, counts = np.unique(hashes, return_counts=True)
     suspects = set(np.flatnonzero(np.isin(hashes, unique[counts > 1])).tolist()) if len(unique) < len(hashes) else set()
     seen: dict[str, Example] = {}

@@ -363,8 +363,7 @@ class _RayExecutor:
     def _check_deaths(self, deaths: list[_Death]) -> None:
         """Remove deaths whose node is dead too, and check the number of the others.
 
-        Raises:
-            WorkerError: a task ended `_DEATHS` workers on nodes that are alive, or a worker died as often while it started.
+        No task may end `_DEATHS` workers on nodes that are alive, and no worker may die as often while it starts.
         """
         if not deaths:
             return
@@ -490,11 +489,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def _placement_group(ray: Any, bundle: Mapping[str, float], workers: int) -> Any:
-    """Create a placement group with a bundle for each worker.
-
-    Raises:
-        BusyError: other jobs hold the CPUs or GPUs for longer than `_PLACE_SECONDS`.
-    """
+    """Create a placement group with a bundle for each worker; wait `_PLACE_SECONDS` at most for CPUs and GPUs that other jobs hold."""
     group = ray.util.placement_group([dict(bundle)] * workers, strategy="PACK")
     deadline = time.monotonic() + _PLACE_SECONDS
     while not group.wait(_POLL_SECONDS):  # in short waits, so that it can be interrupted

@@ -102,11 +102,7 @@ def report_not_finite(count: int, ids: Sequence[str], reporter: Reporter) -> Non
 
 def silent_components(out: Path, shard: Shard, components: Sequence[Component]) -> tuple[str, ...]:
     """Sentences about components whose gradients (in one shard) are all zero."""
-    notes = []
-    for component in components:
-        rows = open_rows(ArrayFile(rows_path(out, shard.id)), component, shard.rows)
-        if not rows.norms.any():
-            notes.append(
-                f"the gradients of {component.name} are zero (or too small for float32) for every example: they add nothing to scores"
-            )
-    return tuple(notes)
+    file = ArrayFile(rows_path(out, shard.id))
+    silent = [component.name for component in components if not open_rows(file, component, shard.rows).norms.any()]
+    reason = "are zero (or too small for float32) for every example: they add nothing to scores"
+    return tuple(f"the gradients of {name} {reason}" for name in silent)

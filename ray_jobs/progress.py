@@ -4,6 +4,7 @@ import io
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -162,3 +163,8 @@ def default_reporter() -> "Console | Notebook":
     if shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell":
         return Notebook()
     return Console()
+
+
+def reporting(reporter: Reporter | None) -> AbstractContextManager[Reporter]:
+    """Return a context with a reporter, by default one for where the process runs."""
+    return default_reporter() if reporter is None else nullcontext(reporter)

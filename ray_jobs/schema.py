@@ -29,10 +29,7 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     """
     parts: tuple[ComponentRole, ...] = config.components or ("blocks",)
     if config.components is None and config.budget is not None:
-        layers: dict[ComponentRole, VocabularyLayer | None] = {
-            "head": task.sparse_head(model),
-            "embeddings": task.sparse_embeddings(model),
-        }
+        layers: dict[ComponentRole, VocabularyLayer | None] = {"head": task.sparse_head(model), "embeddings": task.sparse_embeddings(model)}
         parts = (*(part for part, layer in layers.items() if layer is not None), "blocks")
     return tuple(
         _blocks(config, task, model, number) if part == "blocks" else _vocabulary_layer(config, task, model, number, part) for part in parts

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..indexer import models
 from ..indexer.curvature import Arrays
-from ..indexer.encoder import Encoder, EncoderSettings, Progress, backward, batches, ignore_progress
+from ..indexer.encoder import Encoder, EncoderSettings, Progress, backward, ignore_progress
 from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.sparse import HeadMean
@@ -58,8 +59,6 @@ class Worker:
     @cached_property
     def models(self) -> tuple[nn.Module, ...]:
         """The models, loaded at the first use, so that an error of loading is the error of a task."""
-        import torch
-
         models.keep_freed_memory()
         torch.set_num_threads(self._config.threads)
         return tuple(load_model(self.task, source) for source in self.sources)
@@ -146,7 +145,7 @@ class Worker:
         mean_share = None
         if head is not None:
             mean = HeadMean(head, _MEAN_TOKENS)
-            for _, batch in batches(self.task, (encoder.model,), examples, settings.batch_tokens):
+            for _, batch in self.task.batches((encoder.model,), examples, settings.batch_tokens):
                 backward(encoder.model, batch, [mean], self.task.loss, tolerant=True)
             mean_share = mean.mean_share
         return encoder.rows(examples, progress=progress, tolerant=True), mean_share

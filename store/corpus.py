@@ -7,12 +7,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -20,12 +20,12 @@ import numpy as np
 from .errors import DataError, NotFoundError
 from .fields import Fields, Form
 from .shapes import Float32
-from .sources import MOST_COLUMNS, Reading, Source, Unread, describe_files, expand, lines, parse_json
+from .sources import MOST_COLUMNS, Reading, Source, describe_files, expand, lines, parse_json
 
 _METADATA_BYTES = 1 << 24
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
-_REPORTED = 20  # unread files in the record of a build
 _SURROGATE = "holds half of a surrogate pair, which is not a character"
+_Item = TypeVar("_Item")
 _STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
 
 
@@ -102,9 +102,12 @@ def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
     return describe_files([path for source in expand(sources)[0] for path in source.files])
 
 
-def unread_record(unread: Sequence[Unread]) -> dict[str, Any]:
-    """Summarize unread files for the record of a build: their number, and the first of them with the reasons."""
-    return {"files": len(unread), "first": [str(file) for file in unread[:_REPORTED]]}
+def usable(items: Iterable[_Item | DataError]) -> Iterator[_Item]:
+    """Yield what a stream of documents or examples yields; raise its first error."""
+    for item in items:
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
 def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields: Fields, left_out: dict[str, str]) -> Document | DataError:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherefrom.indexer.capture import GradientSum
 from wherefrom.indexer.curvature import whitening_scale
-from wherefrom.indexer.encoder import Encoder, backward, batches
+from wherefrom.indexer.encoder import Encoder, backward
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.projection import principal_projection, random_projection
 from wherefrom.indexer.tasks import CausalLM, batches_by_length, sample_targets
@@ -120,7 +120,7 @@ def token_pairs(model, settings, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
     found = {layer.name: [] for layer in settings.components[0].layers}
     for example in examples:
-        for _, batch in batches(TASK, (model,), [example], 64):
+        for _, batch in TASK.batches((model,), [example], 64):
             maps = maps or {layer.name: (None, None) for layer in settings.components[0].layers}
             pair = Visit(settings.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
             backward(model, batch, [pair], TASK.loss)
@@ -255,7 +255,7 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert cosines.min() > 0.98
     sums = GradientSum()
-    for _, batch in batches(TASK, (rough.model,), examples, 64):
+    for _, batch in TASK.batches((rough.model,), examples, 64):
         backward(rough.model, batch, [Visit(rough.settings.components[0].layers, rough.component_encoders["blocks"].maps, sums)], TASK.loss)
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
@@ -379,7 +379,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
     settings = make_plan(model, rank=HUGE, curvature="kfac", patterns=("h.0",))
     encoder = fit(model, settings, examples)
     A, S, tokens = np.zeros((8, 8)), np.zeros((8, 8)), 0
-    for _, batch in batches(TASK, (model,), examples, 1):
+    for _, batch in TASK.batches((model,), examples, 1):
 
         def visit(layer, x, d):
             nonlocal A, S, tokens
