@@ -2,11 +2,10 @@
 
 Every module is imported inside the command that needs it, so that `wherefrom --help` starts at once. Exit codes: 0 done, 1 error, 2 usage,
 3 not found or incompatible, 4 integrity, 130 interrupted. An option is taken from the command line, else from the environment
-(WHEREFROM_BUILD_RANK for `wherefrom build -o rank=32`), else from the file given with --config, else it has its default.
+(WHEREFROM_BUILD_SEED for `wherefrom build -o seed=1`), else from the file given with --config, else it has its default.
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
-from .command_options import BUILD_FLAGS, ConfigCommand, config_options, query_options, take_config_values, take_options
+from .command_options import ConfigCommand, config_options, query_options, take_config_values, take_options, with_flags
 from .query.options import Options, Query, ScoreOptions
 from .store.errors import UsageError, WherefromError, first_line
 from .store.printable import say, to_json
@@ -38,6 +37,9 @@ class _Group(cloup.Group):
             return super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.Exit as signal:
             sys.exit(signal.exit_code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         except click.ClickException as error:
             say(error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else "", err=True)
             _fail(error.format_message(), error.exit_code)
@@ -48,7 +50,7 @@ class _Group(cloup.Group):
             sys.stderr.close()
             sys.exit(1)
         except WherefromError as error:
-            _fail(self._with_flags(str(error)), error.exit_code)
+            _fail(str(error), error.exit_code)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
         except (EOFError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, ImportError) as error:
@@ -58,15 +60,15 @@ class _Group(cloup.Group):
         except MemoryError:
             _fail("out of memory; use a smaller -o batch_tokens, fewer --workers or a smaller -o rank", 1)
 
-    def _with_flags(self, message: str) -> str:
-        """A message of the library, which names options as `max_tokens`, with the command line's names of them."""
-        flags = dict(BUILD_FLAGS)
-        groups = [self, *(command for command in self.commands.values() if isinstance(command, click.Group))]
-        commands = [command for group in groups for command in group.commands.values()]
-        for parameter in (parameter for command in commands for parameter in command.params):
-            if isinstance(parameter, click.Option) and parameter.name:
-                flags[parameter.name] = max(parameter.opts, key=len)
-        return re.sub("`([a-z_]+)`", lambda name: flags.get(name[1], name[1]), message)
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a message of the library names options as the command does."""
+        try:
+            return super().invoke(ctx)
+        except WherefromError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None and not isinstance(command, click.Group):
+                error.args = (with_flags(str(error), command),)
+            raise
 
 
 def _unforeseen(error: Exception) -> str:
@@ -175,7 +177,7 @@ def build(as_json: bool, **values: Any) -> None:
       wherefrom build --model gpt2 --data corpus.jsonl --out my.wherefrom
       wherefrom build --model gpt2 --data corpus.jsonl --out big.wherefrom --bytes-per-example 2400
       wherefrom build --model run/checkpoint-500 --model run/checkpoint-1000 --data corpus.jsonl --out run.wherefrom
-      wherefrom build --model ./sft --data chats.parquet --out sft.wherefrom -o rank=32 --workers 4
+      wherefrom build --model ./sft --data chats.parquet --out sft.wherefrom -o seed=1 --workers 4
       wherefrom build --model ./lm --data books/ --out b.wherefrom -o row_dtype=int8 --layers '*.mlp.*'
 
     A build that was interrupted continues when the same command is given again.
@@ -191,13 +193,9 @@ def build(as_json: bool, **values: Any) -> None:
     config = BuildConfig(**options)
     existed = latest_manifest(Path(config.out)) is not None
     with Console() as reporter:
-        manifest = run(config, reporter)
-    if as_json:
-        _print_json(Index(config.out).summary())
-    else:
-        from .terminal import show_built
-
-        show_built(config.out, manifest, existed)
+        run(config, reporter)
+    index = Index(config.out)
+    _result(as_json, index.summary(), "show_built", index, existed)
 
 
 @main.command(cls=ConfigCommand, section=_LOOK, without=("out",))
@@ -208,14 +206,16 @@ def plan(as_json: bool, **values: Any) -> None:
 
     \b
       wherefrom plan --model gpt2 --data corpus.jsonl --bytes-per-example 2400
-      wherefrom plan --model ./sft --data chats.parquet -o rank=32 --workers 4 --json
+      wherefrom plan --model ./sft --data chats.parquet -o seed=1 --workers 4 --json
     """
     options = take_config_values(values)
     _quiet_libraries()
     from .ray_jobs.config import BuildConfig
     from .ray_jobs.plan import estimate
+    from .ray_jobs.progress import Console
 
-    cost = estimate(BuildConfig(out="(nothing)", **options))
+    with Console() as reporter:
+        cost = estimate(BuildConfig(out="(nothing)", **options), reporter)
     _result(as_json, asdict(cost), "show_cost", cost)
 
 
@@ -240,13 +240,16 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
     from .ray_jobs.add import add as run
     from .ray_jobs.add import drifted
     from .ray_jobs.progress import Console
+    from .store.manifest import latest_manifest
 
+    before = latest_manifest(Path(index))
     with Console() as reporter:
         manifest = run(Path(index), data, runtime, model, reporter, task)
+    existed = latest_manifest(Path(index)) == before
     addition = manifest.build.added[-1]
     refit = drifted(addition.drift)
     record = addition.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"})
-    _result(as_json, {**record, "refit": refit}, "show_added", index, manifest, refit)
+    _result(as_json, {**record, "refit": refit}, "show_added", index, manifest, refit, existed)
 
 
 @main.command(section=_BUILD)

@@ -79,7 +79,11 @@ class Client(BaseClient):
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `BaseClient.query_many`."""
+        """Answer several queries in shared passes over the model and the rows: in the same order, or one answer to their mean.
+
+        Raises:
+            UsageError: an option is unknown or out of range; a text is empty or longer than the model's context.
+        """
         check_queries(queries)
         Metric.of(options)  # an error before the model is loaded
         return self.answer(queries, self.encode(queries), **options) if queries else []
@@ -106,7 +110,10 @@ class Client(BaseClient):
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
     ) -> Float32[np.ndarray, "queries rows"]:
-        """See `BaseClient.scores`."""
+        """Score every row for every query: an array of queries and rows.
+
+        The score is NaN for deleted rows and those that do not match the filter `where`.
+        """
         mask = searched_rows(self.index, where)
         scores = np.concatenate([block for _, block in self.score_blocks(queries, **options)], axis=1)
         return np.where(mask, scores, np.float32(np.nan))
@@ -119,7 +126,10 @@ class Client(BaseClient):
         return all_scores(self.index, self.encode(queries), metric)
 
     def encode(self, queries: Sequence[Query]) -> Rows:
-        """See `BaseClient.encode`. The rows of the last 128 queries in words are cached."""
+        """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
+
+        The rows of the last 128 queries that are not rows of the index are cached.
+        """
         check_queries(queries)
         if any(query.against is not None for query in queries):
             plain, matrix = _without_contrasts(queries)
@@ -186,7 +196,11 @@ class Client(BaseClient):
         return self.recorded.encoder
 
     def complete(self, prompt: str, tokens: int = 16) -> str:
-        """See `BaseClient.complete`."""
+        """Complete a prompt greedily with the (last) model.
+
+        Raises:
+            UsageError: the model does not generate text, or the prompt is empty or too long.
+        """
         import torch
 
         from .indexer.examples import TextConverter
@@ -223,7 +237,15 @@ class Client(BaseClient):
         return {name: vectors.as_float32() for name, vectors in rows.items()}
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
-        """See `BaseClient.explain`; vectors have no shares of tokens."""
+        """Split the scores of training examples with one query by component, layer, shared token, and token of either text.
+
+        Args:
+            examples: their rows.
+            tokens: compute the shares of tokens, which needs the model; vectors have none.
+
+        Raises:
+            UsageError: a row is not in the index.
+        """
         metric = Metric.of(options)
         query_rows = self.encode([query])
         scorer = Scorer.of(self.index, query_rows, metric)

@@ -1,6 +1,7 @@
 """Options of commands, generated from the definitions of builds (ray_jobs/config.py) and of queries (query/options.py)."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -61,6 +62,16 @@ class ConfigCommand(cloup.Command):
             group=group,
         )
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command`; an option that is written as a flag and has none is refused with the way to write it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if name in self.other_options():
+                raise click.UsageError(f"the option {name} has no flag; write -o {name}=value", ctx) from error
+            raise
+
     def other_options(self) -> dict[str, str]:
         """The options without flags, with their help."""
         return {name: _help(name) for name in _config_fields() if name not in BUILD_FLAGS and name not in self._without}
@@ -106,10 +117,24 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
     ctx.exit()
 
 
+def with_flags(message: str, command: click.Command) -> str:
+    """Return a message of the library, which names options as in Python (`long=split`), with a command's names for them."""
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in command.params if isinstance(parameter, click.Option)}
+    others = command.other_options() if isinstance(command, ConfigCommand) else {}
+
+    def name_of(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name in flags:
+            return flags[name] + (f" {value}" if value else "")
+        return ("-o " if name in others else "") + name + (f"={value}" if value else "")
+
+    return re.sub("`([a-z_]+)(?:=([a-z_]+))?`", name_of, message)
+
+
 def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add -o, --config and --help-all to a `ConfigCommand`."""
     options = (
-        click.option("-o", "others", multiple=True, metavar="NAME=VALUE", help="Any other option of a build, such as -o rank=32."),
+        click.option("-o", "others", multiple=True, metavar="NAME=VALUE", help="Any other option of a build, such as -o seed=1."),
         click.option("--config", "config_file", type=click.Path(), help="TOML file with any options of a build, by their names."),
         click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="List the other options."),
     )
@@ -148,7 +173,9 @@ def take_config_values(values: dict[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if name in BUILD_FLAGS and name not in command._without:
             raise UsageError(f"-o {text}: this option has a flag; write {BUILD_FLAGS[name]}")
-        if not equals or name not in others:
+        if name in others and not equals:
+            raise UsageError(f"-o {name}: write it with a value, as -o {name}=value")
+        if name not in others:
             names = ", ".join(others)
             raise UsageError(f"-o {text} is not an option of a build; write -o name=value with one of {names} (--help-all describes them)")
         if name in repeated:

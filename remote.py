@@ -67,7 +67,7 @@ class RemoteClient(BaseClient):
         return f"RemoteClient({self.url!r}" + (f", index={self.index!r})" if self.index else ")")
 
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """See `BaseClient.query_many`. The queries are split into requests of a size that the server accepts."""
+        """See `Client.query_many`. The queries are split into requests of a size that the server accepts."""
         check_queries(queries)
         check_options(options)
         answers: list[Answer] = []
@@ -81,7 +81,7 @@ class RemoteClient(BaseClient):
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
     ) -> 'Float32[np.ndarray, "queries rows"]':
-        """See `BaseClient.scores`."""
+        """See `Client.scores`."""
         import numpy as np
 
         check_queries(queries)
@@ -94,14 +94,14 @@ class RemoteClient(BaseClient):
         return np.stack(rows)
 
     def encode(self, queries: Sequence[Query]) -> "Rows":
-        """See `BaseClient.encode`."""
+        """See `Client.encode`."""
         from .store.vectors import from_bytes, join
 
         contents = [self._send("POST", "/v1/encode", {**query.to_dict(), "index": self.index}) for query in queries]
         return join([self._parse(from_bytes, content) for content in contents])
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
-        """See `BaseClient.explain`."""
+        """See `Client.explain`."""
         check_options(options)
         explanations: list[Explanation] = []
         for first in range(0, len(examples), MOST_EXPLAINED):

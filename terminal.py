@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.checks import Report
     from .evaluation.judge import Judgement
     from .ray_jobs.plan import Cost
+    from .store.index import Index
     from .store.manifest import Addition, Build, Manifest
 
 _NAMED = 5
@@ -46,7 +47,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         asked.append(_printable(q["completion"]).plain, style="bold underline")
         if "against" in q:
             asked.append(" rather than ", style="dim")
-            asked.append(_printable(q["against"]).plain, style="underline")
+            asked.append(_printable(q["against"].lstrip(" ")).plain, style="underline")
     else:
         said = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
         asked.append(
@@ -119,8 +120,10 @@ def show_explanation(e: Explanation, shown: int = 12) -> None:
             console.print(Text(f"\n{title}", style="bold"))
             console.print(heat(shares))
     if e.recomputed is not None:
-        kept = f"tokens add up to {e.recomputed:.4g}, the score of whole rows; {e.score:.4g} is that of what the index keeps of them; "
-        console.print(Text(kept, style="dim"), _LEGEND)
+        sums = f"the tokens add up to {e.recomputed:.4g}, the score of exact rows; {e.score:.4g} is estimated from the stored ones"
+        console.print(Text(sums, style="dim"))
+        if console.color_system is not None:
+            console.print(_LEGEND)
     else:
         console.print(_printable(shortened(e.text)))
     words = [replace(p, name=f"{_printable(p.name).plain!r}" if e.recomputed is not None else f"token {p.name}") for p in e.vocabulary]
@@ -193,11 +196,14 @@ def _printable(text: str) -> Text:
     return Text(printable(text))
 
 
-def show_built(out: str, manifest: "Manifest", existed: bool) -> None:
+def show_built(index: "Index", existed: bool) -> None:
     """Print the result of a build, and how to ask the index."""
+    manifest = index.manifest
     build = manifest.build
+    out = index.path
     done = "is already complete" if existed else "is complete"
-    say(f"{out} {done}: {manifest.rows:,} rows of {' and '.join(component.name for component in manifest.components)}")
+    names = " and ".join(component.name for component in manifest.components)
+    say(f"{out} {done}: {manifest.rows:,} rows of {names}, {index.bytes_per_example:,.0f} bytes each")
     for part in build.tracked:
         say(f"the rows measure {_tracked({**part.model_dump(), 'share': part.share})}")
     if build.skipped:
@@ -208,14 +214,16 @@ def show_built(out: str, manifest: "Manifest", existed: bool) -> None:
     say(f"ask it:  wherefrom query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
 
 
-def show_added(index: str, manifest: "Manifest", refit: Sequence[str]) -> None:
+def show_added(index: str, manifest: "Manifest", refit: Sequence[str], existed: bool) -> None:
     """Print the result of an addition.
 
     Args:
         refit: components whose curvature does not fit the added documents.
+        existed: these documents were the last that were added, and nothing was added again.
     """
     addition = manifest.build.added[-1]
-    say(f"{index} has {addition.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(addition.drift)}")
+    done = "had these documents already:" if existed else "has"
+    say(f"{index} {done} {addition.rows:,} rows more, {manifest.rows:,} in all; drift: {_drifts(addition.drift)}")
     _show_not_stored(addition)
     for name in refit:
         say(f"the curvature of {name} does not fit these documents: build the index again over all of them", err=True)
@@ -238,6 +246,8 @@ def show_cost(cost: "Cost") -> None:
         say(f"  {component['name']}: {sizes}")
     say(f"{cost.bytes_per_example:,} bytes an example: {cost.bytes_of_rows:,} bytes of rows, {cost.encoder_bytes:,} of the encoder")
     say(f"about {cost.memory_per_worker >> 20:,} MiB of memory for each of {cost.workers} workers")
+    for note in cost.notes:
+        say(f"note: {note}")
     say(f"about {cost.fit_seconds:,} s to fit and {cost.row_seconds:,} s for the rows, on a machine that does nothing else")
 
 
@@ -246,7 +256,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     special = {
         "added": lambda parts: ["; ".join(f"{p['rows']:,} rows (drift: {_drifts(p['drift'])})" for p in parts) or "nothing"],
-        "tracked": lambda parts: [_tracked(p) + (f" (model {n})" if len(parts) > 1 else "") for n, p in enumerate(parts, 1)],
+        "tracked": lambda parts: [_tracked(p, None) + (f" (model {n})" if len(parts) > 1 else "") for n, p in enumerate(parts, 1)],
         "notes": list,
         "unread": lambda unread: [_unread(unread["files"], unread["first"]) or "nothing"],
         "left_out_columns": lambda columns: [_columns(columns) or "nothing"],
@@ -270,10 +280,10 @@ def _add_row(table: Table, name: str, value: object) -> None:
     table.add_row(name.replace("_", " "), Text(printable_line(f"{value:,}" if isinstance(value, int) else str(value))))
 
 
-def _tracked(part: Mapping[str, Any]) -> str:
-    """Describe the share of a model that an index's rows measure."""
+def _tracked(part: Mapping[str, Any], most: int | None = 4) -> str:
+    """Describe the share of a model that an index's rows measure, with the names of at most so many other parameters."""
     left_out = part["left_out"]
-    rest = f"; not {', '.join(left_out[:4])}{' ...' if len(left_out) > 4 else ''}" if left_out else ""
+    rest = f"; not {', '.join(left_out[:most])}{' ...' if len(left_out[:most]) < len(left_out) else ''}" if left_out else ""
     return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){rest}"
 
 

@@ -31,8 +31,7 @@ _CONTEXT = 128
 _EPOCHS = 24
 _BATCH = 16
 _RATE = 2e-3
-_TRACKED = ("*.mlp.c_proj",)
-_RANK = 128
+_BYTES = 2400
 
 
 def run(out: Path, workers: int) -> None:
@@ -52,22 +51,17 @@ def run(out: Path, workers: int) -> None:
     with Console() as reporter:
         if not model.exists():
             train(corpus, model, reporter)
-        build(
-            BuildConfig(
-                model=str(model), data=(str(corpus),), out=str(index), workers=workers, layers=_TRACKED, rank=_RANK, row_dtype="int8"
-            ),
-            reporter,
-        )
+        build(BuildConfig(model=str(model), data=(str(corpus),), out=str(index), workers=workers, bytes_per_example=_BYTES), reporter)
     client = Client(index)
     for prompt, completion in QUERIES:
         show_answer(client.query(prompt=prompt, completion=completion, k=3))
     click.echo(f"""
-{out}/ has the corpus, the model and the index. Try next:
+{out}/ has the corpus, the model and the index, whose rows take at most {_BYTES:,} bytes. Try next:
 
   wherefrom query {index} --prompt "The River Kell is known for" --completion " sudden spring floods" -k 3
   wherefrom query {index} --row 0 --no-opponents
   wherefrom info {index}
-  wherefrom build --model MODEL_DIR --data YOUR.jsonl --out your.wherefrom""")
+  wherefrom build --model MODEL_DIR --data YOUR.jsonl --out your.wherefrom --bytes-per-example {_BYTES}""")
 
 
 def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOCHS) -> None:

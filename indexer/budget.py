@@ -23,7 +23,7 @@ from ..store.shapes import Int64
 from ..store.sparse import entry_bytes
 
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]
-"""By part of a row, the distinct tokens of each example of a sample."""
+"""By role, the distinct tokens of each example of a sample."""
 
 _BLOCKS_FROM = 1200
 _BLOCKS_SHARE = 0.4
@@ -52,11 +52,11 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
     if len(models) > 1:
         by_model = [[component for component in candidates if component.model == model] for model in models]
         return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts))
-    by_part = {component.role: component for component in candidates}
-    vocabulary = [cast("SparseComponent", by_part[part]) for part in ("head", "embeddings") if part in by_part]
+    by_role = {component.role: component for component in candidates}
+    vocabulary = [cast("SparseComponent", by_role[role]) for role in ("head", "embeddings") if role in by_role]
     rest = float(budget)
     blocks_bytes = 0.0
-    if "blocks" in by_part:
+    if "blocks" in by_role:
         blocks_bytes = rest if not vocabulary else _BLOCKS_SHARE * rest if rest >= _BLOCKS_FROM else 0.0
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
@@ -74,7 +74,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
         bits = int(blocks_bytes + max(0.0, spare) - _ROW_BYTES) * 8
         if bits < 1:
             raise UsageError(f"`bytes_per_example` {budget} does not pay for one coordinate; give some hundreds")
-        components.append(by_part["blocks"].model_copy(update={"coordinates": bits, "dtype": "1bit"}))
+        components.append(by_role["blocks"].model_copy(update={"coordinates": bits, "dtype": "1bit"}))
     return tuple(components)
 
 

@@ -21,41 +21,25 @@ class BaseClient(ABC):
 
     @abstractmethod
     def query_many(self, queries: Sequence[Query], **options: Unpack[Options]) -> list[Answer]:
-        """Answer several queries in shared passes over the model and the rows: in the same order, or one answer to their mean.
-
-        Raises:
-            UsageError: an option is unknown or out of range; a text is empty or longer than the model's context.
-        """
+        """See `Client.query_many`."""
 
     @abstractmethod
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
     ) -> 'Float32[np.ndarray, "queries rows"]':
-        """Score every row for every query; NaN for deleted rows and those that do not match the filter `where`."""
+        """See `Client.scores`."""
 
     @abstractmethod
     def encode(self, queries: Sequence[Query]) -> "Rows":
-        """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows."""
+        """See `Client.encode`."""
 
     @abstractmethod
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
-        """Split the scores of training examples with one query by component, layer, shared token, and token of either text.
-
-        Args:
-            examples: their rows.
-            tokens: compute the shares of tokens, which needs the model.
-
-        Raises:
-            UsageError: a row is not in the index.
-        """
+        """See `Client.explain`."""
 
     @abstractmethod
     def complete(self, prompt: str, tokens: int = 16) -> str:
-        """Complete a prompt greedily with the (last) model.
-
-        Raises:
-            UsageError: the model does not generate text, or the prompt is empty or too long.
-        """
+        """See `Client.complete`."""
 
     def query(
         self,

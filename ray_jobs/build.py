@@ -49,7 +49,7 @@ from .corpus import WrittenCorpus, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .schema import select_components
+from .schema import select_components, unused_options
 from .worker import Worker, absolute, document_converter, model_sources
 
 _SHARD_BYTES = 16 << 20
@@ -128,7 +128,7 @@ def build(
             corpus = _write_corpus(job, models, settings, executor.call("vocabulary"))
             settings = select_components(config, settings, _read_sample(job, corpus))
             notes = model_notes(facts, settings.components)
-            for note in notes:
+            for note in [*notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, min(config.fit_examples, corpus.rows)), corpus)
             reporter.stage("building rows", corpus.rows)

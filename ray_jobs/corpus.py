@@ -137,7 +137,7 @@ def write_corpus(
         example = _check_tokens(encoded, vocabulary)
         if isinstance(example, DataError):
             if config.bad_documents == "error":
-                raise DataError(f"{example} (`bad_documents` skip leaves such documents out and counts them)")
+                raise DataError(f"{example} (`bad_documents=skip` leaves such documents out and counts them)")
             skipped_count += 1
             skipped += [str(example)] if len(skipped) < _REPORTED else []
             continue

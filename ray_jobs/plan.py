@@ -23,7 +23,8 @@ from ..store.errors import DataError
 from .build import longest_example
 from .config import BuildConfig
 from .corpus import corpus_fields
-from .schema import select_components
+from .progress import Reporter, Silent
+from .schema import select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
@@ -40,6 +41,7 @@ class Cost:
         components: names and sizes of the components.
         bytes_per_example, bytes_of_rows, encoder_bytes: sizes in the index; documents are not included.
         memory_per_worker: largest memory of this process during the measurement, in bytes.
+        notes: sentences about options that had no effect.
         fit_seconds, row_seconds: times of the fitting passes and of the rows, if `workers` processes do not slow one another down.
     """
 
@@ -54,22 +56,25 @@ class Cost:
     fit_seconds: float
     row_seconds: float
     workers: int
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values, as `wherefrom plan --json` prints them."""
         return asdict(self)
 
 
-def estimate(config: BuildConfig) -> Cost:
-    """Estimate the cost of a build.
+def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
+    """Estimate the cost of a build, from a sample of the corpus and a few measured batches.
 
     Raises:
         UsageError, DataError, NotFoundError, ...: the errors that the build would raise, as far as the sample shows them.
     """
+    reporter.stage("loading the model", None)
     task = find_task(config.task)
     worker = Worker(config)
     models, settings, _ = worker.describe()
     encoder = document_converter(config, worker.sources, longest_example(config, models))
+    reporter.stage("sampling the corpus", None)
     documents, sample = _sample_documents(config)
     examples: list[Example] = []
     for example in encoder.documents(sample):
@@ -92,6 +97,7 @@ def estimate(config: BuildConfig) -> Cost:
     fit_seconds = 0.0
     fit = Fit(settings)
     for step in range(len(fit.steps)):
+        reporter.stage(f"measuring the fit, pass {step + 1} of {len(fit.steps)}", None)
         worker_encoder = Encoder(task, worker.models, settings, arrays)
         if step == 0:
             fit.sum_statistics(worker_encoder, step, measured[:1])  # the first call is slower, so it is not timed
@@ -102,6 +108,7 @@ def estimate(config: BuildConfig) -> Cost:
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started
     worker_encoder = Encoder(task, worker.models, settings, arrays)
+    reporter.stage("measuring rows", None)
     encode_rows(worker_encoder, measured[:1])
     started = time.perf_counter()
     encode_rows(worker_encoder, measured)
@@ -119,6 +126,7 @@ def estimate(config: BuildConfig) -> Cost:
         fit_seconds=round(fit_seconds, 1),
         row_seconds=round(row_seconds, 1),
         workers=config.workers,
+        notes=tuple(unused_options(config, settings.components)),
     )
 
 

@@ -16,6 +16,7 @@ from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Pr
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
+_BLOCKS_OPTIONS = ("layers", "rank", "projection", "curvature")
 
 
 def candidate_components(config: BuildConfig, task: Task, model: nn.Module, number: int) -> tuple[Component, ...]:
@@ -27,12 +28,12 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     Raises:
         UsageError: a named component, layer or kind of labels is not possible with the model.
     """
-    parts: tuple[ComponentRole, ...] = config.components or ("blocks",)
+    roles: tuple[ComponentRole, ...] = config.components or ("blocks",)
     if config.components is None and config.budget is not None:
         layers: dict[ComponentRole, VocabularyLayer | None] = {"head": task.sparse_head(model), "embeddings": task.sparse_embeddings(model)}
-        parts = (*(part for part, layer in layers.items() if layer is not None), "blocks")
+        roles = (*(role for role, layer in layers.items() if layer is not None), "blocks")
     return tuple(
-        _blocks(config, task, model, number) if part == "blocks" else _vocabulary_layer(config, task, model, number, part) for part in parts
+        _blocks(config, task, model, number) if role == "blocks" else _vocabulary_layer(config, task, model, number, role) for role in roles
     )
 
 
@@ -45,6 +46,16 @@ def select_components(config: BuildConfig, settings: EncoderSettings, examples: 
     if config.budget is None:
         return settings
     return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples)))
+
+
+def unused_options(config: BuildConfig, components: Sequence[Component]) -> list[str]:
+    """Return a sentence about the options of blocks that were given where the budget affords none."""
+    defaults = BuildConfig.model_fields
+    given = [name for name in _BLOCKS_OPTIONS if getattr(config, name) != defaults[name].default]
+    if config.budget is None or not given or any(component.role == "blocks" for component in components):
+        return []
+    names = " and ".join(component.name for component in components)
+    return [f"{' and '.join(given)} had no effect: {config.budget:,} bytes an example afford {names}, and no blocks"]
 
 
 def component_name(config: BuildConfig, role: str, number: int) -> str:

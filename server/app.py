@@ -274,7 +274,12 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, error.detail, headers=error.headers)
+        path = request.url.path[:100]
+        sentences = {
+            404: f"there is no {path}; /docs lists what there is",
+            405: f"{path} does not take {request.method}; /docs lists what it takes",
+        }
+        return problem(error.status_code, sentences.get(error.status_code, error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

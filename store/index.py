@@ -439,6 +439,11 @@ class Index:
         """Return the two factors of a sparse component's eigenvalues: of the vocabulary's tokens, and of the width."""
         return self.arrays[f"{component.name}/vocabulary"], self.arrays[f"{component.name}/eigenvalues"]
 
+    @property
+    def bytes_per_example(self) -> float:
+        """The mean number of bytes that a row takes on disk, without its document."""
+        return sum(shard.bytes for shard in self.shards) / len(self)
+
     def summary(self) -> dict[str, Any]:
         """Return a description of the index for JSON: models, rows, bytes, and each component's layers, projection and curvature."""
         m = self.manifest
@@ -458,7 +463,7 @@ class Index:
             **{name: getattr(m.build, name) for name in ("documents", "split", "truncated", "skipped", "not_finite")},
             "shards": m.shards,
             "bytes": row_bytes + documents_bytes + m.encoder.bytes,
-            "bytes_per_example": round(row_bytes / m.rows, 1),
+            "bytes_per_example": round(self.bytes_per_example, 1),
             "encoder_bytes": m.encoder.bytes,
             "components": [
                 s.describe()

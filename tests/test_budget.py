@@ -120,7 +120,7 @@ def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
     for more, message in (
         (["--bytes-per-example", "9"], "does not pay for one token of the head"),
-        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses head_bits; give one or the other"),
+        (["--bytes-per-example", "800", "-o", "head_bits=64"], "--bytes-per-example chooses -o head_bits; give one or the other"),
         (["--bytes-per-example", "0"], "must be at least 1"),
         (["--bytes-per-example", "800", "--layers", "@narrowing", "--layers", "*"], "cannot be combined"),
         (["-o", "labels=expected"], "sums over the classes"),
@@ -207,6 +207,15 @@ def test_a_plan_says_what_the_build_then_does(tmp_path, model_dir, corpus_file):
     assert not list(tmp_path.glob("(nothing)"))
     missing = run("plan", "--model", model_dir, "--data", tmp_path / "none.jsonl")
     assert missing.exit_code == 3
+
+
+def test_options_of_blocks_that_are_not_afforded_are_said_to_have_no_effect(tmp_path, model_dir, corpus_file):
+    options = ["--model", model_dir, "--data", corpus_file, "--bytes-per-example", "800", "-o", "rank=4"]
+    note = "rank had no effect: 800 bytes an example afford head and embeddings, and no blocks"
+    assert json.loads(run("plan", *options, "--json").stdout)["notes"] == [note]
+    assert f"note: {note}" in run("plan", *options).stdout
+    assert note in run("build", *options, "--out", tmp_path / "i").stderr
+    assert json.loads(run("plan", *options, "--bytes-per-example", "2400", "--json").stdout)["notes"] == []
 
 
 @pytest.mark.slow

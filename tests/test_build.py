@@ -127,7 +127,7 @@ def test_documents_with_tokens_that_the_model_lacks_can_be_skipped(tmp_path, cor
     make_tokenizer().save_pretrained(tmp_path / "m")
     records = [json.loads(line) for line in corpus_file.read_text().splitlines()]
     fitting = [r["id"] for r in records if all(int(w[1:]) < 50 for w in r["text"].split())]
-    with pytest.raises(DataError, match=r"example 'd\d+' has token \d+, the model embeds only 50; .* \(`bad_documents` skip"):
+    with pytest.raises(DataError, match=r"example 'd\d+' has token \d+, the model embeds only 50; .* \(`bad_documents=skip"):
         build(config(tmp_path / "m", corpus_file, tmp_path / "a"))
     build(config(tmp_path / "m", corpus_file, tmp_path / "b", bad_documents="skip"))
     assert Index(tmp_path / "b").column("id").to_pylist() == fitting
@@ -342,7 +342,7 @@ def test_ids_that_stand_twice_are_refused_by_name(tmp_path, model_dir):
 def test_bad_documents_end_a_build_or_are_counted(tmp_path, model_dir):
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "w1 w2"}\n{"text": ""}\nnonsense\n{"text": "w3 w4"}\n')
-    with pytest.raises(DataError, match=r"c.jsonl line 2: the text is empty.*`bad_documents` skip"):
+    with pytest.raises(DataError, match=r"c.jsonl line 2: the text is empty.*`bad_documents=skip"):
         build(config(model_dir, corpus, tmp_path / "i"))
     manifest = build(config(model_dir, corpus, tmp_path / "j", bad_documents="skip"))
     assert (manifest.rows, manifest.build.skipped) == (2, 2)

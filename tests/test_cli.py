@@ -103,11 +103,11 @@ def test_options_of_a_build_are_said_once_and_refused_in_words(tmp_path, model_d
         assert shown not in wherefrom("build", "--help").stdout or name in BUILD_FLAGS
     build = ("build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i")
     for option, message in (
-        ("rank=four", "`rank` is 'four'"),
+        ("rank=four", "-o rank is 'four'"),
         ("rank=0", "rank is 0; it must be at least 1"),
         ("rnak=4", "-o rnak=4 is not an option of a build; write -o name=value with one of task"),
         ("model=x", "-o model=x: this option has a flag; write --model"),
-        ("rank", "-o rank is not an option of a build"),
+        ("rank", "-o rank: write it with a value, as -o rank=value"),
         ("curvature=hessian", "curvature is 'hessian'; it can be auto, fisher, ekfac, kfac, diagonal or identity"),
         ("components=head,head", "components names head,head; name each once"),
         ("hidden=perhaps", "hidden is 'perhaps'"),
@@ -115,13 +115,21 @@ def test_options_of_a_build_are_said_once_and_refused_in_words(tmp_path, model_d
     ):
         done = wherefrom(*build, "-o", option)
         assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.stderr
-        assert message.replace("`", "") in done.stderr, done.stderr
+        assert message in done.stderr, done.stderr
     done = wherefrom(*build, "-o", "rank=1", "-o", "rank=2")
     assert (done.exit_code, done.stderr) == (2, "Error: -o rank is given twice; give it once\n")
+    done = wherefrom(*build, "--rank", "4")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "Error: the option rank has no flag; write -o rank=value")
     done = wherefrom("build", "--model", model_dir, "--out", tmp_path / "i")
     assert (done.exit_code, done.stderr) == (2, "Error: no --data given; name it\n")
     done = wherefrom("plan", "--model", model_dir, "--data", corpus_file, "-o", "rank=2", "-o", "damping=none", "--json")
     assert json.loads(done.stdout)["components"][0]["coordinates"] > 0, done.output
+
+
+def test_a_command_without_arguments_shows_its_help_once():
+    done = wherefrom()
+    assert (done.exit_code, done.stdout, done.stderr.count("Usage:")) == (2, "", 1)
+    assert done.stderr.strip() == wherefrom("--help").stdout.strip()
 
 
 def test_help_of_every_command_teaches_by_example():

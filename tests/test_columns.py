@@ -495,7 +495,7 @@ def test_a_small_parquet_file_of_large_values_is_read_in_little_memory(tmp_path)
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{name}.parquet")], check=True, capture_output=True, text=True)
         shown, megabytes = done.stdout.splitlines()
         assert shown.startswith(last)
-        assert int(megabytes) < 1200
+        assert int(megabytes) < 1500  # pyarrow alone: 1,795 and 2,304
     many = pa.ListArray.from_arrays(pa.array([0, 40_000_000], pa.int32()), pa.array(np.zeros(40_000_000, np.int8)))
     pq.write_table(pa.table({"text": ["t"], "x": many}), tmp_path / "many.parquet")
     assert (tmp_path / "many.parquet").stat().st_size < 100_000

@@ -451,7 +451,7 @@ def _text_examples(*texts):
     return [Example(str(i), t, "", np.zeros(2, np.int32), np.zeros(2, bool)) for i, t in enumerate(texts)]
 
 
-def test_word_controls_find_shared_rare_words():
+def test_word_baselines_find_shared_rare_words():
     train = _text_examples("the cat sat on the mat", "the dog lay on the rug", "the zyzzyva ate the mat of the cat")
     baselines = content_baselines(train, _text_examples("a zyzzyva", "dogs lay"))
     for name in ("tfidf", "chars", "bm25"):
@@ -462,7 +462,7 @@ def test_word_controls_find_shared_rare_words():
     assert np.array_equal(baselines["random"], content_baselines(train, _text_examples("x", "y"))["random"])
 
 
-def test_the_hidden_control_is_the_cosine_of_mean_last_states():
+def test_the_hidden_baseline_is_the_cosine_of_mean_last_states():
     model, examples = make_model(), make_examples(6)
     found = hidden_baseline(CausalLM(), model, examples[:4], examples[4:], 64)
     states = []

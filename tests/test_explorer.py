@@ -111,7 +111,7 @@ def test_ask_and_the_right_document_is_on_top_with_its_heat_map(page, server):
     )
 
 
-def test_filters_damping_groups_and_controls_rank_again_at_once(page, server):
+def test_filters_damping_groups_and_baselines_rank_again_at_once(page, server):
     ask(page, prompt="w1 w2 w3", completion=" w4 w5")
     before = page.locator("#proponents .card").all_inner_texts()
     page.fill("#where", 'color == "red"')

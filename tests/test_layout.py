@@ -162,10 +162,10 @@ HEADER = """# The command line
 
 The options of `wherefrom build` and `wherefrom plan` are the fields of `BuildConfig`.
 About a dozen of them have flags, which `--help` shows in panels.
-All others are given as `-o name=value`, such as `-o rank=32`; `--help-all` lists them, and so does the end of this page.
+All others are given as `-o name=value`, such as `-o seed=1`; `--help-all` lists them, and so does the end of this page.
 A TOML file given with `--config` may hold any of them by their names, such as `fit_examples = 512` and `layers = ["h.0.*"]`.
 An option comes from the command line, else from the environment, else from the TOML file; else it has its default.
-In the environment, `wherefrom build -o rank=32` is written as `WHEREFROM_BUILD_RANK=32`.
+In the environment, `wherefrom build -o seed=1` is written as `WHEREFROM_BUILD_SEED=1`.
 
 Results go to standard output, progress and errors to standard error.
 Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity, 130 interrupted.

@@ -223,9 +223,11 @@ def test_spans_of_a_completion_add_up_to_the_whole(client):
     assert_close(scores[0], scores[1] + scores[2], 1e-4, np.abs(scores).max())
     in_text = matrix(client, [Query(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
     assert_close(in_text[0], in_text[1], 1e-5, np.abs(scores).max())
-    for query in (Query("w1", " w3 w3", span="w3"), Query("w1", " w3", span="w1"), Query(text="w1 w2", span="")):
+    for query in (Query("w1", " w3 w3", span="w3"), Query("w1", " w3", span="w1")):
         with pytest.raises(UsageError, match="times in the queried text"):
             client.encode([query])
+    with pytest.raises(UsageError, match="the span is empty"):
+        client.encode([Query(text="w1 w2", span="")])
     with pytest.raises(UsageError, match="needs a completion"):
         Query(text="w1 w2", against="w3")
 
@@ -346,7 +348,7 @@ def hidden_path(tmp_path_factory, model_dir):
     return here / "i"
 
 
-def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
+def test_baselines_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
     from bm25s import BM25, tokenize
     from scipy.stats import spearmanr
     from transformers import AutoModelForCausalLM
@@ -385,7 +387,7 @@ def test_controls_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
             assert baseline.shared == len(set(baseline.rows) & {a.row for a in answer.proponents})
 
 
-def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
+def test_baselines_of_means_and_contrasts_are_means_and_differences(hidden_path):
     def said(queries, **options):
         answers = Client(hidden_path).query_many(queries, k=120, baselines=True, **options)
         return [{c.name: np.array(c.scores)[np.argsort(c.rows)] for c in answer.baselines} for answer in answers]
@@ -404,7 +406,7 @@ def test_controls_of_means_and_contrasts_are_means_and_differences(hidden_path):
     assert np.array_equal(mean["norm"], plain[0]["norm"])
 
 
-def test_controls_on_the_command_line_and_without_hidden_states(hidden_path, index_path):
+def test_baselines_on_the_command_line_and_without_hidden_states(hidden_path, index_path):
     shown = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--baselines"])
     assert shown.exit_code == 0, shown.output
     for name in ("what else would have said", "bm25", "hidden", "norm"):

@@ -310,7 +310,9 @@ def test_hostile_paths_sizes_hosts_and_clients(server):
         assert b"import" not in found
     assert raw(server.port, "POST", "/v1/query", b"x" * (1 << 20 | 1))[0] == 413
     assert raw(server.port, "POST", "/v1/query", b"{}", {"Content-Length": "99999999"})[0] == 413
-    assert raw(server.port, "POST", "/healthz", b"")[0] == 405
+    status, found, _ = raw(server.port, "POST", "/healthz", b"")
+    assert (status, json.loads(found)["detail"]) == (405, "/healthz does not take POST; /docs lists what it takes")
+    assert json.loads(raw(server.port, "GET", "/nothing")[1])["detail"] == "there is no /nothing; /docs lists what there is"
     status, found, headers = raw(server.port, "GET", "/v1/indexes", host="evil.example:80")
     assert (status, found, headers["x-content-type-options"]) == (400, b"Invalid host header", "nosniff")
     for name in ("localhost", "LOCALHOST", "[::1]"):
