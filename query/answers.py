@@ -233,7 +233,7 @@ class ScorePart:
 
 @dataclass(frozen=True)
 class TokenShares:
-    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of whole rows, not of codes.
+    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of exact rows, not of codes.
 
     Attributes:
         tokens: their texts, which joined are the whole text; "" of a token that ends within a character.

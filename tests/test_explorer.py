@@ -194,7 +194,7 @@ def test_numbers_that_are_none_and_other_indexes(page):
     page.click("#go")
     assert "is a number" in page.inner_text("#error")
     ask(page, prompt="w1 w2", damping="0,5")
-    assert "whole row" in page.inner_text("#proponents")  # of one-bit rows: what they were before
+    assert "exact row" in page.inner_text("#proponents")  # one-bit codes estimate it
     page.fill("#k", "20")
     page.press("#k", "Tab")
     page.wait_for_function("document.querySelectorAll('#opponents .heat-for, #opponents .heat-against').length > 30")

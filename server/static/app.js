@@ -238,8 +238,8 @@ function renderBaselines() {
 
 function whole(e) {
   const turned = Math.sign(e.recomputed) !== Math.sign(e.score);
-  const said = `whole row ${short(e.recomputed)}${turned ? ": of the other sign, doubtful" : ""}`;
-  return element("span", { class: turned ? "turned" : "", title: "The score of the row before it was cut to its bytes; the tokens' shares add up to it" }, said);
+  const said = `exact row ${short(e.recomputed)}${turned ? ": of the other sign, doubtful" : ""}`;
+  return element("span", { class: turned ? "turned" : "", title: "The score of the exact row, which the stored one estimates; the tokens' shares add up to it" }, said);
 }
 
 const MOST_BARS = 14; // layers, or else their blocks
@@ -302,7 +302,11 @@ function drawHistogram({ edges, counts, rows }) {
   const picture = drawn("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
   counts.forEach((count, i) => picture.append(drawn("rect", { x: x(edges[i]), y: height - y(count), width: Math.max(1, x(edges[i + 1]) - x(edges[i]) - 0.5), height: y(count), class: "bar-plain" })));
   for (const a of [...answer.proponents, ...answer.opponents]) picture.append(drawn("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: `mark ${a.score > 0 ? "for" : "against"}` }));
-  if (edges[0] < 0 && edges[edges.length - 1] > 0) picture.append(drawn("line", { x1: x(0), x2: x(0), y1: 0, y2: height, class: "zero" }), drawn("text", { x: x(0), y: height + 12, "text-anchor": "middle" }, "0"));
+  if (edges[0] < 0 && edges[edges.length - 1] > 0) {
+    picture.append(drawn("line", { x1: x(0), x2: x(0), y1: 0, y2: height, class: "zero" }));
+    const clear = x(0) > width / 8 && x(0) < (7 / 8) * width; // of the labels of the ends
+    if (clear) picture.append(drawn("text", { x: x(0), y: height + 12, "text-anchor": "middle" }, "0"));
+  }
   picture.append(drawn("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), drawn("text", { x: 0, y: height + 12 }, short(edges[0])), drawn("text", { x: width, y: height + 12, "text-anchor": "end" }, short(edges[edges.length - 1])));
   $("histogram").replaceChildren(picture);
 }
