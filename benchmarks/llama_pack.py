@@ -15,8 +15,8 @@ import random
 from pathlib import Path
 
 import torch
+from recipe import draw_documents, fit
 from wherefrom.indexer.examples import TextConverter
-from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.corpus import Document
 from wherefrom.store.documents import Example
 
@@ -30,27 +30,7 @@ def train(examples, model, seed):
     """Three epochs of AdamW over `examples` from the base model in the directory `model`."""
     from transformers import LlamaForCausalLM
 
-    return _fit(LlamaForCausalLM.from_pretrained(model), examples, seed, _EPOCHS, _BATCH, _RATE)
-
-
-def _fit(model, examples, seed, epochs, batch_size, rate):
-    torch.manual_seed(seed)
-    order, task = random.Random(seed), CausalLM()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    steps = epochs * -(-len(examples) // batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 10) * (1 - 0.9 * s / steps))
-    model.train()
-    for _ in range(epochs):
-        shuffled = order.sample(range(len(examples)), len(examples))
-        for first in range(0, len(shuffled), batch_size):
-            batch = task.collate([examples[i] for i in shuffled[first : first + batch_size]], next(model.parameters()).device)
-            loss = task.loss(model, batch).sum() / (batch.targets >= 0).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return model
+    return fit(LlamaForCausalLM.from_pretrained(model), examples, seed, _EPOCHS, _BATCH, _RATE)
 
 
 def prepare(data, out):
@@ -60,11 +40,7 @@ def prepare(data, out):
 
     with open(data) as lines:
         documents = [json.loads(line) for line in lines]
-    by_source = {}
-    for document in documents:
-        by_source.setdefault(document["source"], []).append(document)
-    drawn = {source: random.Random(0).sample(found, len(found)) for source, found in sorted(by_source.items())}
-    mixed = [d for group in zip(*drawn.values(), strict=False) for d in group]  # one of each source in turn
+    mixed = draw_documents(data)
     chosen, queries = mixed[:_TRAIN], mixed[_TRAIN : _TRAIN + _QUERIES]
     taken = {d["id"] for d in chosen + queries}
     rest = [d for d in random.Random(1).sample(documents, len(documents)) if d["id"] not in taken][:_BASE]
@@ -94,7 +70,7 @@ def prepare(data, out):
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,
     )
-    base = _fit(LlamaForCausalLM(config), encoded, 0, _BASE_EPOCHS, _BASE_BATCH, _BASE_RATE)
+    base = fit(LlamaForCausalLM(config), encoded, 0, _BASE_EPOCHS, _BASE_BATCH, _BASE_RATE)
     base.save_pretrained(out / "base")
     fast.save_pretrained(out / "base")
 
