@@ -18,11 +18,29 @@ from torch import Tensor, nn
 from ..store.errors import UsageError
 from ..store.manifest import Layer
 from ..store.shapes import Float, Int
+from .batches import Batch
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
 Inputs = Float[Tensor, "batch tokens in_rank"] | Int[Tensor, "batch tokens"]  # of embeddings, token ids
-Visit = Callable[[Layer, Inputs, Float[Tensor, "batch tokens out_rank"]], None]
+Visit = Callable[[Layer, Inputs, Float[Tensor, "batch tokens out_rank"], Batch], None]
+
+
+class Window:
+    """The tokens of a batch that its model computes now: all of them, or some columns, while its output head is computed piece by piece."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.part = batch
+
+    @contextmanager
+    def columns(self, first: int, last: int) -> Iterator[Batch]:
+        """Compute only the columns from `first` to `last`, the last not included."""
+        self.part = self.batch.columns(first, last)
+        try:
+            yield self.part
+        finally:
+            self.part = self.batch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,25 +49,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def capture(
-    model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], shape: tuple[int, int], visit: Visit
-) -> Iterator[None]:
-    """Call `visit(layer, x, d)` for every call of a tracked layer in every forward and backward pass of `model` while open.
+def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], batch: Batch, visit: Visit) -> Iterator[Window]:
+    """Call `visit(layer, x, d, part)` for every call of a tracked layer in every forward and backward pass of `model` while open.
 
     Args:
         model: with frozen weights.
         layers: the tracked layers; a layer that runs several times in a pass (shared weights) is visited each time.
         maps: layer name -> (input map, output map), on the layer's device; None is the identity. Layers that share an input and hold
             the same map object project it once.
-        shape: examples and padded tokens of the batch; layers may see them as one list, or with dimensions of size one between.
+        batch: its layers may see examples and tokens as one list, or with dimensions of size one between.
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients [batch, tokens, out_rank] in float32 (float64 for a
             float64 model), both on the layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs.
+            `part` is the part of the batch whose tokens these are.
+
+    Yields:
+        The window of the tokens that the model computes.
 
     Raises:
         UsageError: a tracked layer sees something that is not one vector for each token of each example.
     """
     modules = dict(model.named_modules())
     recent: list[tuple[Tensor, int, Map, Geometry, Tensor]] = []
+    window = Window(batch)
 
     def project(x: Tensor, map_: Map) -> Tensor:
         x = x.detach()
@@ -66,6 +87,7 @@ def capture(
     def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
         if isinstance(module, nn.Conv2d):
             return value
+        shape = window.part.valid.shape
         leading = [size for size in value.shape[:-1] if size != 1]
         if leading == [size for size in shape if size != 1] or leading == [shape[0] * shape[1]]:
             return value.reshape(*shape, value.shape[-1])
@@ -84,7 +106,7 @@ def capture(
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                visit(layer, x.to(device), by_example(module, project(d, output_map), layer).to(device))
+                visit(layer, x.to(device), by_example(module, project(d, output_map), layer).to(device), window.part)
 
             output.register_hook(backward)
             return output
@@ -93,7 +115,7 @@ def capture(
 
     handles = [modules[layer.name].register_forward_hook(hook(layer, *maps[layer.name])) for layer in layers]
     try:
-        yield
+        yield window
     finally:
         for handle in handles:
             handle.remove()
@@ -116,7 +138,7 @@ class GradientSum:
     def __init__(self) -> None:
         self.by_layer: dict[str, Float[Tensor, "batch n"]] = {}
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: Float[Tensor, "b t o"]) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: Float[Tensor, "b t o"], part: Batch) -> None:
         """Add one call of a layer; a `Visit`."""
         gradient = torch.einsum("bto,bti->boi", d, x).flatten(1)
         total = self.by_layer.get(layer.name)

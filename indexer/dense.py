@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..store.manifest import DenseComponent, Layer
 from ..store.shapes import Float
 from ..store.vectors import DenseVectors
+from .batches import Batch
 from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import whitening_scale
 from .models import layer_device, layer_sizes
 from .projection import random_projection
-from .tasks import Batch
 
 
 class DenseEncoder:
@@ -44,6 +44,9 @@ class DenseEncoder:
         self.arrays = arrays
         self._devices = {name: layer_device(model, name) for name in component.layer_names}
         self._dtype = next(model.parameters()).dtype
+
+    undivided = False
+    """Whether rows need the gradients of all logits at once."""
 
     def matches(self, layer: Layer, module: nn.Module) -> bool:
         """Return True if a module is linear and has the layer's sizes."""

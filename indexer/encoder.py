@@ -23,16 +23,15 @@ from ..store.kinds import KINDS
 from ..store.manifest import Component, Layer
 from ..store.shapes import Float, Float32
 from ..store.vectors import Rows
+from .batches import Batch
 from .capture import Inputs, Map, capture
 from .dense import DenseEncoder
 from .hidden import hidden_means
 from .sparse import SparseEncoder
-from .tasks import Batch, Task
+from .tasks import LOSS, Objective, Task
 
 Progress = Callable[[int, int], None]
 """Callback after each batch, with its numbers of examples and tokens."""
-Objective = Callable[[nn.Module, Batch], Float[Tensor, "batch"]]
-"""A task's loss or measurement."""
 COMPONENT_ENCODERS: dict[str, type[DenseEncoder] | type[SparseEncoder]] = {"dense": DenseEncoder, "sparse": SparseEncoder}
 """By kind of component, the class that computes its rows."""
 
@@ -43,13 +42,15 @@ class EncodedBatch:
 
     Attributes:
         positions: of its examples.
-        rows: by component.
+        rows: by component, as an index stores them before they are coded.
+        exact: by component, with all tokens.
         losses: of the examples, or measurements, under the last model (nats); NaN where they are not finite.
         hidden: mean last hidden states under the last model; None if the settings leave them out.
     """
 
     positions: list[int]
     rows: Rows
+    exact: Rows
     losses: Float[np.ndarray, " batch"]
     hidden: Float32[np.ndarray, "batch width"] | None
 
@@ -65,8 +66,16 @@ class Visitor(Protocol):
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens out_rank"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens out_rank"], part: Batch) -> None:
         """Process one call of one layer."""
+
+
+@runtime_checkable
+class Meter(Visitor, Protocol):
+    """A visitor of many batches, which sums over their examples."""
+
+    def end(self) -> None:
+        """End a batch."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,12 @@ class Encoder:
         return encoders
 
     def batches(
-        self, examples: Sequence[Example], progress: Progress = ignore_progress, queries: bool = False, tolerant: bool = False
+        self,
+        examples: Sequence[Example],
+        progress: Progress = ignore_progress,
+        queries: bool = False,
+        tolerant: bool = False,
+        meters: Sequence[Meter] = (),
     ) -> Iterator[EncodedBatch]:
         """Yield whitened rows, batch by batch; float32 (dense rows of a float64 model: float64).
 
@@ -140,34 +154,40 @@ class Encoder:
         Args:
             queries: use the task's measurement instead of its loss.
             tolerant: give an example whose loss or gradient is not finite rows of zeros, and NaN as its loss.
+            meters: also visit the last model's layers.
 
         Raises:
             NumericalError: a loss or a row is not finite and not tolerated; names the example.
         """
-        objective = self.task.measurement if queries else self.task.loss
+        undivided = any(encoder.undivided for encoder in self.component_encoders.values())
+        objective = Objective(query=queries, undivided=undivided)
         for positions, batch in self.task.batches(self.models, examples, self.settings.batch_tokens):
             broken = torch.zeros(len(positions), dtype=torch.bool)
             collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
             with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
                 for number, model in enumerate(self.models):
-                    visitors = [collectors[c.name] for c in self.settings.components if c.model == number]
+                    visitors: list[Visitor] = [collectors[c.name] for c in self.settings.components if c.model == number]
                     if visitors:
-                        losses = backward(model, batch, visitors, objective, tolerant)
+                        visitors += meters if model is self.model else ()
+                        losses = backward(self.task, model, batch, visitors, objective, tolerant)
                         broken |= ~torch.isfinite(losses.cpu())
-            rows = {name: collector.rows() for name, collector in collectors.items()}
+            for meter in meters:
+                meter.end()
+            exact = {name: collector.rows() for name, collector in collectors.items()}
             hidden = means(batch) if means else None
-            for vectors in rows.values():
+            for vectors in exact.values():
                 squares = torch.from_numpy(vectors.squared_norms[:, None])
                 if not tolerant:
                     check_finite(squares, batch, "gradient")
                 broken |= ~torch.isfinite(squares).all(dim=1)
             if broken.any():
                 losses = losses.masked_fill(broken.to(losses.device), torch.nan)
-                for vectors in rows.values():
+                for vectors in exact.values():
                     vectors.clear(broken.numpy())
                 if hidden is not None:
                     hidden[broken.numpy()] = 0.0
-            yield EncodedBatch(positions, rows, losses.float().cpu().numpy(), hidden)
+            rows = {c.name: KINDS[c.kind].stored(exact[c.name], c) for c in self.settings.components}
+            yield EncodedBatch(positions, rows, exact, losses.float().cpu().numpy(), hidden)
             progress(len(positions), int(batch.valid.sum()))
 
     def rows(
@@ -183,7 +203,7 @@ class Encoder:
 
 
 def backward(
-    model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective, tolerant: bool = False
+    task: Task, model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective = LOSS, tolerant: bool = False
 ) -> Float[Tensor, " batch"]:
     """Run one forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
@@ -194,8 +214,11 @@ def backward(
         NumericalError: a loss is not finite and not tolerated; names the example.
     """
     broken = torch.zeros(len(batch.ids), dtype=torch.bool)
-    owners = {layer.name: visitor for visitor in visitors for layer in visitor.layers}
-    layers = [layer for visitor in visitors for layer in visitor.layers]
+    owners: dict[str, list[Visitor]] = {}
+    for visitor in visitors:
+        for layer in visitor.layers:
+            owners.setdefault(layer.name, []).append(visitor)
+    layers = list({layer.name: layer for visitor in visitors for layer in visitor.layers}.values())
     maps = {name: pair for visitor in visitors for name, pair in visitor.maps.items()}
     embeddings = {layer.name for layer in layers if isinstance(model.get_submodule(layer.name), nn.Embedding)}
 
@@ -205,22 +228,24 @@ def backward(
             broken.logical_or_(invalid.cpu())
             batch.valid[invalid.to(batch.valid.device)] = False
 
-    def visit(layer: Layer, x: Tensor, d: Tensor) -> None:
+    def accept(values: Tensor) -> None:
+        """Drop the examples that have values which are not finite, or refuse the first."""
+        if tolerant:
+            drop(~torch.isfinite(values).all(dim=1))
+        else:
+            check_finite(values, batch, "loss")
+
+    def visit(layer: Layer, x: Tensor, d: Tensor, part: Batch) -> None:
         if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not finite, or their sum overflows
             invalid = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
             drop(invalid)
             d = d.masked_fill(invalid[:, None, None], 0)
             x = x if layer.name in embeddings else x.masked_fill(invalid[:, None, None], 0)
-        owners[layer.name](layer, x, d)
+        for visitor in owners[layer.name]:
+            visitor(layer, x, d, part)
 
-    with capture(model, layers, maps, (batch.valid.shape[0], batch.valid.shape[1]), visit):
-        losses = objective(model, batch)
-        if tolerant:
-            drop(~torch.isfinite(losses.detach()))
-        else:
-            check_finite(losses.detach()[:, None], batch, "loss")
-        losses.sum().backward()
-    losses = losses.detach()
+    with capture(model, layers, maps, batch, visit) as window:
+        losses = task.differentiate(model, objective, window, accept)
     return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses
 
 

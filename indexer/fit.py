@@ -7,43 +7,32 @@ that use the same labels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..store.documents import Example
 from ..store.errors import NumericalError
 from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
 from ..store.shapes import Float
 from . import sparse
+from .batches import Batch
 from .capture import GradientSum, Map
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, choose_curvature, whitening_scale
-from .encoder import Encoder, EncoderSettings, Objective, Progress, backward, ignore_progress
+from .encoder import Encoder, EncoderSettings, Meter, Progress, backward, ignore_progress
 from .projection import principal_projection
-from .tasks import Batch, Task
+from .tasks import Objective
 
 _PCA = ("input_covariance", "output_covariance")
 
 
 @runtime_checkable
-class Meter(Protocol):
-    """Sums of a component's statistics, batch by batch."""
+class StatisticsMeter(Meter, Protocol):
+    """A meter of a component's statistics."""
 
-    layers: Sequence[Layer]
-    maps: Mapping[str, tuple[Map, Map]]
     sums: dict[str, Tensor]
-
-    def begin(self, batch: Batch) -> None:
-        """Start a batch."""
-
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
-        """Process one call of one layer."""
-
-    def end(self) -> None:
-        """End the batch."""
 
 
 @runtime_checkable
@@ -52,13 +41,15 @@ class ComponentFit(Protocol):
 
     Attributes:
         passes: number of passes over the sample.
-        label_seed: seed of labels that are sampled from the model; None for the data's labels, and for a closed form.
+        label_seed: seed of labels that are sampled from the model; None for the data's labels.
+        any_labels: the statistics do not depend on labels.
     """
 
     passes: int
     label_seed: int | None
+    any_labels: bool
 
-    def meter(self, number: int, encoder: Encoder) -> Meter:
+    def meter(self, number: int, encoder: Encoder) -> StatisticsMeter:
         """Create the sums of a pass."""
 
     def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -82,10 +73,12 @@ class Fit:
     def steps(self) -> list[list[tuple[Component, int]]]:
         """The components of each step, each with the number of its pass."""
         steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
-        for component in self.settings.components:
+        for component in sorted(self.settings.components, key=lambda c: component_fit(c).any_labels):
             fit = component_fit(component)
             for number in range(fit.passes):
                 order = (number, component.model, fit.label_seed, component.curvature.labels == "expected")
+                if fit.any_labels:
+                    order = next((other for other in steps if other[:2] == order[:2] and not other[3]), order)
                 steps.setdefault(order, []).append((component, number))
         return [steps[o] for o in sorted(steps, key=lambda o: (o[0], o[1], o[2] is not None, o[3]))]
 
@@ -103,16 +96,15 @@ class Fit:
         first = members[0][0]
         model = encoder.models[first.model]
         classes = encoder.task.classes(model) if first.curvature.labels == "expected" else None
-        objectives: list[Objective] = [partial(encoder.task.loss, sample_seed=component_fit(first).label_seed)]
+        objectives = [Objective(label_seed=component_fit(first).label_seed)]
         if classes is not None:
-            objectives = [partial(_weighted_loss, encoder.task, label=label) for label in range(classes)]
+            objectives = [Objective(label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}
         for positions, batch in encoder.task.batches((model,), examples, self.settings.batch_tokens):
             finite = torch.ones(len(positions), dtype=torch.bool)
             for objective in objectives:
-                for meter in meters.values():
-                    meter.begin(batch)
-                finite &= torch.isfinite(backward(model, batch, list(meters.values()), objective, tolerant=True).cpu())
+                values = backward(encoder.task, model, batch, list(meters.values()), objective, tolerant=True)
+                finite &= torch.isfinite(values.cpu())
                 for meter in meters.values():
                     meter.end()
             counts["examples"] += int(finite.sum())
@@ -140,15 +132,6 @@ class Fit:
         return arrays
 
 
-def _weighted_loss(task: Task, model: nn.Module, batch: Batch, label: int) -> Float[Tensor, " batch"]:
-    """The loss for a label, times the square root of its probability under the model.
-
-    Squares of gradients, summed over all labels, are then their expectation under the model.
-    """
-    losses = task.loss(model, replace(batch, targets=torch.full_like(batch.targets, label)))
-    return losses * torch.exp(-losses.detach() / 2)
-
-
 @dataclass(frozen=True)
 class SparseFit:
     """Fit of a sparse component in a single pass; see `ComponentFit`."""
@@ -159,10 +142,14 @@ class SparseFit:
     @property
     def label_seed(self) -> int | None:
         """See `ComponentFit`."""
-        closed_form = self.component.role == "head" and not self.component.postprocessed
-        return self.component.seed if self.component.curvature.labels == "sampled" and not closed_form else None
+        return self.component.seed if self.component.curvature.labels == "sampled" and not self.any_labels else None
 
-    def meter(self, number: int, encoder: Encoder) -> Meter:
+    @property
+    def any_labels(self) -> bool:
+        """See `ComponentFit`."""
+        return self.component.closed_form
+
+    def meter(self, number: int, encoder: Encoder) -> StatisticsMeter:
         """See `ComponentFit`."""
         return sparse.SparseMeter(self.component)
 
@@ -180,18 +167,19 @@ class DenseFit:
     """Fit of a dense component: PCA if configured, then the passes that its layers' curvature declares; see `ComponentFit`."""
 
     component: DenseComponent
+    any_labels = False
 
     @property
     def passes(self) -> int:
         """See `ComponentFit`."""
-        return _pca(self.component) + max(len(STRATEGIES[layer.curvature].passes) for layer in self.component.layers)
+        return max(len(_layer_passes(self.component, layer)) for layer in self.component.layers)
 
     @property
     def label_seed(self) -> int | None:
         """See `ComponentFit`."""
         return self.component.seed if self.component.curvature.labels == "sampled" else None
 
-    def meter(self, number: int, encoder: Encoder) -> Meter:
+    def meter(self, number: int, encoder: Encoder) -> StatisticsMeter:
         """See `ComponentFit`."""
         return DenseMeter(self.component, number, encoder.component_encoders[self.component.name].maps)  # type: ignore[union-attr]
 
@@ -232,19 +220,17 @@ class DenseMeter:
         unprojected = number < _pca(component)
         self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if unprojected else maps[n.name] for n in self.layers}
         self.sums: dict[str, Tensor] = {}
-
-    def begin(self, batch: Batch) -> None:
-        """See `Meter`."""
         self._gradients = GradientSum()
-        self._valid = batch.valid
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"]) -> None:
+    def __call__(
+        self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"], part: Batch
+    ) -> None:
         """See `Meter`."""
         for statistic in self._computed[layer.name]:
             if statistic in TOKEN_STATISTICS:
-                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, self._valid.to(x)))
+                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, part.valid.to(x)))
         if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
-            self._gradients(layer, x, d)
+            self._gradients(layer, x, d, part)
 
     def end(self) -> None:
         """See `Meter`."""
@@ -252,6 +238,7 @@ class DenseMeter:
             for statistic in self._computed[layer.name]:
                 if statistic in GRADIENT_STATISTICS and layer.name in self._gradients.by_layer:
                     self._add(layer, statistic, GRADIENT_STATISTICS[statistic](self._gradients.by_layer[layer.name]))
+        self._gradients = GradientSum()
 
     def _add(self, layer: Layer, statistic: str, value: Tensor) -> None:
         name = f"{layer.name}/{statistic}"
@@ -259,19 +246,27 @@ class DenseMeter:
 
 
 def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
+    """Compute a dense component's arrays after a pass.
+
+    The moments of projected inputs and output gradients are projections of the unprojected moments, from which the principal components
+    come: one pass serves both.
+    """
     arrays: Arrays = {}
     for layer in component.layers:
+        passes = _layer_passes(component, layer)
         names = _statistics(component, number, layer)
         statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in names}
+        results: Arrays = {}
         if number < _pca(component):
-            projections = {
-                "input_projection": principal_projection(statistics["input_covariance"], layer.input_rank),
-                "output_projection": principal_projection(statistics["output_covariance"], layer.output_rank),
-            }
-            arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in projections.items() if array is not None}
-        elif statistics:
-            results = STRATEGIES[layer.curvature].finish[number - _pca(component)](statistics, examples)
-            arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in results.items()}
+            for side, rank in (("input", layer.input_rank), ("output", layer.output_rank)):
+                projection = principal_projection(statistics[f"{side}_covariance"], rank)
+                if projection is not None:
+                    results[f"{side}_projection"] = projection
+                    statistics[f"{side}_covariance"] = projection @ statistics[f"{side}_covariance"] @ projection.T
+        finished = number - (len(passes) - len(STRATEGIES[layer.curvature].passes))
+        if names and finished >= 0:
+            results |= STRATEGIES[layer.curvature].finish[finished](statistics, examples)
+        arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in results.items()}
     return arrays
 
 
@@ -309,10 +304,16 @@ def _finite(value: np.ndarray | None, statistic: str, layer: str) -> np.ndarray:
 
 
 def _statistics(component: DenseComponent, number: int, layer: Layer) -> tuple[str, ...]:
-    if number < _pca(component):
-        return _PCA
+    passes = _layer_passes(component, layer)
+    return passes[number] if number < len(passes) else ()
+
+
+def _layer_passes(component: DenseComponent, layer: Layer) -> tuple[tuple[str, ...], ...]:
+    """The statistics of a layer's passes: those of the principal components, then the curvature's, whose first may be among them."""
     passes = STRATEGIES[layer.curvature].passes
-    return passes[number - _pca(component)] if number - _pca(component) < len(passes) else ()
+    if not _pca(component):
+        return passes
+    return passes if passes and set(passes[0]) >= set(_PCA) else (_PCA, *passes)
 
 
 def _pca(component: DenseComponent) -> int:

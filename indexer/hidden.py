@@ -9,20 +9,26 @@ from torch import Tensor, nn
 
 from ..store.documents import Example
 from ..store.shapes import Float32
-from .tasks import Batch, Task
+from .batches import Batch
+from .tasks import Task
 
 
 @contextmanager
 def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Float32[np.ndarray, "batch width"]]]:
-    """Capture the inputs of the task's prediction layer; the value is a function that averages those of the last batch over tokens."""
+    """Capture the inputs of the task's prediction layer; the value is a function that averages those of the batch since its last call."""
     states: list[Tensor] = []
 
     def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        states[:] = [args[0].detach()]
+        states.append(args[0].detach())
 
     def means(batch: Batch) -> Float32[np.ndarray, "batch width"]:
         valid = batch.valid.to(states[0].device)
-        valid_states = states[0].reshape(*valid.shape, -1).float() * valid[..., None]
+        pieces: list[Tensor] = []
+        while sum(piece.shape[1] for piece in pieces) < valid.shape[1]:  # before these there may be those of a probe
+            state = states.pop()
+            pieces.insert(0, state.reshape(len(valid), -1, state.shape[-1]))
+        states.clear()
+        valid_states = torch.cat(pieces, dim=1).float() * valid[..., None]
         return (valid_states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
 
     handle = task.head(model).register_forward_pre_hook(capture)

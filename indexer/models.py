@@ -576,10 +576,11 @@ def _spread_tokens(model: nn.Module) -> Tensor:
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """A causal language model's logits, without its cache."""
-    return model(input_ids=tokens, **_without_cache(model)).logits
+    return model(input_ids=tokens, **without_cache(model)).logits
 
 
-def _without_cache(model: nn.Module) -> dict[str, bool]:
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that turns a model's cache off, if it has one."""
     parameters = inspect.signature(model.forward).parameters
     accepted = "use_cache" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return {"use_cache": False} if accepted else {}

@@ -16,10 +16,12 @@ from ..store.documents import Example
 from ..store.manifest import Layer
 from ..store.shapes import Float, Float64
 from ..store.vectors import DenseVectors, Rows, SparseVectors
+from .batches import Batch
 from .capture import Inputs, Map
 from .dense import DenseEncoder
 from .encoder import Encoder, backward
 from .sparse import SparseEncoder
+from .tasks import LOSS, MEASUREMENT
 
 
 class DenseShares:
@@ -35,12 +37,12 @@ class DenseShares:
             layer.name: torch.stack([encoder.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
             for layer in self.layers
         }
-        self.shares: Tensor | None = None
+        self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens out"], part: Batch) -> None:
         """Add the layer's call."""
         shares = ((d[0] @ self._adjoints[layer.name]) * x[0]).sum(2).double().cpu()
-        self.shares = shares if self.shares is None else self.shares + shares
+        self.shares[:, part.first : part.first + shares.shape[1]] += shares
 
 
 class SparseShares:
@@ -49,27 +51,26 @@ class SparseShares:
     def __init__(self, encoder: SparseEncoder, others: Sequence[SparseVectors], inputs: Tensor) -> None:
         self.predicted = encoder.component.role == "head"
         self._encoder = encoder
-        self._inputs = inputs[0].to(encoder.device)
         self.layers: Sequence[Layer] = (encoder.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         self._adjoints: list[tuple[Tensor, Tensor]] = []
         for row in others:
             keys = torch.from_numpy(row.keys.astype(np.int64)).to(encoder.device)
             self._adjoints.append((keys, encoder.adjoint(keys, torch.from_numpy(row.vectors).to(encoder.device))))
-        self.shares: Tensor | None = None
+        self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
         """Add the layer's call."""
         shares = torch.stack([self._product(keys, adjoint, x[0], d[0]) for keys, adjoint in self._adjoints])
-        self.shares = shares if self.shares is None else self.shares + shares
+        self.shares[:, part.first : part.first + shares.shape[1]] += shares.cpu()
 
     def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: Float[Tensor, "tokens outputs"]) -> Tensor:
         if not len(keys):
-            return torch.zeros(len(self._inputs), dtype=torch.float64, device=d.device)
+            return torch.zeros(len(d), dtype=torch.float64, device=d.device)
         if self._encoder.component.role == "head":
             return (d[:, keys] * (x @ adjoint.T)).sum(1).double()
-        positions = torch.searchsorted(keys, self._inputs).clamp(max=len(keys) - 1)
-        return torch.where(keys[positions] == self._inputs, (d * adjoint[positions]).sum(1), 0.0).double()
+        positions = torch.searchsorted(keys, x).clamp(max=len(keys) - 1)
+        return torch.where(keys[positions] == x, (d * adjoint[positions]).sum(1), 0.0).double()
 
 
 SHARES: dict[str, type[DenseShares] | type[SparseShares]] = {"dense": DenseShares, "sparse": SparseShares}
@@ -95,9 +96,8 @@ def token_shares(encoder: Encoder, example: Example, others: Sequence[Rows], que
     for number, model in enumerate(encoder.models):
         active = [visitors[c.name] for c in encoder.settings.components if c.model == number and c.name in visitors]
         if active:
-            backward(model, batch, active, task.measurement if query else task.loss)
+            backward(task, model, batch, active, MEASUREMENT if query else LOSS)
     for visitor in visitors.values():
-        assert visitor.shares is not None
         first = int(visitor.predicted)
-        shares[:, first : shares.shape[1] - 1 + first] += visitor.shares.cpu().numpy()
+        shares[:, first : shares.shape[1] - 1 + first] += visitor.shares.numpy()
     return shares

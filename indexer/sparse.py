@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from ..store.manifest import Layer, SparseComponent
 from ..store.shapes import Float, Float64, Int
 from ..store.vectors import SparseVectors
+from .batches import IGNORED, Batch
 from .capture import Inputs, Map, accumulation_dtype
 from .curvature import Arrays
 from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
-from .tasks import IGNORED, Batch
 
 STATISTICS = ("moment", "vocabulary", "tokens")
 
@@ -73,6 +73,11 @@ class SparseEncoder:
             )
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
 
+    @property
+    def undivided(self) -> bool:
+        """Whether rows need the gradients of all logits at once: those with the most probable tokens, to select them."""
+        return self.component.extra_tokens > 0
+
     def matches(self, layer: Layer, module: nn.Module) -> bool:
         """Return True if a module is of the layer's type and has its sizes."""
         if self.component.role == "embeddings":
@@ -98,81 +103,104 @@ class SparseCollector:
 
     def __init__(self, encoder: SparseEncoder, batch: Batch) -> None:
         self._encoder = encoder
-        self._batch = batch
         self.layers: Sequence[Layer] = (encoder.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         tokens = batch.targets if encoder.component.role == "head" else batch.inputs.masked_fill(~batch.valid, IGNORED)
-        self._keys = [torch.unique(row[row != IGNORED]).to(encoder.device) for row in tokens]
-        self._sums: list[Tensor] | None = None
+        keys = [np.unique(row[row != IGNORED]) for row in tokens.cpu().numpy()]
+        self._counts = np.array([len(row) for row in keys])
+        self._keys = _padded(keys).to(encoder.device)
+        self._sums: Tensor | None = None
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
         """Add the layer's call; a `Visit`."""
-        if self._encoder.component.role == "head":
-            if self._encoder.component.extra_tokens and self._sums is None:
-                self._keys = [self._with_others(d[i], keys) for i, keys in enumerate(self._keys)]
-            sums = [d[i][:, keys].T @ x[i] for i, keys in enumerate(self._keys)]
-        else:
-            sums = [self._by_token(d[i], i) for i in range(len(self._keys))]
-        self._sums = sums if self._sums is None else [a + b for a, b in zip(self._sums, sums, strict=True)]
+        if self._encoder.component.role == "embeddings":
+            self._add(self._by_token(x, d, part))
+            return
+        if self._encoder.component.extra_tokens and self._sums is None:
+            self._add_others(d)
+        columns = torch.gather(d, 2, self._keys[:, None].expand(-1, d.shape[1], -1))
+        self._add(columns.transpose(1, 2) @ x)
 
-    def _with_others(self, d: Float[Tensor, "tokens vocabulary"], keys: Int[Tensor, " keys"]) -> Int[Tensor, " more_keys"]:
-        """The predicted tokens and the most probable others (those whose gradients, summed over positions, are largest)."""
-        mass = d.sum(0).index_fill(0, keys, -torch.inf)
-        others = torch.topk(mass, min(self._encoder.component.extra_tokens, len(mass) - len(keys))).indices
-        return torch.sort(torch.cat([keys, others])).values
+    def _add(self, gradients: Float[Tensor, "batch keys width"]) -> None:
+        self._sums = gradients if self._sums is None else self._sums.add_(gradients)
 
-    def _by_token(self, d: Float[Tensor, "tokens width"], example: int) -> Float[Tensor, "keys width"]:
-        keys = self._keys[example]
-        valid = self._batch.valid[example].to(d.device)
-        positions = torch.searchsorted(keys, self._batch.inputs[example].to(d.device)[valid])
-        return d.new_zeros(len(keys), d.shape[1]).index_add_(0, positions, d[valid])
+    def _add_others(self, d: Float[Tensor, "batch tokens vocabulary"]) -> None:
+        """Add the most probable tokens that are not predicted (those whose gradients, summed over positions, are largest)."""
+        keys = []
+        for i, count in enumerate(self._counts):
+            predicted = self._keys[i, :count]
+            mass = d[i].sum(0).index_fill(0, predicted, -torch.inf)
+            others = torch.topk(mass, min(self._encoder.component.extra_tokens, len(mass) - count)).indices
+            keys.append(torch.sort(torch.cat([predicted, others])).values.cpu().numpy())
+        self._counts = np.array([len(row) for row in keys])
+        self._keys = _padded(keys).to(d.device)
+
+    def _by_token(self, x: Inputs, d: Float[Tensor, "batch tokens width"], part: Batch) -> Float[Tensor, "batch keys width"]:
+        keys = self._keys.contiguous()
+        positions = torch.searchsorted(keys, x.contiguous()).clamp(max=keys.shape[1] - 1)
+        gradients = d.masked_fill(~part.valid.to(d.device)[..., None], 0)
+        sums = d.new_zeros(*keys.shape, d.shape[2])
+        return sums.scatter_add_(1, positions[..., None].expand_as(d), gradients)
 
     def rows(self) -> SparseVectors:
         """The batch's whitened rows, by token."""
         encoder = self._encoder
-        limit = encoder.component.max_tokens
-        keys = []
-        vectors = []
-        counts = []
-        totals = []
-        for tokens, gradient in zip(self._keys, self._sums or [], strict=True):
-            z = (gradient @ encoder.basis) * encoder.scale(tokens)
-            energy = z.square().sum(1)
-            totals.append(float(energy.double().sum()))
-            if limit is not None and len(tokens) > limit:
-                largest = torch.sort(torch.topk(energy, limit).indices).values
-                tokens, z = tokens[largest], z[largest]  # noqa: PLW2901
-            keys.append(tokens.cpu().numpy())
-            vectors.append(z.float().cpu().numpy())
-            counts.append(len(tokens))
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        return SparseVectors(indptr, np.concatenate(keys), np.concatenate(vectors), np.array(totals))
+        filled = torch.arange(self._keys.shape[1])[None] < torch.from_numpy(self._counts)[:, None]
+        indptr = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
+        if self._sums is None:
+            empty = np.zeros(len(indptr), np.int64)
+            return SparseVectors(empty, np.zeros(0, np.int64), np.zeros((0, encoder.component.width), np.float32))
+        entries = filled.to(encoder.device)
+        keys = self._keys[entries]
+        whitened = (self._sums[entries] @ encoder.basis) * encoder.scale(keys)
+        return SparseVectors(indptr, keys.cpu().numpy(), whitened.float().cpu().numpy())
+
+
+def _padded(keys: Sequence[np.ndarray]) -> Int[Tensor, "rows keys"]:
+    """Stack ascending tokens of several examples; the last token of each is repeated at its end."""
+    width = max(1, *(len(row) for row in keys))
+    return torch.from_numpy(np.stack([np.pad(row, (0, width - len(row)), mode="edge" if len(row) else "constant") for row in keys]))
 
 
 class HeadMean:
-    """Visitor that sums the head's full whitened gradients over examples, for the tokens of largest variance, to see whether they cancel.
+    """Meter of the head's full whitened gradients, for the tokens of largest variance, which shows whether they cancel.
 
     Rows hold only predicted tokens, whose gradients never cancel; over all tokens they do where training has brought the head to a
     stationary point of the loss.
+
+    Args:
+        tokens: number of tokens.
+        examples: number of examples (batches are summed whole) after which it ignores others.
     """
 
-    def __init__(self, encoder: SparseEncoder, tokens: int) -> None:
+    def __init__(self, encoder: SparseEncoder, tokens: int, examples: int) -> None:
         self._encoder = encoder
+        self._most = examples
         self.layers: Sequence[Layer] = (encoder.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         self._tokens = torch.topk(encoder.vocabulary, min(tokens, len(encoder.vocabulary))).indices
         self._scale = encoder.scale(self._tokens)
+        self._gradients: Tensor | None = None
         self._sum = torch.zeros_like(self._scale, dtype=torch.float64)
         self._squares = 0.0
         self._examples = 0
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: Float[Tensor, "batch tokens vocab"], part: Batch) -> None:
         """Add the head's call."""
-        for i in range(len(x)):
-            z = (d[i][:, self._tokens].T @ x[i] @ self._encoder.basis) * self._scale
-            self._sum += z
-            self._squares += float(z.square().sum(dtype=torch.float64))
-            self._examples += 1
+        if self._examples >= self._most:
+            return
+        gradients = d[:, :, self._tokens].transpose(1, 2) @ x
+        self._gradients = gradients if self._gradients is None else self._gradients.add_(gradients)
+
+    def end(self) -> None:
+        """End the batch."""
+        if self._gradients is not None:
+            for gradient in self._gradients:
+                z = (gradient @ self._encoder.basis) * self._scale
+                self._sum += z
+                self._squares += float(z.square().sum(dtype=torch.float64))
+                self._examples += 1
+            self._gradients = None
 
     @property
     def mean_share(self) -> float:
@@ -183,51 +211,40 @@ class HeadMean:
 
 
 class SparseMeter:
-    """Sums of a sparse component's statistics over batches."""
+    """Sums of a sparse component's statistics over batches.
+
+    The closed form needs no labels: for the gradient d = p - onehot(y), p (1 - p) is |d| (1 - |d|), whatever y is.
+    """
 
     def __init__(self, component: SparseComponent) -> None:
         layer = vocabulary_layer(component)
         self._component = component
-        self._closed_form = component.curvature.labels == "sampled" and not component.postprocessed
         self.layers: Sequence[Layer] = (layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
-        self._batch: Batch | None = None
 
-    def begin(self, batch: Batch) -> None:
-        """Start a batch."""
-        self._batch = batch
-
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"]) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
         """Add the layer's call; a `Visit`."""
-        assert self._batch is not None
+        valid = part.valid.to(d.device)
         if self._component.role == "embeddings":
-            g = d[self._batch.valid.to(d.device)]
-            self._add("moment", g.T @ g)
-            self._add("vocabulary", torch.bincount(self._batch.inputs[self._batch.valid], minlength=self._component.vocabulary))
-            self._add("tokens", torch.tensor(float(len(g)), dtype=torch.float64))
+            gradients = (d * valid[..., None]).flatten(0, 1)
+            self._add("moment", gradients.T @ gradients)
+            reads = torch.zeros(self._component.vocabulary, dtype=torch.float64, device=d.device)
+            self._add("vocabulary", reads.index_add_(0, x.flatten(), valid.flatten().double()))
+            self._add("tokens", valid.sum())
             return
-        valid = self._batch.valid.to(d.device)
-        for i, targets in enumerate(self._batch.targets.to(d.device)):
-            positions = ((targets != IGNORED) & valid[i]).nonzero()[:, 0]
-            h = x[i, positions]
-            g = d[i, positions]
-            self._add("moment", h.T @ h)
-            self._add("vocabulary", _variance(g, targets[positions]) if self._closed_form else g.square().sum(0))
-            self._add("tokens", torch.tensor(float(len(positions)), dtype=torch.float64))
+        predicted = valid & (part.targets.to(d.device) != IGNORED)
+        states = (x * predicted[..., None]).flatten(0, 1)
+        self._add("moment", states.T @ states)
+        size = d.abs()
+        self._add("vocabulary", (size * (1 - size) if self._component.closed_form else d.square()).sum((0, 1)))
+        self._add("tokens", predicted.sum())
 
     def end(self) -> None:
         """End the batch."""
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = value.double() if name not in self.sums else self.sums[name].add_(value)
-
-
-def _variance(g: Float[Tensor, "tokens vocabulary"], targets: Tensor) -> Float[Tensor, " vocabulary"]:
-    """sum_t p_t(v) (1 - p_t(v)) from gradients p_t - onehot(y_t)."""
-    p = g.clone()
-    p[torch.arange(len(p), device=p.device), targets] += 1
-    return (p * (1 - p)).sum(0)
 
 
 def finish(totals: Mapping[str, np.ndarray], examples: int) -> Arrays:

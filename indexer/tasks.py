@@ -12,8 +12,10 @@ from the left, so that padding cannot change a row. The last token is only predi
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,30 +28,41 @@ from ..store.bits import philox
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
-from ..store.shapes import Bool, Float, Int
+from ..store.shapes import Float, Float64, Int
 from . import models
+from .batches import IGNORED, Batch, batches_by_length
+from .capture import Window, accumulation_dtype
 from .examples import DocumentConverter, TextConverter, VectorConverter
 
-IGNORED = -100
+Accept = Callable[[Float[Tensor, "batch n"]], None]
+"""A check of values by example: it raises an error, or drops the examples that have values which are not finite."""
+
 _PADDED = 16
+_PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps memory anew each time
 _SPLITS: "WeakKeyDictionary[nn.Module, dict[int, bool]]" = WeakKeyDictionary()
+_BODIES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Batch of examples.
+class Objective:
+    """The function of an example that is differentiated: its loss, unless told otherwise.
 
     Attributes:
-        ids: of the examples, for messages and for seeding sampled labels.
-        inputs: the model's input; for text token ids, right-padded with 0.
-        targets: the class (for text, the token) that each position predicts, -100 where it is not in the loss.
-        valid: False on padding.
+        query: the task's measurement instead of its loss.
+        label_seed: the loss with labels that are drawn from the model's distribution (see `Task.loss`).
+        label: the loss for that class, times the square root of the class's probability under the model: squares of gradients, summed over
+            all classes, are then their expectation under the model.
+        undivided: all logits are computed at once, since a visitor needs all their gradients.
     """
 
-    ids: tuple[str, ...]
-    inputs: Tensor
-    targets: Int[Tensor, "batch tokens"]
-    valid: Bool[Tensor, "batch tokens"]
+    query: bool = False
+    label_seed: int | None = None
+    label: int | None = None
+    undivided: bool = False
+
+
+LOSS = Objective()
+MEASUREMENT = Objective(query=True)
 
 
 class VocabularyLayer(NamedTuple):
@@ -112,6 +125,27 @@ class Task(ABC):
     def measurement(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """Each query's measurement (nats), lower when the model is better; the training loss by default."""
         return self.loss(model, batch)
+
+    def value(self, model: nn.Module, batch: Batch, objective: Objective) -> Float[Tensor, " batch"]:
+        """Each example's objective (nats)."""
+        if objective.query:
+            return self.measurement(model, batch)
+        if objective.label is not None:
+            losses = self.loss(model, replace(batch, targets=torch.full_like(batch.targets, objective.label)))
+            return losses * torch.exp(-losses.detach() / 2)
+        return self.loss(model, batch, objective.label_seed)
+
+    def differentiate(self, model: nn.Module, objective: Objective, window: Window, accept: Accept) -> Float[Tensor, " batch"]:
+        """Run the objective of a batch forward and backward, under an open capture; returns its values (nats), detached.
+
+        Args:
+            window: of the capture.
+            accept: is called with the values before they are differentiated.
+        """
+        values = self.value(model, window.batch, objective)
+        accept(values.detach()[:, None])
+        values.sum().backward()
+        return values.detach()
 
     @abstractmethod
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
@@ -183,18 +217,75 @@ class CausalLM(Task):
             inputs[i, : example.tokens] = example.token_ids[:-1]
             targets[i, : example.tokens] = np.where(example.loss_mask[1:], example.token_ids[1:], IGNORED)
             valid[i, : example.tokens] = True
-        tensors = (torch.from_numpy(a).to(device) for a in (inputs, targets, valid))
-        return Batch(tuple(e.id for e in examples), *tensors)
+        tensors = [torch.from_numpy(a).to(device) for a in (inputs, targets, valid)]
+        return Batch(tuple(e.id for e in examples), tensors[0], tensors[1], tensors[2])
 
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
+        self._check_tokens(model, batch)
+        uniform = None if sample_seed is None else draw_uniform(batch, sample_seed)
+        return cross_entropies(models.logits_of(model, batch.inputs), batch, uniform)
+
+    def _check_tokens(self, model: nn.Module, batch: Batch) -> None:
         tokens = torch.maximum(batch.inputs, batch.targets).amax(1)
         largest = int(tokens.max())
         vocabulary = models.vocabulary_size(model)
         if largest >= vocabulary:
             id = batch.ids[int(tokens.argmax())]
             raise DataError(f"example {id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
-        return cross_entropies(models.logits_of(model, batch.inputs), batch, sample_seed)
+
+    def differentiate(self, model: nn.Module, objective: Objective, window: Window, accept: Accept) -> Float[Tensor, " batch"]:
+        """See `Task`; the logits are computed in pieces, so that memory holds only some of them (as fused linear cross-entropies do)."""
+        overridden = type(self).loss is not CausalLM.loss or type(self).measurement is not Task.measurement
+        if overridden or objective.undivided or objective.label is not None or not self._has_body(model):
+            return super().differentiate(model, objective, window, accept)
+        batch = window.batch
+        self._check_tokens(model, batch)
+        body: Any = model.base_model
+        output = body(input_ids=batch.inputs, **models.without_cache(body))
+        states = output[0]
+        accept(states.detach().flatten(1))
+        pieces = states.detach().requires_grad_(states.requires_grad)
+        uniform = None if objective.label_seed is None else draw_uniform(batch, objective.label_seed)
+        values = torch.zeros(len(batch.ids), dtype=accumulation_dtype(states.dtype), device=batch.targets.device)
+        with _with_body(model, output) as head:
+            for first, last in self._pieces(model, batch):
+                with window.columns(first, last) as part:
+                    logits = head(part.inputs, pieces[:, first:last])
+                    losses = cross_entropies(logits, part, None if uniform is None else uniform[:, first:last])
+                    values += losses.detach()
+                    if losses.requires_grad:
+                        losses.sum().backward()
+        if states.requires_grad:
+            states.backward(pieces.grad)
+        accept(values[:, None])
+        return values
+
+    def _pieces(self, model: nn.Module, batch: Batch) -> Iterator[tuple[int, int]]:
+        """Columns of a batch whose logits are in memory at a time."""
+        examples, tokens = batch.valid.shape
+        columns = max(1, _PIECE // (models.vocabulary_size(model) * examples))
+        for first in range(0, tokens, columns):
+            yield first, min(tokens, first + columns)
+
+    @torch.no_grad()
+    def _has_body(self, model: nn.Module) -> bool:
+        """True if the logits can be computed from the last hidden states, which is tried on a probe."""
+        if model not in _BODIES:
+            body = getattr(model, "base_model", model)
+            _BODIES[model] = body is not model and isinstance(body, nn.Module) and self._head_follows(model, body)
+        return _BODIES[model]
+
+    def _head_follows(self, model: nn.Module, body: nn.Module) -> bool:
+        inputs = self.probe(model, next(model.parameters()).device).inputs
+        try:
+            output = body(input_ids=inputs, **models.without_cache(body))
+            with _with_body(model, output) as head:
+                pieces = torch.cat([head(inputs[:, :1], output[0][:, :1]), head(inputs[:, 1:], output[0][:, 1:])], dim=1)
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # a model of another structure
+            return False
+        logits = models.logits_of(model, inputs)
+        return pieces.shape == logits.shape and not models.differ(pieces.float(), logits.float(), next(model.parameters()).dtype)
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """See `Task`."""
@@ -300,7 +391,7 @@ class VectorTask(Task):
             raise DataError(
                 f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {logits.shape[-1] - 1}"
             )
-        return cross_entropies(logits[:, None], batch, sample_seed)
+        return cross_entropies(logits[:, None], batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
 
     @torch.no_grad()
     def classes(self, model: nn.Module) -> int:
@@ -390,42 +481,61 @@ def import_object(path: str, kind: str) -> Any:
         ) from error
 
 
-def batches_by_length(lengths: Sequence[int], token_budget: int, splits: Sequence[int] = ()) -> list[list[int]]:
-    """Group examples of similar length so that a padded batch holds at most `token_budget` tokens (one example may exceed it alone).
+@contextmanager
+def _with_body(model: nn.Module, output: Any) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Give a function from some columns' token ids and last hidden states to their logits, for a model whose body returned `output`.
 
-    A function of the lengths alone, longest first, so the same examples always share the same batches.
+    The model runs with a body that returns these states, so that all that it does to them and to the logits is done.
+    """
+    body: Any = model.base_model
+    replaced = body.__dict__.get("forward")
+
+    def head(inputs: Tensor, states: Tensor) -> Tensor:
+        changed = copy(output)
+        changed[next(iter(changed))] = states
+        body.__dict__["forward"] = lambda *args, **kwargs: changed
+        return models.logits_of(model, inputs)
+
+    try:
+        yield head
+    finally:
+        if replaced is None:
+            body.__dict__.pop("forward", None)
+        else:
+            body.__dict__["forward"] = replaced
+
+
+def cross_entropies(
+    logits: Float[Tensor, "batch tokens classes"], batch: Batch, uniform: Float64[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, " batch"]:
+    """Each example's sum of cross-entropies (nats) over its targets, or over targets drawn from the model; in float32 at least.
 
     Args:
-        splits: lengths; an example of at most that length shares no batch with a longer one.
+        uniform: numbers in [0, 1) that draw the targets (see `sample_targets`).
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        room = batches and (len(batches[-1]) + 1) * longest <= token_budget
-        if room and not any(lengths[i] <= split < longest for split in splits):
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def cross_entropies(logits: Float[Tensor, "batch tokens classes"], batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
-    """Each example's sum of cross-entropies (nats) over its targets, or over targets drawn from the model; in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    targets = batch.targets if sample_seed is None else sample_targets(logits, batch, sample_seed)
+    targets = batch.targets if uniform is None else sample_targets(logits, batch, uniform)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(targets.shape).sum(1)
 
 
+def draw_uniform(batch: Batch, seed: int) -> Float64[Tensor, "batch tokens"]:
+    """Draw a number in [0, 1) for every target; it depends on the seed and the example's id, not on the batch."""
+    targets = batch.targets.cpu().numpy()
+    uniform = np.zeros(targets.shape)
+    for row, positions, id in zip(uniform, targets != IGNORED, batch.ids, strict=True):
+        row[positions] = np.random.Generator(philox(f"wherefrom labels {seed} {id}")).random(int(positions.sum()))
+    return torch.from_numpy(uniform).to(batch.targets.device)
+
+
 @torch.no_grad()
-def sample_targets(logits: Float[Tensor, "batch tokens vocab"], batch: Batch, seed: int) -> Int[Tensor, "batch tokens"]:
-    """Targets drawn from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
+def sample_targets(
+    logits: Float[Tensor, "batch tokens vocab"], batch: Batch, uniform: Float64[Tensor, "batch tokens"]
+) -> Int[Tensor, "batch tokens"]:
+    """Draw targets from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
     sampled = batch.targets.clone()
-    for i, id in enumerate(batch.ids):
-        positions = (batch.targets[i] != IGNORED).nonzero()[:, 0]
-        generator = np.random.Generator(philox(f"wherefrom labels {seed} {id}"))
-        uniform = torch.from_numpy(generator.random(len(positions))).to(logits.device)
-        cumulative = logits[i, positions].double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None])[:, 0]
-        sampled[i, positions] = drawn.clamp(max=logits.shape[-1] - 1)
+    for i in range(len(batch.ids)):
+        cumulative = logits[i].double().softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(cumulative, (uniform[i].to(logits.device) * cumulative[:, -1])[:, None])[:, 0]
+        sampled[i] = torch.where(batch.targets[i] == IGNORED, IGNORED, drawn.clamp(max=logits.shape[-1] - 1).to(sampled.device))
     return sampled

@@ -50,7 +50,7 @@ from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import select_components, unused_options
-from .worker import Worker, absolute, document_converter, model_sources
+from .worker import Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
@@ -132,8 +132,10 @@ def build(
                 reporter.note(note)
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, min(config.fit_examples, corpus.rows)), corpus)
             reporter.stage("building rows", corpus.rows)
-            shards = tuple(executor.map("build", (settings, arrays), [(shard,) for shard in corpus.shards], reporter))
-            components, calibration = _calibrate(job, executor, settings, arrays, corpus)
+            compared = _compared_rows(settings.components, corpus)
+            tasks = [(shard, 0 if number else compared) for number, shard in enumerate(corpus.shards)]
+            shards = tuple(executor.map("build", (settings, arrays), tasks, reporter))
+            components, calibration = _calibrate(out, settings.components, arrays, shards[0], compared)
             silent = silent_components(out, shards[0], components)
             for note in silent:
                 reporter.note(note)
@@ -296,31 +298,35 @@ def _with_counts(settings: EncoderSettings, counts: dict[str, int]) -> EncoderSe
     return replace(settings, components=components)
 
 
+def _compared_rows(components: Sequence[Component], corpus: WrittenCorpus) -> int:
+    """Return how many of the first shard's rows are compared with their codes; none for a single component, which needs no weight."""
+    if len(components) == 1:
+        return 0
+    shard = corpus.shards[0]
+    coordinates = sum(component.dim * (1.0 if component.has_wide_rows else shard.tokens / shard.rows) for component in components)
+    rows = min(shard.rows, max(2, min(_COMPARED_ROWS, int(_COMPARED_COORDINATES / max(1, coordinates)))))
+    return rows if rows > 1 else 0
+
+
 def _calibrate(
-    job: _Job, executor: Executor, settings: EncoderSettings, arrays: Arrays, corpus: WrittenCorpus
+    out: Path, components: tuple[Component, ...], arrays: Arrays, shard: Shard, compared: int
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights by the first rows of the first shard (see indexer/calibrate.py).
 
     Returns:
-        The components, and figures for the record of the index; no figures for a single component without reduction and coding errors.
+        The components, and figures for the record of the index; none where no rows are compared.
     """
-    if len(settings.components) == 1 and not settings.components[0].reduced and not settings.components[0].estimated:
-        return settings.components, {}
-    shard = corpus.shards[0]
-    width = sum(component.dim for component in settings.components if component.has_wide_rows)
-    rows = min(shard.rows, max(2, min(_COMPARED_ROWS, _COMPARED_COORDINATES // max(1, width))))
-    if rows < 2:
-        return settings.components, {}
-    job.reporter.stage("calibrating components", rows)
-    ((exact, head_mean_share),) = executor.map("exact_rows", (settings, arrays), [(shard, rows)], job.reporter)
-    file = ArrayFile(rows_path(job.out, shard.id))
+    if not compared:
+        return components, {}
+    exact, head_mean_share = read_compared(out)
+    file = ArrayFile(rows_path(out, shard.id))
     agreements = {}
-    for component in settings.components:
-        vectors = exact[component.name]
+    for component in components:
+        vectors: Any = exact[component.name]
         stored = open_rows(file, component, shard.rows)
-        products = KINDS[component.kind].products(stored, component, vectors, arrays)[:, :rows]
+        products = KINDS[component.kind].products(stored, component, vectors, arrays)[:, :compared]
         agreements[component.name] = Agreement.of(vectors.inner_products(vectors), products)
-    return calibrate(settings.components, agreements, head_mean_share)
+    return calibrate(components, agreements, head_mean_share)
 
 
 def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:

@@ -4,8 +4,9 @@ The result of a method depends only on its arguments and the models. So any work
 bytes. The same class runs in the driver's process (`workers` 1) and in a Ray actor.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..indexer import models
 from ..indexer.curvature import Arrays
-from ..indexer.encoder import Encoder, EncoderSettings, Progress, backward, ignore_progress
+from ..indexer.encoder import EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.sparse import HeadMean
@@ -24,11 +25,12 @@ from ..indexer.tasks import Task, find_task, load_model
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
+from ..store.files import read_json, write_whole
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Model
 from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
-from ..store.vectors import Rows
+from ..store.vectors import Rows, from_bytes, to_bytes
 from .config import BuildConfig
 from .corpus import WrittenShard
 from .notes import ModelFacts
@@ -120,35 +122,27 @@ class Worker:
         examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
         return Fit(settings).sum_statistics(self._encoder(settings, arrays, f"pass {step}"), step, examples, progress)
 
-    def build(self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, progress: Progress = ignore_progress) -> Shard:
-        """Write the rows of a shard, unless they are complete on disk, and return its entry."""
+    def build(
+        self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, compared: int = 0, progress: Progress = ignore_progress
+    ) -> Shard:
+        """Write the rows of a shard, unless they are complete on disk, and return its entry.
+
+        Args:
+            compared: number of the shard's first rows that are also written to a file as they are before coding, for `read_compared`.
+        """
         out = Path(self._config.out)
-        if is_whole(out, shard.id, shard.rows, settings.components):
+        if is_whole(out, shard.id, shard.rows, settings.components) and (not compared or _compared_path(out).is_file()):
             progress(shard.rows, shard.tokens)
         else:
             examples = self._examples(shard.id, shard.rows, range(shard.rows))
-            write_shard(out, shard.id, *encode_rows(self._encoder(settings, arrays, "rows"), examples, progress))
+            encoder = self._encoder(settings, arrays, "rows")
+            head: Any = encoder.component_encoders.get(component_name(self._config, "head", len(self.models) - 1))
+            comparison = Comparison(compared, HeadMean(head, _MEAN_TOKENS, compared) if head is not None and compared else None)
+            rows = encode_rows(encoder, examples, progress, comparison)
+            if compared:
+                comparison.write(_compared_path(out))
+            write_shard(out, shard.id, *rows)
         return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
-
-    def exact_rows(
-        self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, count: int, progress: Progress = ignore_progress
-    ) -> tuple[Rows, float | None]:
-        """Compute the first rows of a shard with all tokens and coordinates, before coding.
-
-        Returns:
-            The rows, and the mean share of the full gradients of the last model's head (see `HeadMean`); None without a head.
-        """
-        uncut = tuple(component.uncut() for component in settings.components)
-        encoder = Encoder(self.task, self.models, replace(settings, components=uncut), arrays)
-        examples = self._examples(shard.id, shard.rows, range(count))
-        head: Any = encoder.component_encoders.get(component_name(self._config, "head", len(self.models) - 1))
-        mean_share = None
-        if head is not None:
-            mean = HeadMean(head, _MEAN_TOKENS)
-            for _, batch in self.task.batches((encoder.model,), examples, settings.batch_tokens):
-                backward(encoder.model, batch, [mean], self.task.loss, tolerant=True)
-            mean_share = mean.mean_share
-        return encoder.rows(examples, progress=progress, tolerant=True), mean_share
 
     def _examples(self, shard: str, rows: int, positions: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(Path(self._config.out), shard), rows)
@@ -160,18 +154,62 @@ class Worker:
         return self._encoders[stage]
 
 
+@dataclass
+class Comparison:
+    """The first rows of a shard as they are before coding.
+
+    Attributes:
+        count: of rows.
+        head: meter of the last model's head; None without a head.
+        blocks: rows with their positions in the shard.
+    """
+
+    count: int = 0
+    head: HeadMean | None = None
+    blocks: list[tuple[list[int], Rows]] = field(default_factory=list)
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Add the batch's rows that are among the first of the shard."""
+        rows = [i for i, position in enumerate(batch.positions) if position < self.count]
+        if rows:
+            positions = [batch.positions[i] for i in rows]
+            self.blocks.append((positions, {name: vectors.take(rows) for name, vectors in batch.exact.items()}))
+
+    def write(self, path: Path) -> None:
+        """Write the rows, and the mean share of the head's full gradients (see `HeadMean`)."""
+        joined = {}
+        for name, first in self.blocks[0][1].items():
+            joined[name] = type(first).concatenate([(positions, rows[name]) for positions, rows in self.blocks], first.width)
+        share = None if self.head is None else self.head.mean_share
+        write_whole(path.with_suffix(".json"), json.dumps({"head_mean_share": share}).encode())
+        write_whole(path, to_bytes(joined))
+
+
+def read_compared(out: Path) -> tuple[Rows, float | None]:
+    """Read the rows that `Worker.build` wrote for comparison, and the mean share of the head's full gradients; None without a head."""
+    path = _compared_path(out)
+    return from_bytes(path.read_bytes()), read_json(path.with_suffix(".json"))["head_mean_share"]
+
+
+def _compared_path(out: Path) -> Path:
+    return out / "staging" / "compared.safetensors"
+
+
 def encode_rows(
-    encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress
+    encoder: Encoder, examples: Sequence[Example], progress: Progress = ignore_progress, comparison: Comparison | None = None
 ) -> tuple[dict[str, ArrayGroup], Float32[np.ndarray, " rows"], Float16[np.ndarray, "rows width"] | None]:
     """Compute the arrays of each component, the losses of the examples (nats), and their mean hidden states if the settings include them.
 
-    Rows are coded batch by batch, so that memory holds the whitened rows of one batch only.
+    Rows are coded batch by batch, so that memory holds the whitened rows of one batch only, and those of the comparison.
     """
     count = len(examples)
     writers = {c.name: KINDS[c.kind].writer(c, encoder.arrays, count) for c in encoder.settings.components}
     losses = np.zeros(count, np.float32)
     hidden: np.ndarray | None = None
-    for batch in encoder.batches(examples, progress, tolerant=True):
+    comparison = comparison or Comparison()
+    meters = () if comparison.head is None else (comparison.head,)
+    for batch in encoder.batches(examples, progress, tolerant=True, meters=meters):
+        comparison.add(batch)
         losses[batch.positions] = batch.losses
         if batch.hidden is not None:
             if hidden is None:

@@ -29,6 +29,7 @@ class Kind:
         writer: coder of a shard's rows.
         rows: reader of a shard's rows.
         search_arrays: arrays of a search cache.
+        stored: cut whitened rows to what an index stores of them.
         products: compute the products of whitened rows with the stored rows of a shard; the arguments are the reader of these rows, the
             component, the whitened rows, and the encoder's arrays.
     """
@@ -37,6 +38,7 @@ class Kind:
     writer: Any
     rows: Any
     search_arrays: Any
+    stored: Callable[[Any, Any], Any]
     products: Callable[[Any, Any, Any, Mapping[str, np.ndarray]], Float32[np.ndarray, "queries rows"]]
 
 
@@ -57,9 +59,17 @@ def _sparse_products(
     return scores
 
 
+def _all_coordinates(vectors: DenseVectors, component: DenseComponent) -> DenseVectors:
+    return vectors
+
+
+def _largest_tokens(vectors: SparseVectors, component: SparseComponent) -> SparseVectors:
+    return vectors.largest(component.max_tokens)
+
+
 KINDS = {
-    "dense": Kind(DenseVectors, DenseWriter, DenseRows, ScanCodes, _dense_products),
-    "sparse": Kind(SparseVectors, SparseWriter, SparseRows, Postings, _sparse_products),
+    "dense": Kind(DenseVectors, DenseWriter, DenseRows, ScanCodes, _all_coordinates, _dense_products),
+    "sparse": Kind(SparseVectors, SparseWriter, SparseRows, Postings, _largest_tokens, _sparse_products),
 }
 
 

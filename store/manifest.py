@@ -190,10 +190,6 @@ class DenseComponent(_Component):
             offset += layer.size
         return self
 
-    def uncut(self) -> "DenseComponent":
-        """Return the component whose rows have everything that an encoder computes; encoders do not reduce dense rows."""
-        return self
-
     def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Return, by the name of the encoder's array, its shape and whether it must be there."""
         arrays: dict[str, tuple[tuple[int, ...], bool]] = {}
@@ -276,9 +272,10 @@ class SparseComponent(_Component):
         """The number of coordinates of a token's vector."""
         return self.width
 
-    def uncut(self) -> "SparseComponent":
-        """Return the component whose rows have all their tokens."""
-        return self.model_copy(update={"max_tokens": None})
+    @property
+    def closed_form(self) -> bool:
+        """Whether the curvature of the head under the model's own labels is computed without drawing any."""
+        return self.role == "head" and self.curvature.labels == "sampled" and not self.postprocessed
 
     def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Return, by the name of the encoder's array, its shape and whether it must be there."""

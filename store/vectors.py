@@ -28,6 +28,9 @@ class Vectors(Protocol):
     def cut(self, first: int, last: int) -> "Vectors":
         """Copy rows `first` to `last`, not included."""
 
+    def take(self, rows: Sequence[int]) -> "Vectors":
+        """Copy some rows."""
+
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "Vectors":
         """Compute linear combinations of the rows, as float32."""
 
@@ -78,6 +81,10 @@ class DenseVectors:
     def cut(self, first: int, last: int) -> "DenseVectors":
         """See `Vectors`."""
         return DenseVectors(self.values[first:last].copy())
+
+    def take(self, rows: Sequence[int]) -> "DenseVectors":
+        """See `Vectors`."""
+        return DenseVectors(self.values[np.asarray(rows, np.int64)])
 
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "DenseVectors":
         """See `Vectors`."""
@@ -155,6 +162,14 @@ class SparseVectors:
         whole = None if self.whole is None else self.whole[first:last]
         return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries].copy(), whole)
 
+    def take(self, rows: Sequence[int]) -> "SparseVectors":
+        """See `Vectors`."""
+        parts = [np.arange(self.indptr[row], self.indptr[row + 1]) for row in rows]
+        entries = np.concatenate([np.zeros(0, np.int64), *parts])
+        indptr = np.cumsum([0, *map(len, parts)]).astype(np.int64)
+        whole = None if self.whole is None else self.whole[np.asarray(rows, np.int64)]
+        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole)
+
     def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
         """See `Vectors`."""
         keys = [np.zeros(0, np.int64)]
@@ -185,6 +200,18 @@ class SparseVectors:
             others = other_order[slice(*np.searchsorted(other.keys, [key, key + 1], sorter=other_order))]
             scores[np.ix_(self.owners[entries], other.owners[others])] += self.vectors[entries] @ other.vectors[others].T
         return scores
+
+    def largest(self, limit: int | None) -> "SparseVectors":
+        """Keep the entries of largest norm, at most so many of each row; `whole` are then the lengths of these rows."""
+        energies = np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64)
+        whole = self.sums_by_row(energies)
+        counts = np.diff(self.indptr)
+        if limit is None or not (counts > limit).any():
+            return SparseVectors(self.indptr, self.keys, self.vectors, whole)
+        order = np.lexsort((-energies, self.owners))  # rows one after another, each from its largest entry to its smallest
+        entries = np.sort(order[np.arange(len(order)) - np.repeat(self.indptr[:-1], counts) < limit])
+        indptr = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
+        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole)
 
     def as_float32(self) -> "SparseVectors":
         """See `Vectors`."""

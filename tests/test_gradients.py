@@ -1,6 +1,7 @@
 """Rows against oracles: one-at-a-time autograd, dense inverses, explicit Kronecker products; invariance to batching and splits."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from wherefrom.indexer.batches import batches_by_length
 from wherefrom.indexer.capture import GradientSum
 from wherefrom.indexer.curvature import whitening_scale
 from wherefrom.indexer.encoder import Encoder, backward
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.projection import principal_projection, random_projection
-from wherefrom.indexer.tasks import CausalLM, batches_by_length, sample_targets
+from wherefrom.indexer.tasks import CausalLM, draw_uniform, sample_targets
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import IncompatibleError, NumericalError, UsageError
 
@@ -46,7 +48,7 @@ class Visit:
     def __init__(self, layers, maps, function):
         self.layers, self.maps, self.function = layers, maps, function
 
-    def __call__(self, layer, x, d):
+    def __call__(self, layer, x, d, part):
         self.function(layer, x, d)
 
 
@@ -123,7 +125,7 @@ def token_pairs(model, settings, examples, maps=None):
         for _, batch in TASK.batches((model,), [example], 64):
             maps = maps or {layer.name: (None, None) for layer in settings.components[0].layers}
             pair = Visit(settings.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
-            backward(model, batch, [pair], TASK.loss)
+            backward(TASK, model, batch, [pair])
     return found
 
 
@@ -256,7 +258,8 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     assert cosines.min() > 0.98
     sums = GradientSum()
     for _, batch in TASK.batches((rough.model,), examples, 64):
-        backward(rough.model, batch, [Visit(rough.settings.components[0].layers, rough.component_encoders["blocks"].maps, sums)], TASK.loss)
+        maps = rough.component_encoders["blocks"].maps
+        backward(TASK, rough.model, batch, [Visit(rough.settings.components[0].layers, maps, partial(sums, part=batch))])
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
@@ -282,6 +285,7 @@ def test_layers_that_share_an_input_project_it_once(monkeypatch):
     assert len({id(encoder.component_encoders["blocks"].maps[layer.name][0]) for layer in settings.components[0].layers}) == len(
         {layer.input_group for layer in settings.components[0].layers}
     )
+    encoder.rows(make_examples(1))  # also tries the model's structure
     products = []
     original = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(b.shape), original(a, b))[1])
@@ -386,7 +390,7 @@ def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
             x, d = x[0].numpy(), d[0].numpy()
             A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
 
-        backward(model, batch, [Visit(settings.components[0].layers, {"h.0": (None, None)}, visit)], TASK.loss)
+        backward(TASK, model, batch, [Visit(settings.components[0].layers, {"h.0": (None, None)}, visit)])
     expected = np.kron(np.linalg.eigvalsh(S / len(examples)), np.linalg.eigvalsh(A / tokens))
     assert_close(np.sort(encoder.arrays["blocks/h.0/eigenvalues"]), np.sort(expected), 1e-8)
 
@@ -400,7 +404,9 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     relabelled = []
     for example in examples:
         batch = TASK.collate([example], torch.device("cpu"))
-        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, settings.components[0].projection.seed)[0].numpy()
+        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, draw_uniform(batch, settings.components[0].projection.seed))[
+            0
+        ].numpy()
         relabelled.append((example, drawn))
     (layer,) = settings.components[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
@@ -414,7 +420,7 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
             plain.component_encoders["blocks"].maps,
             lambda layer, x, d, pairs=pairs: pairs.append((x[0].numpy(), d[0].numpy())),
         )
-        backward(model, batch, [visit], TASK.loss)
+        backward(TASK, model, batch, [visit])
         x, d = pairs[0]
         A, S, tokens = A + x.T @ x, S + d.T @ d, tokens + len(x)
         squares += (basis["output"].T @ d.T @ x @ basis["input"]).ravel() ** 2
@@ -487,13 +493,14 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
     copies = [Example(**{**example.__dict__, "id": f"x{i}"}) for i in range(4000)]
     batch = TASK.collate(copies, torch.device("cpu"))
     logits = model(input_ids=batch.inputs[:1]).logits.expand(len(copies), -1, -1)
-    drawn = sample_targets(logits, batch, 0)[:, 0].numpy()
+    drawn = sample_targets(logits, batch, draw_uniform(batch, 0))[:, 0].numpy()
     p = logits[0, 0].softmax(-1).numpy()
     observed = np.bincount(drawn, minlength=len(p)) / len(copies)
     assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
-    again = sample_targets(logits[:5], TASK.collate(copies[5:10], torch.device("cpu")), 0)[:, 0].numpy()
+    others = TASK.collate(copies[5:10], torch.device("cpu"))
+    again = sample_targets(logits[:5], others, draw_uniform(others, 0))[:, 0].numpy()
     assert np.array_equal(again, drawn[5:10])
-    assert not np.array_equal(sample_targets(logits, batch, 1)[:, 0].numpy(), drawn)
+    assert not np.array_equal(sample_targets(logits, batch, draw_uniform(batch, 1))[:, 0].numpy(), drawn)
 
 
 def test_sampled_labels_make_the_true_fisher():

@@ -1,7 +1,8 @@
 """Training functions and a task as a user would write them; importable by name."""
 
 import torch
-from wherefrom.indexer.tasks import Batch, VectorTask
+from wherefrom.indexer.batches import Batch
+from wherefrom.indexer.tasks import VectorTask
 
 
 def _fit(model, examples, seed):
