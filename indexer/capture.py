@@ -23,15 +23,39 @@ from .batches import Batch
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
 Inputs = Float[Tensor, "batch tokens in_rank"] | Int[Tensor, "batch tokens"]  # of embeddings, token ids
-Visit = Callable[[Layer, Inputs, Float[Tensor, "batch tokens out_rank"], Batch], None]
+
+
+class OutputGradient:
+    """The gradient of a loss in a layer's (projected) outputs."""
+
+    def __init__(self, values: Float[Tensor, "batch tokens out_rank"]) -> None:
+        self._values = values
+
+    @property
+    def values(self) -> Float[Tensor, "batch tokens out_rank"]:
+        """The whole gradient."""
+        return self._values
+
+    def columns(self, outputs: Int[Tensor, "batch columns"]) -> Float[Tensor, "batch tokens columns"]:
+        """Return the gradient in some outputs, in others for each example."""
+        return torch.gather(self.values, 2, outputs[:, None].expand(-1, self.values.shape[1], -1))
+
+
+Visit = Callable[[Layer, Inputs, OutputGradient, Batch], None]
 
 
 class Window:
-    """The tokens of a batch that its model computes now: all of them, or some columns, while its output head is computed piece by piece."""
+    """The tokens of a batch that its model computes now: all of them, or some columns, while its output head is computed piece by piece.
 
-    def __init__(self, batch: Batch) -> None:
+    Args:
+        batch: all of them.
+        visit: visits a layer that computes its outputs without being called; the arguments are its name, inputs and output gradient.
+    """
+
+    def __init__(self, batch: Batch, visit: Callable[[str, Tensor, OutputGradient], None]) -> None:
         self.batch = batch
         self.part = batch
+        self.visit = visit
 
     @contextmanager
     def columns(self, first: int, last: int) -> Iterator[Batch]:
@@ -58,9 +82,9 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
         maps: layer name -> (input map, output map), on the layer's device; None is the identity. Layers that share an input and hold
             the same map object project it once.
         batch: its layers may see examples and tokens as one list, or with dimensions of size one between.
-        visit: gets projected inputs [batch, tokens, in_rank] and output gradients [batch, tokens, out_rank] in float32 (float64 for a
-            float64 model), both on the layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs.
-            `part` is the part of the batch whose tokens these are.
+        visit: gets projected inputs [batch, tokens, in_rank] and output gradients in float32 (float64 for a float64 model), both on the
+            layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs. `part` is the part of the
+            batch whose tokens these are.
 
     Yields:
         The window of the tokens that the model computes.
@@ -70,7 +94,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
     """
     modules = dict(model.named_modules())
     recent: list[tuple[Tensor, int, Map, Geometry, Tensor]] = []
-    window = Window(batch)
+    tracked = {layer.name: layer for layer in layers}
 
     def project(x: Tensor, map_: Map) -> Tensor:
         x = x.detach()
@@ -106,13 +130,22 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                visit(layer, x.to(device), by_example(module, project(d, output_map), layer).to(device), window.part)
+                gradient = OutputGradient(by_example(module, project(d, output_map), layer).to(device))
+                visit(layer, x.to(device), gradient, window.part)
 
             output.register_hook(backward)
             return output
 
         return forward
 
+    def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient) -> None:
+        if name in tracked:
+            input_map, output_map = maps[name]
+            if output_map is not None:
+                gradient = OutputGradient(project(gradient.values, output_map.to(gradient.values.dtype)))
+            visit(tracked[name], project(x, input_map), gradient, window.part)
+
+    window = Window(batch, visit_uncalled)
     handles = [modules[layer.name].register_forward_hook(hook(layer, *maps[layer.name])) for layer in layers]
     try:
         yield window
@@ -138,8 +171,8 @@ class GradientSum:
     def __init__(self) -> None:
         self.by_layer: dict[str, Float[Tensor, "batch n"]] = {}
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: Float[Tensor, "b t o"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: OutputGradient, part: Batch) -> None:
         """Add one call of a layer; a `Visit`."""
-        gradient = torch.einsum("bto,bti->boi", d, x).flatten(1)
+        gradient = torch.einsum("bto,bti->boi", d.values, x).flatten(1)
         total = self.by_layer.get(layer.name)
         self.by_layer[layer.name] = gradient if total is None else total + gradient

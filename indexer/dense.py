@@ -120,6 +120,8 @@ class DenseEncoder:
 class DenseCollector(GradientSum):
     """Callback of `capture` that sums a batch's gradients, from which `rows` computes the rows."""
 
+    sums_examples = False
+
     def __init__(self, encoder: DenseEncoder, examples: int) -> None:
         super().__init__()
         self._encoder = encoder

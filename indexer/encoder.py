@@ -24,7 +24,7 @@ from ..store.manifest import Component, Layer
 from ..store.shapes import Float, Float32
 from ..store.vectors import Rows
 from .batches import Batch
-from .capture import Inputs, Map, capture
+from .capture import Inputs, Map, OutputGradient, capture
 from .dense import DenseEncoder
 from .hidden import hidden_means
 from .sparse import SparseEncoder
@@ -61,12 +61,17 @@ def ignore_progress(examples: int, tokens: int) -> None:
 
 @runtime_checkable
 class Visitor(Protocol):
-    """Callback of a pass, which collects rows or sums statistics."""
+    """Callback of a pass, which collects rows or sums statistics.
 
+    Attributes:
+        sums_examples: whether it adds values of several examples, so that none may be visited that is not finite.
+    """
+
+    sums_examples: bool
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens out_rank"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
         """Process one call of one layer."""
 
 
@@ -208,7 +213,8 @@ def backward(
     """Run one forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     Args:
-        tolerant: visit an example that is not finite as zeros; its value is NaN then, and its tokens become invalid in the batch.
+        tolerant: visitors that sum examples see one that is not finite as zeros; its value is NaN then, and its tokens become invalid in
+            the batch.
 
     Raises:
         NumericalError: a loss is not finite and not tolerated; names the example.
@@ -235,15 +241,17 @@ def backward(
         else:
             check_finite(values, batch, "loss")
 
-    def visit(layer: Layer, x: Tensor, d: Tensor, part: Batch) -> None:
-        if tolerant and not torch.isfinite(x.sum() + d.sum()):  # one of them is not finite, or their sum overflows
-            invalid = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d).flatten(1).all(1))
+    def visit(layer: Layer, x: Tensor, d: OutputGradient, part: Batch) -> None:
+        summed = tolerant and any(visitor.sums_examples for visitor in owners[layer.name])
+        if summed and not torch.isfinite(x.sum() + d.values.sum()):  # one of them is not finite, or their sum overflows
+            invalid = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d.values).flatten(1).all(1))
             drop(invalid)
-            d = d.masked_fill(invalid[:, None, None], 0)
+            d = OutputGradient(d.values.masked_fill(invalid[:, None, None], 0))
             x = x if layer.name in embeddings else x.masked_fill(invalid[:, None, None], 0)
         for visitor in owners[layer.name]:
             visitor(layer, x, d, part)
 
+    task.prepare(model)
     with capture(model, layers, maps, batch, visit) as window:
         losses = task.differentiate(model, objective, window, accept)
     return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses

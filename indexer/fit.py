@@ -19,7 +19,7 @@ from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
 from ..store.shapes import Float
 from . import sparse
 from .batches import Batch
-from .capture import GradientSum, Map
+from .capture import GradientSum, Map, OutputGradient
 from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, choose_curvature, whitening_scale
 from .encoder import Encoder, EncoderSettings, Meter, Progress, backward, ignore_progress
 from .projection import principal_projection
@@ -211,6 +211,8 @@ def component_fit(component: Component) -> ComponentFit:
 class DenseMeter:
     """Sums of a dense component's statistics; the first layer of an input group sums those of the shared input."""
 
+    sums_examples = True
+
     def __init__(self, component: DenseComponent, number: int, maps: Mapping[str, tuple[Map, Map]]) -> None:
         self._computed: dict[str, set[str]] = {layer.name: set() for layer in component.layers}
         for layer in component.layers:
@@ -222,13 +224,11 @@ class DenseMeter:
         self.sums: dict[str, Tensor] = {}
         self._gradients = GradientSum()
 
-    def __call__(
-        self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: Float[Tensor, "batch tokens out_rank"], part: Batch
-    ) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: OutputGradient, part: Batch) -> None:
         """See `Meter`."""
         for statistic in self._computed[layer.name]:
             if statistic in TOKEN_STATISTICS:
-                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d, part.valid.to(x)))
+                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d.values, part.valid.to(x)))
         if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
             self._gradients(layer, x, d, part)
 

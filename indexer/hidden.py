@@ -18,20 +18,20 @@ def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Flo
     """Capture the inputs of the task's prediction layer; the value is a function that averages those of the batch since its last call."""
     states: list[Tensor] = []
 
-    def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        states.append(args[0].detach())
+    def watch(state: Tensor) -> None:
+        states.append(state.detach())
 
     def means(batch: Batch) -> Float32[np.ndarray, "batch width"]:
         valid = batch.valid.to(states[0].device)
         pieces: list[Tensor] = []
-        while sum(piece.shape[1] for piece in pieces) < valid.shape[1]:  # before these there may be those of a probe
+        while sum(piece.shape[1] for piece in pieces) < valid.shape[1]:  # the logits may be computed in pieces
             state = states.pop()
             pieces.insert(0, state.reshape(len(valid), -1, state.shape[-1]))
         states.clear()
         valid_states = torch.cat(pieces, dim=1).float() * valid[..., None]
         return (valid_states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
 
-    handle = task.head(model).register_forward_pre_hook(capture)
+    handle = task.watch_hidden(model, watch)
     try:
         yield means
     finally:

@@ -17,7 +17,7 @@ from ..store.manifest import Layer
 from ..store.shapes import Float, Float64
 from ..store.vectors import DenseVectors, Rows, SparseVectors
 from .batches import Batch
-from .capture import Inputs, Map
+from .capture import Inputs, Map, OutputGradient
 from .dense import DenseEncoder
 from .encoder import Encoder, backward
 from .sparse import SparseEncoder
@@ -26,6 +26,8 @@ from .tasks import LOSS, MEASUREMENT
 
 class DenseShares:
     """Visitor that splits the products of a dense row with others, of one row each, by position, for the inputs of a batch of one."""
+
+    sums_examples = False
 
     predicted = False  # shares belong to the tokens that are read
 
@@ -39,14 +41,16 @@ class DenseShares:
         }
         self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: Float[Tensor, "batch tokens out"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: OutputGradient, part: Batch) -> None:
         """Add the layer's call."""
-        shares = ((d[0] @ self._adjoints[layer.name]) * x[0]).sum(2).double().cpu()
+        shares = ((d.values[0] @ self._adjoints[layer.name]) * x[0]).sum(2).double().cpu()
         self.shares[:, part.first : part.first + shares.shape[1]] += shares
 
 
 class SparseShares:
     """Visitor that splits the products of a sparse row with others, of one row each, by position, for the inputs of a batch of one."""
+
+    sums_examples = False
 
     def __init__(self, encoder: SparseEncoder, others: Sequence[SparseVectors], inputs: Tensor) -> None:
         self.predicted = encoder.component.role == "head"
@@ -59,18 +63,18 @@ class SparseShares:
             self._adjoints.append((keys, encoder.adjoint(keys, torch.from_numpy(row.vectors).to(encoder.device))))
         self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
         """Add the layer's call."""
-        shares = torch.stack([self._product(keys, adjoint, x[0], d[0]) for keys, adjoint in self._adjoints])
+        shares = torch.stack([self._product(keys, adjoint, x[0], d) for keys, adjoint in self._adjoints])
         self.shares[:, part.first : part.first + shares.shape[1]] += shares.cpu()
 
-    def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: Float[Tensor, "tokens outputs"]) -> Tensor:
+    def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: OutputGradient) -> Tensor:
         if not len(keys):
-            return torch.zeros(len(d), dtype=torch.float64, device=d.device)
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
         if self._encoder.component.role == "head":
-            return (d[:, keys] * (x @ adjoint.T)).sum(1).double()
+            return (d.columns(keys[None])[0] * (x @ adjoint.T)).sum(1).double()
         positions = torch.searchsorted(keys, x).clamp(max=len(keys) - 1)
-        return torch.where(keys[positions] == x, (d * adjoint[positions]).sum(1), 0.0).double()
+        return torch.where(keys[positions] == x, (d.values[0] * adjoint[positions]).sum(1), 0.0).double()
 
 
 SHARES: dict[str, type[DenseShares] | type[SparseShares]] = {"dense": DenseShares, "sparse": SparseShares}

@@ -27,7 +27,7 @@ from ..store.manifest import Layer, SparseComponent
 from ..store.shapes import Float, Float64, Int
 from ..store.vectors import SparseVectors
 from .batches import IGNORED, Batch
-from .capture import Inputs, Map, accumulation_dtype
+from .capture import Inputs, Map, OutputGradient, accumulation_dtype
 from .curvature import Arrays
 from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
@@ -101,6 +101,8 @@ class SparseEncoder:
 class SparseCollector:
     """Visitor that turns a batch's gradients of the head or the embeddings into rows."""
 
+    sums_examples = False
+
     def __init__(self, encoder: SparseEncoder, batch: Batch) -> None:
         self._encoder = encoder
         self.layers: Sequence[Layer] = (encoder.layer,)
@@ -111,15 +113,14 @@ class SparseCollector:
         self._keys = _padded(keys).to(encoder.device)
         self._sums: Tensor | None = None
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
         """Add the layer's call; a `Visit`."""
         if self._encoder.component.role == "embeddings":
-            self._add(self._by_token(x, d, part))
+            self._add(self._by_token(x, d.values, part))
             return
         if self._encoder.component.extra_tokens and self._sums is None:
-            self._add_others(d)
-        columns = torch.gather(d, 2, self._keys[:, None].expand(-1, d.shape[1], -1))
-        self._add(columns.transpose(1, 2) @ x)
+            self._add_others(d.values)
+        self._add(d.columns(self._keys).transpose(1, 2) @ x)
 
     def _add(self, gradients: Float[Tensor, "batch keys width"]) -> None:
         self._sums = gradients if self._sums is None else self._sums.add_(gradients)
@@ -173,6 +174,8 @@ class HeadMean:
         examples: number of examples (batches are summed whole) after which it ignores others.
     """
 
+    sums_examples = True
+
     def __init__(self, encoder: SparseEncoder, tokens: int, examples: int) -> None:
         self._encoder = encoder
         self._most = examples
@@ -185,11 +188,11 @@ class HeadMean:
         self._squares = 0.0
         self._examples = 0
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: Float[Tensor, "batch tokens vocab"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: OutputGradient, part: Batch) -> None:
         """Add the head's call."""
         if self._examples >= self._most:
             return
-        gradients = d[:, :, self._tokens].transpose(1, 2) @ x
+        gradients = d.columns(self._tokens.expand(len(x), -1)).transpose(1, 2) @ x
         self._gradients = gradients if self._gradients is None else self._gradients.add_(gradients)
 
     def end(self) -> None:
@@ -216,6 +219,8 @@ class SparseMeter:
     The closed form needs no labels: for the gradient d = p - onehot(y), p (1 - p) is |d| (1 - |d|), whatever y is.
     """
 
+    sums_examples = True
+
     def __init__(self, component: SparseComponent) -> None:
         layer = vocabulary_layer(component)
         self._component = component
@@ -223,21 +228,21 @@ class SparseMeter:
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
 
-    def __call__(self, layer: Layer, x: Inputs, d: Float[Tensor, "batch tokens outputs"], part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
         """Add the layer's call; a `Visit`."""
-        valid = part.valid.to(d.device)
+        valid = part.valid.to(x.device)
         if self._component.role == "embeddings":
-            gradients = (d * valid[..., None]).flatten(0, 1)
+            gradients = (d.values * valid[..., None]).flatten(0, 1)
             self._add("moment", gradients.T @ gradients)
-            reads = torch.zeros(self._component.vocabulary, dtype=torch.float64, device=d.device)
+            reads = torch.zeros(self._component.vocabulary, dtype=torch.float64, device=x.device)
             self._add("vocabulary", reads.index_add_(0, x.flatten(), valid.flatten().double()))
             self._add("tokens", valid.sum())
             return
-        predicted = valid & (part.targets.to(d.device) != IGNORED)
+        predicted = valid & (part.targets.to(x.device) != IGNORED)
         states = (x * predicted[..., None]).flatten(0, 1)
         self._add("moment", states.T @ states)
-        size = d.abs()
-        self._add("vocabulary", (size * (1 - size) if self._component.closed_form else d.square()).sum((0, 1)))
+        size = d.values.abs()
+        self._add("vocabulary", (size * (1 - size) if self._component.closed_form else size.square()).sum((0, 1)))
         self._add("tokens", predicted.sum())
 
     def end(self) -> None:

@@ -13,8 +13,6 @@ from the left, so that padding cannot change a row. The last token is only predi
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,24 +21,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..store.bits import philox
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
-from ..store.shapes import Float, Float64, Int
+from ..store.shapes import Float
 from . import models
 from .batches import IGNORED, Batch, batches_by_length
-from .capture import Window, accumulation_dtype
+from .capture import Window
 from .examples import DocumentConverter, TextConverter, VectorConverter
-
-Accept = Callable[[Float[Tensor, "batch n"]], None]
-"""A check of values by example: it raises an error, or drops the examples that have values which are not finite."""
+from .logits import Accept, Head, cross_entropies, draw_uniform
 
 _PADDED = 16
-_PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps memory anew each time
 _SPLITS: "WeakKeyDictionary[nn.Module, dict[int, bool]]" = WeakKeyDictionary()
-_BODIES: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -135,6 +129,9 @@ class Task(ABC):
             return losses * torch.exp(-losses.detach() / 2)
         return self.loss(model, batch, objective.label_seed)
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027
+        """Find out what `differentiate` needs to know of a model; called before a capture is opened."""
+
     def differentiate(self, model: nn.Module, objective: Objective, window: Window, accept: Accept) -> Float[Tensor, " batch"]:
         """Run the objective of a batch forward and backward, under an open capture; returns its values (nats), detached.
 
@@ -177,9 +174,10 @@ class Task(ABC):
         """Number of classes of a model with one label per example; None for texts, which predict many tokens."""
         return None
 
-    def head(self, model: nn.Module) -> nn.Module:
-        """The layer that makes the predictions; its input is the model's last hidden state."""
-        return [m for m in model.modules() if models.layer_sizes(m)][-1]
+    def watch_hidden(self, model: nn.Module, watch: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call a function with the model's last hidden states, the inputs of its last layer, in every forward pass until it is removed."""
+        last = [m for m in model.modules() if models.layer_sizes(m)][-1]
+        return last.register_forward_pre_hook(lambda module, args: watch(args[0]))
 
     def sparse_head(self, model: nn.Module) -> VocabularyLayer | None:
         """An output head with sparse rows; None if the model has none."""
@@ -234,58 +232,22 @@ class CausalLM(Task):
             id = batch.ids[int(tokens.argmax())]
             raise DataError(f"example {id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
 
+    def prepare(self, model: nn.Module) -> None:
+        """See `Task`."""
+        Head.of(model, self.probe)
+
     def differentiate(self, model: nn.Module, objective: Objective, window: Window, accept: Accept) -> Float[Tensor, " batch"]:
-        """See `Task`; the logits are computed in pieces, so that memory holds only some of them (as fused linear cross-entropies do)."""
+        """See `Task`; the logits are computed in pieces (see logits.py), unless a subclass has another loss or measurement."""
+        head = None
         overridden = type(self).loss is not CausalLM.loss or type(self).measurement is not Task.measurement
-        if overridden or objective.undivided or objective.label is not None or not self._has_body(model):
+        if not overridden and not objective.undivided and objective.label is None:
+            head = Head.of(model, self.probe)
+        if head is None:
             return super().differentiate(model, objective, window, accept)
-        batch = window.batch
-        self._check_tokens(model, batch)
-        body: Any = model.base_model
-        output = body(input_ids=batch.inputs, **models.without_cache(body))
-        states = output[0]
-        accept(states.detach().flatten(1))
-        pieces = states.detach().requires_grad_(states.requires_grad)
-        uniform = None if objective.label_seed is None else draw_uniform(batch, objective.label_seed)
-        values = torch.zeros(len(batch.ids), dtype=accumulation_dtype(states.dtype), device=batch.targets.device)
-        with _with_body(model, output) as head:
-            for first, last in self._pieces(model, batch):
-                with window.columns(first, last) as part:
-                    logits = head(part.inputs, pieces[:, first:last])
-                    losses = cross_entropies(logits, part, None if uniform is None else uniform[:, first:last])
-                    values += losses.detach()
-                    if losses.requires_grad:
-                        losses.sum().backward()
-        if states.requires_grad:
-            states.backward(pieces.grad)
+        self._check_tokens(model, window.batch)
+        values = head.differentiate(model, window, objective.label_seed, accept)
         accept(values[:, None])
         return values
-
-    def _pieces(self, model: nn.Module, batch: Batch) -> Iterator[tuple[int, int]]:
-        """Columns of a batch whose logits are in memory at a time."""
-        examples, tokens = batch.valid.shape
-        columns = max(1, _PIECE // (models.vocabulary_size(model) * examples))
-        for first in range(0, tokens, columns):
-            yield first, min(tokens, first + columns)
-
-    @torch.no_grad()
-    def _has_body(self, model: nn.Module) -> bool:
-        """True if the logits can be computed from the last hidden states, which is tried on a probe."""
-        if model not in _BODIES:
-            body = getattr(model, "base_model", model)
-            _BODIES[model] = body is not model and isinstance(body, nn.Module) and self._head_follows(model, body)
-        return _BODIES[model]
-
-    def _head_follows(self, model: nn.Module, body: nn.Module) -> bool:
-        inputs = self.probe(model, next(model.parameters()).device).inputs
-        try:
-            output = body(input_ids=inputs, **models.without_cache(body))
-            with _with_body(model, output) as head:
-                pieces = torch.cat([head(inputs[:, :1], output[0][:, :1]), head(inputs[:, 1:], output[0][:, 1:])], dim=1)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # a model of another structure
-            return False
-        logits = models.logits_of(model, inputs)
-        return pieces.shape == logits.shape and not models.differ(pieces.float(), logits.float(), next(model.parameters()).dtype)
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """See `Task`."""
@@ -323,14 +285,18 @@ class CausalLM(Task):
         """See `Task`."""
         return models.context_length(model)
 
-    def head(self, model: nn.Module) -> nn.Module:
-        """The output embeddings."""
-        return model.get_output_embeddings()  # type: ignore[operator]
+    def watch_hidden(self, model: nn.Module, watch: Callable[[Tensor], None]) -> RemovableHandle:
+        """See `Task`."""
+        if Head.of(model, self.probe) is None:
+            head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+            return head.register_forward_pre_hook(lambda module, args: watch(args[0]))
+        body: nn.Module = model.base_model  # type: ignore[assignment]
+        return body.register_forward_hook(lambda module, args, output: watch(output[0]))
 
     @torch.no_grad()
     def sparse_head(self, model: nn.Module) -> VocabularyLayer | None:
         """See `Task`."""
-        head = self.head(model)
+        head = model.get_output_embeddings()  # type: ignore[operator]
         sizes = models.layer_sizes(head) if head is not None else None
         names = [name for name, module in model.named_modules() if module is head]
         if sizes is None or not names:
@@ -479,63 +445,3 @@ def import_object(path: str, kind: str) -> Any:
         raise NotFoundError(
             f"the {kind} {path} cannot be imported ({reason}); is its module in this directory, or on PYTHONPATH?"
         ) from error
-
-
-@contextmanager
-def _with_body(model: nn.Module, output: Any) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Give a function from some columns' token ids and last hidden states to their logits, for a model whose body returned `output`.
-
-    The model runs with a body that returns these states, so that all that it does to them and to the logits is done.
-    """
-    body: Any = model.base_model
-    replaced = body.__dict__.get("forward")
-
-    def head(inputs: Tensor, states: Tensor) -> Tensor:
-        changed = copy(output)
-        changed[next(iter(changed))] = states
-        body.__dict__["forward"] = lambda *args, **kwargs: changed
-        return models.logits_of(model, inputs)
-
-    try:
-        yield head
-    finally:
-        if replaced is None:
-            body.__dict__.pop("forward", None)
-        else:
-            body.__dict__["forward"] = replaced
-
-
-def cross_entropies(
-    logits: Float[Tensor, "batch tokens classes"], batch: Batch, uniform: Float64[Tensor, "batch tokens"] | None = None
-) -> Float[Tensor, " batch"]:
-    """Each example's sum of cross-entropies (nats) over its targets, or over targets drawn from the model; in float32 at least.
-
-    Args:
-        uniform: numbers in [0, 1) that draw the targets (see `sample_targets`).
-    """
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    targets = batch.targets if uniform is None else sample_targets(logits, batch, uniform)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view(targets.shape).sum(1)
-
-
-def draw_uniform(batch: Batch, seed: int) -> Float64[Tensor, "batch tokens"]:
-    """Draw a number in [0, 1) for every target; it depends on the seed and the example's id, not on the batch."""
-    targets = batch.targets.cpu().numpy()
-    uniform = np.zeros(targets.shape)
-    for row, positions, id in zip(uniform, targets != IGNORED, batch.ids, strict=True):
-        row[positions] = np.random.Generator(philox(f"wherefrom labels {seed} {id}")).random(int(positions.sum()))
-    return torch.from_numpy(uniform).to(batch.targets.device)
-
-
-@torch.no_grad()
-def sample_targets(
-    logits: Float[Tensor, "batch tokens vocab"], batch: Batch, uniform: Float64[Tensor, "batch tokens"]
-) -> Int[Tensor, "batch tokens"]:
-    """Draw targets from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
-    sampled = batch.targets.clone()
-    for i in range(len(batch.ids)):
-        cumulative = logits[i].double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, (uniform[i].to(logits.device) * cumulative[:, -1])[:, None])[:, 0]
-        sampled[i] = torch.where(batch.targets[i] == IGNORED, IGNORED, drawn.clamp(max=logits.shape[-1] - 1).to(sampled.device))
-    return sampled

@@ -12,12 +12,13 @@ from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherefrom.indexer.batches import batches_by_length
-from wherefrom.indexer.capture import GradientSum
+from wherefrom.indexer.capture import GradientSum, OutputGradient
 from wherefrom.indexer.curvature import whitening_scale
 from wherefrom.indexer.encoder import Encoder, backward
 from wherefrom.indexer.fit import Fit
+from wherefrom.indexer.logits import draw_uniform, sample_targets
 from wherefrom.indexer.projection import principal_projection, random_projection
-from wherefrom.indexer.tasks import CausalLM, draw_uniform, sample_targets
+from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import IncompatibleError, NumericalError, UsageError
 
@@ -45,11 +46,13 @@ def autograd_gradients(model, layers, example, targets=None):
 class Visit:
     """A function visited in a pass."""
 
+    sums_examples = True
+
     def __init__(self, layers, maps, function):
         self.layers, self.maps, self.function = layers, maps, function
 
     def __call__(self, layer, x, d, part):
-        self.function(layer, x, d)
+        self.function(layer, x, d.values)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -259,7 +262,9 @@ def test_bfloat16_rows_stay_close_to_float32_and_are_summed_in_float32():
     sums = GradientSum()
     for _, batch in TASK.batches((rough.model,), examples, 64):
         maps = rough.component_encoders["blocks"].maps
-        backward(TASK, rough.model, batch, [Visit(rough.settings.components[0].layers, maps, partial(sums, part=batch))])
+        maps = rough.component_encoders["blocks"].maps
+        visit = partial(lambda part, layer, x, d: sums(layer, x, OutputGradient(d), part), batch)
+        backward(TASK, rough.model, batch, [Visit(rough.settings.components[0].layers, maps, visit)])
         break
     assert {g.dtype for g in sums.by_layer.values()} == {torch.float32}
 
