@@ -33,6 +33,7 @@ Piece = tuple[Tensor, Tensor | None]
 """The losses of some columns, by example, and the gradient in their hidden states, if it flows on into the body."""
 
 _PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps memory anew each time
+_RUN = 256  # tokens
 _HEADS: "WeakKeyDictionary[nn.Module, Head | None]" = WeakKeyDictionary()
 
 
@@ -115,6 +116,7 @@ class Head:
 
     @torch.no_grad()
     def _linear_piece(self, layer: Any, name: str, window: Window, states: Tensor, uniform: Tensor | None, onward: bool) -> Piece:
+        states = states.contiguous()  # otherwise the weight is copied for each example
         logits = F.linear(states.to(layer.weight.device), layer.weight, layer.bias)
         gradient = LogitGradient(logits, window.part, uniform)
         losses = gradient.losses.to(window.part.targets.device)
@@ -139,10 +141,12 @@ class LogitGradient(OutputGradient):
     """
 
     def __init__(self, logits: Tensor, part: Batch, uniform: Tensor | None = None) -> None:
-        targets = (part.targets if uniform is None else sample_targets(logits, part, uniform)).to(logits.device)
+        self._log_p = torch.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
+        targets = part.targets.to(logits.device)
+        if uniform is not None:
+            targets = sample_targets(self._log_p, targets, uniform.to(logits.device))
         self._counted = (targets != IGNORED)[..., None]
         self._targets = targets.clamp(min=0)[..., None]
-        self._log_p = torch.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
         self._is_whole = False
 
     @property
@@ -200,9 +204,9 @@ def cross_entropies(
     Args:
         uniform: numbers in [0, 1) that draw the targets (see `sample_targets`).
     """
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    targets = batch.targets if uniform is None else sample_targets(logits, batch, uniform)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    log_p = torch.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
+    targets = batch.targets if uniform is None else sample_targets(log_p, batch.targets, uniform)
+    losses = F.nll_loss(log_p.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(targets.shape).sum(1)
 
 
@@ -217,12 +221,22 @@ def draw_uniform(batch: Batch, seed: int) -> Float64[Tensor, "batch tokens"]:
 
 @torch.no_grad()
 def sample_targets(
-    logits: Float[Tensor, "batch tokens vocab"], batch: Batch, uniform: Float64[Tensor, "batch tokens"]
+    log_p: Float[Tensor, "batch tokens vocabulary"], targets: Int[Tensor, "batch tokens"], uniform: Float64[Tensor, "batch tokens"]
 ) -> Int[Tensor, "batch tokens"]:
-    """Draw targets from softmax(logits) by inverting its cumulative sum, one example at a time to bound memory."""
-    sampled = batch.targets.clone()
-    for i in range(len(batch.ids)):
-        cumulative = logits[i].double().softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, (uniform[i].to(logits.device) * cumulative[:, -1])[:, None])[:, 0]
-        sampled[i] = torch.where(batch.targets[i] == IGNORED, IGNORED, drawn.clamp(max=logits.shape[-1] - 1).to(sampled.device))
-    return sampled
+    """Draw targets from a distribution by inverting its cumulative sum; those that are ignored stay so.
+
+    The sum is taken over runs of tokens, then within the run that a number falls into, in float64.
+    """
+    p = log_p.exp()
+    vocabulary = p.shape[-1]
+    whole = vocabulary // _RUN * _RUN
+    runs = p[..., :whole].unflatten(-1, (vocabulary // _RUN, _RUN)).sum(-1)
+    rest = p[..., whole:].sum(-1, keepdim=True)  # 0 where there is none
+    ends = torch.cat([runs, rest], dim=-1).double().cumsum(-1)
+    goal = uniform[..., None] * ends[..., -1:]
+    run = torch.searchsorted(ends, goal).clamp(max=ends.shape[-1] - 1)
+    start = torch.where(run > 0, torch.gather(ends, -1, (run - 1).clamp(min=0)), 0.0)
+    tokens = run * _RUN + torch.arange(_RUN, device=p.device)
+    within = torch.where(tokens < vocabulary, torch.gather(p, -1, tokens.clamp(max=vocabulary - 1)), 0.0).double().cumsum(-1)
+    drawn = run * _RUN + torch.searchsorted(within, goal - start).clamp(max=_RUN - 1)
+    return torch.where(targets == IGNORED, IGNORED, drawn[..., 0].clamp(max=vocabulary - 1))

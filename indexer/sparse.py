@@ -242,7 +242,8 @@ class SparseMeter:
         states = (x * predicted[..., None]).flatten(0, 1)
         self._add("moment", states.T @ states)
         size = d.values.abs()
-        self._add("vocabulary", (size * (1 - size) if self._component.closed_form else size.square()).sum((0, 1)))
+        variances = size.addcmul_(size, size, value=-1) if self._component.closed_form else size.square_()
+        self._add("vocabulary", variances.sum((0, 1)))
         self._add("tokens", predicted.sum())
 
     def end(self) -> None:

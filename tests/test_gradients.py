@@ -409,9 +409,8 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
     relabelled = []
     for example in examples:
         batch = TASK.collate([example], torch.device("cpu"))
-        drawn = sample_targets(model(input_ids=batch.inputs).logits, batch, draw_uniform(batch, settings.components[0].projection.seed))[
-            0
-        ].numpy()
+        uniform = draw_uniform(batch, settings.components[0].projection.seed)
+        drawn = sample_targets(model(input_ids=batch.inputs).logits.log_softmax(-1), batch.targets, uniform)[0].numpy()
         relabelled.append((example, drawn))
     (layer,) = settings.components[0].layers
     basis = {side: encoder.arrays[f"blocks/{layer.name}/{side}_rotation"] for side in ("input", "output")}
@@ -497,15 +496,29 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
     example = Example(id="x", text="", source="", token_ids=np.array([3, 4], np.int32), loss_mask=np.array([False, True]))
     copies = [Example(**{**example.__dict__, "id": f"x{i}"}) for i in range(4000)]
     batch = TASK.collate(copies, torch.device("cpu"))
-    logits = model(input_ids=batch.inputs[:1]).logits.expand(len(copies), -1, -1)
-    drawn = sample_targets(logits, batch, draw_uniform(batch, 0))[:, 0].numpy()
-    p = logits[0, 0].softmax(-1).numpy()
+    log_p = model(input_ids=batch.inputs[:1]).logits.log_softmax(-1).expand(len(copies), -1, -1)
+    drawn = sample_targets(log_p, batch.targets, draw_uniform(batch, 0))[:, 0].numpy()
+    p = log_p[0, 0].exp().numpy()
     observed = np.bincount(drawn, minlength=len(p)) / len(copies)
     assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
     others = TASK.collate(copies[5:10], torch.device("cpu"))
-    again = sample_targets(logits[:5], others, draw_uniform(others, 0))[:, 0].numpy()
+    again = sample_targets(log_p[:5], others.targets, draw_uniform(others, 0))[:, 0].numpy()
     assert np.array_equal(again, drawn[5:10])
-    assert not np.array_equal(sample_targets(logits, batch, draw_uniform(batch, 1))[:, 0].numpy(), drawn)
+    assert not np.array_equal(sample_targets(log_p, batch.targets, draw_uniform(batch, 1))[:, 0].numpy(), drawn)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_labels_are_where_the_cumulative_sum_reaches_a_uniform_number(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.randn((3, 50, vocabulary), generator=generator, dtype=torch.float64).mul(3).log_softmax(-1)
+    uniform = torch.rand((3, 50), generator=generator, dtype=torch.float64)
+    uniform[0, :2] = torch.tensor([0.0, 1.0 - 1e-16])
+    targets = torch.zeros((3, 50), dtype=torch.long)
+    targets[1, :5] = -100
+    drawn = sample_targets(log_p, targets, uniform)
+    sums = log_p.exp().cumsum(-1)
+    expected = torch.searchsorted(sums, (uniform * sums[..., -1])[..., None])[..., 0].clamp(max=vocabulary - 1)
+    assert torch.equal(drawn, torch.where(targets == -100, -100, expected))
 
 
 def test_sampled_labels_make_the_true_fisher():

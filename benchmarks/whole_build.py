@@ -1,0 +1,125 @@
+"""What does a whole build cost, beside one plain pass of training over the same documents? Time, memory, and what `plan` said before.
+
+    python benchmarks/whole_build.py --model MODEL_DIR --data corpus.jsonl [--documents 60 300] [--dtype bfloat16] [--rounds 3]
+
+The plain pass is forward and backward with gradients of all weights, in this process, over the same batches, with one thread. The build is
+a process of its own with one worker and one thread, from the start of Python to the search files. Both take turns. Given are the ratio of
+their CPU seconds (the median, the least and the most); the peak of the build's own memory, which is not that of files, above the bytes of
+the model; and the seconds that `wherefrom plan` predicts over those that the build took.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from wherefrom.indexer.examples import TextConverter
+from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.store.corpus import read_corpus
+from wherefrom.store.documents import Example
+
+_CONFIGURATIONS = {
+    "head": ["-o", "components=head"],
+    "800 bytes": ["--bytes-per-example", "800"],
+    "2,400 bytes": ["--bytes-per-example", "2400"],
+}
+_WATCHED = """
+import os, resource, sys, threading
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
+peak, ended = [0], threading.Event()
+def watch():
+    while not ended.wait(0.02):
+        peak[0] = max(peak[0], own())
+threading.Thread(target=watch, daemon=True).start()
+from wherefrom.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+ended.set()
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print("", usage.ru_utime + usage.ru_stime, max(peak[0], own()), file=sys.stderr)
+"""
+
+
+def command(*arguments):
+    """Run the command line in a process of its own; returns its output, CPU seconds and peak of memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _WATCHED, *map(str, arguments)], check=True, capture_output=True, text=True, env=environment
+    )
+    seconds, peak = done.stderr.split()[-2:]
+    return done.stdout, float(seconds), int(peak)
+
+
+def plain_pass(task, model, examples, batch_tokens):
+    """CPU seconds of one forward and backward pass over the examples with a gradient for every weight."""
+    started = time.process_time()
+    for _, batch in task.batches((model,), examples, batch_tokens):
+        task.loss(model, batch).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return time.process_time() - started
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
+    parser.add_argument("--documents", type=int, nargs="+", default=[60, 300])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    source, task = ModelSource(args.model, dtype=args.dtype, device="cpu"), CausalLM()
+    model = task.load(source).requires_grad_(True)
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    converter = TextConverter(load_tokenizer(source), task.context(model))
+    folder = Path(tempfile.mkdtemp())
+    with open(args.data) as lines:
+        documents = list(lines)
+    for count in args.documents:
+        data = folder / f"{count}.jsonl"
+        data.write_text("".join(documents[:: max(1, len(documents) // count)][:count]))
+        examples = [e for e in converter.documents(read_corpus([str(data)])) if isinstance(e, Example)]
+        for name in args.configurations:
+            options = ["--model", args.model, "--data", data, "--dtype", args.dtype, "-o", f"batch_tokens={args.batch_tokens}"]
+            plan = json.loads(command("plan", *options, *_CONFIGURATIONS[name], "--json")[0])
+            ratios, peaks, predicted = [], [], []
+            for round_ in range(args.rounds):
+                times = {}
+                for side in ("plain", "build") if round_ % 2 else ("build", "plain"):
+                    if side == "plain":
+                        times[side] = plain_pass(task, model, examples, args.batch_tokens)
+                    else:
+                        started = time.perf_counter()
+                        _, times[side], peak = command("build", *options, *_CONFIGURATIONS[name], "--out", folder / "i.wherefrom")
+                        predicted.append((plan["fit_seconds"] + plan["row_seconds"]) / (time.perf_counter() - started))
+                        peaks.append(peak)
+                        shutil.rmtree(folder / "i.wherefrom")
+                ratios.append(times["build"] / times["plain"])
+            spread = f"{statistics.median(ratios):.2f} plain passes ({min(ratios):.2f} to {max(ratios):.2f})"
+            memory = f"{(max(peaks) - model_bytes) / 2**20:,.0f} MiB above the model's {model_bytes / 2**20:,.0f}"
+            print(
+                f"{args.dtype} {count:>5} documents, {sum(e.tokens for e in examples):,} tokens, {name:>11}: {spread}; {memory}; "
+                f"plan said {statistics.median(predicted):.2f} of the seconds",
+                flush=True,
+            )
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
