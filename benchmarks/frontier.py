@@ -14,7 +14,6 @@ import json
 import math
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack, write_documents_file
-from wherefrom.indexer.encoder import Encoder
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 
@@ -42,12 +40,9 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 def _exact(client, train, queries):
     """Scores [examples, queries] of the index's components without codes, reduction or bound on tokens."""
-    whole = tuple(component.uncut() for component in client.encoder.settings.components)
-    encoder = Encoder(
-        client.recorded.task, (client.encoder.model,), replace(client.encoder.settings, components=whole), client.encoder.arrays
-    )
-    rows, asked = encoder.rows(train), encoder.rows(queries, queries=True)
-    return sum(s.weight * rows[s.name].as_float32().inner_products(asked[s.name].as_float32()) for s in whole)
+    rows, asked = client.encoder.rows(train, exact=True), client.encoder.rows(queries, queries=True, exact=True)
+    components = client.encoder.settings.components
+    return sum(s.weight * rows[s.name].as_float32().inner_products(asked[s.name].as_float32()) for s in components)
 
 
 def _overlap(found, exact, k=10):

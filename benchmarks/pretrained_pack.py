@@ -24,6 +24,7 @@ _TRAIN, _QUERIES, _LEAST_WORDS = 480, 60, 20
 _EPOCHS, _BATCH = 2, 16
 _RATE, _LORA_RATE = 1e-4, 1e-3
 _LORA_RANK, _LORA_ALPHA = 8, 16
+_SMALL_EPOCHS, _SMALL_BATCH, _SMALL_LORA_RATE = 3, 8, 5e-3
 _PARAPHRASES = Path(__file__).with_name("paraphrases.jsonl")
 
 
@@ -34,11 +35,20 @@ def train(examples, model, seed):
 
 def train_lora(examples, model, seed):
     """Train a LoRA adapter of all linear layers of the blocks of the model in the directory `model`."""
+    return fit(_with_adapter(model, seed), examples, seed, _EPOCHS, _BATCH, _LORA_RATE, half=True)
+
+
+def train_small_lora(examples, model, seed):
+    """Train a LoRA adapter of a small model, in float32: three epochs."""
+    return fit(_with_adapter(model, seed), examples, seed, _SMALL_EPOCHS, _SMALL_BATCH, _SMALL_LORA_RATE)
+
+
+def _with_adapter(model, seed):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)  # draws the adapter's first matrices
     options = LoraConfig(r=_LORA_RANK, lora_alpha=_LORA_ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return fit(get_peft_model(_pretrained(model), options), examples, seed, _EPOCHS, _BATCH, _LORA_RATE, half=True)
+    return get_peft_model(_pretrained(model), options)
 
 
 def _pretrained(model):

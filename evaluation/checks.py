@@ -24,7 +24,7 @@ from torch import nn
 
 from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import keep_freed_memory, resolve_device
+from ..indexer.models import keep_freed_memory, loaded, resolve_device
 from ..indexer.tasks import import_object
 from ..query.baselines import row_norms
 from ..query.metric import Metric
@@ -144,21 +144,24 @@ class _StepTrainer:
         self.model: nn.Module = copy.deepcopy(client.encoder.model)
         if next(self.model.parameters()).dtype != torch.float64:
             self.model.float()  # bfloat16 would round small steps away
-        self._weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        trained = loaded(client.encoder.model).trained
+        self._parameters = {n: p for n, p in self.model.named_parameters() if trained is None or n.rpartition(".")[0] in trained}
+        self._weights = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def loss_after(self, row: int, query: Example) -> float:
         task = self._client.recorded.task
         model = self.model
         batch = task.collate([self._client.index.example(row)], next(model.parameters()).device)
-        model.requires_grad_(True)
-        optimizer = _OPTIMIZERS[self._optimizer](model.parameters(), lr=self._rate)
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        optimizer = _OPTIMIZERS[self._optimizer](self._parameters.values(), lr=self._rate)
         (task.loss(model, batch).sum() / (batch.targets >= 0).sum()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.requires_grad_(False)
         loss = float(compute_losses(task, model, [query])[0])
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in self._parameters.items():
                 parameter.copy_(self._weights[name])
         return loss
 

@@ -177,7 +177,8 @@ class Retrainer:
         final = self._directory / "model-epoch1"
         path = self._directory / "pieces" / "whole.npy"
         losses = self._load_losses(path)
-        if losses is None or not (final / "config.json").is_file() or not list(final.glob("*.safetensors*")):
+        configured = any((final / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if losses is None or not configured or not list(final.glob("*.safetensors*")):
             model = self._model(np.arange(len(self._examples)), 0)
             context = self._task.context(model)
             if context is not None and context < self._max_tokens:

@@ -196,13 +196,22 @@ class Encoder:
             progress(len(positions), int(batch.valid.sum()))
 
     def rows(
-        self, examples: Sequence[Example], queries: bool = False, progress: Progress = ignore_progress, tolerant: bool = False
+        self,
+        examples: Sequence[Example],
+        queries: bool = False,
+        progress: Progress = ignore_progress,
+        tolerant: bool = False,
+        exact: bool = False,
     ) -> dict[str, Any]:
-        """Compute all rows at once, by component, in the examples' order; see `batches`."""
+        """Compute all rows at once, by component, in the examples' order; see `batches`.
+
+        Args:
+            exact: with all tokens, not only those that an index stores.
+        """
         encoded = list(self.batches(examples, progress, queries, tolerant))
         rows = {}
         for component in self.settings.components:
-            blocks = [(batch.positions, batch.rows[component.name]) for batch in encoded]
+            blocks = [(batch.positions, (batch.exact if exact else batch.rows)[component.name]) for batch in encoded]
             rows[component.name] = KINDS[component.kind].vectors.concatenate(blocks, component.dim)
         return rows
 

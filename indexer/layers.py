@@ -11,10 +11,11 @@ from ..store.errors import UsageError
 from ..store.manifest import CurvatureKind, Layer
 from .capture import geometry
 from .curvature import choose_curvature
-from .models import differ, layer_sizes
+from .models import differ, layer_sizes, loaded
 from .tasks import Task
 
 NARROWING = "@narrowing"
+_ADAPTED = "base_layer"  # a part of the names of layers that have an adapter's layers beside them
 
 
 def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: bool = True) -> list[str]:
@@ -23,7 +24,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     Without patterns, every layer that can be tracked; with `within_blocks` only those inside the transformer blocks (the outermost
     ModuleLists), so without the output head and the embeddings. A pattern is a shell glob (`*.mlp.*`, `h.[0-3].*`) over the full name or
     its end; "@narrowing" selects the default layers with more inputs than outputs, such as the second half of an MLP (all of them if there
-    are none).
+    are none). Of a model with an adapter, only the layers that it trained are selected, unless a pattern names a `base_layer`.
 
     Raises:
         UsageError: a pattern, or the default, matches no layer.
@@ -31,6 +32,9 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = (), within_blocks: b
     candidates = {name: module for name, module in model.named_modules() if layer_sizes(module)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     candidates = {name: module for name, module in candidates.items() if module is not head}
+    trained = loaded(model).trained
+    if trained is not None and trained & candidates.keys() and not any(_ADAPTED in pattern for pattern in patterns):
+        candidates = {name: module for name, module in candidates.items() if name in trained}
     if NARROWING in patterns:
         if len(patterns) > 1:
             raise UsageError(f"layers: {NARROWING} cannot be combined with other patterns")

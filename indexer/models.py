@@ -12,6 +12,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,8 +107,8 @@ class Loaded:
     """Facts about a loaded model.
 
     Attributes:
-        base: directory or hub id of the model that an adapter was merged into.
-        trained: the modules that an adapter changed; None if the whole model counts as trained.
+        base: directory or hub id of the model that an adapter adapts.
+        trained: the layers that an adapter trained: its own, or those that it was merged into; None if the whole model counts as trained.
         notes: sentences to show with answers.
     """
 
@@ -248,8 +249,8 @@ def load_mlp(source: ModelSource) -> nn.Module:
     return onto_device(model.to(DTYPES[source.dtype]), device)
 
 
-def load_causal_lm(source: ModelSource) -> nn.Module:
-    """Load a causal language model in evaluation mode, in its dtype and on its device; an adapter (such as LoRA) is merged into its base.
+def load_causal_lm(source: ModelSource, merged: bool = False) -> nn.Module:
+    """Load a causal language model in evaluation mode, in its dtype and on its device; an adapter (such as LoRA) with its base.
 
     On the device "map" the layers are spread over all GPUs by Accelerate (`device_map="auto"`), which also carries activations from one
     to the next; without GPUs that is the CPU.
@@ -262,7 +263,7 @@ def load_causal_lm(source: ModelSource) -> nn.Module:
     device = None if source.device == SPREAD else resolve_device(source.device)
     adapter = find_adapter(source)
     if adapter is not None:
-        return onto_device(_merge(load_causal_lm(adapter.base), adapter), device)
+        return onto_device(_adapt(load_causal_lm(adapter.base, merged=True), adapter, merged), device)
     return onto_device(_load_base(source, device), device)
 
 
@@ -448,8 +449,15 @@ def find_adapter(source: ModelSource) -> Adapter | None:
     return Adapter(folder, replace(source, id=base, revision=None if Path(base).is_dir() else revision, base=None))
 
 
-def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Merge an adapter into a model's weights; check that it fits, and that the merged model's predictions are those of the adapted one."""
+def _adapt(model: nn.Module, adapter: Adapter, merged: bool) -> nn.Module:
+    """Put an adapter into a model: as layers of its own where all of it is plain LoRA, whose matrices are then tracked; else merged.
+
+    Args:
+        merged: merge it in any case.
+
+    Raises:
+        IncompatibleError: it does not fit, or the merged model's predictions are not those of the adapted one.
+    """
     folder = adapter.folder
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -458,10 +466,9 @@ def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
     if problem:
         raise IncompatibleError(f"{file} {problem}; restore it")
     require("peft", "adapters")
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
-    from safetensors import safe_open
 
     facts = loaded(model)
     _check_kind(folder)
@@ -473,6 +480,47 @@ def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
     except Exception as error:  # peft raises many kinds of error
         problem = reason(error, "adapter_config.json")
         raise IncompatibleError(f"the adapter at {folder} does not fit its base {adapter.base.id}: {problem}") from error
+    _check_tensors(adapted, file, caught)
+    factors = frozenset() if merged else _factors(adapted)
+    if not factors:
+        _untie(adapted)
+    changed = {n for n, m in adapted.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    with torch.no_grad(), _quiet():
+        probe = _spread_tokens(model)
+        before = logits_of(adapted, probe).float()
+        with adapted.disable_adapter():
+            unchanged = torch.equal(before, logits_of(adapted, probe).float())
+        notes = [f"the adapter at {folder} does not change its base's predictions (untrained, or lora_alpha is 0)"] if unchanged else []
+        if factors:
+            split: nn.Module = adapted.base_model.model.to(next(model.parameters()).dtype)
+            _LOADED[split] = replace(facts, base=adapter.base.id, trained=factors, notes=(*facts.notes, *notes))
+            return split
+        try:
+            whole: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        except Exception as error:
+            raise IncompatibleError(f"the adapter at {folder} cannot be merged into its base: {first_sentence(error)}") from error
+        after = logits_of(whole, probe).float()
+    tolerance = _MERGED.get(next(whole.parameters()).dtype, 1e-4)
+    if not bool((before - after).abs().max() <= tolerance * before.abs().max()):
+        raise IncompatibleError(
+            f"the adapter at {folder} cannot be merged into {adapter.base.id}: the merged model's predictions are not those of the adapted "
+            "one; merge it yourself, save the merged model, and index that"
+        )
+    modules = {name for name, _ in whole.named_modules()}
+    trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
+    _LOADED[whole] = replace(facts, base=adapter.base.id, trained=trained, notes=(*facts.notes, *notes))
+    return whole
+
+
+def _check_tensors(adapted: Any, file: Path, caught: Sequence[Any]) -> None:
+    """Check that an adapter's file has the tensors that its configuration describes, and no others of its kind.
+
+    Args:
+        caught: the warnings of loading it.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise IncompatibleError(f"{file} lacks weights that its adapter_config.json describes; restore the adapter")
     with safe_open(file, "pt") as tensors:
@@ -480,29 +528,30 @@ def _merge(model: nn.Module, adapter: Adapter) -> nn.Module:
     unexpected = sorted(names - set(get_peft_model_state_dict(adapted)))
     if unexpected:
         raise IncompatibleError(f"{file} has weights that its adapter_config.json does not describe ({unexpected[0]}); restore the adapter")
-    _untie(adapted)
-    changed = {n for n, m in adapted.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    with torch.no_grad(), _quiet():
-        probe = _spread_tokens(model)
-        before = logits_of(adapted, probe).float()
-        with adapted.disable_adapter():
-            unchanged = torch.equal(before, logits_of(adapted, probe).float())
-        try:
-            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-        except Exception as error:
-            raise IncompatibleError(f"the adapter at {folder} cannot be merged into its base: {first_sentence(error)}") from error
-        after = logits_of(merged, probe).float()
-    tolerance = _MERGED.get(next(merged.parameters()).dtype, 1e-4)
-    if not bool((before - after).abs().max() <= tolerance * before.abs().max()):
-        raise IncompatibleError(
-            f"the adapter at {folder} cannot be merged into {adapter.base.id}: the merged model's predictions are not those of the adapted "
-            "one; merge it yourself, save the merged model, and index that"
-        )
-    modules = {name for name, _ in merged.named_modules()}
-    trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
-    notes = [f"the adapter at {folder} does not change its base's predictions (untrained, or lora_alpha is 0)"] if unchanged else []
-    _LOADED[merged] = replace(facts, base=adapter.base.id, trained=trained, notes=(*facts.notes, *notes))
-    return merged
+
+
+def _factors(adapted: Any) -> frozenset[str]:
+    """The names of an adapter's matrices A and B, as linear layers, if it consists of these only (no DoRA, no whole layers).
+
+    A layer then computes W x + s B (A x), and the gradients of A and B are those of the two small layers.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    names: set[str] = set()
+    owners = Counter(id(parameter) for module in adapted.modules() for parameter in module._parameters.values() if parameter is not None)
+    for name, module in adapted.base_model.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return frozenset()
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = module.get_base_layer()
+        plain = type(module) is LoraLinear and layer_sizes(base) is not None and owners[id(base.weight)] == 1
+        if not plain or module.lora_magnitude_vector or any(module.lora_bias.values()):
+            return frozenset()
+        names |= {f"{name}.{side}.{adapter}" for side in ("lora_A", "lora_B") for adapter in getattr(module, side)}
+    return frozenset(names)
 
 
 def _check_kind(folder: Path) -> None:

@@ -46,17 +46,23 @@ def places(tmp_path_factory):
     return here
 
 
-def test_an_adapters_index_is_that_of_the_merged_model(places, corpus_file, tmp_path):
-    rows = []
-    for name in ("adapter", "merged", "base"):
-        out = tmp_path / name
-        build(BuildConfig(model=str(places / name), data=(str(corpus_file),), out=str(out), rank=4))
-        client = Client(out)
-        (component,) = client.index.manifest.components
-        rows.append(np.stack([client.index.vectors(i, component).values[0] for i in range(40)]))
-        assert client.query(prompt="w1 w2", completion=" w3").proponents
-    assert_close(rows[0], rows[1], 1e-4)
-    assert np.abs(rows[0] - rows[2]).max() > 0.05 * np.abs(rows[2]).max()
+def test_an_adapters_rows_are_the_gradients_of_its_matrices(places, corpus_file, tmp_path):
+    from peft import PeftModel
+
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(out), rank=64, curvature="identity"))
+    client = Client(out)
+    assert client.query(prompt="w1 w2", completion=" w3").proponents
+    (component,) = client.index.manifest.components
+    adapted = PeftModel.from_pretrained(load_causal_lm(ModelSource(str(places / "base"))), str(places / "adapter"))
+    assert {layer.name.split(".")[-2] for layer in component.layers} == {"lora_A", "lora_B"}
+    assert len(component.layers) == 8
+    parameters = [dict(adapted.named_parameters())[f"base_model.model.{layer.name}.weight"].requires_grad_() for layer in component.layers]
+    for row in (0, 5, 119):
+        tokens = torch.tensor(client.index.example(row).token_ids[None].astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(adapted(input_ids=tokens[:, :-1]).logits[0], tokens[0, 1:], reduction="sum")
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).numpy()
+        assert_close(client.index.vectors(row, component).values[0], expected, 1e-4)
 
 
 def test_what_is_wrong_with_an_adapter_is_said(places, tmp_path, monkeypatch):
@@ -164,7 +170,8 @@ def test_a_merged_adapter_says_what_the_adapted_model_says(tied, tmp_path, kind)
     with torch.no_grad():
         plain = load_causal_lm(ModelSource(str(tied)))(input_ids=PROBE).logits
     assert float((plain - expected[..., :62]).abs().max() / expected.abs().max()) > 1e-2
-    trained = {name.rpartition(".")[2] for name in loaded(model).trained}
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name in loaded(model).trained}
+    assert any(".lora_" in name for name in loaded(model).trained) == (kind == "attention")  # the others are merged
     wanted = {*ADAPTERS[kind]["target_modules"], *ADAPTERS[kind].get("modules_to_save", ())}
     assert wanted <= trained <= wanted | {"embed_tokens", "lm_head"}
 
@@ -234,7 +241,7 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     ):
         manifest = build(BuildConfig(model=str(places / "adapter"), data=str(corpus_file), out=str(tmp_path / "i"), components=("head",)))
     (tracked,) = manifest.build.tracked
-    assert (tracked.parameters, tracked.of) == (0, 2 * (16 * 16 + 24 * 16))
+    assert (tracked.parameters, tracked.of) == (0, 2 * 3 * (16 + 16 + 24 + 16))
     manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "j"), rank=2))
     assert manifest.build.tracked[0].share == 1.0
 
