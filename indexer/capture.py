@@ -49,7 +49,8 @@ class Window:
 
     Args:
         batch: all of them.
-        visit: visits a layer that computes its outputs without being called; the arguments are its name, inputs and output gradient.
+        visit: visits a layer, if it is tracked, that computes its outputs without being called: an output head, which is never projected.
+            The arguments are its name, inputs and output gradient.
     """
 
     def __init__(self, batch: Batch, visit: Callable[[str, Tensor, OutputGradient], None]) -> None:
@@ -140,10 +141,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
 
     def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient) -> None:
         if name in tracked:
-            input_map, output_map = maps[name]
-            if output_map is not None:
-                gradient = OutputGradient(project(gradient.values, output_map.to(gradient.values.dtype)))
-            visit(tracked[name], project(x, input_map), gradient, window.part)
+            visit(tracked[name], project(x, None), gradient, window.part)
 
     window = Window(batch, visit_uncalled)
     handles = [modules[layer.name].register_forward_hook(hook(layer, *maps[layer.name])) for layer in layers]

@@ -28,7 +28,7 @@ from .schema import select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
-_MEASURED_BATCHES = 6
+_MEASURED_BATCHES = 1
 
 
 @dataclass(frozen=True)
