@@ -4,7 +4,8 @@ The rule was chosen on ground-truth packs (docs/components.md has the figures). 
 tokens its examples have:
 
 - The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
-- Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all.
+- Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all. Where only an
+  adapter inside the blocks was trained, the head gets two fifths and the embeddings three; under 600 bytes the embeddings get all.
 - A vocabulary layer keeps its tokens of largest norm, at the largest power of two of bits under which nearly half of the tokens fit.
 - Bytes that a layer does not need, since all its tokens fit at full width, go to the blocks.
 """
@@ -29,6 +30,7 @@ _BLOCKS_FROM = 1200
 _BLOCKS_SHARE = 0.4
 _EMBEDDINGS_FROM = 600
 _HEAD_SHARE = 0.6
+_HEAD_SHARE_ADAPTED = 0.4
 _LEAST_BITS = 16
 _LEAST_TOKENS = 0.45
 _ROW_BYTES = 8
@@ -39,11 +41,12 @@ def row_cost(component: Component, counts: TokenCounts) -> float:
     return KINDS[component.kind].rows.row_cost(component, counts.get(component.role))
 
 
-def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) -> tuple[Component, ...]:
+def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, adapted: bool = False) -> tuple[Component, ...]:
     """Return the components that `budget` bytes an example afford, with sizes that cost at most that.
 
     Args:
         candidates: "head", "embeddings" and "blocks", of one model or of several, which get equal shares.
+        adapted: only an adapter was trained, and neither head nor embeddings.
 
     Raises:
         UsageError: the budget does not pay for anything.
@@ -51,7 +54,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
     models = sorted({component.model for component in candidates})
     if len(models) > 1:
         by_model = [[component for component in candidates if component.model == model] for model in models]
-        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts))
+        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, adapted))
     by_role = {component.role: component for component in candidates}
     vocabulary = [cast("SparseComponent", by_role[role]) for role in ("head", "embeddings") if role in by_role]
     rest = float(budget)
@@ -60,8 +63,9 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts) 
         blocks_bytes = rest if not vocabulary else _BLOCKS_SHARE * rest if rest >= _BLOCKS_FROM else 0.0
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
-        vocabulary = vocabulary[:1]
-    shares = [_HEAD_SHARE * rest, (1 - _HEAD_SHARE) * rest] if len(vocabulary) == 2 else [rest] * len(vocabulary)
+        vocabulary = vocabulary[1:] if adapted else vocabulary[:1]
+    head_share = _HEAD_SHARE_ADAPTED if adapted else _HEAD_SHARE
+    shares = [head_share * rest, (1 - head_share) * rest] if len(vocabulary) == 2 else [rest] * len(vocabulary)
     components: list[Component] = []
     spare = 0.0
     for component, share in zip(vocabulary, shares, strict=True):

@@ -37,15 +37,26 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     )
 
 
-def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example]) -> EncoderSettings:
+def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example], adapted: bool) -> EncoderSettings:
     """Return the settings with the components and sizes that the budget affords.
 
     Args:
         examples: a sample of the corpus, whose tokens determine what fits.
+        adapted: see `only_adapted`.
     """
     if config.budget is None:
         return settings
-    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples)))
+    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), adapted))
+
+
+def only_adapted(components: Sequence[Component], trained: frozenset[str] | None) -> bool:
+    """Return True if only an adapter was trained, and neither the head nor the embeddings.
+
+    Args:
+        trained: the layers that the last model's adapter trained; None without one.
+    """
+    vocabulary = {name for component in components if component.role != "blocks" for name in component.layer_names}
+    return trained is not None and not trained & vocabulary
 
 
 def unused_options(config: BuildConfig, components: Sequence[Component]) -> list[str]:

@@ -310,7 +310,7 @@ class Model(_Model):
     """A model whose gradients the rows are. Queries must use the same model.
 
     Attributes:
-        base: for an adapter, the directory or hub id of the model that it was merged into.
+        base: for an adapter, the directory or hub id of the model that it adapts.
     """
 
     id: str

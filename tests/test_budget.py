@@ -14,6 +14,7 @@ from test_sparse import head_plan, make_model
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
 from wherefrom.indexer.budget import allocate, count_tokens, row_cost
+from wherefrom.indexer.calibrate import Agreement, calibrate
 from wherefrom.indexer.encoder import Encoder
 from wherefrom.query.metric import Metric
 from wherefrom.query.options import Query
@@ -159,6 +160,16 @@ def _linear_layers(client):
     from wherefrom.indexer.layers import find_layers
 
     return find_layers(client.encoder.model)
+
+
+def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
+    counts = {name: np.full(300, 90) for name in ("head", "embeddings")}
+    costs = {s.name: row_cost(s, counts) for s in allocate(800, COMPONENTS, counts, adapted=True)}
+    assert costs["embeddings"] > 1.2 * costs["head"] > 0
+    assert [s.name for s in allocate(400, COMPONENTS, counts, adapted=True)] == ["embeddings"]
+    agreements = {s.name: Agreement(spread=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
+    calibrated, _ = calibrate(COMPONENTS, agreements, 0.0, adapted=True)
+    assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": 1.5, "blocks": 1.5}
 
 
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
