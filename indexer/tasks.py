@@ -221,6 +221,9 @@ class CausalLM(Task):
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
         self._check_tokens(model, batch)
+        head = None if torch.is_grad_enabled() else Head.of(model, self.probe)
+        if head is not None:  # in pieces, as nothing is differentiated
+            return head.differentiate(model, Window(batch, lambda *call: None), sample_seed, lambda values: None)
         uniform = None if sample_seed is None else draw_uniform(batch, sample_seed)
         return cross_entropies(models.logits_of(model, batch.inputs), batch, uniform)
 

@@ -111,3 +111,17 @@ def test_principal_components_and_kronecker_factors_come_from_one_pass(rank):
         kept = np.sort(np.abs(np.diag(rotation.T @ projection @ projection.T @ rotation)))
         assert_close(kept, np.ones(layer.input_rank), 1e-10)
         assert values.max() > 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_losses_without_gradients_are_computed_in_pieces(architecture, seed, monkeypatch):
+    model, batch = make_model(architecture), TASK.collate(make_examples(5), torch.device("cpu"))
+    whole = TASK.loss(model, batch, seed).detach()
+    small_pieces(monkeypatch, 2)
+    sizes = []
+    softmax = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda x, **options: (sizes.append(x.shape[1]), softmax(x, **options))[1])
+    with torch.no_grad():
+        assert_close(TASK.loss(model, batch, seed), whole, 1e-6)
+    assert sizes == [1] * batch.inputs.shape[1]

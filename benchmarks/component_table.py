@@ -1,0 +1,90 @@
+"""Which rows predict retraining on a ground-truth pack: numbers of bytes, single components, float rows as other tools store, baselines.
+
+    python benchmarks/component_table.py PACK... [--dtype bfloat16] [--results FILE] [--write docs/components.md]
+
+Each line is an index that is built and judged, with its LDS and the 95 % interval. For a pack of a LoRA adapter, the blocks are the
+adapter's matrices, and lines with the frozen layers beside them follow. `--results` keeps finished lines, so that a run is taken up where
+it was; `--write` puts the tables between the marks of a page.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from wherefrom import evaluate
+
+_MARKS = "<!-- adapters: benchmarks/component_table.py -->", "<!-- end of adapters -->"
+_LOGRA = {"components": ("blocks",), "rank": 16}
+_EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvature": "ekfac", "labels": "sampled", "row_dtype": "float16"}
+_LINES = {
+    "`--bytes-per-example 400`": {"bytes_per_example": 400},
+    "`--bytes-per-example 800`, the default": {"bytes_per_example": 800},
+    "`--bytes-per-example 2400`": {"bytes_per_example": 2400},
+    "the head alone": {"components": ("head",), "bytes_per_example": 800},
+    "the embeddings alone": {"components": ("embeddings",), "bytes_per_example": 800},
+    "the blocks alone, one bit a coordinate": {"components": ("blocks",), "bytes_per_example": 800},
+    "LoGra, rank 16, float32": _LOGRA,
+    "EK-FAC, 128 PCA directions, float16": _EKFAC,
+}
+_FROZEN_LINES = {
+    "LoGra of the frozen layers, rank 16, float32": {**_LOGRA, "layers": ("*.base_layer",)},
+}
+_BASELINES = ("chars", "bm25", "hidden")
+
+
+def measure(pack, dtype, known, keep):
+    """Judge every line of a pack that is not known, and call `keep` after each."""
+    adapted = any(pack.glob("model-epoch*/adapter_config.json"))
+    for name, options in (_LINES | (_FROZEN_LINES if adapted else {})).items():
+        if name not in known:
+            judgement = evaluate.lds(pack, baselines=name == next(iter(_LINES)), dtype=dtype, **options)
+            if judgement.baselines:
+                known["baselines"] = {b: judgement.to_dict()["baselines"][b] for b in _BASELINES}
+            result = judgement.to_dict()
+            known["about"] = {key: result[key] for key in ("examples", "queries", "subsets", "seeds", "ceiling")}
+            known[name] = {key: result[key] for key in ("lds", "low", "high", "bytes_per_example")}
+            print(pack.name, name, known[name], flush=True)
+            keep()
+
+
+def table(pack, known):
+    """Markdown of a pack's lines."""
+    about = known["about"]
+    ceiling = f", noise ceiling {about['ceiling']:.2f}" if about["ceiling"] else ""
+    lines = [f"#### {pack}", "", f"{about['examples']:,} examples, {about['queries']} queries, {about['subsets']} subsets{ceiling}.", ""]
+    lines += ["| rows | bytes an example | LDS | 95 % interval |", "|---|---|---|---|"]
+    for name, line in known.items():
+        if name not in ("about", "baselines"):
+            lines.append(f"| {name} | {line['bytes_per_example']:,.0f} | {line['lds']:.3f} | {line['low']:.3f} to {line['high']:.3f} |")
+    for name, line in known["baselines"].items():
+        lines.append(f"| baseline: {name} | | {line['lds']:.3f} | {line['low']:.3f} to {line['high']:.3f} |")
+    return [*lines, ""]
+
+
+def main():
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packs", nargs="+", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
+
+    def keep():
+        if args.results:
+            args.results.write_text(json.dumps(known, indent=1))
+
+    for pack in args.packs:
+        measure(pack, args.dtype, known.setdefault(pack.name, {}), keep)
+    text = "\n".join(line for pack in args.packs for line in table(pack.name, known[pack.name]))
+    print(text)
+    if args.write:
+        before, _, rest = args.write.read_text().partition(_MARKS[0])
+        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+
+
+if __name__ == "__main__":
+    main()
