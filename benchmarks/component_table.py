@@ -54,8 +54,9 @@ def table(pack, known):
     ceiling = f", noise ceiling {about['ceiling']:.2f}" if about["ceiling"] else ""
     lines = [f"#### {pack}", "", f"{about['examples']:,} examples, {about['queries']} queries, {about['subsets']} subsets{ceiling}.", ""]
     lines += ["| rows | bytes an example | LDS | 95 % interval |", "|---|---|---|---|"]
-    for name, line in known.items():
-        if name not in ("about", "baselines"):
+    for name in (*_LINES, *_FROZEN_LINES):
+        if name in known:
+            line = known[name]
             lines.append(f"| {name} | {line['bytes_per_example']:,.0f} | {line['lds']:.3f} | {line['low']:.3f} to {line['high']:.3f} |")
     for name, line in known["baselines"].items():
         lines.append(f"| baseline: {name} | | {line['lds']:.3f} | {line['low']:.3f} to {line['high']:.3f} |")

@@ -20,7 +20,7 @@ from ..store.shapes import Float
 
 _SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 _SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
-_SHARES_ADAPTED = {"head": 1.0, "embeddings": 1.5, "blocks": 1.5}
+_SHARES_ADAPTED = {"head": 1.0, "embeddings": 1.0, "blocks": 1.0}
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
     assert [s.name for s in allocate(400, COMPONENTS, counts, adapted=True)] == ["embeddings"]
     agreements = {s.name: Agreement(spread=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
     calibrated, _ = calibrate(COMPONENTS, agreements, 0.0, adapted=True)
-    assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": 1.5, "blocks": 1.5}
+    assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": 1.0, "blocks": 1.0}
 
 
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):
