@@ -5,7 +5,7 @@ tokens its examples have:
 
 - The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
 - Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all. Where only an
-  adapter inside the blocks was trained, the head gets two fifths and the embeddings three; under 600 bytes the embeddings get all.
+  adapter inside the blocks was trained, the head gets two fifths and the embeddings three.
 - A vocabulary layer keeps its tokens of largest norm, at the largest power of two of bits under which nearly half of the tokens fit.
 - Bytes that a layer does not need, since all its tokens fit at full width, go to the blocks.
 """
@@ -63,7 +63,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, 
         blocks_bytes = rest if not vocabulary else _BLOCKS_SHARE * rest if rest >= _BLOCKS_FROM else 0.0
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
-        vocabulary = vocabulary[1:] if adapted else vocabulary[:1]
+        vocabulary = vocabulary[:1]
     head_share = _HEAD_SHARE_ADAPTED if adapted else _HEAD_SHARE
     shares = [head_share * rest, (1 - head_share) * rest] if len(vocabulary) == 2 else [rest] * len(vocabulary)
     components: list[Component] = []

@@ -249,7 +249,7 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     assert all(".lora_A." in name for name in manifest.components[2].layer_names)  # those with more inputs than outputs
     with pytest.warns(UserWarning, match="do not measure"):
         manifest = build(BuildConfig(model=str(places / "adapter"), data=str(corpus_file), out=str(tmp_path / "l"), bytes_per_example=400))
-    assert [component.name for component in manifest.components] == ["embeddings"]
+    assert [component.name for component in manifest.components] == ["head"]
 
 
 def test_an_adapter_of_an_adapter_is_found_again(places, corpus_file, tmp_path):
