@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from pages import write_between
 from wherefrom import evaluate
 
 _MARKS = "<!-- adapters: benchmarks/component_table.py -->", "<!-- end of adapters -->"
@@ -83,8 +84,7 @@ def main():
     text = "\n".join(line for pack in args.packs for line in table(pack.name, known[pack.name]))
     print(text)
     if args.write:
-        before, _, rest = args.write.read_text().partition(_MARKS[0])
-        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+        write_between(args.write, _MARKS, text)
 
 
 if __name__ == "__main__":

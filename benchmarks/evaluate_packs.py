@@ -11,6 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from pages import write_between
 from wherefrom import Client
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.lds import estimate
@@ -103,8 +104,7 @@ def main():
     text = "\n".join(tables(args.packs, args.data, scores))
     print(text)
     if args.write:
-        before, _, rest = args.write.read_text().partition(_MARKS[0])
-        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+        write_between(args.write, _MARKS, text)
 
 
 if __name__ == "__main__":

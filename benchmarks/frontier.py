@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from pages import write_between
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import estimate
@@ -226,8 +227,7 @@ def main():
     text = "\n".join(table(known))
     print(text)
     if args.write:
-        before, _, rest = args.write.read_text().partition(_MARKS[0])
-        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+        write_between(args.write, _MARKS, text)
         plot(known, args.write.parent / "frontier.svg")
 
 

@@ -19,13 +19,13 @@ import os
 import resource
 import shutil
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from growing import grow, link, sparse_sampler
+from processes import run
 from wherefrom.store.index import Index
 
 _IDS = 10_000
@@ -39,23 +39,6 @@ _COMMANDS = {
     "delete": _CLI.format("'delete', sys.argv[1], '--ids', sys.argv[2]"),
 }
 _OF_LINKED = ("open", "info", "query --row")
-_WRAPPED = """
-import os, sys, threading
-def own():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
-peak, ended = [0], threading.Event()
-def watch():
-    while not ended.wait(0.02):
-        peak[0] = max(peak[0], own())
-if len(sys.argv) > 3:
-    threading.Thread(target=watch, daemon=True).start()
-try:
-    {command}
-except SystemExit as end:
-    assert not end.code, end.code
-ended.set()
-print("", max(peak[0], own()), file=sys.stderr)
-"""
 
 
 def _drop(index):
@@ -65,21 +48,6 @@ def _drop(index):
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-
-
-def _run(command, index, ids, watched):
-    """Run a command in a process of its own: its use of resources, and its peak of memory that is not the files', in bytes."""
-    _drop(index)
-    script = [sys.executable, "-c", _WRAPPED.format(command=command), str(index), str(ids), *(["watched"] if watched else [])]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile("w+") as errors:
-        descriptors = [(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, errors.fileno(), 2)]
-        process = os.posix_spawn(sys.executable, script, os.environ, file_actions=descriptors)
-        _, status, used = os.wait4(process, 0)
-        errors.seek(0)
-        said = errors.read()
-    if status:
-        raise SystemExit(said)
-    return used, int(said.split()[-1])
 
 
 def measure(index, commands, rounds):
@@ -97,7 +65,8 @@ def measure(index, commands, rounds):
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(index.path, copy, copy_function=os.link)
                     place = copy
-                used, own = _run(_COMMANDS[name], place, ids, watched=number == 0)
+                _drop(place)
+                _, used, own = run(_COMMANDS[name], place, ids, watched=number == 0)
                 if number == 0:
                     figures[name]["own_mib"] = own // _MIB
                 else:

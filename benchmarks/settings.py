@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from pages import write_between
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.lds import difference, estimate, lds
 from wherefrom.evaluation.packs import read_pack, write_documents_file
@@ -84,9 +85,8 @@ def main():
         lines.append(measure(path, args.data, args.bytes))
         print(lines[-1], flush=True)
     if args.write:
-        before, _, rest = args.write.read_text().partition(_MARKS[0])
         text = "\n".join(lines)
-        args.write.write_text(f"{before}{_MARKS[0]}\n\n{text}\n\n{_MARKS[1]}{rest.partition(_MARKS[1])[2]}")
+        write_between(args.write, _MARKS, text)
 
 
 if __name__ == "__main__":

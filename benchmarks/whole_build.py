@@ -10,16 +10,14 @@ the model; and the seconds that `wherefrom plan` predicts over those that the bu
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from processes import run
 from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
@@ -31,34 +29,13 @@ _CONFIGURATIONS = {
     "800 bytes": ["--bytes-per-example", "800"],
     "2,400 bytes": ["--bytes-per-example", "2400"],
 }
-_WATCHED = """
-import os, resource, sys, threading
-def own():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
-peak, ended = [0], threading.Event()
-def watch():
-    while not ended.wait(0.02):
-        peak[0] = max(peak[0], own())
-threading.Thread(target=watch, daemon=True).start()
-from wherefrom.cli import main
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-ended.set()
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print("", usage.ru_utime + usage.ru_stime, max(peak[0], own()), file=sys.stderr)
-"""
+_CLI = "from wherefrom.cli import main; main()"
 
 
 def command(*arguments):
-    """Run the command line in a process of its own; returns its output, CPU seconds and peak of memory."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _WATCHED, *map(str, arguments)], check=True, capture_output=True, text=True, env=environment
-    )
-    seconds, peak = done.stderr.split()[-2:]
-    return done.stdout, float(seconds), int(peak)
+    """Run the command line in a process of its own; returns its output, CPU seconds and peak of memory (bytes)."""
+    output, used, peak = run(_CLI, *arguments, OMP_NUM_THREADS="1")
+    return output, used.ru_utime + used.ru_stime, peak
 
 
 def plain_pass(task, model, examples, batch_tokens):
