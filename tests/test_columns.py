@@ -483,9 +483,9 @@ def test_a_small_parquet_file_of_large_values_is_read_in_little_memory(tmp_path)
     tags = pa.ListArray.from_arrays(pa.array([0, 1, 150], pa.int32()), shared)
     pq.write_table(pa.table({"text": ["t", "u"], "x": tags}), tmp_path / "nested.parquet", compression="zstd", store_schema=False)
     code = (
-        "import resource, sys; from wherefrom.store.corpus import read_corpus\n"
+        "import sys, pyarrow; from wherefrom.store.corpus import read_corpus\n"
         "print([str(d)[:90] for d in read_corpus([sys.argv[1]])][-1])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+        "print(pyarrow.default_memory_pool().max_memory() >> 20)"
     )
     for name, last in (
         ("flat", "Document(id='flat.parquet:150'"),
@@ -495,7 +495,7 @@ def test_a_small_parquet_file_of_large_values_is_read_in_little_memory(tmp_path)
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{name}.parquet")], check=True, capture_output=True, text=True)
         shown, megabytes = done.stdout.splitlines()
         assert shown.startswith(last)
-        assert int(megabytes) < 1500  # pyarrow alone: 1,795 and 2,304
+        assert int(megabytes) < 400  # what Arrow held at most, the same with every allocator; read_table holds 1,032
     many = pa.ListArray.from_arrays(pa.array([0, 40_000_000], pa.int32()), pa.array(np.zeros(40_000_000, np.int8)))
     pq.write_table(pa.table({"text": ["t"], "x": many}), tmp_path / "many.parquet")
     assert (tmp_path / "many.parquet").stat().st_size < 100_000
