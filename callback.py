@@ -4,8 +4,9 @@
 
     trainer = Trainer(..., callbacks=[WherefromCallback(data=("train.jsonl",), out="run.wherefrom")])
 
-The record is `wherefrom.json` next to the checkpoints: each checkpoint's step and the fingerprint of its weights, the data's fingerprint,
-the settings that determine its order (seeds, batch sizes, epochs), and the learning rates. The order is in `wherefrom-order-<epoch>.npy`:
+The record is `wherefrom.json` next to the checkpoints: each checkpoint's step and the fingerprint of its weights, the layers that were
+trained where others were frozen (a build reads them), the data's fingerprint, the settings that determine its order (seeds, batch sizes,
+epochs), and the learning rates. The order is in `wherefrom-order-<epoch>.npy`:
 positions in the training set as drawn by all processes. Loaders prefetch: if training stopped within an epoch, the last positions were
 not trained on (the checkpoints' steps give the number).
 """
@@ -21,6 +22,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .indexer.models import model_fingerprint, other_kind
+from .indexer.trained import RECORD, layers_with_gradients
 from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
 from .store.corpus import read_corpus
@@ -89,7 +91,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self._build is not None and state.is_world_process_zero:
             _check(self._build, args, kwargs.get("processing_class"), kwargs.get("model"))
-        path = Path(args.output_dir) / "wherefrom.json"
+        path = Path(args.output_dir) / RECORD
         previous = json.loads(path.read_text()) if state.global_step and path.is_file() else {}
         loader: Any = kwargs.get("train_dataloader")
         dataset: Any = getattr(loader, "dataset", None)
@@ -104,7 +106,14 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         if not state.global_step and state.is_world_process_zero:
             for stale in Path(args.output_dir).glob("wherefrom-order-*.npy"):
                 stale.unlink()
-        self._record = {"order": order, "data": data, "checkpoints": previous.get("checkpoints", []), "rates": previous.get("rates", [])}
+        trained = layers_with_gradients(kwargs["model"]) if "model" in kwargs else None
+        self._record = {
+            "order": order,
+            "data": data,
+            "trained": trained and sorted(trained),
+            "checkpoints": previous.get("checkpoints", []),
+            "rates": previous.get("rates", []),
+        }
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the number of the epoch, also of a run resumed within it."""
@@ -156,7 +165,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             build(config.replace(model=tuple(dict.fromkeys(models))), reporter)
 
     def _write(self, args: TrainingArguments) -> None:
-        write_whole(Path(args.output_dir) / "wherefrom.json", (json.dumps(self._record, indent=1) + "\n").encode())
+        write_whole(Path(args.output_dir) / RECORD, (json.dumps(self._record, indent=1) + "\n").encode())
 
 
 def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any, model: Any) -> None:

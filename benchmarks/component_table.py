@@ -1,24 +1,25 @@
 """Which rows predict retraining on a ground-truth pack: numbers of bytes, single components, float rows as other tools store, baselines.
 
-    python benchmarks/component_table.py PACK... [--dtype bfloat16] [--results FILE] [--write docs/components.md]
+    python benchmarks/component_table.py PACK... [--dtype bfloat16] [--indexes DIR] [--results FILE] [--write docs/components.md]
 
 Each line is an index that is built and judged, with its LDS and the 95 % interval. For a pack of a LoRA adapter, the blocks are the
-adapter's matrices, and lines with the frozen layers beside them follow. `--results` keeps finished lines, so that a run is taken up where
-it was; `--write` puts the tables between the marks of a page.
+adapter's matrices, and lines with the frozen layers beside them follow. `--indexes` keeps the indexes, which benchmarks/planted.py asks.
+`--results` keeps finished lines, so that a run is taken up where it was; `--write` puts the tables between the marks of a page.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
 from pages import write_between
-from wherefrom import evaluate
+from wherefrom.evaluation.judge import judge_index
 
-_MARKS = "<!-- adapters: benchmarks/component_table.py -->", "<!-- end of adapters -->"
+_MARKS = "<!-- components: benchmarks/component_table.py -->", "<!-- end of components -->"
 _LOGRA = {"components": ("blocks",), "rank": 16}
 _EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvature": "ekfac", "labels": "sampled", "row_dtype": "float16"}
-_LINES = {
+LINES = {
     "`--bytes-per-example 400`": {"bytes_per_example": 400},
     "`--bytes-per-example 800`, the default": {"bytes_per_example": 800},
     "`--bytes-per-example 2400`": {"bytes_per_example": 2400},
@@ -28,18 +29,25 @@ _LINES = {
     "LoGra, rank 16, float32": _LOGRA,
     "EK-FAC, 128 PCA directions, float16": _EKFAC,
 }
-_FROZEN_LINES = {
+_FROZENLINES = {
     "LoGra of the frozen layers, rank 16, float32": {**_LOGRA, "layers": ("*.base_layer",)},
 }
 _BASELINES = ("chars", "bm25", "hidden")
 
 
-def measure(pack, dtype, known, keep):
+def index_path(indexes, pack, name):
+    """Where the index of a line is kept; None if indexes are not kept."""
+    words = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return indexes and indexes / pack.name / f"{words}.wherefrom"
+
+
+def measure(pack, dtype, indexes, known, keep):
     """Judge every line of a pack that is not known, and call `keep` after each."""
     adapted = any(pack.glob("model-epoch*/adapter_config.json"))
-    for name, options in (_LINES | (_FROZEN_LINES if adapted else {})).items():
+    for name, options in (LINES | (_FROZEN_LINES if adapted else {})).items():
         if name not in known:
-            judgement = evaluate.lds(pack, baselines=name == next(iter(_LINES)), dtype=dtype, **options)
+            first = name == next(iter(LINES))
+            judgement = judge_index(pack, {**options, "dtype": dtype}, out=index_path(indexes, pack, name), baselines=first)
             if judgement.baselines:
                 known["baselines"] = {b: judgement.to_dict()["baselines"][b] for b in _BASELINES}
             result = judgement.to_dict()
@@ -55,7 +63,7 @@ def table(pack, known):
     ceiling = f", noise ceiling {about['ceiling']:.2f}" if about["ceiling"] else ""
     lines = [f"#### {pack}", "", f"{about['examples']:,} examples, {about['queries']} queries, {about['subsets']} subsets{ceiling}.", ""]
     lines += ["| rows | bytes an example | LDS | 95 % interval |", "|---|---|---|---|"]
-    for name in (*_LINES, *_FROZEN_LINES):
+    for name in (*LINES, *_FROZEN_LINES):
         if name in known:
             line = known[name]
             lines.append(f"| {name} | {line['bytes_per_example']:,.0f} | {line['lds']:.3f} | {line['low']:.3f} to {line['high']:.3f} |")
@@ -69,6 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packs", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--indexes", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
@@ -80,7 +89,7 @@ def main():
             args.results.write_text(json.dumps(known, indent=1))
 
     for pack in args.packs:
-        measure(pack, args.dtype, known.setdefault(pack.name, {}), keep)
+        measure(pack, args.dtype, args.indexes, known.setdefault(pack.name, {}), keep)
     text = "\n".join(line for pack in args.packs for line in table(pack.name, known[pack.name]))
     print(text)
     if args.write:

@@ -11,7 +11,7 @@ tokens its examples have:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from ..store.kinds import KINDS
 from ..store.manifest import Component, SparseComponent
 from ..store.shapes import Int64
 from ..store.sparse import entry_bytes
+
+Training = Literal["adapter", "frozen head", "trained head", "unknown"]
+"""What training changed: only an adapter, and neither head nor embeddings; other layers than the head; the head; or it is not known."""
 
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]
 """By role, the distinct tokens of each example of a sample."""
@@ -41,12 +44,12 @@ def row_cost(component: Component, counts: TokenCounts) -> float:
     return KINDS[component.kind].rows.row_cost(component, counts.get(component.role))
 
 
-def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, adapted: bool = False) -> tuple[Component, ...]:
+def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, training: Training = "unknown") -> tuple[Component, ...]:
     """Return the components that `budget` bytes an example afford, with sizes that cost at most that.
 
     Args:
         candidates: "head", "embeddings" and "blocks", of one model or of several, which get equal shares.
-        adapted: only an adapter was trained, and neither head nor embeddings.
+        training: what it changed.
 
     Raises:
         UsageError: the budget does not pay for anything.
@@ -54,7 +57,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, 
     models = sorted({component.model for component in candidates})
     if len(models) > 1:
         by_model = [[component for component in candidates if component.model == model] for model in models]
-        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, adapted))
+        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, training))
     by_role = {component.role: component for component in candidates}
     vocabulary = [cast("SparseComponent", by_role[role]) for role in ("head", "embeddings") if role in by_role]
     rest = float(budget)
@@ -64,7 +67,7 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, 
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
         vocabulary = vocabulary[:1]
-    head_share = _HEAD_SHARE_ADAPTED if adapted else _HEAD_SHARE
+    head_share = _HEAD_SHARE_ADAPTED if training == "adapter" else _HEAD_SHARE
     shares = [head_share * rest, (1 - head_share) * rest] if len(vocabulary) == 2 else [rest] * len(vocabulary)
     components: list[Component] = []
     spare = 0.0

@@ -6,8 +6,8 @@ head's weight is 1, else the first component's.
 
 Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If the
 head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the blocks, and
-other shares apply. Of several models the last decides this, since earlier ones have not arrived. Where only an adapter was trained, which
-the model's files say, the shares are those of docs/components.md for adapters.
+other shares apply. Of several models the last decides this, since earlier ones have not arrived. Where it is known which layers were
+trained, nothing is compared. Where only an adapter was, the shares are those of docs/components.md for adapters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,13 @@ import numpy as np
 
 from ..store.manifest import Component
 from ..store.shapes import Float
+from .budget import Training
 
-_SHARES = {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
-_SHARES_FROZEN = {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
-_SHARES_ADAPTED = {"head": 1.0, "embeddings": 1.0, "blocks": 1.0}
+_SHARES: dict[Training, dict[str, float]] = {
+    "trained head": {"head": 1.0, "embeddings": 0.3, "blocks": 0.5},
+    "frozen head": {"head": 1.0, "embeddings": 0.5, "blocks": 1.5},
+    "adapter": {"head": 1.0, "embeddings": 1.0, "blocks": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class Agreement:
 
 
 def calibrate(
-    components: Sequence[Component], agreements: Mapping[str, Agreement], head_mean_share: float | None, adapted: bool = False
+    components: Sequence[Component], agreements: Mapping[str, Agreement], head_mean_share: float | None, training: Training = "unknown"
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights.
 
     Args:
         agreements: by component.
         head_mean_share: of the full gradients of the last model's head; None where there is no head.
-        adapted: only an adapter was trained, and neither head nor embeddings.
+        training: what it changed.
 
     Returns:
         The components, and by component the figures that its weight rests on, for the index's record.
@@ -68,7 +71,9 @@ def calibrate(
         mean_shares[last["head"]] = head_mean_share
     head = mean_shares.get(last.get("head", ""), 0.0)
     blocks = mean_shares.get(last.get("blocks", ""), np.inf)
-    shares = _SHARES_ADAPTED if adapted else _SHARES_FROZEN if head > max(0.0, blocks) else _SHARES
+    if training == "unknown":
+        training = "frozen head" if head > max(0.0, blocks) else "trained head"
+    shares = _SHARES[training]
     weights = {}
     for component in components:
         agreement = agreements[component.name]

@@ -108,7 +108,8 @@ class Loaded:
 
     Attributes:
         base: directory or hub id of the model that an adapter adapts.
-        trained: the layers that an adapter trained: its own, or those that it was merged into; None if the whole model counts as trained.
+        trained: the layers that training changed: an adapter's own, those that it was merged into, or those that `find_trained` found; None
+            where this is not known, and the whole model counts as trained.
         notes: sentences to show with answers.
     """
 
@@ -123,6 +124,11 @@ _LOADED: "WeakKeyDictionary[nn.Module, Loaded]" = WeakKeyDictionary()
 def loaded(model: nn.Module) -> Loaded:
     """Facts recorded when a model was loaded; empty for one loaded elsewhere."""
     return _LOADED.get(model, Loaded())
+
+
+def set_trained(model: nn.Module, layers: frozenset[str]) -> None:
+    """Set which layers of a model training changed."""
+    _LOADED[model] = replace(loaded(model), trained=layers)
 
 
 def keep_freed_memory() -> None:

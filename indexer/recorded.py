@@ -9,7 +9,7 @@ from ..store.errors import IncompatibleError, UsageError
 from ..store.index import Index
 from .encoder import Encoder, EncoderSettings
 from .examples import DocumentConverter
-from .models import IN_MEMORY, LoadedModel, ModelSource, model_fingerprint
+from .models import IN_MEMORY, LoadedModel, ModelSource, model_fingerprint, set_trained
 from .tasks import Task, find_task, load_model
 
 _QUERY_BATCH_TOKENS = 2048
@@ -90,6 +90,9 @@ class RecordedEncoder:
         """
         models = tuple(load_model(self.task, source) for source in self.sources)
         self.check_models([model_fingerprint(model) for model in models])
+        for model, record in zip(models, self.index.manifest.models, strict=True):
+            if record.trained is not None:
+                set_trained(model, frozenset(record.trained))
         return models
 
     @cached_property

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..indexer.budget import row_cost
+from ..indexer.budget import Training, row_cost
 from ..indexer.calibrate import Agreement, calibrate
 from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderSettings
@@ -49,7 +49,7 @@ from .corpus import WrittenCorpus, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .schema import only_adapted, select_components, unused_options
+from .schema import known_training, select_components, unused_options
 from .worker import Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
@@ -120,14 +120,15 @@ def build(
                 "tokenizer": converter.fingerprint,
                 "corpus": corpus_files,
             }
-            job = _Job(config, out, sources, digest(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), reporter)
+            known = json.dumps([inputs, [model.trained for model in models]], sort_keys=True)
+            job = _Job(config, out, sources, digest(known.encode()).hexdigest(), reporter)
             manifest = _finished_manifest(job, inputs)
             if manifest is not None:
                 return manifest
             _claim(job, inputs)
             corpus = _write_corpus(job, models, settings, executor.call("vocabulary"))
-            adapted = only_adapted(settings.components, facts[-1].trained)
-            settings = select_components(config, settings, _read_sample(job, corpus), adapted)
+            training = known_training(settings.components, models[-1])
+            settings = select_components(config, settings, _read_sample(job, corpus), training)
             notes = model_notes(facts, settings.components)
             for note in [*notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
@@ -136,7 +137,7 @@ def build(
             compared = _compared_rows(settings.components, corpus)
             tasks = [(shard, 0 if number else compared) for number, shard in enumerate(corpus.shards)]
             shards = tuple(executor.map("build", (settings, arrays), tasks, reporter))
-            components, calibration = _calibrate(out, settings.components, arrays, shards[0], compared, adapted)
+            components, calibration = _calibrate(out, settings.components, arrays, shards[0], compared, training)
             silent = silent_components(out, shards[0], components)
             for note in silent:
                 reporter.note(note)
@@ -310,7 +311,7 @@ def _compared_rows(components: Sequence[Component], corpus: WrittenCorpus) -> in
 
 
 def _calibrate(
-    out: Path, components: tuple[Component, ...], arrays: Arrays, shard: Shard, compared: int, adapted: bool
+    out: Path, components: tuple[Component, ...], arrays: Arrays, shard: Shard, compared: int, training: Training
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights by the first rows of the first shard (see indexer/calibrate.py).
 
@@ -327,7 +328,7 @@ def _calibrate(
         stored = open_rows(file, component, shard.rows)
         products = KINDS[component.kind].products(stored, component, vectors, arrays)[:, :compared]
         agreements[component.name] = Agreement.of(vectors.inner_products(vectors), products)
-    return calibrate(components, agreements, head_mean_share, adapted)
+    return calibrate(components, agreements, head_mean_share, training)
 
 
 def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:

@@ -102,6 +102,9 @@ class BuildConfig(BaseModel):
     """causal-lm, mlp (vectors with labels), or module:Class of your own."""
     revision: Names | None = None
     """Branch, tag or commit of a hub model; several for several checkpoints of one."""
+    base: Path | None = None
+    """Directory or hub id of the model that training started from; layers that are equal in both were not trained. An adapter, a model in
+    memory and the record of our Trainer callback say this themselves."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     long: Literal["split", "truncate"] = "split"

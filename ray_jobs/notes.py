@@ -28,7 +28,7 @@ class ModelFacts:
 
     Attributes:
         parameters: for each, the modules that own it, its name there, and its size.
-        trained: of an adapter, the modules that it changed; None for other models, all of which counts as trained.
+        trained: the modules that training changed; None where this is not known, and all of the model counts as trained.
         notes: sentences for readers of answers.
     """
 
@@ -57,13 +57,13 @@ def model_notes(facts: Sequence[ModelFacts], components: Sequence[Component]) ->
         share = tracked(model, components, number)
         if share.share < _LITTLE:
             names = ", ".join(share.left_out[:4]) + (" ..." if len(share.left_out) > 4 else "")
-            parameters = "the parameters that the adapter trained" if model.trained is not None else "the model's parameters"
+            parameters = "the parameters that training changed" if model.trained is not None else "the model's parameters"
             notes.append(f"the rows measure {share.share:.1%} of {parameters}; they do not measure {names}")
     return tuple(notes)
 
 
 def tracked(model: ModelFacts, components: Sequence[Component], number: int) -> Tracked:
-    """Count a model's parameters whose gradients are in the rows; of an adapter, those that it trained."""
+    """Count a model's parameters whose gradients are in the rows, of those that training changed."""
     layers = {name for component in components if component.model == number for name in component.layer_names}
     counted = 0
     total = 0

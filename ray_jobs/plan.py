@@ -24,7 +24,7 @@ from .build import longest_example
 from .config import BuildConfig
 from .corpus import corpus_fields
 from .progress import Reporter, Silent
-from .schema import only_adapted, select_components, unused_options
+from .schema import known_training, select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
@@ -72,7 +72,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     reporter.stage("loading the model", None)
     task = find_task(config.task)
     worker = Worker(config)
-    models, settings, facts = worker.describe()
+    models, settings, _ = worker.describe()
     encoder = document_converter(config, worker.sources, longest_example(config, models))
     reporter.stage("sampling the corpus", None)
     documents, sample = _sample_documents(config)
@@ -87,7 +87,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
-    settings = select_components(config, settings, examples, only_adapted(settings.components, facts[-1].trained))
+    settings = select_components(config, settings, examples, known_training(settings.components, models[-1]))
     fit_examples = min(config.fit_examples, rows)
     settings = with_known_sample(settings, fit_examples)
     measured = _first_examples(examples, settings.batch_tokens * _MEASURED_BATCHES)

@@ -6,13 +6,13 @@ from typing import Literal
 
 from torch import nn
 
-from ..indexer.budget import allocate, count_tokens
+from ..indexer.budget import Training, allocate, count_tokens
 from ..indexer.encoder import EncoderSettings
 from ..indexer.layers import NARROWING, describe_layers, find_layers
 from ..indexer.tasks import Task, VocabularyLayer
 from ..store.documents import Example
 from ..store.errors import UsageError
-from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Projection, SparseComponent
+from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Model, Projection, SparseComponent
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
@@ -37,26 +37,31 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     )
 
 
-def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example], adapted: bool) -> EncoderSettings:
+def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example], training: Training) -> EncoderSettings:
     """Return the settings with the components and sizes that the budget affords.
 
     Args:
         examples: a sample of the corpus, whose tokens determine what fits.
-        adapted: see `only_adapted`.
+        training: what it changed.
     """
     if config.budget is None:
         return settings
-    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), adapted))
+    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), training))
 
 
-def only_adapted(components: Sequence[Component], trained: frozenset[str] | None) -> bool:
-    """Return True if only an adapter was trained, and neither the head nor the embeddings.
-
-    Args:
-        trained: the layers that the last model's adapter trained; None without one.
-    """
-    vocabulary = {name for component in components if component.role != "blocks" for name in component.layer_names}
-    return trained is not None and not trained & vocabulary
+def known_training(components: Sequence[Component], model: Model) -> Training:
+    """Return what the training of a model changed, as far as its record says."""
+    if model.trained is None:
+        return "unknown"
+    head, embeddings = (
+        {name for component in components if component.role == role for name in component.layer_names} for role in ("head", "embeddings")
+    )
+    trained = set(model.trained)
+    if model.base is not None and not trained & (head | embeddings):
+        return "adapter"
+    if not head:
+        return "unknown"
+    return "trained head" if trained & head else "frozen head"
 
 
 def unused_options(config: BuildConfig, components: Sequence[Component]) -> list[str]:

@@ -22,6 +22,7 @@ from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.sparse import HeadMean
 from ..indexer.tasks import Task, find_task, load_model
+from ..indexer.trained import find_trained
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
@@ -83,6 +84,8 @@ class Worker:
                     f"{source.id} embeds {sizes[number]} tokens and {config.models[0]} {sizes[0]}; use models with the same vocabulary"
                 )
             models.refuse_zero_weights(model, source.id)
+            find_trained(self.task, model, source, config.base)
+            trained = models.loaded(model).trained
             descriptions.append(
                 Model(
                     id=absolute(source.id),
@@ -93,6 +96,7 @@ class Worker:
                     parameters=sum(p.numel() for p in model.parameters()),
                     context=self.task.context(model),
                     base=models.loaded(model).base,
+                    trained=None if trained is None else tuple(sorted(trained)),
                 )
             )
             components += candidate_components(config, self.task, model, number)

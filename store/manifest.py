@@ -311,6 +311,7 @@ class Model(_Model):
 
     Attributes:
         base: for an adapter, the directory or hub id of the model that it adapts.
+        trained: the layers that training changed; None where this is not known, and the whole model counts as trained.
     """
 
     id: str
@@ -321,6 +322,7 @@ class Model(_Model):
     architecture: str
     parameters: Count
     context: int | None
+    trained: tuple[str, ...] | None = None
 
 
 class Tokenizer(_Model):
@@ -356,7 +358,7 @@ class Tracked(_Model):
 
     Attributes:
         parameters: the number of parameters whose gradients are in the rows, each counted once.
-        of: the number of all parameters; for an adapter, of those that it changed.
+        of: the number of all parameters; of those that training changed, where this is known.
         left_out: names of the other parameters, the largest first.
     """
 

@@ -164,12 +164,20 @@ def _linear_layers(client):
 
 def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
     counts = {name: np.full(300, 90) for name in ("head", "embeddings")}
-    costs = {s.name: row_cost(s, counts) for s in allocate(800, COMPONENTS, counts, adapted=True)}
+    costs = {s.name: row_cost(s, counts) for s in allocate(800, COMPONENTS, counts, "adapter")}
     assert costs["embeddings"] > 1.2 * costs["head"] > 0
-    assert [s.name for s in allocate(400, COMPONENTS, counts, adapted=True)] == ["head"]
+    assert [s.name for s in allocate(400, COMPONENTS, counts, "adapter")] == ["head"]
     agreements = {s.name: Agreement(spread=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
-    calibrated, _ = calibrate(COMPONENTS, agreements, 0.0, adapted=True)
+    calibrated, _ = calibrate(COMPONENTS, agreements, 0.0, "adapter")
     assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": 1.0, "blocks": 1.0}
+
+
+def test_a_head_that_is_known_to_be_frozen_or_trained_is_not_guessed():
+    agreements = {s.name: Agreement(spread=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
+    known = {kind: calibrate(COMPONENTS, agreements, 0.2, kind)[0] for kind in ("unknown", "frozen head", "trained head")}
+    assert known["unknown"] == known["frozen head"]
+    assert {s.name: s.weight for s in known["frozen head"]} == {"head": 1.0, "embeddings": 0.5, "blocks": 1.5}
+    assert {s.name: s.weight for s in known["trained head"]} == {"head": 1.0, "embeddings": 0.3, "blocks": 0.5}
 
 
 def test_weights_are_shares_of_the_exact_spread_shrunk_by_what_the_codes_keep(index):

@@ -24,7 +24,7 @@ class Listening(DataCollatorForLanguageModeling):
         return super().__call__(examples, **options)
 
 
-def train(path, callback, resume=None, tokenizer=True, **arguments):
+def train(path, callback, resume=None, tokenizer=True, others=(), **arguments):
     known = tokenizer
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<eos>"
@@ -42,7 +42,7 @@ def train(path, callback, resume=None, tokenizer=True, **arguments):
         train_dataset=dataset,
         processing_class=tokenizer if known else None,
         data_collator=collator,
-        callbacks=[callback],
+        callbacks=[*others, callback],
     )
     trainer.train(resume_from_checkpoint=resume)
     positions = {tuple(dataset[i]["input_ids"]): i for i in range(len(dataset))}

@@ -1,0 +1,86 @@
+"""Which layers of a model training changed: of an adapter, by a training run's record, by what requires gradients, or beside the base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..store.errors import IncompatibleError, UsageError
+from .models import ModelSource, loaded, set_trained
+from .tasks import Task, load_model
+
+RECORD = "wherefrom.json"
+_LARGEST_RECORD = 64 << 20
+
+
+def find_trained(task: Task, model: nn.Module, source: ModelSource, base: str | None) -> None:
+    """Find which layers of a model training changed, where this can be known; see `loaded`.
+
+    Args:
+        model: as `load_model` returns it; an adapter's layers are known then.
+        base: directory or hub id of the model that training started from; None if it is not given.
+
+    Raises:
+        IncompatibleError: the base is another model, or equal to the model; the record is damaged.
+        UsageError: the base of an adapter was given.
+    """
+    known = loaded(model).trained
+    if base is not None and known is not None:
+        raise UsageError(f"{source.id} is an adapter, which says what it trained; leave `base` out")
+    if base is not None:
+        known = _changed(task, model, source, base)
+    elif known is None and source.loaded is not None:
+        known = layers_with_gradients(source.loaded.model)
+    elif known is None:
+        known = _recorded(Path(source.id))
+    if known is not None and known & {name for name, _ in model.named_modules()}:
+        set_trained(model, known)
+
+
+def layers_with_gradients(model: nn.Module) -> frozenset[str] | None:
+    """The layers that have parameters that require gradients; None where all parameters do, or none does, which says nothing."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    required = {p.requires_grad for p in model.parameters()}
+    if len(required) < 2:
+        return None
+    return _owners(model, {id(p) for p in model.parameters() if p.requires_grad})
+
+
+def _owners(model: nn.Module, ids: set[int]) -> frozenset[str]:
+    """The layers that own one of some parameters; a tied parameter has several."""
+    return frozenset(name for name, module in model.named_modules() if any(id(p) in ids for p in module.parameters(recurse=False)))
+
+
+def _changed(task: Task, model: nn.Module, source: ModelSource, base: str) -> frozenset[str]:
+    """The layers whose weights are not those of the base."""
+    start = dict(load_model(task, ModelSource(base, None, source.dtype, "cpu", source.trust_remote_code)).named_parameters())
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != start.keys():
+        name = min(parameters.keys() ^ start.keys())
+        raise IncompatibleError(
+            f"{base} is not the base of {source.id}: only one of them has {name}; name the model that training started from"
+        )
+    changed = {id(p) for name, p in parameters.items() if p.shape != start[name].shape or not torch.equal(p.detach().cpu(), start[name])}
+    if not changed:
+        raise IncompatibleError(f"the weights of {source.id} and of its base {base} are equal: nothing was trained; give the trained model")
+    return _owners(model, changed)
+
+
+def _recorded(folder: Path) -> frozenset[str] | None:
+    """The layers that a record of the run says were trained: in the folder of a model, or beside that of a checkpoint; else None."""
+    for path in (folder / RECORD, folder.parent / RECORD):
+        if not path.is_file() or path.stat().st_size > _LARGEST_RECORD:
+            continue
+        try:
+            record: Any = json.loads(path.read_bytes())
+            known = path.parent == folder or any(checkpoint["path"] == folder.name for checkpoint in record["checkpoints"])
+            names = record.get("trained") if known else None
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError("`trained` is not a list of names")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise IncompatibleError(f"{path} is not the record of a training run; restore it, or delete it") from error
+        if names is not None:
+            return frozenset(names)
+    return None
