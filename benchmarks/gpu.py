@@ -9,20 +9,23 @@ The models have the shapes of Llama-like models and random weights, so nothing i
 - the peak of the device's memory above the model, for the fit and for the rows;
 - with `--device map` (accelerate), the row pass of the layers spread over all GPUs over that on one.
 
-float32 is measured with and without TF32: matrix products in full float32 do not use the tensor cores.
+float32 is measured with TF32, as builds use it, and without: products in full float32 do not use the tensor cores.
 """
 
 import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from wherefrom import BuildConfig
+from wherefrom.indexer import encoder as encoder_module
 from wherefrom.indexer.budget import allocate, count_tokens
+from wherefrom.indexer.capture import product_precision
 from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.tasks import CausalLM
@@ -178,7 +181,8 @@ def main():
         for name in args.dtypes:
             for tf32 in (True, False) if name == "float32" and device.type == "cuda" else (None,):
                 if tf32 is not None:
-                    torch.backends.cuda.matmul.allow_tf32 = tf32
+                    torch.set_float32_matmul_precision("high" if tf32 else "highest")  # of plain training
+                    encoder_module.product_precision = product_precision if tf32 else lambda *_: nullcontext()
                 for configuration in args.configurations:
                     result = measure(shape, getattr(torch, name), configuration, args, device) | {"tf32": tf32}
                     results.append(result)

@@ -11,6 +11,7 @@ hooks), reading weight gradients of batches of one (no batching).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,23 @@ class Window:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which products are summed: float32, for a float64 model float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def product_precision(device: torch.device, precision: Literal["high", "highest"]) -> Iterator[None]:
+    """Set the precision of float32 matrix products on a GPU while open: "high" is TF32, whose factors have 10 bits of mantissa.
+
+    TF32 runs on the tensor cores, at about eight times the speed, with an eighth of bfloat16's rounding error. On a CPU, nothing is set.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..store.manifest import Component, Layer
 from ..store.shapes import Float, Float32
 from ..store.vectors import Rows
 from .batches import Batch
-from .capture import Inputs, Map, OutputGradient, capture
+from .capture import Inputs, Map, OutputGradient, capture, product_precision
 from .dense import DenseEncoder
 from .hidden import hidden_means
 from .sparse import SparseEncoder
@@ -221,6 +221,8 @@ def backward(
 ) -> Float[Tensor, " batch"]:
     """Run one forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
+    On a GPU, a float32 model's own products are in TF32; those that make rows of its gradients are in full float32.
+
     Args:
         tolerant: visitors that sum examples see one that is not finite as zeros; its value is NaN then, and its tokens become invalid in
             the batch.
@@ -257,11 +259,13 @@ def backward(
             drop(invalid)
             d = OutputGradient(d.values.masked_fill(invalid[:, None, None], 0))
             x = x if layer.name in embeddings else x.masked_fill(invalid[:, None, None], 0)
-        for visitor in owners[layer.name]:
-            visitor(layer, x, d, part)
+        with product_precision(x.device, "highest"):
+            for visitor in owners[layer.name]:
+                visitor(layer, x, d, part)
 
     task.prepare(model)
-    with capture(model, layers, maps, batch, visit) as window:
+    device = next(model.parameters()).device
+    with product_precision(device, "high"), capture(model, layers, maps, batch, visit) as window:
         losses = task.differentiate(model, objective, window, accept)
     return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses
 

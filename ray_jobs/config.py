@@ -97,7 +97,7 @@ class BuildConfig(BaseModel):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N, or map: a language model too large for one GPU, spread over all of them."""
     dtype: ModelDtype = "float32"
-    """The model's precision."""
+    """The model's precision; on a GPU, products of float32 models are in TF32."""
     task: str = "causal-lm"
     """causal-lm, mlp (vectors with labels), or module:Class of your own."""
     revision: Names | None = None

@@ -12,7 +12,7 @@ from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherefrom.indexer.batches import batches_by_length
-from wherefrom.indexer.capture import GradientSum, OutputGradient
+from wherefrom.indexer.capture import GradientSum, OutputGradient, product_precision
 from wherefrom.indexer.curvature import whitening_scale
 from wherefrom.indexer.encoder import Encoder, backward
 from wherefrom.indexer.fit import Fit
@@ -543,6 +543,34 @@ def test_sampled_labels_make_the_true_fisher():
                 square += p[t - 1, label] * row**2  # positions are independent and the score has mean zero
         expected.append(square)
     assert np.abs(estimated - np.mean(expected, axis=0)).max() < 0.25 * np.mean(expected, axis=0).max()
+
+
+def test_the_precision_of_products_is_set_for_a_gpu_and_set_back():
+    def fail():
+        with product_precision(torch.device("cuda"), "high"):
+            assert torch.get_float32_matmul_precision() == "high"
+            with product_precision(torch.device("cuda"), "highest"):
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == "high"
+            raise ZeroDivisionError
+
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.get_float32_matmul_precision() == before
+    with product_precision(torch.device("cpu"), "high"):
+        assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_rows_of_a_gpu_are_those_of_the_cpu(architecture):
+    examples = make_examples(12)
+    rows = []
+    for device in ("cpu", "cuda"):
+        model = make_model(architecture, "float32").to(device)
+        rows.append(fit(model, make_plan(model), examples).rows(examples)["blocks"].values)
+    assert np.abs(rows[0] - rows[1]).max() < 0.02 * np.abs(rows[0]).max()
 
 
 def test_whitening_of_a_layer_without_gradient_is_zero():
