@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -456,10 +456,10 @@ def find_adapter(source: ModelSource) -> Adapter | None:
 
 
 def _adapt(model: nn.Module, adapter: Adapter, merged: bool) -> nn.Module:
-    """Put an adapter into a model: as layers of its own where all of it is plain LoRA, whose matrices are then tracked; else merged.
+    """Put an adapter into a model: plain LoRA of linear layers as layers of its own, whose matrices are then tracked; the rest merged.
 
     Args:
-        merged: merge it in any case.
+        merged: merge all of it.
 
     Raises:
         IncompatibleError: it does not fit, or the merged model's predictions are not those of the adapted one.
@@ -487,22 +487,18 @@ def _adapt(model: nn.Module, adapter: Adapter, merged: bool) -> nn.Module:
         problem = reason(error, "adapter_config.json")
         raise IncompatibleError(f"the adapter at {folder} does not fit its base {adapter.base.id}: {problem}") from error
     _check_tensors(adapted, file, caught)
-    factors = frozenset() if merged else _factors(adapted)
-    if not factors:
+    plain = {} if merged else _plain_layers(adapted)
+    changed = {n for n, m in adapted.base_model.model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    if changed - plain.keys():
         _untie(adapted)
-    changed = {n for n, m in adapted.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     with torch.no_grad(), _quiet():
         probe = _spread_tokens(model)
         before = logits_of(adapted, probe).float()
         with adapted.disable_adapter():
             unchanged = torch.equal(before, logits_of(adapted, probe).float())
         notes = [f"the adapter at {folder} does not change its base's predictions (untrained, or lora_alpha is 0)"] if unchanged else []
-        if factors:
-            split: nn.Module = adapted.base_model.model.to(next(model.parameters()).dtype)
-            _LOADED[split] = replace(facts, base=adapter.base.id, trained=factors, notes=(*facts.notes, *notes))
-            return split
         try:
-            whole: nn.Module = adapted.merge_and_unload(safe_merge=True)
+            whole = _merge_but(adapted, plain).to(next(model.parameters()).dtype)
         except Exception as error:
             raise IncompatibleError(f"the adapter at {folder} cannot be merged into its base: {first_sentence(error)}") from error
         after = logits_of(whole, probe).float()
@@ -513,7 +509,7 @@ def _adapt(model: nn.Module, adapter: Adapter, merged: bool) -> nn.Module:
             "one; merge it yourself, save the merged model, and index that"
         )
     modules = {name for name, _ in whole.named_modules()}
-    trained = frozenset(name for name in (_innermost(c.removeprefix("base_model.model."), modules) for c in changed) if name)
+    trained = frozenset(name for name in (_innermost(n, modules) for n in changed - plain.keys()) if name).union(*plain.values())
     _LOADED[whole] = replace(facts, base=adapter.base.id, trained=trained, notes=(*facts.notes, *notes))
     return whole
 
@@ -536,28 +532,47 @@ def _check_tensors(adapted: Any, file: Path, caught: Sequence[Any]) -> None:
         raise IncompatibleError(f"{file} has weights that its adapter_config.json does not describe ({unexpected[0]}); restore the adapter")
 
 
-def _factors(adapted: Any) -> frozenset[str]:
-    """The names of an adapter's matrices A and B, as linear layers, if it consists of these only (no DoRA, no whole layers).
+def _plain_layers(adapted: Any) -> dict[str, frozenset[str]]:
+    """By name, the linear layers inside the model that an adapter changes by plain LoRA, with the names of their matrices A and B.
 
-    A layer then computes W x + s B (A x), and the gradients of A and B are those of the two small layers.
+    A layer then computes W x + s B (A x), and the gradients of A and B are those of two small linear layers.
     """
     from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    names: set[str] = set()
+    model = adapted.base_model.model
+    head = model.get_output_embeddings()
     owners = Counter(id(parameter) for module in adapted.modules() for parameter in module._parameters.values() if parameter is not None)
-    for name, module in adapted.base_model.model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            return frozenset()
-        if not isinstance(module, BaseTunerLayer):
+    plain = {}
+    for name, module in model.named_modules():
+        if type(module) is not LoraLinear or module is head or module.lora_magnitude_vector or any(module.lora_bias.values()):
             continue
         base = module.get_base_layer()
-        plain = type(module) is LoraLinear and layer_sizes(base) is not None and owners[id(base.weight)] == 1
-        if not plain or module.lora_magnitude_vector or any(module.lora_bias.values()):
-            return frozenset()
-        names |= {f"{name}.{side}.{adapter}" for side in ("lora_A", "lora_B") for adapter in getattr(module, side)}
-    return frozenset(names)
+        if layer_sizes(base) is not None and owners[id(base.weight)] == 1:
+            plain[name] = frozenset(f"{name}.{side}.{adapter}" for side in ("lora_A", "lora_B") for adapter in getattr(module, side))
+    return plain
+
+
+def _merge_but(adapted: Any, kept: Collection[str]) -> nn.Module:
+    """Merge an adapter into its base model, but for the layers in `kept`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not kept:
+        return adapted.merge_and_unload(safe_merge=True)
+    model: nn.Module = adapted.base_model.model
+    done: list[str] = []
+    for name, module in list(model.named_modules()):
+        if any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        if hasattr(module, "unload_and_optionally_merge_module"):  # a layer that was trained as a whole, or some of its tokens
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer) and name not in kept:
+            module.merge(safe_merge=True)
+            merged = module.get_base_layer()
+        else:
+            continue
+        model.set_submodule(name, merged)
+        done.append(name)
+    return model
 
 
 def _check_kind(folder: Path) -> None:

@@ -171,9 +171,22 @@ def test_a_merged_adapter_says_what_the_adapted_model_says(tied, tmp_path, kind)
         plain = load_causal_lm(ModelSource(str(tied)))(input_ids=PROBE).logits
     assert float((plain - expected[..., :62]).abs().max() / expected.abs().max()) > 1e-2
     trained = {name.split(".lora_")[0].rpartition(".")[2] for name in loaded(model).trained}
-    assert any(".lora_" in name for name in loaded(model).trained) == (kind == "attention")  # the others are merged
+    assert any(".lora_" in name for name in loaded(model).trained) == (kind not in {"both", "DoRA"})  # these are merged
     wanted = {*ADAPTERS[kind]["target_modules"], *ADAPTERS[kind].get("modules_to_save", ())}
     assert wanted <= trained <= wanted | {"embed_tokens", "lm_head"}
+
+
+def test_matrices_stay_beside_layers_that_were_trained_as_a_whole(tied, corpus_file, tmp_path):
+    from wherefrom.ray_jobs.schema import known_training
+
+    adapted_logits(tied, tmp_path / "adapter", **ADAPTERS["saved modules"])
+    components = ("head", "embeddings", "blocks")
+    manifest = build(BuildConfig(model=str(tmp_path / "adapter"), data=str(corpus_file), out=str(tmp_path / "i"), components=components))
+    head, embeddings, blocks = manifest.components
+    assert all(".lora_" in name for name in blocks.layer_names)
+    assert set(manifest.models[0].trained) == {*head.layer_names, *embeddings.layer_names, *blocks.layer_names}
+    assert manifest.build.tracked[0].share == 1.0
+    assert known_training(manifest.components, manifest.models[0]) == "trained head"
 
 
 def test_a_merge_that_changes_the_predictions_is_refused(tied, tmp_path, monkeypatch):
