@@ -8,6 +8,7 @@ import glob
 import http.client
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -186,8 +187,11 @@ def connect(index: Any, /, **options: Any) -> BaseClient:
         IntegrityError: it is damaged.
         UsageError: the address is invalid.
     """
-    if str(index).startswith(("http://", "https://")):
-        return RemoteClient(str(index), **options)
+    address = str(index)
+    if address.startswith(("http://", "https://")):
+        return RemoteClient(address, **options)
+    if re.fullmatch(r"[\w.-]+:\d+", address) and not Path(address).exists():
+        raise UsageError(f"{address} is neither an index nor an address; a server's address begins with http://")
     from .client import Client
 
     return Client(index, **options)

@@ -4,6 +4,7 @@
 
 Each line is an index that is built and judged, with its LDS and the 95 % interval. For a pack of a LoRA adapter, the blocks are the
 adapter's matrices, and lines with the frozen layers beside them follow. `--indexes` keeps the indexes, which benchmarks/planted.py asks.
+`--second-seed` names a pack of some of the same subsets with two seeds, from which the noise ceiling of one seed is estimated.
 `--results` keeps finished lines, so that a run is taken up where it was; `--write` puts the tables between the marks of a page.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 from pages import write_between
 from wherefrom.evaluation.judge import judge_index
+from wherefrom.evaluation.lds import split_half
+from wherefrom.evaluation.packs import read_pack
 
 _MARKS = "<!-- components: benchmarks/component_table.py -->", "<!-- end of components -->"
 _LOGRA = {"components": ("blocks",), "rank": 16}
@@ -60,7 +63,7 @@ def measure(pack, dtype, indexes, known, keep):
 def table(pack, known):
     """Markdown of a pack's lines."""
     about = known["about"]
-    ceiling = f", noise ceiling {about['ceiling']:.2f}" if about["ceiling"] else ""
+    ceiling = f", noise ceiling {about['ceiling']:.2f}{about.get('estimated', '')}" if about["ceiling"] else ""
     lines = [f"#### {pack}", "", f"{about['examples']:,} examples, {about['queries']} queries, {about['subsets']} subsets{ceiling}.", ""]
     lines += ["| rows | bytes an example | LDS | 95 % interval |", "|---|---|---|---|"]
     for name in (*LINES, *_FROZEN_LINES):
@@ -78,6 +81,7 @@ def main():
     parser.add_argument("packs", nargs="+", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--indexes", type=Path)
+    parser.add_argument("--second-seed", nargs="*", default=[], metavar="PACK=DIRECTORY", help="by the name of a pack")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
@@ -90,6 +94,12 @@ def main():
 
     for pack in args.packs:
         measure(pack, args.dtype, args.indexes, known.setdefault(pack.name, {}), keep)
+    for pair in args.second_seed:
+        name, _, directory = pair.partition("=")
+        losses = read_pack(Path(directory)).losses
+        estimated = {"ceiling": split_half(losses) ** 0.5, "estimated": f" (two seeds on {len(losses)} subsets)"}
+        known[name]["about"] |= estimated
+        keep()
     text = "\n".join(line for pack in args.packs for line in table(pack.name, known[pack.name]))
     print(text)
     if args.write:

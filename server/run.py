@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,12 +78,12 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="on",
     )
-    try:
-        socket = config.bind_socket()
-    except (SystemExit, OSError) as error:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:  # before the discovery file is written, so that its readers can connect
+        listening = socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
+    except (OSError, OverflowError) as error:
         raise UsageError(f"cannot listen on {host}:{port}, perhaps another program does; choose another `port`, or 0 for any") from error
-    socket.listen(_MOST_CONNECTIONS)  # before the discovery file is written, so that its readers can connect
-    url = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
+    url = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
     indexes = {name: str(client.index.path.resolve()) for name, client in clients.items()}
     discovery_file: Path | None = None
     try:
@@ -101,7 +102,7 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, exit_now)
     try:
-        uvicorn.Server(config).run(sockets=[socket])
+        uvicorn.Server(config).run(sockets=[listening])
     finally:
         if discovery_file is not None:
             discovery_file.unlink(missing_ok=True)

@@ -638,3 +638,8 @@ def test_work_for_a_client_that_is_gone_is_cancelled():
         assert ended == [{"type": "http.disconnect"}]
 
     asyncio.run(scenario())
+
+
+def test_an_address_without_its_scheme_is_explained():
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:8791 is neither an index nor an address; a server's address begins with http://"):
+        connect("127.0.0.1:8791")
