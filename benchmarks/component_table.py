@@ -32,7 +32,7 @@ LINES = {
     "LoGra, rank 16, float32": _LOGRA,
     "EK-FAC, 128 PCA directions, float16": _EKFAC,
 }
-_FROZENLINES = {
+_FROZEN_LINES = {
     "LoGra of the frozen layers, rank 16, float32": {**_LOGRA, "layers": ("*.base_layer",)},
 }
 _BASELINES = ("chars", "bm25", "hidden")

@@ -5,7 +5,7 @@
 
 The pack is of documents drawn by `benchmarks/pretrained_pack.py documents`. A query is the loss of a whole text. The table says of how many
 planted documents, asked in their own words, by the paraphrase, or by the translation, the document is the first of all training documents,
-and of how many it is among the first ten.
+and of how many it is among the first ten. A line for cosines follows where they find other numbers.
 """
 
 import argparse
@@ -45,10 +45,12 @@ def table(pack, indexes):
         client = Client(index_path(indexes, pack, name))
         ids = [client.index.example(row).id for row in range(len(client.index))]
         rows = np.array([ids.index(document["id"]) for document in planted])
+        asked = {wording: [Query(text=document[wording]) for document in planted] for wording in _WORDINGS}
+        found = {mode: {w: ranks(client.scores(q, mode=mode).T, rows) for w, q in asked.items()} for mode in _MODES}
         for mode in _MODES:
-            found = {w: ranks(client.scores([Query(text=d[w]) for d in planted], mode=mode).T, rows) for w in _WORDINGS}
-            lines.append(f"| {name} | {mode} | {cells(found)} |")
-            print(lines[-1], flush=True)
+            if mode == _MODES[0] or cells(found[mode]) != cells(found[_MODES[0]]):
+                lines.append(f"| {name} | {mode} | {cells(found[mode])} |")
+        print(lines[-1], flush=True)
     train = [client.index.example(row) for row in range(len(client.index))]
     by_baseline = {baseline: {} for baseline in _BASELINES}
     for wording in _WORDINGS:

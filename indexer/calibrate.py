@@ -1,8 +1,9 @@
 """Weights that make the scores of components comparable, from exact scores between some rows and the scores that their codes give.
 
-A component's weight is its share (head 1, embeddings 0.3, blocks 0.5: docs/components.md says why) over the exact scores' standard
-deviation, times the squared correlation of exact and stored scores: that part of a noisy estimate is signal (Wiener's shrinkage). The
-head's weight is 1, else the first component's.
+A component's weight is its share (docs/components.md has the measurements) over the mean score of an example with itself, times the
+squared correlation of exact and stored scores: that part of a noisy estimate is signal (Wiener's shrinkage). The head's weight is 1, else
+the first component's. Scores with itself are sums of squares, so some rows determine their mean well; scores between examples have such
+heavy tails that their spread in a sample says little.
 
 Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If the
 head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the blocks, and
@@ -20,9 +21,9 @@ from ..store.shapes import Float
 from .budget import Training
 
 _SHARES: dict[Training, dict[str, float]] = {
-    "trained head": {"head": 1.0, "embeddings": 0.3, "blocks": 0.5},
-    "frozen head": {"head": 1.0, "embeddings": 0.5, "blocks": 1.5},
-    "adapter": {"head": 1.0, "embeddings": 1.0, "blocks": 1.0},
+    "trained head": {"head": 1.0, "embeddings": 0.25, "blocks": 0.1},
+    "frozen head": {"head": 1.0, "embeddings": 0.65, "blocks": 0.25},
+    "adapter": {"head": 1.0, "embeddings": 1.75, "blocks": 0.55},
 }
 
 
@@ -31,12 +32,12 @@ class Agreement:
     """Agreement of a component's exact scores with the stored ones.
 
     Attributes:
-        spread: standard deviation of the exact scores between different examples.
+        self_score: an example's mean exact score with itself.
         fidelity: correlation of exact and stored scores.
         mean_share: mean score between different examples, divided by an example's mean score with itself.
     """
 
-    spread: float
+    self_score: float
     fidelity: float
     mean_share: float
 
@@ -44,12 +45,11 @@ class Agreement:
     def of(cls, exact: Float[np.ndarray, "rows rows"], stored: Float[np.ndarray, "rows rows"]) -> "Agreement":
         """Compare exact and stored scores between the same rows."""
         between = ~np.eye(len(exact), dtype=bool)
-        spread = float(exact[between].std())
         self_score = float(np.diag(exact).mean())
         mean_share = float(exact[between].mean()) / self_score if self_score > 0 else 0.0
-        varied = spread > 0 and stored[between].std() > 0
+        varied = exact[between].std() > 0 and stored[between].std() > 0
         fidelity = float(np.corrcoef(exact[between], stored[between])[0, 1]) if varied else 0.0
-        return cls(spread, fidelity, mean_share)
+        return cls(self_score, fidelity, mean_share)
 
 
 def calibrate(
@@ -77,8 +77,8 @@ def calibrate(
     weights = {}
     for component in components:
         agreement = agreements[component.name]
-        known = agreement.spread > 0 and agreement.fidelity > 0
-        weights[component.name] = shares[component.role] * agreement.fidelity**2 / agreement.spread if known else 0.0
+        known = agreement.self_score > 0 and agreement.fidelity > 0
+        weights[component.name] = shares[component.role] * agreement.fidelity**2 / agreement.self_score if known else 0.0
     unit = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
     if not any(weights.values()):
         weights = dict.fromkeys(weights, unit)
