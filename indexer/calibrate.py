@@ -1,14 +1,15 @@
 """Weights that make the scores of components comparable, from exact scores between some rows and the scores that their codes give.
 
-A component's weight is its share (docs/components.md has the measurements) over the mean score of an example with itself, times the
-squared correlation of exact and stored scores: that part of a noisy estimate is signal (Wiener's shrinkage). The head's weight is 1, else
-the first component's. Scores with itself are sums of squares, so some rows determine their mean well; scores between examples have such
-heavy tails that their spread in a sample says little.
+A component's weight is its share (docs/components.md has the measurements) over the mean stored score of an example with itself, times
+the squared correlation of exact and stored scores: that part of a noisy estimate is signal (Wiener's shrinkage). The head's weight is 1,
+else the first component's. Scores with itself are sums of squares, so some rows determine their mean well; scores between examples have
+such heavy tails that their spread in a sample says little.
 
 Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If the
-head's mean share (mean score between examples over mean score with themselves) is above the blocks', training went into the blocks, and
-other shares apply. Of several models the last decides this, since earlier ones have not arrived. Where it is known which layers were
-trained, nothing is compared. Where only an adapter was, the shares are those of docs/components.md for adapters.
+head's mean share (mean score between examples over mean score with themselves) is above the blocks' (without blocks, the embeddings'),
+training went into the blocks, and other shares apply. Of several models the last decides this, since earlier ones have not arrived. Where
+it is known which layers were trained, nothing is compared. Where only an adapter was, the shares are those of docs/components.md for
+adapters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from .budget import Training
 
 _SHARES: dict[Training, dict[str, float]] = {
     "trained head": {"head": 1.0, "embeddings": 0.25, "blocks": 0.1},
-    "frozen head": {"head": 1.0, "embeddings": 0.65, "blocks": 0.25},
-    "adapter": {"head": 1.0, "embeddings": 1.75, "blocks": 0.55},
+    "frozen head": {"head": 1.0, "embeddings": 0.7, "blocks": 0.27},
+    "adapter": {"head": 1.0, "embeddings": 1.5, "blocks": 0.55},
 }
 
 
@@ -32,7 +33,7 @@ class Agreement:
     """Agreement of a component's exact scores with the stored ones.
 
     Attributes:
-        self_score: an example's mean exact score with itself.
+        self_score: an example's mean score with itself, by its stored code.
         fidelity: correlation of exact and stored scores.
         mean_share: mean score between different examples, divided by an example's mean score with itself.
     """
@@ -43,13 +44,13 @@ class Agreement:
 
     @classmethod
     def of(cls, exact: Float[np.ndarray, "rows rows"], stored: Float[np.ndarray, "rows rows"]) -> "Agreement":
-        """Compare exact and stored scores between the same rows."""
+        """Compare scores between the same rows: exact ones, and those of exact queries with stored rows."""
         between = ~np.eye(len(exact), dtype=bool)
-        self_score = float(np.diag(exact).mean())
-        mean_share = float(exact[between].mean()) / self_score if self_score > 0 else 0.0
+        exact_self_score = float(np.diag(exact).mean())
+        mean_share = float(exact[between].mean()) / exact_self_score if exact_self_score > 0 else 0.0
         varied = exact[between].std() > 0 and stored[between].std() > 0
         fidelity = float(np.corrcoef(exact[between], stored[between])[0, 1]) if varied else 0.0
-        return cls(self_score, fidelity, mean_share)
+        return cls(float(np.diag(stored).mean()), fidelity, mean_share)
 
 
 def calibrate(
@@ -70,9 +71,9 @@ def calibrate(
     if head_mean_share is not None:
         mean_shares[last["head"]] = head_mean_share
     head = mean_shares.get(last.get("head", ""), 0.0)
-    blocks = mean_shares.get(last.get("blocks", ""), np.inf)
+    other = mean_shares.get(last.get("blocks") or last.get("embeddings", ""), np.inf)
     if training == "unknown":
-        training = "frozen head" if head > max(0.0, blocks) else "trained head"
+        training = "frozen head" if head > max(0.0, other) else "trained head"
     shares = _SHARES[training]
     weights = {}
     for component in components:
