@@ -1,11 +1,12 @@
 """Which rows predict retraining on a ground-truth pack: numbers of bytes, single components, float rows as other tools store, baselines.
 
-    python benchmarks/component_table.py PACK... [--dtype bfloat16] [--indexes DIR] [--results FILE] [--write docs/components.md]
+    python benchmarks/component_table.py PACK... [--dtype bfloat16] [--indexes DIR] [--results FILE]
+        [--write docs/components.md --section adapters]
 
 Each line is an index that is built and judged, with its LDS and the 95 % interval. For a pack of a LoRA adapter, the blocks are the
 adapter's matrices, and lines with the frozen layers beside them follow. `--indexes` keeps the indexes, which benchmarks/planted.py asks.
 `--second-seed` names a pack of some of the same subsets with two seeds, from which the noise ceiling of one seed is estimated.
-`--results` keeps finished lines, so that a run is taken up where it was; `--write` puts the tables between the marks of a page.
+`--results` keeps finished lines, so that a run is taken up where it was; `--write` puts the tables between a section's marks of a page.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from wherefrom.evaluation.judge import judge_index
 from wherefrom.evaluation.lds import split_half
 from wherefrom.evaluation.packs import read_pack
 
-_MARKS = "<!-- components: benchmarks/component_table.py -->", "<!-- end of components -->"
 _LOGRA = {"components": ("blocks",), "rank": 16}
 _EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvature": "ekfac", "labels": "sampled", "row_dtype": "float16"}
 LINES = {
@@ -84,6 +84,7 @@ def main():
     parser.add_argument("--second-seed", nargs="*", default=[], metavar="PACK=DIRECTORY", help="by the name of a pack")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--section", choices=["adapters", "pretrained"], default="adapters", help="of the page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
@@ -103,7 +104,8 @@ def main():
     text = "\n".join(line for pack in args.packs for line in table(pack.name, known[pack.name]))
     print(text)
     if args.write:
-        write_between(args.write, _MARKS, text)
+        marks = f"<!-- {args.section}: benchmarks/component_table.py -->", f"<!-- end of {args.section} -->"
+        write_between(args.write, marks, text)
 
 
 if __name__ == "__main__":
