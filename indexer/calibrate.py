@@ -6,10 +6,10 @@ else the first component's. Scores with itself are sums of squares, so some rows
 such heavy tails that their spread in a sample says little.
 
 Where training moved a layer until the loss was stationary, its examples' gradients cancel; where it was frozen, they have a mean. If the
-head's mean share (mean score between examples over mean score with themselves) is above the blocks' (without blocks, the embeddings'),
-training went into the blocks, and other shares apply. Of several models the last decides this, since earlier ones have not arrived. Where
-it is known which layers were trained, nothing is compared. Where only an adapter was, the shares are those of docs/components.md for
-adapters.
+head's mean share (mean score between examples over mean score with themselves) is above the blocks' (without blocks, clearly above the
+embeddings'), training went into the blocks, and other shares apply. Of several models the last decides this, since earlier ones have not
+arrived. Where it is known which layers were trained, nothing is compared. Where only an adapter was, the shares are those of
+docs/components.md for adapters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ _SHARES: dict[Training, dict[str, float]] = {
     "frozen head": {"head": 1.0, "embeddings": 0.7, "blocks": 0.27},
     "adapter": {"head": 1.0, "embeddings": 1.5, "blocks": 0.55},
 }
+_CLEARLY = 3.0  # times the embeddings' mean share, which is small in any case
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def calibrate(
     if head_mean_share is not None:
         mean_shares[last["head"]] = head_mean_share
     head = mean_shares.get(last.get("head", ""), 0.0)
-    other = mean_shares.get(last.get("blocks") or last.get("embeddings", ""), np.inf)
+    other = _CLEARLY * mean_shares.get(last.get("embeddings", ""), np.inf)
+    if "blocks" in last:
+        other = mean_shares[last["blocks"]]
     if training == "unknown":
         training = "frozen head" if head > max(0.0, other) else "trained head"
     shares = _SHARES[training]

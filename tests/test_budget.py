@@ -180,6 +180,14 @@ def test_a_head_that_is_known_to_be_frozen_or_trained_is_not_guessed():
     assert {s.name: s.weight for s in known["trained head"]} == {"head": 1.0, "embeddings": 0.25, "blocks": 0.1}
 
 
+@pytest.mark.parametrize(("head", "embeddings", "share"), [(1.4e-3, 2.3e-4, 0.7), (6.7e-5, 4e-5, 0.25), (-8e-6, -8e-6, 0.25)])
+def test_without_blocks_a_frozen_head_is_clearly_above_the_embeddings(head, embeddings, share):
+    shares = {"head": head, "embeddings": embeddings}  # measured on text-frozen and, twice, on a model whose head was trained
+    agreements = {name: Agreement(self_score=2.0, fidelity=1.0, mean_share=value) for name, value in shares.items()}
+    calibrated, _ = calibrate([s for s in COMPONENTS if s.role in shares], agreements, head)
+    assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": share}
+
+
 def test_weights_are_shares_of_the_stored_self_scores_shrunk_by_what_the_codes_keep(index):
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
