@@ -105,7 +105,8 @@ def test_search_files_that_cannot_be_written_are_a_note_and_are_made_by_the_next
         patched.setattr(Index, "reindex", full)
         with pytest.warns(UserWarning, match="could not be written .No space left on device.; make them with wherefrom reindex"):
             calls[writer]()
-    assert [a.id for a in Client(index).query(row=3, k=3).proponents] == [a.id for a in before.proponents]
+    after = [a.id for a in Client(index).query(row=3, k=6).proponents if a.id.startswith("d")]  # without the added documents
+    assert after[:3] == [a.id for a in before.proponents]
     prune(index)
     assert list((index / "search").glob("*.zarr.zip"))
 
