@@ -78,7 +78,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def product_precision(device: torch.device, precision: Literal["high", "highest"]) -> Iterator[None]:
     """Set the precision of float32 matrix products on a GPU while open: "high" is TF32, whose factors have 10 bits of mantissa.
 
-    TF32 runs on the tensor cores, at about eight times the speed, with an eighth of bfloat16's rounding error. On a CPU, nothing is set.
+    TF32 runs on the tensor cores, several times as fast, with an eighth of bfloat16's rounding error. On a CPU, nothing is set.
     """
     if device.type != "cuda":
         yield

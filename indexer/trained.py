@@ -71,9 +71,11 @@ def _changed(task: Task, model: nn.Module, source: ModelSource, base: str) -> fr
 def _recorded(folder: Path) -> frozenset[str] | None:
     """The layers that a record of the run says were trained: in the folder of a model, or beside that of a checkpoint; else None."""
     for path in (folder / RECORD, folder.parent / RECORD):
-        if not path.is_file() or path.stat().st_size > _LARGEST_RECORD:
+        if not path.is_file():
             continue
         try:
+            if path.stat().st_size > _LARGEST_RECORD:
+                raise ValueError("it is too large")
             record: Any = json.loads(path.read_bytes())
             known = path.parent == folder or any(checkpoint["path"] == folder.name for checkpoint in record["checkpoints"])
             names = record.get("trained") if known else None

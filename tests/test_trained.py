@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from wherefrom import Client, build
 from wherefrom.callback import WherefromCallback
 from wherefrom.evaluation.checks import _StepTrainer
-from wherefrom.store.errors import IncompatibleError
+from wherefrom.store.errors import IncompatibleError, UsageError
 
 TRAINED = {"transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"}
 
@@ -88,6 +88,18 @@ def test_a_base_that_is_none_is_refused(places):
         "is not the base of .*: only one of them has .*; name the model that training started from",
         base=places / "llama",
     )
+
+
+def test_an_adapter_needs_no_base(places):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(places / "base"), LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    )
+    adapted.save_pretrained(places / "adapter")
+    with pytest.raises(UsageError, match="is an adapter, which says what it trained; leave `base` out"):
+        build(places / "adapter", places / "corpus.jsonl", places / "i", base=places / "base", progress=False)
 
 
 def test_the_record_of_a_run_with_frozen_layers_is_read(tmp_path):
