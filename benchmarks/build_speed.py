@@ -12,17 +12,16 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from wherefrom import BuildConfig
-from wherefrom.indexer.budget import allocate, count_tokens
 from wherefrom.indexer.encoder import Encoder
 from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.fit import Fit, with_known_sample
 from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.ray_jobs.schema import select_components
 from wherefrom.ray_jobs.worker import Worker, encode_rows
 from wherefrom.store.corpus import read_corpus
 from wherefrom.store.documents import Example, write_documents
@@ -69,10 +68,9 @@ def main():
         examples = [e for e, _ in zip((e for e in stream if isinstance(e, Example)), range(args.examples * 4), strict=False)][::4]
         for name in args.configurations:
             options = {"model": args.model, "data": (args.data,), "out": "-", "dtype": dtype, "batch_tokens": args.batch_tokens}
-            _, settings, _ = Worker(BuildConfig(**options, **_CONFIGURATIONS[name])).describe()
-            size = _CONFIGURATIONS[name].get("bytes_per_example")
-            if size is not None:
-                settings = replace(settings, components=allocate(size, settings.components, count_tokens(examples)))
+            config = BuildConfig(**options, **_CONFIGURATIONS[name])
+            models, settings, _ = Worker(config).describe()
+            settings = select_components(config, settings, examples, models)
             settings = with_known_sample(settings, 2048)  # the curvature that a build of a real corpus has
             fit, arrays = Fit(settings), {}
             for step in range(len(fit.steps)):

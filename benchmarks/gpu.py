@@ -81,7 +81,7 @@ def fitted(model, configuration, examples, batch_tokens):
     task = CausalLM()
     components = candidate_components(config, task, model, 0)
     if config.budget is not None:
-        components = allocate(config.budget, components, count_tokens(examples))
+        components = allocate(config.budget, components, count_tokens(examples), sum(p.numel() for p in model.parameters()))
     settings = with_known_sample(EncoderSettings(components, batch_tokens), 2048)
     fit, arrays = Fit(settings), {}
     for step in range(len(fit.steps)):

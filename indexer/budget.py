@@ -6,6 +6,7 @@ tokens its examples have:
 - The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
 - Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all. Where only an
   adapter inside the blocks was trained, the head gets two fifths and the embeddings three.
+- A model of 50 million parameters or more has no embeddings in its rows: from 600 bytes on, head and blocks get a half each.
 - A vocabulary layer keeps its tokens of largest norm, at the largest power of two of bits under which nearly half of the tokens fit.
 - Bytes that a layer does not need, since all its tokens fit at full width, go to the blocks.
 """
@@ -29,8 +30,11 @@ Training = Literal["adapter", "frozen head", "trained head", "unknown"]
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]
 """By role, the distinct tokens of each example of a sample."""
 
+_LARGE = 50_000_000  # parameters; the packs' models have up to 6 million, or 135 million
 _BLOCKS_FROM = 1200
 _BLOCKS_SHARE = 0.4
+_BLOCKS_FROM_LARGE = 600
+_BLOCKS_SHARE_LARGE = 0.5
 _EMBEDDINGS_FROM = 600
 _HEAD_SHARE = 0.6
 _HEAD_SHARE_ADAPTED = 0.4
@@ -44,11 +48,14 @@ def row_cost(component: Component, counts: TokenCounts) -> float:
     return KINDS[component.kind].rows.row_cost(component, counts.get(component.role))
 
 
-def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, training: Training = "unknown") -> tuple[Component, ...]:
+def allocate(
+    budget: int, candidates: Sequence[Component], counts: TokenCounts, parameters: int, training: Training = "unknown"
+) -> tuple[Component, ...]:
     """Return the components that `budget` bytes an example afford, with sizes that cost at most that.
 
     Args:
         candidates: "head", "embeddings" and "blocks", of one model or of several, which get equal shares.
+        parameters: of the largest model.
         training: what it changed.
 
     Raises:
@@ -57,13 +64,17 @@ def allocate(budget: int, candidates: Sequence[Component], counts: TokenCounts, 
     models = sorted({component.model for component in candidates})
     if len(models) > 1:
         by_model = [[component for component in candidates if component.model == model] for model in models]
-        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, training))
+        return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, parameters, training))
     by_role = {component.role: component for component in candidates}
-    vocabulary = [cast("SparseComponent", by_role[role]) for role in ("head", "embeddings") if role in by_role]
+    large = parameters >= _LARGE
+    roles = ("head",) if large and by_role.keys() >= {"head", "blocks"} else ("head", "embeddings")
+    vocabulary = [cast("SparseComponent", by_role[role]) for role in roles if role in by_role]
     rest = float(budget)
     blocks_bytes = 0.0
-    if "blocks" in by_role:
-        blocks_bytes = rest if not vocabulary else _BLOCKS_SHARE * rest if rest >= _BLOCKS_FROM else 0.0
+    if "blocks" in by_role and not vocabulary:
+        blocks_bytes = rest
+    elif "blocks" in by_role and rest >= (_BLOCKS_FROM_LARGE if large else _BLOCKS_FROM):
+        blocks_bytes = (_BLOCKS_SHARE_LARGE if large else _BLOCKS_SHARE) * rest
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
         vocabulary = vocabulary[:1]

@@ -50,14 +50,17 @@ class Window:
 
     Args:
         batch: all of them.
-        visit: visits a layer, if it is tracked, that computes its outputs without being called: an output head, which is never projected.
-            The arguments are its name, inputs and output gradient.
+        visit: visits a layer by its name, if it is tracked. It must not refer to the window, or the visitors' sums outlive the capture.
     """
 
-    def __init__(self, batch: Batch, visit: Callable[[str, Tensor, OutputGradient], None]) -> None:
+    def __init__(self, batch: Batch, visit: Callable[[str, Tensor, OutputGradient, Batch], None]) -> None:
         self.batch = batch
         self.part = batch
-        self.visit = visit
+        self._visit = visit
+
+    def visit(self, name: str, x: Tensor, gradient: OutputGradient) -> None:
+        """Visit a layer that computes its outputs without being called: an output head, which is never projected."""
+        self._visit(name, x, gradient, self.part)
 
     @contextmanager
     def columns(self, first: int, last: int) -> Iterator[Batch]:
@@ -117,14 +120,17 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
 
     def project(x: Tensor, map_: Map) -> Tensor:
         x = x.detach()
-        dtype = accumulation_dtype(x.dtype)
-        return x.to(dtype, copy=True) if map_ is None else (x.to(map_.device) @ map_.T).to(dtype)  # a copy, as the model may write into x
+        return x if map_ is None else x.to(map_.device) @ map_.T
+
+    def widened(x: Tensor, device: torch.device) -> Tensor:
+        return x.to(device, accumulation_dtype(x.dtype)) if x.is_floating_point() else x.to(device)
 
     def project_input(module: nn.Module, x: Tensor, map_: Map) -> Tensor:
         kernel = geometry(module)
         if recent and recent[0][0] is x and recent[0][1] == x._version and recent[0][2] is map_ and recent[0][3] == kernel:
             return recent[0][4]
-        recent[:] = [(x, x._version, map_, kernel, project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_))]
+        projected = project(_under_kernel(module, x) if isinstance(module, nn.Conv2d) else x, map_)
+        recent[:] = [(x, x._version, map_, kernel, projected.clone() if map_ is None else projected)]  # the model may write into x
         return recent[0][4]
 
     def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
@@ -149,17 +155,17 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                gradient = OutputGradient(by_example(module, project(d, output_map), layer).to(device))
-                visit(layer, x.to(device), gradient, window.part)
+                gradient = OutputGradient(widened(by_example(module, project(d, output_map), layer), device))
+                visit(layer, widened(x, device), gradient, window.part)
 
             output.register_hook(backward)
             return output
 
         return forward
 
-    def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient) -> None:
+    def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient, part: Batch) -> None:
         if name in tracked:
-            visit(tracked[name], project(x, None), gradient, window.part)
+            visit(tracked[name], widened(x.detach(), x.device), gradient, part)
 
     window = Window(batch, visit_uncalled)
     handles = [modules[layer.name].register_forward_hook(hook(layer, *maps[layer.name])) for layer in layers]

@@ -9,8 +9,8 @@ A strategy declares the statistics of each pass, and turns their sums into array
     diagonal  U = I; l = E[g^2]
     identity  no curvature: rows are plain (projected) gradients
 
-The Kronecker bases are folded into the projections, so `kfac` and `ekfac` whiten with one elementwise product. Sums of
-batches are added in float64, so a fit merged over any split of the examples is the same up to the round-off of the batches.
+The Kronecker bases are folded into the projections, so `kfac` and `ekfac` whiten with one elementwise product. Sums over parts of
+the sample are added in float64, so a fit merged over any split of the examples is the same up to the round-off within the parts.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,6 +101,10 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
     return np.where(damped > 0, 1.0 / np.sqrt(np.where(damped > 0, damped, 1.0)), 0.0)
 
 
-def add_sums(total: Arrays, part: Arrays) -> Arrays:
-    """Add the sums of two fits; associative and commutative up to float64 round-off."""
-    return {name: np.asarray(total[name] + value) if name in total else value for name, value in part.items()}
+def add_sums(total: Arrays, part: Arrays) -> None:
+    """Add the sums of a part to a total in float64, in place; associative and commutative up to round-off."""
+    for name, value in part.items():
+        if name in total:
+            np.add(total[name], value, out=total[name])
+        else:
+            total[name] = value.astype(np.float64)

@@ -89,7 +89,7 @@ class Fit:
             encoder: of this settings, with the arrays of the steps before.
 
         Returns:
-            `<component>/<layer or input group>/<statistic>` -> float64 array, and the numbers `examples` and `tokens`.
+            `<component>/<layer or input group>/<statistic>` -> array, and the numbers `examples` and `tokens`.
         """
         members = self.steps[step]
         meters = {component.name: component_fit(component).meter(number, encoder) for component, number in members}
@@ -110,7 +110,7 @@ class Fit:
             counts["examples"] += int(finite.sum())
             counts["tokens"] += int(batch.valid[finite.to(batch.valid.device)].sum())
             progress(len(positions), int(batch.valid.sum()))
-        arrays = {f"{name}/{key}": v.to("cpu", torch.float64).numpy() for name, meter in meters.items() for key, v in meter.sums.items()}
+        arrays = {f"{name}/{key}": value.cpu().numpy() for name, meter in meters.items() for key, value in meter.sums.items()}
         return arrays | {name: np.array(float(count)) for name, count in counts.items()}
 
     def finish(self, step: int, arrays: Arrays, totals: Arrays) -> Arrays:
@@ -125,7 +125,8 @@ class Fit:
             raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
         for component, number in self.steps[step]:
             prefix = f"{component.name}/"
-            sums = {key.removeprefix(prefix): value for key, value in totals.items() if key.startswith(prefix)}
+            of_component = {key.removeprefix(prefix): value for key, value in totals.items() if key.startswith(prefix)}
+            sums = {key: value.astype(np.float64, copy=False) for key, value in of_component.items()}
             before = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
             results = component_fit(component).finish(number, sums, examples, before)
             arrays |= {f"{component.name}/{name}": array for name, array in results.items()}
@@ -242,7 +243,7 @@ class DenseMeter:
 
     def _add(self, layer: Layer, statistic: str, value: Tensor) -> None:
         name = f"{layer.name}/{statistic}"
-        self.sums[name] = value.double() if name not in self.sums else self.sums[name].add_(value)
+        self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)
 
 
 def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:

@@ -34,6 +34,8 @@ from .projection import symmetric_eigen
 
 STATISTICS = ("moment", "vocabulary", "tokens")
 
+_MEAN_ELEMENTS = 1 << 24
+
 
 def vocabulary_layer(component: SparseComponent) -> Layer:
     """Layer record of the head or the embeddings, for the capture."""
@@ -171,7 +173,7 @@ class HeadMean:
 
     Args:
         tokens: number of tokens.
-        examples: number of examples (batches are summed whole) after which it ignores others.
+        examples: number of examples after which it ignores others. Of a batch it takes the first, as many as keep its memory bounded.
     """
 
     sums_examples = True
@@ -183,6 +185,7 @@ class HeadMean:
         self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         self._tokens = torch.topk(encoder.vocabulary, min(tokens, len(encoder.vocabulary))).indices
         self._scale = encoder.scale(self._tokens)
+        self._of_batch = max(1, _MEAN_ELEMENTS // (len(self._tokens) * encoder.component.width))
         self._gradients: Tensor | None = None
         self._sum = torch.zeros_like(self._scale, dtype=torch.float64)
         self._squares = 0.0
@@ -192,7 +195,8 @@ class HeadMean:
         """Add the head's call."""
         if self._examples >= self._most:
             return
-        gradients = d.columns(self._tokens.expand(len(x), -1)).transpose(1, 2) @ x
+        first = min(len(x), self._of_batch)
+        gradients = d.columns(self._tokens.expand(len(x), -1))[:first].transpose(1, 2) @ x[:first]
         self._gradients = gradients if self._gradients is None else self._gradients.add_(gradients)
 
     def end(self) -> None:

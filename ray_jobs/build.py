@@ -57,7 +57,7 @@ _SHARD_ROWS = 16384
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64
 _COMPARED_ROWS = 256
-_COMPARED_COORDINATES = 1 << 26
+_COMPARED_COORDINATES = 1 << 25
 _COUNTED = 1024
 
 
@@ -128,7 +128,7 @@ def build(
             _claim(job, inputs)
             corpus = _write_corpus(job, models, settings, executor.call("vocabulary"))
             training = known_training(settings.components, models[-1])
-            settings = select_components(config, settings, _read_sample(job, corpus), training)
+            settings = select_components(config, settings, _read_sample(job, corpus), models)
             notes = model_notes(facts, settings.components)
             for note in [*notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
@@ -281,7 +281,8 @@ def _fit(job: _Job, executor: Executor, settings: EncoderSettings, corpus: Writt
         job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", fit_examples)
         totals: Arrays = {}
         for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], job.reporter):
-            totals = add_sums(totals, sums)
+            add_sums(totals, sums)
+            del sums  # as large as the totals
         arrays = fit.finish(step, arrays, totals)
     counts = {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
     staged = job.staging / path.name

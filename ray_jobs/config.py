@@ -122,8 +122,9 @@ class BuildConfig(BaseModel):
     """Coordinates of a layer's inputs and outputs each.  [default: 16; with a budget 128]"""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of projections, the fitting sample and sampled labels."""
-    curvature: CurvatureKind = "auto"
-    """How rows are whitened; auto chooses by a layer's size."""
+    curvature: CurvatureKind | None = None
+    """How the rows of blocks are whitened; auto chooses by a layer's size.  [default: auto; with a budget kfac for models of tokens, which
+    takes one pass]"""
     labels: LabelKind | None = None
     """Labels of the curvature: the data's, sampled from the model, or expected (all classes by their probability, where an example has one
     label).  [default: data for the blocks, sampled for head and embeddings; with a budget, expected for blocks of examples with one label,

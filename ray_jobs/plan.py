@@ -24,7 +24,7 @@ from .build import longest_example
 from .config import BuildConfig
 from .corpus import corpus_fields
 from .progress import Reporter, Silent
-from .schema import known_training, select_components, unused_options
+from .schema import select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
@@ -87,7 +87,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     scale = documents / len(sample)
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
-    settings = select_components(config, settings, examples, known_training(settings.components, models[-1]))
+    settings = select_components(config, settings, examples, models)
     fit_examples = min(config.fit_examples, rows)
     settings = with_known_sample(settings, fit_examples)
     measured = _first_examples(examples, settings.batch_tokens * _MEASURED_BATCHES)

@@ -12,7 +12,7 @@ from ..indexer.layers import NARROWING, describe_layers, find_layers
 from ..indexer.tasks import Task, VocabularyLayer
 from ..store.documents import Example
 from ..store.errors import UsageError
-from ..store.manifest import Component, Curvature, DenseComponent, LabelKind, Model, Projection, SparseComponent
+from ..store.manifest import Component, Curvature, CurvatureKind, DenseComponent, LabelKind, Model, Projection, SparseComponent
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
@@ -37,16 +37,19 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     )
 
 
-def select_components(config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example], training: Training) -> EncoderSettings:
+def select_components(
+    config: BuildConfig, settings: EncoderSettings, examples: Sequence[Example], models: Sequence[Model]
+) -> EncoderSettings:
     """Return the settings with the components and sizes that the budget affords.
 
     Args:
         examples: a sample of the corpus, whose tokens determine what fits.
-        training: what it changed.
     """
     if config.budget is None:
         return settings
-    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), training))
+    parameters = max(model.parameters for model in models)
+    training = known_training(settings.components, models[-1])
+    return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), parameters, training))
 
 
 def known_training(components: Sequence[Component], model: Model) -> Training:
@@ -84,10 +87,15 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
     names = find_layers(model, config.layers or ((NARROWING,) if by_bytes else ()), task.within_blocks)
     rank = config.rank or (128 if by_bytes else 16)
     labels: LabelKind = "data"
-    if by_bytes:
-        labels = "sampled" if task.classes(model) is None else "expected"
+    kind: CurvatureKind = "auto"
+    if by_bytes and task.classes(model) is None:
+        labels = "sampled"
+        kind = "kfac"
+    elif by_bytes:
+        labels = "expected"
+    kind = config.curvature or kind
     curvature = Curvature(
-        kind=config.curvature,
+        kind=kind,
         labels=_labels(config, task, model, labels),
         examples=0,
         tokens=0,
@@ -100,7 +108,7 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         weight=1.0,
         coordinates=config.coordinates,
         dtype=config.row_dtype or "float32",
-        layers=describe_layers(task, model, names, rank, config.curvature, config.fit_examples, explicit=bool(config.layers)),
+        layers=describe_layers(task, model, names, rank, kind, config.fit_examples, explicit=bool(config.layers)),
         projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
         curvature=curvature,
     )

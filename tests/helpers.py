@@ -148,7 +148,7 @@ def fit(model, settings, examples, parts=1):
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.sum_statistics(Encoder(CausalLM(), (model,), settings, arrays), step, examples[part::parts]))
+            add_sums(totals, fitting.sum_statistics(Encoder(CausalLM(), (model,), settings, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
     return Encoder(CausalLM(), (model,), settings, arrays)
 

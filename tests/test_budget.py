@@ -34,6 +34,7 @@ def components(width=256, vocabulary=50_000):
 
 
 COMPONENTS = components()
+SMALL, LARGE = 6_000_000, 135_000_000  # parameters
 
 
 @settings(max_examples=200, deadline=None)
@@ -43,7 +44,7 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
     counts = {name: generator.integers(1, longest + 1, 300) for name in ("head", "embeddings")}
     offered = [s for i, s in enumerate(COMPONENTS) if which & (4 >> i)]
     offered = [s.model_copy(update={"width": width}) if s.kind == "sparse" else s for s in offered]
-    bought = allocate(budget, offered, counts)
+    bought = allocate(budget, offered, counts, SMALL)
     cost = sum(row_cost(s, counts) for s in bought)
     assert cost <= budget
     whole = [s for s in bought if s.kind == "dense" or s.max_tokens is not None]
@@ -56,11 +57,26 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
 
 def test_more_bytes_never_take_a_component_or_a_bit_away():
     counts = {name: np.random.default_rng(0).integers(40, 90, 300) for name in ("head", "embeddings")}
-    held = [{s.name: s for s in allocate(budget, COMPONENTS, counts)} for budget in (400, 800, 1200, 2400, 10_000)]
+    held = [{s.name: s for s in allocate(budget, COMPONENTS, counts, SMALL)} for budget in (400, 800, 1200, 2400, 10_000)]
     assert [sorted(h) for h in held] == [["head"], ["embeddings", "head"], *[["blocks", "embeddings", "head"]] * 3]
     assert [h["head"].bits for h in held[2:]] == sorted(h["head"].bits for h in held[2:])
     assert held[-1]["head"].bits == 256  # as many as coordinates, of all tokens
     assert held[-1]["head"].max_tokens is None
+
+
+@pytest.mark.parametrize("training", ["adapter", "trained head", "unknown"])
+def test_a_large_models_head_and_blocks_share_the_bytes(training):
+    counts = {name: np.full(300, 90) for name in ("head", "embeddings")}
+    for budget in (800, 2400):
+        costs = {s.name: row_cost(s, counts) for s in allocate(budget, COMPONENTS, counts, LARGE, training)}
+        assert costs.keys() == {"head", "blocks"}
+        assert costs["blocks"] == pytest.approx(budget / 2, rel=0.2)
+        assert sum(costs.values()) <= budget
+    assert [s.name for s in allocate(400, COMPONENTS, counts, LARGE, training)] == ["head"]
+    without_blocks = [s for s in COMPONENTS if s.role != "blocks"]
+    assert [s.name for s in allocate(800, without_blocks, counts, LARGE, training)] == ["head", "embeddings"]
+    without_head = [s for s in COMPONENTS if s.role == "blocks"]
+    assert [s.name for s in allocate(800, without_head, counts, LARGE, training)] == ["blocks"]
 
 
 def test_tokens_are_counted_as_the_rows_hold_them():
@@ -164,9 +180,9 @@ def _linear_layers(client):
 
 def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
     counts = {name: np.full(300, 90) for name in ("head", "embeddings")}
-    costs = {s.name: row_cost(s, counts) for s in allocate(800, COMPONENTS, counts, "adapter")}
+    costs = {s.name: row_cost(s, counts) for s in allocate(800, COMPONENTS, counts, SMALL, "adapter")}
     assert costs["embeddings"] > 1.2 * costs["head"] > 0
-    assert [s.name for s in allocate(400, COMPONENTS, counts, "adapter")] == ["head"]
+    assert [s.name for s in allocate(400, COMPONENTS, counts, SMALL, "adapter")] == ["head"]
     agreements = {s.name: Agreement(self_score=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
     calibrated, _ = calibrate(COMPONENTS, agreements, 0.0, "adapter")
     assert {s.name: s.weight for s in calibrated} == {"head": 1.0, "embeddings": 1.5, "blocks": 0.55}

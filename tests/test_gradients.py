@@ -1,5 +1,7 @@
 """Rows against oracles: one-at-a-time autograd, dense inverses, explicit Kronecker products; invariance to batching and splits."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -212,6 +214,27 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
         assert_close(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, 1e-7, 1)
         assert_close(encoder.arrays[f"blocks/{layer.name}/output_projection"], outputs, 1e-7, 1)
+
+
+def test_a_visitor_is_freed_after_its_pass_without_a_search_for_cycles():
+    model = make_model()
+    encoder = Encoder(TASK, (model,), make_plan(model), {})
+    _, batch = next(TASK.batches((model,), make_examples(3), 64))
+    visitor = GradientSum()
+    visitor.layers, visitor.maps, visitor.sums_examples = (
+        encoder.settings.components[0].layers,
+        encoder.component_encoders["blocks"].maps,
+        False,
+    )
+    freed = weakref.ref(visitor)
+    gc.disable()
+    try:
+        backward(TASK, model, batch, [visitor])
+        assert visitor.by_layer
+        del visitor
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_sums_of_any_split_add_up():

@@ -52,7 +52,7 @@ def fitted(model, settings, examples, parts=1):
     for step in range(len(fitting.steps)):
         totals = {}
         for part in range(parts):
-            totals = add_sums(totals, fitting.sum_statistics(Encoder(TASK, (model,), settings, arrays), step, examples[part::parts]))
+            add_sums(totals, fitting.sum_statistics(Encoder(TASK, (model,), settings, arrays), step, examples[part::parts]))
         arrays = fitting.finish(step, arrays, totals)
     return Encoder(TASK, (model,), settings, arrays)
 
