@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
     parser.add_argument("--documents", type=int, nargs="+", default=[60, 300])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

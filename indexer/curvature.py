@@ -26,20 +26,23 @@ from .projection import symmetric_eigen
 Arrays = dict[str, np.ndarray]
 Sums = Mapping[str, Float64[np.ndarray, "..."]]  # of statistics
 
-# Sums over a batch, from a layer's inputs x, output gradients d, gradients g and the mask of valid tokens.
-TOKEN_STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "input_covariance": lambda x, d, valid: _second_moment((x * valid[..., None]).flatten(0, 1)),
-    "input_tokens": lambda x, d, valid: valid.expand(x.shape[:2]).sum(),  # a layer that runs twice sees each token twice
-    "output_covariance": lambda x, d, valid: _second_moment(d.flatten(0, 1)),
+# Sums over a batch, from a layer's inputs x, output gradients d, gradients g and the mask of valid tokens. Second moments are of vectors.
+MOMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "input_covariance": lambda x, d, valid: (x * valid[..., None]).flatten(0, 1),
+    "output_covariance": lambda x, d, valid: d.flatten(0, 1),
+}
+COUNTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "input_tokens": lambda x, valid: valid.expand(x.shape[:2]).sum(),  # a layer that runs twice sees each token twice
 }
 GRADIENT_STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gradient_covariance": lambda g: _second_moment(g),
+    "gradient_covariance": lambda g: second_moment(g),
     "gradient_square": lambda g: (g * g).sum(0),
 }
 
 
-def _second_moment(v: Float[Tensor, "rows n"]) -> Float[Tensor, "n n"]:
-    return v.T @ v
+def second_moment(v: Float[Tensor, "rows n"], sketch_matrix: Float[Tensor, "sketched n"] | None = None) -> Float[Tensor, "n _"]:
+    """Second moment of some vectors, or its sketch with a test matrix (see indexer/projection.py)."""
+    return v.T @ (v if sketch_matrix is None else v @ sketch_matrix.T)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..store.documents import Example
 from ..store.errors import NumericalError
 from ..store.manifest import Component, DenseComponent, Layer, SparseComponent
-from ..store.shapes import Float
+from ..store.shapes import Float, Float32, Float64
 from . import sparse
 from .batches import Batch
 from .capture import GradientSum, Map, OutputGradient
-from .curvature import GRADIENT_STATISTICS, STRATEGIES, TOKEN_STATISTICS, Arrays, choose_curvature, whitening_scale
+from .curvature import COUNTS, GRADIENT_STATISTICS, MOMENTS, STRATEGIES, Arrays, choose_curvature, second_moment, whitening_scale
 from .encoder import Encoder, EncoderSettings, Meter, Progress, backward, ignore_progress
-from .projection import principal_projection
+from .projection import principal_components, principal_projection, sketch_matrix
 from .tasks import Objective
 
 _PCA = ("input_covariance", "output_covariance")
@@ -220,16 +220,22 @@ class DenseMeter:
             for statistic in _statistics(component, number, layer):
                 self._computed[_owner(layer, statistic)].add(statistic)
         self.layers: Sequence[Layer] = tuple(layer for layer in component.layers if self._computed[layer.name])
-        unprojected = number < _pca(component)
-        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if unprojected else maps[n.name] for n in self.layers}
+        self._component = component
+        self._unprojected = number < _pca(component)
+        self._sketch_matrices: dict[tuple[str, str], Tensor | None] = {}
+        self.maps: Mapping[str, tuple[Map, Map]] = {n.name: (None, None) if self._unprojected else maps[n.name] for n in self.layers}
         self.sums: dict[str, Tensor] = {}
         self._gradients = GradientSum()
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: OutputGradient, part: Batch) -> None:
         """See `Meter`."""
         for statistic in self._computed[layer.name]:
-            if statistic in TOKEN_STATISTICS:
-                self._add(layer, statistic, TOKEN_STATISTICS[statistic](x, d.values, part.valid.to(x)))
+            valid = part.valid.to(x)
+            if statistic in MOMENTS:
+                vectors = MOMENTS[statistic](x, d.values, valid)
+                self._add(layer, statistic, second_moment(vectors, self._sketch_matrix(layer, statistic, vectors)))
+            elif statistic in COUNTS:
+                self._add(layer, statistic, COUNTS[statistic](x, valid))
         if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
             self._gradients(layer, x, d, part)
 
@@ -240,6 +246,15 @@ class DenseMeter:
                 if statistic in GRADIENT_STATISTICS and layer.name in self._gradients.by_layer:
                     self._add(layer, statistic, GRADIENT_STATISTICS[statistic](self._gradients.by_layer[layer.name]))
         self._gradients = GradientSum()
+
+    def _sketch_matrix(self, layer: Layer, statistic: str, vectors: Tensor) -> Tensor | None:
+        if not self._unprojected:
+            return None
+        key = layer.name, statistic
+        if key not in self._sketch_matrices:
+            matrix = _side_sketch_matrix(self._component, layer, statistic.removesuffix("_covariance"))
+            self._sketch_matrices[key] = None if matrix is None else torch.from_numpy(matrix).to(vectors)
+        return self._sketch_matrices[key]
 
     def _add(self, layer: Layer, statistic: str, value: Tensor) -> None:
         name = f"{layer.name}/{statistic}"
@@ -253,22 +268,45 @@ def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, n
     come: one pass serves both.
     """
     arrays: Arrays = {}
+    projected: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
     for layer in component.layers:
         passes = _layer_passes(component, layer)
         names = _statistics(component, number, layer)
         statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in names}
         results: Arrays = {}
         if number < _pca(component):
-            for side, rank in (("input", layer.input_rank), ("output", layer.output_rank)):
-                projection = principal_projection(statistics[f"{side}_covariance"], rank)
+            for side in ("input", "output"):
+                covariance = f"{side}_covariance"
+                owner = f"{_owner(layer, covariance)}/{side}"
+                if owner not in projected:
+                    projected[owner] = _project(component, layer, side, statistics[covariance])
+                projection, statistics[covariance] = projected[owner]
                 if projection is not None:
                     results[f"{side}_projection"] = projection
-                    statistics[f"{side}_covariance"] = projection @ statistics[f"{side}_covariance"] @ projection.T
         finished = number - (len(passes) - len(STRATEGIES[layer.curvature].passes))
         if names and finished >= 0:
             results |= STRATEGIES[layer.curvature].finish[finished](statistics, examples)
         arrays |= {f"{_owner(layer, name)}/{name}": array for name, array in results.items()}
     return arrays
+
+
+def _project(
+    component: DenseComponent, layer: Layer, side: str, covariance: Float64[np.ndarray, "size _"]
+) -> tuple[Float64[np.ndarray, "rank size"] | None, Float64[np.ndarray, "rank rank"]]:
+    """Compute a side's principal projection, and the second moments after it, from those before it or their sketch."""
+    rank = layer.input_rank if side == "input" else layer.output_rank
+    matrix = _side_sketch_matrix(component, layer, side)
+    if matrix is not None:
+        eigenvalues, projection = principal_components(covariance, matrix, rank)
+        return projection, np.diag(eigenvalues)
+    projection = principal_projection(covariance, rank)
+    return projection, covariance if projection is None else projection @ covariance @ projection.T
+
+
+def _side_sketch_matrix(component: DenseComponent, layer: Layer, side: str) -> Float32[np.ndarray, "sketched size"] | None:
+    """The test matrix of the sketch of a side's second moments; None where they are summed whole."""
+    rank, size = (layer.input_rank, layer.inputs) if side == "input" else (layer.output_rank, layer.outputs)
+    return sketch_matrix(_owner(layer, f"{side}_"), side, rank, size, component.projection.seed)
 
 
 def _coordinates(component: DenseComponent, arrays: Mapping[str, np.ndarray]) -> Arrays:

@@ -4,6 +4,10 @@ Random: Rademacher signs over sqrt(rank), so that E[P^T P] = I. The signs are th
 layer name: the same on every device, in every worker and with every version of numpy, so they are not stored. PCA: the
 leading eigenvectors of the inputs' or output gradients' second moments (LoGra's PCA initialization, arXiv 2405.13954 section 3.2), stored.
 A rank of a layer's size or more is the exact identity.
+
+The second moments C of a wide side are not summed whole, since that takes size^2 numbers. Their sketch Y = C T^T is, with a random test
+matrix T of twice as many rows as there are principal components. Nystroem's approximation Y (T Y)^+ Y^T then stands for C (Tropp et al.,
+arXiv 1706.05736): it is exact if C has no higher rank than T, and close if its spectrum decays.
 """
 
 import math
@@ -12,6 +16,10 @@ import numpy as np
 
 from ..store.bits import philox
 from ..store.shapes import Float, Float32, Float64
+
+_SUMMED_WHOLE = 1024  # the largest size of a side whose second moments are summed whole
+_SKETCHED_PER_COMPONENT = 2
+_ROUND_OFF = 1e-6
 
 
 def random_projection(name: str, side: str, rank: int, size: int, seed: int) -> Float32[np.ndarray, "rank size"] | None:
@@ -37,6 +45,40 @@ def principal_projection(covariance: Float64[np.ndarray, "size size"], rank: int
         return None
     _, vectors = symmetric_eigen(covariance)
     return vectors[:, ::-1][:, :rank].T.copy()
+
+
+def sketch_matrix(name: str, side: str, rank: int, size: int, seed: int) -> Float32[np.ndarray, "sketched size"] | None:
+    """Test matrix of the sketch from which `rank` principal components come; None where second moments are summed whole.
+
+    For the arguments, see `random_projection`.
+    """
+    sketched = _SKETCHED_PER_COMPONENT * rank
+    return random_projection(name, f"{side} sketch", sketched, size, seed) if size > max(_SUMMED_WHOLE, 2 * sketched) else None
+
+
+def principal_components(
+    sketch: Float64[np.ndarray, "size sketched"], matrix: Float32[np.ndarray, "sketched size"], rank: int
+) -> tuple[Float64[np.ndarray, " rank"], Float64[np.ndarray, "rank size"]]:
+    """The `rank` largest eigenvalues, in descending order, and their eigenvectors as rows, of Nystroem's approximation.
+
+    Args:
+        sketch: Y = C T^T, summed in float32 or better.
+        matrix: T.
+
+    Returns:
+        Zeros for components beyond the rank of C.
+    """
+    eigenvalues, eigenvectors = symmetric_eigen(matrix.astype(np.float64) @ sketch)
+    kept = eigenvalues > _ROUND_OFF * eigenvalues.max()
+    root = sketch @ (eigenvectors[:, kept] / np.sqrt(eigenvalues[kept]))
+    vectors, singular, _ = np.linalg.svd(root, full_matrices=False)
+    found = min(rank, len(singular))
+    values = np.zeros(rank)
+    values[:found] = singular[:found] ** 2
+    components = np.zeros((rank, len(sketch)))
+    components[:found] = vectors[:, :found].T
+    largest = np.abs(components).argmax(axis=1)
+    return values, components * np.where(components[np.arange(rank), largest] < 0, -1.0, 1.0)[:, None]
 
 
 def symmetric_eigen(matrix: Float[np.ndarray, "n n"]) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, "n n"]]:

@@ -193,7 +193,7 @@ class CausalLM(Task):
 
     form: Form = "auto"
     within_blocks = True
-    batch_tokens = {"cpu": 2048, "cuda": 16384}  # noqa: RUF012
+    batch_tokens = {"cpu": 1024, "cuda": 16384}  # noqa: RUF012
 
     def load(self, source: models.ModelSource) -> nn.Module:
         """See `Task`."""

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from helpers import CONFIGS, WORDS, assert_close, fit, make_examples, make_model, make_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from wherefrom.indexer import projection
 from wherefrom.indexer.batches import batches_by_length
 from wherefrom.indexer.capture import GradientSum, OutputGradient, product_precision
 from wherefrom.indexer.curvature import whitening_scale
 from wherefrom.indexer.encoder import Encoder, backward
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.logits import draw_uniform, sample_targets
-from wherefrom.indexer.projection import principal_projection, random_projection
+from wherefrom.indexer.projection import principal_components, principal_projection, random_projection
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.documents import Example
 from wherefrom.store.errors import IncompatibleError, NumericalError, UsageError
@@ -214,6 +215,45 @@ def test_pca_is_fitted_on_the_layers_own_inputs_and_output_gradients():
         outputs = principal_projection(sum(d.T @ d for _, d in pairs[layer.name]), 3)
         assert_close(encoder.arrays[f"blocks/{layer.input_group}/input_projection"], inputs, 1e-7, 1)
         assert_close(encoder.arrays[f"blocks/{layer.name}/output_projection"], outputs, 1e-7, 1)
+
+
+@pytest.mark.parametrize("spectrum", ["of low rank", "decaying"])
+def test_principal_components_of_a_sketch_are_those_of_the_second_moments(spectrum):
+    generator, size, rank = np.random.default_rng(0), 300, 12
+    values = np.where(np.arange(size) < 20, 1.0 + np.arange(size)[::-1], 0.0) if spectrum == "of low rank" else 0.7 ** np.arange(size)
+    basis = np.linalg.qr(generator.normal(size=(size, size)))[0]
+    covariance = basis * values @ basis.T
+    matrix = random_projection("layer", "input sketch", 2 * rank, size, 0)
+    eigenvalues, components = principal_components(covariance @ matrix.T.astype(np.float64), matrix, rank)
+    whole = np.linalg.eigvalsh(covariance)[::-1][:rank]
+    assert_close(components @ components.T, np.eye(rank), 1e-9, 1)
+    if spectrum == "of low rank":
+        assert_close(eigenvalues, whole, 1e-6)
+        assert_close(components, principal_projection(covariance, rank), 1e-5, 1)
+    else:
+        assert np.trace(components @ covariance @ components.T) > 0.999 * whole.sum()
+        assert (eigenvalues <= whole * (1 + 1e-6)).all()
+
+
+def test_sketched_second_moments_give_the_fit_of_whole_ones(monkeypatch):
+    model, examples = make_model("qwen2"), make_examples(2)
+    examples = [replace(e, token_ids=e.token_ids[:5], loss_mask=e.loss_mask[:5]) for e in examples]  # 8 inputs: the sketch has as many
+    settings = make_plan(model, rank=4, curvature="kfac", projection="pca", patterns=("*.down_proj",))
+    whole = fit(model, settings, examples, parts=2)
+    monkeypatch.setattr(projection, "_SUMMED_WHOLE", 8)
+    sketched = fit(model, settings, examples, parts=2)
+    layer = settings.components[0].layers[0]
+    assert projection.sketch_matrix(layer.name, "input", layer.input_rank, layer.inputs, 7) is not None
+    rows, expected = (encoder.rows(examples)["blocks"].values for encoder in (sketched, whole))
+    assert_close(rows @ rows.T, expected @ expected.T, 1e-5)
+
+
+def test_no_more_components_than_second_moments_have_rank():
+    matrix = random_projection("layer", "input sketch", 8, 40, 0)
+    vector = np.random.default_rng(0).normal(size=40)
+    eigenvalues, components = principal_components(np.outer(vector, matrix @ vector), matrix, 4)
+    assert_close(eigenvalues, [vector @ vector, 0, 0, 0], 1e-9, 1)
+    assert (components[1:] == 0).all()
 
 
 def test_a_visitor_is_freed_after_its_pass_without_a_search_for_cycles():
