@@ -297,8 +297,8 @@ def _project(
     rank = layer.input_rank if side == "input" else layer.output_rank
     matrix = _side_sketch_matrix(component, layer, side)
     if matrix is not None:
-        eigenvalues, projection = principal_components(covariance, matrix, rank)
-        return projection, np.diag(eigenvalues)
+        eigenvalues, components = principal_components(covariance, matrix, rank)
+        return components, np.diag(eigenvalues)
     projection = principal_projection(covariance, rank)
     return projection, covariance if projection is None else projection @ covariance @ projection.T
 
