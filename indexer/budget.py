@@ -6,7 +6,8 @@ tokens its examples have:
 - The vocabulary layers come first: up to 1,200 bytes they get all, above it the blocks get two fifths, in one-bit coordinates.
 - Of the rest the head gets three fifths and the embeddings two, where both can be had; under 600 bytes the head gets all. Where only an
   adapter inside the blocks was trained, the head gets two fifths and the embeddings three.
-- A model of 50 million parameters or more has no embeddings in its rows: from 600 bytes on, head and blocks get a half each.
+- A model of 50 million parameters or more has no embeddings in its rows: from 600 bytes on, head and blocks get a half each. Under 600
+  bytes the head gets all, but where only an adapter was trained the blocks do.
 - A vocabulary layer keeps its tokens of largest norm, at the largest power of two of bits under which nearly half of the tokens fit.
 - Bytes that a layer does not need, since all its tokens fit at full width, go to the blocks.
 """
@@ -66,15 +67,18 @@ def allocate(
         by_model = [[component for component in candidates if component.model == model] for model in models]
         return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, parameters, training))
     by_role = {component.role: component for component in candidates}
-    large = parameters >= _LARGE
-    roles = ("head",) if large and by_role.keys() >= {"head", "blocks"} else ("head", "embeddings")
+    large = parameters >= _LARGE and by_role.keys() >= {"head", "blocks"}
+    blocks_from, blocks_share = (_BLOCKS_FROM_LARGE, _BLOCKS_SHARE_LARGE) if large else (_BLOCKS_FROM, _BLOCKS_SHARE)
+    roles: tuple[str, ...] = ("head",) if large else ("head", "embeddings")
+    if large and training == "adapter" and budget < blocks_from:
+        roles = ()
     vocabulary = [cast("SparseComponent", by_role[role]) for role in roles if role in by_role]
     rest = float(budget)
     blocks_bytes = 0.0
     if "blocks" in by_role and not vocabulary:
         blocks_bytes = rest
-    elif "blocks" in by_role and rest >= (_BLOCKS_FROM_LARGE if large else _BLOCKS_FROM):
-        blocks_bytes = (_BLOCKS_SHARE_LARGE if large else _BLOCKS_SHARE) * rest
+    elif "blocks" in by_role and rest >= blocks_from:
+        blocks_bytes = blocks_share * rest
     rest -= blocks_bytes
     if len(vocabulary) == 2 and rest < _EMBEDDINGS_FROM:
         vocabulary = vocabulary[:1]
