@@ -30,7 +30,7 @@ LINES = {
     "the embeddings alone": {"components": ("embeddings",), "bytes_per_example": 800},
     "head and embeddings": {"components": ("head", "embeddings"), "bytes_per_example": 800},
     "the blocks alone, one bit a coordinate": {"components": ("blocks",), "bytes_per_example": 800},
-    "the same, EK-FAC": {"components": ("blocks",), "bytes_per_example": 800, "curvature": "ekfac"},
+    "the blocks alone, one bit a coordinate, EK-FAC": {"components": ("blocks",), "bytes_per_example": 800, "curvature": "ekfac"},
     "LoGra, rank 16, float32": _LOGRA,
     "EK-FAC, 128 PCA directions, float16": _EKFAC,
 }

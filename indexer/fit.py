@@ -125,8 +125,9 @@ class Fit:
             raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
         for component, number in self.steps[step]:
             prefix = f"{component.name}/"
-            of_component = {key.removeprefix(prefix): value for key, value in totals.items() if key.startswith(prefix)}
-            sums = {key: value.astype(np.float64, copy=False) for key, value in of_component.items()}
+            sums = {
+                key.removeprefix(prefix): value.astype(np.float64, copy=False) for key, value in totals.items() if key.startswith(prefix)
+            }
             before = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
             results = component_fit(component).finish(number, sums, examples, before)
             arrays |= {f"{component.name}/{name}": array for name, array in results.items()}

@@ -19,7 +19,7 @@ from ..store.shapes import Float, Float32, Float64
 
 _SUMMED_WHOLE = 1024  # the largest size of a side whose second moments are summed whole
 _SKETCHED_PER_COMPONENT = 2
-_ROUND_OFF = 1e-6
+_ROUND_OFF = 1e-6  # of the largest eigenvalue: sketches are summed in float32
 
 
 def random_projection(name: str, side: str, rank: int, size: int, seed: int) -> Float32[np.ndarray, "rank size"] | None:

@@ -34,7 +34,7 @@ from .projection import symmetric_eigen
 
 STATISTICS = ("moment", "vocabulary", "tokens")
 
-_MEAN_ELEMENTS = 1 << 24
+_MEAN_ELEMENTS = 1 << 24  # float32 numbers of gradients that `HeadMean` holds of a batch
 
 
 def vocabulary_layer(component: SparseComponent) -> Layer:
