@@ -31,7 +31,7 @@ Training = Literal["adapter", "frozen head", "trained head", "unknown"]
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]
 """By role, the distinct tokens of each example of a sample."""
 
-_LARGE = 50_000_000  # parameters; the packs' models have up to 6 million, or 135 million
+LARGE = 50_000_000  # parameters; the packs' models have up to 6 million, or 135 million
 _BLOCKS_FROM = 1200
 _BLOCKS_SHARE = 0.4
 _BLOCKS_FROM_LARGE = 600
@@ -67,7 +67,7 @@ def allocate(
         by_model = [[component for component in candidates if component.model == model] for model in models]
         return tuple(component for group in by_model for component in allocate(budget // len(models), group, counts, parameters, training))
     by_role = {component.role: component for component in candidates}
-    large = parameters >= _LARGE and by_role.keys() >= {"head", "blocks"}
+    large = parameters >= LARGE and by_role.keys() >= {"head", "blocks"}
     blocks_from, blocks_share = (_BLOCKS_FROM_LARGE, _BLOCKS_SHARE_LARGE) if large else (_BLOCKS_FROM, _BLOCKS_SHARE)
     roles: tuple[str, ...] = ("head",) if large else ("head", "embeddings")
     if large and training == "adapter" and budget < blocks_from:

@@ -117,11 +117,13 @@ class Head:
 
     @torch.no_grad()
     def _linear_piece(self, layer: Any, name: str, window: Window, states: Tensor, uniform: Tensor | None, onward: bool) -> Piece:
-        states = states.contiguous()  # otherwise the weight is copied for each example
-        logits = F.linear(states.to(layer.weight.device), layer.weight, layer.bias)
-        gradient = LogitGradient(logits, window.part, uniform)
+        inputs = states.contiguous().to(layer.weight.device)
+        logits = F.linear(
+            inputs.flatten(0, 1), layer.weight, layer.bias
+        )  # with three dimensions, the weight can be copied for each example
+        gradient = LogitGradient(logits.unflatten(0, inputs.shape[:2]), window.part, uniform)
         losses = gradient.losses.to(window.part.targets.device)
-        window.visit(name, states.to(logits.device), gradient)
+        window.visit(name, inputs, gradient)
         return losses, (gradient.values.to(logits.dtype) @ layer.weight).to(states.device) if onward else None
 
     def _general_piece(self, logits_of: LogitsOf, window: Window, states: Tensor, uniform: Tensor | None, onward: bool) -> Piece:

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -133,12 +133,16 @@ def set_trained(model: nn.Module, layers: frozenset[str]) -> None:
 
 def keep_freed_memory() -> None:
     """Keep large freed blocks in glibc's heap, instead of mapping them again at every batch; without glibc, do nothing."""
-    try:
+    with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc accepts
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-    except (OSError, AttributeError):
-        pass
+
+
+def return_freed_memory() -> None:
+    """Return the heap's free blocks to the system, after a stage that needed more than the next; without glibc, do nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -49,13 +49,14 @@ from .corpus import WrittenCorpus, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .schema import known_training, select_components, unused_options
+from .schema import fit_examples, known_training, select_components, unused_options
 from .worker import Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
 _DEFAULT_MAX_TOKENS = 2048
-_FIT_PART = 64
+_FIT_PART = 64  # examples of a part of the fitting sample
+_FIT_PARTS = 4  # of a small sample, so that several workers share it
 _COMPARED_ROWS = 256
 _COMPARED_COORDINATES = 1 << 25
 _COUNTED = 1024
@@ -132,7 +133,8 @@ def build(
             notes = model_notes(facts, settings.components)
             for note in [*notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
-            arrays, settings, file = _fit(job, executor, with_known_sample(settings, min(config.fit_examples, corpus.rows)), corpus)
+            fitted = fit_examples(config, settings.components, models, corpus.rows, sum(shard.tokens for shard in corpus.shards))
+            arrays, settings, file = _fit(job, executor, with_known_sample(settings, fitted), corpus, fitted)
             reporter.stage("building rows", corpus.rows)
             compared = _compared_rows(settings.components, corpus)
             tasks = [(shard, 0 if number else compared) for number, shard in enumerate(corpus.shards)]
@@ -259,8 +261,10 @@ def _read_sample(job: _Job, corpus: WrittenCorpus) -> list[Example]:
     return examples
 
 
-def _fit(job: _Job, executor: Executor, settings: EncoderSettings, corpus: WrittenCorpus) -> tuple[Arrays, EncoderSettings, FileRecord]:
-    """Fit the encoder on a seeded sample, or read the encoder of an earlier run.
+def _fit(
+    job: _Job, executor: Executor, settings: EncoderSettings, corpus: WrittenCorpus, count: int
+) -> tuple[Arrays, EncoderSettings, FileRecord]:
+    """Fit the encoder on a seeded sample of `count` examples, or read the encoder of an earlier run.
 
     The parts of the sample are fixed, and their sums are added in order, so the arrays are the same bits for any number of workers.
     """
@@ -275,10 +279,9 @@ def _fit(job: _Job, executor: Executor, settings: EncoderSettings, corpus: Writt
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
     fit = Fit(settings)
     arrays: Arrays = {}
-    fit_examples = min(job.config.fit_examples, corpus.rows)
-    parts = _sample(corpus, fit_examples, job.config.seed)
+    parts = _sample(corpus, count, job.config.seed)
     for step in range(len(fit.steps)):
-        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", fit_examples)
+        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", count)
         totals: Arrays = {}
         for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], job.reporter):
             add_sums(totals, sums)
@@ -338,8 +341,9 @@ def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str
     sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in corpus.shards])
     parts = []
-    for start in range(0, count, _FIT_PART):
-        rows = sample[start : start + _FIT_PART]
+    size = min(_FIT_PART, -(-count // _FIT_PARTS))
+    for start in range(0, count, size):
+        rows = sample[start : start + size]
         numbers = np.unique(np.searchsorted(firsts, rows, side="right") - 1)
         shards = [corpus.shards[number] for number in numbers]
         parts.append([(s.id, s.rows, [int(row) - s.first for row in rows if s.first <= row < s.first + s.rows]) for s in shards])

@@ -24,7 +24,7 @@ from .build import longest_example
 from .config import BuildConfig
 from .corpus import corpus_fields
 from .progress import Reporter, Silent
-from .schema import select_components, unused_options
+from .schema import fit_examples, select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
@@ -88,11 +88,11 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
     settings = select_components(config, settings, examples, models)
-    fit_examples = min(config.fit_examples, rows)
-    settings = with_known_sample(settings, fit_examples)
     measured = _first_examples(examples, settings.batch_tokens * _MEASURED_BATCHES)
     measured_tokens = sum(e.tokens for e in measured)
     mean_tokens = sum(e.tokens for e in examples) / len(examples)
+    fitted = fit_examples(config, settings.components, models, rows, round(mean_tokens * rows))
+    settings = with_known_sample(settings, fitted)
     arrays = Arrays()
     fit_seconds = 0.0
     fit = Fit(settings)
@@ -103,7 +103,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
             fit.sum_statistics(worker_encoder, step, measured[:1])  # the first call is slower, so it is not timed
         started = time.perf_counter()
         sums = fit.sum_statistics(worker_encoder, step, measured)
-        fit_seconds += (time.perf_counter() - started) / measured_tokens * mean_tokens * fit_examples / config.workers
+        fit_seconds += (time.perf_counter() - started) / measured_tokens * mean_tokens * fitted / config.workers
         started = time.perf_counter()
         arrays = fit.finish(step, arrays, sums)
         fit_seconds += time.perf_counter() - started

@@ -1,12 +1,13 @@
 """The schema of a row: the components that a configuration and a model give, with their default options."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from torch import nn
 
-from ..indexer.budget import Training, allocate, count_tokens
+from ..indexer.budget import LARGE, Training, allocate, count_tokens
 from ..indexer.encoder import EncoderSettings
 from ..indexer.layers import NARROWING, describe_layers, find_layers
 from ..indexer.tasks import Task, VocabularyLayer
@@ -16,6 +17,9 @@ from ..store.manifest import Component, Curvature, CurvatureKind, DenseComponent
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
+_FIT_EXAMPLES = 5000
+_FIT_SHARE_LARGE = 1 / 16
+_FIT_TOKENS_LARGE = 10240
 _BLOCKS_OPTIONS = ("layers", "rank", "projection", "curvature")
 
 
@@ -50,6 +54,22 @@ def select_components(
     parameters = max(model.parameters for model in models)
     training = known_training(settings.components, models[-1])
     return replace(settings, components=allocate(config.budget, settings.components, count_tokens(examples), parameters, training))
+
+
+def fit_examples(config: BuildConfig, components: Sequence[Component], models: Sequence[Model], rows: int, tokens: int) -> int:
+    """Return the number of examples that projections and curvature are fitted on.
+
+    For the second moments of a large model's layers, a sample of the corpus is as good as all of it (docs/components.md has the figures);
+    the eigenvalues of EK-FAC and of the dense Fisher take as many examples as there are.
+
+    Args:
+        rows, tokens: of the corpus.
+    """
+    most = min(config.fit_examples or _FIT_EXAMPLES, rows)
+    sampled = config.budget is not None and all(component.curvature.kind == "kfac" for component in components)
+    if config.fit_examples or not sampled or max(model.parameters for model in models) < LARGE:
+        return most
+    return min(most, max(math.ceil(_FIT_SHARE_LARGE * rows), math.ceil(_FIT_TOKENS_LARGE * rows / max(1, tokens))))
 
 
 def known_training(components: Sequence[Component], model: Model) -> Training:
@@ -108,7 +128,7 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         weight=1.0,
         coordinates=config.coordinates,
         dtype=config.row_dtype or "float32",
-        layers=describe_layers(task, model, names, rank, kind, config.fit_examples, explicit=bool(config.layers)),
+        layers=describe_layers(task, model, names, rank, kind, config.fit_examples or _FIT_EXAMPLES, explicit=bool(config.layers)),
         projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
         curvature=curvature,
     )

@@ -26,12 +26,12 @@ from ..indexer.trained import find_trained
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
-from ..store.files import read_json, write_whole
+from ..store.files import publish, read_json, storage_errors, write_whole
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Model
 from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
-from ..store.vectors import Rows, from_bytes, to_bytes
+from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
 from .corpus import WrittenShard
 from .notes import ModelFacts
@@ -144,6 +144,7 @@ class Worker:
             comparison = Comparison(compared, HeadMean(head, _MEAN_TOKENS, compared) if head is not None and compared else None)
             rows = encode_rows(encoder, examples, progress, comparison)
             if compared:
+                models.return_freed_memory()
                 comparison.write(_compared_path(out))
             write_shard(out, shard.id, *rows)
         return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
@@ -154,6 +155,8 @@ class Worker:
 
     def _encoder(self, settings: EncoderSettings, arrays: Arrays, stage: str) -> Encoder:
         if stage not in self._encoders:
+            self._encoders.clear()
+            models.return_freed_memory()
             self._encoders = {stage: Encoder(self.task, self.models, settings, arrays)}
         return self._encoders[stage]
 
@@ -184,15 +187,19 @@ class Comparison:
         joined = {}
         for name, first in self.blocks[0][1].items():
             joined[name] = type(first).concatenate([(positions, rows[name]) for positions, rows in self.blocks], first.width)
+        self.blocks.clear()  # as large as the rows
         share = None if self.head is None else self.head.mean_share
         write_whole(path.with_suffix(".json"), json.dumps({"head_mean_share": share}).encode())
-        write_whole(path, to_bytes(joined))
+        staged = path.with_suffix(".partial")
+        with storage_errors(path):
+            write_rows(joined, staged)
+        publish(staged, path)
 
 
 def read_compared(out: Path) -> tuple[Rows, float | None]:
     """Read the rows that `Worker.build` wrote for comparison, and the mean share of the head's full gradients; None without a head."""
     path = _compared_path(out)
-    return from_bytes(path.read_bytes()), read_json(path.with_suffix(".json"))["head_mean_share"]
+    return read_rows(path), read_json(path.with_suffix(".json"))["head_mean_share"]
 
 
 def _compared_path(out: Path) -> Path:

@@ -4,6 +4,7 @@ sparse one. Both kinds have the same methods.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -234,16 +235,35 @@ class SparseVectors:
 
 
 def to_bytes(rows: Rows) -> bytes:
-    """Write rows as a safetensors file: `<component>/values`, or `<component>/indptr`, `keys` and `vectors`."""
+    """Return rows as the bytes of a safetensors file: `<component>/values`, or `<component>/indptr`, `keys` and `vectors`."""
     from safetensors.numpy import save
 
+    return save(_arrays(rows))
+
+
+def write_rows(rows: Rows, path: Path) -> None:
+    """Write rows as the file whose bytes `to_bytes` returns, without holding these in memory."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(_arrays(rows), path)
+
+
+def read_rows(path: Path) -> Rows:
+    """Read the file that `write_rows` wrote."""
+    from safetensors.numpy import load_file
+
+    return _rows(load_file(path))
+
+
+def _arrays(rows: Rows) -> dict[str, np.ndarray]:
     arrays = {}
     for name, vectors in rows.items():
         for field in fields(vectors):  # type: ignore[arg-type]
             array = getattr(vectors, field.name)
             if array is not None:
                 arrays[f"{name}/{field.name}"] = np.ascontiguousarray(array)
-    return save(arrays)
+    return arrays
 
 
 def from_bytes(content: bytes) -> Rows:
@@ -259,14 +279,18 @@ def from_bytes(content: bytes) -> Rows:
         arrays = load(content)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
+    try:
+        return _rows(arrays)
+    except TypeError as error:
+        raise ValueError("the arrays are not those of rows") from error
+
+
+def _rows(arrays: Mapping[str, np.ndarray]) -> Rows:
     by_component: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         component, _, name = key.partition("/")
         by_component.setdefault(component, {})[name] = array
-    try:
-        return {name: (DenseVectors if "values" in members else SparseVectors)(**members) for name, members in by_component.items()}
-    except TypeError as error:
-        raise ValueError("the arrays are not those of rows") from error
+    return {name: (DenseVectors if "values" in members else SparseVectors)(**members) for name, members in by_component.items()}
 
 
 def count(rows: Rows) -> int:

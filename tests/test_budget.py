@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from wherefrom.query.metric import Metric
 from wherefrom.query.options import Query
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
+from wherefrom.ray_jobs.schema import fit_examples
 from wherefrom.store.errors import UsageError
+from wherefrom.store.manifest import Model
 
 
 def run(*arguments):
@@ -176,6 +179,26 @@ def _linear_layers(client):
     from wherefrom.indexer.layers import find_layers
 
     return find_layers(client.encoder.model)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "options", "kind", "rows", "tokens", "expected"),
+    [
+        (SMALL, {}, "kfac", 8000, 2_000_000, 5000),
+        (LARGE, {}, "kfac", 60, 13_300, 47),  # the least tokens
+        (LARGE, {}, "kfac", 20, 4_000, 20),
+        (LARGE, {}, "kfac", 8000, 2_000_000, 500),  # one in 16
+        (LARGE, {}, "kfac", 1_000_000, 250_000_000, 5000),
+        (LARGE, {}, "ekfac", 8000, 2_000_000, 5000),  # eigenvalues need examples
+        (LARGE, {"fit_examples": 3000}, "kfac", 8000, 2_000_000, 3000),
+        (LARGE, {"rank": 16}, "kfac", 8000, 2_000_000, 5000),  # without a budget
+    ],
+)
+def test_a_large_models_second_moments_are_fitted_on_a_sample(parameters, options, kind, rows, tokens, expected):
+    config = BuildConfig(model="model", data="corpus.jsonl", out=Path("out"), **options)
+    chosen = [c.model_copy(update={"curvature": c.curvature.model_copy(update={"kind": kind})}) for c in COMPONENTS]
+    model = Model.model_construct(parameters=parameters)
+    assert fit_examples(config, chosen, [model], rows, tokens) == expected
 
 
 def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
