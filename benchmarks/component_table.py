@@ -25,6 +25,7 @@ _EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvatur
 LINES = {
     "`--bytes-per-example 400`": {"bytes_per_example": 400},
     "`--bytes-per-example 800`, the default": {"bytes_per_example": 800},
+    "the default, fitted on all examples": {"bytes_per_example": 800, "fit_examples": 5000},
     "`--bytes-per-example 2400`": {"bytes_per_example": 2400},
     "the head alone": {"components": ("head",), "bytes_per_example": 800},
     "the embeddings alone": {"components": ("embeddings",), "bytes_per_example": 800},

@@ -283,7 +283,7 @@ def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, n
                     projected[owner] = _project(component, layer, side, statistics[covariance])
                 projection, statistics[covariance] = projected[owner]
                 if projection is not None:
-                    results[f"{side}_projection"] = projection
+                    results[f"{side}_projection"] = projection.astype(np.float32)  # most of the encoder's bytes
         finished = number - (len(passes) - len(STRATEGIES[layer.curvature].passes))
         if names and finished >= 0:
             results |= STRATEGIES[layer.curvature].finish[finished](statistics, examples)
