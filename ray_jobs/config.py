@@ -131,7 +131,7 @@ class BuildConfig(BaseModel):
     else sampled]"""
     fit_examples: Positive | None = None
     """Examples that projections and curvature are fitted on.  [default: 5000; with a budget and a model of 50 million parameters or more,
-    one in 16 of the corpus, with at least 10,240 tokens, where curvature is kfac]"""
+    one in 16 of the corpus, with at least 8,192 tokens, where curvature is kfac]"""
     damping: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
     """What is added to the eigenvalues, relative to their mean; a query can change it.  [default: 0.1 for the blocks, 1 for head and
     embeddings; with a budget 1]"""

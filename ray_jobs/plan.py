@@ -10,8 +10,6 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from ..indexer.budget import count_tokens, row_cost
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder
@@ -28,7 +26,7 @@ from .schema import fit_examples, select_components, unused_options
 from .worker import Worker, document_converter, encode_rows
 
 _SAMPLED = 512
-_MEASURED_BATCHES = 1
+_MEASURED_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     rows = max(1, round(len(examples) * scale))
     counts = count_tokens(examples)
     settings = select_components(config, settings, examples, models)
-    measured = _first_examples(examples, settings.batch_tokens * _MEASURED_BATCHES)
+    measured = _examples_of_all_lengths(examples, settings.batch_tokens * _MEASURED_BATCHES)
     measured_tokens = sum(e.tokens for e in measured)
     mean_tokens = sum(e.tokens for e in examples) / len(examples)
     fitted = fit_examples(config, settings.components, models, rows, round(mean_tokens * rows))
@@ -143,7 +141,9 @@ def _sample_documents(config: BuildConfig) -> tuple[int, list[Document | DataErr
     return count, [document for _, document in sorted(reservoir, key=lambda pair: pair[0])]
 
 
-def _first_examples(examples: list[Example], tokens: int) -> list[Example]:
-    """Return the first examples, at least one, that have no more than so many tokens together."""
-    total = np.cumsum([e.tokens for e in examples])
-    return examples[: max(1, int(np.searchsorted(total, tokens, side="right")))]
+def _examples_of_all_lengths(examples: list[Example], tokens: int) -> list[Example]:
+    """Return examples at equal distances in the order of length, at least one, that have about so many tokens together."""
+    mean_tokens = sum(e.tokens for e in examples) / len(examples)
+    count = min(len(examples), max(1, round(tokens / mean_tokens)))
+    by_length = sorted(examples, key=lambda e: e.tokens)
+    return [by_length[int((number + 0.5) / count * len(examples))] for number in range(count)]

@@ -19,7 +19,7 @@ from .config import BuildConfig, ComponentRole
 _BITS = 64
 _FIT_EXAMPLES = 5000
 _FIT_SHARE_LARGE = 1 / 16
-_FIT_TOKENS_LARGE = 10240
+_FIT_TOKENS_LARGE = 8192
 _BLOCKS_OPTIONS = ("layers", "rank", "projection", "curvature")
 
 
