@@ -283,7 +283,7 @@ def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, n
                     projected[owner] = _project(component, layer, side, statistics[covariance])
                 projection, statistics[covariance] = projected[owner]
                 if projection is not None:
-                    results[f"{side}_projection"] = projection.astype(np.float32)  # most of the encoder's bytes
+                    results[f"{side}_projection"] = projection
         finished = number - (len(passes) - len(STRATEGIES[layer.curvature].passes))
         if names and finished >= 0:
             results |= STRATEGIES[layer.curvature].finish[finished](statistics, examples)
@@ -293,15 +293,21 @@ def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, n
 
 def _project(
     component: DenseComponent, layer: Layer, side: str, covariance: Float64[np.ndarray, "size _"]
-) -> tuple[Float64[np.ndarray, "rank size"] | None, Float64[np.ndarray, "rank rank"]]:
-    """Compute a side's principal projection, and the second moments after it, from those before it or their sketch."""
+) -> tuple[Float32[np.ndarray, "rank size"] | None, Float64[np.ndarray, "rank rank"]]:
+    """Compute a side's principal projection, and the second moments after it, from those before it or their sketch.
+
+    Projections are most of an encoder's bytes, so they are float32.
+    """
     rank = layer.input_rank if side == "input" else layer.output_rank
     matrix = _side_sketch_matrix(component, layer, side)
     if matrix is not None:
         eigenvalues, components = principal_components(covariance, matrix, rank)
-        return components, np.diag(eigenvalues)
-    projection = principal_projection(covariance, rank)
-    return projection, covariance if projection is None else projection @ covariance @ projection.T
+        return components.astype(np.float32), np.diag(eigenvalues)
+    whole = principal_projection(covariance, rank)
+    if whole is None:
+        return None, covariance
+    projection = whole.astype(np.float32)
+    return projection, projection @ covariance @ projection.T
 
 
 def _side_sketch_matrix(component: DenseComponent, layer: Layer, side: str) -> Float32[np.ndarray, "sketched size"] | None:

@@ -109,7 +109,7 @@ def test_principal_components_and_kronecker_factors_come_from_one_pass(rank):
         projection = arrays.get(f"blocks/{layer.input_group}/input_projection", np.eye(layer.inputs))
         rotation = arrays[f"blocks/{layer.input_group}/input_rotation"]
         kept = np.sort(np.abs(np.diag(rotation.T @ projection @ projection.T @ rotation)))
-        assert_close(kept, np.ones(layer.input_rank), 1e-10)
+        assert_close(kept, np.ones(layer.input_rank), 1e-6)
         assert values.max() > 0
 
 
