@@ -130,11 +130,11 @@ class DenseCollector(GradientSum):
         self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
 
     def rows(self) -> DenseVectors:
-        """Return the batch's whitened rows [examples, dim]. A layer that was not called contributes zeros."""
+        """Return the batch's whitened rows [examples, dim], once. A layer that was not called contributes zeros."""
         encoder = self._encoder
         values = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
         for layer in encoder.layers:
-            if layer.name in self.by_layer:
-                whitened = encoder._whiten(layer, self.by_layer[layer.name])
-                values[:, layer.offset : layer.offset + layer.size] = whitened.to("cpu")
+            gradient = self.by_layer.pop(layer.name, None)  # all are as large as the rows
+            if gradient is not None:
+                values[:, layer.offset : layer.offset + layer.size] = encoder._whiten(layer, gradient).to("cpu")
         return DenseVectors(values.numpy())

@@ -193,6 +193,7 @@ class Encoder:
                     hidden[broken.numpy()] = 0.0
             rows = {c.name: KINDS[c.kind].stored(exact[c.name], c) for c in self.settings.components}
             yield EncodedBatch(positions, rows, exact, losses.float().cpu().numpy(), hidden)
+            del exact, rows, vectors  # before the next batch
             progress(len(positions), int(batch.valid.sum()))
 
     def rows(

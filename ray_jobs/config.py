@@ -85,7 +85,7 @@ class BuildConfig(BaseModel):
     """Storage budget of a row; chooses components and their sizes.  [default: 800, unless an option says what a row is made of]"""
     layers: Globs = ()
     """Globs over layer names of the blocks, such as 'h.[0-3].mlp.*'.  [default: all inside the blocks; with a budget, those with more
-    inputs than outputs]"""
+    inputs than outputs, but all of an adapter of a model of 50 million parameters or more]"""
     fields: Annotated[Fields, BeforeValidator(_fields)] = Fields()
     """Names of columns, such as prompt=question,completion=answer,id=key; the loss is on a completion alone, on all of a text, on the
     assistant's turns of messages. `split_text=blank-lines` splits text files at blank lines.  [default: the columns text, prompt,
@@ -134,7 +134,7 @@ class BuildConfig(BaseModel):
     one in 16 of the corpus, with at least 8,192 tokens, where curvature is kfac]"""
     damping: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
     """What is added to the eigenvalues, relative to their mean; a query can change it.  [default: 0.1 for the blocks, 1 for head and
-    embeddings; with a budget 1]"""
+    embeddings; with a budget 1, but 0.1 for the blocks of an adapter of a model of 50 million parameters or more]"""
     row_dtype: RowDtype | None = None
     """Storage of the blocks' coordinates.  [default: float32]"""
     coordinates: Positive | None = None

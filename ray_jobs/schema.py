@@ -10,6 +10,7 @@ from torch import nn
 from ..indexer.budget import LARGE, Training, allocate, count_tokens
 from ..indexer.encoder import EncoderSettings
 from ..indexer.layers import NARROWING, describe_layers, find_layers
+from ..indexer.models import loaded
 from ..indexer.tasks import Task, VocabularyLayer
 from ..store.documents import Example
 from ..store.errors import UsageError
@@ -104,7 +105,9 @@ def component_name(config: BuildConfig, role: str, number: int) -> str:
 
 def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> DenseComponent:
     by_bytes = config.budget is not None
-    names = find_layers(model, config.layers or ((NARROWING,) if by_bytes else ()), task.within_blocks)
+    is_large = sum(p.numel() for p in model.parameters()) >= LARGE
+    adapted = by_bytes and is_large and loaded(model).base is not None
+    names = find_layers(model, config.layers or ((NARROWING,) if by_bytes and not adapted else ()), task.within_blocks)
     rank = config.rank or (128 if by_bytes else 16)
     labels: LabelKind = "data"
     kind: CurvatureKind = "auto"
@@ -119,7 +122,7 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         labels=_labels(config, task, model, labels),
         examples=0,
         tokens=0,
-        damping=config.damping or (1.0 if by_bytes else 0.1),
+        damping=config.damping or (1.0 if by_bytes and not adapted else 0.1),
     )
     return DenseComponent(
         name=component_name(config, "blocks", number),

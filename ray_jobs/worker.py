@@ -228,6 +228,7 @@ def encode_rows(
             hidden[batch.positions] = batch.hidden.clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)
         for name, writer in writers.items():
             writer.add(batch.positions, batch.rows[name])
+        del batch  # before the next
     return {name: writer.arrays() for name, writer in writers.items()}, losses, hidden
 
 

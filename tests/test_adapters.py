@@ -263,6 +263,16 @@ def test_how_much_of_what_an_adapter_trained_is_measured_is_said(places, corpus_
     assert [component.name for component in manifest.components] == ["head"]
 
 
+def test_the_blocks_of_a_large_models_adapter_are_all_of_its_matrices(places, corpus_file, tmp_path, monkeypatch):
+    manifest = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "a"), bytes_per_example=2400))
+    monkeypatch.setattr("wherefrom.ray_jobs.schema.LARGE", 1)
+    large = build(BuildConfig(model=str(places / "adapter"), data=(str(corpus_file),), out=str(tmp_path / "b"), bytes_per_example=2400))
+    layers = [next(c for c in m.components if c.role == "blocks") for m in (manifest, large)]
+    assert {name.split(".")[-2] for name in layers[0].layer_names} == {"lora_A"}
+    assert {name.split(".")[-2] for name in layers[1].layer_names} == {"lora_A", "lora_B"}
+    assert [component.curvature.damping for component in layers] == [1.0, 0.1]
+
+
 def test_an_adapter_of_an_adapter_is_found_again(places, corpus_file, tmp_path):
     adapted_logits(places / "base", tmp_path / "second", target_modules=["v_proj"])
     config = json.loads((tmp_path / "second/adapter_config.json").read_text())
