@@ -56,6 +56,7 @@ _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64  # examples of a part of the fitting sample
+_LEAST_FIT_PART = 8
 _FIT_PARTS = 4  # of a small sample, so that several workers share it
 _COMPARED_ROWS = 256
 _COMPARED_COORDINATES = 1 << 25
@@ -341,7 +342,7 @@ def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str
     sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in corpus.shards])
     parts = []
-    size = min(_FIT_PART, -(-count // _FIT_PARTS))
+    size = min(_FIT_PART, max(_LEAST_FIT_PART, -(-count // _FIT_PARTS)))
     for start in range(0, count, size):
         rows = sample[start : start + size]
         numbers = np.unique(np.searchsorted(firsts, rows, side="right") - 1)
