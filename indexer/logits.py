@@ -118,9 +118,8 @@ class Head:
     @torch.no_grad()
     def _linear_piece(self, layer: Any, name: str, window: Window, states: Tensor, uniform: Tensor | None, onward: bool) -> Piece:
         inputs = states.contiguous().to(layer.weight.device)
-        logits = F.linear(
-            inputs.flatten(0, 1), layer.weight, layer.bias
-        )  # with three dimensions, the weight can be copied for each example
+        # Of inputs with three dimensions, the weight can be copied for each example.
+        logits = F.linear(inputs.flatten(0, 1), layer.weight, layer.bias)
         gradient = LogitGradient(logits.unflatten(0, inputs.shape[:2]), window.part, uniform)
         losses = gradient.losses.to(window.part.targets.device)
         window.visit(name, inputs, gradient)

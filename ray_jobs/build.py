@@ -28,7 +28,7 @@ from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WorkerError
-from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, storage_errors, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, write_tensors, write_whole
 from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
@@ -269,7 +269,7 @@ def _fit(
 
     The parts of the sample are fixed, and their sums are added in order, so the arrays are the same bits for any number of workers.
     """
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     path = job.out / "encoder" / f"{derived_id(job.fingerprint, -1)}.safetensors"
     record_file = job.staging / "encoder.json"
@@ -290,8 +290,7 @@ def _fit(
         arrays = fit.finish(step, arrays, totals)
     counts = {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
     staged = job.staging / path.name
-    with storage_errors(path):
-        save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, staged)
+    write_tensors(staged, arrays)
     path.unlink(missing_ok=True)
     publish(staged, path)
     file = FileRecord.of(job.out, path)

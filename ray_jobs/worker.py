@@ -26,7 +26,7 @@ from ..indexer.trained import find_trained
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
-from ..store.files import publish, read_json, storage_errors, write_whole
+from ..store.files import publish, read_json, write_whole
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Model
 from ..store.shapes import Float16, Float32
@@ -191,8 +191,7 @@ class Comparison:
         share = None if self.head is None else self.head.mean_share
         write_whole(path.with_suffix(".json"), json.dumps({"head_mean_share": share}).encode())
         staged = path.with_suffix(".partial")
-        with storage_errors(path):
-            write_rows(joined, staged)
+        write_rows(joined, staged)
         publish(staged, path)
 
 

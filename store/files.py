@@ -10,16 +10,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BusyError, IntegrityError, StorageError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 FOLDERS = ("documents", "encoder", "manifests", "rows", "search", "staging")
@@ -45,6 +47,27 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; choose another place or fix this one") from error
         raise
+
+
+def write_tensors(path: Path, arrays: "Mapping[str, np.ndarray]") -> None:
+    """Write arrays as a safetensors file, in the order of their names.
+
+    Raises:
+        StorageError: the file cannot be written, such as for want of space.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}, path)
+        except SafetensorError as error:  # holds an error of the operating system in words
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def regular_size(path: Path) -> int | None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .errors import IntegrityError
+from .files import write_tensors
 from .shapes import Bool, Float, Float32, Float64, Int64
 
 
@@ -242,18 +244,27 @@ def to_bytes(rows: Rows) -> bytes:
 
 
 def write_rows(rows: Rows, path: Path) -> None:
-    """Write rows as the file whose bytes `to_bytes` returns, without holding these in memory."""
-    from safetensors.numpy import save_file
+    """Write rows as a file such as `to_bytes` returns, with fewer copies in memory.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(_arrays(rows), path)
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    write_tensors(path, _arrays(rows))
 
 
 def read_rows(path: Path) -> Rows:
-    """Read the file that `write_rows` wrote."""
+    """Read the file that `write_rows` wrote.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return _rows(load_file(path))
+    try:
+        return _rows(load_file(path))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise IntegrityError(f"{path} is damaged ({error}); remove the unfinished index and build again") from error
 
 
 def _arrays(rows: Rows) -> dict[str, np.ndarray]:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import uuid
 import zipfile
 
@@ -18,10 +20,11 @@ from wherefrom.store.arrays import ArrayFile, ArrayGroup, _append, write_arrays
 from wherefrom.store.dense import quantize
 from wherefrom.store.documents import Documents, Example, write_documents
 from wherefrom.store.errors import BusyError, IncompatibleError, IntegrityError, NotFoundError, NumericalError, StorageError, UsageError
-from wherefrom.store.files import create_only, exclusive, publish, storage_errors
+from wherefrom.store.files import create_only, exclusive, publish, storage_errors, write_tensors
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import latest_manifest, seal
 from wherefrom.store.shard import rows_path
+from wherefrom.store.vectors import DenseVectors, read_rows, to_bytes, write_rows
 
 
 def random_rows(rows, dim, seed=0):
@@ -341,6 +344,28 @@ def test_publishing_replaces_a_file_whole(tmp_path):
         publish(tmp_path / name, tmp_path / "final")
     assert (tmp_path / "final").read_text() == "b"
     assert not (tmp_path / "b").exists()
+
+
+def test_tensors_that_cannot_be_written_are_a_sentence(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*a\.safetensors: File too large"):
+            write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(1 << 12)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_damaged_rows_are_a_sentence(tmp_path):
+    rows = {"blocks": DenseVectors(np.arange(6, dtype=np.float32).reshape(2, 3))}
+    write_rows(rows, tmp_path / "rows.safetensors")
+    assert (tmp_path / "rows.safetensors").read_bytes() == to_bytes(rows)
+    assert np.array_equal(read_rows(tmp_path / "rows.safetensors")["blocks"].values, rows["blocks"].values)
+    (tmp_path / "rows.safetensors").write_bytes(to_bytes(rows)[:-4])
+    with pytest.raises(IntegrityError, match=r"rows\.safetensors is damaged"):
+        read_rows(tmp_path / "rows.safetensors")
 
 
 def test_a_refusing_disk_is_a_sentence(tmp_path):
