@@ -6,6 +6,10 @@ The plain pass is forward and backward with gradients of all weights, in this pr
 a process of its own with one worker and one thread, from the start of Python to the search files. Both take turns. Given are the ratio of
 their CPU seconds (the median, the least and the most); the peak of the build's own memory, which is not that of files, above the bytes of
 the model; and the seconds that `wherefrom plan` predicts over those that the build took.
+
+Then the index is asked about one of its texts, by `wherefrom query` and `wherefrom explain`, each a process of its own without a server.
+Given are their CPU seconds over those of a process that loads the model with transformers and runs the text forward and backward, and
+their memory as above.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from pathlib import Path
 import torch
 from processes import run
 from wherefrom.indexer.examples import TextConverter
-from wherefrom.indexer.models import ModelSource, keep_freed_memory, load_tokenizer
+from wherefrom.indexer.models import ModelSource, limit_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.corpus import read_corpus
 from wherefrom.store.documents import Example
@@ -30,6 +34,17 @@ _CONFIGURATIONS = {
     "2,400 bytes": ["--bytes-per-example", "2400"],
 }
 _CLI = "from wherefrom.cli import main; main()"
+_PLAIN = "; ".join(
+    (
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))",
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[3], return_tensors='pt')['input_ids']",
+        "model(input_ids=ids, labels=ids).loss.backward()",
+    )
+)
+_ASKED = 5
+_QUESTIONS = {"query": [], "explain": ["--example", "0"]}
 
 
 def command(*arguments):
@@ -48,6 +63,19 @@ def plain_pass(task, model, examples, batch_tokens):
     return time.process_time() - started
 
 
+def ask(index, model, dtype, text, rounds):
+    """Lines about one-shot commands: CPU seconds over those of a process that only loads the model, and peaks of memory (bytes)."""
+    ratios: dict[str, list[float]] = {name: [] for name in _QUESTIONS}
+    peaks = dict.fromkeys(_QUESTIONS, 0)
+    for _ in range(rounds):
+        _, used, _ = run(_PLAIN, model, dtype, text, OMP_NUM_THREADS="1")
+        for name, options in _QUESTIONS.items():
+            _, seconds, peak = command(name, index, "--text", text, *options, "--json")
+            ratios[name].append(seconds / (used.ru_utime + used.ru_stime))
+            peaks[name] = max(peaks[name], peak)
+    return {name: (ratios[name], peaks[name]) for name in _QUESTIONS}
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,11 +84,11 @@ def main():
     parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
     parser.add_argument("--documents", type=int, nargs="+", default=[60, 300])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--batch-tokens", type=int, default=CausalLM.batch_tokens["cpu"])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    limit_memory()
     source, task = ModelSource(args.model, dtype=args.dtype, device="cpu"), CausalLM()
     model = task.load(source).requires_grad_(True)
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -86,8 +114,9 @@ def main():
                         _, times[side], peak = command("build", *options, *_CONFIGURATIONS[name], "--out", folder / "i.wherefrom")
                         predicted.append((plan["fit_seconds"] + plan["row_seconds"]) / (time.perf_counter() - started))
                         peaks.append(peak)
-                        shutil.rmtree(folder / "i.wherefrom")
                 ratios.append(times["build"] / times["plain"])
+                if round_ + 1 < args.rounds:
+                    shutil.rmtree(folder / "i.wherefrom")
             spread = f"{statistics.median(ratios):.2f} plain passes ({min(ratios):.2f} to {max(ratios):.2f})"
             memory = f"{(max(peaks) - model_bytes) / 2**20:,.0f} MiB above the model's {model_bytes / 2**20:,.0f}"
             print(
@@ -95,6 +124,14 @@ def main():
                 f"plan said {statistics.median(predicted):.2f} of the seconds",
                 flush=True,
             )
+            text = json.loads(documents[0])["text"]
+            for question, (found, peak) in ask(folder / "i.wherefrom", args.model, args.dtype, text, _ASKED).items():
+                print(
+                    f"{question}: {statistics.median(found):.2f} times a process that loads the model "
+                    f"({min(found):.2f} to {max(found):.2f}); {(peak - model_bytes) / 2**20:,.0f} MiB above the model's",
+                    flush=True,
+                )
+            shutil.rmtree(folder / "i.wherefrom")
     shutil.rmtree(folder)
 
 

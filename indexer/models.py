@@ -30,6 +30,8 @@ from ..store.extras import require
 SPREAD = "map"  # the device "all GPUs of the machine"
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_KERNEL_CACHES = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # of PyTorch's wrapper of oneDNN, and of oneDNN
+_KEPT_KERNELS = "32"
 _SAME = {torch.bfloat16: 1e-2}  # relative tolerance between two computations of one number; else 1e-5
 _MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # relative tolerance of a merged model's predictions; else 1e-4
 _PROBED = 32
@@ -131,8 +133,15 @@ def set_trained(model: nn.Module, layers: frozenset[str]) -> None:
     _LOADED[model] = replace(loaded(model), trained=layers)
 
 
-def keep_freed_memory() -> None:
-    """Keep large freed blocks in glibc's heap, instead of mapping them again at every batch; without glibc, do nothing."""
+def limit_memory() -> None:
+    """Set the process up for passes over batches of many shapes; call it before the first product of a model.
+
+    oneDNN compiles a kernel for each shape of a product, half a megabyte each. PyTorch and oneDNN each keep 1,024 of them, a gigabyte where
+    documents have many lengths. Here they keep 32 each, unless the environment says otherwise. Large freed blocks stay in glibc's heap,
+    instead of being mapped again at every batch; without glibc, nothing is done about them.
+    """
+    for variable in _KERNEL_CACHES:
+        os.environ.setdefault(variable, _KEPT_KERNELS)
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc accepts

@@ -62,7 +62,7 @@ class Worker:
     @cached_property
     def models(self) -> tuple[nn.Module, ...]:
         """The models, loaded at the first use, so that an error of loading is the error of a task."""
-        models.keep_freed_memory()
+        models.limit_memory()
         torch.set_num_threads(self._config.threads)
         return tuple(load_model(self.task, source) for source in self.sources)
 

@@ -9,7 +9,7 @@ import torch
 from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
 from wherefrom import BuildConfig, Client
-from wherefrom.indexer.models import ModelSource, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
+from wherefrom.indexer.models import ModelSource, context_length, first_sentence, limit_memory, load_causal_lm, load_tokenizer, loaded
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IncompatibleError, NotFoundError
@@ -110,8 +110,18 @@ class Averages(torch.nn.Module):
 
 
 def test_a_model_that_sees_the_padding_gets_batches_of_one_length():
-    groups = CausalLM().group((Averages(),), [5, 3, 5, 3, 9], 10**6)
-    assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4]]
+    for dtype in (torch.float32, torch.bfloat16):
+        groups = CausalLM().group((Averages().to(dtype),), [5, 3, 5, 3, 9], 10**6)
+        assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4]]
+
+
+def test_limits_of_memory_leave_the_environment_of_others_alone(monkeypatch):
+    """Kernels of 32 shapes are kept, so that a gigabyte of them does not pile up where texts have many lengths."""
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    limit_memory()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32"
 
 
 def test_a_model_of_which_little_is_measured_says_so_everywhere(tmp_path, corpus_file):

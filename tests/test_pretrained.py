@@ -14,6 +14,8 @@ import torch
 from helpers import write_jsonl
 from test_gradients import autograd_gradients
 from wherefrom import BuildConfig, Client, Query
+from wherefrom.indexer.models import ModelSource
+from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.build import build
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.slow]
@@ -56,6 +58,13 @@ def client(smollm2, tmp_path_factory):
 def test_a_default_row_of_a_large_model_is_head_and_blocks(client):
     assert [component.role for component in client.index.manifest.components] == ["head", "blocks"]
     assert {component.curvature.kind for component in client.index.manifest.components} == {"kfac"}
+
+
+def test_texts_of_several_lengths_share_batches(smollm2):
+    """Round-off of 30 layers is not taken for predictions that depend on the padding."""
+    for dtype in ("float32", "bfloat16"):
+        model = CausalLM().load(ModelSource(str(smollm2), dtype=dtype))
+        assert list(CausalLM().splits(model, 2000)) == [], dtype
 
 
 def test_rows_of_the_head_are_autograds(client):
