@@ -42,6 +42,9 @@ def table(pack, indexes):
     lines = [f"| {pack.name} | score | " + " | ".join(_WORDINGS.values()) + " |", "|---|---|---|---|---|"]
     client = None
     for name in LINES:
+        if not index_path(indexes, pack, name).is_dir():
+            print(f"{pack.name}: no index of {name}")
+            continue
         client = Client(index_path(indexes, pack, name))
         ids = [client.index.example(row).id for row in range(len(client.index))]
         rows = np.array([ids.index(document["id"]) for document in planted])

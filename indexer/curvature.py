@@ -105,9 +105,9 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
 
 
 def add_sums(total: Arrays, part: Arrays) -> None:
-    """Add the sums of a part to a total in float64, in place; associative and commutative up to round-off."""
+    """Add the sums of a part to a total of the same dtype, in place; associative and commutative up to round-off."""
     for name, value in part.items():
         if name in total:
             np.add(total[name], value, out=total[name])
         else:
-            total[name] = value.astype(np.float64)
+            total[name] = np.array(value)

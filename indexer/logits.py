@@ -33,7 +33,8 @@ Piece = tuple[Tensor, Tensor | None]
 """The losses of some columns, by example, and the gradient in their hidden states, if it flows on into the body."""
 
 _PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps memory anew each time
-_LEAST_TOKENS = 128  # of a piece, since the head's weight is read for each
+_LEAST_TOKENS = 16  # of a piece, since the head's weight is read for each
+_LEAST_TOKENS_GPU = 128
 _RUN = 256  # tokens
 _HEADS: "WeakKeyDictionary[nn.Module, Head | None]" = WeakKeyDictionary()
 
@@ -96,7 +97,8 @@ class Head:
         uniform = None if label_seed is None else draw_uniform(batch, label_seed)
         values = torch.zeros(len(batch.ids), dtype=accumulation_dtype(states.dtype), device=batch.targets.device)
         examples, tokens = batch.valid.shape
-        columns = max(1, max(_LEAST_TOKENS, _PIECE // models.vocabulary_size(model)) // examples)
+        least = _LEAST_TOKENS if states.device.type == "cpu" else _LEAST_TOKENS_GPU
+        columns = max(1, max(least, _PIECE // models.vocabulary_size(model)) // examples)
         gradients: list[Tensor] = []
         with _with_body(model, output) as logits_of:
             if self.linear is None:

@@ -109,7 +109,7 @@ def build(
     if loaded:
         options = config.dtype, config.device, config.trust_remote_code
         sources = tuple(ModelSource.of(model, *options) for model in loaded)
-    converter = document_converter(config, sources)
+    tokenizer = document_converter(config, sources).fingerprint  # before the model is loaded; a tokenizer can take hundreds of megabytes
     is_new = not out.exists()
     try:
         resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
@@ -119,7 +119,7 @@ def build(
                 "format": FORMAT_VERSION,
                 "options": content,
                 "models": [model.fingerprint for model in models],
-                "tokenizer": converter.fingerprint,
+                "tokenizer": tokenizer,
                 "corpus": corpus_files,
             }
             known = json.dumps([inputs, [model.trained for model in models]], sort_keys=True)
