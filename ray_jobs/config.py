@@ -154,7 +154,7 @@ class BuildConfig(BaseModel):
     shard_rows: Positive | None = None
     """Examples in a shard.  [default: about 16 MiB of rows]"""
     batch_tokens: Positive | None = None
-    """Padded tokens in a batch.  [default: 512, on a GPU 16384]"""
+    """Padded tokens in a batch.  [default: 512, 256 for models of 50 million parameters or more, on a GPU 16384]"""
     threads: Annotated[int, Field(ge=1, le=_MAX_THREADS)] = 1
     """Threads of each worker."""
     address: str | None = None

@@ -58,6 +58,7 @@ def client(smollm2, tmp_path_factory):
 def test_a_default_row_of_a_large_model_is_head_and_blocks(client):
     assert [component.role for component in client.index.manifest.components] == ["head", "blocks"]
     assert {component.curvature.kind for component in client.index.manifest.components} == {"kfac"}
+    assert client.index.manifest.build.batch_tokens == 256
 
 
 def test_texts_of_several_lengths_share_batches(smollm2):
