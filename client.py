@@ -156,9 +156,9 @@ class Client(BaseClient):
 
     def prepare(self) -> None:
         """Load models and tokenizer now instead of at the first query."""
-        from .indexer.models import limit_memory
+        from .indexer.models import configure_memory
 
-        limit_memory()
+        configure_memory()
         if self.index.manifest.tokenizer is not None:
             _ = self.recorded.converter
         _ = self.recorded.encoder

@@ -19,7 +19,7 @@ from wherefrom import BuildConfig
 from wherefrom.indexer.encoder import Encoder
 from wherefrom.indexer.examples import TextConverter
 from wherefrom.indexer.fit import Fit, with_known_sample
-from wherefrom.indexer.models import ModelSource, limit_memory, load_tokenizer
+from wherefrom.indexer.models import ModelSource, configure_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.schema import select_components
 from wherefrom.ray_jobs.worker import Worker, encode_rows
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    limit_memory()
+    configure_memory()
     results = []
     for dtype in args.dtypes:
         source, task = ModelSource(args.model, dtype=dtype, device="cpu"), CausalLM()

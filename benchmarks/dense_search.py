@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from growing import grow as grow_index
 from wherefrom import Client
-from wherefrom.indexer.models import limit_memory
+from wherefrom.indexer.models import configure_memory
 from wherefrom.query.files import read_queries
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer
@@ -80,7 +80,7 @@ def memory():
 
 def measure(place, queries, recall, repeats):
     """Search with one recall; prints a line of JSON and keeps what was found beside the queries."""
-    limit_memory()
+    configure_memory()
     index, asked = Index(place), np.load(queries)
     (component,) = index.manifest.components
     parts = [{component.name: DenseVectors(row[None])} for row in asked]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from processes import run
 from wherefrom.indexer.examples import TextConverter
-from wherefrom.indexer.models import ModelSource, limit_memory, load_tokenizer
+from wherefrom.indexer.models import ModelSource, configure_memory, load_tokenizer
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.store.corpus import read_corpus
 from wherefrom.store.documents import Example
@@ -43,8 +43,8 @@ _PLAIN = "; ".join(
         "model(input_ids=ids, labels=ids).loss.backward()",
     )
 )
-_ASKED = 5
-_QUESTIONS = {"query": [], "explain": ["--example", "0"]}
+_QUERY_ROUNDS = 5
+_QUERY_COMMANDS = {"query": [], "explain": ["--example", "0"]}
 
 
 def command(*arguments):
@@ -63,17 +63,17 @@ def plain_pass(task, model, examples, batch_tokens):
     return time.process_time() - started
 
 
-def ask(index, model, dtype, text, rounds):
-    """Lines about one-shot commands: CPU seconds over those of a process that only loads the model, and peaks of memory (bytes)."""
-    ratios: dict[str, list[float]] = {name: [] for name in _QUESTIONS}
-    peaks = dict.fromkeys(_QUESTIONS, 0)
+def measure_queries(index, model, dtype, text, rounds):
+    """Each one-shot command's CPU seconds over those of a plain pass over the text, round by round, and its peak of memory (bytes)."""
+    ratios: dict[str, list[float]] = {name: [] for name in _QUERY_COMMANDS}
+    peaks = dict.fromkeys(_QUERY_COMMANDS, 0)
     for _ in range(rounds):
         _, used, _ = run(_PLAIN, model, dtype, text, OMP_NUM_THREADS="1")
-        for name, options in _QUESTIONS.items():
+        for name, options in _QUERY_COMMANDS.items():
             _, seconds, peak = command(name, index, "--text", text, *options, "--json")
             ratios[name].append(seconds / (used.ru_utime + used.ru_stime))
             peaks[name] = max(peaks[name], peak)
-    return {name: (ratios[name], peaks[name]) for name in _QUESTIONS}
+    return {name: (ratios[name], peaks[name]) for name in _QUERY_COMMANDS}
 
 
 def main():
@@ -84,13 +84,14 @@ def main():
     parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
     parser.add_argument("--documents", type=int, nargs="+", default=[60, 300])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-tokens", type=int, default=CausalLM.batch_tokens["cpu"])
+    parser.add_argument("--batch-tokens", type=int, default=None, help="by default that of the build")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    limit_memory()
+    configure_memory()
     source, task = ModelSource(args.model, dtype=args.dtype, device="cpu"), CausalLM()
     model = task.load(source).requires_grad_(True)
+    batch_tokens = args.batch_tokens or task.default_batch_tokens((model,))
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     converter = TextConverter(load_tokenizer(source), task.context(model))
     folder = Path(tempfile.mkdtemp())
@@ -101,14 +102,14 @@ def main():
         data.write_text("".join(documents[:: max(1, len(documents) // count)][:count]))
         examples = [e for e in converter.documents(read_corpus([str(data)])) if isinstance(e, Example)]
         for name in args.configurations:
-            options = ["--model", args.model, "--data", data, "--dtype", args.dtype, "-o", f"batch_tokens={args.batch_tokens}"]
+            options = ["--model", args.model, "--data", data, "--dtype", args.dtype, "-o", f"batch_tokens={batch_tokens}"]
             plan = json.loads(command("plan", *options, *_CONFIGURATIONS[name], "--json")[0])
             ratios, peaks, predicted = [], [], []
             for round_ in range(args.rounds):
                 times = {}
                 for side in ("plain", "build") if round_ % 2 else ("build", "plain"):
                     if side == "plain":
-                        times[side] = plain_pass(task, model, examples, args.batch_tokens)
+                        times[side] = plain_pass(task, model, examples, batch_tokens)
                     else:
                         started = time.perf_counter()
                         _, times[side], peak = command("build", *options, *_CONFIGURATIONS[name], "--out", folder / "i.wherefrom")
@@ -124,11 +125,11 @@ def main():
                 f"plan said {statistics.median(predicted):.2f} of the seconds",
                 flush=True,
             )
-            text = json.loads(documents[0])["text"]
-            for question, (found, peak) in ask(folder / "i.wherefrom", args.model, args.dtype, text, _ASKED).items():
+            measured = measure_queries(folder / "i.wherefrom", args.model, args.dtype, examples[0].text, _QUERY_ROUNDS)
+            for query, (query_ratios, peak) in measured.items():
                 print(
-                    f"{question}: {statistics.median(found):.2f} times a process that loads the model "
-                    f"({min(found):.2f} to {max(found):.2f}); {(peak - model_bytes) / 2**20:,.0f} MiB above the model's",
+                    f"{query}: {statistics.median(query_ratios):.2f} times a process that loads the model and runs the text "
+                    f"({min(query_ratios):.2f} to {max(query_ratios):.2f}); {(peak - model_bytes) / 2**20:,.0f} MiB above the model's",
                     flush=True,
                 )
             shutil.rmtree(folder / "i.wherefrom")

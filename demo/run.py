@@ -71,7 +71,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from ..indexer.examples import TextConverter
-    from ..indexer.models import limit_memory
+    from ..indexer.models import configure_memory
     from ..indexer.tasks import CausalLM
 
     documents = list(usable(read_corpus([str(corpus)])))
@@ -83,7 +83,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
     tokenizer.train_from_iterator((d.text or "" for d in documents), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
     examples = list(usable(TextConverter(fast, _CONTEXT).documents(documents)))
-    limit_memory()
+    configure_memory()
     task = CausalLM()
     torch.manual_seed(0)
     config = GPT2Config(

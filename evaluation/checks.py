@@ -24,7 +24,7 @@ from torch import nn
 
 from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import limit_memory, loaded, resolve_device
+from ..indexer.models import configure_memory, loaded, resolve_device
 from ..indexer.tasks import import_object
 from ..query.baselines import row_norms
 from ..query.metric import Metric
@@ -234,7 +234,7 @@ class Remover:
     def __init__(
         self, train: str, base: str, index: str, queries: Sequence[Query], model: Sequence[str], device: str, threads: int
     ) -> None:
-        limit_memory()
+        configure_memory()
         torch.set_num_threads(threads)
         self._train: Train = import_object(train, "training function")
         self._client = Client(index, model=model, device=device)

@@ -193,7 +193,7 @@ def judge_scores(
     if model is None:
         _check_model(pack, task, network, query_examples)
     baselines = content_baselines(train, query_examples)
-    baselines["hidden"] = hidden_baseline(task, network, train, query_examples, task.batch_tokens["cpu"])
+    baselines["hidden"] = hidden_baseline(task, network, train, query_examples, task.default_batch_tokens((network,)))
     return replace(_judge(pack, half, scores[:, columns], baselines), method={"scores": str(file)})
 
 

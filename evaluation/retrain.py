@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import ModelSource, limit_memory, load_tokenizer, resolve_device
+from ..indexer.models import ModelSource, configure_memory, load_tokenizer, resolve_device
 from ..indexer.tasks import CausalLM, Task, import_object
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent
@@ -163,7 +163,7 @@ class Retrainer:
     """A worker that trains on subsets of a pack's examples, encoded by the model's tokenizer, and measures the queries."""
 
     def __init__(self, train: str, model: str, directory: str, max_tokens: int, append_eos: bool, device: str, threads: int) -> None:
-        limit_memory()
+        configure_memory()
         torch.set_num_threads(threads)
         self._train: Train = import_object(train, "training function")
         self._task: Task = CausalLM()

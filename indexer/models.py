@@ -133,7 +133,7 @@ def set_trained(model: nn.Module, layers: frozenset[str]) -> None:
     _LOADED[model] = replace(loaded(model), trained=layers)
 
 
-def limit_memory() -> None:
+def configure_memory() -> None:
     """Set the process up for passes over batches of many shapes; call it before the first product of a model.
 
     oneDNN compiles a kernel for each shape of a product, half a megabyte each. PyTorch and oneDNN each keep 1,024 of them, a gigabyte where

@@ -29,6 +29,7 @@ from ..store.fields import Form
 from ..store.shapes import Float
 from . import models
 from .batches import IGNORED, Batch, batches_by_length
+from .budget import LARGE
 from .capture import Window
 from .examples import DocumentConverter, TextConverter, VectorConverter
 from .logits import Accept, Head, cross_entropies, draw_uniform
@@ -80,12 +81,19 @@ class Task(ABC):
     Attributes:
         form: the form of its documents; "auto" accepts text, prompt and completion, or chat messages.
         within_blocks: track only layers inside the model's blocks (its outermost ModuleLists) by default.
-        batch_tokens: padded tokens in a batch by default, by kind of device.
+        batch_tokens: padded tokens in a batch by default, by kind of device; see `default_batch_tokens`.
     """
 
     form: Form
     within_blocks: bool = False
     batch_tokens: dict[str, int]
+
+    def default_batch_tokens(self, models: Sequence[nn.Module]) -> int:
+        """Padded tokens in a batch by default; on a CPU half for `LARGE` models, for which they are as fast and take less memory."""
+        device = next(models[0].parameters()).device.type
+        tokens = self.batch_tokens.get(device, self.batch_tokens["cpu"])
+        is_large = max(sum(p.numel() for p in model.parameters()) for model in models) >= LARGE
+        return tokens // 2 if device == "cpu" and is_large else tokens
 
     @abstractmethod
     def load(self, source: models.ModelSource) -> nn.Module:
@@ -394,18 +402,21 @@ class MLP(VectorTask):
 def _depends_on_padding(model: nn.Module, padded: int, at_switch: bool) -> bool:
     """True if a short text's predictions change when it is padded to a length (tokens).
 
-    Round-off changes them, too, since products of other shapes are summed in another order: through 30 layers in bfloat16, by 2 % of the
-    largest logit. So a change counts from a tenth of it (other dtypes: a thousandth). At a switch of positions, which may change little
-    and whose cost is small, round-off counts as well.
+    Round-off changes them, too, since products of other shapes are summed in another order. How much, five copies of the text in one batch
+    show, which have no padding: a change counts from four times theirs. In bfloat16, attention's round-off depends on the length alone;
+    through 30 layers it is 2 % of the largest logit, and a change counts from 5 %. At a switch of positions, which may change little and
+    whose cost is small, round-off counts as well.
     """
     device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
     short = torch.tensor([[0, 1, 2]])[:, : padded - 1].to(device)
     long = F.pad(short, (0, padded - short.shape[1]))
-    first, second = (models.logits_of(model, ids)[:, : short.shape[1]].float() for ids in (short, long))
-    dtype = next(model.parameters()).dtype
+    texts = short, long, short.expand(5, -1)
+    first, second, copy = (models.logits_of(model, ids)[:1, : short.shape[1]].float() for ids in texts)
     if at_switch:
         return models.differ(first, second, dtype)
-    return bool((first - second).abs().max() > (0.1 if dtype == torch.bfloat16 else 1e-3) * first.abs().max())
+    least = (5e-2 if dtype == torch.bfloat16 else 1e-5) * first.abs().max()
+    return bool((first - second).abs().max() > torch.maximum(least, 4 * (first - copy).abs().max()))
 
 
 _TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "mlp": MLP}

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..indexer import models
-from ..indexer.budget import LARGE
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
@@ -63,7 +62,7 @@ class Worker:
     @cached_property
     def models(self) -> tuple[nn.Module, ...]:
         """The models, loaded at the first use, so that an error of loading is the error of a task."""
-        models.limit_memory()
+        models.configure_memory()
         torch.set_num_threads(self._config.threads)
         return tuple(load_model(self.task, source) for source in self.sources)
 
@@ -101,11 +100,8 @@ class Worker:
                 )
             )
             components += candidate_components(config, self.task, model, number)
-        device = next(self.models[0].parameters()).device.type
-        batch_tokens = self.task.batch_tokens.get(device, self.task.batch_tokens["cpu"])
-        if device == "cpu" and max(model.parameters for model in descriptions) >= LARGE:
-            batch_tokens //= 2  # as fast, in less memory
-        settings = EncoderSettings(tuple(components), config.batch_tokens or batch_tokens, config.hidden)
+        batch_tokens = config.batch_tokens or self.task.default_batch_tokens(self.models)
+        settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
         return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
 
     def vocabulary(self) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from helpers import CONFIGS, assert_close, make_model, make_tokenizer, random_texts, write_jsonl
 from safetensors.torch import load_file, save_file
 from wherefrom import BuildConfig, Client
-from wherefrom.indexer.models import ModelSource, context_length, first_sentence, limit_memory, load_causal_lm, load_tokenizer, loaded
+from wherefrom.indexer.models import ModelSource, configure_memory, context_length, first_sentence, load_causal_lm, load_tokenizer, loaded
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IncompatibleError, NotFoundError
@@ -96,30 +96,31 @@ def test_most_models_may_share_batches():
 class Averages(torch.nn.Module):
     """A model that is as causal as it should be, but for a number that the whole batch shares."""
 
-    def __init__(self):
+    def __init__(self, change=0.01):
         super().__init__()
         self.inner = make_model("gpt2")
+        self.change = change
 
     def get_input_embeddings(self):
         return self.inner.get_input_embeddings()
 
     def forward(self, input_ids, use_cache=False):
         found = self.inner(input_ids=input_ids)
-        found.logits = found.logits * (1 + 0.01 * input_ids.shape[1])
+        found.logits = found.logits * (1 + self.change * input_ids.shape[1])
         return found
 
 
 def test_a_model_that_sees_the_padding_gets_batches_of_one_length():
-    for dtype in (torch.float32, torch.bfloat16):
-        groups = CausalLM().group((Averages().to(dtype),), [5, 3, 5, 3, 9], 10**6)
+    for dtype, change in ((torch.float32, 1e-4), (torch.bfloat16, 0.01)):
+        groups = CausalLM().group((Averages(change).to(dtype),), [5, 3, 5, 3, 9], 10**6)
         assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4]]
 
 
-def test_limits_of_memory_leave_the_environment_of_others_alone(monkeypatch):
+def test_the_configuration_of_memory_leaves_the_environment_of_others_alone(monkeypatch):
     """Kernels of 32 shapes are kept, so that a gigabyte of them does not pile up where texts have many lengths."""
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
-    limit_memory()
+    configure_memory()
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32"
 
