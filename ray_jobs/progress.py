@@ -58,11 +58,12 @@ class Console:
         if self._stream.isatty():
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
             self._bars = Progress(
                 TextColumn("{task.description:>22}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),  # where there is little room, the bar gets shorter
                 TextColumn("{task.fields[rates]}"),
                 TimeRemainingColumn(),
                 console=RichConsole(file=self._stream),  # type: ignore[arg-type]

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -460,6 +462,18 @@ def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path
         build(config(model_dir, corpus_file, tmp_path / "j"), reporter)
     lines = [line for line in capsys.readouterr().err.splitlines() if "examples/s" in line]
     assert [line.split(":")[0] for line in lines] == ["reading the corpus", "fitting, pass 1 of 1", "building rows"]
+
+
+def test_a_bar_shows_the_whole_count_beside_high_rates(monkeypatch):
+    """A terminal of 80 columns."""
+    monkeypatch.setattr("wherefrom.ray_jobs.progress.time", SimpleNamespace(monotonic=count(step=0.5).__next__))
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = _Terminal()
+    with Console(terminal) as reporter:
+        reporter.stage("reading the corpus", 12_723)
+        reporter.update(12_723, 2_300_000)
+    assert "12723/12723" in terminal.getvalue()
+    assert "tokens/s" in terminal.getvalue()
 
 
 @pytest.mark.processes
