@@ -7,7 +7,7 @@ none is loaded for it.
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -26,7 +26,7 @@ from .store.documents import Example
 from .store.errors import UsageError
 from .store.index import Index
 from .store.manifest import identity, latest_manifest
-from .store.shapes import Float32, Float64
+from .store.shapes import Float32, Float64, Int64
 from .store.vectors import Rows, combine, cut, join
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ class Client(BaseClient):
             rows = combine(rows, mean)
             asked = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in asked))]
         baselines = self._baselines(queries, mean) if options.get("baselines") else None
-        return answer_queries(self.index, asked, rows, options, baselines)
+        recompute = None
+        if options.get("rerank"):
+            recompute = partial(self._recomputed_scores, combine(self._exact_rows(queries), mean))
+        return answer_queries(self.index, asked, rows, options, baselines, recompute)
 
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
@@ -235,6 +238,45 @@ class Client(BaseClient):
         """Compute the whitened rows of the task's measurement of examples, by component."""
         rows = self.encoder.rows(examples, queries=True)
         return {name: vectors.as_float32() for name, vectors in rows.items()}
+
+    def _exact_rows(self, queries: Sequence[Query]) -> Rows:
+        """Compute the rows of queries with all tokens and coordinates, also those of queries by row and of contrasts."""
+        plain, contrasts = _without_contrasts(queries)
+        examples = self.query_examples(plain)
+        by_row = [query.row is not None for query in plain]
+        order = np.argsort(by_row, kind="stable")
+        parts = [
+            self.encoder.rows([examples[i] for i in order if by_row[i] is of_row], queries=not of_row, exact=True)
+            for of_row in (False, True)
+            if of_row in by_row
+        ]
+        matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
+        return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)
+
+    def _recomputed_scores(
+        self, query_rows: Rows, scorer: Scorer, first: int, rows: Int64[np.ndarray, " rows"]
+    ) -> Float64[np.ndarray, "queries rows"]:
+        """Compute the scores of training examples from rows without codes; see `Recompute`.
+
+        Args:
+            query_rows: of all queries, with all tokens and coordinates.
+        """
+        queries = cut(query_rows, first, first + len(scorer))
+        scaled = {o.component.name: o.scaled(self.index, queries[o.component.name], stored=False) for o in scorer.operands}
+        is_cosine = scorer.mode == "cosine"
+        lengths = [scorer.squared_length(cut(queries, i, i + 1), stored=False) if is_cosine else 1.0 for i in range(len(scorer))]
+        scores = np.zeros((len(scorer), len(rows)))
+        examples = [self.index.example(row) for row in rows.tolist()]
+        for batch in self.encoder.batches(examples, tolerant=True):
+            exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
+            products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in scaled.items())
+            for number, position in enumerate(batch.positions):
+                scale = [scorer.scale(0, int(rows[position]))] * len(scorer)
+                if is_cosine:
+                    squared = scorer.squared_length(cut(exact, number, number + 1), stored=False)
+                    scale = [(squared * length) ** -0.5 if squared * length > 0 else 0.0 for length in lengths]
+                scores[:, position] = np.asarray(products)[:, number] * scale
+        return scores
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.

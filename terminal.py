@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .query.answers import Answer, Explanation, Group, ScorePart, TokenShares
+from .query.answers import Answer, Attribution, Explanation, Group, ScorePart, TokenShares
 from .store.printable import printable, printable_line, say
 
 if TYPE_CHECKING:
@@ -57,18 +57,8 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         asked.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
     yield Text("\n") + asked
     for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
-        table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
-        table.add_column("#", justify="right", style="dim")
-        table.add_column("row", justify="right", style="dim", no_wrap=True)
-        table.add_column("score", justify="right", style=colour, no_wrap=True)
-        if not narrow:
-            table.add_column("id", no_wrap=True, max_width=28)
-        table.add_column("text", ratio=1, overflow="fold")
-        for a in found:
-            score = f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")
-            table.add_row(str(a.rank), str(a.row), score, *(() if narrow else (_printable(a.id),)), _printable(shortened(a.text)))
         if found:
-            yield table
+            yield _attributions(title, found, colour, answer.search.rerank is not None, narrow)
     if answer.groups is not None:
         yield _groups(answer.groups)
     if answer.baselines is not None:
@@ -87,7 +77,30 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         yield Text(f"the rows measure {measured:.1%} of the trained parameters (wherefrom info names the rest)", style="dim")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
+    if s.rerank is not None:
+        r = s.rerank
+        differ = "" if r.difference is None else f"; stored and recomputed scores differ by {r.difference:.3g} (root mean square)"
+        others = f"by stored rows, no other scores above {r.highest:.4g} or below {r.lowest:.4g}"
+        yield Text(f"{r.candidates:,} candidates computed again without codes in {r.seconds:.1f} s; {others}{differ}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
+
+
+def _attributions(title: str, found: Sequence[Attribution], colour: str, reranked: bool, narrow: bool) -> Table:
+    table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("row", justify="right", style="dim", no_wrap=True)
+    table.add_column("score", justify="right", style=colour, no_wrap=True)
+    if reranked:
+        table.add_column("stored", justify="right", style="dim", no_wrap=True)
+    if not narrow:
+        table.add_column("id", no_wrap=True, max_width=28)
+    table.add_column("text", ratio=1, overflow="fold")
+    for a in found:
+        cells = [str(a.rank), str(a.row), f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")]
+        if reranked:
+            cells.append("" if a.stored_score is None else f"{a.stored_score:.4g} (#{a.stored_rank})")
+        table.add_row(*cells, *(() if narrow else (_printable(a.id),)), _printable(shortened(a.text)))
+    return table
 
 
 def _groups(groups: Sequence[Group]) -> Table:

@@ -40,7 +40,9 @@ class Attribution:
         score: positive for a proponent (training on it lowered the query's loss), negative for an opponent. Under
             "influence" in nats per unit of example weight, up to the damped curvature's scale; under "cosine" from -1 to 1.
         document: the id of the document that the example was cut from; its own id when it is whole.
-        error: the score's standard error, from one-bit codes (see `Scorer.standard_errors`); None where the query is itself such a row.
+        error: the score's standard error, from one-bit codes (see `Scorer.standard_errors`); None where the query is itself such a row,
+            and of a recomputed score.
+        stored_rank, stored_score: of a recomputed score, rank and score by stored rows; None where a baseline alone found the example.
     """
 
     rank: int
@@ -52,6 +54,26 @@ class Attribution:
     document: str
     metadata: Mapping[str, Any]
     error: float | None
+    stored_rank: int | None = None
+    stored_score: float | None = None
+
+
+@dataclass(frozen=True)
+class RerankReport:
+    """How the candidates of an answer were ranked again by recomputed scores (see rerank.py).
+
+    Attributes:
+        candidates: examples whose rows were computed again.
+        highest, lowest: scores by stored rows that no other searched row is above, or below.
+        difference: root mean square of recomputed minus stored scores over the candidates; None without candidates by stored rows.
+        seconds: wall time.
+    """
+
+    candidates: int
+    highest: float
+    lowest: float
+    difference: float | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,7 @@ class SearchReport:
         rows: those that were searched, and `candidates`: those of them that were read.
         recall: certified: the probability that none of the best is missing.
         estimates: whether scores come from one-bit codes and are estimates (with the standard errors beside them).
+        rerank: how candidates were ranked again; None where they were not.
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
     """
@@ -74,6 +97,13 @@ class SearchReport:
     estimates: bool
     note: str | None
     seconds: float
+    rerank: RerankReport | None = None
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "SearchReport":
+        """A report from its dictionary."""
+        rerank = record.get("rerank")
+        return cls(**{**record, "rerank": None if rerank is None else RerankReport(**rerank)})
 
 
 @dataclass(frozen=True)
@@ -171,7 +201,7 @@ class Answer:
             query=record["query"],
             proponents=tuple(Attribution(**a) for a in record["proponents"]),
             opponents=tuple(Attribution(**a) for a in record["opponents"]),
-            search=SearchReport(**record["search"]),
+            search=SearchReport.from_dict(record["search"]),
             index=record["index"],
             groups=tuple(Group(**g) for g in record["groups"]) if "groups" in record else None,
             baselines=tuple(map(_baseline, record["baselines"])) if "baselines" in record else None,

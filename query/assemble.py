@@ -1,7 +1,7 @@
 """Assembly of answers from encoded queries: hits, standard errors, groups and baselines from one pass over the rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from .baselines import BaselineScores, compare
 from .groups import Grouping
 from .metric import Metric
 from .options import Options
+from .rerank import Place, Recompute, Reranked, baseline_candidates, rerank
 from .scoring import Scorer
 from .search import Hits, find, pass_size
 
@@ -36,13 +37,19 @@ class QueryRecord:
 
 
 def answer_queries(
-    index: Index, queries: Sequence[QueryRecord], rows: Rows, options: Options, baselines: BaselineScores | None = None
+    index: Index,
+    queries: Sequence[QueryRecord],
+    rows: Rows,
+    options: Options,
+    baselines: BaselineScores | None = None,
+    recompute: Recompute | None = None,
 ) -> list[Answer]:
     """Answer encoded queries.
 
     Args:
         rows: of the queries.
         baselines: scores of baselines, by name; None for answers without baselines.
+        recompute: for the option `rerank`.
 
     Raises:
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
@@ -57,6 +64,7 @@ def answer_queries(
     k = options.get("k")
     k = _DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
+    count = min(max(k, options.get("rerank") or 0), len(index))  # candidates of each side
     column = options.get("group_by")
     grouping = None if column is None else Grouping(index, column, searched)
     needs_matrix = grouping is not None or baselines is not None
@@ -67,11 +75,19 @@ def answer_queries(
     answers = []
     for first in range(0, len(queries), size):
         scorer = Scorer.of(index, cut(rows, first, first + size), metric)
-        all_hits, matrix = find(scorer, k, searched, recall, needs_matrix)
-        for number, (query, hits) in enumerate(zip(queries[first : first + size], all_hits, strict=True)):
-            sides = {"proponents": _attributions(scorer, number, query, hits.proponents, hits.proponent_scores)}
-            if options.get("opponents", True):
-                sides["opponents"] = _attributions(scorer, number, query, hits.opponents, hits.opponent_scores)
+        all_hits, matrix = find(scorer, count, searched, recall, needs_matrix)
+        reranked: list[Reranked] | list[None] = [None] * len(all_hits)
+        if recompute is not None:
+            numbers = range(first, first + len(all_hits))
+            others = [baseline_candidates(baselines or {}, searched, number, count) for number in numbers]
+            reranked = rerank(scorer, first, all_hits, others, k, count, recompute)
+            all_hits = [result.hits for result in reranked]
+        if not options.get("opponents", True):
+            all_hits = [hits.without_opponents() for hits in all_hits]
+        for number, (query, hits, result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
+            errors = not query.has_row and result is None
+            proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors)
+            opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors)
             compared = None
             if baselines is not None and matrix is not None:
                 scores = {name: columns[:, first + number] for name, columns in baselines.items()}
@@ -79,9 +95,9 @@ def answer_queries(
             answers.append(
                 Answer(
                     query={**query.fields, **settings},
-                    proponents=sides["proponents"],
-                    opponents=sides.get("opponents", ()),
-                    search=_report(index, metric, hits, int(searched.sum())),
+                    proponents=proponents if result is None else _with_places(proponents, result),
+                    opponents=opponents if result is None else _with_places(opponents, result),
+                    search=_report(index, metric, hits, int(searched.sum()), result),
                     index=describe_index(index),
                     groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
                     baselines=compared,
@@ -111,16 +127,17 @@ def _settings(index: Index, metric: Metric, where: str | None) -> dict[str, Any]
     return settings
 
 
-def _report(index: Index, metric: Metric, hits: Hits, searched: int) -> SearchReport:
+def _report(index: Index, metric: Metric, hits: Hits, searched: int, reranked: Reranked | None) -> SearchReport:
     components = index.manifest.components
     return SearchReport(
         method="exact" if hits.recall == 1 else "by quantized scan and rescore",
         rows=searched,
         candidates=hits.candidates,
         recall=hits.recall,
-        estimates=any(component.one_bit and metric.weights.get(component.name, 1.0) for component in components),
+        estimates=reranked is None and any(c.one_bit and metric.weights.get(c.name, 1.0) for c in components),
         note=hits.note,
         seconds=hits.seconds,
+        rerank=None if reranked is None else reranked.report,
     )
 
 
@@ -137,8 +154,8 @@ def describe_index(index: Index) -> dict[str, Any]:
     }
 
 
-def _attributions(scorer: Scorer, query_number: int, query: QueryRecord, rows: np.ndarray, scores: np.ndarray) -> tuple[Attribution, ...]:
-    errors = [None] * len(rows) if query.has_row else scorer.standard_errors(query_number, rows).tolist()
+def _attributions(scorer: Scorer, query: int, rows: np.ndarray, scores: np.ndarray, with_errors: bool) -> tuple[Attribution, ...]:
+    errors = scorer.standard_errors(query, rows).tolist() if with_errors else [None] * len(rows)
     attributions = []
     for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), errors, strict=True), 1):
         example = scorer.index.example(row)
@@ -146,3 +163,9 @@ def _attributions(scorer: Scorer, query_number: int, query: QueryRecord, rows: n
             Attribution(rank, row, example.id, score, example.text, example.source, example.document, example.metadata, error)
         )
     return tuple(attributions)
+
+
+def _with_places(attributions: Sequence[Attribution], reranked: Reranked) -> tuple[Attribution, ...]:
+    """Add ranks and scores by stored rows."""
+    places = [reranked.stored.get(attribution.row, Place(None, None)) for attribution in attributions]
+    return tuple(replace(a, stored_rank=p.rank, stored_score=p.score) for a, p in zip(attributions, places, strict=True))

@@ -177,6 +177,12 @@ class Options(ScoreOptions, total=False):
             default=1.0,
         ),
     ]
+    rerank: Annotated[
+        int | None,
+        Option(
+            "Compute the rows of so many of the best and of the worst again, without codes, and rank them by the result.", low=1, high=1000
+        ),
+    ]
     baselines: Annotated[bool, Option("Beside the answer: what BM25, mean hidden states and the norm alone find.")]
 
 

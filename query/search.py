@@ -15,7 +15,7 @@ large, an exact scan is made instead, since it is faster.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -52,6 +52,10 @@ class Hits:
     candidates: int
     recall: float = 1.0
     note: str | None = None
+
+    def without_opponents(self) -> "Hits":
+        """Leave the opponents out."""
+        return replace(self, opponents=self.opponents[:0], opponent_scores=self.opponent_scores[:0])
 
 
 def pass_size(recall: float) -> int:

@@ -80,17 +80,18 @@ function read() {
   if ($("group").value) search.group_by = $("group").value;
   if ($("baselines").checked) search.baselines = true;
   if ($("certified").checked) search.recall = 0.99;
+  if ($("rerank").value.trim()) search.rerank = number("rerank", "How many to compute again");
   return { query, options, search };
 }
 
-const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "baselines", "recall"];
+const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "baselines", "recall", "rerank"];
 
 function write(given) {
   if (typeof given !== "object" || given === null || Array.isArray(given)) throw new Error("This link holds no query.");
   const other = Object.keys(given).find((name) => !SHOWN.includes(name));
   if (other) throw new Error(`This link asks with ${other}, which this page does not show; its answer is at /v1/query${location.search}`);
   show(given.text !== undefined ? "text" : given.row !== undefined ? "row" : "completion");
-  for (const name of ["prompt", "completion", "against", "text", "row", "damping", "where", "k", "mode"]) {
+  for (const name of ["prompt", "completion", "against", "text", "row", "damping", "where", "k", "mode", "rerank"]) {
     if (given[name] !== undefined) $(name).value = given[name];
     else if (!["k", "mode"].includes(name)) $(name).value = "";
   }
@@ -165,6 +166,10 @@ function render() {
   const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
   const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
   $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
+  if (s.rerank) {
+    const differ = s.rerank.difference === null ? "" : `; stored and recomputed scores differ by ${short(s.rerank.difference)} (root mean square)`;
+    $("certificate").textContent += `; ${s.rerank.candidates.toLocaleString()} candidates computed again in ${s.rerank.seconds.toFixed(1)} s; by stored rows, no other scores above ${short(s.rerank.highest)} or below ${short(s.rerank.lowest)}${differ}`;
+  }
   $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.query, ...asked.options, ...asked.search }))}`;
   fill($("proponents"), proponents, "Nothing spoke for it.");
   fill($("opponents"), opponents, "Nothing spoke against it.");
@@ -203,7 +208,7 @@ const short = (number) => String(Number(Number(number).toPrecision(4)));
 function card(a) {
   const meta = Object.entries(a.metadata).map(([name, value]) => `${name}: ${value}`).join(" · ");
   const from = element("button", { type: "button", onclick: () => searchFrom(a.row), "aria-label": `Search from ${a.id}` }, "Search from it");
-  const top = element("div", { class: "top" }, `${a.rank}.`, element("span", { class: "score" }, short(a.score)), element("span", {}, a.error ? `± ${short(a.error)}` : ""), element("span", {}, a.id), element("span", {}, a.source), from);
+  const top = element("div", { class: "top" }, `${a.rank}.`, element("span", { class: "score" }, short(a.score)), element("span", {}, a.error ? `± ${short(a.error)}` : a.stored_rank ? `by stored rows ${short(a.stored_score)} (#${a.stored_rank})` : ""), element("span", {}, a.id), element("span", {}, a.source), from);
   const made = element("li", { class: "card", tabindex: "0", "data-row": a.row, "aria-label": `${a.id}, score ${short(a.score)}` }, top, element("div", { class: "text" }, a.text));
   if (meta) made.append(element("div", { class: "meta" }, meta));
   made.addEventListener("keydown", (event) => {

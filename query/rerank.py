@@ -1,0 +1,107 @@
+"""Rerank: the best and worst rows by stored rows are computed again with the model, without codes, and ranked by the new scores.
+
+Stored rows are estimates: one-bit codes, selected coordinates, a bounded number of tokens. The first stage finds candidates by them, with
+its own certificate; candidates of baselines (BM25, hidden states) join where an answer has these. Rows that are not candidates keep an
+unknown exact score. Their best stored score, and how far stored and recomputed scores of the candidates differ, say how much could be
+missed.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..store.shapes import Bool, Float, Float32, Float64, Int64
+from .answers import RerankReport
+from .scoring import Scorer
+from .search import Hits
+
+Recompute = Callable[[Scorer, int, Int64[np.ndarray, " rows"]], Float64[np.ndarray, "queries rows"]]
+"""A function from a scorer, the number of its first query, and rows to the exact scores of these rows for all queries of the scorer."""
+
+
+class Place(NamedTuple):
+    """A row's rank (from 1, among proponents or opponents) and score by stored rows; None where it was not found by these."""
+
+    rank: int | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """A query's candidates, ranked by recomputed scores.
+
+    Attributes:
+        hits: the best and worst k.
+        stored: the places of the candidates that were found by stored rows.
+        report: for the answer.
+    """
+
+    hits: Hits
+    stored: Mapping[int, Place]
+    report: RerankReport
+
+
+def baseline_candidates(
+    baselines: Mapping[str, Float[np.ndarray, "rows queries"]], searched: Bool[np.ndarray, " rows"], query: int, count: int
+) -> Int64[np.ndarray, " candidates"]:
+    """Return the searched rows that are among the best of a baseline for a query; the norm, which is the same for all, is none."""
+    rows = np.flatnonzero(searched)
+    best = [rows[np.argsort(-scores[rows, query], kind="stable")[:count]] for name, scores in baselines.items() if name != "norm"]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *best]))
+
+
+def rerank(
+    scorer: Scorer,
+    first: int,
+    found: Sequence[Hits],
+    others: Sequence[Int64[np.ndarray, " others"]],
+    k: int,
+    count: int,
+    recompute: Recompute,
+) -> list[Reranked]:
+    """Rank the candidates of several queries by recomputed scores.
+
+    Args:
+        first: the number of the scorer's first query.
+        found: the best and worst rows of each query by stored rows, at most `count` each.
+        others: further candidates of each query.
+        k: number of proponents, and of opponents, to return, at most.
+    """
+    started = time.perf_counter()
+    candidates = [np.unique(np.concatenate([h.proponents, h.opponents, o])) for h, o in zip(found, others, strict=True)]
+    rows = np.unique(np.concatenate([np.zeros(0, np.int64), *candidates]))
+    scores = recompute(scorer, first, rows)
+    seconds = time.perf_counter() - started
+    results = []
+    for number, (hits, own) in enumerate(zip(found, candidates, strict=True)):
+        own_scores = scores[number, np.searchsorted(rows, own)]
+        stored = _places(hits.proponents, hits.proponent_scores) | _places(hits.opponents, hits.opponent_scores)
+        known = np.concatenate([hits.proponents, hits.opponents])
+        differences = own_scores[np.searchsorted(own, known)] - np.concatenate([hits.proponent_scores, hits.opponent_scores])
+        best, worst = (_ranked(own, own_scores, sign, k) for sign in (1, -1))
+        report = RerankReport(
+            candidates=len(own),
+            highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == count else 0.0,
+            lowest=float(hits.opponent_scores[-1]) if len(hits.opponents) == count else 0.0,
+            difference=float(np.sqrt(np.mean(differences**2))) if len(known) else None,
+            seconds=seconds,
+        )
+        reranked = replace(hits, proponents=best[0], proponent_scores=best[1], opponents=worst[0], opponent_scores=worst[1])
+        results.append(Reranked(reranked, stored, report))
+    return results
+
+
+def _ranked(
+    rows: Int64[np.ndarray, " rows"], scores: Float64[np.ndarray, " rows"], sign: int, k: int
+) -> tuple[Int64[np.ndarray, " ranked"], Float32[np.ndarray, " ranked"]]:
+    """Return the k rows of largest positive sign * score, of equal scores the lower row first, and their scores."""
+    order = np.lexsort((rows, -sign * scores))
+    order = order[sign * scores[order] > 0][:k]
+    return rows[order], scores[order].astype(np.float32)
+
+
+def _places(rows: Int64[np.ndarray, " rows"], scores: Float32[np.ndarray, " rows"]) -> dict[int, Place]:
+    return {row: Place(rank, score) for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1)}
