@@ -80,7 +80,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if s.rerank is not None:
         r = s.rerank
         differ = "" if r.difference is None else f"; stored and recomputed scores differ by {r.difference:.3g} (root mean square)"
-        others = f"by stored rows, no other scores above {r.highest:.4g} or below {r.lowest:.4g}"
+        others = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
         yield Text(f"{r.candidates:,} candidates computed again without codes in {r.seconds:.1f} s; {others}{differ}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
 

@@ -64,14 +64,14 @@ class RerankReport:
 
     Attributes:
         candidates: examples whose rows were computed again.
-        highest, lowest: scores by stored rows that no other searched row is above, or below.
+        highest, lowest: scores by stored rows that no other searched row is above, or below; `lowest` is None without opponents.
         difference: root mean square of recomputed minus stored scores over the candidates; None without candidates by stored rows.
         seconds: wall time.
     """
 
     candidates: int
     highest: float
-    lowest: float
+    lowest: float | None
     difference: float | None
     seconds: float
 

@@ -1,7 +1,7 @@
 """Assembly of answers from encoded queries: hits, standard errors, groups and baselines from one pass over the rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from .baselines import BaselineScores, compare
 from .groups import Grouping
 from .metric import Metric
 from .options import Options
-from .rerank import Place, Recompute, Reranked, baseline_candidates, rerank
+from .rerank import Place, Recompute, Reranked, Sizes, baseline_candidates, rerank
 from .scoring import Scorer
 from .search import Hits, find, pass_size
 
 _DEFAULT_K = 10
 _MATRIX_BYTES = 256 << 20
+_NO_PLACE = Place(None, None)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def answer_queries(
     k = _DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
     count = min(max(k, options.get("rerank") or 0), len(index))  # candidates of each side
+    with_opponents = options.get("opponents", True)
     column = options.get("group_by")
     grouping = None if column is None else Grouping(index, column, searched)
     needs_matrix = grouping is not None or baselines is not None
@@ -76,18 +78,19 @@ def answer_queries(
     for first in range(0, len(queries), size):
         scorer = Scorer.of(index, cut(rows, first, first + size), metric)
         all_hits, matrix = find(scorer, count, searched, recall, needs_matrix)
+        if not with_opponents:
+            all_hits = [hits.without_opponents() for hits in all_hits]
         reranked: list[Reranked] | list[None] = [None] * len(all_hits)
         if recompute is not None:
             numbers = range(first, first + len(all_hits))
             others = [baseline_candidates(baselines or {}, searched, number, count) for number in numbers]
-            reranked = rerank(scorer, first, all_hits, others, k, count, recompute)
+            reranked = rerank(scorer, first, all_hits, others, Sizes(k, count, with_opponents), recompute)
             all_hits = [result.hits for result in reranked]
-        if not options.get("opponents", True):
-            all_hits = [hits.without_opponents() for hits in all_hits]
         for number, (query, hits, result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
             errors = not query.has_row and result is None
-            proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors)
-            opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors)
+            stored = {} if result is None else result.stored
+            proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors, stored)
+            opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors, stored)
             compared = None
             if baselines is not None and matrix is not None:
                 scores = {name: columns[:, first + number] for name, columns in baselines.items()}
@@ -95,8 +98,8 @@ def answer_queries(
             answers.append(
                 Answer(
                     query={**query.fields, **settings},
-                    proponents=proponents if result is None else _with_places(proponents, result),
-                    opponents=opponents if result is None else _with_places(opponents, result),
+                    proponents=proponents,
+                    opponents=opponents,
                     search=_report(index, metric, hits, int(searched.sum()), result),
                     index=describe_index(index),
                     groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
@@ -154,18 +157,27 @@ def describe_index(index: Index) -> dict[str, Any]:
     }
 
 
-def _attributions(scorer: Scorer, query: int, rows: np.ndarray, scores: np.ndarray, with_errors: bool) -> tuple[Attribution, ...]:
+def _attributions(
+    scorer: Scorer, query: int, rows: np.ndarray, scores: np.ndarray, with_errors: bool, stored: Mapping[int, Place]
+) -> tuple[Attribution, ...]:
     errors = scorer.standard_errors(query, rows).tolist() if with_errors else [None] * len(rows)
     attributions = []
     for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), errors, strict=True), 1):
         example = scorer.index.example(row)
+        place = stored.get(row, _NO_PLACE)
         attributions.append(
-            Attribution(rank, row, example.id, score, example.text, example.source, example.document, example.metadata, error)
+            Attribution(
+                rank=rank,
+                row=row,
+                id=example.id,
+                score=score,
+                text=example.text,
+                source=example.source,
+                document=example.document,
+                metadata=example.metadata,
+                error=error,
+                stored_rank=place.rank,
+                stored_score=place.score,
+            )
         )
     return tuple(attributions)
-
-
-def _with_places(attributions: Sequence[Attribution], reranked: Reranked) -> tuple[Attribution, ...]:
-    """Add ranks and scores by stored rows."""
-    places = [reranked.stored.get(attribution.row, Place(None, None)) for attribution in attributions]
-    return tuple(replace(a, stored_rank=p.rank, stored_score=p.score) for a, p in zip(attributions, places, strict=True))

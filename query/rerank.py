@@ -29,6 +29,20 @@ class Place(NamedTuple):
     score: float | None
 
 
+class Sizes(NamedTuple):
+    """How many rows an answer has.
+
+    Attributes:
+        answer: proponents, and opponents, at most.
+        found: candidates of either by stored rows, at most.
+        with_opponents: whether opponents are asked for.
+    """
+
+    answer: int
+    found: int
+    with_opponents: bool
+
+
 @dataclass(frozen=True)
 class Reranked:
     """A query's candidates, ranked by recomputed scores.
@@ -58,17 +72,15 @@ def rerank(
     first: int,
     found: Sequence[Hits],
     others: Sequence[Int64[np.ndarray, " others"]],
-    k: int,
-    count: int,
+    sizes: Sizes,
     recompute: Recompute,
 ) -> list[Reranked]:
     """Rank the candidates of several queries by recomputed scores.
 
     Args:
         first: the number of the scorer's first query.
-        found: the best and worst rows of each query by stored rows, at most `count` each.
+        found: the best and worst rows of each query by stored rows; the worst are left out where none are asked for.
         others: further candidates of each query.
-        k: number of proponents, and of opponents, to return, at most.
     """
     started = time.perf_counter()
     candidates = [np.unique(np.concatenate([h.proponents, h.opponents, o])) for h, o in zip(found, others, strict=True)]
@@ -81,11 +93,13 @@ def rerank(
         stored = _places(hits.proponents, hits.proponent_scores) | _places(hits.opponents, hits.opponent_scores)
         known = np.concatenate([hits.proponents, hits.opponents])
         differences = own_scores[np.searchsorted(own, known)] - np.concatenate([hits.proponent_scores, hits.opponent_scores])
-        best, worst = (_ranked(own, own_scores, sign, k) for sign in (1, -1))
+        best = _ranked(own, own_scores, 1, sizes.answer)
+        worst = _ranked(own, own_scores, -1, sizes.answer if sizes.with_opponents else 0)
+        lowest = float(hits.opponent_scores[-1]) if len(hits.opponents) == sizes.found else 0.0
         report = RerankReport(
             candidates=len(own),
-            highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == count else 0.0,
-            lowest=float(hits.opponent_scores[-1]) if len(hits.opponents) == count else 0.0,
+            highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == sizes.found else 0.0,
+            lowest=lowest if sizes.with_opponents else None,
             difference=float(np.sqrt(np.mean(differences**2))) if len(known) else None,
             seconds=seconds,
         )

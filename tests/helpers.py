@@ -102,6 +102,19 @@ def random_texts(count, seed=0, shortest=2, longest=20):
     return [words(*generator.integers(1, WORDS + 1, generator.integers(shortest, longest + 1))) for _ in range(count)]
 
 
+def example_queries():
+    """A query of each form, by name."""
+    from wherefrom import Query
+
+    return {
+        "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
+        "completion": Query(prompt="w1 w2 w3", completion=" w4 w5"),
+        "span": Query(text="w1 w2 w3 w4", span="w3"),
+        "against": Query(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
+        "row": Query(row=11),
+    }
+
+
 def make_examples(count, seed=0, longest=20):
     import numpy as np
     from wherefrom.store.documents import Example

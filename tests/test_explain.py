@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_close, make_tokenizer, random_texts
+from helpers import assert_close, example_queries, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -23,13 +23,7 @@ from wherefrom.store.errors import UsageError
 from wherefrom.store.vectors import DenseVectors
 from wherefrom.terminal import heat, shortened, show_answer, show_explanation
 
-QUERIES = {
-    "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
-    "completion": Query(prompt="w1 w2 w3", completion=" w4 w5"),
-    "span": Query(text="w1 w2 w3 w4", span="w3"),
-    "against": Query(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
-    "row": Query(row=11),
-}
+QUERIES = example_queries()
 METRICS = {
     "plain": {},
     "cosine": {"mode": "cosine"},

@@ -1,30 +1,27 @@
 """Reranked answers: their scores are those of rows computed one at a time without codes, and their report bounds the other rows' scores."""
 
+import fnmatch
 import json
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import assert_close, random_texts
+from helpers import assert_close, example_queries
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
-from wherefrom.query.metric import Metric
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 
-QUERIES = {
-    "text": Query(text=random_texts(1, seed=9, shortest=9)[0]),
-    "completion": Query(prompt="w1 w2 w3", completion=" w4 w5"),
-    "against": Query(prompt="w1 w2 w3", completion=" w4", against=" w9 w8"),
-    "row": Query(row=11),
-}
+QUERIES = example_queries()
 METRICS = {
     "plain": {},
     "cosine": {"mode": "cosine"},
     "loss-normalized": {"mode": "loss-normalized"},
     "damped": {"damping": 3.0},
+    "uncurved": {"curvature": False},
     "weights": {"weights": {"head": 0.3}},
+    "layers": {"layers": ("h.0.*", "lm_head")},
 }
 
 
@@ -50,28 +47,33 @@ def exact_row(client, example, measured):
 
 
 def product(client, a, b, options):
-    """Sum over components of the weighted product of two whole rows, coordinate by coordinate in float64, under a damping."""
-    metric = Metric.of(options)
+    """Sum over components of the weighted product of two whole rows, coordinate by coordinate in float64, under a metric."""
+
+    def change(eigenvalues, mean, built):
+        """Factors that take the build's curvature away, and put another damping in its place."""
+        plain = eigenvalues + built * mean
+        if not options.get("curvature", True):
+            return plain
+        return plain / (eigenvalues + options.get("damping", built) * mean)
+
+    def is_asked(layer):
+        patterns = options.get("layers", ("*",))
+        return any(fnmatch.fnmatchcase(layer, form) for pattern in patterns for form in (pattern, f"*.{pattern}"))
+
     total = 0.0
     for component in client.index.manifest.components:
-        weight = component.weight * metric.weights.get(component.name, 1.0)
+        weight = component.weight * options.get("weights", {}).get(component.name, 1.0)
+        one, other, built = a[component.name], b[component.name], component.curvature.damping
         if component.kind == "dense":
-            eigenvalues, means = client.index.spectrum(component)
-            factors = np.ones(component.dim)
-            if metric.damping is not None:
-                factors = (eigenvalues + component.curvature.damping * means) / (eigenvalues + metric.damping * means)
-            total += weight * float((a[component.name].values[0].astype(float) * factors) @ b[component.name].values[0].astype(float))
-            continue
-        vocabulary, inputs = client.index.sparse_spectrum(component)
-        mean = vocabulary.mean() * inputs.mean()
-        own = dict(zip(a[component.name].keys.tolist(), a[component.name].vectors.astype(float), strict=True))
-        for key, vector in zip(b[component.name].keys.tolist(), b[component.name].vectors.astype(float), strict=True):
-            if key in own:
-                factors = np.ones(len(inputs))
-                if metric.damping is not None:
-                    eigenvalues = vocabulary[key] * inputs
-                    factors = (eigenvalues + component.curvature.damping * mean) / (eigenvalues + metric.damping * mean)
-                total += weight * float((own[key] * factors) @ vector)
+            mask = np.concatenate([np.full(layer.size, is_asked(layer.name)) for layer in component.layers])
+            factors = mask * change(*client.index.spectrum(component), built)
+            total += weight * float((one.values[0].astype(float) * factors) @ other.values[0].astype(float))
+        elif is_asked(component.layer):
+            vocabulary, inputs = client.index.sparse_spectrum(component)
+            vectors = dict(zip(one.keys.tolist(), one.vectors.astype(float), strict=True))
+            for key, vector in zip(other.keys.tolist(), other.vectors.astype(float), strict=True):
+                factors = change(vocabulary[key] * inputs, vocabulary.mean() * inputs.mean(), built)
+                total += weight * float((vectors.get(key, np.zeros(len(vector))) * factors) @ vector)
     return total
 
 
@@ -179,6 +181,8 @@ def test_filters_deletions_and_missing_opponents_are_kept(client):
     sources = client.index.column("source").to_pylist()
     answer = client.query(QUERIES["text"], k=120, rerank=120, where=f"source == {json.dumps(sources[0])}", opponents=False)
     assert answer.opponents == ()
+    assert answer.search.rerank.lowest is None
+    assert client.query(QUERIES["text"], k=2, rerank=9, opponents=False).search.rerank.candidates == 9
     assert {a.source for a in answer.proponents} == {sources[0]}
 
 
