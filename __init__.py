@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from . import evaluate as evaluate
     from .building import build as build
     from .client import Client as Client
+    from .evaluation.replay import Replayed as Replayed
+    from .evaluation.replay import replay as replay
     from .indexer.tasks import Task as Task
     from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .query.answers import Explanation as Explanation
     from .query.options import Query as Query
     from .ray_jobs.config import BuildConfig as BuildConfig
+    from .recording import TrainingRecorder as TrainingRecorder
     from .remote import RemoteClient as RemoteClient
     from .remote import connect as connect
     from .store.errors import WherefromError as WherefromError
@@ -37,11 +40,14 @@ _HOMES = {
     "Index": "store.index",
     "Query": "query.options",
     "RemoteClient": "remote",
+    "Replayed": "evaluation.replay",
     "Task": "indexer.tasks",
+    "TrainingRecorder": "recording",
     "VectorTask": "indexer.tasks",
     "WherefromError": "store.errors",
     "build": "building",
     "connect": "remote",
+    "replay": "evaluation.replay",
 }
 
 __all__ = [
@@ -54,12 +60,15 @@ __all__ = [
     "Index",
     "Query",
     "RemoteClient",
+    "Replayed",
     "Task",
+    "TrainingRecorder",
     "VectorTask",
     "WherefromError",
     "build",
     "connect",
     "evaluate",
+    "replay",
 ]
 
 

@@ -9,28 +9,35 @@ trained where others were frozen (a build reads them), the data's fingerprint, t
 epochs), and the learning rates. The order is in `wherefrom-order-<epoch>.npy`:
 positions in the training set as drawn by all processes. Loaders prefetch: if training stopped within an epoch, the last positions were
 not trained on (the checkpoints' steps give the number).
+
+With `record=True` the whole run is recorded in the directory `wherefrom-run` there, from which `wherefrom replay` computes exact influence.
 """
 
 import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .indexer.batches import IGNORED
 from .indexer.models import model_fingerprint, other_kind
 from .indexer.trained import RECORD, layers_with_gradients
 from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
+from .recording import TrainingRecorder
 from .store.corpus import read_corpus
 from .store.errors import UsageError
 from .store.files import write_whole
 from .store.manifest import latest_manifest
 
 _ORDER_SETTINGS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+_RUN = "wherefrom-run"
+_CALL = {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
 
 
 class _RecordingSampler:
@@ -62,13 +69,16 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         data: the training documents, as for `wherefrom build`; one source or several.
         out: the index to build when training ends; None only writes the record.
         checkpoints: number of saved checkpoints in the index, spread over the run and including the last; 1 uses only the last.
+        record: record the run for a replay; it must be in one process, from its first step.
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
 
     Raises:
         UsageError: fewer than one checkpoint, an index without data, or an unknown option.
     """
 
-    def __init__(self, *, data: str | Sequence[str] = (), out: str | None = None, checkpoints: int = 1, **options: Any) -> None:
+    def __init__(
+        self, *, data: str | Sequence[str] = (), out: str | None = None, checkpoints: int = 1, record: bool = False, **options: Any
+    ) -> None:
         if checkpoints < 1:
             raise UsageError(f"checkpoints is {checkpoints}; it must be at least 1")
         if out is not None and not data:
@@ -82,13 +92,18 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         self._record: dict[str, Any] = {}
         self._order: _RecordingSampler | None = None
         self._epoch = 0
+        self._records_run = record
+        self._recorder: TrainingRecorder | None = None
+        self._forward_hook: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the settings of the data's order, and start recording its positions.
 
         Raises:
-            UsageError, NotFoundError: the index could not be built at the end.
+            UsageError, NotFoundError: the index could not be built at the end, or the run cannot be recorded.
         """
+        if self._records_run:
+            self._record_run(args, state, kwargs)
         if self._build is not None and state.is_world_process_zero:
             _check(self._build, args, kwargs.get("processing_class"), kwargs.get("model"))
         path = Path(args.output_dir) / RECORD
@@ -144,12 +159,53 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         """Build the index from the checkpoints that still exist; an error becomes a warning, since the training succeeded."""
         if not state.is_world_process_zero:
             return
+        if self._recorder is not None:
+            self._forward_hook.remove()
+            self._recorder.finish()
         try:
             self._write(args)
             if self._build is not None:
                 self._index(self._build, args)
         except Exception as error:  # must not prevent the Trainer's next steps
             warnings.warn(f"the index was not built: {error}; build it from the checkpoints with wherefrom build", stacklevel=2)
+
+    def _record_run(self, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> None:
+        """Record the batches of the model's forward passes, and the optimizer's steps."""
+        problems = {
+            "it runs in several processes or on several GPUs": args.world_size > 1 or args.n_gpu > 1,
+            "it resumes an earlier run": state.global_step > 0,
+            "it trains in float16": args.fp16,
+            "label_smoothing_factor is set": args.label_smoothing_factor > 0,
+            "load_best_model_at_end replaces the trained weights": args.load_best_model_at_end,
+            "neftune_noise_alpha is set": bool(args.neftune_noise_alpha),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise UsageError(f"this training cannot be recorded for a replay, since {problem}; change that, or leave `record` out")
+        model, optimizer = given["model"], given["optimizer"]
+        self._recorder = recorder = TrainingRecorder(
+            Path(args.output_dir) / _RUN,
+            model,
+            optimizer,
+            tokenizer=given.get("processing_class"),
+            clip_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else None,
+        )
+
+        def record(module: Any, positional: Any, named: Mapping[str, Any]) -> None:
+            if not module.training or not torch.is_grad_enabled():
+                return  # an evaluation
+            unknown = {name for name, value in named.items() if value is not None} - _CALL
+            if positional or unknown or named.get("labels") is None:
+                others = ", ".join(sorted(unknown)) or "no labels, or unnamed arguments"
+                raise UsageError(
+                    f"the model is called with {others}, which a record does not hold; give it input_ids, attention_mask and labels alone, "
+                    "or leave `record` out"
+                )
+            items = named.get("num_items_in_batch")
+            count = (named["labels"][:, 1:] != IGNORED).sum() * args.gradient_accumulation_steps if items is None else items
+            recorder.batch(named["input_ids"], named["labels"], named.get("attention_mask"), denominator=float(count))
+
+        self._forward_hook = model.register_forward_pre_hook(record, with_kwargs=True)
 
     def _index(self, config: BuildConfig, args: TrainingArguments) -> None:
         from .ray_jobs.build import build

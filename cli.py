@@ -439,6 +439,35 @@ def scores(index: str, file: str, out: str, **values: Any) -> None:
     say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 
+@main.command(section=_ASK)
+@click.argument("run", type=click.Path())
+@_queries_option
+@click.option(
+    "--out", type=click.Path(), help="Also write all scores: scores.zarr or scores.parquet; an interrupted replay then continues."
+)
+@click.option("-k", type=click.IntRange(1, 1000), default=3, show_default=True, help="Examples to show of each sign, for each query.")
+@_device_option
+@_worker_options
+@_json_option
+def replay(run: str, file: str, out: str | None, k: int, as_json: bool, **options: Any) -> None:
+    """Compute exact influence through a recorded training run.
+
+    \b
+      wherefrom replay out/wherefrom-run --file queries.jsonl --out scores.zarr
+
+    The run is repeated step by step, and each query's loss is differentiated through all of it, with respect to the weight of every
+    training example. That costs about four trainings, and two more for each query. WherefromCallback(record=True) records a run
+    of transformers' Trainer, wherefrom.TrainingRecorder one of your own loop.
+    """
+    _quiet_libraries()
+    from .evaluation.replay import replay as run_replay
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        replayed = run_replay(run, list(_read_queries(file)), out, reporter=reporter, **options)
+    _result(as_json, replayed.to_dict(k), "show_replayed", replayed, k)
+
+
 def _client(index: str, values: dict[str, Any], queries: Sequence[Query], with_model: bool = False) -> "BaseClient":
     """A client of a running server, where no option names the model, else of the index directory."""
     model = {name: values.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
@@ -675,6 +704,32 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
     from .evaluation.checks import recall as run
 
     report = run(index, reference, list(_read_queries(file)) if file else None, **options)
+    _result(as_json, report.to_dict(), "show_report", report)
+
+
+@evaluate.command(name="replay")
+@_INDEX
+@click.option("--run", required=True, type=click.Path(), help="Directory of the recorded training run.")
+@_queries_option
+@_mode_option
+@_moved_model_option
+@_device_option
+@_worker_options
+@_json_option
+def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: Any) -> None:
+    """Do the index's scores agree with exact influence, by a replay of the training run?
+
+    \b
+      wherefrom evaluate replay my.wherefrom --run out/wherefrom-run --file queries.jsonl
+
+    One replay says as much as many retrainings. BM25 and character n-grams stand beside the index.
+    """
+    _quiet_libraries()
+    from .evaluation.replay import agreement
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        report = agreement(index, run, list(_read_queries(file)), reporter=reporter, **options)
     _result(as_json, report.to_dict(), "show_report", report)
 
 

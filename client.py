@@ -20,6 +20,7 @@ from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
 from .query.options import Options, Query, ScoreOptions, check_queries
+from .query.plain import query_document, without_contrasts
 from .query.scoring import Scorer, all_scores
 from .store.corpus import Document, usable
 from .store.documents import Example
@@ -135,7 +136,7 @@ class Client(BaseClient):
         """
         check_queries(queries)
         if any(query.against is not None for query in queries):
-            plain, matrix = _without_contrasts(queries)
+            plain, matrix = without_contrasts(queries)
             return combine(self.encode(plain), matrix)
         missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
         if missing:
@@ -241,7 +242,7 @@ class Client(BaseClient):
 
     def _exact_rows(self, queries: Sequence[Query]) -> Rows:
         """Compute the rows of queries with all tokens and coordinates, also those of queries by row and of contrasts."""
-        plain, contrasts = _without_contrasts(queries)
+        plain, contrasts = without_contrasts(queries)
         examples = self.query_examples(plain)
         by_row = [query.row is not None for query in plain]
         order = np.argsort(by_row, kind="stable")
@@ -352,19 +353,11 @@ class Client(BaseClient):
         return [self._example(query) if query.row is None else self.index.example(query.row) for query in queries]
 
     def _example(self, query: Query) -> Example:
-        document = Document(
-            id="query",
-            source="query",
-            where=f"query {query.id}" if query.id else "the query",
-            template={"tools": query.tools} if query.tools else {},
-            features=None if query.features is None else np.array(query.features, np.float32),
-            **{name: getattr(query, name) for name in ("text", "prompt", "completion", "messages", "label")},
-        )
-        return self.recorded.converter.query(document, query.span, self.recorded.context)
+        return self.recorded.converter.query(query_document(query), query.span, self.recorded.context)
 
     def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers asked"]) -> BaselineScores:
         """Compute the baselines' scores of all rows, for queries or for their mean."""
-        plain, contrasts = _without_contrasts(queries)
+        plain, contrasts = without_contrasts(queries)
         matrix = mean @ contrasts
         examples = self.query_examples(plain)
         baselines = {"norm": np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)}
@@ -386,12 +379,3 @@ class Client(BaseClient):
     @cached_property
     def _words(self) -> Words:
         return Words(self.index.column("text").to_pylist())
-
-
-def _without_contrasts(queries: Sequence[Query]) -> tuple[list[Query], Float64[np.ndarray, "queries plain"]]:
-    """Return queries without `against`, and the matrix whose products with their scores are those of the given queries."""
-    contrasts = [i for i, query in enumerate(queries) if query.against is not None]
-    others = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
-    matrix = np.eye(len(queries), len(queries) + len(others))
-    matrix[contrasts, np.arange(len(queries), matrix.shape[1])] = -1.0
-    return [*(replace(query, against=None) for query in queries), *others], matrix

@@ -8,12 +8,13 @@ from typing import Any
 from .evaluation.checks import brittleness, labels, recall, tailpatch
 from .evaluation.judge import Judgement, judge_index, judge_scores
 from .evaluation.packs import Half
+from .evaluation.replay import agreement as replay
 from .evaluation.retrain import PackConfig, make_pack
 from .query.options import Mode
 from .ray_jobs.progress import default_reporter
 from .store.index import Index
 
-__all__ = ["brittleness", "labels", "lds", "pack", "recall", "tailpatch"]
+__all__ = ["brittleness", "labels", "lds", "pack", "recall", "replay", "tailpatch"]
 
 
 def lds(

@@ -17,6 +17,7 @@ from .store.printable import printable, printable_line, say
 if TYPE_CHECKING:
     from .evaluation.checks import Report
     from .evaluation.judge import Judgement
+    from .evaluation.replay import Replayed
     from .ray_jobs.plan import Cost
     from .store.index import Index
     from .store.manifest import Addition, Build, Manifest
@@ -338,6 +339,25 @@ def show_judgement(judgement: "Judgement") -> None:
     console = Console()
     console.print(table)
     console.print(f"{judgement.protocol}.\n{json.dumps(judgement.method)}", style="dim", highlight=False)
+
+
+def show_replayed(replayed: "Replayed", k: int) -> None:
+    """Print the best and worst examples of each query of a replay, for people."""
+    console = Console()
+    for number, (id, loss) in enumerate(zip(replayed.queries, replayed.losses.tolist(), strict=True)):
+        table = Table(title=Text(f"query {printable_line(id)}: {loss:.4g} nats"), title_justify="left", box=SIMPLE_HEAD)
+        for name in ("example", "score", "text"):
+            table.add_column(name, justify="left" if name == "text" else "right")
+        for opponents in (False, True):
+            for entry in replayed.best(number, k, opponents):
+                table.add_row(_printable(entry["id"]), f"{entry['score']:.4g}", _printable(entry["text"][:_SHOWN_CHARACTERS]))
+        console.print(table)
+    console.print(
+        f"Exact derivatives through {replayed.steps:,} recorded steps, negated: nats that a query's loss falls by for each unit of an "
+        f"example's weight. The repeated run ends {replayed.difference:.2%} of its way from where training ended.",
+        style="dim",
+        highlight=False,
+    )
 
 
 def show_report(report: "Report") -> None:

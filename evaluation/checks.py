@@ -125,9 +125,11 @@ def tailpatch(
             row_scores = np.concatenate([score[rows] for rows in selections.values()]).astype(float)
             agreement.append(float(columns_correlation(row_scores[:, None], np.concatenate([f[-1] for f in falls.values()])[:, None])[0]))
             current.update((number + 1) * 2 * k, 0)
-    figures = {f"{kind}: loss falls by (nats)": _mean([f.mean() for f in values]) for kind, values in falls.items()}
-    figures |= {f"{kind}: share of steps after which it fell": _mean([(f > 0).mean() for f in values]) for kind, values in falls.items()}
-    figures["rank correlation of score and fall"] = _mean(agreement)
+    figures = {f"{kind}: loss falls by (nats)": mean_figure([f.mean() for f in values]) for kind, values in falls.items()}
+    figures |= {
+        f"{kind}: share of steps after which it fell": mean_figure([(f > 0).mean() for f in values]) for kind, values in falls.items()
+    }
+    figures["rank correlation of score and fall"] = mean_figure(agreement)
     about = {"queries": len(queries), "k": k, "mode": mode, "optimizer": optimizer, "rate": rate}
     return Report(
         "tailpatch", figures, about, f"One {optimizer} step of rate {rate:g} on each example, always from the index's own weights."
@@ -220,9 +222,11 @@ def brittleness(
     by_top = np.diagonal(losses[1 : 1 + len(queries)]) - full
     by_chance = losses[1 + len(queries) :] - full
     figures = {
-        "without the proponents, the loss rises by (nats)": _mean(by_top.tolist()),
-        "without random examples, the loss rises by (nats)": _mean(by_chance.mean(axis=0).tolist()),
-        "share of queries where the proponents' removal costs more than every random one": _mean((by_top > by_chance.max(axis=0)).tolist()),
+        "without the proponents, the loss rises by (nats)": mean_figure(by_top.tolist()),
+        "without random examples, the loss rises by (nats)": mean_figure(by_chance.mean(axis=0).tolist()),
+        "share of queries where the proponents' removal costs more than every random one": mean_figure(
+            (by_top > by_chance.max(axis=0)).tolist()
+        ),
     }
     about = {"queries": len(queries), "k": k, "draws": draws, "mode": mode, "rows": rows, "chance_of_the_share": round(1 / (draws + 1), 3)}
     return Report("brittleness", figures, about, f"Trained again by {train} without {k} of {rows:,} examples, always with the same seed.")
@@ -275,7 +279,7 @@ def labels(index: str | Path | Index, column: str) -> Report:
     good = norms[~wrong]
     figures = {"AUC of self-influence": Figure(_auc(bad, good), *interval(lambda a, b: _auc(bad[a], good[b]), (len(bad), len(good))))}
     inspected = np.argsort(-norms)[: int(wrong.sum())]
-    figures["share found when as many as are wrong are inspected"] = _mean(wrong[inspected].astype(float).tolist())
+    figures["share found when as many as are wrong are inspected"] = mean_figure(wrong[inspected].astype(float).tolist())
     about = {"rows": len(reader), "without_a_label": int((~labeled).sum()), "column": column, "wrong": int(wrong.sum())}
     return Report("labels", figures, about, "An AUC of 0.5 is chance; examples are ordered by self-influence, largest first.")
 
@@ -327,8 +331,8 @@ def recall(
 
     tops = {"proponents": (smallest(-scores), smallest(-truth)), "opponents": (smallest(scores.copy()), smallest(truth.copy()))}
     shares = {name: [len({*a} & {*b}) / k for a, b in zip(*pair, strict=True)] for name, pair in tops.items()}
-    figures = {f"top {k} {name} found again": _mean(values) for name, values in shares.items()}
-    figures["rank correlation of all scores"] = _mean(columns_correlation(scores.astype(float), truth.astype(float)).tolist())
+    figures = {f"top {k} {name} found again": mean_figure(values) for name, values in shares.items()}
+    figures["rank correlation of all scores"] = mean_figure(columns_correlation(scores.astype(float), truth.astype(float)).tolist())
     size, reference_size = (c.index.summary()["bytes_per_example"] for c in (client, truth_client))
     sizes = {"bytes_per_example": size, "reference_bytes_per_example": reference_size}
     about = {"queries": len(queries), "k": k, "mode": mode, "rows": rows, **sizes}
@@ -348,7 +352,8 @@ def _auc(bad: np.ndarray, good: np.ndarray) -> float:
     return float(require("sklearn.metrics", "evaluation").roc_auc_score(truth, np.concatenate([bad, good])))
 
 
-def _mean(values: Sequence[float]) -> Figure:
+def mean_figure(values: Sequence[float]) -> Figure:
+    """The mean of the values that are not NaN, with its 95 % interval by bootstrap."""
     array = np.array(values, float)
     if not len(array) or np.isnan(array).all():
         raise NumericalError("there are no values to average; give more queries, or queries whose losses differ")

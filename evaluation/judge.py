@@ -13,6 +13,7 @@ from ..client import Client
 from ..indexer.models import ModelSource, load_tokenizer
 from ..indexer.tasks import Task, find_task
 from ..query.baselines import Scores
+from ..query.matrix import read_matrix
 from ..query.metric import Metric
 from ..query.scoring import score_matrix
 from ..ray_jobs.build import build, refuse_occupied
@@ -167,7 +168,8 @@ def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:
 def judge_scores(
     directory: Path, file: Path, *, model: str | None = None, data: Path | None = None, half: Half = "all", device: str = "auto"
 ) -> Judgement:
-    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz) on a pack, with the baselines without index.
+    """Judge a matrix of scores [examples, queries] (.npy, or the only array of an .npz; or .zarr as `wherefrom scores` and
+    `wherefrom replay` write it) on a pack, with the baselines without index.
 
     Args:
         file: scores of all the pack's queries, positive for an example that lowers the query's loss.
@@ -179,7 +181,7 @@ def judge_scores(
     require_libraries()
     full_pack = read_pack(directory, data)
     pack = full_pack.half(half)
-    scores = _read_scores(file)
+    scores = _scores_of_zarr(file, full_pack) if file.suffix == ".zarr" else _read_scores(file)
     if scores.ndim != 2 or scores.shape[1] != full_pack.losses.shape[2]:
         raise UsageError(
             f"{file} has the shape {scores.shape}; this pack needs {(len(full_pack.train), full_pack.losses.shape[2])} (examples, queries)"
@@ -250,6 +252,17 @@ def _read_scores(file: Path) -> np.ndarray:
     if matrix is None or matrix.dtype.kind not in "fiu":
         raise UsageError(f"{file} is not a matrix of numbers saved by numpy (.npy, or an .npz with one array)")
     return matrix.astype(np.float64)
+
+
+def _scores_of_zarr(file: Path, pack: Pack) -> np.ndarray:
+    """Read scores [examples, queries] of a pack's documents by their ids."""
+    scores, rows, queries = read_matrix(file)
+    positions = {id: i for i, id in enumerate(rows)}
+    missing = [document.id for document in pack.train if document.id not in positions]
+    if missing or len(positions) != len(pack.train) or queries != [document.id for document in pack.queries]:
+        problem = f"none of {missing[0]!r}" if missing else "other queries, or other documents"
+        raise UsageError(f"{file} is not of the pack {pack.name}: it has {problem}; write the scores of its train.jsonl and query.jsonl")
+    return scores[:, [positions[document.id] for document in pack.train]].T.astype(np.float64)
 
 
 def _plain(e: Estimate) -> dict[str, float]:

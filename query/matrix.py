@@ -6,17 +6,21 @@ incomplete matrix never has the requested name.
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..store.errors import UsageError
+from ..store.errors import IntegrityError, NotFoundError, UsageError, first_line
 from ..store.files import storage_errors
 from ..store.index import Index
 from ..store.shapes import Float32
 from .options import Query
+
+if TYPE_CHECKING:
+    import zarr
 
 _BLOCK_BYTES = 256 << 20
 Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]]
@@ -41,26 +45,96 @@ def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Pa
     Raises:
         UsageError: `out` has another ending or exists, there are no queries, or two have the same id.
     """
+    check_output(out)
+    if not queries:
+        raise UsageError("there are no queries; add at least one")
+    names = [query.id or str(i) for i, query in enumerate(queries)]
+    with _staged(out, names) as staged:
+        (_write_zarr if out.suffix == ".zarr" else _write_parquet)(index, scores, queries, names, staged, reporter)
+    return len(queries), len(index)
+
+
+def check_output(out: Path) -> None:
+    """Check the name of a file of scores.
+
+    Raises:
+        UsageError: it has another ending than `.zarr` or `.parquet`, or exists.
+    """
     if out.suffix not in (".zarr", ".parquet"):
         raise UsageError(f"`out` {out} must end in .zarr or .parquet")
     if out.exists():
         raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
-    if not queries:
-        raise UsageError("there are no queries; add at least one")
-    names = [query.id or str(i) for i, query in enumerate(queries)]
+
+
+@contextmanager
+def _staged(out: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give the path of an incomplete file, which is renamed to `out` at the end."""
     if out.suffix == ".parquet" and len({*names, "id"}) <= len(names):
         raise UsageError("two queries have the same id, or one has the id 'id'; give each query another id, since ids are names of columns")
     staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            (_write_zarr if out.suffix == ".zarr" else _write_parquet)(index, scores, queries, names, staged, reporter)
+            yield staged
             staged.rename(out)
     finally:
         if staged.is_dir():
             shutil.rmtree(staged)
         staged.unlink(missing_ok=True)
-    return len(queries), len(index)
+
+
+def write_matrix(
+    out: Path, scores: Float32[np.ndarray, "queries rows"], rows: Sequence[str], queries: Sequence[str], about: Mapping[str, Any]
+) -> None:
+    """Write a matrix of scores that is in memory, in the form of `write_scores`.
+
+    Args:
+        rows, queries: their ids.
+        about: attributes of the Zarr group; Parquet has none.
+
+    Raises:
+        UsageError: `out` has another ending or exists, or two queries have the same id.
+    """
+    check_output(out)
+    with _staged(out, queries) as staged:
+        if out.suffix == ".zarr":
+            import zarr
+
+            group = zarr.create_group(staged, zarr_format=3, attributes=dict(about))
+            chunks = (min(len(queries), 64), min(1 << 16, len(rows)))
+            group.create_array("scores", shape=scores.shape, chunks=chunks, dtype="float32", fill_value=np.nan)[...] = scores
+            _write_ids(group, rows, queries)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table([pa.array(rows), *map(pa.array, scores)], names=["id", *queries]), staged)
+
+
+def _write_ids(group: "zarr.Group", rows: Sequence[str], queries: Sequence[str]) -> None:
+    for name, ids in (("rows", np.array(rows)), ("queries", np.array(queries))):
+        group.create_array(name, shape=ids.shape, dtype=ids.dtype)[...] = ids
+
+
+def read_matrix(path: Path) -> tuple[Float32[np.ndarray, "queries rows"], list[str], list[str]]:
+    """Read the scores of a `.zarr` file, and the ids of its rows and queries.
+
+    Raises:
+        NotFoundError: there is no such file.
+        IntegrityError: it is not a matrix of scores.
+    """
+    if not path.is_dir():
+        raise NotFoundError(f"there is no file {path} of scores")
+    import zarr
+
+    try:
+        group = zarr.open_group(path, mode="r")
+        scores, rows, queries = (np.asarray(group[name]) for name in ("scores", "rows", "queries"))
+        if scores.dtype != np.float32 or scores.shape != (len(queries), len(rows)):
+            raise ValueError(f"its scores are {scores.dtype} {list(scores.shape)}")
+    except Exception as error:  # zarr raises many kinds of error
+        raise IntegrityError(f"{path} is not a matrix of scores ({first_line(error)}); write it again") from error
+    return scores, rows.astype(str).tolist(), queries.astype(str).tolist()
 
 
 def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: list[str], path: Path, reporter: _Reporter) -> None:
@@ -71,9 +145,7 @@ def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: l
     shape = (len(queries), len(index))
     chunks = (min(step, len(queries)), min(1 << 16, len(index)))
     matrix = group.create_array("scores", shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan)
-    ids = np.array(index.column("id").to_pylist())
-    group.create_array("rows", shape=ids.shape, dtype=ids.dtype)[...] = ids
-    group.create_array("queries", shape=(len(names),), dtype=np.array(names).dtype)[...] = np.array(names)
+    _write_ids(group, index.column("id").to_pylist(), names)
     reporter.stage("writing scores", len(queries) * len(index.groups))
     for first_query in range(0, len(queries), step):
         part = queries[first_query : first_query + step]

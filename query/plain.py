@@ -1,0 +1,31 @@
+"""Conversion of queries: to documents, which a converter tokenizes, and of contrasts to differences of plain queries."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..store.corpus import Document
+from ..store.shapes import Float64
+from .options import Query
+
+
+def without_contrasts(queries: Sequence[Query]) -> tuple[list[Query], Float64[np.ndarray, "queries plain"]]:
+    """Return queries without `against`, and the matrix whose products with their scores are those of the given queries."""
+    contrasts = [i for i, query in enumerate(queries) if query.against is not None]
+    others = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
+    matrix = np.eye(len(queries), len(queries) + len(others))
+    matrix[contrasts, np.arange(len(queries), matrix.shape[1])] = -1.0
+    return [*(replace(query, against=None) for query in queries), *others], matrix
+
+
+def query_document(query: Query) -> Document:
+    """Return a query as a document, for a converter."""
+    return Document(
+        id="query",
+        source="query",
+        where=f"query {query.id}" if query.id else "the query",
+        template={"tools": query.tools} if query.tools else {},
+        features=None if query.features is None else np.array(query.features, np.float32),
+        **{name: getattr(query, name) for name in ("text", "prompt", "completion", "messages", "label")},
+    )

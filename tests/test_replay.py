@@ -1,0 +1,470 @@
+"""Replay of recorded trainings: against retraining with other weights, PyTorch's optimizers, and real runs of transformers' Trainer."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import make_model, make_tokenizer, random_texts, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_callback import train
+from wherefrom import Query, TrainingRecorder, build
+from wherefrom.callback import WherefromCallback
+from wherefrom.cli import main
+from wherefrom.evaluation import replay as replay_module
+from wherefrom.evaluation.judge import judge_scores
+from wherefrom.evaluation.replay import agreement, match_rows, replay, replay_examples, retrain
+from wherefrom.evaluation.retrain import PackConfig, compute_losses, make_pack
+from wherefrom.indexer.replay import Replay, State, _Range, adam_adjoint, adam_step, sgd_adjoint, sgd_step
+from wherefrom.indexer.tasks import CausalLM
+from wherefrom.query.matrix import read_matrix
+from wherefrom.store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
+from wherefrom.store.training import ParameterGroup, read_training
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, eps=1e-4),
+    "adam": lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=0.01, eps=1e-4),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+}
+TEXTS = random_texts(20, seed=1, shortest=4, longest=12)
+
+
+def plain_model(architecture="gpt2", dtype="float64", dropout=0.0):
+    model = make_model(architecture, dtype).requires_grad_(True).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, dropout)
+    for name, value in model.config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(model.config, name, dropout)
+    return model
+
+
+def batch_of(texts, tokenizer, left=False):
+    rows = [tokenizer(t).input_ids for t in texts]
+    width = max(map(len, rows))
+    inputs = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), None) if left else slice(0, len(row))
+        inputs[i, where] = torch.tensor(row)
+        mask[i, where] = 1
+    return inputs, torch.where(mask == 1, inputs, -100), mask
+
+
+def record(directory, optimizer="adamw", model=None, accumulate=1, steps=9, clip=0.5, left=False, groups=False, ids=False):
+    """A run of a tiny model by a loop of one's own, which drops nothing from the record."""
+    model = model or plain_model()
+    tokenizer = make_tokenizer()
+    parameters = list(model.parameters())
+    trained = [{"params": parameters[:5], "weight_decay": 0.3}, {"params": parameters[5:], "lr": 2e-3}] if groups else parameters
+    optimizer = OPTIMIZERS[optimizer](trained)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - 0.5 * s / steps)
+    order = random.Random(0)
+    torch.manual_seed(3)
+    with TrainingRecorder(directory, model, optimizer, tokenizer=tokenizer, clip_norm=clip) as recorder:
+        for _ in range(steps):
+            for _ in range(accumulate):
+                chosen = order.sample(range(len(TEXTS)), 4)
+                inputs, labels, mask = batch_of([TEXTS[i] for i in chosen], tokenizer, left)
+                count = float((labels[:, 1:] != -100).sum() * accumulate)
+                recorder.batch(inputs, labels, mask, denominator=count, ids=[f"d{i}" for i in chosen] if ids else None)
+                (model(input_ids=inputs, labels=labels, attention_mask=mask).loss / accumulate).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return directory
+
+
+def derivative(replay, queries):
+    end = replay.train(replay.weights)
+    adjoint, _ = replay.query_adjoint(end, queries)
+    total = torch.zeros(len(queries), len(replay.weights), dtype=torch.float64)
+    for number, state in replay.states(len(replay.run.steps)):
+        adjoint, more = replay.adjoint(state, number, adjoint)
+        total += more
+    return total
+
+
+def losses_with(replay, weights, queries):
+    model = replay.load(replay.train(weights))
+    with torch.no_grad():
+        return torch.stack([CausalLM().loss(model, CausalLM().collate([query], torch.device("cpu")))[0] for query in queries])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adamw", {}),
+        ("adamw", {"groups": True, "accumulate": 2}),
+        ("adam", {}),
+        ("sgd", {}),
+        ("sgd", {"clip": None, "left": True}),
+        ("momentum", {"accumulate": 3}),
+        ("nesterov", {}),
+    ],
+)
+def test_derivatives_are_those_of_retraining_with_other_weights(tmp_path, optimizer, options):
+    run = read_training(record(tmp_path / "run", optimizer, **options))
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-3
+    queries = [run.examples[0], run.examples[5]]
+    exact = derivative(replay, queries)
+    for example in (0, 3, 7):
+        step = torch.zeros_like(replay.weights)
+        step[example] = 1e-5
+        slope = (losses_with(replay, replay.weights + step, queries) - losses_with(replay, replay.weights - step, queries)) / 2e-5
+        torch.testing.assert_close(exact[:, example], slope, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+def test_dropout_is_repeated_as_it_was_drawn(tmp_path):
+    run = read_training(record(tmp_path / "run", "sgd", plain_model(dropout=0.2)))
+    assert run.steps[0].batches[0].generator is not None
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-6
+    exact = derivative(replay, run.examples[:1])
+    step = torch.zeros_like(replay.weights)
+    step[4] = 1e-5
+    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
+    torch.testing.assert_close(exact[:, 4], slope / 2e-5, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox", "gemma2", "opt"])
+def test_architectures_are_repeated_and_differentiated(tmp_path, architecture):
+    """Normalizations of these compute in float32, which bounds what a finite difference can show."""
+    run = read_training(record(tmp_path / "run", "sgd", plain_model(architecture), steps=4))
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-4
+    exact = derivative(replay, run.examples[:1])
+    step = 1e-2 * torch.sign(exact[0])  # all weights at once: the largest difference there is
+    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
+    assert float(slope / 2) == pytest.approx(float((exact[0] * step).sum()), rel=0.01)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_optimizers_are_those_of_pytorch_and_their_adjoints_those_of_autograd(data):
+    kind = data.draw(st.sampled_from(["adamw", "adam", "sgd"]))
+    number = data.draw(st.integers(0, 5))
+    draw = np.random.default_rng(data.draw(st.integers(0, 99)))
+    group = ParameterGroup(
+        names=("p",),
+        weight_decay=data.draw(st.sampled_from([0.0, 0.1])),
+        eps=data.draw(st.sampled_from([1e-8, 1e-3])),
+        beta1=0.8,
+        beta2=0.95,
+        momentum=0.9 if kind == "sgd" else 0.0,
+        nesterov=kind == "sgd" and data.draw(st.booleans()),
+    )
+    ranges = [_Range(group, 0, 4)]
+    parameter = torch.nn.Parameter(torch.from_numpy(draw.normal(size=4)))
+    common = {"lr": 0.03, "weight_decay": group.weight_decay}
+    if kind == "sgd":
+        optimizer = torch.optim.SGD([parameter], momentum=0.9, nesterov=group.nesterov, **common)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]([parameter], betas=(0.8, 0.95), eps=group.eps, **common)
+    state = State(parameter.detach().clone(), torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
+    if kind == "sgd":
+        state = state._replace(second=state.second[:0])
+
+    def step(state, gradient, number):
+        if kind == "sgd":
+            return sgd_step(state, gradient, ranges, [0.03], number)
+        return adam_step(state, gradient, ranges, [0.03], number, kind == "adamw")
+
+    gradients = [torch.from_numpy(draw.normal(size=4)) for _ in range(number + 1)]
+    for i, gradient in enumerate(gradients):
+        before = state
+        state = step(state, gradient, i)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(state.parameters, parameter.detach(), rtol=1e-12, atol=1e-12)
+
+    inputs = [part.clone().requires_grad_(True) for part in before]
+    last = gradients[-1].clone().requires_grad_(True)
+
+    def differentiable(state, g):
+        if kind == "sgd":
+            g = g + group.weight_decay * state.parameters
+            buffer = 0.9 * state.first + g
+            return [state.parameters - 0.03 * (g + 0.9 * buffer if group.nesterov else buffer), buffer, state.second * 1]
+        if kind == "adam":
+            g = g + group.weight_decay * state.parameters
+        first, second = 0.8 * state.first + 0.2 * g, 0.95 * state.second + 0.05 * g * g
+        decayed = state.parameters * (1 - 0.03 * group.weight_decay) if kind == "adamw" else state.parameters
+        divisor = (second / (1 - 0.95 ** (number + 1))).sqrt() + group.eps
+        return [decayed - 0.03 * first / (1 - 0.8 ** (number + 1)) / divisor, first, second]
+
+    adjoint = State(*(torch.from_numpy(draw.normal(size=(1, part.numel()))) for part in before))
+    outputs = differentiable(State(*inputs), last)
+    expected = torch.autograd.grad(outputs, [*inputs, last], [part[0] for part in adjoint], allow_unused=True)
+    if kind == "sgd":
+        found, of_gradient = sgd_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number)
+    else:
+        found, of_gradient = adam_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number, kind == "adamw")
+    for own, true in zip((*found, of_gradient), expected, strict=True):
+        torch.testing.assert_close(own[0], torch.zeros_like(own[0]) if true is None else true, rtol=1e-9, atol=1e-12)
+
+
+def test_a_parameter_that_never_had_a_gradient_has_a_finite_derivative():
+    """The square root of its second moment, 0, has no derivative."""
+    zero = torch.zeros(2, dtype=torch.float64)
+    ranges = [_Range(ParameterGroup(names=("p",)), 0, 2)]
+    adjoint = State(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 2))
+    before, of_gradient = adam_adjoint(State(zero, zero, zero), zero, adjoint, ranges, [0.1], 3, True)
+    assert torch.isfinite(of_gradient).all()
+    assert all(torch.isfinite(part).all() for part in before)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize("steps", [1, 2, 7, 9, 70])
+def test_states_come_in_reverse_order_and_few_are_kept(steps, parts, monkeypatch):
+    """Of a stand-in for the run's steps, whose states are their numbers."""
+    replay = object.__new__(Replay)
+    replay.weights = None
+    counted = []
+    monkeypatch.setattr(Replay, "initial", lambda self: 0)
+    monkeypatch.setattr(Replay, "_parts", lambda self, steps: parts)
+    monkeypatch.setattr(Replay, "step", lambda self, state, number, weights: counted.append(number) or state + 1)
+    assert list(Replay.states(replay, steps)) == [(i, i) for i in reversed(range(steps))]
+    levels = int(np.ceil(np.log(max(steps, 2)) / np.log(parts)))
+    assert len(counted) <= steps * levels
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("recorded") / "run", model=plain_model(dtype="float32"), ids=True)
+
+
+def test_groups_of_queries_and_resumption_change_no_bit(run_dir, tmp_path, monkeypatch):
+    queries = [Query(text=text, id=f"q{i}") for i, text in enumerate(TEXTS[:5])]
+    whole = replay(run_dir, queries)
+    monkeypatch.setattr(replay_module, "_LARGEST_PASS", 2)
+    monkeypatch.setattr(replay_module, "_SAVE_SECONDS", -1.0)
+    calls = []
+    original = Replay.adjoint
+
+    def dying(self, *arguments):
+        calls.append(1)
+        if len(calls) == 13:  # in the second group
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Replay, "adjoint", dying)
+    out = tmp_path / "scores.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        replay(run_dir, queries, out)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="other queries or another run"):
+        replay(run_dir, queries[:4], out)
+    before = len(calls)
+    resumed = replay(run_dir, queries, out)
+    assert len(calls) - before == 3 * 9 - 12
+    np.testing.assert_array_equal(resumed.scores, whole.scores)
+    assert not (tmp_path / "scores.zarr.work").exists()
+    scores, rows, names = read_matrix(out)
+    np.testing.assert_array_equal(scores, whole.scores)
+    assert rows == [example.id for example in whole.examples]
+    assert names == [f"q{i}" for i in range(5)]
+
+
+@pytest.mark.slow
+def test_workers_on_ray_give_the_same(run_dir):
+    queries = [Query(text=text) for text in TEXTS[:3]]
+    np.testing.assert_array_equal(replay(run_dir, queries, workers=2).scores, replay(run_dir, queries).scores)
+
+
+def test_a_contrast_is_the_difference_of_its_completions(run_dir):
+    ask = {"prompt": "w1 w2", "completion": " w3"}
+    both = replay(run_dir, [Query(**ask), Query(prompt="w1 w2", completion=" w9"), Query(**ask, against=" w9")])
+    np.testing.assert_allclose(both.scores[2], both.scores[0] - both.scores[1], atol=1e-5 * np.abs(both.scores).max())
+    assert both.losses[2] == pytest.approx(both.losses[0] - both.losses[1], abs=1e-5)
+
+
+def test_a_run_of_the_trainer_is_recorded_replayed_and_compared_with_an_index(tmp_path, monkeypatch):
+    data, _ = train(tmp_path, WherefromCallback(record=True), gradient_accumulation_steps=2, weight_decay=0.1, bf16=False)
+    directory = tmp_path / "run/wherefrom-run"
+    run = read_training(directory)
+    assert run.settings.optimizer == "adamw"
+    assert [group.weight_decay for group in run.settings.groups] == [0.1, 0.0]
+    assert run.settings.clip_norm == 1.0
+    assert len(run.steps) == 10
+    assert {len(step.batches) for step in run.steps} == {2}
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    assert sorted(example.text for example in run.examples) == sorted(texts)
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"id": "q", "text": texts[3]}, {"id": "r", "text": texts[5]}])
+    out = tmp_path / "scores.zarr"
+    result = CliRunner().invoke(main, ["replay", str(directory), "--file", str(queries), "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout.splitlines()[-1])
+    assert printed["difference"] < 0.02
+    assert [query["proponents"][0]["text"] for query in printed["queries"]] == [texts[3], texts[5]]  # it learned most from the text itself
+    index = build(directory, data, tmp_path / "index.wherefrom", append_eos=False, components=["head", "blocks"])
+    command = ["evaluate", "replay", str(index.path), "--run", str(directory), "--file", str(queries)]
+    result = CliRunner().invoke(main, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["examples compared"] == 40
+    agreed = {name: figure["value"] for name, figure in report["figures"].items()}
+    assert agreed["the index: rank correlation over examples"] > agreed["random: rank correlation over examples"] + 0.2
+    assert "rank correlation" in CliRunner().invoke(main, command).output
+    shown = CliRunner().invoke(main, ["replay", str(directory), "--file", str(queries)])
+    assert "through 10 recorded steps" in " ".join(shown.output.split())
+    other = build(directory, data, tmp_path / "other.wherefrom", append_eos=True, bytes_per_example=400)
+    with pytest.raises(DataError, match="only 0 of the index's 40 examples are in the recorded run"):
+        agreement(other.path, directory, [Query(text=texts[3])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"optim": "adafactor"}, "Adafactor cannot be replayed"),
+    ],
+)
+def test_a_training_that_cannot_be_repeated_is_refused_before_it_starts(tmp_path, arguments, match):
+    with pytest.raises(UsageError, match=match):
+        train(tmp_path, WherefromCallback(record=True), **arguments)
+
+
+def test_ground_truth_of_the_run_itself_is_predicted_by_its_replay(tmp_path):
+    directory = record(tmp_path / "run", model=plain_model(dtype="float32"), ids=True, steps=15)
+    run = read_training(directory)
+    documents = write_jsonl(tmp_path / "train.jsonl", [{"id": e.id, "text": e.text} for e in run.examples])
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"id": f"q{i}", "text": TEXTS[i]} for i in range(4)])
+    config = PackConfig(
+        train="wherefrom.evaluation.replay:retrain",
+        model=str(directory),
+        data=(str(documents),),
+        queries=str(queries),
+        out=str(tmp_path / "pack"),
+        subsets=12,
+        fraction=0.8,
+        append_eos=False,
+        max_tokens=64,
+    )
+    pack = make_pack(config)
+    out = tmp_path / "scores.zarr"
+    replay(directory, [Query(text=TEXTS[i], id=f"q{i}") for i in range(4)], out)
+    judgement = judge_scores(pack, out)
+    assert judgement.estimate.value > 0.9
+    shuffled = tmp_path / "other.zarr"
+    replay(directory, [Query(text=TEXTS[i], id=f"q{i + 1}") for i in range(4)], shuffled)
+    with pytest.raises(UsageError, match="other queries"):
+        judge_scores(pack, shuffled)
+
+
+def test_retraining_with_all_examples_ends_where_training_did(run_dir):
+    run = read_training(run_dir)
+    model = retrain(run.examples, str(run_dir), 0)
+    replay = Replay(run, "cpu")
+    losses = compute_losses(CausalLM(), model, run.examples[:4])
+    np.testing.assert_allclose(losses, compute_losses(CausalLM(), replay.model.eval(), run.examples[:4]), rtol=1e-3)
+    with pytest.raises(DataError, match="'stranger' is not in the recorded run"):
+        retrain(
+            [*run.examples, run.examples[0].__class__("stranger", "", "x", np.array([1, 2, 3], np.int32), np.array([0, 1, 1], bool))],
+            str(run_dir),
+            0,
+        )
+
+
+def test_a_model_that_is_not_the_end_of_its_record_is_refused(run_dir, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    model = plain_model(dtype="float32")
+    model.save_pretrained(copy)
+    with pytest.raises(IncompatibleError, match="of its way from where the recorded run ended"):
+        replay_examples(copy, read_training(copy).examples[:1])
+
+
+def test_damaged_records_are_refused(run_dir, tmp_path):
+    def damaged(change, error, match):
+        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(run_dir, copy)
+        change(copy)
+        with pytest.raises(error, match=match):
+            read_training(copy)
+
+    def edit(**values):
+        def change(copy):
+            path = copy / "training.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+        return change
+
+    damaged(lambda copy: (copy / "training.json").unlink(), NotFoundError, "not a recorded training run")
+    damaged(lambda copy: (copy / "training.arrow").unlink(), NotFoundError, "is missing")
+    damaged(lambda copy: (copy / "training.safetensors").write_bytes(b"x" * 100), IntegrityError, "SHA-256 differs")
+    damaged(lambda copy: (copy / "training.json").write_text("{"), IntegrityError, "is damaged")
+    damaged(edit(format="wherefrom training 9"), IncompatibleError, "not of this version")
+    damaged(edit(steps=3), IntegrityError, "has the shape")
+    damaged(edit(examples=3), IntegrityError, "out of range")
+    damaged(edit(clip_norm=-1), IntegrityError, "clip_norm")
+    damaged(edit(surprise=1), IntegrityError, "surprise")
+
+
+def test_what_cannot_be_recorded_or_asked_is_refused_in_a_sentence(run_dir, tmp_path):
+    model = plain_model()
+    tokenizer = make_tokenizer()
+
+    def recorder(name, optimizer=None, **options):
+        return TrainingRecorder(tmp_path / name, model, optimizer or OPTIMIZERS["sgd"](model.parameters()), **options)
+
+    with pytest.raises(UsageError, match="RMSprop cannot be replayed"):
+        recorder("a", torch.optim.RMSprop(model.parameters()))
+    with pytest.raises(UsageError, match="amsgrad"):
+        recorder("a", torch.optim.AdamW(model.parameters(), amsgrad=True))
+    with pytest.raises(UsageError, match="not the model's"):
+        recorder("a", torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    used = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+    used.step()
+    with pytest.raises(UsageError, match="made steps already"):
+        recorder("a", used)
+    with pytest.raises(UsageError, match="not a plain transformers model"):
+        TrainingRecorder(tmp_path / "a", torch.nn.Linear(2, 2), OPTIMIZERS["sgd"](model.parameters()))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("x")
+    with pytest.raises(UsageError, match="not empty"):
+        recorder("full")
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(UsageError, match="without a recorded batch"), recorder("b", optimizer):
+        optimizer.step()
+    with pytest.raises(UsageError, match="no step"), recorder("c"):
+        pass
+    inputs, labels, mask = batch_of(TEXTS[:2], tokenizer)
+    with pytest.raises(DataError, match="must fit"), recorder("d") as r:
+        r.batch(inputs, labels[:1])
+    with pytest.raises(DataError, match="not its own tokens"), recorder("d") as r:
+        r.batch(inputs, labels.roll(1, 1), mask)
+    with pytest.raises(DataError, match="padded in other places"), recorder("d") as r:
+        r.batch(inputs, torch.full_like(labels, -100), 1 - mask)
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(UsageError, match="not with rows"):
+        replay(run_dir, [Query(row=1)])
+    with pytest.raises(UsageError, match="no queries"):
+        replay(run_dir, [])
+    (tmp_path / "s.zarr").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        replay(run_dir, [Query(text=TEXTS[0])], tmp_path / "s.zarr")
+    (tmp_path / "t.zarr.work").mkdir()
+    (tmp_path / "t.zarr.work/x").write_text("x")
+    with pytest.raises(UsageError, match="other content"):
+        replay(run_dir, [Query(text=TEXTS[0])], tmp_path / "t.zarr")
+    with pytest.raises(NotFoundError, match="not a recorded training run"):
+        replay(tmp_path / "full", [Query(text=TEXTS[0])])
+
+
+def test_equal_documents_share_one_example(run_dir):
+    run = read_training(run_dir)
+    assert match_rows([run.examples[2], run.examples[0], run.examples[2]], run.examples) == [(0, 2), (1, 0), (2, 2)]
