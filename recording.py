@@ -31,6 +31,8 @@ from .store.training import ParameterGroup, TrainingBatch, TrainingSettings, Tra
 
 _OPTIMIZERS: Mapping[type, str] = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 _SHORTEST = 2
+_ADAPTERS = ["default"]
+_WRAPPER = "base_model.model."
 
 
 class TrainingRecorder:
@@ -38,7 +40,7 @@ class TrainingRecorder:
 
     Args:
         directory: for the trained model and the record; it must not exist, or be empty.
-        model: a transformers causal language model, in one process, before its first step.
+        model: a transformers causal language model, or a LoRA adapter on one (PEFT), in one process, before its first step.
         optimizer: PyTorch's AdamW, Adam or SGD; its steps and learning rates are recorded by themselves.
         tokenizer: is saved beside the model, and decodes the examples' texts.
         clip_norm: the norm to which `clip_grad_norm_` clips all parameters' gradients; None without clipping.
@@ -65,14 +67,16 @@ class TrainingRecorder:
             raise UsageError(f"{type(inner).__name__} cannot be replayed; train with PyTorch's AdamW, Adam or SGD")
         if inner.state:
             raise UsageError("the optimizer has made steps already; record a run from its first step")
-        if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
-            raise UsageError(f"{type(model).__name__} is not a plain transformers model, whose training can be recorded")
+        if not hasattr(model, "save_pretrained"):
+            raise UsageError(f"{type(model).__name__} is not a transformers model, whose training can be recorded")
+        if list(getattr(model, "peft_config", _ADAPTERS)) != _ADAPTERS:
+            raise UsageError("the model has several adapters, or one that is not named 'default'; train one under that name")
         self._model = model
         self._tokenizer = tokenizer
         self._kind = kind
         self._groups = _groups(model, inner)
         self._clip_norm = clip_norm
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(model)
         names = [name for group in self._groups for name in group.names]
         self._initial = {n: _stored(parameters[n]).copy() for n in names}
         self._dropout = _has_dropout(model)
@@ -196,8 +200,13 @@ class TrainingRecorder:
         return self._numbers[key]
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the saved model; PEFT wraps the model while it is trained."""
+    return {name.removeprefix(_WRAPPER): parameter for name, parameter in model.named_parameters()}
+
+
 def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[ParameterGroup, ...]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in _parameters(model).items()}
     groups = []
     for group in optimizer.param_groups:
         own = [p for p in group["params"] if p.requires_grad]
@@ -210,6 +219,9 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Paramet
             settings["beta1"], settings["beta2"] = group["betas"]
         if own:
             groups.append(ParameterGroup(names=tuple(names[id(p)] for p in own), **settings))
+    trained = [name for group in groups for name in group.names]
+    if hasattr(model, "peft_config") and not all(".lora_" in name for name in trained):
+        raise UsageError("the adapter trains other parameters than matrices of LoRA (modules_to_save?), which cannot be replayed")
     if not groups:
         raise UsageError("the optimizer trains no parameter of the model")
     return tuple(groups)

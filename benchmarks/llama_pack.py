@@ -6,7 +6,8 @@
     wherefrom evaluate lds llama/pack
 
 `prepare` draws training documents and queries from the corpus (evenly from its sources), trains a tokenizer and a base model on the rest,
-and writes all of it. `train` is the training function: three epochs from the base, on what it is given.
+and writes all of it. `train` is the training function: three epochs from the base, on what it is given. `--architecture qwen3` makes a
+base with that architecture instead, for a pack of an adapter (`pretrained_pack:train_small_lora`).
 """
 
 import argparse
@@ -33,10 +34,10 @@ def train(examples, model, seed):
     return fit(LlamaForCausalLM.from_pretrained(model), examples, seed, _EPOCHS, _BATCH, _RATE)
 
 
-def prepare(data, out):
+def prepare(data, out, architecture):
     """Draw the documents, train tokenizer and base model on others, write everything."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     with open(data) as lines:
         documents = [json.loads(line) for line in lines]
@@ -58,19 +59,21 @@ def prepare(data, out):
     encoder = TextConverter(fast, _TOKENS, "truncate")
     encoded = [e for e in encoder.documents(Document(d["id"], d["source"], "", text=d["text"]) for d in rest) if isinstance(e, Example)]
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=_VOCABULARY,
         hidden_size=_WIDTH,
         intermediate_size=_INNER,
         num_hidden_layers=_LAYERS,
         num_attention_heads=_HEADS,
         num_key_value_heads=_HEADS,
+        head_dim=_WIDTH // _HEADS,
         max_position_embeddings=_TOKENS,
         tie_word_embeddings=False,
         bos_token_id=fast.bos_token_id,
         eos_token_id=fast.eos_token_id,
     )
-    base = fit(LlamaForCausalLM(config), encoded, 0, _BASE_EPOCHS, _BASE_BATCH, _BASE_RATE)
+    base = fit(AutoModelForCausalLM.from_config(config), encoded, 0, _BASE_EPOCHS, _BASE_BATCH, _BASE_RATE)
     base.save_pretrained(out / "base")
     fast.save_pretrained(out / "base")
 
@@ -81,9 +84,10 @@ def main():
     parser.add_argument("what", choices=["prepare"])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--architecture", choices=["llama", "qwen3"], default="llama")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    prepare(args.data, args.out)
+    prepare(args.data, args.out, args.architecture)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python benchmarks/llama_pack.py prepare --data corpus.jsonl --out llama
     python benchmarks/replay_pack.py record --base llama --out run
     wherefrom pack --train wherefrom.evaluation.replay:retrain --model run --data llama/train.jsonl --queries llama/query.jsonl \\
-        --out pack --subsets 60 --fraction 0.9
-    python benchmarks/replay_pack.py judge --run run --pack pack --scores replay.npy
+        --out pack90 --subsets 40 --fraction 0.9
+    python benchmarks/replay_pack.py judge --run run --pack pack90 --pack pack50 --scores replay.npy --results replay.json \\
+        --write docs/replay.md
 
 `record` fine-tunes the base model of llama_pack.py with AdamW for three epochs. A subset of the pack keeps the run's order, learning rates
 and denominators; what it leaves out has a weight of 0 (the protocol of MAGIC, arXiv 2503.13751). `judge` replays the pack's queries and
-prints their LDS.
+judges them, indexes of several sizes, and the baselines, by their LDS. pack50 is made as pack90, of halves.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import write_between
 from wherefrom import TrainingRecorder
-from wherefrom.evaluation.judge import judge_scores
+from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.replay import match_rows, replay_examples
 from wherefrom.indexer.models import ModelSource
@@ -29,6 +31,16 @@ from wherefrom.store.corpus import read_corpus, usable
 from wherefrom.store.fields import Fields
 
 _TOKENS = 128
+_EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvature": "ekfac", "labels": "sampled", "row_dtype": "float16"}
+_INDEXES = {
+    "index, 800 bytes": {"bytes_per_example": 800},
+    "index, 2,400 bytes": {"bytes_per_example": 2400},
+    "index, 10,000 bytes": {"bytes_per_example": 10000},
+    "index of the blocks, EK-FAC": _EKFAC,
+    "index of the blocks, LoGra of rank 16": {"components": ("blocks",), "rank": 16},
+}
+_BASELINES = ("chars", "bm25", "hidden")
+_MARKS = "<!-- replay: benchmarks/replay_pack.py -->", "<!-- end of replay -->"
 _WARM_UP = 10
 
 
@@ -64,24 +76,64 @@ def record(base, out, epochs, batch_size, rate, eps):
                 schedule.step()
 
 
-def judge(run, pack_path, scores):
-    """Replay a pack's queries, keep the scores [examples, queries], and print their LDS beside the baselines'."""
-    pack = read_pack(pack_path)
-    source = ModelSource(str(run))
-    converter = CausalLM().converter(source, pack.build["max_tokens"], "truncate", pack.build["append_eos"])
+def replay_scores(run, pack, file):
+    """Replay a pack's queries, and keep the scores [examples, queries]."""
+    converter = CausalLM().converter(ModelSource(str(run)), pack.build["max_tokens"], "truncate", pack.build["append_eos"])
     train, queries = (list(usable(converter.documents(documents))) for documents in (pack.train, pack.queries))
+    with Console() as reporter:
+        replayed = replay_examples(run, queries, reporter)
+    pairs = match_rows(train, replayed.examples)
+    assert [row for row, _ in pairs] == list(range(len(train)))
+    np.save(file, replayed.scores[:, [number for _, number in pairs]].T)
+    print(f"the repeated run ends {replayed.difference:.2e} of its way from the recorded end", flush=True)
+
+
+def judge(run, packs, scores, results, write):
+    """Judge the replay's scores, indexes and baselines on packs of the same run."""
+    known = json.loads(results.read_text()) if results.exists() else {}
     if not scores.exists():
-        with Console() as reporter:
-            replayed = replay_examples(run, queries, reporter)
-        pairs = match_rows(train, replayed.examples)
-        assert [row for row, _ in pairs] == list(range(len(train)))
-        np.save(scores, replayed.scores[:, [number for _, number in pairs]].T)
-        print(f"difference at the end: {replayed.difference:.2e}")
-    print(json.dumps(judge_scores(pack_path, scores).to_dict(), indent=1))
+        replay_scores(run, read_pack(packs[0]), scores)
+    for pack in packs:
+        lines = known.setdefault(pack.name, {})
+        for name, options in ({"replay": None} | _INDEXES).items():
+            if name not in lines:
+                judgement = judge_scores(pack, scores) if options is None else judge_index(pack, options, baselines=False)
+                result = judgement.to_dict()
+                lines[name] = {key: result[key] for key in ("lds", "low", "high", "bytes_per_example")}
+                if options is None:
+                    lines["baselines"] = result["baselines"]
+                    lines["about"] = {key: result[key] for key in ("examples", "queries", "subsets")}
+                    lines["about"]["kept"] = float(read_pack(pack).masks.mean())
+                results.write_text(json.dumps(known, indent=1))
+                print(pack.name, name, lines[name], flush=True)
+    text = table(known, [pack.name for pack in packs])
+    print(text)
+    if write:
+        write_between(write, _MARKS, text)
+
+
+def table(known, packs):
+    """Markdown: a line for each method, a column for each pack."""
+    about = known[packs[0]]["about"]
+    kept = [f"{known[pack]['about']['kept']:.0%} of the examples" for pack in packs]
+    subsets = ", ".join(str(known[pack]["about"]["subsets"]) for pack in packs)
+    lines = [f"{about['examples']:,} examples, {about['queries']} queries; {subsets} subsets; LDS with its 95 % interval.", ""]
+    lines += ["| | bytes an example | " + " | ".join(f"subsets of {k}" for k in kept) + " |", "|---|---|" + "---|" * len(packs)]
+
+    def cells(found):
+        return " | ".join(f"{f['lds']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for f in found)
+
+    for name in ("replay", *_INDEXES):
+        found = [known[pack][name] for pack in packs]
+        size = "" if found[0]["bytes_per_example"] is None else f"{found[0]['bytes_per_example']:,.0f}"
+        lines.append(f"| {name} | {size} | {cells(found)} |")
+    for name in _BASELINES:
+        lines.append(f"| baseline: {name} | | {cells([known[pack]['baselines'][name] for pack in packs])} |")
+    return "\n".join(lines)
 
 
 def main():
-    """Record a run, or judge its replay."""
+    """Record a run, or judge its replay and indexes of its model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("record")
@@ -94,8 +146,10 @@ def main():
     command.set_defaults(run=record)
     command = commands.add_parser("judge")
     command.add_argument("--run", required=True, type=Path, dest="directory")
-    command.add_argument("--pack", required=True, type=Path, dest="pack_path")
-    command.add_argument("--scores", required=True, type=Path)
+    command.add_argument("--pack", required=True, type=Path, dest="packs", action="append")
+    command.add_argument("--scores", required=True, type=Path, help="the replay's, as .npy; computed if it is missing")
+    command.add_argument("--results", required=True, type=Path, help="finished lines, as JSON")
+    command.add_argument("--write", type=Path)
     command.set_defaults(run=lambda directory, **options: judge(directory, **options))
     options = vars(parser.parse_args())
     options.pop("run")(**options)

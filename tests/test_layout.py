@@ -85,7 +85,8 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 def test_the_public_names():
     answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
-    assert wherefrom.__all__ == [*answers, "Task", "VectorTask", "WherefromError", "build", "connect", "evaluate"]
+    others = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError", "build", "connect", "evaluate", "replay"]
+    assert wherefrom.__all__ == [*answers, *others]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -108,7 +109,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
-    modules = ("__init__", "building", "callback", "cli", "client", "command_options", "evaluate", "remote", "terminal")
+    modules = ("__init__", "building", "callback", "cli", "client", "command_options", "evaluate", "recording", "remote", "terminal")
     expected |= {f"wherefrom/{name}.py" for name in modules}
     expected |= {
         "wherefrom/py.typed",

@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from test_callback import train
+from transformers import AutoModelForCausalLM
 from wherefrom import Query, TrainingRecorder, build
 from wherefrom.callback import WherefromCallback
 from wherefrom.cli import main
@@ -65,7 +67,7 @@ def record(directory, optimizer="adamw", model=None, accumulate=1, steps=9, clip
     """A run of a tiny model by a loop of one's own, which drops nothing from the record."""
     model = model or plain_model()
     tokenizer = make_tokenizer()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     trained = [{"params": parameters[:5], "weight_decay": 0.3}, {"params": parameters[5:], "lr": 2e-3}] if groups else parameters
     optimizer = OPTIMIZERS[optimizer](trained)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - 0.5 * s / steps)
@@ -138,6 +140,24 @@ def test_dropout_is_repeated_as_it_was_drawn(tmp_path):
     step[4] = 1e-5
     slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
     torch.testing.assert_close(exact[:, 4], slope / 2e-5, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_training_of_an_adapter_is_repeated_and_differentiated(tmp_path, dropout):
+    plain_model("gpt2").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    torch.manual_seed(0)
+    options = LoraConfig(r=2, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, options).double().train()
+    run = read_training(record(tmp_path / "run", "sgd", model, steps=5))
+    assert all(".lora_" in name for name in run.initial)
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-5
+    exact = derivative(replay, run.examples[:1])
+    step = torch.zeros_like(replay.weights)
+    step[3] = 1e-4
+    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
+    torch.testing.assert_close(exact[:, 3], slope / 2e-4, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox", "gemma2", "opt"])
@@ -431,7 +451,7 @@ def test_what_cannot_be_recorded_or_asked_is_refused_in_a_sentence(run_dir, tmp_
     used.step()
     with pytest.raises(UsageError, match="made steps already"):
         recorder("a", used)
-    with pytest.raises(UsageError, match="not a plain transformers model"):
+    with pytest.raises(UsageError, match="not a transformers model"):
         TrainingRecorder(tmp_path / "a", torch.nn.Linear(2, 2), OPTIMIZERS["sgd"](model.parameters()))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("x")
