@@ -302,6 +302,41 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
 
 @main.command(section=_BUILD)
 @_INDEX
+@click.option("--examples", type=click.IntRange(1), default=2000, show_default=True, help="Examples of the index to fit on, at most.")
+@click.option("--damping", type=float, help="Relative to each layer's mean eigenvalue.  [default: 0.1]")
+@_model_options
+@_worker_options
+@click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: the build's]")
+@_json_option
+def fit(index: str, examples: int, damping: float | None, model: tuple[str, ...], task: str | None, as_json: bool, **runtime: Any) -> None:
+    """Fit EK-FAC of all layers, without projection, for reranking.
+
+    \b
+      wherefrom fit my.wherefrom
+      wherefrom query my.wherefrom --text "..." --rerank 100
+
+    Without it, --rerank computes the rows again that the index codes. With it, the candidates' whole gradients are compared. The
+    factors take about as many bytes as the model's weights, in the folder rerank/ of the index. Two passes over the examples.
+    """
+    _quiet_libraries()
+    from .ray_jobs.progress import Console
+    from .ray_jobs.rerank import fit_rerank
+
+    with Console() as reporter:
+        record = fit_rerank(Path(index), examples, damping, runtime, model, reporter, task)
+    dense = record.dense
+    fitted = {"layers": len(dense.layers), "parameters": dense.dim, "examples": dense.curvature.examples, "bytes": record.file.bytes}
+    if as_json:
+        _print_json(fitted)
+    else:
+        say(
+            f"{index}: EK-FAC of {fitted['layers']:,} layers with {fitted['parameters']:,} parameters, fitted on {fitted['examples']:,} "
+            f"examples ({fitted['bytes']:,} bytes); query --rerank uses it"
+        )
+
+
+@main.command(section=_BUILD)
+@_INDEX
 def reindex(index: str) -> None:
     """Recompute posting lists and scan codes, and write those that are missing, damaged or not of the rows.
 
@@ -522,8 +557,12 @@ def info(index: str, as_json: bool) -> None:
       wherefrom info my.wherefrom --json
     """
     from .store.index import Index
+    from .store.rerank import read_record
 
-    summary = Index(index).summary()
+    opened = Index(index)
+    record = read_record(opened)
+    rerank = None if record is None else {**record.dense.describe(), "bytes": record.file.bytes}
+    summary = {**opened.summary(), "rerank": rerank}
     _result(as_json, summary, "show_summary", summary)
 
 
@@ -537,8 +576,10 @@ def verify(index: str, as_json: bool) -> None:
       wherefrom verify my.wherefrom && echo whole
     """
     from .store.index import Index
+    from .store.rerank import rerank_problems
 
-    checked = list(Index(index).verify())
+    opened = Index(index)
+    checked = [*opened.verify(), *rerank_problems(opened)]
     problems = [{"path": path, "problem": problem} for path, problem in checked if problem]
     if as_json:
         _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})

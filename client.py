@@ -21,13 +21,15 @@ from .query.explain import by_block, split_score
 from .query.metric import Metric
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.plain import query_document, without_contrasts
+from .query.rerank import Recomputation
 from .query.scoring import Scorer, all_scores
+from .recompute import Recomputer
 from .store.corpus import Document, usable
 from .store.documents import Example
 from .store.errors import UsageError
 from .store.index import Index
 from .store.manifest import identity, latest_manifest
-from .store.shapes import Float32, Float64, Int64
+from .store.shapes import Float32, Float64
 from .store.vectors import Rows, combine, cut, join
 
 if TYPE_CHECKING:
@@ -106,10 +108,11 @@ class Client(BaseClient):
             rows = combine(rows, mean)
             asked = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in asked))]
         baselines = self._baselines(queries, mean) if options.get("baselines") else None
-        recompute = None
+        recomputation = None
         if options.get("rerank"):
-            recompute = partial(self._recomputed_scores, combine(self._exact_rows(queries), mean))
-        return answer_queries(self.index, asked, rows, options, baselines, recompute)
+            recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
+            recomputation = Recomputation(recompute, self._recomputer.unprojected_layers)
+        return answer_queries(self.index, asked, rows, options, baselines, recomputation)
 
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
@@ -240,44 +243,19 @@ class Client(BaseClient):
         rows = self.encoder.rows(examples, queries=True)
         return {name: vectors.as_float32() for name, vectors in rows.items()}
 
-    def _exact_rows(self, queries: Sequence[Query]) -> Rows:
-        """Compute the rows of queries with all tokens and coordinates, also those of queries by row and of contrasts."""
-        plain, contrasts = without_contrasts(queries)
-        examples = self.query_examples(plain)
-        by_row = [query.row is not None for query in plain]
-        order = np.argsort(by_row, kind="stable")
-        parts = [
-            self.encoder.rows([examples[i] for i in order if by_row[i] is of_row], queries=not of_row, exact=True)
-            for of_row in (False, True)
-            if of_row in by_row
-        ]
-        matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
-        return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)
+    @cached_property
+    def _recomputer(self) -> Recomputer:
+        return Recomputer(self.index, self.encoder, self.query_examples)
 
-    def _recomputed_scores(
-        self, query_rows: Rows, scorer: Scorer, first: int, rows: Int64[np.ndarray, " rows"]
+    def recomputed_scores(
+        self, queries: Sequence[Query], rows: Sequence[int], **options: Unpack[ScoreOptions]
     ) -> Float64[np.ndarray, "queries rows"]:
-        """Compute the scores of training examples from rows without codes; see `Recompute`.
+        """Compute the scores of training examples again with the model, from rows without codes, as `rerank` does for candidates.
 
         Args:
-            query_rows: of all queries, with all tokens and coordinates.
+            rows: of the examples.
         """
-        queries = cut(query_rows, first, first + len(scorer))
-        scaled = {o.component.name: o.scaled(self.index, queries[o.component.name], stored=False) for o in scorer.operands}
-        is_cosine = scorer.mode == "cosine"
-        lengths = [scorer.squared_length(cut(queries, i, i + 1), stored=False) if is_cosine else 1.0 for i in range(len(scorer))]
-        scores = np.zeros((len(scorer), len(rows)))
-        examples = [self.index.example(row) for row in rows.tolist()]
-        for batch in self.encoder.batches(examples, tolerant=True):
-            exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
-            products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in scaled.items())
-            for number, position in enumerate(batch.positions):
-                scale = [scorer.scale(0, int(rows[position]))] * len(scorer)
-                if is_cosine:
-                    squared = scorer.squared_length(cut(exact, number, number + 1), stored=False)
-                    scale = [(squared * length) ** -0.5 if squared * length > 0 else 0.0 for length in lengths]
-                scores[:, position] = np.asarray(products)[:, number] * scale
-        return scores
+        return self._recomputer.scores(queries, np.eye(len(queries)), Metric.of(options), np.asarray(rows, np.int64))
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.

@@ -80,9 +80,12 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         yield Text(f"all rows were read: {s.note}", style="dim")
     if s.rerank is not None:
         r = s.rerank
-        differ = "" if r.difference is None else f"; stored and recomputed scores differ by {r.difference:.3g} (root mean square)"
+        differ = (
+            "" if r.difference is None else f"; near that, stored and recomputed scores differ by {r.difference:.3g} (root mean square)"
+        )
         others = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
-        yield Text(f"{r.candidates:,} candidates computed again without codes in {r.seconds:.1f} s; {others}{differ}", style="dim")
+        recomputed = f"with EK-FAC of {r.unprojected_layers:,} whole layers" if r.unprojected_layers else "without codes"
+        yield Text(f"{r.candidates:,} candidates computed again {recomputed} in {r.seconds:.1f} s; {others}{differ}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
 
 
@@ -276,6 +279,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         "left_out_columns": lambda columns: [_columns(columns) or "nothing"],
         "models": lambda models: [f"{m['id']}, {m['architecture']}, {m['parameters']:,} parameters, {m['dtype']}" for m in models],
         "components": lambda components: [],
+        "rerank": lambda rerank: [_rerank(rerank)],
     }
     titles = {"tracked": "measured", "notes": "note", "unread": "not read", "models": "model"}
     for name, value in summary.items():
@@ -299,6 +303,13 @@ def _tracked(part: Mapping[str, Any], most: int | None = 4) -> str:
     left_out = part["left_out"]
     rest = f"; not {', '.join(left_out[:most])}{' ...' if len(left_out[:most]) < len(left_out) else ''}" if left_out else ""
     return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){rest}"
+
+
+def _rerank(rerank: Mapping[str, Any] | None) -> str:
+    """Describe what `--rerank` computes."""
+    if rerank is None:
+        return "the rows that the index codes; wherefrom fit makes it EK-FAC of whole layers"
+    return f"EK-FAC of {rerank['layers']:,} whole layers, fitted on {rerank['fitted_on']:,} examples, {rerank['bytes']:,} bytes"
 
 
 def _drifts(drift: Mapping[str, float]) -> str:

@@ -65,8 +65,11 @@ class RerankReport:
     Attributes:
         candidates: examples whose rows were computed again.
         highest, lowest: scores by stored rows that no other searched row is above, or below; `lowest` is None without opponents.
-        difference: root mean square of recomputed minus stored scores over the candidates; None without candidates by stored rows.
+        difference: root mean square of recomputed minus stored scores over the lower-ranked half of the candidates, those nearest to the
+            other rows; None without candidates by stored rows.
         seconds: wall time.
+        unprojected_layers: number of layers whose gradients were recomputed without projection (`wherefrom fit`); 0 for the rows that the
+            index codes.
     """
 
     candidates: int
@@ -74,6 +77,7 @@ class RerankReport:
     lowest: float | None
     difference: float | None
     seconds: float
+    unprojected_layers: int = 0
 
 
 @dataclass(frozen=True)

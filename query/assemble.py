@@ -15,7 +15,7 @@ from .baselines import BaselineScores, compare
 from .groups import Grouping
 from .metric import Metric
 from .options import Options
-from .rerank import Place, Recompute, Reranked, Sizes, baseline_candidates, rerank
+from .rerank import Place, Recomputation, Reranked, Sizes, baseline_candidates, rerank
 from .scoring import Scorer
 from .search import Hits, find, pass_size
 
@@ -43,14 +43,14 @@ def answer_queries(
     rows: Rows,
     options: Options,
     baselines: BaselineScores | None = None,
-    recompute: Recompute | None = None,
+    recomputation: Recomputation | None = None,
 ) -> list[Answer]:
     """Answer encoded queries.
 
     Args:
         rows: of the queries.
         baselines: scores of baselines, by name; None for answers without baselines.
-        recompute: for the option `rerank`.
+        recomputation: for the option `rerank`.
 
     Raises:
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
@@ -81,10 +81,10 @@ def answer_queries(
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
         reranked: list[Reranked] | list[None] = [None] * len(all_hits)
-        if recompute is not None:
+        if recomputation is not None:
             numbers = range(first, first + len(all_hits))
             others = [baseline_candidates(baselines or {}, searched, number, count) for number in numbers]
-            reranked = rerank(scorer, first, all_hits, others, Sizes(k, count, with_opponents), recompute)
+            reranked = rerank(numbers, all_hits, others, Sizes(k, count, with_opponents), recomputation)
             all_hits = [result.hits for result in reranked]
         for number, (query, hits, result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
             errors = not query.has_row and result is None

@@ -2,8 +2,8 @@
 
 Stored rows are estimates: one-bit codes, selected coordinates, a bounded number of tokens. The first stage finds candidates by them, with
 its own certificate; candidates of baselines (BM25, hidden states) join where an answer has these. Rows that are not candidates keep an
-unknown exact score. Their best stored score, and how far stored and recomputed scores of the candidates differ, say how much could be
-missed.
+unknown exact score. Their best stored score, and how far stored and recomputed scores differ for the candidates nearest to them, say how
+much could be missed.
 """
 
 import time
@@ -15,11 +15,19 @@ import numpy as np
 
 from ..store.shapes import Bool, Float, Float32, Float64, Int64
 from .answers import RerankReport
-from .scoring import Scorer
 from .search import Hits
 
-Recompute = Callable[[Scorer, int, Int64[np.ndarray, " rows"]], Float64[np.ndarray, "queries rows"]]
-"""A function from a scorer, the number of its first query, and rows to the exact scores of these rows for all queries of the scorer."""
+
+class Recomputation(NamedTuple):
+    """The computation of candidates' scores.
+
+    Attributes:
+        scores: function from rows and the numbers of consecutive queries to the scores of these rows for these queries.
+        unprojected_layers: number of layers whose gradients are not projected; 0 for rows as those of the index.
+    """
+
+    scores: Callable[[Int64[np.ndarray, " rows"], range], Float64[np.ndarray, "queries rows"]]
+    unprojected_layers: int
 
 
 class Place(NamedTuple):
@@ -68,31 +76,34 @@ def baseline_candidates(
 
 
 def rerank(
-    scorer: Scorer,
-    first: int,
+    numbers: range,
     found: Sequence[Hits],
     others: Sequence[Int64[np.ndarray, " others"]],
     sizes: Sizes,
-    recompute: Recompute,
+    recomputation: Recomputation,
 ) -> list[Reranked]:
     """Rank the candidates of several queries by recomputed scores.
 
     Args:
-        first: the number of the scorer's first query.
+        numbers: of the queries.
         found: the best and worst rows of each query by stored rows; the worst are left out where none are asked for.
         others: further candidates of each query.
     """
     started = time.perf_counter()
     candidates = [np.unique(np.concatenate([h.proponents, h.opponents, o])) for h, o in zip(found, others, strict=True)]
     rows = np.unique(np.concatenate([np.zeros(0, np.int64), *candidates]))
-    scores = recompute(scorer, first, rows)
+    scores = recomputation.scores(rows, numbers)
     seconds = time.perf_counter() - started
     results = []
     for number, (hits, own) in enumerate(zip(found, candidates, strict=True)):
         own_scores = scores[number, np.searchsorted(rows, own)]
         stored = _places(hits.proponents, hits.proponent_scores) | _places(hits.opponents, hits.opponent_scores)
-        known = np.concatenate([hits.proponents, hits.opponents])
-        differences = own_scores[np.searchsorted(own, known)] - np.concatenate([hits.proponent_scores, hits.opponent_scores])
+        differences = np.concatenate(
+            [
+                own_scores[np.searchsorted(own, rows_of_side[len(rows_of_side) // 2 :])] - stored_scores[len(rows_of_side) // 2 :]
+                for rows_of_side, stored_scores in ((hits.proponents, hits.proponent_scores), (hits.opponents, hits.opponent_scores))
+            ]
+        )
         best = _ranked(own, own_scores, 1, sizes.answer)
         worst = _ranked(own, own_scores, -1, sizes.answer if sizes.with_opponents else 0)
         lowest = float(hits.opponent_scores[-1]) if len(hits.opponents) == sizes.found else 0.0
@@ -100,8 +111,9 @@ def rerank(
             candidates=len(own),
             highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == sizes.found else 0.0,
             lowest=lowest if sizes.with_opponents else None,
-            difference=float(np.sqrt(np.mean(differences**2))) if len(known) else None,
+            difference=float(np.sqrt(np.mean(differences**2))) if len(differences) else None,
             seconds=seconds,
+            unprojected_layers=recomputation.unprojected_layers,
         )
         reranked = replace(hits, proponents=best[0], proponent_scores=best[1], opponents=worst[0], opponent_scores=worst[1])
         results.append(Reranked(reranked, stored, report))

@@ -64,7 +64,7 @@ def add(
     """
     runtime = runtime or {}
     recorded = RecordedEncoder(Index(out), models, runtime.get("device") or "auto", bool(runtime.get("trust_remote_code")), task)
-    config = _recorded_config(recorded, out, data, runtime)
+    config = build_config(recorded, data, runtime)
     corpus_files = describe_sources(data)
     resources = Resources(config.workers, config.threads, config.address, config.device, ":" in config.task)
     with exclusive(out):
@@ -79,8 +79,8 @@ def add(
             return _add(recorded.moved_to(index), config, call, corpus_files, executor, reporter)
 
 
-def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], runtime: Mapping[str, Any]) -> BuildConfig:
-    """Return the configuration of the build, with other data and runtime options."""
+def build_config(recorded: RecordedEncoder, data: Sequence[str], runtime: Mapping[str, Any]) -> BuildConfig:
+    """Return the configuration of an index's build, with other data and runtime options."""
     manifest = recorded.index.manifest
     content = manifest.build.inputs.options.model_dump(mode="json")
     _ = recorded.task  # raises an error if the custom task is not named
@@ -90,7 +90,7 @@ def _recorded_config(recorded: RecordedEncoder, out: Path, data: Sequence[str], 
         "task": manifest.task,
         "batch_tokens": manifest.build.batch_tokens,
         "data": tuple(data),
-        "out": str(out.resolve()),
+        "out": str(recorded.index.path.resolve()),
         **{name: value for name, value in runtime.items() if value is not None},
     }
     return recorded_config(options)

@@ -43,14 +43,15 @@ from ..store.manifest import (
     latest_manifest,
     read_manifest,
 )
+from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
-from .corpus import WrittenCorpus, write_corpus
+from .corpus import WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import fit_examples, known_training, select_components, unused_options
-from .worker import Worker, absolute, document_converter, model_sources, read_compared
+from .worker import Part, Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
@@ -255,7 +256,7 @@ def _write_corpus(job: _Job, models: Sequence[Model], settings: EncoderSettings,
 def _read_sample(job: _Job, corpus: WrittenCorpus) -> list[Example]:
     """Read a sample of the examples."""
     examples = []
-    for part in _sample(corpus, min(_COUNTED, corpus.rows), job.config.seed):
+    for part in draw_sample(corpus.shards, np.arange(corpus.rows), min(_COUNTED, corpus.rows), job.config.seed):
         for id, rows, positions in part:
             documents = Documents(documents_path(job.out, id), rows)
             examples += [documents[position] for position in positions]
@@ -276,29 +277,37 @@ def _fit(
     if record_file.is_file():
         record = read_json(record_file)
         if path.is_file() and FileRecord.of(job.out, path).model_dump() == record["file"]:
-            return load_file(path), _with_counts(settings, record["fitted"]), FileRecord(**record["file"])
+            return load_file(path), with_counts(settings, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
-    fit = Fit(settings)
-    arrays: Arrays = {}
-    parts = _sample(corpus, count, job.config.seed)
-    for step in range(len(fit.steps)):
-        job.reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", count)
-        totals: Arrays = {}
-        for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], job.reporter):
-            add_sums(totals, sums)
-            del sums  # as large as the totals
-        arrays = fit.finish(step, arrays, totals)
-    counts = {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
+    parts = draw_sample(corpus.shards, np.arange(corpus.rows), count, job.config.seed)
+    arrays, counts = run_fit(executor, settings, parts, count, job.reporter)
     staged = job.staging / path.name
     write_tensors(staged, arrays)
     path.unlink(missing_ok=True)
     publish(staged, path)
     file = FileRecord.of(job.out, path)
     write_whole(record_file, json.dumps({"file": file.model_dump(), "fitted": counts}).encode())
-    return arrays, _with_counts(settings, counts), file
+    return arrays, with_counts(settings, counts), file
 
 
-def _with_counts(settings: EncoderSettings, counts: dict[str, int]) -> EncoderSettings:
+def run_fit(
+    executor: Executor, settings: EncoderSettings, parts: Sequence[Part], count: int, reporter: Reporter
+) -> tuple[Arrays, dict[str, int]]:
+    """Run the passes of a fit over the parts of a sample of `count` examples; return the arrays, and the numbers that entered the last."""
+    fit = Fit(settings)
+    arrays: Arrays = {}
+    totals: Arrays = {}
+    for step in range(len(fit.steps)):
+        reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", count)
+        totals = {}
+        for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], reporter):
+            add_sums(totals, sums)
+            del sums  # as large as the totals
+        arrays = fit.finish(step, arrays, totals)
+    return arrays, {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
+
+
+def with_counts(settings: EncoderSettings, counts: dict[str, int]) -> EncoderSettings:
     """Return settings whose curvatures have the numbers of examples and tokens of the fit."""
     components = tuple(s.model_copy(update={"curvature": s.curvature.model_copy(update=counts)}) for s in settings.components)
     return replace(settings, components=components)
@@ -335,18 +344,18 @@ def _calibrate(
     return calibrate(components, agreements, head_mean_share, training)
 
 
-def _sample(corpus: WrittenCorpus, count: int, seed: int) -> list[list[tuple[str, int, list[int]]]]:
-    """Draw `count` rows without replacement, in parts. Each lists shards with id, number of rows, and the drawn positions."""
+def draw_sample(shards: Sequence[Shard] | Sequence[WrittenShard], rows: Int64[np.ndarray, " rows"], count: int, seed: int) -> list[Part]:
+    """Draw `count` of some rows without replacement, in parts."""
     generator = np.random.Generator(np.random.Philox(key=seed))
-    sample = np.sort(generator.choice(corpus.rows, count, replace=False, shuffle=False))
-    firsts = np.array([s.first for s in corpus.shards])
-    parts = []
+    sample = np.sort(generator.choice(rows, count, replace=False, shuffle=False))
+    firsts = np.array([s.first for s in shards])
+    parts: list[Part] = []
     size = min(_FIT_PART, max(_LEAST_FIT_PART, -(-count // _FIT_PARTS)))
     for start in range(0, count, size):
-        rows = sample[start : start + size]
-        numbers = np.unique(np.searchsorted(firsts, rows, side="right") - 1)
-        shards = [corpus.shards[number] for number in numbers]
-        parts.append([(s.id, s.rows, [int(row) - s.first for row in rows if s.first <= row < s.first + s.rows]) for s in shards])
+        drawn = sample[start : start + size]
+        numbers = np.unique(np.searchsorted(firsts, drawn, side="right") - 1)
+        chosen = [shards[number] for number in numbers]
+        parts.append([(s.id, s.rows, [int(row) - s.first for row in drawn if s.first <= row < s.first + s.rows]) for s in chosen])
     return parts
 
 

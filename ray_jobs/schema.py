@@ -18,6 +18,8 @@ from ..store.manifest import Component, Curvature, CurvatureKind, DenseComponent
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
+_EKFAC_DAMPING = 0.1  # as in arXiv 2308.03296
+_UNPROJECTED = 1 << 20  # a rank above all sizes
 _FIT_EXAMPLES = 5000
 _FIT_SHARE_LARGE = 1 / 16
 _FIT_TOKENS_LARGE = 8192
@@ -133,6 +135,25 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         dtype=config.row_dtype or "float32",
         layers=describe_layers(task, model, names, rank, kind, config.fit_examples or _FIT_EXAMPLES, explicit=bool(config.layers)),
         projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
+        curvature=curvature,
+    )
+
+
+def unprojected_blocks(config: BuildConfig, task: Task, model: nn.Module) -> DenseComponent:
+    """Return a component for recomputed rows: all layers inside the blocks, or those that the build named, with EK-FAC, not projected."""
+    names = find_layers(model, config.layers, task.within_blocks)
+    labels: LabelKind = "sampled" if task.classes(model) is None else "expected"
+    curvature = Curvature(kind="ekfac", labels=labels, examples=0, tokens=0, damping=_EKFAC_DAMPING)
+    layers = describe_layers(task, model, names, _UNPROJECTED, "ekfac", _FIT_EXAMPLES, explicit=bool(config.layers))
+    return DenseComponent(
+        name="blocks",
+        kind="dense",
+        model=0,
+        weight=1.0,
+        coordinates=None,
+        dtype="float32",
+        layers=layers,
+        projection=Projection(kind="random", rank=_UNPROJECTED, seed=config.seed),
         curvature=curvature,
     )
 

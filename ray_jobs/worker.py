@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..indexer import models
+from ..indexer.calibrate import Agreement
 from ..indexer.curvature import Arrays
 from ..indexer.encoder import EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
@@ -28,14 +29,17 @@ from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
 from ..store.files import publish, read_json, write_whole
 from ..store.kinds import KINDS
-from ..store.manifest import Component, Model
+from ..store.manifest import Component, DenseComponent, Model
 from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
 from .corpus import WrittenShard
 from .notes import ModelFacts
-from .schema import candidate_components, component_name
+from .schema import candidate_components, component_name, unprojected_blocks
+
+Part = Sequence[tuple[str, int, Sequence[int]]]
+"""Examples: for each shard with some of them its id, its number of rows, and their positions."""
 
 _MEAN_TOKENS = 4096
 _LARGEST_HALF = 65504.0
@@ -104,6 +108,19 @@ class Worker:
         settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
         return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
 
+    def unprojected_blocks(self) -> DenseComponent:
+        """Return the component of recomputed rows; see `schema.unprojected_blocks`."""
+        return unprojected_blocks(self._config, self.task, self.models[-1])
+
+    def compare_exact(
+        self, settings: EncoderSettings, arrays: Arrays, part: Part, progress: Progress = ignore_progress
+    ) -> dict[str, Agreement]:
+        """Return, by component, the mean score of an example with itself, and the mean share, by rows that are not coded."""
+        examples = [example for id, rows, positions in part for example in self._examples(id, rows, positions)]
+        rows = self._encoder(settings, arrays, "compared").rows(examples, progress=progress, tolerant=True, exact=True)
+        products = {name: vectors.as_float32().inner_products(vectors.as_float32()).astype(np.float64) for name, vectors in rows.items()}
+        return {name: Agreement.of(product, product) for name, product in products.items()}
+
     def vocabulary(self) -> int | None:
         """Return the number of tokens that all models embed; None without tokens."""
         sizes = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
@@ -114,13 +131,13 @@ class Worker:
         settings: EncoderSettings,
         arrays: Arrays,
         step: int,
-        parts: Sequence[tuple[str, int, Sequence[int]]],
+        parts: Part,
         progress: Progress = ignore_progress,
     ) -> Arrays:
         """Sum the statistics of a fitting pass over some examples.
 
         Args:
-            parts: for each shard of the examples, its id, its number of rows, and the positions of the examples.
+            parts: the examples.
         """
         examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
         return Fit(settings).sum_statistics(self._encoder(settings, arrays, f"pass {step}"), step, examples, progress)

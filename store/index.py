@@ -414,7 +414,7 @@ class Index:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is not a whole safetensors file ({error}); restore it or build the index again") from error
         for component in self.manifest.components:
-            problem = _array_problem(component, arrays)
+            problem = array_problem(component, arrays)
             if problem:
                 raise IntegrityError(f"{path} does not fit the index: {problem}; restore it or build the index again")
         return arrays
@@ -497,11 +497,11 @@ class Index:
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Check all files of the index: compare checksums, recompute the search caches, and yield (relative path, problem or None)."""
-        yield self.manifest.encoder.path, _file_problem(self.path, self.manifest.encoder)
-        yield self.manifest.table.path, _file_problem(self.path, self.manifest.table)
+        yield self.manifest.encoder.path, file_problem(self.path, self.manifest.encoder)
+        yield self.manifest.table.path, file_problem(self.path, self.manifest.table)
         intact = True
         for shard in self.shards:
-            problems = [(record.path, _file_problem(self.path, record)) for record in shard.files()]
+            problems = [(record.path, file_problem(self.path, record)) for record in shard.files()]
             rows = problems[0][0]
             yield from problems
             if any(problem for _, problem in problems):
@@ -551,7 +551,7 @@ class Index:
                 yield place, f"{self.path / place} is missing between manifests {before} and {after}; the newest is not affected"
 
     def _compare(self, record: FileRecord) -> None:
-        problem = _file_problem(self.path, record)
+        problem = file_problem(self.path, record)
         if problem:
             raise IntegrityError(problem)
 
@@ -602,7 +602,7 @@ def _column_bytes(file: ArrayFile, number: int) -> bytes:
     return file.array(name, file.shape(name), "uint8").tobytes()
 
 
-def _array_problem(component: Component, arrays: Mapping[str, np.ndarray]) -> str | None:
+def array_problem(component: Component, arrays: Mapping[str, np.ndarray]) -> str | None:
     """Return the problem of a component's arrays in the encoder, such as a missing array or a wrong shape; None if there is none."""
     for name, (shape, required) in component.encoder_arrays().items():
         array = arrays.get(f"{component.name}/{name}")
@@ -620,7 +620,8 @@ def _array_problem(component: Component, arrays: Mapping[str, np.ndarray]) -> st
     return None
 
 
-def _file_problem(directory: Path, record: FileRecord) -> str | None:
+def file_problem(directory: Path, record: FileRecord) -> str | None:
+    """Return the problem of a file of an index by its size and SHA-256; None if there is none."""
     path = directory / record.path
     problem = size_problem(path, record.bytes)
     if problem is None and sha256(path) != record.sha256:

@@ -109,7 +109,19 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     rooms = ("demo", "evaluation", "indexer", "query", "ray_jobs", "server", "store")
     expected = {f"wherefrom/{n}" for n in tracked if n.endswith(".py") and n.split("/")[0] in rooms}
-    modules = ("__init__", "building", "callback", "cli", "client", "command_options", "evaluate", "recording", "remote", "terminal")
+    modules = (
+        "__init__",
+        "building",
+        "callback",
+        "cli",
+        "client",
+        "command_options",
+        "evaluate",
+        "recompute",
+        "recording",
+        "remote",
+        "terminal",
+    )
     expected |= {f"wherefrom/{name}.py" for name in modules}
     expected |= {
         "wherefrom/py.typed",

@@ -2,16 +2,20 @@
 
 import fnmatch
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import assert_close, example_queries
-from wherefrom import BuildConfig, Client, Query
+from wherefrom import BuildConfig, Client, Query, recompute
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
 from wherefrom.ray_jobs.build import build
-from wherefrom.store.errors import UsageError
+from wherefrom.ray_jobs.rerank import fit_rerank
+from wherefrom.store.errors import IncompatibleError, IntegrityError, UsageError
+from wherefrom.store.rerank import read_record
 
 QUERIES = example_queries()
 METRICS = {
@@ -120,7 +124,7 @@ def test_the_cosine_of_a_contrast_has_the_length_of_the_difference(client):
     query = QUERIES["against"]
     plain = client.query(query, k=3, rerank=120)
     cosine = client.query(query, k=120, rerank=120, mode="cosine")
-    whole = client._exact_rows([query])
+    whole = client._recomputer._query_rows([query])
     squared = product(client, whole, whole, {})
     by_row = {a.row: a.score for a in cosine.proponents}
     for a in plain.proponents:
@@ -155,7 +159,7 @@ def test_ranks_and_scores_by_stored_rows_stay_beside_the_new_ones(client):
     assert (others >= report.lowest).all()
     assert report.highest == before.proponents[-1].score
     exact = expected_scores(client, query, {})
-    differences = [exact[row] - score for row, (_, score) in stored.items()]
+    differences = [exact[row] - score for row, (rank, score) in stored.items() if rank > 15]
     assert report.difference == pytest.approx(np.sqrt(np.mean(np.square(differences))), rel=1e-3)
 
 
@@ -202,3 +206,157 @@ def test_the_command_line_shows_both_scores(client):
 def test_a_count_out_of_range_is_refused(client, count):
     with pytest.raises(UsageError, match="rerank"):
         client.query(QUERIES["text"], rerank=count)
+
+
+@pytest.fixture(scope="module")
+def fitted(client, tmp_path_factory):
+    """The same index with EK-FAC of whole layers."""
+    out = tmp_path_factory.mktemp("fitted") / "index"
+    shutil.copytree(client.index.path, out)
+    result = CliRunner().invoke(main, ["fit", str(out), "--examples", "60", "--damping", "0.2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["examples"] == 60
+    return Client(out)
+
+
+def whole_gradients(client, example):
+    """The gradient of every linear layer inside the blocks, [outputs, inputs], by autograd of one example's loss, in float64."""
+    model = client.encoder.model
+    task = client.recorded.task
+    weights = {name: module.weight for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        loss = task.loss(model, task.collate([example], torch.device("cpu"))).sum()
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return {name: gradient.T.double().numpy() for name, gradient in zip(weights, gradients, strict=True)}
+
+
+def whole_product(view, a, b, damping=None):
+    """g^T (EK-FAC + damping)^-1 g over all layers, as a formula of matrices."""
+    (dense,) = (component for component in view.manifest.components if component.kind == "dense")
+    total = 0.0
+    for layer in dense.layers:
+        inputs = view.arrays[f"blocks/{layer.input_group}/input_rotation"].astype(float)
+        outputs = view.arrays[f"blocks/{layer.name}/output_rotation"].astype(float)
+        values = view.arrays[f"blocks/{layer.name}/eigenvalues"].astype(float).reshape(layer.outputs, layer.inputs)
+        relative = dense.curvature.damping if damping is None else damping
+        one, other = (outputs.T @ gradient[layer.name] @ inputs for gradient in (a, b))
+        total += float((one * other / (values + relative * values.mean())).sum())
+    return dense.weight * total
+
+
+@pytest.mark.parametrize("metric", ["plain", "cosine", "damped"])
+@pytest.mark.parametrize("query", ["text", "row"])
+def test_whole_layers_are_compared_as_a_formula_of_whole_gradients_says(client, fitted, query, metric):
+    options = METRICS[metric]
+    asked = QUERIES[query]
+    view = fitted._recomputer.view
+    sparse = {component.name: component.weight for component in view.manifest.components if component.kind == "sparse"}
+    rows = [3, 50, 7, 0]
+    examples = [fitted.index.example(row) for row in rows]
+    own = fitted.query_examples([asked])[0]
+
+    def score(a, b, a_measured):
+        """Head and embeddings by rows computed alone, times the weights that the fit gave them, and the blocks by whole gradients."""
+        weights = {c.name: sparse.get(c.name, 0.0) / c.weight for c in client.index.manifest.components}
+        one, other = exact_row(client, a, a_measured), exact_row(client, b, False)
+        damping = {name: value for name, value in options.items() if name == "damping"}
+        rest = product(client, one, other, {"weights": weights, **damping})
+        return rest + whole_product(view, whole_gradients(client, a), whole_gradients(client, b), options.get("damping"))
+
+    expected = np.array([score(own, example, asked.row is None) for example in examples])
+    if metric == "cosine":
+        lengths = np.array([score(example, example, False) for example in examples])
+        expected /= np.sqrt(lengths * score(own, own, asked.row is None))
+    found = fitted.recomputed_scores([asked], rows, **options)[0]
+    assert_close(found, expected, 1e-3, np.abs(expected).max())
+    answer = fitted.query(asked, k=120, rerank=120, **options)
+    by_row = {a.row: a.score for a in (*answer.proponents, *answer.opponents)}
+    assert_close([by_row[row] for row in rows], expected, 1e-3, np.abs(expected).max())
+    assert answer.search.rerank.unprojected_layers == 8
+
+
+def test_the_fit_covers_all_layers_and_its_eigenvalues_are_second_moments(client, fitted):
+    view = fitted._recomputer.view
+    (dense,) = (component for component in view.manifest.components if component.kind == "dense")
+    assert dense.dim == sum(m.weight.numel() for m in client.encoder.model.modules() if type(m).__name__ == "Conv1D")
+    for layer in dense.layers:
+        for name, size in ((f"{layer.name}/output_rotation", layer.outputs), (f"{layer.input_group}/input_rotation", layer.inputs)):
+            rotation = view.arrays[f"blocks/{name}"]
+            np.testing.assert_allclose(rotation.T @ rotation, np.eye(size), atol=1e-5)
+        assert view.arrays[f"blocks/{layer.name}/eigenvalues"].min() >= 0
+
+
+def test_queries_in_pieces_give_the_same(fitted, monkeypatch):
+    queries = [QUERIES["text"], QUERIES["completion"], QUERIES["against"]]
+    together = fitted.recomputed_scores(queries, range(20))
+    monkeypatch.setattr(recompute, "_ROW_BYTES", 1)
+    assert_close(fitted.recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
+    assert_close(Client(fitted.index.path).recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
+
+
+def test_a_fitted_index_says_so_and_is_verified(fitted):
+    run = CliRunner()
+    path = str(fitted.index.path)
+    assert "EK-FAC of 8 whole layers, fitted on 60 examples" in " ".join(run.invoke(main, ["info", path]).output.split())
+    assert json.loads(run.invoke(main, ["info", path, "--json"]).output)["rerank"]["layers"] == 8
+    shown = run.invoke(main, ["query", path, "--text", "w1 w2 w3 w4", "-k", "2", "--rerank", "15"])
+    assert "computed again with EK-FAC of 8 whole layers" in " ".join(shown.output.split())
+    assert run.invoke(main, ["verify", path]).exit_code == 0
+
+
+def test_a_damaged_fit_is_refused_and_plain_queries_are_not(fitted, tmp_path):
+    def damaged(change, error, match):
+        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(fitted.index.path, copy)
+        (arrays,) = (copy / "rerank").glob("*.safetensors")
+        change(copy / "rerank/rerank.json", arrays)
+        client = Client(copy)
+        assert client.query(row=3, k=1).proponents
+        with pytest.raises(error, match=match):
+            client.query(row=3, k=1, rerank=5)
+        assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 4
+
+    def edit(**values):
+        return lambda record, arrays: record.write_text(json.dumps(json.loads(record.read_text()) | values))
+
+    damaged(lambda record, arrays: arrays.unlink(), IntegrityError, "run wherefrom fit again")
+    damaged(lambda record, arrays: arrays.write_bytes(b"x" * arrays.stat().st_size), IntegrityError, "SHA-256 differs")
+    damaged(lambda record, arrays: record.write_text("{"), IntegrityError, "is damaged")
+    damaged(edit(components=[]), IntegrityError, "is damaged")
+    damaged(edit(format="wherefrom rerank 9"), IncompatibleError, "not of this version")
+    damaged(edit(encoder="0" * 64), IncompatibleError, "another encoder")
+    damaged(edit(file={"path": "../x", "bytes": 1, "sha256": "0" * 64}), IntegrityError, "is damaged")
+
+
+def test_what_cannot_be_fitted_is_refused(client, tmp_path, model_dir, corpus_file):
+    for arguments in (["--examples", "0"], ["--damping", "-1"], ["--damping", "nan"]):
+        assert CliRunner().invoke(main, ["fit", str(client.index.path), *arguments]).exit_code == 2
+    assert not (client.index.path / "rerank").exists()
+    models = str(model_dir), str(shutil.copytree(model_dir, tmp_path / "other"))
+    several = BuildConfig(model=models, data=(str(corpus_file),), out=str(tmp_path / "two"), components=("head",))
+    build(several)
+    with pytest.raises(UsageError, match="several models"):
+        fit_rerank(tmp_path / "two")
+
+
+def test_a_second_fit_replaces_the_first(fitted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(fitted.index.path, copy)
+    before = Client(copy).recomputed_scores([QUERIES["text"]], range(5))
+    fit_rerank(copy, examples=60, damping=5.0)
+    assert len(list((copy / "rerank").glob("*.safetensors"))) == 1
+    assert not np.allclose(before, Client(copy).recomputed_scores([QUERIES["text"]], range(5)))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_workers_fit_the_same(fitted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(fitted.index.path, copy)
+    record = fit_rerank(copy, examples=60, damping=0.2, runtime={"workers": 2})
+    assert record.file.sha256 == read_record(fitted.index).file.sha256

@@ -1,0 +1,127 @@
+"""Scores of training examples from rows that are computed again with the model: no codes, all tokens and all coordinates.
+
+The rows have the components of the index, or those that `wherefrom fit` wrote into it: then the blocks are EK-FAC of all layers without
+projection (Grosse et al., arXiv 2308.03296), while head and embeddings stay those of the index.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .query.metric import Metric
+from .query.options import Query
+from .query.plain import without_contrasts
+from .query.scoring import Scorer
+from .store.documents import Example
+from .store.index import Index
+from .store.rerank import rerank_view
+from .store.shapes import Float64, Int64
+from .store.vectors import Rows, combine, cut, join
+
+if TYPE_CHECKING:
+    from .indexer.encoder import Encoder
+
+_ROW_BYTES = 1 << 30  # of the queries' rows, and of a batch's, that are in memory at once
+_SHORT_TEXT = 64  # tokens; so many examples of a batch are expected at most
+
+
+class Recomputer:
+    """Computation of scores with the model.
+
+    Args:
+        index: of the training examples.
+        encoder: of the index.
+        query_examples: converts queries to examples.
+
+    Attributes:
+        view: the index with the components that recomputed rows have.
+    """
+
+    def __init__(self, index: Index, encoder: "Encoder", query_examples: Callable[[Sequence[Query]], list[Example]]) -> None:
+        self._index = index
+        self._query_examples = query_examples
+        fitted = rerank_view(index)
+        self.view = fitted or index
+        self._encoder = encoder
+        if fitted is not None:
+            most = encoder.settings.batch_tokens
+            tokens = min(most, max(1, _ROW_BYTES // self._row_bytes) * _SHORT_TEXT)
+            settings = replace(encoder.settings, components=fitted.manifest.components, batch_tokens=tokens)
+            self._encoder = replace(encoder, settings=settings, arrays=fitted.arrays)
+
+    @property
+    def unprojected_layers(self) -> int:
+        """Number of layers whose gradients are not projected; 0 if rows are those of the index before coding."""
+        return 0 if self.view is self._index else sum(len(c.layer_names) for c in self.view.manifest.components if c.kind == "dense")
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        """Bytes of the widest component's row, at most."""
+        return 4 * max(component.dim for component in self.view.manifest.components)
+
+    def scores(
+        self,
+        queries: Sequence[Query],
+        mean: Float64[np.ndarray, "answers queries"],
+        metric: Metric,
+        rows: Int64[np.ndarray, " rows"],
+        answers: range | None = None,
+    ) -> Float64[np.ndarray, "answers rows"]:
+        """Compute the scores of training examples.
+
+        Args:
+            mean: the weights of the queries in each answer.
+            rows: of the examples.
+            answers: those to compute; by default all.
+        """
+        answers = answers or range(len(mean))
+        examples = [self._index.example(row) for row in rows.tolist()]
+        size = max(1, _ROW_BYTES // self._row_bytes)
+        blocks = [self._block(queries, mean[answers[i : i + size]], metric, rows, examples) for i in range(0, len(answers), size)]
+        return np.concatenate([np.zeros((0, len(rows))), *blocks])
+
+    def _block(
+        self,
+        queries: Sequence[Query],
+        mean: Float64[np.ndarray, "answers queries"],
+        metric: Metric,
+        rows: Int64[np.ndarray, " rows"],
+        examples: Sequence[Example],
+    ) -> Float64[np.ndarray, "answers rows"]:
+        used = np.flatnonzero(mean.any(axis=0))
+        query_rows = combine(self._query_rows([queries[i] for i in used.tolist()]), mean[:, used])
+        scorer = Scorer.of(self.view, query_rows, metric)
+        scaled = {o.component.name: o.scaled(self.view, query_rows[o.component.name], stored=False) for o in scorer.operands}
+        lengths = [0.0] * len(mean)
+        if metric.mode == "cosine":
+            lengths = [scorer.squared_length(cut(query_rows, i, i + 1), stored=False) for i in range(len(mean))]
+        scores = np.zeros((len(mean), len(rows)))
+        for batch in self._encoder.batches(examples, tolerant=True):
+            exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
+            products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in scaled.items())
+            for number, position in enumerate(batch.positions):
+                scale = np.ones(len(mean))
+                if metric.mode == "cosine":
+                    squared = scorer.squared_length(cut(exact, number, number + 1), stored=False)
+                    scale = np.array([(squared * length) ** -0.5 if squared * length > 0 else 0.0 for length in lengths])
+                elif metric.mode == "loss-normalized":
+                    scale *= scorer.scale(0, int(rows[position]))
+                scores[:, position] = np.asarray(products)[:, number] * scale
+        return scores
+
+    def _query_rows(self, queries: Sequence[Query]) -> Rows:
+        """Rows of queries, also of queries by row and of contrasts."""
+        plain, contrasts = without_contrasts(queries)
+        examples = self._query_examples(plain)
+        by_row = [query.row is not None for query in plain]
+        order = np.argsort(by_row, kind="stable")
+        parts = [
+            self._encoder.rows([examples[i] for i in order if by_row[i] is of_row], queries=not of_row, exact=True)
+            for of_row in (False, True)
+            if of_row in by_row
+        ]
+        matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
+        return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)
