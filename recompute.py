@@ -55,7 +55,7 @@ class Recomputer:
     @property
     def unprojected_layers(self) -> int:
         """Number of layers whose gradients are not projected; 0 if rows are those of the index before coding."""
-        return 0 if self.view is self._index else sum(len(c.layer_names) for c in self.view.manifest.components if c.kind == "dense")
+        return 0 if self.view is self._index else sum(len(c.layer_names) for c in self.view.manifest.components if c.role == "blocks")
 
     @cached_property
     def _row_bytes(self) -> int:

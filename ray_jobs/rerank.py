@@ -74,7 +74,7 @@ def fit_rerank(
         arrays, counts = run_fit(executor, fitting, draw_sample(index.shards, alive, count, seed), count, reporter)
         (dense,) = with_counts(fitting, counts).components  # type: ignore[assignment]
         arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-        sparse = tuple(c.model_copy(update={"weight": 1.0}) for c in index.manifest.components if c.kind == "sparse")
+        sparse = tuple(c.model_copy(update={"weight": 1.0}) for c in index.manifest.components if c.role != "blocks")
         components: tuple[Component, ...] = (*sparse, dense)
         kept = {component.name for component in sparse}
         own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}

@@ -43,7 +43,7 @@ class RerankRecord(BaseModel):
     @property
     def dense(self) -> DenseComponent:
         """The component without projection."""
-        return next(component for component in self.components if isinstance(component, DenseComponent))
+        return next(component for component in self.components if component.role == "blocks")
 
 
 def write_rerank(index: Index, components: tuple[DenseComponent | SparseComponent, ...], arrays: Mapping[str, np.ndarray]) -> RerankRecord:
@@ -132,7 +132,7 @@ def rerank_view(index: Index) -> Index | None:
             problem = f"{path} is not a whole safetensors file ({error})"
     if problem is not None:
         raise IntegrityError(f"{problem}; run wherefrom fit again, or remove {path.parent}")
-    kept = {name for name, _ in ((component.name, component) for component in record.components if component.kind == "sparse")}
+    kept = {component.name for component in record.components if component.role != "blocks"}
     own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}
     view = copy.copy(index)
     view.manifest = index.manifest.model_copy(update={"components": record.components})
