@@ -6,7 +6,9 @@
     wherefrom evaluate lds packs/mnist-a --data data --scores kronfluence.npy
 
 Runs in an environment of its own, without Wherefrom: it reads the pack's files itself. No projection, labels sampled from the model
-(Kronfluence's defaults), damping 0.1 of the mean eigenvalue (its heuristic); the measurement is the query's cross-entropy.
+(Kronfluence's defaults), damping 0.1 of the mean eigenvalue (its heuristic); the measurement is the query's cross-entropy. With
+`--weights-only` biases are constants, and with `--data-labels` the factors are those of the data's labels, so that nothing is drawn at
+random: scores of `wherefrom fit` must then be the same (benchmarks/whole_layers.py compares them).
 """
 
 import argparse
@@ -22,6 +24,18 @@ from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
+
+
+class Constant(torch.nn.Module):
+    """Adds a bias that is not a parameter."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        """The input, plus the bias."""
+        return x + self.bias
 
 
 class Classification(Task):
@@ -54,6 +68,8 @@ def main():
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights-only", action="store_true")
+    parser.add_argument("--data-labels", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     truth = np.load(args.pack / "ground_truth.npz")
@@ -62,13 +78,14 @@ def main():
     layers = []
     for i in range(0, len(weights), 2):
         outputs, inputs = weights[f"{i}.weight"].shape
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+        linear = torch.nn.Linear(inputs, outputs, bias=not args.weights_only)
+        linear.load_state_dict({name: weights[f"{i}.{name}"] for name in linear.state_dict()})
+        layers += [linear, *([Constant(weights[f"{i}.bias"])] if args.weights_only else []), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers[:-1])
-    model.load_state_dict(weights)
     task = Classification()
     with tempfile.TemporaryDirectory() as scratch:
         analyzer = Analyzer("pack", prepare_model(model, task), task, cpu=True, output_dir=scratch, disable_tqdm=True)
-        arguments = FactorArguments(strategy="ekfac")
+        arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=args.data_labels)
         analyzer.fit_all_factors("ekfac", train, per_device_batch_size=256, factor_args=arguments)
         batches = {"per_device_query_batch_size": 100, "per_device_train_batch_size": 256}
         heuristic = ScoreArguments(damping_factor=None)  # 0.1 of the mean eigenvalue; the default is 1e-8
