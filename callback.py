@@ -31,7 +31,7 @@ from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
 from .recording import TrainingRecorder
 from .store.corpus import read_corpus
-from .store.errors import UsageError
+from .store.errors import DataError, UsageError
 from .store.files import write_whole
 from .store.manifest import latest_manifest
 
@@ -161,7 +161,10 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             return
         if self._recorder is not None:
             self._forward_hook.remove()
-            self._recorder.finish()
+            try:
+                self._recorder.finish()
+            except Exception as error:  # must not prevent the Trainer's next steps
+                warnings.warn(f"the run was not recorded for a replay: {error}", stacklevel=2)
         try:
             self._write(args)
             if self._build is not None:
@@ -197,13 +200,14 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             unknown = {name for name, value in named.items() if value is not None} - _CALL
             if positional or unknown or named.get("labels") is None:
                 others = ", ".join(sorted(unknown)) or "no labels, or unnamed arguments"
-                raise UsageError(
-                    f"the model is called with {others}, which a record does not hold; give it input_ids, attention_mask and labels alone, "
-                    "or leave `record` out"
-                )
+                recorder.fail(f"the model is called with {others}; give it input_ids, attention_mask and labels alone")
+                return
             items = named.get("num_items_in_batch")
             count = (named["labels"][:, 1:] != IGNORED).sum() * args.gradient_accumulation_steps if items is None else items
-            recorder.batch(named["input_ids"], named["labels"], named.get("attention_mask"), denominator=float(count))
+            try:
+                recorder.batch(named["input_ids"], named["labels"], named.get("attention_mask"), denominator=float(count))
+            except DataError as error:
+                recorder.fail(str(error))
 
         self._forward_hook = model.register_forward_pre_hook(record, with_kwargs=True)
 

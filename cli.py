@@ -491,7 +491,7 @@ def replay(run: str, file: str, out: str | None, k: int, as_json: bool, **option
       wherefrom replay out/wherefrom-run --file queries.jsonl --out scores.zarr
 
     The run is repeated step by step, and each query's loss is differentiated through all of it, with respect to the weight of every
-    training example. That costs about four trainings, and two more for each query. WherefromCallback(record=True) records a run
+    training example. That costs a few trainings, and two more for each query. WherefromCallback(record=True) records a run
     of transformers' Trainer, wherefrom.TrainingRecorder one of your own loop.
     """
     _quiet_libraries()

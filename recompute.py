@@ -4,7 +4,7 @@ The rows have the components of the index, or those that `wherefrom fit` wrote i
 projection (Grosse et al., arXiv 2308.03296), while head and embeddings stay those of the index.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,10 +22,9 @@ from .store.shapes import Float64, Int64
 from .store.vectors import Rows, combine, cut, join
 
 if TYPE_CHECKING:
-    from .indexer.encoder import Encoder
+    from .indexer.encoder import EncodedBatch, Encoder
 
-_ROW_BYTES = 1 << 30  # of the queries' rows, and of a batch's, that are in memory at once
-_SHORT_TEXT = 64  # tokens; so many examples of a batch are expected at most
+_ROW_BYTES = 1 << 30  # of the rows of queries, and of those of examples, that are in memory at once; but a row of each at least
 
 
 class Recomputer:
@@ -47,9 +46,7 @@ class Recomputer:
         self.view = fitted or index
         self._encoder = encoder
         if fitted is not None:
-            most = encoder.settings.batch_tokens
-            tokens = min(most, max(1, _ROW_BYTES // self._row_bytes) * _SHORT_TEXT)
-            settings = replace(encoder.settings, components=fitted.manifest.components, batch_tokens=tokens)
+            settings = replace(encoder.settings, components=fitted.manifest.components)
             self._encoder = replace(encoder, settings=settings, arrays=fitted.arrays)
 
     @property
@@ -58,9 +55,10 @@ class Recomputer:
         return 0 if self.view is self._index else sum(len(c.layer_names) for c in self.view.manifest.components if c.role == "blocks")
 
     @cached_property
-    def _row_bytes(self) -> int:
-        """Bytes of the widest component's row, at most."""
-        return 4 * max(component.dim for component in self.view.manifest.components)
+    def _most_rows(self) -> int:
+        """How many rows may be in memory at once."""
+        widths = [component.dim for component in self.view.manifest.components if component.has_wide_rows]
+        return max(1, _ROW_BYTES // (4 * max(widths))) if widths else _ROW_BYTES
 
     def scores(
         self,
@@ -79,7 +77,7 @@ class Recomputer:
         """
         answers = answers or range(len(mean))
         examples = [self._index.example(row) for row in rows.tolist()]
-        size = max(1, _ROW_BYTES // self._row_bytes)
+        size = self._most_rows
         blocks = [self._block(queries, mean[answers[i : i + size]], metric, rows, examples) for i in range(0, len(answers), size)]
         return np.concatenate([np.zeros((0, len(rows))), *blocks])
 
@@ -91,15 +89,14 @@ class Recomputer:
         rows: Int64[np.ndarray, " rows"],
         examples: Sequence[Example],
     ) -> Float64[np.ndarray, "answers rows"]:
-        used = np.flatnonzero(mean.any(axis=0))
-        query_rows = combine(self._query_rows([queries[i] for i in used.tolist()]), mean[:, used])
+        query_rows = self._combined_rows(queries, mean)
         scorer = Scorer.of(self.view, query_rows, metric)
         scaled = {o.component.name: o.scaled(self.view, query_rows[o.component.name], stored=False) for o in scorer.operands}
         lengths = [0.0] * len(mean)
         if metric.mode == "cosine":
             lengths = [scorer.squared_length(cut(query_rows, i, i + 1), stored=False) for i in range(len(mean))]
         scores = np.zeros((len(mean), len(rows)))
-        for batch in self._encoder.batches(examples, tolerant=True):
+        for batch in self._batches(examples):
             exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
             products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in scaled.items())
             for number, position in enumerate(batch.positions):
@@ -111,6 +108,23 @@ class Recomputer:
                     scale *= scorer.scale(0, int(rows[position]))
                 scores[:, position] = np.asarray(products)[:, number] * scale
         return scores
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator["EncodedBatch"]:
+        """Encode examples, few at a time; positions are those in all of them."""
+        for first in range(0, len(examples), self._most_rows):
+            for batch in self._encoder.batches(examples[first : first + self._most_rows], tolerant=True):
+                yield replace(batch, positions=[first + position for position in batch.positions])
+
+    def _combined_rows(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"]) -> Rows:
+        """Rows of answers: weighted sums of their queries' rows, which are computed few at a time."""
+        used = np.flatnonzero(mean.any(axis=0)).tolist()
+        total: Rows | None = None
+        for first in range(0, max(1, len(used)), self._most_rows):
+            part = used[first : first + self._most_rows]
+            rows = combine(self._query_rows([queries[i] for i in part]), mean[:, part])
+            total = rows if total is None else combine(join([total, rows]), np.hstack([np.eye(len(mean)), np.eye(len(mean))]))
+        assert total is not None
+        return total
 
     def _query_rows(self, queries: Sequence[Query]) -> Rows:
         """Rows of queries, also of queries by row and of contrasts."""

@@ -11,7 +11,7 @@ least once a minute. The same command continues from there, with the same bits.
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -24,7 +24,7 @@ from torch import nn
 
 from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import ModelSource, load_tokenizer, resolve_device
+from ..indexer.models import ModelSource, load_causal_lm, load_tokenizer, model_fingerprint, resolve_device
 from ..indexer.replay import LARGEST_DIFFERENCE, Replay, State
 from ..indexer.tasks import CausalLM
 from ..query.matrix import check_output, write_matrix
@@ -36,9 +36,10 @@ from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent, reporting
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, UsageError
-from ..store.files import publish, read_json, write_tensors, write_whole
+from ..store.files import publish, read_json, storage_errors, write_tensors, write_whole
 from ..store.shapes import Float32, Float64
-from ..store.training import content_rows, read_training
+from ..store.sources import describe_files
+from ..store.training import TrainingRun, content_rows, read_training
 from .baselines import content_baselines, require_libraries
 from .checks import Report, mean_figure
 from .lds import columns_correlation
@@ -108,7 +109,7 @@ def replay(
 ) -> Replayed:
     """Differentiate each query's loss through a recorded training run, with respect to the weight of every training example.
 
-    The cost of a group of queries is that of about four trainings, and two more for each query.
+    The cost of a group of queries is that of a few trainings, and two more for each query.
 
     Args:
         run: directory of the record.
@@ -179,6 +180,10 @@ def _replay_examples(
     place = None if work is None else Path(work).resolve()
     factory = partial(Replayer, str(directory), examples, None if place is None else str(place), resources.device, resources.threads)
     with open_executor(factory, resources) as executor:
+        context = executor.call("context")
+        for number, example in enumerate(examples):
+            if context is not None and example.tokens > context:
+                raise UsageError(f"query {number} is {len(example.token_ids)} tokens long, the model's context is {context}; shorten it")
         if place is not None:
             _claim(place, directory, examples)
         size = min(executor.call("queries_per_pass"), -(-len(examples) // resources.workers))
@@ -196,11 +201,14 @@ def _claim(work: Path, directory: Path, examples: tuple[Example, ...]) -> None:
     """
     file = work / "replay.json"
     content = [(e.token_ids.tolist(), e.loss_mask.tolist()) for e in examples]
-    description = {"run": read_training(directory).fingerprint, "queries": sha256(json.dumps(content).encode()).hexdigest()}
+    files = json.dumps(describe_files([directory]))
+    description = {name: sha256(text.encode()).hexdigest() for name, text in (("run", files), ("queries", json.dumps(content)))}
     if work.exists() and not file.is_file() and any(work.iterdir()):
         raise UsageError(f"{work} has other content than an unfinished replay; remove it or choose another `out`")
     if file.is_file() and read_json(file) != description:
         raise UsageError(f"{work} holds the unfinished replay of other queries or another run; remove it or choose another `out`")
+    with storage_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(description).encode())
 
 
@@ -223,6 +231,10 @@ class Replayer:
     @cached_property
     def _replay(self) -> Replay:
         return Replay(self._run, self._device)
+
+    def context(self) -> int | None:
+        """The model's longest input, in tokens; None if unbounded."""
+        return CausalLM().context(self._replay.model)
 
     def queries_per_pass(self) -> int:
         """How many queries share a pass through the run, so that their adjoints fit into memory."""
@@ -276,11 +288,7 @@ class Replayer:
 
     def _check(self, difference: float) -> float:
         if not difference <= LARGEST_DIFFERENCE:
-            raise IncompatibleError(
-                f"{self._run.directory}: the repeated run ends {difference:.1%} of its way from where the recorded run ended, more than "
-                f"{LARGEST_DIFFERENCE:.0%}; something in training is not in the record (another loss, noise, changed weights), or it "
-                "is too unstable to repeat"
-            )
+            raise IncompatibleError(unlike(self._run, difference))
         return difference
 
 
@@ -336,6 +344,13 @@ def agreement(
     examples = client.query_examples(queries)
     rows = [client.index.example(row) for row in range(len(client.index))]
     recorded = read_training(Path(run).resolve())
+    model_record = client.index.manifest.models[-1]
+    trained_model = load_causal_lm(ModelSource(str(recorded.directory), dtype=model_record.dtype, device="cpu"))
+    if model_fingerprint(trained_model) != model_record.fingerprint:
+        raise IncompatibleError(
+            f"{client.index.path} is not an index of the model that the recorded run {run} ended with; build it from {run}"
+        )
+    del trained_model
     pairs = match_rows(rows, recorded.examples)
     if len(pairs) * 2 < len(rows):
         raise DataError(
@@ -345,7 +360,9 @@ def agreement(
     with reporting(reporter) as current:
         replayed = replay_examples(run, examples, current, **resources)
     own = [pair[0] for pair in pairs]
-    exact = replayed.scores[:, [pair[1] for pair in pairs]].T.astype(np.float64)
+    numbers = [pair[1] for pair in pairs]
+    shared = np.bincount(numbers, minlength=len(recorded.examples))[numbers]  # equal rows share an example's derivative
+    exact = replayed.scores[:, numbers].T.astype(np.float64) / shared[:, None]
     scores = score_matrix(client.index, client.encode(queries), Metric(mode)).T[own].astype(np.float64)
     baselines = content_baselines([rows[row] for row in own], examples)
     methods = {"the index": scores, **{name: baselines[name] for name in ("chars", "bm25", "random")}}
@@ -370,11 +387,18 @@ def agreement(
     return Report("replay", figures, about, explained)
 
 
-def match_rows(rows: Iterable[Example], trained: Sequence[Example]) -> list[tuple[int, int]]:
-    """Pairs of a row and the example of a run with the same tokens and loss mask."""
-    numbers = {key: positions[0] for key, positions in content_rows(trained).items()}
-    own = content_rows(tuple(rows))
-    return sorted((row, numbers[key]) for key, positions in own.items() if key in numbers for row in positions)
+def match_rows(rows: Sequence[Example], trained: Sequence[Example]) -> list[tuple[int, int]]:
+    """Pairs of a row and the example of a run with the same tokens and loss mask; of several such, the one with its id, else in order."""
+    numbers = content_rows(trained)
+    pairs = []
+    for key, own in content_rows(rows).items():
+        candidates = numbers.get(key, [])
+        by_id = {trained[number].id: number for number in candidates}
+        others = [number for number in candidates if trained[number].id not in {rows[row].id for row in own}] or candidates
+        unnamed = [row for row in own if rows[row].id not in by_id]
+        pairs += [(row, by_id[rows[row].id]) for row in own if rows[row].id in by_id]
+        pairs += [(row, others[i % len(others)]) for i, row in enumerate(unnamed) if others]
+    return sorted(pairs)
 
 
 def _shared_best(scores: Float64[np.ndarray, "examples queries"], exact: Float64[np.ndarray, "examples queries"]) -> list[float]:
@@ -392,12 +416,39 @@ def retrain(examples: Sequence[Example], model: str, seed: int) -> nn.Module:
         DataError: an example is not in the record.
     """
     run = read_training(Path(model))
-    pairs = dict(match_rows(examples, run.examples))
-    missing = [example.id for i, example in enumerate(examples) if i not in pairs]
+    pairs = match_rows(examples, run.examples)
+    known = {row for row, _ in pairs}
+    missing = [example.id for row, example in enumerate(examples) if row not in known]
     if missing:
         others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
         raise DataError(f"example {missing[0]!r}{others} not in the recorded run {model}; give its training documents")
     repeated = Replay(run)
-    weights = torch.zeros_like(repeated.weights)
-    weights[sorted(set(pairs.values()))] = 1.0
-    return repeated.load(repeated.train(weights))
+    given = np.bincount([number for _, number in pairs], minlength=len(run.examples))
+    weights = torch.from_numpy(np.minimum(1.0, given / _copies(run))).to(repeated.weights)
+    end = repeated.train(weights)
+    if (weights == 1).all() and not (difference := repeated.difference(end)) <= LARGEST_DIFFERENCE:
+        raise IncompatibleError(unlike(run, difference))
+    return repeated.load(end)
+
+
+def _copies(run: TrainingRun) -> Float64[np.ndarray, " examples"]:
+    """How many equal documents each example stands for.
+
+    With ids, one. Without, how often it was in a batch, over how often the rarest was, where that divides all: in whole epochs.
+    """
+    counts = np.zeros(len(run.examples))
+    for step in run.steps:
+        for batch in step.batches:
+            np.add.at(counts, list(batch.examples), 1)
+    is_numbered = all(example.id == str(i) for i, example in enumerate(run.examples))
+    least = counts.min()
+    return counts / least if is_numbered and least > 0 and (counts % least == 0).all() else np.ones(len(counts))
+
+
+def unlike(run: TrainingRun, difference: float) -> str:
+    """What is said of a repeated run that does not end where the recorded one did."""
+    return (
+        f"{run.directory}: the repeated run ends {difference:.1%} of its way from where the recorded run ended, more than "
+        f"{LARGEST_DIFFERENCE:.0%}; something in training is not in the record (another loss, noise, changed weights), or it is too "
+        "unstable to repeat"
+    )

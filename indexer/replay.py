@@ -8,7 +8,7 @@ the optimizer's moments, and step t maps it on: s_{t+1} = f_t(s_t, w). The deriv
 (REPLAY: Engstrom et al., MAGIC, arXiv 2503.13751). A step's gradient is differentiated by a second backward pass. Clipping and the
 optimizers are differentiated by hand, with the derivative of a square root at 0 taken as 0. States are needed in reverse order: a range
 of steps is divided into b parts whose first states are kept, and each part in turn, so that a run of T steps keeps (b - 1) log_b(T) states
-and computes each step again log_b(T) times. b is 8, and less where these states would not fit.
+and computes each step again log_b(T) times. b is 8, and less where these states would take too much memory, but at least 2.
 
 The loss of a step is the sum of its batches' token losses, each divided by the recorded denominator, which does not depend on w.
 """
@@ -148,8 +148,8 @@ def sgd_adjoint(
 
 
 def _dampening(group: ParameterGroup, number: int) -> float:
-    """The first step fills PyTorch's buffer with the whole gradient."""
-    return group.dampening if number else 0.0
+    """The first step fills PyTorch's buffer with the whole gradient; without momentum there is none."""
+    return group.dampening if number and group.momentum else 0.0
 
 
 class Replay:
@@ -173,6 +173,9 @@ class Replay:
         self.run = run
         self.model = load_causal_lm(ModelSource(str(run.directory), dtype=dtype, device=device)).requires_grad_(False)
         self._task = CausalLM()
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(embeddings, nn.Embedding):
+            embeddings.padding_idx = run.settings.padding_idx  # a reloaded model may have another
         parameters = dict(self.model.named_parameters())
         for name, array in run.initial.items():
             if name not in parameters or tuple(parameters[name].shape) != array.shape:
@@ -331,7 +334,7 @@ class Replay:
         parameters = vector.detach().requires_grad_(True)
         own_weights = weights[list(batch.examples)].detach().requires_grad_(graph)
         inputs, mask, targets = self._tensors(batch)
-        self.model.train()
+        self.model.train(self.run.settings.training)
         with self._computing(batch.generator):
             logits = self._call(parameters, inputs, mask)
             loss = (own_weights * _token_losses(logits[:, :-1], targets).sum(1)).sum() / batch.denominator
@@ -350,7 +353,7 @@ class Replay:
     def _tensors(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids and attention mask [batch, width], and the targets [batch, width - 1] of a batch as it was padded in training."""
         shape = len(batch.examples), batch.width
-        inputs, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        inputs, mask = np.full(shape, batch.padding, np.int64), np.zeros(shape, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         for i, number in enumerate(batch.examples):
             example = self.run.examples[number]
@@ -373,6 +376,10 @@ class Replay:
             if self.run.settings.autocast is not None:
                 stack.enter_context(torch.autocast(self._device.type, DTYPES[self.run.settings.autocast]))
             if generator is not None:
+                if len(generator) != len(torch.get_rng_state()):
+                    raise IncompatibleError(
+                        f"{self.run.directory}: its generator's states are of another version of PyTorch; replay it with that"
+                    )
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 torch.set_rng_state(torch.from_numpy(generator.copy()))
             yield

@@ -28,8 +28,7 @@ from .schema import known_training
 from .worker import Worker
 
 DEFAULT_EXAMPLES = 2000
-_COMPARED_BYTES = 1 << 29
-_MOST_COMPARED = 64
+_COMPARED = 256
 
 
 def fit_rerank(
@@ -78,7 +77,7 @@ def fit_rerank(
         components: tuple[Component, ...] = (*sparse, dense)
         kept = {component.name for component in sparse}
         own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}
-        compared = min(len(alive), max(2, min(_MOST_COMPARED, _COMPARED_BYTES // (4 * dense.dim))))
+        compared = min(len(alive), _COMPARED)
         part = [shard for drawn in draw_sample(index.shards, alive, compared, seed + 1) for shard in drawn]
         reporter.stage("comparing components", compared)
         together = replace(fitting, components=components)

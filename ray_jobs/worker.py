@@ -113,13 +113,28 @@ class Worker:
         return unprojected_blocks(self._config, self.task, self.models[-1])
 
     def compare_exact(
-        self, settings: EncoderSettings, arrays: Arrays, part: Part, progress: Progress = ignore_progress
+        self, settings: EncoderSettings, arrays: Arrays, parts: Part, progress: Progress = ignore_progress
     ) -> dict[str, Agreement]:
-        """Return, by component, the mean score of an example with itself, and the mean share, by rows that are not coded."""
-        examples = [example for id, rows, positions in part for example in self._examples(id, rows, positions)]
-        rows = self._encoder(settings, arrays, "compared").rows(examples, progress=progress, tolerant=True, exact=True)
-        products = {name: vectors.as_float32().inner_products(vectors.as_float32()).astype(np.float64) for name, vectors in rows.items()}
-        return {name: Agreement.of(product, product) for name, product in products.items()}
+        """Return, by component, the mean score of an example with itself, and the mean share, by rows that are not coded.
+
+        With rows z of n examples, the mean score between two of them is (|sum z|^2 - sum |z|^2) / (n (n - 1)); so no more rows than those
+        of a batch are in memory. The mean share of a sparse component is not computed: 0.
+        """
+        examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
+        encoder = self._encoder(settings, arrays, "compared")
+        squares: dict[str, float] = {}
+        sums: dict[str, Any] = {}
+        for batch in encoder.batches(examples, progress, tolerant=True):
+            for component in settings.components:
+                vectors: Any = batch.exact[component.name]
+                squares[component.name] = squares.get(component.name, 0.0) + float(vectors.squared_norms.sum())
+                if component.has_wide_rows:
+                    sums[component.name] = sums.get(component.name, 0.0) + vectors.values.sum(axis=0, dtype=np.float64)
+        agreements = {}
+        for name, total in squares.items():
+            between = 0.0 if name not in sums or len(examples) < 2 else float((sums[name] ** 2).sum() - total) / (len(examples) - 1)
+            agreements[name] = Agreement(total / len(examples), 1.0, between / total if total > 0 else 0.0)
+        return agreements
 
     def vocabulary(self) -> int | None:
         """Return the number of tokens that all models embed; None without tokens."""

@@ -9,10 +9,10 @@ The file can be made again from the index and its model (`wherefrom fit`), so no
 import copy
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import IncompatibleError, IntegrityError
 from .files import publish, read_bytes, write_tensors, write_whole
@@ -39,6 +39,21 @@ class RerankRecord(BaseModel):
     encoder: str
     components: tuple[Annotated[DenseComponent | SparseComponent, Field(discriminator="kind")], ...] = Field(min_length=1)
     file: FileRecord
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse components that cannot be those of recomputed rows."""
+        dense = [component for component in self.components if component.role == "blocks"]
+        names = {component.name for component in self.components}
+        if len(dense) != 1 or len(names) != len(self.components) or any(c.model != 0 or c.weight < 0 for c in self.components):
+            raise ValueError("its components are not one for each part of one model")
+        (blocks,) = dense
+        is_whole = all(layer.input_rank == layer.inputs and layer.output_rank == layer.outputs for layer in blocks.layers)
+        if not is_whole or blocks.coordinates is not None or any(layer.curvature != "ekfac" for layer in blocks.layers):
+            raise ValueError("its blocks are not EK-FAC of whole layers")
+        if not self.file.path.startswith(f"{_FOLDER}/"):
+            raise ValueError(f"its file is not in the folder {_FOLDER}")
+        return self
 
     @property
     def dense(self) -> DenseComponent:
@@ -79,19 +94,25 @@ def read_record(index: Index) -> RerankRecord | None:
         IntegrityError: it is damaged.
     """
     path = index.path / _FOLDER / _RECORD
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
     try:
         record = RerankRecord.model_validate_json(read_bytes(path))
-        _ = record.dense
     except ValidationError as error:
         if error.errors()[0]["loc"] == ("format",):
             raise IncompatibleError(
                 f"{path} is not of this version ({_FORMAT}); run wherefrom fit again, or remove {path.parent}"
             ) from error
         raise IntegrityError(f"{path} is damaged ({error.errors()[0]['msg']}); run wherefrom fit again, or remove {path.parent}") from error
-    except (OSError, StopIteration) as error:
+    except OSError as error:
         raise IntegrityError(f"{path} is damaged ({error}); run wherefrom fit again, or remove {path.parent}") from error
+    own = {component.name: component for component in index.manifest.components}
+    for component in record.components:
+        same = own.get(component.name)
+        if component.role != "blocks" and (same is None or component != same.model_copy(update={"weight": component.weight})):
+            raise IntegrityError(
+                f"{path} is damaged ({component.name} is not the index's); run wherefrom fit again, or remove {path.parent}"
+            )
     if record.encoder != index.manifest.encoder.sha256:
         raise IncompatibleError(f"{path} is of another encoder than the index has; run wherefrom fit again, or remove {path.parent}")
     return record
@@ -131,7 +152,7 @@ def rerank_view(index: Index) -> Index | None:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             problem = f"{path} is not a whole safetensors file ({error})"
     if problem is not None:
-        raise IntegrityError(f"{problem}; run wherefrom fit again, or remove {path.parent}")
+        raise IntegrityError(f"{problem}; run wherefrom fit again, or remove {index.path / _FOLDER}")
     kept = {component.name for component in record.components if component.role != "blocks"}
     own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}
     view = copy.copy(index)

@@ -26,7 +26,8 @@ _EXAMPLES = "training.arrow"
 _ARRAYS = "training.safetensors"
 _INITIAL = "initial/"
 _FORMAT = "wherefrom training 1"
-_LARGEST_BATCH = 1 << 20  # examples or tokens across
+_LARGEST_BATCH = 1 << 28  # tokens, padding included
+_SHORTEST = 2
 
 
 class _Strict(BaseModel):
@@ -61,6 +62,8 @@ class TrainingSettings(_Strict):
         groups: of its parameters.
         clip_norm: the largest norm of a step's gradient, over all parameters; None without clipping.
         autocast: dtype of PyTorch's automatic mixed precision; None without it.
+        training: the model was in training mode, where dropout draws.
+        padding_idx: token whose input embedding gets no gradient; None for none.
         steps, batches, examples: their numbers; a step has several batches if gradients were accumulated.
         checksums: SHA-256 of the other files of the record, by name.
     """
@@ -70,6 +73,8 @@ class TrainingSettings(_Strict):
     groups: tuple[ParameterGroup, ...] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0)
     autocast: Literal["bfloat16"] | None = None
+    training: bool = True
+    padding_idx: int | None = Field(None, ge=0)
     steps: int = Field(gt=0)
     batches: int = Field(gt=0)
     examples: int = Field(gt=0)
@@ -83,6 +88,7 @@ class TrainingBatch:
     Attributes:
         examples: numbers of the examples, in the batch's order.
         width: tokens of the padded batch.
+        padding: the token of its padding.
         left_padded: padding stands before the texts.
         predicts_first: the loss holds the prediction of a text's first token from the padding before it.
         denominator: what the sum of the batch's token losses (nats) was divided by.
@@ -91,6 +97,7 @@ class TrainingBatch:
 
     examples: tuple[int, ...]
     width: int
+    padding: int
     left_padded: bool
     predicts_first: bool
     denominator: float
@@ -157,6 +164,7 @@ def write_training(
     arrays["examples_of_batch"] = np.array([len(batch.examples) for batch in batches], np.int64)
     arrays["examples"] = np.array([i for batch in batches for i in batch.examples], np.int64)
     arrays["widths"] = np.array([batch.width for batch in batches], np.int64)
+    arrays["paddings"] = np.array([batch.padding for batch in batches], np.int64)
     arrays["left_padded"] = np.array([batch.left_padded for batch in batches], np.uint8)
     arrays["predicts_first"] = np.array([batch.predicts_first for batch in batches], np.uint8)
     arrays["denominators"] = np.array([batch.denominator for batch in batches], np.float64)
@@ -180,7 +188,7 @@ def read_training(directory: Path) -> TrainingRun:
     if not path.is_file():
         raise NotFoundError(
             f"{directory} is not a recorded training run: it has no {RUN_FILE}; record one with WherefromCallback(record=True) or "
-            "wherefrom.record_training"
+            "TrainingRecorder"
         )
     try:
         content = read_bytes(path)
@@ -207,52 +215,59 @@ def _read_arrays(path: Path, settings: TrainingSettings) -> tuple[tuple[Training
 
     try:
         arrays = load_file(path)
-        batch_count = settings.batches
-        kinds = {name: array.dtype.kind for name, array in arrays.items()}
-        shapes = {
-            "batches_of_step": (settings.steps,),
-            "rates": (settings.steps, len(settings.groups)),
-            "examples_of_batch": (batch_count,),
-            "widths": (batch_count,),
-            "left_padded": (batch_count,),
-            "predicts_first": (batch_count,),
-            "denominators": (batch_count,),
-        }
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape or kinds[name] != ("f" if name in ("rates", "denominators") else kinds[name]):
-                raise ValueError(f"{name} has the shape {arrays[name].shape} instead of {shape}")
+        _check_shapes(arrays, settings)
         per_step, per_batch, numbers = (arrays[name].astype(np.int64) for name in ("batches_of_step", "examples_of_batch", "examples"))
         widths = arrays["widths"].astype(np.int64)
-        if (per_step < 1).any() or (per_batch < 1).any() or per_step.sum() != batch_count or per_batch.sum() != len(numbers):
+        if (per_step < 1).any() or (per_batch < 1).any() or per_step.sum() != settings.batches or per_batch.sum() != len(numbers):
             raise ValueError("the counts of batches and examples do not add up")
-        if (numbers < 0).any() or (numbers >= settings.examples).any() or max(widths.max(), per_batch.max()) > _LARGEST_BATCH:
-            raise ValueError("an example's number or a width is out of range")
+        if (numbers < 0).any() or (numbers >= settings.examples).any() or (arrays["paddings"] < 0).any():
+            raise ValueError("an example's number or a token is out of range")
+        if widths.min() < _SHORTEST or (widths.astype(float) * per_batch).max() > _LARGEST_BATCH:
+            raise ValueError("a batch has a width out of range")
         if not (np.isfinite(arrays["rates"]).all() and (arrays["denominators"] > 0).all() and np.isfinite(arrays["denominators"]).all()):
             raise ValueError("a learning rate or a denominator is not a positive number")
         generators = arrays.get("generators")
-        if generators is not None and (generators.dtype != np.uint8 or generators.ndim != 2 or len(generators) != batch_count):
-            raise ValueError("the states of the generator do not fit the batches")
         initial = {name.removeprefix(_INITIAL): array for name, array in arrays.items() if name.startswith(_INITIAL)}
         expected = [name for group in settings.groups for name in group.names]
         if sorted(expected) != sorted(initial) or any(array.dtype.kind != "f" for array in initial.values()):
             raise ValueError("the initial parameters are not those of the optimizer")
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise IntegrityError(f"{path} is damaged ({error}); record the run again") from error
     starts = np.concatenate([[0], per_batch.cumsum()])
     batches = [
         TrainingBatch(
             tuple(numbers[starts[i] : starts[i + 1]].tolist()),
             int(widths[i]),
+            int(arrays["paddings"][i]),
             bool(arrays["left_padded"][i]),
             bool(arrays["predicts_first"][i]),
             float(arrays["denominators"][i]),
             None if generators is None else generators[i],
         )
-        for i in range(batch_count)
+        for i in range(settings.batches)
     ]
     firsts = np.concatenate([[0], per_step.cumsum()])
     steps = [TrainingStep(tuple(batches[firsts[i] : firsts[i + 1]]), tuple(arrays["rates"][i].tolist())) for i in range(settings.steps)]
     return tuple(steps), initial
+
+
+def _check_shapes(arrays: Mapping[str, np.ndarray], settings: TrainingSettings) -> None:
+    """Raise a ValueError if an array has another shape or kind of number than the record says."""
+    one_a_batch = ("examples_of_batch", "widths", "paddings", "left_padded", "predicts_first", "denominators")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(one_a_batch, (settings.batches,))
+    shapes |= {
+        "batches_of_step": (settings.steps,),
+        "rates": (settings.steps, len(settings.groups)),
+        "examples": arrays["examples"].shape[:1],
+    }
+    for name, shape in shapes.items():
+        array = arrays[name]
+        kinds = "f" if name in ("rates", "denominators") else "iu"
+        if array.shape != shape or array.dtype.kind not in kinds or not shape:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {list(shape)} numbers")
+    generators = arrays.get("generators")
+    if generators is not None and (generators.dtype != np.uint8 or generators.ndim != 2 or len(generators) != settings.batches):
+        raise ValueError("the states of the generator do not fit the batches")
 
 
 def content_rows(examples: Sequence[Example]) -> dict[bytes, list[int]]:

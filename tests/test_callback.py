@@ -24,11 +24,11 @@ class Listening(DataCollatorForLanguageModeling):
         return super().__call__(examples, **options)
 
 
-def train(path, callback, resume=None, tokenizer=True, others=(), **arguments):
+def train(path, callback, resume=None, tokenizer=True, others=(), texts=None, **arguments):
     known = tokenizer
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<eos>"
-    data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=2))])
+    data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(texts or random_texts(40, seed=2))])
     dataset = load_dataset("json", data_files=str(data), split="train", cache_dir=str(path / "cache"))
     dataset = dataset.map(lambda r: tokenizer(r["text"]), remove_columns=["id", "text"])
     model = make_model("gpt2", "float32").requires_grad_(True)

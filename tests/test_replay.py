@@ -12,6 +12,7 @@ from helpers import make_model, make_tokenizer, random_texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
 from test_callback import train
 from transformers import AutoModelForCausalLM
 from wherefrom import Query, TrainingRecorder, build
@@ -25,6 +26,7 @@ from wherefrom.indexer.replay import Replay, State, _Range, adam_adjoint, adam_s
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.query.matrix import read_matrix
 from wherefrom.store.errors import DataError, IncompatibleError, IntegrityError, NotFoundError, UsageError
+from wherefrom.store.files import sha256
 from wherefrom.store.training import ParameterGroup, read_training
 
 OPTIMIZERS = {
@@ -63,26 +65,42 @@ def batch_of(texts, tokenizer, left=False):
     return inputs, torch.where(mask == 1, inputs, -100), mask
 
 
-def record(directory, optimizer="adamw", model=None, accumulate=1, steps=9, clip=0.5, left=False, groups=False, ids=False):
-    """A run of a tiny model by a loop of one's own, which drops nothing from the record."""
+def record(
+    directory,
+    optimizer="adamw",
+    model=None,
+    accumulate=1,
+    steps=9,
+    clip=0.5,
+    left=False,
+    groups=False,
+    ids=False,
+    texts=TEXTS,
+    pad=0,
+    between=None,
+):
+    """A run of a tiny model by a loop of one's own; `between` is called before each step."""
     model = model or plain_model()
     tokenizer = make_tokenizer()
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = [{"params": parameters[:5], "weight_decay": 0.3}, {"params": parameters[5:], "lr": 2e-3}] if groups else parameters
-    optimizer = OPTIMIZERS[optimizer](trained)
+    optimizer = OPTIMIZERS[optimizer](trained) if isinstance(optimizer, str) else optimizer(trained)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - 0.5 * s / steps)
     order = random.Random(0)
     torch.manual_seed(3)
     with TrainingRecorder(directory, model, optimizer, tokenizer=tokenizer, clip_norm=clip) as recorder:
-        for _ in range(steps):
+        for step in range(steps):
             for _ in range(accumulate):
-                chosen = order.sample(range(len(TEXTS)), 4)
-                inputs, labels, mask = batch_of([TEXTS[i] for i in chosen], tokenizer, left)
+                chosen = order.sample(range(len(texts)), 4)
+                inputs, labels, mask = batch_of([texts[i] for i in chosen], tokenizer, left)
+                inputs = inputs.masked_fill(mask == 0, pad)
                 count = float((labels[:, 1:] != -100).sum() * accumulate)
                 recorder.batch(inputs, labels, mask, denominator=count, ids=[f"d{i}" for i in chosen] if ids else None)
                 (model(input_ids=inputs, labels=labels, attention_mask=mask).loss / accumulate).backward()
             if clip:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
+            if between:
+                between(step, model, optimizer)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -176,6 +194,7 @@ def test_architectures_are_repeated_and_differentiated(tmp_path, architecture):
 @given(data=st.data())
 def test_optimizers_are_those_of_pytorch_and_their_adjoints_those_of_autograd(data):
     kind = data.draw(st.sampled_from(["adamw", "adam", "sgd"]))
+    momentum = data.draw(st.sampled_from([0.0, 0.9])) if kind == "sgd" else 0.0
     number = data.draw(st.integers(0, 5))
     draw = np.random.default_rng(data.draw(st.integers(0, 99)))
     group = ParameterGroup(
@@ -184,14 +203,16 @@ def test_optimizers_are_those_of_pytorch_and_their_adjoints_those_of_autograd(da
         eps=data.draw(st.sampled_from([1e-8, 1e-3])),
         beta1=0.8,
         beta2=0.95,
-        momentum=0.9 if kind == "sgd" else 0.0,
-        nesterov=kind == "sgd" and data.draw(st.booleans()),
+        momentum=momentum,
+        dampening=data.draw(st.sampled_from([0.0, 0.3])) if kind == "sgd" else 0.0,
     )
+    if momentum and not group.dampening:
+        group = group.model_copy(update={"nesterov": data.draw(st.booleans())})
     ranges = [_Range(group, 0, 4)]
     parameter = torch.nn.Parameter(torch.from_numpy(draw.normal(size=4)))
     common = {"lr": 0.03, "weight_decay": group.weight_decay}
     if kind == "sgd":
-        optimizer = torch.optim.SGD([parameter], momentum=0.9, nesterov=group.nesterov, **common)
+        optimizer = torch.optim.SGD([parameter], momentum=momentum, dampening=group.dampening, nesterov=group.nesterov, **common)
     else:
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]([parameter], betas=(0.8, 0.95), eps=group.eps, **common)
     state = State(parameter.detach().clone(), torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
@@ -217,8 +238,8 @@ def test_optimizers_are_those_of_pytorch_and_their_adjoints_those_of_autograd(da
     def differentiable(state, g):
         if kind == "sgd":
             g = g + group.weight_decay * state.parameters
-            buffer = 0.9 * state.first + g
-            return [state.parameters - 0.03 * (g + 0.9 * buffer if group.nesterov else buffer), buffer, state.second * 1]
+            buffer = momentum * state.first + (1 - (group.dampening if number and momentum else 0.0)) * g
+            return [state.parameters - 0.03 * (g + momentum * buffer if group.nesterov else buffer), buffer, state.second * 1]
         if kind == "adam":
             g = g + group.weight_decay * state.parameters
         first, second = 0.8 * state.first + 0.2 * g, 0.95 * state.second + 0.05 * g * g
@@ -427,7 +448,7 @@ def test_damaged_records_are_refused(run_dir, tmp_path):
     damaged(lambda copy: (copy / "training.safetensors").write_bytes(b"x" * 100), IntegrityError, "SHA-256 differs")
     damaged(lambda copy: (copy / "training.json").write_text("{"), IntegrityError, "is damaged")
     damaged(edit(format="wherefrom training 9"), IncompatibleError, "not of this version")
-    damaged(edit(steps=3), IntegrityError, "has the shape")
+    damaged(edit(steps=3), IntegrityError, "not \\[3\\] numbers")
     damaged(edit(examples=3), IntegrityError, "out of range")
     damaged(edit(clip_norm=-1), IntegrityError, "clip_norm")
     damaged(edit(surprise=1), IntegrityError, "surprise")
@@ -460,6 +481,10 @@ def test_what_cannot_be_recorded_or_asked_is_refused_in_a_sentence(run_dir, tmp_
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with pytest.raises(UsageError, match="without a recorded batch"), recorder("b", optimizer):
         optimizer.step()
+    with pytest.raises(DataError, match="2 examples has 1 ids"), recorder("d") as r:
+        r.batch(*batch_of(TEXTS[:2], tokenizer), ids=["a"])
+    with pytest.raises(DataError, match="denominator"), recorder("d") as r:
+        r.batch(*batch_of(TEXTS[:2], tokenizer), denominator=float("inf"))
     with pytest.raises(UsageError, match="no step"), recorder("c"):
         pass
     inputs, labels, mask = batch_of(TEXTS[:2], tokenizer)
@@ -488,3 +513,139 @@ def test_what_cannot_be_recorded_or_asked_is_refused_in_a_sentence(run_dir, tmp_
 def test_equal_documents_share_one_example(run_dir):
     run = read_training(run_dir)
     assert match_rows([run.examples[2], run.examples[0], run.examples[2]], run.examples) == [(0, 2), (1, 0), (2, 2)]
+
+
+def test_padding_before_texts_is_repeated_with_its_own_token(tmp_path):
+    """The first token of a text is predicted from the padding before it, where it is in the loss."""
+    run = read_training(record(tmp_path / "run", "sgd", left=True, pad=7))
+    assert {batch.padding for step in run.steps for batch in step.batches} <= {0, 7}  # 0 where all texts are as long
+    assert any(batch.predicts_first for step in run.steps for batch in step.batches)
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-5
+
+
+def test_a_token_whose_embedding_is_not_trained_stays_so(tmp_path):
+    model = plain_model("llama")
+    model.model.embed_tokens.padding_idx = None
+    model.config.pad_token_id = 3  # the reloaded model's embedding would drop the gradient of token 3
+    texts = [f"w3 {text}" for text in TEXTS]
+    run = read_training(record(tmp_path / "run", "sgd", model, texts=texts))
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-4
+
+
+def test_a_model_trained_in_evaluation_mode_is_repeated_in_it(tmp_path):
+    model = plain_model(dropout=0.3).eval()
+    run = read_training(record(tmp_path / "run", "sgd", model))
+    assert not run.settings.training
+    replay = Replay(run, "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=0.1, eps=1e-4, decoupled_weight_decay=True),
+        lambda p: torch.optim.SGD(p, lr=0.05, dampening=0.5),
+    ],
+)
+def test_settings_that_pytorch_reads_in_another_way_are_repeated(tmp_path, optimizer):
+    replay = Replay(read_training(record(tmp_path / "run", optimizer)), "cpu", "float64")
+    assert replay.difference(replay.train(replay.weights)) < 1e-3
+
+
+def freeze(step, model, optimizer):
+    if step == 4:
+        model.transformer.wpe.weight.requires_grad_(False)
+
+
+def forget(step, model, optimizer):
+    model.transformer.wpe.weight.grad = None
+
+
+def slow_down(step, model, optimizer):
+    optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+
+
+@pytest.mark.parametrize(("between", "match"), [(freeze, "frozen"), (forget, "had no gradient"), (slow_down, "settings of the optimizer")])
+def test_what_a_record_does_not_hold_is_said_at_the_end_of_training(tmp_path, between, match):
+    with pytest.raises(UsageError, match=match):
+        record(tmp_path / "run", between=between)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradients_that_are_clipped_but_not_trained_and_weights_in_bfloat16_are_refused(tmp_path):
+    model = plain_model()
+    optimizer = torch.optim.AdamW(list(model.parameters())[2:])
+    with pytest.raises(UsageError, match=r"transformer.wte.weight requires a gradient"):
+        TrainingRecorder(tmp_path / "run", model, optimizer, clip_norm=1.0)
+    half = plain_model(dtype="bfloat16")
+    with pytest.raises(UsageError, match="is trained in bfloat16"):
+        TrainingRecorder(tmp_path / "run", half, torch.optim.SGD(half.parameters(), lr=0.1))
+
+
+def test_mixed_precision_of_the_trainer_is_recorded(tmp_path):
+    train(tmp_path, WherefromCallback(record=True), bf16=True, optim="sgd", max_steps=3)
+    assert read_training(tmp_path / "run/wherefrom-run").settings.autocast == "bfloat16"
+
+
+def test_a_trainer_that_cannot_be_recorded_trains_on_and_warns(tmp_path):
+    with pytest.warns(UserWarning, match="not recorded for a replay: .*single token"):
+        train(tmp_path, WherefromCallback(record=True), texts=["w3", *TEXTS])
+    assert not (tmp_path / "run/wherefrom-run").exists()
+
+
+def test_equal_documents_are_told_apart_by_ids_and_share_a_weight_without(tmp_path):
+    texts = [*TEXTS[:6], TEXTS[0], TEXTS[0]]
+    named = read_training(record(tmp_path / "named", model=plain_model(dtype="float32"), ids=True, texts=texts, steps=16))
+    assert sorted(e.id for e in named.examples) == [f"d{i}" for i in range(8)]
+    assert match_rows(named.examples, named.examples) == [(i, i) for i in range(8)]
+    model = retrain(named.examples, str(tmp_path / "named"), 0)
+    end = Replay(named, "cpu")
+    np.testing.assert_allclose(
+        compute_losses(CausalLM(), model, named.examples), compute_losses(CausalLM(), end.model.eval(), named.examples), rtol=1e-3
+    )
+    assert replay_module._copies(named).tolist() == [1.0] * 8
+
+
+def test_equal_documents_without_ids_share_a_weight(tmp_path):
+    """The Trainer's epochs are whole, so how often an example was in a batch tells for how many documents it stands."""
+    texts = [*TEXTS[:6], TEXTS[0], TEXTS[0]]
+    train(tmp_path, WherefromCallback(record=True), texts=texts)
+    run = read_training(tmp_path / "run/wherefrom-run")
+    assert len(run.examples) == 6
+    assert replay_module._copies(run).tolist() == [3.0 if e.text == TEXTS[0] else 1.0 for e in run.examples]
+
+
+def test_queries_longer_than_the_context_and_indexes_of_other_models_are_refused(run_dir, tmp_path, index_dir):
+    with pytest.raises(UsageError, match="query 1 is 101 tokens long, the model's context is 64"):
+        replay(run_dir, [Query(text=TEXTS[0]), Query(text=" ".join(["w1"] * 101))])
+    with pytest.raises(IncompatibleError, match="not an index of the model that the recorded run"):
+        agreement(index_dir, run_dir, [Query(text=TEXTS[0])])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("widths", lambda a: -a),
+        ("widths", lambda a: a.astype(np.float32) * np.nan),
+        ("widths", lambda a: a * 10**9),
+        ("examples", lambda a: a[:, None]),
+        ("examples", lambda a: a + 10**6),
+        ("denominators", lambda a: a * np.inf),
+        ("paddings", lambda a: a - 5),
+        ("batches_of_step", lambda a: a * 2),
+        ("rates", lambda a: a[:-1]),
+    ],
+)
+def test_arrays_of_a_hostile_record_are_refused(run_dir, tmp_path, name, change):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    arrays = load_file(copy / "training.safetensors")
+    arrays[name] = change(arrays[name])
+    save_file(arrays, copy / "training.safetensors")
+    path = copy / "training.json"
+    content = json.loads(path.read_text())
+    content["checksums"]["training.safetensors"] = sha256(copy / "training.safetensors")
+    path.write_text(json.dumps(content))
+    with pytest.raises(IntegrityError, match="is damaged"):
+        read_training(copy)

@@ -294,9 +294,13 @@ def test_the_fit_covers_all_layers_and_its_eigenvalues_are_second_moments(client
 def test_queries_in_pieces_give_the_same(fitted, monkeypatch):
     queries = [QUERIES["text"], QUERIES["completion"], QUERIES["against"]]
     together = fitted.recomputed_scores(queries, range(20))
+    (mean,) = fitted.query_many(queries, k=120, rerank=120, mean=True)
+    scores = {a.row: a.score for a in (*mean.proponents, *mean.opponents)}
+    assert_close([scores[row] for row in range(20)], together.mean(axis=0), 1e-3, np.abs(together).max())
     monkeypatch.setattr(recompute, "_ROW_BYTES", 1)
     assert_close(fitted.recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
-    assert_close(Client(fitted.index.path).recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
+    (again,) = Client(fitted.index.path).query_many(queries, k=120, rerank=120, mean=True)
+    assert_close([a.score for a in again.proponents], [a.score for a in mean.proponents], 1e-3)
 
 
 def test_a_fitted_index_says_so_and_is_verified(fitted):
@@ -331,6 +335,16 @@ def test_a_damaged_fit_is_refused_and_plain_queries_are_not(fitted, tmp_path):
     damaged(edit(format="wherefrom rerank 9"), IncompatibleError, "not of this version")
     damaged(edit(encoder="0" * 64), IncompatibleError, "another encoder")
     damaged(edit(file={"path": "../x", "bytes": 1, "sha256": "0" * 64}), IntegrityError, "is damaged")
+    damaged(edit(file={"path": "encoder/x", "bytes": 1, "sha256": "0" * 64}), IntegrityError, "not in the folder rerank")
+    damaged(lambda record, arrays: (record.unlink(), record.symlink_to("nowhere")), IntegrityError, "cannot be read|is damaged")
+    whole = json.loads((fitted.index.path / "rerank/rerank.json").read_text())["components"]
+    *sparse, dense = whole
+    damaged(edit(components=sparse), IntegrityError, "one for each part")
+    damaged(edit(components=[*whole, dense]), IntegrityError, "one for each part")
+    damaged(edit(components=[*sparse, {**dense, "model": 7}]), IntegrityError, "one for each part")
+    damaged(edit(components=[*sparse, {**dense, "weight": -1}]), IntegrityError, "one for each part")
+    damaged(edit(components=[*sparse, {**dense, "coordinates": 3}]), IntegrityError, "not EK-FAC of whole layers")
+    damaged(edit(components=[{**sparse[0], "name": "tail"}, *sparse[1:], dense]), IntegrityError, "tail is not the index's")
 
 
 def test_what_cannot_be_fitted_is_refused(client, tmp_path, model_dir, corpus_file):
