@@ -144,6 +144,24 @@ def test_filters_damping_groups_and_baselines_rank_again_at_once(page, server):
     assert not page.is_visible("#answer")
 
 
+def test_reranked_scores_stand_beside_stored_ones_with_the_bound_on_other_rows(page, server):
+    page.click("#tab-text")
+    ask(page, text=words(*range(1, 12)))
+    assert "computed again" not in page.inner_text("#certificate")
+    page.fill("#rerank", "20")
+    page.press("#rerank", "Enter")
+    page.wait_for_function("document.querySelector('#certificate').textContent.includes('computed again')")
+    settled(page)
+    said = page.inner_text("#certificate")
+    answer = server.client.query(text=words(*range(1, 12)), rerank=20)
+    assert f"{answer.search.rerank.candidates} candidates computed again" in said
+    assert "no other scores above" in said
+    assert top(page) == str(answer.proponents[0].row)
+    page.fill("#rerank", "2000")
+    page.press("#rerank", "Enter")
+    page.wait_for_selector("#error:not([hidden])")
+
+
 def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
     page.select_option("#mode", "cosine")
     page.select_option("#group", "color")
