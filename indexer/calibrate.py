@@ -26,6 +26,7 @@ _SHARES: dict[Training, dict[str, float]] = {
     "frozen head": {"head": 1.0, "embeddings": 0.7, "blocks": 0.27},
     "adapter": {"head": 1.0, "embeddings": 1.5, "blocks": 0.55},
 }
+_WHOLE = 8.0
 _CLEARLY = 3.0  # times the embeddings' mean share, which is small in any case
 
 
@@ -55,7 +56,11 @@ class Agreement:
 
 
 def calibrate(
-    components: Sequence[Component], agreements: Mapping[str, Agreement], head_mean_share: float | None, training: Training = "unknown"
+    components: Sequence[Component],
+    agreements: Mapping[str, Agreement],
+    head_mean_share: float | None,
+    training: Training = "unknown",
+    whole_layers: bool = False,
 ) -> tuple[tuple[Component, ...], dict[str, dict[str, float]]]:
     """Set the components' weights.
 
@@ -63,6 +68,7 @@ def calibrate(
         agreements: by component.
         head_mean_share: of the full gradients of the last model's head; None where there is no head.
         training: what it changed.
+        whole_layers: the blocks are all layers without projection, and count `_WHOLE` times as much.
 
     Returns:
         The components, and by component the figures that its weight rests on, for the index's record.
@@ -77,7 +83,9 @@ def calibrate(
         other = mean_shares[last["blocks"]]
     if training == "unknown":
         training = "frozen head" if head > max(0.0, other) else "trained head"
-    shares = _SHARES[training]
+    shares = dict(_SHARES[training])
+    if whole_layers:
+        shares["blocks"] *= _WHOLE
     weights = {}
     for component in components:
         agreement = agreements[component.name]

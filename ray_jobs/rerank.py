@@ -83,5 +83,6 @@ def fit_rerank(
         together = replace(fitting, components=components)
         (agreements,) = executor.map("compare_exact", (together, own | arrays), [(part,)], reporter)
         shares = {name: record.get("mean_share") for name, record in index.manifest.build.calibration.items()}
-        weighted, _ = calibrate(components, agreements, shares.get("head"), known_training(components, index.manifest.models[-1]))
+        training = known_training(components, index.manifest.models[-1])
+        weighted, _ = calibrate(components, agreements, shares.get("head"), training, whole_layers=True)
         return write_rerank(index, weighted, arrays)
