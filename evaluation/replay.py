@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -36,7 +37,7 @@ from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent, reporting
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, UsageError
-from ..store.files import publish, read_json, storage_errors, write_tensors, write_whole
+from ..store.files import exclusive, publish, read_json, write_tensors, write_whole
 from ..store.shapes import Float32, Float64
 from ..store.sources import describe_files
 from ..store.training import TrainingRun, content_rows, read_training
@@ -100,7 +101,6 @@ def replay(
     queries: Sequence[Query],
     out: str | Path | None = None,
     *,
-    work: str | Path | None = None,
     device: str = "auto",
     workers: int = 1,
     threads: int = 1,
@@ -114,8 +114,8 @@ def replay(
     Args:
         run: directory of the record.
         queries: their texts end with the end-of-text token if most training examples do.
-        out: file for the scores, as `wherefrom scores` writes them: `.zarr` or `.parquet`; None writes none.
-        work: directory for unfinished work; by default beside `out`, and none without it.
+        out: file for the scores, as `wherefrom scores` writes them (`.zarr` or `.parquet`), with a directory for unfinished work beside it;
+            None writes nothing.
         device, workers, threads, address: as for a build.
         reporter: of progress, instead of the default one.
 
@@ -131,9 +131,10 @@ def replay(
     if any(query.row is not None for query in queries):
         raise UsageError("a replay asks with texts, not with rows of an index")
     target = None if out is None else Path(out)
+    work = None
     if target is not None:
         check_output(target)
-        work = work or target.with_name(f"{target.name}.work")
+        work = target.with_name(f"{target.name}.work").resolve()
     plain, contrasts = without_contrasts(queries)
     recorded = read_training(directory)
     examples = tuple(_query_examples(directory, recorded.examples, plain))
@@ -173,19 +174,18 @@ def _query_examples(directory: Path, trained: Sequence[Example], queries: Sequen
 
 
 def _replay_examples(
-    directory: Path, examples: tuple[Example, ...], work: str | Path | None, resources: Resources, reporter: Reporter
+    directory: Path, examples: tuple[Example, ...], work: Path | None, resources: Resources, reporter: Reporter
 ) -> list[dict[str, np.ndarray]]:
     """Replay groups of queries; the arrays `scores`, `losses` and `difference` of each group, in order."""
     resolve_device(resources.device)
-    place = None if work is None else Path(work).resolve()
-    factory = partial(Replayer, str(directory), examples, None if place is None else str(place), resources.device, resources.threads)
-    with open_executor(factory, resources) as executor:
+    factory = partial(Replayer, str(directory), examples, None if work is None else str(work), resources.device, resources.threads)
+    with nullcontext() if work is None else exclusive(work), open_executor(factory, resources) as executor:
         context = executor.call("context")
         for number, example in enumerate(examples):
             if context is not None and example.tokens > context:
                 raise UsageError(f"query {number} is {len(example.token_ids)} tokens long, the model's context is {context}; shorten it")
-        if place is not None:
-            _claim(place, directory, examples)
+        if work is not None:
+            _claim(work, directory, examples)
         size = min(executor.call("queries_per_pass"), -(-len(examples) // resources.workers))
         groups = [tuple(range(first, min(first + size, len(examples)))) for first in range(0, len(examples), size)]
         steps = read_training(directory).steps
@@ -203,12 +203,10 @@ def _claim(work: Path, directory: Path, examples: tuple[Example, ...]) -> None:
     content = [(e.token_ids.tolist(), e.loss_mask.tolist()) for e in examples]
     files = json.dumps(describe_files([directory]))
     description = {name: sha256(text.encode()).hexdigest() for name, text in (("run", files), ("queries", json.dumps(content)))}
-    if work.exists() and not file.is_file() and any(work.iterdir()):
+    if not file.is_file() and any(path.name != ".lock" for path in work.iterdir()):
         raise UsageError(f"{work} has other content than an unfinished replay; remove it or choose another `out`")
     if file.is_file() and read_json(file) != description:
         raise UsageError(f"{work} holds the unfinished replay of other queries or another run; remove it or choose another `out`")
-    with storage_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(description).encode())
 
 
