@@ -303,7 +303,7 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
 @main.command(section=_BUILD)
 @_INDEX
 @click.option("--examples", type=click.IntRange(1), default=2000, show_default=True, help="Examples of the index to fit on, at most.")
-@click.option("--damping", type=float, help="Relative to each layer's mean eigenvalue.  [default: 0.1]")
+@click.option("--damping", type=float, help="Relative to each layer's mean eigenvalue.  [default: 0.1; 1 without tokens]")
 @_model_options
 @_worker_options
 @click.option("--batch-tokens", type=int, help="Padded tokens in a batch.  [default: the build's]")

@@ -44,7 +44,7 @@ def fit_rerank(
 
     Args:
         examples: most examples to fit on; two passes.
-        damping: relative to each layer's mean eigenvalue; by default 0.1.
+        damping: relative to each layer's mean eigenvalue; by default 0.1, and 1 for a model without tokens.
         runtime, models, task: see `add`.
 
     Raises:

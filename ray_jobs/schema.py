@@ -18,7 +18,8 @@ from ..store.manifest import Component, Curvature, CurvatureKind, DenseComponent
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
-_EKFAC_DAMPING = 0.1  # as in arXiv 2308.03296
+_EKFAC_DAMPING = 0.1  # of texts, as in arXiv 2308.03296
+_EKFAC_DAMPING_CLASSES = 1.0  # where labels are all classes by their probability
 _UNPROJECTED = 1 << 20  # a rank above all sizes
 _FIT_EXAMPLES = 5000
 _FIT_SHARE_LARGE = 1 / 16
@@ -142,8 +143,10 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
 def unprojected_blocks(config: BuildConfig, task: Task, model: nn.Module) -> DenseComponent:
     """Return a component for recomputed rows: all layers inside the blocks, or those that the build named, with EK-FAC, not projected."""
     names = find_layers(model, config.layers, task.within_blocks)
-    labels: LabelKind = "sampled" if task.classes(model) is None else "expected"
-    curvature = Curvature(kind="ekfac", labels=labels, examples=0, tokens=0, damping=_EKFAC_DAMPING)
+    has_tokens = task.classes(model) is None
+    labels: LabelKind = "sampled" if has_tokens else "expected"
+    damping = _EKFAC_DAMPING if has_tokens else _EKFAC_DAMPING_CLASSES
+    curvature = Curvature(kind="ekfac", labels=labels, examples=0, tokens=0, damping=damping)
     layers = describe_layers(task, model, names, _UNPROJECTED, "ekfac", _FIT_EXAMPLES, explicit=bool(config.layers))
     return DenseComponent(
         name="blocks",
