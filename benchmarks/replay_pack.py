@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pages import write_between
+from whole_layers import judge as judge_whole_layers
 from wherefrom import TrainingRecorder
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.packs import read_pack
@@ -39,6 +40,7 @@ _INDEXES = {
     "index of the blocks, EK-FAC": _EKFAC,
     "index of the blocks, LoGra of rank 16": {"components": ("blocks",), "rank": 16},
 }
+_WHOLE = "the 800 bytes, reranked with whole layers"
 _BASELINES = ("chars", "bm25", "hidden")
 _MARKS = "<!-- replay: benchmarks/replay_pack.py -->", "<!-- end of replay -->"
 _WARM_UP = 10
@@ -106,6 +108,9 @@ def judge(run, packs, scores, results, write):
                     lines["about"]["kept"] = float(read_pack(pack).masks.mean())
                 results.write_text(json.dumps(known, indent=1))
                 print(pack.name, name, lines[name], flush=True)
+        if _WHOLE not in lines:
+            lines[_WHOLE] = judge_whole_layers(pack, None)["whole layers, reranked"] | {"bytes_per_example": None}
+            results.write_text(json.dumps(known, indent=1))
     text = table(known, [pack.name for pack in packs])
     print(text)
     if write:
@@ -123,7 +128,7 @@ def table(known, packs):
     def cells(found):
         return " | ".join(f"{f['lds']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for f in found)
 
-    for name in ("replay", *_INDEXES):
+    for name in ("replay", _WHOLE, *_INDEXES):
         found = [known[pack][name] for pack in packs]
         size = "" if found[0]["bytes_per_example"] is None else f"{found[0]['bytes_per_example']:,.0f}"
         lines.append(f"| {name} | {size} | {cells(found)} |")
