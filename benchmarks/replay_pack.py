@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pages import write_between
-from whole_layers import judge as judge_whole_layers
 from wherefrom import TrainingRecorder
 from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.packs import read_pack
@@ -30,6 +29,7 @@ from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.progress import Console
 from wherefrom.store.corpus import read_corpus, usable
 from wherefrom.store.fields import Fields
+from whole_layers import judge as judge_whole_layers
 
 _TOKENS = 128
 _EKFAC = {"components": ("blocks",), "rank": 128, "projection": "pca", "curvature": "ekfac", "labels": "sampled", "row_dtype": "float16"}
