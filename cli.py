@@ -451,9 +451,10 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
 @_INDEX
 @_queries_option
 @click.option("--out", type=click.Path(), required=True, help="Name of the result: scores.zarr or scores.parquet.")
+@click.option("--recompute", is_flag=True, help="Compute all rows again with the model, as query --rerank does for the best.")
 @query_options("Scores", ScoreOptions)
 @_model_options
-def scores(index: str, file: str, out: str, **values: Any) -> None:
+def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> None:
     """Write every row's score for every query: a matrix.
 
     \b
@@ -461,16 +462,17 @@ def scores(index: str, file: str, out: str, **values: Any) -> None:
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.parquet --mode cosine
 
     Zarr: an array scores [queries, rows] beside ids of rows and queries. Parquet: a line for each row, with its id and a column for
-    each query. Deleted rows have no score (NaN).
+    each query. Deleted rows have no score (NaN). --recompute takes a pass over the corpus.
     """
     from .query.matrix import write_scores
     from .ray_jobs.progress import Console
 
     queries = list(_read_queries(file))
     options = take_options(values, ScoreOptions)
-    client = _local_client(index, values, queries)
+    client = _local_client(index, values, queries, with_model=recompute)
+    blocks = client.recomputed_blocks if recompute else client.score_blocks
     with Console() as reporter:
-        shape = write_scores(client.index, lambda part: client.score_blocks(part, **options), queries, Path(out), reporter)
+        shape = write_scores(client.index, lambda part: blocks(part, **options), queries, Path(out), reporter)
     say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 

@@ -257,6 +257,14 @@ class Client(BaseClient):
         """
         return self._recomputer.scores(queries, np.eye(len(queries)), Metric.of(options), np.asarray(rows, np.int64))
 
+    def recomputed_blocks(
+        self, queries: Sequence[Query], **options: Unpack[ScoreOptions]
+    ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
+        """Yield the first row of each group of shards, and the recomputed scores of its rows, deleted ones too: a pass over the corpus."""
+        for group in self.index.groups:
+            rows = range(group.first, group.first + group.rows)
+            yield group.first, self.recomputed_scores(queries, rows, **options).astype(np.float32)
+
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.
 

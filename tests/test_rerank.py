@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_close, example_queries
+from helpers import assert_close, example_queries, write_jsonl
 from wherefrom import BuildConfig, Client, Query, recompute
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
+from wherefrom.query.matrix import read_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.rerank import fit_rerank
 from wherefrom.store.errors import IncompatibleError, IntegrityError, UsageError
@@ -301,6 +302,19 @@ def test_queries_in_pieces_give_the_same(fitted, monkeypatch):
     assert_close(fitted.recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
     (again,) = Client(fitted.index.path).query_many(queries, k=120, rerank=120, mean=True)
     assert_close([a.score for a in again.proponents], [a.score for a in mean.proponents], 1e-3)
+
+
+def test_a_matrix_of_recomputed_scores_is_written(fitted, tmp_path):
+    queries = [QUERIES["text"], QUERIES["completion"]]
+    lines = [{"id": "a", "text": queries[0].text}, {"id": "b", "prompt": queries[1].prompt, "completion": queries[1].completion}]
+    file = write_jsonl(tmp_path / "queries.jsonl", lines)
+    out = tmp_path / "scores.zarr"
+    result = CliRunner().invoke(main, ["scores", str(fitted.index.path), "--file", str(file), "--out", str(out), "--recompute"])
+    assert result.exit_code == 0, result.output
+    scores, rows, names = read_matrix(out)
+    assert names == ["a", "b"]
+    assert rows == fitted.index.column("id").to_pylist()
+    np.testing.assert_allclose(scores, fitted.recomputed_scores(queries, range(120)), rtol=1e-6)
 
 
 def test_a_fitted_index_says_so_and_is_verified(fitted):
