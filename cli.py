@@ -768,7 +768,7 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
     One replay says as much as many retrainings. BM25 and character n-grams stand beside the index.
     """
     _quiet_libraries()
-    from .evaluation.replay import agreement
+    from .evaluation.agreement import agreement
     from .ray_jobs.progress import Console
 
     with Console() as reporter:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .evaluation.agreement import agreement as replay
 from .evaluation.checks import brittleness, labels, recall, tailpatch
 from .evaluation.judge import Judgement, judge_index, judge_scores
 from .evaluation.packs import Half
-from .evaluation.replay import agreement as replay
 from .evaluation.retrain import PackConfig, make_pack
 from .query.options import Mode
 from .ray_jobs.progress import default_reporter

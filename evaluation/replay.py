@@ -1,7 +1,6 @@
-"""Replay of a recorded training run: exact influence, as a job over queries, and the agreement of an index with it.
+"""A recorded training run, repeated: exact influence, as a job over queries, and ground truth.
 
     replay       the derivative of each query's loss with respect to the weight of every training example (indexer/replay.py)
-    agreement    rank correlation of an index's scores with these derivatives
     retrain      a training function for `wherefrom pack`: the recorded run again, without the examples that a subset leaves out
 
 A job's work directory beside its result holds a file for each finished group of queries, and for the group in progress its adjoints, at
@@ -23,16 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
-from ..indexer.models import ModelSource, load_causal_lm, load_tokenizer, model_fingerprint, resolve_device
+from ..indexer.models import ModelSource, load_tokenizer, resolve_device
 from ..indexer.replay import LARGEST_DIFFERENCE, Replay, State
 from ..indexer.tasks import CausalLM
 from ..query.matrix import check_output, write_matrix
-from ..query.metric import Metric
-from ..query.options import Mode, Query
+from ..query.options import Query
 from ..query.plain import query_document, without_contrasts
-from ..query.scoring import score_matrix
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent, reporting
 from ..store.documents import Example
@@ -41,16 +37,11 @@ from ..store.files import exclusive, publish, read_json, write_tensors, write_wh
 from ..store.shapes import Float32, Float64
 from ..store.sources import describe_files
 from ..store.training import TrainingRun, content_rows, read_training
-from .baselines import content_baselines, require_libraries
-from .checks import Report, mean_figure
-from .lds import columns_correlation
 
 _SAVE_SECONDS = 60.0
 _LARGEST_PASS = 64
 _STATE_BYTES = 2 << 30  # of the adjoints of a group of queries
 _ADJOINT_BYTES = 28  # a parameter: three parts of the adjoint before and after a step, and that of the gradient, in float32
-_BEST = 10
-_SUBSETS = 100
 
 
 @dataclass(frozen=True)
@@ -311,80 +302,6 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def agreement(
-    index: str | Path | Client,
-    run: str | Path,
-    queries: Sequence[Query],
-    *,
-    mode: Mode = "influence",
-    model: Sequence[str] = (),
-    reporter: Reporter | None = None,
-    **resources: Any,
-) -> Report:
-    """How well an index's scores agree with exact influence, computed by a replay of the training run.
-
-    Examples are compared that are both in the record and in the index, by their tokens and loss masks.
-
-    Args:
-        index: of the run's training examples, under its trained model.
-        run: directory of the record.
-        queries: to ask.
-        mode: of the index's scores.
-        model: the index's models, if they were moved.
-        resources: device, workers, threads, address.
-
-    Raises:
-        DataError: hardly any example of the index is in the record.
-        IncompatibleError: the index is of another model than the run's.
-    """
-    require_libraries()
-    client = index if isinstance(index, Client) else Client(index, model=model, device=resources.get("device", "auto"))
-    examples = client.query_examples(queries)
-    rows = [client.index.example(row) for row in range(len(client.index))]
-    recorded = read_training(Path(run).resolve())
-    model_record = client.index.manifest.models[-1]
-    trained_model = load_causal_lm(ModelSource(str(recorded.directory), dtype=model_record.dtype, device="cpu"))
-    if model_fingerprint(trained_model) != model_record.fingerprint:
-        raise IncompatibleError(
-            f"{client.index.path} is not an index of the model that the recorded run {run} ended with; build it from {run}"
-        )
-    del trained_model
-    pairs = match_rows(rows, recorded.examples)
-    if len(pairs) * 2 < len(rows):
-        raise DataError(
-            f"only {len(pairs):,} of the index's {len(rows):,} examples are in the recorded run, with the same tokens and loss mask; build "
-            "the index from what was trained on, with the same max_tokens and end-of-text token"
-        )
-    with reporting(reporter) as current:
-        replayed = replay_examples(run, examples, current, **resources)
-    own = [pair[0] for pair in pairs]
-    numbers = [pair[1] for pair in pairs]
-    shared = np.bincount(numbers, minlength=len(recorded.examples))[numbers]  # equal rows share an example's derivative
-    exact = replayed.scores[:, numbers].T.astype(np.float64) / shared[:, None]
-    scores = score_matrix(client.index, client.encode(queries), Metric(mode)).T[own].astype(np.float64)
-    baselines = content_baselines([rows[row] for row in own], examples)
-    methods = {"the index": scores, **{name: baselines[name] for name in ("chars", "bm25", "random")}}
-    figures = {}
-    subsets = np.random.default_rng(0).random((_SUBSETS, len(own))) < 0.5
-    for name, matrix in methods.items():
-        figures[f"{name}: rank correlation of sums over random halves"] = mean_figure(
-            columns_correlation(subsets @ matrix, subsets @ exact).tolist()
-        )
-        figures[f"{name}: rank correlation over examples"] = mean_figure(columns_correlation(matrix, exact).tolist())
-        figures[f"{name}: share of the {_BEST} best"] = mean_figure(_shared_best(matrix, exact))
-    about = {
-        "queries": len(examples),
-        "examples compared": len(own),
-        "examples of the index that the run did not see": len(rows) - len(own),
-        "examples of the run without a row": len(recorded.examples) - len({pair[1] for pair in pairs}),
-        "steps": replayed.steps,
-        "difference": round(replayed.difference, 6),
-        "mode": mode,
-    }
-    explained = "Compared with the derivatives of the queries' losses through the whole recorded training."
-    return Report("replay", figures, about, explained)
-
-
 def match_rows(rows: Sequence[Example], trained: Sequence[Example]) -> list[tuple[int, int]]:
     """Pairs of a row and the example of a run with the same tokens and loss mask; of several such, the one with its id, else in order."""
     numbers = content_rows(trained)
@@ -397,12 +314,6 @@ def match_rows(rows: Sequence[Example], trained: Sequence[Example]) -> list[tupl
         pairs += [(row, by_id[rows[row].id]) for row in own if rows[row].id in by_id]
         pairs += [(row, others[i % len(others)]) for i, row in enumerate(unnamed) if others]
     return sorted(pairs)
-
-
-def _shared_best(scores: Float64[np.ndarray, "examples queries"], exact: Float64[np.ndarray, "examples queries"]) -> list[float]:
-    k = min(_BEST, len(scores))
-    best, truly = (np.argsort(-matrix, axis=0, kind="stable")[:k] for matrix in (scores, exact))
-    return [len(set(best[:, q]) & set(truly[:, q])) / k for q in range(scores.shape[1])]
 
 
 def retrain(examples: Sequence[Example], model: str, seed: int) -> nn.Module:

@@ -73,3 +73,11 @@ def test_a_table_of_an_answer_without_pandas(hide, index_dir):
     hide("pandas")
     with pytest.raises(UsageError, match=r"^a data frame needs the extra pandas: pip install 'wherefrom\[pandas\]'$"):
         answer.to_pandas()
+
+
+def test_a_replay_needs_no_extra(hide, tmp_path):
+    for library in ("scipy", "sklearn", "bm25s"):
+        hide(library)
+    result = CliRunner().invoke(main, ["replay", str(tmp_path), "--file", str(write_jsonl(tmp_path / "q.jsonl", [{"text": "w1 w2"}]))])
+    assert result.exit_code == 3
+    assert "not a recorded training run" in result.output

@@ -19,8 +19,9 @@ from wherefrom import Query, TrainingRecorder, build
 from wherefrom.callback import WherefromCallback
 from wherefrom.cli import main
 from wherefrom.evaluation import replay as replay_module
+from wherefrom.evaluation.agreement import agreement
 from wherefrom.evaluation.judge import judge_scores
-from wherefrom.evaluation.replay import agreement, match_rows, replay, replay_examples, retrain
+from wherefrom.evaluation.replay import match_rows, replay, replay_examples, retrain
 from wherefrom.evaluation.retrain import PackConfig, compute_losses, make_pack
 from wherefrom.indexer.replay import Replay, State, _Range, adam_adjoint, adam_step, sgd_adjoint, sgd_step
 from wherefrom.indexer.tasks import CausalLM
@@ -123,6 +124,18 @@ def losses_with(replay, weights, queries):
         return torch.stack([CausalLM().loss(model, CausalLM().collate([query], torch.device("cpu")))[0] for query in queries])
 
 
+def slope(replay, step, queries):
+    """The central difference of the queries' losses along a step of the weights."""
+    return (losses_with(replay, replay.weights + step, queries) - losses_with(replay, replay.weights - step, queries)) / 2
+
+
+def assert_slope(replay, exact, example, size, queries):
+    """Compare an example's derivative with retraining under two other weights of it."""
+    step = torch.zeros_like(replay.weights)
+    step[example] = size
+    torch.testing.assert_close(exact[:, example], slope(replay, step, queries) / size, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
@@ -142,10 +155,7 @@ def test_derivatives_are_those_of_retraining_with_other_weights(tmp_path, optimi
     queries = [run.examples[0], run.examples[5]]
     exact = derivative(replay, queries)
     for example in (0, 3, 7):
-        step = torch.zeros_like(replay.weights)
-        step[example] = 1e-5
-        slope = (losses_with(replay, replay.weights + step, queries) - losses_with(replay, replay.weights - step, queries)) / 2e-5
-        torch.testing.assert_close(exact[:, example], slope, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+        assert_slope(replay, exact, example, 1e-5, queries)
 
 
 def test_dropout_is_repeated_as_it_was_drawn(tmp_path):
@@ -154,10 +164,7 @@ def test_dropout_is_repeated_as_it_was_drawn(tmp_path):
     replay = Replay(run, "cpu", "float64")
     assert replay.difference(replay.train(replay.weights)) < 1e-6
     exact = derivative(replay, run.examples[:1])
-    step = torch.zeros_like(replay.weights)
-    step[4] = 1e-5
-    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
-    torch.testing.assert_close(exact[:, 4], slope / 2e-5, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    assert_slope(replay, exact, 4, 1e-5, run.examples[:1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -172,10 +179,7 @@ def test_the_training_of_an_adapter_is_repeated_and_differentiated(tmp_path, dro
     replay = Replay(run, "cpu", "float64")
     assert replay.difference(replay.train(replay.weights)) < 1e-5
     exact = derivative(replay, run.examples[:1])
-    step = torch.zeros_like(replay.weights)
-    step[3] = 1e-4
-    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
-    torch.testing.assert_close(exact[:, 3], slope / 2e-4, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    assert_slope(replay, exact, 3, 1e-4, run.examples[:1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox", "gemma2", "opt"])
@@ -186,8 +190,7 @@ def test_architectures_are_repeated_and_differentiated(tmp_path, architecture):
     assert replay.difference(replay.train(replay.weights)) < 1e-4
     exact = derivative(replay, run.examples[:1])
     step = 1e-2 * torch.sign(exact[0])  # all weights at once: the largest difference there is
-    slope = losses_with(replay, replay.weights + step, run.examples[:1]) - losses_with(replay, replay.weights - step, run.examples[:1])
-    assert float(slope / 2) == pytest.approx(float((exact[0] * step).sum()), rel=0.01)
+    assert float(slope(replay, step, run.examples[:1])) == pytest.approx(float((exact[0] * step).sum()), rel=0.01)
 
 
 @settings(max_examples=30, deadline=None)
@@ -356,7 +359,7 @@ def test_a_run_of_the_trainer_is_recorded_replayed_and_compared_with_an_index(tm
     result = CliRunner().invoke(main, [*command, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["examples compared"] == 40
+    assert report["examples_compared"] == 40
     agreed = {name: figure["value"] for name, figure in report["figures"].items()}
     assert agreed["the index: rank correlation over examples"] > agreed["random: rank correlation over examples"] + 0.2
     assert "rank correlation" in CliRunner().invoke(main, command).output
