@@ -1,11 +1,11 @@
 """What reranking is worth: LDS of stored rows, of these without codes, and of EK-FAC of whole layers; and how many candidates it takes.
 
     python benchmarks/whole_layers.py PACK... [--data DIRECTORY] [--results FILE] [--write docs/how-it-works.md]
-    python benchmarks/whole_layers.py PACK --kronfluence kronfluence.npy [--data DIRECTORY]
+    python benchmarks/whole_layers.py PACK --kronfluence kronfluence.npy [--data DIRECTORY] [--data-labels] [--damping 0.01 0.1 1]
 
 Each index has 800 bytes an example, and `wherefrom fit` takes all of its examples. All rows are computed again, for all queries at once.
-A candidate set is the best N by stored rows; the table says which share of the ten best of all rows it holds. With `--kronfluence`, factors
-are fitted with the data's labels, and the scores of the blocks are compared with those of peer_kronfluence.py with the same options.
+A candidate set is the best N by stored rows; the table says which share of the ten best of all rows it holds. With `--kronfluence`,
+the scores of the blocks are compared with those of peer_kronfluence.py; give `--data-labels` where its factors had these.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from wherefrom.client import Client
 from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack, write_documents_file
-from wherefrom.query.scoring import score_matrix
+from wherefrom.query.metric import Metric
+from wherefrom.query.scoring import Scorer, score_matrix
 from wherefrom.ray_jobs import worker
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.config import BuildConfig
@@ -45,10 +46,13 @@ def opened(pack, folder):
     return Client(out)
 
 
-def recomputed(client, queries):
-    """The product of every query with every row, by component, without weights."""
-    encoder = client._recomputer._encoder
+def recomputed(client, queries, damping=None):
+    """The product of every query with every row, by component, without weights; the blocks under another damping if one is given."""
+    encoder, view = client._recomputer._encoder, client._recomputer.view
     asked = {name: vectors.as_float32() for name, vectors in encoder.rows(queries, queries=True, exact=True).items()}
+    if damping is not None:
+        (operand,) = (o for o in Scorer.of(view, asked, Metric(damping=damping)).operands if o.component.name == "blocks")
+        asked["blocks"] = operand.scaled(view, asked["blocks"], stored=False)
     products = {name: np.zeros((len(queries), len(client.index)), np.float32) for name in asked}
     examples = [client.index.example(row) for row in range(len(client.index))]
     for batch in encoder.batches(examples, tolerant=True):
@@ -102,22 +106,30 @@ def table(known):
     return "\n".join(lines)
 
 
-def compare(path, data, file):
-    """Print how far whole layers and Kronfluence agree, with factors of the data's labels."""
-    declared = worker.unprojected_blocks
+def compare(path, data, file, dampings, data_labels):
+    """Print how far whole layers and Kronfluence agree, and the LDS of both."""
+    if data_labels:
+        declared = worker.unprojected_blocks
 
-    def with_data_labels(*arguments):
-        component = declared(*arguments)
-        return component.model_copy(update={"curvature": component.curvature.model_copy(update={"labels": "data"})})
+        def with_data_labels(*arguments):
+            component = declared(*arguments)
+            return component.model_copy(update={"curvature": component.curvature.model_copy(update={"labels": "data"})})
 
-    worker.unprojected_blocks = with_data_labels
+        worker.unprojected_blocks = with_data_labels
     pack = read_pack(path, data)
     with tempfile.TemporaryDirectory() as folder:
         client = opened(pack, Path(folder))
-        products = recomputed(client, client.to_examples(pack.queries))["blocks"]
+        queries = client.to_examples(pack.queries)
+        matrices = {f"damping {d:g}": recomputed(client, queries, d)["blocks"] for d in dampings}
     peer = np.load(file).T
-    correlations = [spearmanr(a, b).statistic for a, b in zip(products, peer, strict=True)]
-    print(f"{pack.name}: Spearman's correlation with {file.name}, mean {np.mean(correlations):.6f}, least {np.min(correlations):.6f}")
+    for name, matrix in ({file.name: peer} | matrices).items():
+        correlations = [spearmanr(a, b).statistic for a, b in zip(matrix, peer, strict=True)]
+        halves = [slice(None), slice(0, None, 2), slice(1, None, 2)]
+        found = [estimate(matrix.T[:, half], pack.masks, pack.losses[:, :, half]).value for half in halves]
+        print(
+            f"{pack.name}, {name}: Spearman with {file.name} {np.mean(correlations):.6f} (least {np.min(correlations):.6f}); "
+            f"LDS {found[0]:.3f}, even queries {found[1]:.3f}, odd {found[2]:.3f}"
+        )
 
 
 def main():
@@ -126,12 +138,14 @@ def main():
     parser.add_argument("packs", nargs="+", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--kronfluence", type=Path)
+    parser.add_argument("--damping", nargs="+", type=float, default=[0.1])
+    parser.add_argument("--data-labels", action="store_true")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.kronfluence:
-        compare(args.packs[0], args.data, args.kronfluence)
+        compare(args.packs[0], args.data, args.kronfluence, args.damping, args.data_labels)
         return
     known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     for path in args.packs:

@@ -102,6 +102,17 @@ def random_texts(count, seed=0, shortest=2, longest=20):
     return [words(*generator.integers(1, WORDS + 1, generator.integers(shortest, longest + 1))) for _ in range(count)]
 
 
+METRICS = {  # options of scores, one of each kind
+    "plain": {},
+    "cosine": {"mode": "cosine"},
+    "loss-normalized": {"mode": "loss-normalized"},
+    "damped": {"damping": 3.0},
+    "uncurved": {"curvature": False},
+    "weights": {"weights": {"head": 0.3}},
+    "layers": {"layers": ("h.0.*", "lm_head")},
+}
+
+
 def example_queries():
     """A query of each form, by name."""
     from wherefrom import Query

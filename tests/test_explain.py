@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_close, example_queries, make_tokenizer
+from helpers import METRICS, assert_close, example_queries, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -24,15 +24,6 @@ from wherefrom.store.vectors import DenseVectors
 from wherefrom.terminal import heat, shortened, show_answer, show_explanation
 
 QUERIES = example_queries()
-METRICS = {
-    "plain": {},
-    "cosine": {"mode": "cosine"},
-    "loss-normalized": {"mode": "loss-normalized"},
-    "damped": {"damping": 3.0},
-    "uncurved": {"curvature": False},
-    "weights": {"weights": {"head": 0.3}},
-    "layers": {"layers": ("h.0.*", "lm_head")},
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_close, example_queries, write_jsonl
+from helpers import METRICS, assert_close, example_queries, write_jsonl
 from wherefrom import BuildConfig, Client, Query, recompute
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
@@ -19,15 +19,6 @@ from wherefrom.store.errors import IncompatibleError, IntegrityError, UsageError
 from wherefrom.store.rerank import read_record
 
 QUERIES = example_queries()
-METRICS = {
-    "plain": {},
-    "cosine": {"mode": "cosine"},
-    "loss-normalized": {"mode": "loss-normalized"},
-    "damped": {"damping": 3.0},
-    "uncurved": {"curvature": False},
-    "weights": {"weights": {"head": 0.3}},
-    "layers": {"layers": ("h.0.*", "lm_head")},
-}
 
 
 @pytest.fixture(scope="module")
