@@ -5,10 +5,10 @@
     trainer = Trainer(..., callbacks=[WherefromCallback(data=("train.jsonl",), out="run.wherefrom")])
 
 The record is `wherefrom.json` next to the checkpoints: each checkpoint's step and the fingerprint of its weights, the layers that were
-trained where others were frozen (a build reads them), the data's fingerprint, the settings that determine its order (seeds, batch sizes,
-epochs), and the learning rates. The order is in `wherefrom-order-<epoch>.npy`:
-positions in the training set as drawn by all processes. Loaders prefetch: if training stopped within an epoch, the last positions were
-not trained on (the checkpoints' steps give the number).
+trained where others were frozen, and how far the steps of SGD, Adam or AdamW went by then (a build reads these), the data's
+fingerprint, the settings that determine its order (seeds, batch sizes, epochs), and the learning rates. The order is in
+`wherefrom-order-<epoch>.npy`: positions in the training set as drawn by all processes. Loaders prefetch: if training stopped within an
+epoch, the last positions were not trained on (the checkpoints' steps give the number).
 
 With `record=True` the whole run is recorded in the directory `wherefrom-run` there, from which `wherefrom replay` computes exact influence.
 """
@@ -62,6 +62,49 @@ class _RecordingSampler:
         return getattr(self._sampler, name)  # such as set_epoch and generator
 
 
+class _LearningTimes:
+    """Sums, by layer, of the steps' learning rates: over 1 - momentum for SGD, times the mean preconditioner for Adam.
+
+    Adam's preconditioner is taken as 1 / (sqrt(mean second moment) + eps) of each layer's weight (arXiv 2405.12186, appendix C, has the
+    whole diagonal).
+
+    Attributes:
+        sums: None where the optimizer is another.
+    """
+
+    def __init__(self, model: Any, start: Mapping[str, float]) -> None:
+        self.sums: dict[str, float] | None = dict(start)
+        self._layers: dict[int, list[str]] = {}
+        model = getattr(getattr(model, "module", model), "_orig_mod", model)  # of DistributedDataParallel, or of torch.compile
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.nn.Parameter) and weight.requires_grad:
+                self._layers.setdefault(id(weight), []).append(name.removeprefix("base_model.model."))
+
+    @torch.no_grad()
+    def add(self, optimizer: Any) -> None:
+        """Add a step that was just taken."""
+        if self.sums is None:
+            return
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                names = self._layers.get(id(parameter), [])
+                state = optimizer.state.get(parameter, {})
+                if not names or (parameter.grad is None and not state):
+                    continue
+                if isinstance(optimizer, torch.optim.SGD):
+                    factor = 1 / (1 - group["momentum"])
+                elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and "exp_avg_sq" in state:
+                    correction = 1 - group["betas"][1] ** float(state["step"])
+                    factor = 1 / (float(state["exp_avg_sq"].mean() / correction) ** 0.5 + group["eps"])
+                else:
+                    self.sums = None
+                    return
+                for name in names:
+                    self.sums[name] = self.sums.get(name, 0.0) + float(group["lr"]) * factor
+
+
 class WherefromCallback(TrainerCallback):  # type: ignore[misc]
     """Recorder of a training run; see the module.
 
@@ -95,6 +138,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         self._records_run = record
         self._recorder: TrainingRecorder | None = None
         self._forward_hook: Any = None
+        self._times: _LearningTimes | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the settings of the data's order, and start recording its positions.
@@ -129,6 +173,10 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             "checkpoints": previous.get("checkpoints", []),
             "rates": previous.get("rates", []),
         }
+        sums: dict[str, float] | None = {}
+        if state.global_step:
+            sums = next((c.get("learning_times") for c in self._record["checkpoints"] if c["step"] == state.global_step), None)
+        self._times = None if sums is None or "model" not in kwargs else _LearningTimes(kwargs["model"], sums)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the number of the epoch, also of a run resumed within it."""
@@ -147,11 +195,18 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         if rate is not None:
             self._record["rates"].append([state.global_step, rate])
 
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add up how far the steps went."""
+        if self._times is not None:
+            self._times.add(kwargs["optimizer"])
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record a saved checkpoint."""
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
             entry = {"step": state.global_step, "path": name, "fingerprint": model_fingerprint(kwargs["model"])}
+            if self._times is not None and self._times.sums:
+                entry["learning_times"] = dict(self._times.sums)
             self._record["checkpoints"] = [c for c in self._record["checkpoints"] if c["step"] != state.global_step] + [entry]
             self._write(args)
 
@@ -165,6 +220,8 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
                 self._recorder.finish()
             except Exception as error:  # must not prevent the Trainer's next steps
                 warnings.warn(f"the run was not recorded for a replay: {error}", stacklevel=2)
+        if self._times is not None and self._times.sums:
+            self._record["learning_times"] = self._times.sums
         try:
             self._write(args)
             if self._build is not None:

@@ -610,6 +610,7 @@ def evaluate() -> None:
 @click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option
+@click.option("--training", help="RATE,STEPS of the training, or recorded: SOURCE's filter in place of damping.")
 @config_options
 @_json_option
 def lds(
@@ -621,6 +622,7 @@ def lds(
     out: str | None,
     scores: str | None,
     mode: Any,
+    training: str | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -645,7 +647,7 @@ def lds(
 
     if scores is not None:
         idle = [f"-o {name}" for name in options if name != "device"]
-        idle += [f"--{name}" for name in ("index", "out", "mode") if source(name) is ParameterSource.COMMANDLINE]
+        idle += [f"--{name}" for name in ("index", "out", "mode", "training") if source(name) is ParameterSource.COMMANDLINE]
         if idle:
             raise UsageError(f"{idle[0]} means nothing beside --scores, for which no index is built")
         device = options.get("device", "auto")
@@ -654,8 +656,9 @@ def lds(
     else:
         options["model"] = model or None
         with Console() as reporter:
+            kept = Path(out) if out else None
             judgement = judge_index(
-                Path(pack), options, index=index, data=place, half=queries, mode=mode, out=Path(out) if out else None, reporter=reporter
+                Path(pack), options, index=index, data=place, half=queries, mode=mode, training=training, out=kept, reporter=reporter
             )
     _result(as_json, judgement.to_dict(), "show_judgement", judgement)
 

@@ -28,6 +28,7 @@ from .store.corpus import Document, usable
 from .store.documents import Example
 from .store.errors import UsageError
 from .store.index import Index
+from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.shapes import Float32, Float64
 from .store.vectors import Rows, combine, cut, join
@@ -76,7 +77,7 @@ class Client(BaseClient):
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
-        self._encoded: OrderedDict[Query, Rows] = OrderedDict()
+        self._encoded: OrderedDict[Query | tuple[Query, str], Rows] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
@@ -88,8 +89,8 @@ class Client(BaseClient):
             UsageError: an option is unknown or out of range; a text is empty or longer than the model's context.
         """
         check_queries(queries)
-        Metric.of(options)  # an error before the model is loaded
-        return self.answer(queries, self.encode(queries), **options) if queries else []
+        metric = Metric.of(options)  # an error before the model is loaded
+        return self.answer(queries, self.encode(queries, metric.training), **options) if queries else []
 
     def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
         """Answer queries whose rows are known.
@@ -130,26 +131,45 @@ class Client(BaseClient):
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
         """Yield the first row of each group of shards, and the scores of its rows, deleted ones too."""
         metric = Metric.of(options)
-        return all_scores(self.index, self.encode(queries), metric)
+        return all_scores(self.index, self.encode(queries, metric.training), metric)
 
-    def encode(self, queries: Sequence[Query]) -> Rows:
+    def encode(self, queries: Sequence[Query], training: str | None = None) -> Rows:
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
 
         The rows of the last 128 queries that are not rows of the index are cached.
+
+        Args:
+            training: see `ScoreOptions`; with several models, the gradients of the last are carried back through its segments.
         """
         check_queries(queries)
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
-            return combine(self.encode(plain), matrix)
+            return combine(self.encode(plain, training), matrix)
+        if training is not None and len(self.index.manifest.models) > 1:
+            rows = join([self._carried(query, training) for query in queries])
+            self._forget()
+            return rows
         missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
         if missing:
             measured = self.encode_examples(self.query_examples(missing))
             for number, query in enumerate(missing):
                 self._encoded[query] = cut(measured, number, number + 1)
         rows = join([self._query_rows(query) for query in queries])
+        self._forget()
+        return rows
+
+    def _forget(self) -> None:
+        """Drop the rows of the queries that were asked longest ago."""
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
-        return rows
+
+    def _carried(self, query: Query, training: str) -> Rows:
+        """Return a query's row for each segment of a training."""
+        key = query, training
+        if key not in self._encoded:
+            self._encoded[key] = self._carried_rows(self.query_examples([query]), training, queries=query.row is None)
+        self._encoded.move_to_end(key)
+        return self._encoded[key]
 
     def is_cached(self, query: Query) -> bool:
         """Return True if `encode` does not need the model for a query."""
@@ -238,10 +258,23 @@ class Client(BaseClient):
         """
         return list(usable(self.recorded.converter.documents(documents)))
 
-    def encode_examples(self, examples: Sequence[Example]) -> Rows:
-        """Compute the whitened rows of the task's measurement of examples, by component."""
+    def encode_examples(self, examples: Sequence[Example], training: str | None = None) -> Rows:
+        """Compute the whitened rows of the task's measurement of examples, by component.
+
+        Args:
+            training: see `encode`.
+        """
+        if training is not None and len(self.index.manifest.models) > 1:
+            return self._carried_rows(examples, training, queries=True)
         rows = self.encoder.rows(examples, queries=True)
         return {name: vectors.as_float32() for name, vectors in rows.items()}
+
+    def _carried_rows(self, examples: Sequence[Example], training: str, queries: bool) -> Rows:
+        """Compute rows for each segment of a training; see segments.py."""
+        from .segments import carried_rows
+
+        rows = carried_rows(self.index, self.encoder, training, examples, queries)
+        return {c.name: KINDS[c.kind].stored(rows[c.name], c).as_float32() for c in self.index.manifest.components}
 
     @cached_property
     def _recomputer(self) -> Recomputer:
@@ -276,7 +309,7 @@ class Client(BaseClient):
             UsageError: a row is not in the index.
         """
         metric = Metric.of(options)
-        query_rows = self.encode([query])
+        query_rows = self.encode([query], metric.training)
         scorer = Scorer.of(self.index, query_rows, metric)
         explanations = []
         for row in examples:
@@ -285,17 +318,20 @@ class Client(BaseClient):
             score = sum(part.score for part in components)
             explanations.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
         with_tokens = tokens and self.index.manifest.tokenizer is not None and explanations
-        return self._with_tokens(explanations, scorer, query, query_rows) if with_tokens else explanations
+        return self._with_tokens(explanations, scorer, query, query_rows, metric.training) if with_tokens else explanations
 
-    def _with_tokens(self, explanations: Sequence[Explanation], scorer: Scorer, query: Query, query_rows: Rows) -> list[Explanation]:
-        """Name the tokens of the vocabulary, and compute shares by token."""
+    def _with_tokens(
+        self, explanations: Sequence[Explanation], scorer: Scorer, query: Query, query_rows: Rows, training: str | None
+    ) -> list[Explanation]:
+        """Name the tokens of the vocabulary, and compute shares by token; those of a query's tokens only where its row is of one model."""
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
         (query_example,) = self.query_examples([replace(query, against=None)])
         examples = [self.index.example(explanation.row) for explanation in explanations]
         example_rows = self.encoder.rows(examples)
-        if query.row is not None:  # the full row, and not what the index stores of it
+        carried = training is not None and len(self.index.manifest.models) > 1
+        if query.row is not None and not carried:  # the full row, and not what the index stores of it
             query_rows = self.encoder.rows([query_example])
         operands = {operand.component.name: operand for operand in scorer.operands}
         scaled_queries: list[Rows] = []
@@ -310,7 +346,7 @@ class Client(BaseClient):
                 squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(own_rows, stored=True)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         query_shares = None
-        if query.against is None:
+        if query.against is None and not carried:
             query_shares = token_shares(self.encoder, query_example, scaled_examples, query=query.row is None)
         tokenizer = self.recorded.converter.tokenizer  # type: ignore[attr-defined]
         result = []

@@ -25,6 +25,7 @@ def lds(
     data: str | Path | None = None,
     half: Half = "all",
     mode: Mode = "influence",
+    training: str | None = None,
     baselines: bool = True,
     **options: Any,
 ) -> Judgement:
@@ -37,6 +38,7 @@ def lds(
         data: directory of an image pack's IDX files.
         half: the queries to use: "all", "even" or "odd".
         mode: of the scores.
+        training: for SOURCE's filter, see `ScoreOptions`.
         baselines: judge these, too.
         options: of the build (see `BuildConfig`), or `model` and `device` for `scores`.
 
@@ -50,7 +52,9 @@ def lds(
         return judge_scores(Path(pack), Path(scores), data=place, half=half, **options)
     path = index.path if isinstance(index, Index) else index
     with default_reporter() as reporter:
-        return judge_index(Path(pack), options, index=path, data=place, half=half, mode=mode, baselines=baselines, reporter=reporter)
+        return judge_index(
+            Path(pack), options, index=path, data=place, half=half, mode=mode, training=training, baselines=baselines, reporter=reporter
+        )
 
 
 def pack(

@@ -72,6 +72,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     given = q.get("damping", 0)
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
+    how = f"SOURCE's filter of the training {q['training']}" if "training" in q else how
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
     measured = min(answer.index.get("measured") or [1.0])
     if measured < _LITTLE:

@@ -93,6 +93,7 @@ def judge_index(
     data: Path | None = None,
     half: Half = "all",
     mode: Any = "influence",
+    training: str | None = None,
     out: Path | None = None,
     baselines: bool = True,
     reporter: Reporter = Silent(),
@@ -106,6 +107,7 @@ def judge_index(
         data: directory of an image pack's IDX files.
         half: the queries to use.
         mode: "influence" or "cosine".
+        training: for SOURCE's filter, see `ScoreOptions`.
         out: the index to write; by default a temporary one.
         baselines: judge these too, which may take longer than the index.
 
@@ -132,8 +134,8 @@ def judge_index(
         query_examples = client.to_examples(pack.queries)
         if options.get("model") is None:
             _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
-        queries = client.encode_examples(query_examples)
-        scores = score_matrix(client.index, queries, Metric(mode)).T
+        metric = Metric(mode, training=training)
+        scores = score_matrix(client.index, client.encode_examples(query_examples, training), metric).T
         baseline_scores = {}
         if baselines:
             baseline_scores = content_baselines(train, query_examples) | gradient_baselines(client, train, query_examples)
@@ -148,7 +150,7 @@ def judge_index(
         shown = ("curvature", "projection", "damping", "bits_per_token", "weight")
         components = {c["name"]: {k: v for k, v in c.items() if k in shown} for c in summary["components"]}
         sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
-        return replace(judgement, **sizes, method={"mode": mode, **components, **method})
+        return replace(judgement, **sizes, method={**metric.settings(), **components, **method})
 
 
 def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:

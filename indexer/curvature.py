@@ -104,6 +104,11 @@ def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> F
     return np.where(damped > 0, 1.0 / np.sqrt(np.where(damped > 0, damped, 1.0)), 0.0)
 
 
+def lost_share(eigenvalues: Float64[np.ndarray, "..."], time: float) -> Float64[np.ndarray, "..."]:
+    """1 - exp(-t l): the share of what was learnt before that a segment of training takes away (query/source.py)."""
+    return -np.expm1(-time * eigenvalues)
+
+
 def add_sums(total: Arrays, part: Arrays) -> None:
     """Add the sums of a part to a total of the same dtype, in place; associative and commutative up to round-off."""
     for name, value in part.items():

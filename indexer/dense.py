@@ -11,19 +11,20 @@ name, `input_projection` and `input_rotation` under the name of the group of lay
 layer. Random projections are not among them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..store.errors import UsageError
 from ..store.manifest import DenseComponent, Layer
-from ..store.shapes import Float
+from ..store.shapes import Float, Float64
 from ..store.vectors import DenseVectors
 from .batches import Batch
 from .capture import GradientSum, Map, accumulation_dtype
-from .curvature import whitening_scale
+from .curvature import lost_share, whitening_scale
 from .models import layer_device, layer_sizes
 from .projection import random_projection
 
@@ -84,10 +85,12 @@ class DenseEncoder:
             return None
         return torch.from_numpy(np.ascontiguousarray(projection)).to(self._devices[name], self._dtype)
 
-    def _whiten(self, layer: Layer, gradient: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
+    def whiten(self, layer: Layer, gradient: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
+        """Whiten gradients of a layer after `maps`."""
         whitener = self._whiteners[layer.name]
         if whitener is None:
             return gradient
+        gradient = gradient.to(whitener.device, whitener.dtype)
         return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
 
     def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
@@ -100,6 +103,71 @@ class DenseEncoder:
         if whitener is not None:
             values = values * whitener if whitener.dim() == 1 else whitener @ values
         return values.reshape(layer.output_rank, layer.input_rank)
+
+    def plain_component(self) -> tuple[DenseComponent, Mapping[str, np.ndarray]]:
+        """Return a component of the same layers' plain gradients, and its arrays, for an encoder of this model alone."""
+        layers = []
+        offset = 0
+        for layer in self.layers:
+            sizes = {"input_rank": layer.inputs, "output_rank": layer.outputs, "curvature": "identity", "offset": offset}
+            layers.append(layer.model_copy(update=sizes))
+            offset += layers[-1].size
+        rank = max(max(layer.inputs, layer.outputs) for layer in layers)
+        projection = self.component.projection.model_copy(update={"kind": "random", "rank": rank})
+        update = {"model": 0, "layers": tuple(layers), "projection": projection, "coordinates": None}
+        return self.component.model_copy(update=update), {}
+
+    def plain_gradients(self, rows: DenseVectors) -> DenseVectors:
+        """Return the gradients that rows of `plain_component` are, in float64."""
+        return DenseVectors(rows.values.astype(np.float64))
+
+    def whitened(self, gradients: DenseVectors) -> DenseVectors:
+        """Compute the rows of plain gradients."""
+        rows = np.zeros((len(gradients), self.component.dim), np.float32)
+        for layer, _, projected in self._projected(gradients):
+            rows[:, layer.offset : layer.offset + layer.size] = self.whiten(layer, projected.flatten(1)).float().cpu().numpy()
+        return DenseVectors(rows)
+
+    def decayed(self, gradients: DenseVectors, times: Float64[np.ndarray, " layers"]) -> DenseVectors:
+        """Multiply plain gradients with exp(-t H), for the curvature H of each layer and its learning time t.
+
+        Raises:
+            UsageError: the component is a random projection.
+        """
+        remaining = gradients.values.copy()
+        for number, (layer, part, projected) in enumerate(self._projected(gradients)):
+            narrowed = layer.input_rank < layer.inputs or layer.output_rank < layer.outputs
+            if narrowed and self.component.projection.kind == "random":
+                raise UsageError(
+                    f"the rows of {self.component.name} are a random projection, which has no inverse; SOURCE with several checkpoints "
+                    "needs principal components (`projection=pca`) or whole layers"
+                )
+            lost = torch.from_numpy(lost_share(self.arrays[f"{layer.name}/eigenvalues"].astype(np.float64), times[number]))
+            basis = self.arrays.get(f"{layer.name}/basis")
+            vectors = None if basis is None else torch.from_numpy(basis.astype(np.float64))
+            flat = projected.flatten(1)
+            change = flat * lost if vectors is None else ((flat @ vectors) * lost) @ vectors.T
+            input_map, output_map = self._double_maps(layer)
+            change = change.reshape(projected.shape)
+            change = change if output_map is None else output_map.T @ change
+            change = change if input_map is None else change @ input_map
+            remaining[:, part] -= change.flatten(1).numpy()
+        return DenseVectors(remaining)
+
+    def _projected(self, gradients: DenseVectors) -> Iterator[tuple[Layer, slice, Float64[Tensor, "rows out_rank in_rank"]]]:
+        """Yield each layer, its part of plain gradients, and these after `maps`."""
+        first = 0
+        for layer in self.layers:
+            part = slice(first, first + layer.outputs * layer.inputs)
+            first = part.stop
+            values = torch.from_numpy(gradients.values[:, part].reshape(len(gradients), layer.outputs, layer.inputs))
+            input_map, output_map = self._double_maps(layer)
+            values = values if input_map is None else values @ input_map.T
+            yield layer, part, values if output_map is None else output_map @ values
+
+    def _double_maps(self, layer: Layer) -> tuple[Map, Map]:
+        input_map, output_map = (None if side is None else side.double().cpu() for side in self.maps[layer.name])
+        return input_map, output_map
 
     @cached_property
     def _whiteners(self) -> dict[str, Tensor | None]:
@@ -136,5 +204,5 @@ class DenseCollector(GradientSum):
         for layer in encoder.layers:
             gradient = self.by_layer.pop(layer.name, None)  # all are as large as the rows
             if gradient is not None:
-                values[:, layer.offset : layer.offset + layer.size] = encoder._whiten(layer, gradient).to("cpu")
+                values[:, layer.offset : layer.offset + layer.size] = encoder.whiten(layer, gradient).to("cpu")
         return DenseVectors(values.numpy())

@@ -64,6 +64,9 @@ class Head:
             return None
         logits = models.logits_of(model, inputs)
 
+        def linear(layer: nn.Linear, states: Tensor) -> Tensor:
+            return layer(states.flatten(0, 1)).unflatten(0, states.shape[:2])  # see `_linear_piece`
+
         def equal(first: Tensor, second: Tensor) -> bool:
             both = torch.cat([first, second], dim=1)
             return both.shape == logits.shape and not models.differ(both.float(), logits.float(), next(model.parameters()).dtype)
@@ -73,7 +76,7 @@ class Head:
             states = output[0]
             layer = model.get_output_embeddings()
             names = [name for name, module in model.named_modules() if module is layer]
-            if names and type(layer) is nn.Linear and equal(layer(states[:, :1]), layer(states[:, 1:])):
+            if names and type(layer) is nn.Linear and equal(linear(layer, states[:, :1]), linear(layer, states[:, 1:])):
                 return cls(names[0])
             with _with_body(model, output) as logits_of:
                 if equal(logits_of(inputs[:, :1], states[:, :1]), logits_of(inputs[:, 1:], states[:, 1:])):

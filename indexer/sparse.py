@@ -28,7 +28,7 @@ from ..store.shapes import Float, Float64, Int
 from ..store.vectors import SparseVectors
 from .batches import IGNORED, Batch
 from .capture import Inputs, Map, OutputGradient, accumulation_dtype
-from .curvature import Arrays
+from .curvature import Arrays, lost_share
 from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
 
@@ -66,6 +66,7 @@ class SparseEncoder:
         self.component = component
         self.layer = vocabulary_layer(component)
         self.layers = (self.layer,)
+        self.arrays = arrays
         device = self.device = layer_device(model, component.layer)
         dtype = next(model.parameters()).dtype
         if arrays:
@@ -94,6 +95,33 @@ class SparseEncoder:
         """(l + a)^(-1/2) for some tokens' eigenvalues; 0 where the layer never had a gradient."""
         damped = self.vocabulary[keys][:, None] * self.eigenvalues + self.damping
         return torch.where(damped > 0, damped, torch.inf).rsqrt()
+
+    def plain_component(self) -> tuple[SparseComponent, Mapping[str, np.ndarray]]:
+        """Return the component, whose rows can be turned into plain gradients, and its arrays, for an encoder of this model alone."""
+        return self.component.model_copy(update={"model": 0}), self.arrays
+
+    def plain_gradients(self, rows: SparseVectors) -> SparseVectors:
+        """Return the gradients of rows' tokens before they were whitened, in float64."""
+        scale, basis = self._scale_and_basis(rows)
+        gradients = np.divide(rows.vectors, scale, out=np.zeros(scale.shape), where=scale > 0) @ basis.T
+        return SparseVectors(rows.indptr, rows.keys, gradients)
+
+    def whitened(self, gradients: SparseVectors) -> SparseVectors:
+        """Compute the rows of plain gradients."""
+        scale, basis = self._scale_and_basis(gradients)
+        return SparseVectors(gradients.indptr, gradients.keys, ((gradients.vectors @ basis) * scale).astype(np.float32))
+
+    def decayed(self, gradients: SparseVectors, times: Float64[np.ndarray, " one"]) -> SparseVectors:
+        """Multiply plain gradients with exp(-t H), for the curvature H of each token and the learning time t."""
+        (time,) = times
+        _, basis = self._scale_and_basis(gradients)
+        eigenvalues = self.vocabulary.double().cpu().numpy()[gradients.keys][:, None] * self.eigenvalues.double().cpu().numpy()
+        lost = (gradients.vectors @ basis) * lost_share(eigenvalues, time)
+        return SparseVectors(gradients.indptr, gradients.keys, gradients.vectors - lost @ basis.T)
+
+    def _scale_and_basis(self, rows: SparseVectors) -> tuple[Float64[np.ndarray, "entries width"], Float64[np.ndarray, "width width"]]:
+        keys = torch.from_numpy(rows.keys).to(self.device)
+        return self.scale(keys).double().cpu().numpy(), self.basis.double().cpu().numpy()
 
     def collector(self, batch: Batch) -> "SparseCollector":
         """Visitor of one batch."""

@@ -1,6 +1,9 @@
-"""Which layers of a model training changed: of an adapter, by a training run's record, by what requires gradients, or beside the base."""
+"""What training did to a model: the layers that it changed (of an adapter, by a run's record, by what requires gradients, or beside the
+base), and how far its steps went."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +71,35 @@ def _changed(task: Task, model: nn.Module, source: ModelSource, base: str) -> fr
     return _owners(model, changed)
 
 
+def recorded_times(folder: str) -> dict[str, float] | None:
+    """Return the learning times of the layers of a model or checkpoint, as the record of its run has them (see `Model`); None without.
+
+    Raises:
+        IncompatibleError: the record is damaged.
+    """
+    found = _record(Path(folder))
+    if found is None:
+        return None
+    path, record = found
+    times = _checkpoint(record, Path(folder)).get("learning_times")
+    if times is None and path.parent == Path(folder):
+        times = record.get("learning_times")
+    if times is not None and not (
+        isinstance(times, dict) and all(isinstance(t, float | int) and 0 <= t < math.inf for t in times.values())
+    ):
+        raise IncompatibleError(f"{path} is not the record of a training run; restore it, or delete it")
+    return times
+
+
 def _recorded(folder: Path) -> frozenset[str] | None:
     """The layers that a record of the run says were trained: in the folder of a model, or beside that of a checkpoint; else None."""
+    found = _record(folder)
+    names = None if found is None else found[1].get("trained")
+    return None if names is None else frozenset(names)
+
+
+def _record(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The record of the run of a model, in its folder or beside that of a checkpoint, that says anything of it."""
     for path in (folder / RECORD, folder.parent / RECORD):
         if not path.is_file():
             continue
@@ -77,12 +107,17 @@ def _recorded(folder: Path) -> frozenset[str] | None:
             if path.stat().st_size > _LARGEST_RECORD:
                 raise ValueError("it is too large")
             record: Any = json.loads(path.read_bytes())
-            known = path.parent == folder or any(checkpoint["path"] == folder.name for checkpoint in record["checkpoints"])
-            names = record.get("trained") if known else None
+            known = path.parent == folder or bool(_checkpoint(record, folder))
+            names = record.get("trained")
             if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
                 raise ValueError("`trained` is not a list of names")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IncompatibleError(f"{path} is not the record of a training run; restore it, or delete it") from error
-        if names is not None:
-            return frozenset(names)
+        if known:
+            return path, record
     return None
+
+
+def _checkpoint(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a record says of a checkpoint; nothing if it is not among them."""
+    return next((checkpoint for checkpoint in record.get("checkpoints", []) if checkpoint["path"] == folder.name), {})

@@ -121,7 +121,7 @@ def searched_rows(index: Index, where: str | None) -> Bool[np.ndarray, " rows"]:
 def _settings(index: Index, metric: Metric, where: str | None) -> dict[str, Any]:
     """Return the settings that an answer shows with its query."""
     settings = metric.settings()
-    if metric.curvature:
+    if metric.curvature and metric.training is None:
         built = {component.name: component.curvature.damping for component in index.manifest.components}
         several = len(set(built.values())) > 1
         settings["damping"] = metric.damping or (built if several else next(iter(built.values())))

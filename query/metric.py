@@ -10,6 +10,7 @@ import numpy as np
 from ..store.errors import UsageError
 from ..store.shapes import Bool
 from .options import Mode, Options, ScoreOptions, check_options, option_fields
+from .source import read_training
 
 _LARGEST_WEIGHT = 1e6
 
@@ -26,6 +27,7 @@ class Metric:
     mode: Mode = "influence"
     damping: float | None = None
     curvature: bool = True
+    training: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
 
@@ -33,6 +35,10 @@ class Metric:
         check_options({"mode": self.mode, "damping": self.damping, "curvature": self.curvature})
         if self.damping is not None and not self.curvature:
             raise UsageError("a damping means nothing without curvature; give one or the other")
+        if self.training is not None:
+            if self.damping is not None or not self.curvature:
+                raise UsageError("a filter by the training's length takes the place of damping and needs the curvature; give one of them")
+            read_training(self.training)
         for name, weight in self.weights.items():
             if not (weight == 0 or 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT):
                 raise UsageError(f"the weight of {name} is {weight}; it must be 0, or between 1e-6 and 1e6")
@@ -49,10 +55,16 @@ class Metric:
         given["layers"] = tuple(given["layers"] or ())
         return cls(**{name: value for name, value in given.items() if value is not None})
 
+    @property
+    def changes_curvature(self) -> bool:
+        """Whether rows count under another curvature, or another inverse of it, than the build's."""
+        return self.damping is not None or not self.curvature or self.training is not None
+
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and the mode, JSON-ready; without the damping, whose default is the build's."""
         settings: dict[str, Any] = {"mode": self.mode}
         settings |= {} if self.curvature else {"curvature": False}
+        settings |= {"training": self.training} if self.training is not None else {}
         settings |= {"weights": dict(self.weights)} if self.weights else {}
         settings |= {"layers": list(self.layers)} if self.layers else {}
         return settings

@@ -19,6 +19,7 @@ from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched
+from .source import added, learning_times
 
 _FEW_QUERIES = 4
 _multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
@@ -269,7 +270,7 @@ class SparseOperand:
     """Prepared queries of a sparse component: their entries, rotated as the rows were.
 
     Attributes:
-        damping: the metric's, and whether there is curvature.
+        metric: of the query.
         keys, owners: token and query of each entry.
         tables: of each entry (see `postings.byte_tables`).
         squares: squared length of each entry's vector.
@@ -279,7 +280,7 @@ class SparseOperand:
 
     component: SparseComponent
     weight: float
-    damping: tuple[float | None, bool]
+    metric: Metric
     keys: Int64[np.ndarray, " entries"]
     owners: Int64[np.ndarray, " entries"]
     tables: Float32[np.ndarray, "entries bytes 256"]
@@ -289,15 +290,14 @@ class SparseOperand:
     @classmethod
     def of(cls, index: Index, component: SparseComponent, queries: SparseVectors, metric: Metric, weight: float) -> "SparseOperand":
         """See `Operand`."""
-        damping = metric.damping, metric.curvature
-        if damping != (None, True) and metric.mode == "cosine":
+        if metric.changes_curvature and metric.mode == "cosine":
             raise UsageError("the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping")
-        vectors = _damped(index, component, queries, *damping)
+        vectors = _damped(index, component, queries, metric)
         squared_norms = queries.sums_by_row(np.einsum("ed,ed->e", vectors, queries.vectors, dtype=np.float64))
         scaled = (vectors * weight).astype(np.float32)
         tables = byte_tables(rotate(scaled, component.bits, component.seed))
         squares = np.square(vectors * weight).sum(axis=1)
-        return cls(component, weight, damping, queries.keys, queries.owners, tables, squares, squared_norms)
+        return cls(component, weight, metric, queries.keys, queries.owners, tables, squares, squared_norms)
 
     def add(
         self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
@@ -341,7 +341,7 @@ class SparseOperand:
 
     def scaled(self, index: Index, row: SparseVectors, stored: bool = True) -> SparseVectors:
         """See `Operand`."""
-        vectors = _damped(index, self.component, row, *self.damping) * self.weight
+        vectors = _damped(index, self.component, row, self.metric) * self.weight
         return SparseVectors(row.indptr, row.keys, vectors.astype(np.float32))
 
     def _shared(self, index: Index, shard: Shard, offset: int, query: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -359,17 +359,19 @@ OPERANDS: dict[str, type[DenseOperand] | type[SparseOperand]] = {"dense": DenseO
 def _change(index: Index, component: DenseComponent, metric: Metric) -> Float64[np.ndarray, " dim"] | None:
     """Return, by coordinate, the factor of the change from the build's damping and layers to the metric's; None for no change."""
     change: np.ndarray | None = None
-    if metric.damping is not None:
-        eigenvalues, means = index.spectrum(component)
-        before = eigenvalues + component.curvature.damping * means
-        after = eigenvalues + metric.damping * means
-        change = np.divide(before, after, out=np.zeros_like(before), where=after > 0)
-    elif not metric.curvature and any(layer.curvature != "identity" for layer in component.layers):
+    sizes = [layer.size for layer in component.layers]
+    has_curvature = any(layer.curvature != "identity" for layer in component.layers)
+    if metric.changes_curvature and (metric.curvature or has_curvature):
         eigenvalues, means = index.spectrum(component)
         change = eigenvalues + component.curvature.damping * means
+        if metric.training is not None:
+            change *= added(eigenvalues, np.repeat(learning_times(index, component, metric.training), sizes))
+        elif metric.damping is not None:
+            after = eigenvalues + metric.damping * means
+            change = np.divide(change, after, out=np.zeros_like(change), where=after > 0)
     mask = matched(component.layer_names, metric.layers)
     if not mask.all():
-        selected = np.repeat(mask, [layer.size for layer in component.layers])
+        selected = np.repeat(mask, sizes)
         change = selected.astype(np.float64) if change is None else selected * change
     return change
 
@@ -379,18 +381,19 @@ def _one_bit_variance(coordinates: int, bits: int) -> float:
     return (np.pi / 2 * coordinates / bits - 1) / coordinates
 
 
-def _damped(
-    index: Index, component: SparseComponent, rows: SparseVectors, damping: float | None, curvature: bool
-) -> Float64[np.ndarray, "entries width"]:
-    """Return vectors whose products with whitened ones are those under another damping, or without curvature."""
+def _damped(index: Index, component: SparseComponent, rows: SparseVectors, metric: Metric) -> Float64[np.ndarray, "entries width"]:
+    """Return vectors whose products with whitened ones are those under a metric's damping or filter, or without curvature."""
     vectors = rows.vectors.astype(np.float64)
-    if damping is None and curvature:
+    if not metric.changes_curvature:
         return vectors
     vocabulary, inputs = index.sparse_spectrum(component)
     eigenvalues = vocabulary[rows.keys][:, None] * inputs
     mean = vocabulary.mean() * inputs.mean()
     vectors = vectors * (eigenvalues + component.curvature.damping * mean)
-    return vectors if damping is None else vectors / (eigenvalues + damping * mean)
+    if metric.training is not None:
+        (time,) = learning_times(index, component, metric.training)
+        return vectors * added(eigenvalues, time)
+    return vectors if metric.damping is None else vectors / (eigenvalues + metric.damping * mean)
 
 
 def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, codes: np.ndarray) -> Float32[np.ndarray, "queries rows"]:

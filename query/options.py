@@ -151,6 +151,13 @@ class ScoreOptions(TypedDict, total=False):
         float | None, Option("Another damping than the build's, relative to the mean eigenvalue; exact.", low=1e-6, high=1e9)
     ]
     curvature: Annotated[bool, Option("Without curvature, scores are plain products of gradients.", default=True)]
+    training: Annotated[
+        str | None,
+        Option(
+            "The training's RATE,STEPS, such as 0.01,2000 (rate over 1 - momentum), or recorded: SOURCE's filter in place of damping.",
+            longest=100,
+        ),
+    ]
     weights: Annotated[
         Mapping[str, float] | None,
         Option("Weights of components, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.", longest=64),

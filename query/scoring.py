@@ -214,9 +214,11 @@ def _weights(index: Index, metric: Metric) -> dict[str, float]:
     if unknown:
         raise UsageError(f"there is no component {unknown[0]!r} in this index; choose among {names}")
     weights = {}
+    last = {component.role: component.weight for component in components}
     for component in components:
         factors = [metric.weights[name] for name in {component.name, component.role} & metric.weights.keys()]
-        weights[component.name] = component.weight * float(np.prod(factors))
+        own = component.weight if metric.training is None else last[component.role]  # segments of a training add up as they are
+        weights[component.name] = own * float(np.prod(factors))
     if not any(weights.values()):
         raise UsageError("every component has the weight 0; give at least one another weight")
     for component in components:

@@ -23,7 +23,7 @@ from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.sparse import HeadMean
 from ..indexer.tasks import Task, find_task, load_model
-from ..indexer.trained import find_trained
+from ..indexer.trained import find_trained, recorded_times
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
@@ -101,6 +101,7 @@ class Worker:
                     context=self.task.context(model),
                     base=models.loaded(model).base,
                     trained=None if trained is None else tuple(sorted(trained)),
+                    learning_times=None if source.loaded is not None else recorded_times(source.id),
                 )
             )
             components += candidate_components(config, self.task, model, number)

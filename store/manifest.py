@@ -312,6 +312,8 @@ class Model(_Model):
     Attributes:
         base: for an adapter, the directory or hub id of the model that it adapts.
         trained: the layers that training changed; None where this is not known, and the whole model counts as trained.
+        learning_times: by layer, the sum of the learning rates of all steps of training up to this model, over 1 - momentum, for Adam times
+            its mean preconditioner; None where this is not known.
     """
 
     id: str
@@ -323,6 +325,7 @@ class Model(_Model):
     parameters: Count
     context: int | None
     trained: tuple[str, ...] | None = None
+    learning_times: dict[str, Annotated[float, Field(ge=0)]] | None = None
 
 
 class Tokenizer(_Model):
