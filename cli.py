@@ -611,6 +611,7 @@ def evaluate() -> None:
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option
 @click.option("--training", help="RATE,STEPS of the training, or recorded: SOURCE's filter in place of damping.")
+@click.option("--refine", type=click.IntRange(0, 100), default=0, help="Iterations of conjugate gradients for the queries.")
 @config_options
 @_json_option
 def lds(
@@ -623,6 +624,7 @@ def lds(
     scores: str | None,
     mode: Any,
     training: str | None,
+    refine: int,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -644,10 +646,11 @@ def lds(
     place = Path(data) if data else None
     _quiet_libraries()
     from .evaluation.judge import judge_index, judge_scores
+    from .query.metric import Metric
 
     if scores is not None:
         idle = [f"-o {name}" for name in options if name != "device"]
-        idle += [f"--{name}" for name in ("index", "out", "mode", "training") if source(name) is ParameterSource.COMMANDLINE]
+        idle += [f"--{name}" for name in ("index", "out", "mode", "training", "refine") if source(name) is ParameterSource.COMMANDLINE]
         if idle:
             raise UsageError(f"{idle[0]} means nothing beside --scores, for which no index is built")
         device = options.get("device", "auto")
@@ -657,9 +660,8 @@ def lds(
         options["model"] = model or None
         with Console() as reporter:
             kept = Path(out) if out else None
-            judgement = judge_index(
-                Path(pack), options, index=index, data=place, half=queries, mode=mode, training=training, out=kept, reporter=reporter
-            )
+            metric = Metric(mode, training=training, refine=refine)
+            judgement = judge_index(Path(pack), options, index=index, data=place, half=queries, metric=metric, out=kept, reporter=reporter)
     _result(as_json, judgement.to_dict(), "show_judgement", judgement)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from .query.answers import Answer, Explanation, TokenShares
+from .query.answers import Answer, Explanation, RefineReport, TokenShares
 from .query.asking import BaseClient
 from .query.assemble import QueryRecord, answer_queries, searched_rows
 from .query.baselines import BaselineScores, Words, cosines, row_norms
@@ -77,7 +77,8 @@ class Client(BaseClient):
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
-        self._encoded: OrderedDict[Query | tuple[Query, str], Rows] = OrderedDict()
+        self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], Rows] = OrderedDict()
+        self._refinement: RefineReport | None = None
 
     def __repr__(self) -> str:
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
@@ -90,7 +91,7 @@ class Client(BaseClient):
         """
         check_queries(queries)
         metric = Metric.of(options)  # an error before the model is loaded
-        return self.answer(queries, self.encode(queries, metric.training), **options) if queries else []
+        return self.answer(queries, self.encode(queries, metric), **options) if queries else []
 
     def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
         """Answer queries whose rows are known.
@@ -113,7 +114,8 @@ class Client(BaseClient):
         if options.get("rerank"):
             recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
             recomputation = Recomputation(recompute, self._recomputer.unprojected_layers)
-        return answer_queries(self.index, asked, rows, options, baselines, recomputation)
+        refinement = self._refinement if options.get("refine") else None
+        return answer_queries(self.index, asked, rows, options, baselines, recomputation, refinement)
 
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
@@ -131,55 +133,47 @@ class Client(BaseClient):
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
         """Yield the first row of each group of shards, and the scores of its rows, deleted ones too."""
         metric = Metric.of(options)
-        return all_scores(self.index, self.encode(queries, metric.training), metric)
+        return all_scores(self.index, self.encode(queries, metric), metric)
 
-    def encode(self, queries: Sequence[Query], training: str | None = None) -> Rows:
+    def encode(self, queries: Sequence[Query], metric: Metric = Metric()) -> Rows:
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
 
         The rows of the last 128 queries that are not rows of the index are cached.
 
         Args:
-            training: see `ScoreOptions`; with several models, the gradients of the last are carried back through its segments.
+            metric: the rows depend on its training, with several models, and on `refine`.
         """
         check_queries(queries)
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
-            return combine(self.encode(plain, training), matrix)
-        if training is not None and len(self.index.manifest.models) > 1:
-            rows = join([self._carried(query, training) for query in queries])
-            self._forget()
-            return rows
-        missing = [query for query in dict.fromkeys(queries) if query.row is None and query not in self._encoded]
-        if missing:
-            measured = self.encode_examples(self.query_examples(missing))
-            for number, query in enumerate(missing):
-                self._encoded[query] = cut(measured, number, number + 1)
-        rows = join([self._query_rows(query) for query in queries])
-        self._forget()
-        return rows
-
-    def _forget(self) -> None:
-        """Drop the rows of the queries that were asked longest ago."""
+            return combine(self.encode(plain, metric), matrix)
+        key = self._row_key(metric)
+        missing = [query for query in dict.fromkeys(queries) if (query.row is None or key) and (query, key) not in self._encoded]
+        for by_row in (False, True):
+            part = [query for query in missing if (query.row is not None) is by_row]
+            if part:
+                measured = self.encode_examples(self.query_examples(part), metric, queries=not by_row)
+                for number, query in enumerate(part):
+                    self._encoded[query, key] = cut(measured, number, number + 1)
+        rows = join([self._query_rows(query, key) for query in queries])
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
+        return rows
 
-    def _carried(self, query: Query, training: str) -> Rows:
-        """Return a query's row for each segment of a training."""
-        key = query, training
-        if key not in self._encoded:
-            self._encoded[key] = self._carried_rows(self.query_examples([query]), training, queries=query.row is None)
-        self._encoded.move_to_end(key)
-        return self._encoded[key]
+    def _row_key(self, metric: Metric) -> tuple[Any, ...]:
+        """What rows of queries depend on besides the query; empty for the plain rows of the index's models."""
+        special = metric.refine or (metric.training is not None and len(self.index.manifest.models) > 1)
+        return metric.row_settings if special else ()
 
     def is_cached(self, query: Query) -> bool:
         """Return True if `encode` does not need the model for a query."""
-        return query.row is not None or query in self._encoded
+        return query.row is not None or (query, ()) in self._encoded
 
-    def _query_rows(self, query: Query) -> Rows:
-        if query.row is not None:
+    def _query_rows(self, query: Query, key: tuple[Any, ...]) -> Rows:
+        if query.row is not None and not key:
             return {component.name: self.index.vectors(query.row, component) for component in self.index.manifest.components}
-        self._encoded.move_to_end(query)
-        return self._encoded[query]
+        self._encoded.move_to_end((query, key))
+        return self._encoded[query, key]
 
     def prepare(self) -> None:
         """Load models and tokenizer now instead of at the first query."""
@@ -258,23 +252,20 @@ class Client(BaseClient):
         """
         return list(usable(self.recorded.converter.documents(documents)))
 
-    def encode_examples(self, examples: Sequence[Example], training: str | None = None) -> Rows:
+    def encode_examples(self, examples: Sequence[Example], metric: Metric = Metric(), queries: bool = True) -> Rows:
         """Compute the whitened rows of the task's measurement of examples, by component.
 
         Args:
-            training: see `encode`.
+            metric: see `encode`.
+            queries: False for the loss of training examples.
         """
-        if training is not None and len(self.index.manifest.models) > 1:
-            return self._carried_rows(examples, training, queries=True)
-        rows = self.encoder.rows(examples, queries=True)
-        return {name: vectors.as_float32() for name, vectors in rows.items()}
+        if not self._row_key(metric):
+            rows = self.encoder.rows(examples, queries=queries)
+            return {name: vectors.as_float32() for name, vectors in rows.items()}
+        from .query_rows import query_rows
 
-    def _carried_rows(self, examples: Sequence[Example], training: str, queries: bool) -> Rows:
-        """Compute rows for each segment of a training; see segments.py."""
-        from .segments import carried_rows
-
-        rows = carried_rows(self.index, self.encoder, training, examples, queries)
-        return {c.name: KINDS[c.kind].stored(rows[c.name], c).as_float32() for c in self.index.manifest.components}
+        exact, self._refinement = query_rows(self.index, self.encoder, metric, examples, queries)
+        return {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}
 
     @cached_property
     def _recomputer(self) -> Recomputer:
@@ -309,7 +300,7 @@ class Client(BaseClient):
             UsageError: a row is not in the index.
         """
         metric = Metric.of(options)
-        query_rows = self.encode([query], metric.training)
+        query_rows = self.encode([query], metric)
         scorer = Scorer.of(self.index, query_rows, metric)
         explanations = []
         for row in examples:
@@ -318,20 +309,20 @@ class Client(BaseClient):
             score = sum(part.score for part in components)
             explanations.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
         with_tokens = tokens and self.index.manifest.tokenizer is not None and explanations
-        return self._with_tokens(explanations, scorer, query, query_rows, metric.training) if with_tokens else explanations
+        return self._with_tokens(explanations, scorer, query, query_rows, metric) if with_tokens else explanations
 
     def _with_tokens(
-        self, explanations: Sequence[Explanation], scorer: Scorer, query: Query, query_rows: Rows, training: str | None
+        self, explanations: Sequence[Explanation], scorer: Scorer, query: Query, query_rows: Rows, metric: Metric
     ) -> list[Explanation]:
-        """Name the tokens of the vocabulary, and compute shares by token; those of a query's tokens only where its row is of one model."""
+        """Name the tokens of the vocabulary, and compute shares by token; of the query's only where its row is a plain gradient."""
         from .indexer.examples import token_name, token_texts
         from .indexer.shares import token_shares
 
         (query_example,) = self.query_examples([replace(query, against=None)])
         examples = [self.index.example(explanation.row) for explanation in explanations]
         example_rows = self.encoder.rows(examples)
-        carried = training is not None and len(self.index.manifest.models) > 1
-        if query.row is not None and not carried:  # the full row, and not what the index stores of it
+        is_plain = not self._row_key(metric)
+        if query.row is not None and is_plain:  # the full row, and not what the index stores of it
             query_rows = self.encoder.rows([query_example])
         operands = {operand.component.name: operand for operand in scorer.operands}
         scaled_queries: list[Rows] = []
@@ -346,7 +337,7 @@ class Client(BaseClient):
                 squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(own_rows, stored=True)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         query_shares = None
-        if query.against is None and not carried:
+        if query.against is None and is_plain:
             query_shares = token_shares(self.encoder, query_example, scaled_examples, query=query.row is None)
         tokenizer = self.recorded.converter.tokenizer  # type: ignore[attr-defined]
         result = []

@@ -10,6 +10,7 @@ from .evaluation.checks import brittleness, labels, recall, tailpatch
 from .evaluation.judge import Judgement, judge_index, judge_scores
 from .evaluation.packs import Half
 from .evaluation.retrain import PackConfig, make_pack
+from .query.metric import Metric
 from .query.options import Mode
 from .ray_jobs.progress import default_reporter
 from .store.index import Index
@@ -26,6 +27,7 @@ def lds(
     half: Half = "all",
     mode: Mode = "influence",
     training: str | None = None,
+    refine: int = 0,
     baselines: bool = True,
     **options: Any,
 ) -> Judgement:
@@ -38,7 +40,7 @@ def lds(
         data: directory of an image pack's IDX files.
         half: the queries to use: "all", "even" or "odd".
         mode: of the scores.
-        training: for SOURCE's filter, see `ScoreOptions`.
+        training, refine: see `ScoreOptions`.
         baselines: judge these, too.
         options: of the build (see `BuildConfig`), or `model` and `device` for `scores`.
 
@@ -52,9 +54,8 @@ def lds(
         return judge_scores(Path(pack), Path(scores), data=place, half=half, **options)
     path = index.path if isinstance(index, Index) else index
     with default_reporter() as reporter:
-        return judge_index(
-            Path(pack), options, index=path, data=place, half=half, mode=mode, training=training, baselines=baselines, reporter=reporter
-        )
+        metric = Metric(mode, training=training, refine=refine)
+        return judge_index(Path(pack), options, index=path, data=place, half=half, metric=metric, baselines=baselines, reporter=reporter)
 
 
 def pack(

@@ -6,7 +6,7 @@ projection (Grosse et al., arXiv 2308.03296), while head and embeddings stay tho
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,7 +89,7 @@ class Recomputer:
         rows: Int64[np.ndarray, " rows"],
         examples: Sequence[Example],
     ) -> Float64[np.ndarray, "answers rows"]:
-        query_rows = self._combined_rows(queries, mean, metric.training)
+        query_rows = self._combined_rows(queries, mean, metric)
         scorer = Scorer.of(self.view, query_rows, metric)
         scaled = {o.component.name: o.scaled(self.view, query_rows[o.component.name], stored=False) for o in scorer.operands}
         lengths = [0.0] * len(mean)
@@ -115,30 +115,29 @@ class Recomputer:
             for batch in self._encoder.batches(examples[first : first + self._most_rows], tolerant=True):
                 yield replace(batch, positions=[first + position for position in batch.positions])
 
-    def _combined_rows(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"], training: str | None) -> Rows:
+    def _combined_rows(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"], metric: Metric) -> Rows:
         """Rows of answers: weighted sums of their queries' rows, which are computed few at a time."""
         used = np.flatnonzero(mean.any(axis=0)).tolist()
         total: Rows | None = None
         for first in range(0, max(1, len(used)), self._most_rows):
             part = used[first : first + self._most_rows]
-            rows = combine(self._query_rows([queries[i] for i in part], training), mean[:, part])
+            rows = combine(self._query_rows([queries[i] for i in part], metric), mean[:, part])
             total = rows if total is None else combine(join([total, rows]), np.hstack([np.eye(len(mean)), np.eye(len(mean))]))
         assert total is not None
         return total
 
-    def _query_rows(self, queries: Sequence[Query], training: str | None) -> Rows:
+    def _query_rows(self, queries: Sequence[Query], metric: Metric) -> Rows:
         """Rows of queries, also of queries by row and of contrasts."""
-        from .segments import carried_rows
+        from .query_rows import query_rows
 
-        encode: Callable[..., Rows] = partial(self._encoder.rows, exact=True)
-        if training is not None and len(self._index.manifest.models) > 1:
-            encode = partial(carried_rows, self._index, self._encoder, training)
         plain, contrasts = without_contrasts(queries)
         examples = self._query_examples(plain)
         by_row = [query.row is not None for query in plain]
         order = np.argsort(by_row, kind="stable")
         parts = [
-            encode([examples[i] for i in order if by_row[i] is of_row], queries=not of_row) for of_row in (False, True) if of_row in by_row
+            query_rows(self.view, self._encoder, metric, [examples[i] for i in order if by_row[i] is of_row], not of_row).rows
+            for of_row in (False, True)
+            if of_row in by_row
         ]
         matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
         return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)

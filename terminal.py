@@ -87,6 +87,10 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         others = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
         recomputed = f"with EK-FAC of {r.unprojected_layers:,} whole layers" if r.unprojected_layers else "without codes"
         yield Text(f"{r.candidates:,} candidates computed again {recomputed} in {r.seconds:.1f} s; {others}{differ}", style="dim")
+    if s.refine is not None:
+        f = s.refine
+        left = f"; {f.residual:.2g} of the equation is left" if f.residual else ""
+        yield Text(f"refined by {f.iterations} iterations, {f.products:,} examples a query, in {f.seconds:.1f} s{left}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
 
 

@@ -92,8 +92,7 @@ def judge_index(
     index: str | Path | None = None,
     data: Path | None = None,
     half: Half = "all",
-    mode: Any = "influence",
-    training: str | None = None,
+    metric: Metric = Metric(),
     out: Path | None = None,
     baselines: bool = True,
     reporter: Reporter = Silent(),
@@ -106,8 +105,7 @@ def judge_index(
         index: an index of the pack's training documents; None builds one.
         data: directory of an image pack's IDX files.
         half: the queries to use.
-        mode: "influence" or "cosine".
-        training: for SOURCE's filter, see `ScoreOptions`.
+        metric: of the scores.
         out: the index to write; by default a temporary one.
         baselines: judge these too, which may take longer than the index.
 
@@ -134,8 +132,7 @@ def judge_index(
         query_examples = client.to_examples(pack.queries)
         if options.get("model") is None:
             _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
-        metric = Metric(mode, training=training)
-        scores = score_matrix(client.index, client.encode_examples(query_examples, training), metric).T
+        scores = score_matrix(client.index, client.encode_examples(query_examples, metric), metric).T
         baseline_scores = {}
         if baselines:
             baseline_scores = content_baselines(train, query_examples) | gradient_baselines(client, train, query_examples)

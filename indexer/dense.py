@@ -134,25 +134,63 @@ class DenseEncoder:
         Raises:
             UsageError: the component is a random projection.
         """
-        remaining = gradients.values.copy()
-        for number, (layer, part, projected) in enumerate(self._projected(gradients)):
+        factors = [-lost_share(eigenvalues, time) for eigenvalues, time in zip(self._eigenvalues(), times, strict=True)]
+        return self._changed(gradients, factors)
+
+    def solved(self, gradients: DenseVectors, damping: Float64[np.ndarray, " layers"]) -> DenseVectors:
+        """Multiply plain gradients with (H + a)^-1, for the curvature H of each layer and its damping a.
+
+        Raises:
+            UsageError: the component is a random projection, or has no curvature.
+        """
+        factors = [a / (eigenvalues + a) - 1 for eigenvalues, a in zip(self._eigenvalues(), damping, strict=True)]
+        changed = self._changed(gradients, factors)
+        return DenseVectors(changed.values / self.by_coordinate(damping).numpy())
+
+    def by_coordinate(self, values: Float64[np.ndarray, " layers"]) -> Float64[Tensor, " parameters"]:
+        """Repeat a value of each layer for each of its weights."""
+        return torch.from_numpy(np.repeat(values, [layer.outputs * layer.inputs for layer in self.layers]))
+
+    def rows_of_solved(self, gradients: DenseVectors, change: Float64[np.ndarray, " dim"] | None) -> DenseVectors:
+        """Compute rows whose products with whitened rows are those of solved gradients with plain ones.
+
+        Args:
+            change: factors of the coordinates that the products will have; None for none.
+        """
+        damped = [eigenvalues + self.component.curvature.damping * eigenvalues.mean() for eigenvalues in self._eigenvalues()]
+        factors = np.concatenate(damped)
+        if change is not None:
+            factors = np.divide(factors, change, out=np.zeros_like(factors), where=change > 0)
+        return DenseVectors((self.whitened(gradients).values * factors).astype(np.float32))
+
+    def _eigenvalues(self) -> list[Float64[np.ndarray, " n"]]:
+        """The eigenvalues of each layer."""
+        try:
+            return [self.arrays[f"{layer.name}/eigenvalues"].astype(np.float64) for layer in self.layers]
+        except KeyError as error:
+            raise UsageError(f"the rows of {self.component.name} have no curvature (`curvature` identity)") from error
+
+    def _changed(self, gradients: DenseVectors, factors: Sequence[Float64[np.ndarray, " n"]]) -> DenseVectors:
+        """Compute g + U (f U^T g) for plain gradients g, with the eigenvectors U of the curvature of each layer and a factor for each."""
+        changed = gradients.values.copy()
+        for factor, (layer, part, projected) in zip(factors, self._projected(gradients), strict=True):
             narrowed = layer.input_rank < layer.inputs or layer.output_rank < layer.outputs
             if narrowed and self.component.projection.kind == "random":
                 raise UsageError(
-                    f"the rows of {self.component.name} are a random projection, which has no inverse; SOURCE with several checkpoints "
-                    "needs principal components (`projection=pca`) or whole layers"
+                    f"the rows of {self.component.name} are a random projection, which has no inverse; this needs principal components "
+                    "(`projection=pca`) or whole layers"
                 )
-            lost = torch.from_numpy(lost_share(self.arrays[f"{layer.name}/eigenvalues"].astype(np.float64), times[number]))
+            scale = torch.from_numpy(factor)
             basis = self.arrays.get(f"{layer.name}/basis")
             vectors = None if basis is None else torch.from_numpy(basis.astype(np.float64))
             flat = projected.flatten(1)
-            change = flat * lost if vectors is None else ((flat @ vectors) * lost) @ vectors.T
+            change = flat * scale if vectors is None else ((flat @ vectors) * scale) @ vectors.T
             input_map, output_map = self._double_maps(layer)
             change = change.reshape(projected.shape)
             change = change if output_map is None else output_map.T @ change
             change = change if input_map is None else change @ input_map
-            remaining[:, part] -= change.flatten(1).numpy()
-        return DenseVectors(remaining)
+            changed[:, part] += change.flatten(1).numpy()
+        return DenseVectors(changed)
 
     def _projected(self, gradients: DenseVectors) -> Iterator[tuple[Layer, slice, Float64[Tensor, "rows out_rank in_rank"]]]:
         """Yield each layer, its part of plain gradients, and these after `maps`."""

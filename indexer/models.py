@@ -837,6 +837,13 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight is [inputs, outputs], as GPT-2's Conv1D has it."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """True if two computations of the same numbers differ by more than the round-off of a model of that dtype."""
     return bool((a - b).abs().max() > _SAME.get(dtype, 1e-5) * a.abs().max())

@@ -12,7 +12,7 @@ from the left, so that padding cannot change a row. The last token is only predi
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from ..store.documents import Example
@@ -128,6 +129,14 @@ class Task(ABC):
         """Each query's measurement (nats), lower when the model is better; the training loss by default."""
         return self.loss(model, batch)
 
+    def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch targets classes"]:
+        """The logits of which the loss is the cross-entropy with `batch.targets`, under other weights of some parameters.
+
+        Raises:
+            UsageError: the task has none.
+        """
+        raise UsageError(f"the task {type(self).__name__} does not say which logits its loss is of; leave `refine` out")
+
     def value(self, model: nn.Module, batch: Batch, objective: Objective) -> Float[Tensor, " batch"]:
         """Each example's objective (nats)."""
         if objective.query:
@@ -234,6 +243,12 @@ class CausalLM(Task):
             return head.differentiate(model, Window(batch, lambda *call: None), sample_seed, lambda values: None)
         uniform = None if sample_seed is None else draw_uniform(batch, sample_seed)
         return cross_entropies(models.logits_of(model, batch.inputs), batch, uniform)
+
+    def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch tokens vocabulary"]:
+        """See `Task`."""
+        arguments = {"input_ids": batch.inputs, **models.without_cache(model)}
+        logits: Tensor = functional_call(model, dict(weights), kwargs=arguments).logits
+        return logits
 
     def _check_tokens(self, model: nn.Module, batch: Batch) -> None:
         tokens = torch.maximum(batch.inputs, batch.targets).amax(1)
@@ -369,6 +384,12 @@ class VectorTask(Task):
                 f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {logits.shape[-1] - 1}"
             )
         return cross_entropies(logits[:, None], batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+
+    def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
+        """See `Task`."""
+        inputs = batch.inputs.to(next(model.parameters()).dtype)
+        logits: Tensor = functional_call(model, dict(weights), (inputs,))
+        return logits[:, None]
 
     @torch.no_grad()
     def classes(self, model: nn.Module) -> int:

@@ -81,6 +81,23 @@ class RerankReport:
 
 
 @dataclass(frozen=True)
+class RefineReport:
+    """How the queries that were asked together were refined (see `ScoreOptions`).
+
+    Attributes:
+        iterations: of conjugate gradients.
+        residual: what was left of the equation, relative to the query's gradient; the mean over the queries.
+        products: examples that a product of the Gauss-Newton matrix with one query's vector took passes of.
+        seconds: wall time.
+    """
+
+    iterations: int
+    residual: float
+    products: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """How an answer was found.
 
@@ -90,6 +107,7 @@ class SearchReport:
         recall: certified: the probability that none of the best is missing.
         estimates: whether scores come from one-bit codes and are estimates (with the standard errors beside them).
         rerank: how candidates were ranked again; None where they were not.
+        refine: how queries were refined; None where they were not.
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
     """
@@ -102,12 +120,14 @@ class SearchReport:
     note: str | None
     seconds: float
     rerank: RerankReport | None = None
+    refine: RefineReport | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "SearchReport":
         """A report from its dictionary."""
-        rerank = record.get("rerank")
-        return cls(**{**record, "rerank": None if rerank is None else RerankReport(**rerank)})
+        kinds = {"rerank": RerankReport, "refine": RefineReport}
+        reports = {name: kind(**record[name]) for name, kind in kinds.items() if record.get(name) is not None}
+        return cls(**{**record, **reports})
 
 
 @dataclass(frozen=True)

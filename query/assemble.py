@@ -1,7 +1,7 @@
 """Assembly of answers from encoded queries: hits, standard errors, groups and baselines from one pass over the rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from ..store.errors import UsageError
 from ..store.index import Index
 from ..store.shapes import Bool
 from ..store.vectors import Rows, cut
-from .answers import Answer, Attribution, SearchReport
+from .answers import Answer, Attribution, RefineReport, SearchReport
 from .baselines import BaselineScores, compare
 from .groups import Grouping
 from .metric import Metric
@@ -44,6 +44,7 @@ def answer_queries(
     options: Options,
     baselines: BaselineScores | None = None,
     recomputation: Recomputation | None = None,
+    refinement: RefineReport | None = None,
 ) -> list[Answer]:
     """Answer encoded queries.
 
@@ -51,6 +52,7 @@ def answer_queries(
         rows: of the queries.
         baselines: scores of baselines, by name; None for answers without baselines.
         recomputation: for the option `rerank`.
+        refinement: of the queries' rows.
 
     Raises:
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
@@ -100,7 +102,7 @@ def answer_queries(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=_report(index, metric, hits, int(searched.sum()), result),
+                    search=replace(_report(index, metric, hits, int(searched.sum()), result), refine=refinement),
                     index=describe_index(index),
                     groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
                     baselines=compared,

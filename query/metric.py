@@ -28,17 +28,20 @@ class Metric:
     damping: float | None = None
     curvature: bool = True
     training: str | None = None
+    refine: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_options({"mode": self.mode, "damping": self.damping, "curvature": self.curvature})
+        check_options({"mode": self.mode, "damping": self.damping, "curvature": self.curvature, "refine": self.refine})
         if self.damping is not None and not self.curvature:
             raise UsageError("a damping means nothing without curvature; give one or the other")
         if self.training is not None:
             if self.damping is not None or not self.curvature:
                 raise UsageError("a filter by the training's length takes the place of damping and needs the curvature; give one of them")
             read_training(self.training)
+        if self.refine and (self.mode == "cosine" or not self.curvature):
+            raise UsageError("a refined query has no length, and needs the curvature; ask for influence, or leave `refine` out")
         for name, weight in self.weights.items():
             if not (weight == 0 or 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT):
                 raise UsageError(f"the weight of {name} is {weight}; it must be 0, or between 1e-6 and 1e6")
@@ -60,11 +63,17 @@ class Metric:
         """Whether rows count under another curvature, or another inverse of it, than the build's."""
         return self.damping is not None or not self.curvature or self.training is not None
 
+    @property
+    def row_settings(self) -> tuple[Any, ...]:
+        """What the rows of queries depend on, besides the index."""
+        return (self.refine, self.training, self.damping) if self.refine else (self.training,)
+
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and the mode, JSON-ready; without the damping, whose default is the build's."""
         settings: dict[str, Any] = {"mode": self.mode}
         settings |= {} if self.curvature else {"curvature": False}
         settings |= {"training": self.training} if self.training is not None else {}
+        settings |= {"refine": self.refine} if self.refine else {}
         settings |= {"weights": dict(self.weights)} if self.weights else {}
         settings |= {"layers": list(self.layers)} if self.layers else {}
         return settings

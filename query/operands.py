@@ -117,7 +117,7 @@ class DenseOperand:
     @classmethod
     def of(cls, index: Index, component: DenseComponent, queries: DenseVectors, metric: Metric, weight: float) -> "DenseOperand":
         """See `Operand`."""
-        change = _change(index, component, metric)
+        change = change_of_curvature(index, component, metric)
         reduction = index.reduction(component)
         if change is not None and metric.mode == "cosine" and reduction.mixes:
             raise UsageError(
@@ -356,7 +356,7 @@ OPERANDS: dict[str, type[DenseOperand] | type[SparseOperand]] = {"dense": DenseO
 """By kind of component."""
 
 
-def _change(index: Index, component: DenseComponent, metric: Metric) -> Float64[np.ndarray, " dim"] | None:
+def change_of_curvature(index: Index, component: DenseComponent, metric: Metric) -> Float64[np.ndarray, " dim"] | None:
     """Return, by coordinate, the factor of the change from the build's damping and layers to the metric's; None for no change."""
     change: np.ndarray | None = None
     sizes = [layer.size for layer in component.layers]

@@ -158,6 +158,16 @@ class ScoreOptions(TypedDict, total=False):
             longest=100,
         ),
     ]
+    refine: Annotated[
+        int,
+        Option(
+            "Iterations of conjugate gradients with the exact Gauss-Newton matrix of the layers inside the blocks, each a pass over the "
+            "corpus for each query.",
+            low=0,
+            high=100,
+            default=0,
+        ),
+    ]
     weights: Annotated[
         Mapping[str, float] | None,
         Option("Weights of components, times the index's own, such as head=1,blocks=0.5; 0 leaves one out.", longest=64),

@@ -27,6 +27,7 @@ from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, ld
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.retrain import compute_losses, draw_masks
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.documents import Example
@@ -268,7 +269,7 @@ def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
     content = json.loads(run("evaluate", "lds", pack, "--scores", tmp_path / "theirs.npy", "--json").stdout)
     assert content["lds"] == pytest.approx(judgement.estimate.value, abs=1e-3)
     assert content["bytes_per_example"] is None
-    cosine = judge_index(pack, {"rank": 4}, mode="cosine")
+    cosine = judge_index(pack, {"rank": 4}, metric=Metric("cosine"))
     lengths = np.array([np.linalg.norm(client.index.vectors(i, client.index.component("blocks")).values[0]) for i in range(24)])
     assert cosine.estimate.value == pytest.approx(np.nanmean(lds(scores / lengths[:, None], read.masks, read.losses)), abs=1e-3)
     half = judge_scores(pack, tmp_path / "theirs.npy", half="even")

@@ -117,6 +117,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
         "client",
         "command_options",
         "evaluate",
+        "query_rows",
         "recompute",
         "recording",
         "remote",

@@ -1,0 +1,240 @@
+"""Refined queries: products of the Gauss-Newton matrix against explicit Jacobians, and solutions against a dense solve."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGS, assert_close, make_examples, make_model, make_plan, random_texts, write_jsonl
+from test_gradients import HUGE, autograd_gradients
+from test_source import LAYERS, TEXT, built, saved_checkpoints
+from torch.func import functional_call
+from wherefrom import BuildConfig, Client, Query
+from wherefrom.indexer.gauss_newton import GaussNewton
+from wherefrom.indexer.tasks import MLP, CausalLM
+from wherefrom.ray_jobs.build import build
+from wherefrom.ray_jobs.rerank import fit_rerank
+from wherefrom.store.errors import UsageError
+
+ROWS = [0, 7, 11]
+QUERIES = [Query(text=TEXT), Query(row=3), Query(prompt="w1 w2 w3", completion=" w4 w5")]
+CONVERGED = 40  # iterations
+
+
+def dense_gauss_newton(model, names, batches, logits_of):
+    """The matrix over all weights of some layers together, from a Jacobian of every logit; the sum over batches."""
+    weights = {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names}
+    transposed = {n: type(model.get_submodule(n.removesuffix(".weight"))).__name__ == "Conv1D" for n in weights}
+    total = 0.0
+    for batch in batches:
+        jacobians = torch.autograd.functional.jacobian(
+            lambda *values, batch=batch: logits_of(functional_call, model, dict(zip(weights, values, strict=True)), batch),
+            tuple(weights.values()),
+            vectorize=True,
+        )
+        parts = []
+        for name, j in zip(weights, jacobians, strict=True):
+            parts.append((j.transpose(-1, -2) if transposed[name] else j).flatten(-2))
+        jacobian = torch.cat(parts, dim=-1)  # [batch, targets, classes, parameters]
+        logits = logits_of(functional_call, model, weights, batch)
+        p = torch.softmax(logits, -1)
+        hessian = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+        counted = (batch.targets != -100).to(p.dtype)
+        total = total + torch.einsum("btcn,btcd,btdm,bt->nm", jacobian, hessian, jacobian, counted).numpy()
+    return total
+
+
+def text_logits(call, model, weights, batch):
+    return call(model, weights, kwargs={"input_ids": batch.inputs, "use_cache": False}).logits
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "gemma2", "gpt_neox", "opt", "phi"])
+def test_products_equal_an_explicit_matrix(architecture):
+    model = make_model(architecture)
+    names = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight.numel() <= 256][:2]
+    assert len(names) == 2
+    plan = make_plan(model, rank=HUGE, curvature="identity", patterns=tuple(names))
+    layers = plan.components[0].layers
+    examples = make_examples(5, longest=7)
+    batches = [batch for _, batch in CausalLM().batches((model,), examples, 16)]
+    matrix = dense_gauss_newton(model, [layer.name for layer in layers], batches, text_logits) / len(examples)
+    vectors = torch.from_numpy(np.random.default_rng(0).standard_normal((3, len(matrix))))
+    product = GaussNewton(CausalLM(), model, layers, examples).product(vectors)
+    assert_close(product.numpy(), vectors.numpy() @ matrix, 1e-6 if architecture == "gpt2" else 1e-5)  # some round to float32 in norms
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    texts = random_texts(12, seed=4, shortest=5, longest=10)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "c.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(texts)])
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    return saved_checkpoints(tmp_path_factory.mktemp("checkpoints"), 2)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory, model_dirs, data):
+    """The Gauss-Newton matrix of two layers on the corpus."""
+    client = built(tmp_path_factory.mktemp("matrix") / "i", model_dirs[-1:], data, curvature="kfac", layers=LAYERS, rank=HUGE)
+    (component,) = client.index.manifest.components
+    model = client.encoder.model
+    corpus = [client.index.example(row) for row in range(len(client.index))]
+    batches = [batch for _, batch in CausalLM().batches((model,), corpus, 64)]
+    return dense_gauss_newton(model, component.layer_names, batches, text_logits) / len(corpus)
+
+
+def expected_scores(client, matrix, damping):
+    """g^T (G + a)^-1 g over the index's layers, by a dense solve; `damping` is a function of layers and the mean eigenvalue of each."""
+    (component,) = client.index.manifest.components
+    model = client.encoder.model
+    corpus = [client.index.example(row) for row in range(len(client.index))]
+    means = client.index.mean_eigenvalues(component)
+    sizes = [layer.outputs * layer.inputs for layer in component.layers]
+    matrix = matrix + np.diag(np.repeat(damping(means), sizes))
+
+    def gradient(example):
+        return np.concatenate([g.ravel() for g in autograd_gradients(model, component.layers, example)[0]])
+
+    asked = np.stack([gradient(example) for example in client.query_examples(QUERIES)])
+    solved = np.linalg.solve(matrix, asked.T).T
+    return component.weight * solved @ np.stack([gradient(corpus[row]) for row in ROWS]).T
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "fisher", "diagonal"])
+def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix, curvature):
+    client = built(tmp_path / "i", model_dirs[-1:], data, curvature=curvature, layers=LAYERS, rank=HUGE)
+    for options, damping in (
+        ({}, lambda means: 100 * means),
+        ({"damping": 3.0}, lambda means: 3 * means),
+        ({"training": "0.02,50"}, lambda means: np.full(len(means), tokens(client))),
+    ):
+        expected = expected_scores(client, matrix, damping)
+        found = client.scores(QUERIES, refine=CONVERGED, **options)[:, ROWS]
+        assert_close(found, expected, 1e-4)
+        assert_close(client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, **options), expected, 1e-4)
+        answer = client.query(QUERIES[0], k=40, refine=CONVERGED, **options)
+        by_row = {a.row: a.score for a in (*answer.proponents, *answer.opponents)}
+        assert_close([by_row[row] for row in ROWS], expected[0], 1e-4)
+        assert answer.query["refine"] == CONVERGED
+        assert answer.search.refine.residual < 1e-4
+    few = client.query(QUERIES[2], refine=1).search.refine
+    assert (few.iterations, few.products) == (1, 12)
+    assert few.residual > 1e-4
+
+
+def tokens(client):
+    (component,) = client.index.manifest.components
+    return component.curvature.tokens / component.curvature.examples
+
+
+def test_a_projected_index_holds_the_part_of_the_solution_that_its_rows_see(tmp_path, model_dirs, data, matrix):
+    client = built(tmp_path / "i", model_dirs[-1:], data, curvature="ekfac", layers=LAYERS, rank=6, projection="pca")
+    (component,) = client.index.manifest.components
+    means = client.index.mean_eigenvalues(component)
+    model = client.encoder.model
+    corpus = [client.index.example(row) for row in range(len(client.index))]
+    matrix = matrix + np.diag(np.repeat(100 * means, [layer.outputs * layer.inputs for layer in component.layers]))
+    gradients = [autograd_gradients(model, component.layers, e)[0] for e in [*client.query_examples(QUERIES), *(corpus[r] for r in ROWS)]]
+    solved = np.linalg.solve(matrix, np.stack([np.concatenate([g.ravel() for g in q]) for q in gradients[: len(QUERIES)]]).T).T
+    expected = np.zeros((len(QUERIES), len(ROWS)))
+    first = 0
+    for number, layer in enumerate(component.layers):
+        outputs = client.index.arrays[f"blocks/{layer.name}/output_projection"].astype(float)
+        inputs = client.index.arrays[f"blocks/{layer.input_group}/input_projection"].astype(float)
+        size = layer.outputs * layer.inputs
+        own = [outputs @ v[first : first + size].reshape(layer.outputs, layer.inputs) @ inputs.T for v in solved]
+        seen = [outputs @ g[number] @ inputs.T for g in gradients[len(QUERIES) :]]
+        expected += np.array([[float((a * b).sum()) for b in seen] for a in own])
+        first += size
+    assert_close(client.scores(QUERIES, refine=CONVERGED)[:, ROWS], component.weight * expected, 1e-4)
+
+
+def test_head_and_embeddings_stay_as_they_are_and_whole_layers_are_refined(tmp_path, model_dirs, data):
+    client = built(tmp_path / "i", model_dirs[-1:], data, bytes_per_example=1200)
+    only = {c.name: 0.0 for c in client.index.manifest.components if c.role == "blocks"}
+    plain = client.scores(QUERIES[:1], weights=only)
+    assert_close(client.scores(QUERIES[:1], weights=only, refine=1), plain, 1e-6)
+    fit_rerank(client.index.path, examples=12, runtime={"dtype": "float64"})
+    client = Client(client.index.path)
+    (blocks,) = (c for c in client._recomputer.view.manifest.components if c.role == "blocks")
+    answer = client.query(QUERIES[0], k=5, rerank=10, refine=3)
+    again = client.recomputed_scores(QUERIES[:1], [a.row for a in answer.proponents], refine=3)[0]
+    assert_close([a.score for a in answer.proponents], again, 1e-4)
+    plainly = client.recomputed_scores(QUERIES[:1], ROWS)
+    assert np.abs(client.recomputed_scores(QUERIES[:1], ROWS, refine=3) - plainly).max() > 0
+    assert len(blocks.layers) == 8
+
+
+def test_a_classifier_is_refined(tmp_path):
+    generator = np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).double()
+    records = [{"id": f"x{i}", "features": generator.standard_normal(6).tolist(), "label": int(generator.integers(3))} for i in range(30)]
+    path = write_jsonl(tmp_path / "v.jsonl", records)
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    build(
+        BuildConfig(
+            model=str(tmp_path / "m.safetensors"), data=(str(path),), out=str(tmp_path / "i"), task="mlp", dtype="float64", rank=HUGE,
+            curvature="ekfac", labels="expected",
+        )
+    )  # fmt: skip
+    client = Client(tmp_path / "i")
+    (component,) = client.index.manifest.components
+    network = client.encoder.model
+    corpus = [client.index.example(row) for row in range(30)]
+    batches = [batch for _, batch in MLP().batches((network,), corpus, 64)]
+    matrix = (
+        dense_gauss_newton(network, component.layer_names, batches, lambda call, m, w, b: call(m, w, (b.inputs.double(),))[:, None]) / 30
+    )
+    matrix += np.diag(np.repeat(100 * client.index.mean_eigenvalues(component), [30, 15]))
+
+    def gradient(example):
+        weights = [network[0].weight.requires_grad_(True), network[2].weight.requires_grad_(True)]
+        logits = network(torch.from_numpy(np.asarray(example.features, np.float64)))
+        loss = torch.nn.functional.cross_entropy(logits[None], torch.tensor([example.label]))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).numpy()
+
+    gradients = np.stack([gradient(example) for example in corpus])
+    network.requires_grad_(False)
+    expected = component.weight * gradients[:2] @ np.linalg.solve(matrix, gradients.T)
+    found = client.scores([Query(row=0), Query(row=1)], refine=CONVERGED)
+    assert_close(found, expected, 1e-4)
+
+
+def test_what_cannot_be_refined_is_refused(tmp_path, model_dirs, data):
+    several = built(tmp_path / "several", model_dirs, data, curvature="ekfac", layers=LAYERS, rank=HUGE)
+    with pytest.raises(UsageError, match="this index has several models"):
+        several.query(QUERIES[0], refine=1)
+    head = built(tmp_path / "head", model_dirs[-1:], data, components=("head",))
+    with pytest.raises(UsageError, match="this index has no dense component"):
+        head.query(QUERIES[0], refine=1)
+    random = built(tmp_path / "random", model_dirs[-1:], data, rank=2)
+    with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
+        random.query(QUERIES[0], refine=1)
+    identity = built(tmp_path / "identity", model_dirs[-1:], data, rank=HUGE, curvature="identity", layers=LAYERS)
+    with pytest.raises(UsageError, match="identity"):
+        identity.query(QUERIES[0], refine=1)
+    for options in ({"mode": "cosine"}, {"curvature": False}):
+        with pytest.raises(UsageError, match="a refined query has no length"):
+            head.query(QUERIES[0], refine=1, **options)
+    with pytest.raises(UsageError, match="`refine` is 101"):
+        head.query(QUERIES[0], refine=101)
+
+
+def test_every_architecture_says_whether_it_can_be_refined():
+    """Mamba's scan and others: a product, or a sentence."""
+    for architecture in CONFIGS:
+        model = make_model(architecture)
+        plan = make_plan(model, rank=HUGE, curvature="identity")
+        layers = plan.components[0].layers
+        vectors = torch.ones(1, plan.components[0].dim, dtype=torch.float64)
+        try:
+            product = GaussNewton(CausalLM(), model, layers, make_examples(2, longest=5)).product(vectors)
+        except UsageError as error:
+            message = str(error)
+            assert "no forward-mode derivative" in message
+        else:
+            assert torch.isfinite(product).all()
+            assert product.abs().max() > 0
