@@ -6,7 +6,8 @@ eigenbasis. Dense components are carried by whole gradients, sparse ones token b
 
 **Refinement.** Influence needs the solution v of (G + a) v = g for the query's gradient g. EK-FAC gives an approximate one, from which
 preconditioned conjugate gradients go on with exact products of the Gauss-Newton matrix G over the whole corpus. G covers the layers of one
-dense component, with all terms between them. Stored rows stay as they are.
+dense component, with all terms between them. Stored rows stay as they are. Beside other components, a refined row is scaled so that the
+query's score with itself stays what it was, since the components' weights rest on such scores (indexer/calibrate.py).
 """
 
 import time
@@ -32,7 +33,9 @@ from .store.shapes import Float, Float64
 from .store.vectors import join
 
 _GRADIENT_BYTES = 1 << 30  # of whole gradients in memory at once; but one at least
-_DAMPING = 100.0  # of refined queries, relative to a layer's mean eigenvalue
+_DAMPING = 10.0  # of refined queries, relative to the mean eigenvalue of a layer's weights
+_DAMPING_CLASSES = 30.0  # of models with one label an example
+_SHARE = 1.0  # of a refined component, relative to what its weight gives it
 _COPIES = 8  # of the gradients, that conjugate gradients hold
 
 
@@ -106,7 +109,7 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
         final = _plain_encoder(encoder, [component])
         (plain,) = final.settings.components
         matrix = GaussNewton(encoder.task, encoder.model, plain.layers, corpus)  # type: ignore[union-attr]
-        damping = _damping(index, component, metric)
+        damping = _damping(index, component, metric, _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES)
         change = change_of_curvature(index, component, metric)
         size = _at_once([plain], _COPIES, len(examples))
         blocks = []
@@ -115,7 +118,10 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
             solution, residual = _solve(matrix, part, gradients, damping, metric.refine)
             residuals += residual.tolist()
             blocks.append((range(first, first + len(gradients)), part.rows_of_solved(solution, change)))
-        rows[component.name] = type(blocks[0][1]).concatenate(blocks, component.dim)
+        refined = type(blocks[0][1]).concatenate(blocks, component.dim)
+        if len(components) > 1:
+            refined = _with_self_score(refined, rows[component.name], 1.0 if change is None else change)
+        rows[component.name] = refined
     seconds = time.perf_counter() - start
     return QueryRows(rows, RefineReport(metric.refine, float(np.mean(residuals)), metric.refine * len(corpus) * len(wide), seconds))
 
@@ -162,14 +168,25 @@ def _solve(
     return kind(v.numpy()), relative.numpy()
 
 
-def _damping(index: Index, component: Any, metric: Metric) -> Float64[np.ndarray, " layers"]:
-    """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue."""
+def _with_self_score(refined: Any, plain: Any, change: Float64[np.ndarray, " dim"] | float) -> Any:
+    """Scale refined rows so that their products with the plain ones are the squared lengths of these, times `_SHARE`."""
+    after = np.einsum("qd,qd->q", refined.values * change, plain.values, dtype=np.float64)
+    factors = np.divide(_SHARE * plain.squared_norms, after, out=np.ones_like(after), where=after > 0)
+    return type(refined)((refined.values * factors[:, None]).astype(np.float32))
+
+
+def _damping(index: Index, component: Any, metric: Metric, default: float) -> Float64[np.ndarray, " layers"]:
+    """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue.
+
+    The mean is over all of its weights: eigenvalues of directions that a projection leaves out count as 0.
+    """
     if metric.training is not None:
         times = learning_times(index, component, metric.training)
         if not times.all():
             raise UsageError("the training did not move all layers of this index, so their damping is not known; give `damping` instead")
         return 1 / times
-    return (_DAMPING if metric.damping is None else metric.damping) * index.mean_eigenvalues(component)
+    shares = np.array([layer.size / (layer.outputs * layer.inputs) for layer in component.layers])
+    return (default if metric.damping is None else metric.damping) * index.mean_eigenvalues(component) * shares
 
 
 def _plain_encoder(encoder: Encoder, components: Sequence[Component]) -> Encoder:

@@ -104,7 +104,7 @@ def expected_scores(client, matrix, damping):
 def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix, curvature):
     client = built(tmp_path / "i", model_dirs[-1:], data, curvature=curvature, layers=LAYERS, rank=HUGE)
     for options, damping in (
-        ({}, lambda means: 100 * means),
+        ({}, lambda means: 10 * means),
         ({"damping": 3.0}, lambda means: 3 * means),
         ({"training": "0.02,50"}, lambda means: np.full(len(means), tokens(client))),
     ):
@@ -133,7 +133,8 @@ def test_a_projected_index_holds_the_part_of_the_solution_that_its_rows_see(tmp_
     means = client.index.mean_eigenvalues(component)
     model = client.encoder.model
     corpus = [client.index.example(row) for row in range(len(client.index))]
-    matrix = matrix + np.diag(np.repeat(100 * means, [layer.outputs * layer.inputs for layer in component.layers]))
+    sizes = np.array([layer.outputs * layer.inputs for layer in component.layers])
+    matrix = matrix + np.diag(np.repeat(10 * means * 36 / sizes, sizes))
     gradients = [autograd_gradients(model, component.layers, e)[0] for e in [*client.query_examples(QUERIES), *(corpus[r] for r in ROWS)]]
     solved = np.linalg.solve(matrix, np.stack([np.concatenate([g.ravel() for g in q]) for q in gradients[: len(QUERIES)]]).T).T
     expected = np.zeros((len(QUERIES), len(ROWS)))
@@ -160,6 +161,11 @@ def test_head_and_embeddings_stay_as_they_are_and_whole_layers_are_refined(tmp_p
     answer = client.query(QUERIES[0], k=5, rerank=10, refine=3)
     again = client.recomputed_scores(QUERIES[:1], [a.row for a in answer.proponents], refine=3)[0]
     assert_close([a.score for a in answer.proponents], again, 1e-4)
+    own = dict.fromkeys(("head", "embeddings"), 0.0)
+    (itself,) = client.query_examples([Query(row=3)])
+    refined = client.recomputed_scores([Query(row=3)], [3], refine=3, weights=own)
+    assert_close(refined, client.recomputed_scores([Query(row=3)], [3], weights=own), 1e-4)  # its score with itself stays
+    assert itself.id == "d3"
     plainly = client.recomputed_scores(QUERIES[:1], ROWS)
     assert np.abs(client.recomputed_scores(QUERIES[:1], ROWS, refine=3) - plainly).max() > 0
     assert len(blocks.layers) == 8
@@ -188,7 +194,7 @@ def test_a_classifier_is_refined(tmp_path):
     matrix = (
         dense_gauss_newton(network, component.layer_names, batches, lambda call, m, w, b: call(m, w, (b.inputs.double(),))[:, None]) / 30
     )
-    matrix += np.diag(np.repeat(100 * client.index.mean_eigenvalues(component), [30, 15]))
+    matrix += np.diag(np.repeat(30 * client.index.mean_eigenvalues(component), [30, 15]))
 
     def gradient(example):
         weights = [network[0].weight.requires_grad_(True), network[2].weight.requires_grad_(True)]

@@ -2,6 +2,7 @@
 
     python benchmarks/boards/images.py make mnist-lr --data IDX_DIR --out boards
     python benchmarks/boards/images.py judge mnist-lr --data IDX_DIR --out boards --results boards.json [--scores NAME=FILE ...]
+    python benchmarks/boards/images.py table --results boards.json --write docs/boards.md
 
 `make` trains a classifier on 5,000 images, and again on 100 random halves with several seeds; it writes a ground-truth pack
 (docs/evaluation.md) with checkpoints of the first model. `judge` builds indexes of it and scores them. `--scores` judges a matrix
@@ -17,6 +18,7 @@ training, above the rise when random 1 % are left out.
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from pages import write_between
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import ceiling, estimate
@@ -37,6 +42,7 @@ _TRAIN = 5000
 _QUERIES = 500
 _REMOVED = 0.01
 _SEGMENTS = 3
+_ITERATIONS = 3
 _AT_ONCE = 50  # models trained side by side
 _WHOLE = {"rank": 1 << 20, "curvature": "ekfac", "labels": "expected", "row_dtype": "float16"}
 
@@ -199,11 +205,17 @@ def our_scores(name, pack, folder, scratch):
     last = str(pack.model)
     halves = tuple(checkpoints[1::2])
     yield "index, 800 bytes", *scored(index("800", last, bytes_per_example=800), Metric())
+    yield (
+        f"index, 800 bytes, refined by {_ITERATIONS} iterations",
+        *scored(index("800", last, bytes_per_example=800), Metric(refine=_ITERATIONS)),
+    )
     yield "LoGra, rank 16, float32", *scored(index("logra", last, rank=16), Metric())
     whole = index("whole", last, damping=1.0, **_WHOLE)
     yield "EK-FAC, whole layers", *scored(whole, Metric())
     yield "EK-FAC, damping 0.1", *scored(whole, Metric(damping=0.1))
     yield "SOURCE's filter, last weights", *scored(whole, Metric(training=training))
+    yield f"EK-FAC, refined by {_ITERATIONS} iterations", *scored(whole, Metric(refine=_ITERATIONS))
+    yield "the same at the damping of the training", *scored(whole, Metric(refine=_ITERATIONS, training=training))
     yield "gradient dot product", *scored(whole, Metric(curvature=False))
     several = index("several", halves, damping=1.0, **_WHOLE)
     yield f"EK-FAC, {_SEGMENTS} checkpoints", *scored(several, Metric())
@@ -292,24 +304,56 @@ def judge(name, data, out, scratch, peers, results, queries):
             record(f"baseline: {method}" if method == "pixels" else "random numbers", scores)
     if len(protocol.sizes) == 2:
         for damping, scores in explicit(pack).items():
-            record(f"the whole Hessian, damping {damping:g}", scores)
+            record(f"inverse of the whole Hessian, damping {damping:g}", scores)
     for peer, file in peers:
         record(peer, np.load(file).astype(np.float64))
 
 
+_PUBLISHED = {
+    "mnist-lr": "dattri's board, with MNIST's training images: explicit influence 0.80, LiSSA 0.79, TRAK of 50 models 0.68, of one 0.42, "
+    "TracIn 0.33.",
+    "mnist-mlp": "dattri's board, with MNIST's training images and dropout: TRAK of 50 models 0.45, of 10 0.33, influence by conjugate "
+    "gradients 0.26, TracIn 0.15, TRAK of one model 0.11.",
+    "fashion": "SOURCE's board (arXiv 2405.12186), with another perceptron and recipe: SOURCE 0.46, influence functions 0.30.",
+}
+_MARKS = "<!-- boards: benchmarks/boards/images.py -->", "<!-- end of boards -->"
+
+
+def table(known):
+    """Markdown of all boards."""
+    lines = []
+    for name, board in known.items():
+        lines += [f"### {name}", "", f"Published: {_PUBLISHED[name]}", ""]
+        lines += ["| method | bytes an example | LDS | 95 % interval | QLD |", "|---|---|---|---|---|"]
+        for method, found in sorted(board.items(), key=lambda item: -item[1].get("lds", 0)):
+            if "lds" in found:
+                size = f"{found['bytes']:,.0f}" if found["bytes"] else ""
+                interval = f"{found['low']:.3f} to {found['high']:.3f}"
+                qld = f"{found['qld']:.2f} ± {found['qld_error']:.2f}"
+                lines.append(f"| {method} | {size} | {found['lds']:.3f} | {interval} | {qld} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main():
-    """Make or judge a board."""
+    """Make or judge a board, or write the table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "judge"])
-    parser.add_argument("board", choices=list(PROTOCOLS))
-    parser.add_argument("--data", type=Path, required=True, help="directory of the IDX files")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("action", choices=["make", "judge", "table"])
+    parser.add_argument("board", nargs="?", choices=list(PROTOCOLS))
+    parser.add_argument("--data", type=Path, help="directory of the IDX files")
+    parser.add_argument("--out", type=Path, default=Path("boards"))
     parser.add_argument("--results", type=Path, default=Path("boards.json"))
     parser.add_argument("--queries", type=int, default=100, help="for QLD")
+    parser.add_argument("--write", type=Path)
     parser.add_argument("--scores", nargs="*", default=[], metavar="NAME=FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.action == "make":
+    if args.action == "table":
+        text = table(json.loads(args.results.read_text()))
+        print(text)
+        if args.write:
+            write_between(args.write, _MARKS, text)
+    elif args.action == "make":
         make(args.board, args.data, args.out)
     else:
         peers = [text.split("=", 1) for text in args.scores]
