@@ -77,8 +77,7 @@ class Client(BaseClient):
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
-        self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], Rows] = OrderedDict()
-        self._refinement: RefineReport | None = None
+        self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], tuple[Rows, RefineReport | None]] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
@@ -114,7 +113,9 @@ class Client(BaseClient):
         if options.get("rerank"):
             recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
             recomputation = Recomputation(recompute, self._recomputer.unprojected_layers)
-        refinement = self._refinement if options.get("refine") else None
+        plain, _ = without_contrasts(queries)
+        key = self._row_key(Metric.of(options))
+        refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
         return answer_queries(self.index, asked, rows, options, baselines, recomputation, refinement)
 
     def scores(
@@ -152,9 +153,9 @@ class Client(BaseClient):
         for by_row in (False, True):
             part = [query for query in missing if (query.row is not None) is by_row]
             if part:
-                measured = self.encode_examples(self.query_examples(part), metric, queries=not by_row)
+                measured, refinement = self._measured(self.query_examples(part), metric, queries=not by_row)
                 for number, query in enumerate(part):
-                    self._encoded[query, key] = cut(measured, number, number + 1)
+                    self._encoded[query, key] = cut(measured, number, number + 1), refinement
         rows = join([self._query_rows(query, key) for query in queries])
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
@@ -173,7 +174,8 @@ class Client(BaseClient):
         if query.row is not None and not key:
             return {component.name: self.index.vectors(query.row, component) for component in self.index.manifest.components}
         self._encoded.move_to_end((query, key))
-        return self._encoded[query, key]
+        rows, _ = self._encoded[query, key]
+        return rows
 
     def prepare(self) -> None:
         """Load models and tokenizer now instead of at the first query."""
@@ -259,13 +261,18 @@ class Client(BaseClient):
             metric: see `encode`.
             queries: False for the loss of training examples.
         """
+        rows, _ = self._measured(examples, metric, queries)
+        return rows
+
+    def _measured(self, examples: Sequence[Example], metric: Metric, queries: bool) -> tuple[Rows, RefineReport | None]:
+        """Compute rows, and how they were refined."""
         if not self._row_key(metric):
             rows = self.encoder.rows(examples, queries=queries)
-            return {name: vectors.as_float32() for name, vectors in rows.items()}
+            return {name: vectors.as_float32() for name, vectors in rows.items()}, None
         from .query_rows import query_rows
 
-        exact, self._refinement = query_rows(self.index, self.encoder, metric, examples, queries)
-        return {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}
+        exact, refinement = query_rows(self.index, self.encoder, metric, examples, queries)
+        return {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}, refinement
 
     @cached_property
     def _recomputer(self) -> Recomputer:

@@ -32,6 +32,7 @@ from .guard import Guard, problem
 
 _BINS = 60
 _LARGEST_K = 10_000
+_MOST_PASSES = 10_000  # examples that a product of the Gauss-Newton matrix passes, for the queries of one request
 _STATUS: tuple[tuple[type[WherefromError], int], ...] = (
     (BusyError, 503),
     (NotFoundError, 404),
@@ -150,6 +151,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         """Find the training examples that influenced the model: one answer, or for `queries` a list under `answers`."""
         engine = _engine_of(engines, body.index)
         options = body.given(Options)
+        _check_refine(engine, options, 1 if body.queries is None else len(body.queries))
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
             if k > _LARGEST_K:
@@ -181,6 +183,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def explain(body: ExplainBody) -> Response:
         """Explain the scores of some training examples by component, layer, shared token, and token of either text."""
         query = body.query()
+        _check_refine(_engine_of(engines, body.index), body.given(ScoreOptions), 1)
         explanations = await _engine_of(engines, body.index).call(
             lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.given(ScoreOptions))
         )
@@ -190,6 +193,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def scores(body: ScoresBody) -> Response:
         """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
+        _check_refine(_engine_of(engines, body.index), body.given(ScoreOptions), 1)
         matrix = await _engine_of(engines, body.index).call(lambda client: client.scores([query], body.where, **body.given(ScoreOptions)))
         if body.format == "float32":
             return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
@@ -206,6 +210,16 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def complete(body: CompleteBody) -> Response:
         """Complete a prompt with the model."""
         return _json({"completion": await _engine_of(engines, body.index).call(lambda client: client.complete(body.prompt, body.tokens))})
+
+
+def _check_refine(engine: Engine, options: Mapping[str, Any], queries: int) -> None:
+    """Refuse to refine queries for longer than a server should work for one request."""
+    passes = (options.get("refine") or 0) * queries * len(engine.client.index)
+    if passes > _MOST_PASSES:
+        raise UsageError(
+            f"`refine` takes passes over {passes:,} examples here, and a server takes at most {_MOST_PASSES:,} for a request; ask the "
+            "index directly (wherefrom query --local)"
+        )
 
 
 def _pages(app: FastAPI) -> None:

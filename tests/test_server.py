@@ -122,6 +122,7 @@ OPTIONS = [
     {"where": "year > 1950", "group_by": "source"},
     {"damping": 2.0, "opponents": False},
     {"recall": 0.9, "baselines": True},
+    {"training": "0.01,50", "k": 3},
 ]
 
 
@@ -152,6 +153,19 @@ def test_both_clients_answer_alike(server, paths, name):
             assert_close(getattr(theirs[component], field.name), getattr(vectors, field.name), 1e-5)
     ranked = [p.row for p in here.query(QUERIES[0], k=5).proponents]
     assert np.argsort(-here.scores(QUERIES[:1])[0], kind="stable")[:5].tolist() == ranked
+
+
+def test_a_server_refines_no_longer_than_it_should(server):
+    there = connect(server.url, index="dense")
+    for ask in (
+        lambda: there.query(prompt="w1", completion=" w2", refine=100),
+        lambda: there.scores(QUERIES[:1], refine=100),
+        lambda: there.explain([3], QUERIES[0], refine=100),
+    ):
+        with pytest.raises(UsageError, match="a server takes at most 10,000 for a request"):
+            ask()
+    with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
+        there.query(prompt="w1", completion=" w2", refine=1)
 
 
 def test_the_command_line_asks_a_running_server_and_prints_the_same(server, paths, environment):
