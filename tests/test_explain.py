@@ -157,7 +157,7 @@ def test_a_tokens_share_is_what_its_position_adds_to_the_row(paths):
             inward, outward = part.maps[layer.name]
             d = output.grad[0, t] if outward is None else outward @ output.grad[0, t]
             x = x[0, t] if inward is None else inward @ x[0, t]
-            row[layer.offset : layer.offset + layer.size] = part._whiten(layer, torch.outer(d, x).flatten()[None])[0]
+            row[layer.offset : layer.offset + layer.size] = part.whiten(layer, torch.outer(d, x).flatten()[None])[0]
         expected[t] = row @ vector
     assert_close(shares, expected, 1e-5)
     assert np.count_nonzero(np.abs(shares) > 1e-3 * np.abs(shares).max()) > 3

@@ -211,7 +211,7 @@ def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(clien
     model.requires_grad_(False)
     maps = client.encoder.component_encoders["blocks"].maps[layer.name]
     projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
-    whitened = client.encoder.component_encoders["blocks"]._whiten(layer, projected)[0].numpy()
+    whitened = client.encoder.component_encoders["blocks"].whiten(layer, projected)[0].numpy()
     found = client.encode([Query(prompt, one, against=other)])["blocks"].values[0][: layer.size]
     assert_close(found, whitened, 1e-4)
 

@@ -215,7 +215,10 @@ def our_scores(name, pack, folder, scratch):
     yield "EK-FAC, damping 0.1", *scored(whole, Metric(damping=0.1))
     yield "SOURCE's filter, last weights", *scored(whole, Metric(training=training))
     yield f"EK-FAC, refined by {_ITERATIONS} iterations", *scored(whole, Metric(refine=_ITERATIONS))
-    yield "the same at the damping of the training", *scored(whole, Metric(refine=_ITERATIONS, training=training))
+    yield (
+        f"EK-FAC, refined by {_ITERATIONS} iterations, damping of the training",
+        *scored(whole, Metric(refine=_ITERATIONS, training=training)),
+    )
     yield "gradient dot product", *scored(whole, Metric(curvature=False))
     several = index("several", halves, damping=1.0, **_WHOLE)
     yield f"EK-FAC, {_SEGMENTS} checkpoints", *scored(several, Metric())
