@@ -13,6 +13,7 @@ from wherefrom import BuildConfig, Client, Query, recompute
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
 from wherefrom.query.matrix import read_matrix
+from wherefrom.query.metric import Metric
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.rerank import fit_rerank
 from wherefrom.store.errors import IncompatibleError, IntegrityError, UsageError
@@ -116,7 +117,7 @@ def test_the_cosine_of_a_contrast_has_the_length_of_the_difference(client):
     query = QUERIES["against"]
     plain = client.query(query, k=3, rerank=120)
     cosine = client.query(query, k=120, rerank=120, mode="cosine")
-    whole = client._recomputer._query_rows([query])
+    whole = client._recomputer._query_rows([query], Metric())
     squared = product(client, whole, whole, {})
     by_row = {a.row: a.score for a in cosine.proponents}
     for a in plain.proponents:
