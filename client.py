@@ -90,6 +90,8 @@ class Client(BaseClient):
         """
         check_queries(queries)
         metric = Metric.of(options)  # an error before the model is loaded
+        if options.get("rerank"):  # candidates are found by plain rows
+            metric = replace(metric, refine=0)
         return self.answer(queries, self.encode(queries, metric), **options) if queries else []
 
     def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
@@ -112,7 +114,7 @@ class Client(BaseClient):
         recomputation = None
         if options.get("rerank"):
             recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
-            recomputation = Recomputation(recompute, self._recomputer.unprojected_layers)
+            recomputation = Recomputation(recompute, self._recomputer.unprojected_layers, lambda: self._recomputer.refinement)
         plain, _ = without_contrasts(queries)
         key = self._row_key(Metric.of(options))
         refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
@@ -195,7 +197,8 @@ class Client(BaseClient):
         if "recorded" in self.__dict__:
             newer.recorded = self.recorded.moved_to(newer.index)
             if newer.index.manifest.encoder == self.index.manifest.encoder:
-                newer._encoded = self._encoded
+                plain = [(key, encoded) for key, encoded in self._encoded.items() if not key[1]]  # others depend on the corpus
+                newer._encoded = OrderedDict(plain)
         return newer
 
     @cached_property
@@ -292,9 +295,9 @@ class Client(BaseClient):
         self, queries: Sequence[Query], **options: Unpack[ScoreOptions]
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
         """Yield the first row of each group of shards, and the recomputed scores of its rows, deleted ones too: a pass over the corpus."""
+        scores = self.recomputed_scores(queries, range(len(self.index)), **options).astype(np.float32)  # queries are encoded once
         for group in self.index.groups:
-            rows = range(group.first, group.first + group.rows)
-            yield group.first, self.recomputed_scores(queries, rows, **options).astype(np.float32)
+            yield group.first, scores[:, group.first : group.first + group.rows]
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.

@@ -35,7 +35,6 @@ from .store.vectors import join
 _GRADIENT_BYTES = 1 << 30  # of whole gradients in memory at once; but one at least
 _DAMPING = 10.0  # of refined queries, relative to the mean eigenvalue of a layer's weights
 _DAMPING_CLASSES = 30.0  # of models with one label an example
-_SHARE = 1.0  # of a refined component, relative to what its weight gives it
 _COPIES = 8  # of the gradients, that conjugate gradients hold
 
 
@@ -169,9 +168,9 @@ def _solve(
 
 
 def _with_self_score(refined: Any, plain: Any, change: Float64[np.ndarray, " dim"] | float) -> Any:
-    """Scale refined rows so that their products with the plain ones are the squared lengths of these, times `_SHARE`."""
+    """Scale refined rows so that their products with the plain ones are the squared lengths of these."""
     after = np.einsum("qd,qd->q", refined.values * change, plain.values, dtype=np.float64)
-    factors = np.divide(_SHARE * plain.squared_norms, after, out=np.ones_like(after), where=after > 0)
+    factors = np.divide(plain.squared_norms, after, out=np.ones_like(after), where=after > 0)
     return type(refined)((refined.values * factors[:, None]).astype(np.float32))
 
 

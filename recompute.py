@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .query.answers import RefineReport
 from .query.metric import Metric
 from .query.options import Query
 from .query.plain import without_contrasts
@@ -37,6 +38,7 @@ class Recomputer:
 
     Attributes:
         view: the index with the components that recomputed rows have.
+        refinement: how the queries that were encoded last were refined; None where they were not.
     """
 
     def __init__(self, index: Index, encoder: "Encoder", query_examples: Callable[[Sequence[Query]], list[Example]]) -> None:
@@ -44,6 +46,7 @@ class Recomputer:
         self._query_examples = query_examples
         fitted = rerank_view(index)
         self.view = fitted or index
+        self.refinement: RefineReport | None = None
         self._encoder = encoder
         if fitted is not None:
             settings = replace(encoder.settings, components=fitted.manifest.components)
@@ -134,10 +137,11 @@ class Recomputer:
         examples = self._query_examples(plain)
         by_row = [query.row is not None for query in plain]
         order = np.argsort(by_row, kind="stable")
-        parts = [
-            query_rows(self.view, self._encoder, metric, [examples[i] for i in order if by_row[i] is of_row], not of_row).rows
-            for of_row in (False, True)
-            if of_row in by_row
-        ]
+        parts = []
+        for of_row in (False, True):
+            if of_row in by_row:
+                own = [examples[i] for i in order if by_row[i] is of_row]
+                rows, self.refinement = query_rows(self.view, self._encoder, metric, own, not of_row)
+                parts.append(rows)
         matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
         return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)

@@ -50,7 +50,8 @@ class GaussNewton:
         """Multiply vectors with the matrix.
 
         Raises:
-            UsageError: the task has no logits, or the model has an operation without a forward-mode derivative.
+            UsageError: the task has no logits, or these cannot be differentiated (an operation may have no forward-mode derivative).
+            torch.OutOfMemoryError: of a GPU.
         """
         result = torch.zeros_like(vectors)
         device = next(iter(self._weights.values())).device
@@ -60,9 +61,11 @@ class GaussNewton:
                 try:
                     for number, product in enumerate(self._products(batch, tangents)):
                         result[number] += product.to(result.device)
+                except torch.OutOfMemoryError:
+                    raise
                 except (NotImplementedError, RuntimeError) as error:
                     reason = str(error).splitlines()[0]
-                    raise UsageError(f"an operation of the model has no forward-mode derivative ({reason}); leave `refine` out") from error
+                    raise UsageError(f"the model's logits cannot be differentiated forward ({reason}); leave `refine` out") from error
         return result / len(self._examples)
 
     def _products(self, batch: Batch, tangents: Sequence[Mapping[str, Tensor]]) -> Iterator[Float[Tensor, " parameters"]]:

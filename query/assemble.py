@@ -83,10 +83,12 @@ def answer_queries(
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
         reranked: list[Reranked] | list[None] = [None] * len(all_hits)
+        refined = refinement
         if recomputation is not None:
             numbers = range(first, first + len(all_hits))
             others = [baseline_candidates(baselines or {}, searched, number, count) for number in numbers]
             reranked = rerank(numbers, all_hits, others, Sizes(k, count, with_opponents), recomputation)
+            refined = recomputation.refinement()
             all_hits = [result.hits for result in reranked]
         for number, (query, hits, result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
             errors = not query.has_row and result is None
@@ -102,7 +104,7 @@ def answer_queries(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=replace(_report(index, metric, hits, int(searched.sum()), result), refine=refinement),
+                    search=replace(_report(index, metric, hits, int(searched.sum()), result), refine=refined),
                     index=describe_index(index),
                     groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
                     baselines=compared,

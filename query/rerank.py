@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..store.shapes import Bool, Float, Float32, Float64, Int64
-from .answers import RerankReport
+from .answers import RefineReport, RerankReport
 from .search import Hits
 
 
@@ -24,10 +24,12 @@ class Recomputation(NamedTuple):
     Attributes:
         scores: function from rows and the numbers of consecutive queries to the scores of these rows for these queries.
         unprojected_layers: number of layers whose gradients are not projected; 0 for rows as those of the index.
+        refinement: function that returns how the queries of the last computation were refined; None where they were not.
     """
 
     scores: Callable[[Int64[np.ndarray, " rows"], range], Float64[np.ndarray, "queries rows"]]
     unprojected_layers: int
+    refinement: Callable[[], RefineReport | None]
 
 
 class Place(NamedTuple):

@@ -13,6 +13,7 @@ from wherefrom.indexer.tasks import MLP, CausalLM
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.rerank import fit_rerank
 from wherefrom.store.errors import UsageError
+from wherefrom.store.update import delete
 
 ROWS = [0, 7, 11]
 QUERIES = [Query(text=TEXT), Query(row=3), Query(prompt="w1 w2 w3", completion=" w4 w5")]
@@ -168,9 +169,42 @@ def test_head_and_embeddings_stay_as_they_are_and_whole_layers_are_refined(tmp_p
     refined = client.recomputed_scores([Query(row=3)], [3], refine=3, weights=own)
     assert_close(refined, client.recomputed_scores([Query(row=3)], [3], weights=own), 1e-4)  # its score with itself stays
     assert itself.id == "d3"
+    answer = client.query(QUERIES[0], k=5, rerank=10, refine=3)
+    assert answer.search.refine.iterations == 3
+    plain_candidates = client.query(QUERIES[0], k=5, rerank=10)
+    found, known = ({a.row: a.stored_score for a in each.proponents} for each in (answer, plain_candidates))
+    assert_close([found[row] for row in sorted(found.keys() & known)], [known[row] for row in sorted(found.keys() & known)], 1e-6)
     plainly = client.recomputed_scores(QUERIES[:1], ROWS)
     assert np.abs(client.recomputed_scores(QUERIES[:1], ROWS, refine=3) - plainly).max() > 0
     assert len(blocks.layers) == 8
+
+
+def test_rows_without_blocks_are_reranked_by_refined_whole_layers(tmp_path, model_dirs, data):
+    client = built(tmp_path / "i", model_dirs[-1:], data, components=("head", "embeddings"))
+    with pytest.raises(UsageError, match="no dense component"):
+        client.query(QUERIES[0], refine=1)
+    fit_rerank(client.index.path, examples=12, runtime={"dtype": "float64"})
+    client = Client(client.index.path)
+    answer = client.query(QUERIES[0], k=5, rerank=10, refine=2)
+    assert answer.search.refine.iterations == 2
+    expected = client.recomputed_scores(QUERIES[:1], [a.row for a in answer.proponents], refine=2)[0]
+    assert_close([a.score for a in answer.proponents], expected, 1e-4)
+
+
+def test_kept_rows_are_those_of_the_layers_and_the_corpus_that_are_asked(tmp_path, model_dirs, data):
+    client = built(tmp_path / "i", model_dirs[-1:], data, curvature="ekfac", layers=LAYERS, rank=HUGE)
+    first = ("*h.0.*",)
+    expected = [Client(client.index.path).scores(QUERIES[:1], refine=2, **options) for options in ({"layers": first}, {})]
+    for _ in range(2):
+        for options, scores in zip(({"layers": first}, {}), expected, strict=True):
+            assert_close(client.scores(QUERIES[:1], refine=2, **options), scores, 1e-6)
+    assert len(client._encoded) == 2
+    client.encode(QUERIES[:1])
+    delete(client.index.path, ids=["d4"])
+    refreshed = client.refreshed()
+    assert [key for _, key in refreshed._encoded] == [()]
+    found = refreshed.scores(QUERIES[:1], refine=2)
+    assert_close(np.nan_to_num(found), np.nan_to_num(Client(client.index.path).scores(QUERIES[:1], refine=2)), 1e-6)
 
 
 def test_a_classifier_is_refined(tmp_path):
@@ -242,7 +276,7 @@ def test_every_architecture_says_whether_it_can_be_refined():
             product = GaussNewton(CausalLM(), model, layers, make_examples(2, longest=5)).product(vectors)
         except UsageError as error:
             message = str(error)
-            assert "no forward-mode derivative" in message
+            assert "the model's logits cannot be differentiated forward" in message
         else:
             assert torch.isfinite(product).all()
             assert product.abs().max() > 0
