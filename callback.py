@@ -87,22 +87,24 @@ class _LearningTimes:
         if self.sums is None:
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate
+        if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW):
+            self.sums = None
+            return
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                names = self._layers.get(id(parameter), [])
-                state = optimizer.state.get(parameter, {})
-                if not names or (parameter.grad is None and not state):
-                    continue
-                if isinstance(optimizer, torch.optim.SGD):
-                    factor = 1 / (1 - group["momentum"])
-                elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and "exp_avg_sq" in state:
-                    correction = 1 - group["betas"][1] ** float(state["step"])
-                    factor = 1 / (float(state["exp_avg_sq"].mean() / correction) ** 0.5 + group["eps"])
-                else:
-                    self.sums = None
-                    return
-                for name in names:
-                    self.sums[name] = self.sums.get(name, 0.0) + float(group["lr"]) * factor
+            stepped = [p for p in group["params"] if id(p) in self._layers and (p.grad is not None or optimizer.state.get(p))]
+            if not stepped:
+                continue
+            rate = float(group["lr"])
+            if isinstance(optimizer, torch.optim.SGD):
+                lengths = [rate / (1 - group["momentum"])] * len(stepped)
+            else:
+                states = [optimizer.state[p] for p in stepped]
+                means = [s["exp_avg_sq"].mean() / (1 - group["betas"][1] ** s["step"].to(s["exp_avg_sq"].device)) for s in states]
+                moments = torch.stack([mean.to(means[0].device) for mean in means])
+                lengths = (rate / (moments.sqrt() + group["eps"])).tolist()  # one wait for the device
+            for parameter, length in zip(stepped, lengths, strict=True):
+                for name in self._layers[id(parameter)]:
+                    self.sums[name] = self.sums.get(name, 0.0) + length
 
 
 class WherefromCallback(TrainerCallback):  # type: ignore[misc]

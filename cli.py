@@ -610,8 +610,7 @@ def evaluate() -> None:
 @click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
 @_mode_option
-@click.option("--training", help="RATE,STEPS of the training, or recorded: SOURCE's filter in place of damping.")
-@click.option("--refine", type=click.IntRange(0, 100), default=0, help="Iterations of conjugate gradients for the queries.")
+@query_options("Scores", ScoreOptions, without=("mode", "damping", "curvature", "weights", "layers"))
 @config_options
 @_json_option
 def lds(
@@ -624,7 +623,7 @@ def lds(
     scores: str | None,
     mode: Any,
     training: str | None,
-    refine: int,
+    refine: int | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -660,7 +659,7 @@ def lds(
         options["model"] = model or None
         with Console() as reporter:
             kept = Path(out) if out else None
-            metric = Metric(mode, training=training, refine=refine)
+            metric = Metric(mode, training=training, refine=refine or 0)
             judgement = judge_index(Path(pack), options, index=index, data=place, half=queries, metric=metric, out=kept, reporter=reporter)
     _result(as_json, judgement.to_dict(), "show_judgement", judgement)
 

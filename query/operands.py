@@ -19,7 +19,7 @@ from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched
-from .source import added, learning_times
+from .source import added, filter_times
 
 _FEW_QUERIES = 4
 _multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
@@ -365,7 +365,7 @@ def change_of_curvature(index: Index, component: DenseComponent, metric: Metric)
         eigenvalues, means = index.spectrum(component)
         change = eigenvalues + component.curvature.damping * means
         if metric.training is not None:
-            change *= added(eigenvalues, np.repeat(learning_times(index, component, metric.training), sizes))
+            change *= added(eigenvalues, np.repeat(filter_times(index, component, metric.training), sizes))
         elif metric.damping is not None:
             after = eigenvalues + metric.damping * means
             change = np.divide(change, after, out=np.zeros_like(change), where=after > 0)
@@ -391,7 +391,7 @@ def _damped(index: Index, component: SparseComponent, rows: SparseVectors, metri
     mean = vocabulary.mean() * inputs.mean()
     vectors = vectors * (eigenvalues + component.curvature.damping * mean)
     if metric.training is not None:
-        (time,) = learning_times(index, component, metric.training)
+        (time,) = filter_times(index, component, metric.training)
         return vectors * added(eigenvalues, time)
     return vectors if metric.damping is None else vectors / (eigenvalues + metric.damping * mean)
 

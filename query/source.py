@@ -68,6 +68,21 @@ def learning_times(index: Index, component: Component, training: str) -> Float64
     return np.array(times) / tokens
 
 
+def filter_times(index: Index, component: Component, training: str) -> Float64[np.ndarray, " layers"]:
+    """Return the learning times of a component whose rows are scored; see `learning_times`.
+
+    Raises:
+        UsageError: training moved none of its layers, so that all of its scores would be 0.
+    """
+    times = learning_times(index, component, training)
+    if not times.any():
+        raise UsageError(
+            f"by the record, training moved no layer of {component.name}, whose scores would all be 0; give `training` as RATE,STEPS, or "
+            f"leave the component out ({component.name}=0 in `weights`)"
+        )
+    return times
+
+
 def added(eigenvalues: Float64[np.ndarray, "..."], times: Float64[np.ndarray, "..."] | float) -> Float64[np.ndarray, "..."]:
     """(1 - exp(-t l)) / l, and t where l is 0: the share of a gradient that a segment adds."""
     products = times * eigenvalues

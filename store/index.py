@@ -429,7 +429,9 @@ class Index:
         means = []
         for layer in component.layers:
             if layer.curvature == "identity":
-                raise UsageError("this index was built with the `curvature` identity and has no eigenvalues to damp; leave out the damping")
+                raise UsageError(
+                    "this index was built with the `curvature` identity and has no eigenvalues; leave out `damping` and `training`"
+                )
             eigenvalues = self.arrays[f"{component.name}/{layer.name}/eigenvalues"].astype(np.float64)
             values.append(eigenvalues)
             means.append(np.full(layer.size, eigenvalues.mean()))

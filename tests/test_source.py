@@ -1,5 +1,6 @@
 """SOURCE's filter and its product over checkpoints, against dense matrix exponentials; the training's length as the callback records it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -277,6 +278,35 @@ def test_the_callback_records_the_length_of_training(tmp_path, optimizer):
         assert_close(client.scores([query], training=f"{total},1"), recorded, 0.7)
     resumed = _LearningTimes(make_model("gpt2", "float32").requires_grad_(True), last)
     assert resumed.sums == last
+
+
+def test_an_adapters_matrices_are_recorded_under_the_names_that_an_index_has(tmp_path, data):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    make_model("llama", "float32").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    times = _LearningTimes(adapted, {})
+    ids = torch.tensor([[1, 2, 3, 4]])
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    times.add(optimizer)
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    record = {"checkpoints": [], "learning_times": times.sums}
+    (tmp_path / "adapter/wherefrom.json").write_text(json.dumps(record))
+    build(BuildConfig(model=str(tmp_path / "adapter"), data=(str(data),), out=str(tmp_path / "i"), rank=10**6, curvature="ekfac"))
+    client = Client(tmp_path / "i")
+    (component,) = client.index.manifest.components
+    assert set(component.layer_names) == set(times.sums)
+    assert all(time > 0 for time in client.index.manifest.models[0].learning_times.values())
+    assert np.ptp(client.scores([Query(text=TEXT)], training="recorded")) > 0
+    build(BuildConfig(model=str(tmp_path / "adapter"), data=(str(data),), out=str(tmp_path / "h"), components=("head",)))
+    with pytest.raises(UsageError, match="training moved no layer of head, whose scores would all be 0"):
+        Client(tmp_path / "h").query(text=TEXT, training="recorded")
 
 
 def test_another_optimizer_is_not_recorded(tmp_path):
