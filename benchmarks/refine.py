@@ -9,7 +9,6 @@ head and embeddings. Without `--damping`, it is the one that a refined query has
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -22,25 +21,10 @@ from wherefrom.evaluation.packs import read_pack
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer
 from wherefrom.query_rows import query_rows
-from whole_layers import opened
+from whole_layers import judged, opened, products
 
 _SHARES = 0.25, 0.5, 1, 2, 4, 8  # of the blocks, times their weight
 _MARKS = "<!-- refine: benchmarks/refine.py -->", "<!-- end of refine -->"
-
-
-def products(client, asked):
-    """By name of asked rows: the products of these rows with every row, by component. One pass over the corpus."""
-    recomputer = client._recomputer
-    found = {
-        name: {component: np.zeros((len(vectors), len(client.index))) for component, vectors in rows.items()}
-        for name, rows in asked.items()
-    }
-    examples = [client.index.example(row) for row in range(len(client.index))]
-    for batch in recomputer._encoder.batches(examples, tolerant=True):
-        for name, rows in asked.items():
-            for component, vectors in rows.items():
-                found[name][component][:, batch.positions] = vectors.inner_products(batch.exact[component].as_float32())
-    return found
 
 
 def judge(path, data, count, iterations, damping, folder):
@@ -106,14 +90,9 @@ def main():
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for path in args.packs:
-            if path.name not in known:
-                folder = args.indexes or Path(scratch)
-                known[path.name] = judge(path, args.data, args.queries, args.iterations, args.damping, folder)
-                if args.results:
-                    args.results.write_text(json.dumps(known, indent=1))
+        folder = args.indexes or Path(scratch)
+        known = judged(args.packs, args.results, lambda path: judge(path, args.data, args.queries, args.iterations, args.damping, folder))
     text = table(known)
     print(text)
     if args.write:

@@ -46,6 +46,20 @@ def opened(pack, folder):
     return Client(out)
 
 
+def products(client, asked):
+    """By name of asked rows: the products of these rows with every row, by component. One pass over the corpus."""
+    found = {
+        name: {component: np.zeros((len(vectors), len(client.index)), np.float32) for component, vectors in rows.items()}
+        for name, rows in asked.items()
+    }
+    examples = [client.index.example(row) for row in range(len(client.index))]
+    for batch in client._recomputer._encoder.batches(examples, tolerant=True):
+        for name, rows in asked.items():
+            for component, vectors in rows.items():
+                found[name][component][:, batch.positions] = vectors.inner_products(batch.exact[component].as_float32())
+    return found
+
+
 def recomputed(client, queries, damping=None):
     """The product of every query with every row, by component, without weights; the blocks under another damping if one is given."""
     encoder, view = client._recomputer._encoder, client._recomputer.view
@@ -53,12 +67,19 @@ def recomputed(client, queries, damping=None):
     if damping is not None:
         (operand,) = (o for o in Scorer.of(view, asked, Metric(damping=damping)).operands if o.component.name == "blocks")
         asked["blocks"] = operand.scaled(view, asked["blocks"], stored=False)
-    products = {name: np.zeros((len(queries), len(client.index)), np.float32) for name in asked}
-    examples = [client.index.example(row) for row in range(len(client.index))]
-    for batch in encoder.batches(examples, tolerant=True):
-        for name, vectors in asked.items():
-            products[name][:, batch.positions] = vectors.inner_products(batch.exact[name].as_float32())
-    return products
+    return products(client, {"": asked})[""]
+
+
+def judged(paths, results, judge_path):
+    """Figures of packs by name, those that are known taken from `results`, which new ones are added to."""
+    known = json.loads(results.read_text()) if results and results.exists() else {}
+    for path in paths:
+        if path.name not in known:
+            known[path.name] = json.loads(json.dumps(judge_path(path)))
+            print(path.name, known[path.name], flush=True)
+            if results:
+                results.write_text(json.dumps(known, indent=1))
+    return known
 
 
 def judge(path, data):
@@ -147,13 +168,7 @@ def main():
     if args.kronfluence:
         compare(args.packs[0], args.data, args.kronfluence, args.damping, args.data_labels)
         return
-    known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
-    for path in args.packs:
-        if path.name not in known:
-            known[path.name] = json.loads(json.dumps(judge(path, args.data)))
-            print(path.name, known[path.name], flush=True)
-            if args.results:
-                args.results.write_text(json.dumps(known, indent=1))
+    known = judged(args.packs, args.results, lambda path: judge(path, args.data))
     text = table(known)
     print(text)
     if args.write:

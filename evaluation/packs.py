@@ -91,7 +91,7 @@ def read_pack(directory: Path, data: Path | None = None) -> Pack:
     truth = _truth(directory)
     packed_masks, losses = _read_arrays(directory, truth, meta)
     if "arch" in meta:
-        pixels, labels = _idx_files(directory, data)
+        pixels, labels = read_images(directory, data)
         train, queries = (_images(directory, pixels, labels, truth, name) for name in ("train_rows", "test_rows"))
         task = "mlp"
         build = {}
@@ -196,7 +196,8 @@ def _last_model(directory: Path) -> Path:
     return max(models)[1] if models else directory / "model-epoch1"
 
 
-def _idx_files(directory: Path, data: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def read_images(directory: Path, data: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Read the images and labels of an image pack's IDX files; see `read_pack`."""
     places = [data] if data else [directory, directory.resolve().parents[1] / "data"]
     arrays = {}
     for kind, names in _IMAGES.items():

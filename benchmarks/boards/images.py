@@ -32,7 +32,7 @@ from pages import write_between
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import ceiling, estimate
-from wherefrom.evaluation.packs import _idx_files, read_pack, write_documents_file
+from wherefrom.evaluation.packs import read_images, read_pack, write_documents_file
 from wherefrom.evaluation.retrain import draw_masks
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import score_matrix
@@ -150,7 +150,7 @@ def make(name, data, out):
     """Write the pack of a board."""
     protocol, folder = PROTOCOLS[name], out / name
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, _ = _idx_files(folder, data)
+    pixels, _ = read_images(folder, data)
     rows = np.random.default_rng(0).permutation(len(pixels))[: _TRAIN + _QUERIES]
     truth = {"train_rows": np.sort(rows[:_TRAIN]), "test_rows": np.sort(rows[_TRAIN:])}
     masks = draw_masks(_TRAIN, protocol.subsets, 0.5, 0)
