@@ -206,8 +206,9 @@ class DenseOperand:
 
     def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
         """See `Operand`."""
-        vector = self.queries[query].astype(np.float64)
-        return self.one_bit_variance * float(vector @ vector) * self.squared_length(index, shard, offset)
+        vector = self.queries[query].astype(np.float64)  # under the metric, so the row is taken as it is stored
+        length = float(index.rows(shard, self.component).norms[offset])
+        return self.one_bit_variance * float(vector @ vector) * length**2
 
     def squared_length(self, index: Index, shard: Shard, offset: int) -> float:
         """See `Operand`."""

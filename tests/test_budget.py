@@ -136,6 +136,28 @@ def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, m
         few.query(row=1, mode="cosine", damping=2.0)
 
 
+@pytest.mark.parametrize("coordinates", [1 << 15, 1 << 11])  # rotated, and mixed to fewer
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 1.4), ({"damping": 50.0}, 1.4), ({"curvature": False}, 1.4), ({"training": "0.1,30"}, 1.4), ({"damping": 0.01}, 2.0)],
+    ids=str,
+)  # at a tenth of the build's damping, few coordinates lead, and the errors come out too small (docs/how-it-works.md)
+def test_standard_errors_of_worded_queries_are_those_of_the_estimates(tmp_path, model_dir, corpus_file, coordinates, options, most):
+    config = {"model": str(model_dir), "data": (str(corpus_file),), "rank": 64, "curvature": "ekfac"}
+    build(BuildConfig(out=str(tmp_path / "whole"), **config))
+    build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=coordinates, **config))
+    whole, bits = (Client(tmp_path / name) for name in ("whole", "bits"))
+    weight = {"blocks": whole.index.manifest.components[0].weight / bits.index.manifest.components[0].weight}
+    ratios = []
+    for text in random_texts(6, seed=9):
+        query = Query(text=text)
+        exact = whole.scores([query], **options)[0]
+        answer = bits.query(query, k=120, weights=weight, **options)
+        ratios += [(a.score - exact[a.row]) / a.error for a in (*answer.proponents, *answer.opponents)]
+    assert len(ratios) >= 6 * 120
+    assert 0.6 < np.std(ratios) < most  # in standard errors
+
+
 def test_what_a_budget_refuses(tmp_path, model_dir, corpus_file):
     options = ["build", "--model", model_dir, "--data", corpus_file, "--out", tmp_path / "i"]
     for more, message in (
