@@ -103,12 +103,14 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
     rows = dict(encoder.rows(examples, queries=queries, exact=True))
     corpus = [index.example(row) for row in np.flatnonzero(index.alive).tolist()]
     residuals = []
+    default = _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES
+    relative = default if metric.damping is None else metric.damping
     for component in wide:
         part: Any = encoder.component_encoders[component.name]
         final = _plain_encoder(encoder, [component])
         (plain,) = final.settings.components
         matrix = GaussNewton(encoder.task, encoder.model, plain.layers, corpus)  # type: ignore[union-attr]
-        damping = _damping(index, component, metric, _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES)
+        damping = _damping(index, component, metric, relative)
         change = change_of_curvature(index, component, metric)
         size = _at_once([plain], _COPIES, len(examples))
         blocks = []
@@ -121,8 +123,14 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
         if len(components) > 1:
             refined = _with_self_score(refined, rows[component.name], 1.0 if change is None else change)
         rows[component.name] = refined
-    seconds = time.perf_counter() - start
-    return QueryRows(rows, RefineReport(metric.refine, float(np.mean(residuals)), metric.refine * len(corpus) * len(wide), seconds))
+    report = RefineReport(
+        iterations=metric.refine,
+        residual=float(np.mean(residuals)),
+        damping=relative if metric.training is None else None,
+        products=metric.refine * len(corpus) * len(wide),
+        seconds=time.perf_counter() - start,
+    )
+    return QueryRows(rows, report)
 
 
 def _solve(
@@ -174,7 +182,7 @@ def _with_self_score(refined: Any, plain: Any, change: Float64[np.ndarray, " dim
     return type(refined)((refined.values * factors[:, None]).astype(np.float32))
 
 
-def _damping(index: Index, component: Any, metric: Metric, default: float) -> Float64[np.ndarray, " layers"]:
+def _damping(index: Index, component: Any, metric: Metric, relative: float) -> Float64[np.ndarray, " layers"]:
     """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue.
 
     The mean is over all of its weights: eigenvalues of directions that a projection leaves out count as 0.
@@ -185,7 +193,7 @@ def _damping(index: Index, component: Any, metric: Metric, default: float) -> Fl
             raise UsageError("the training did not move all layers of this index, so their damping is not known; give `damping` instead")
         return 1 / times
     shares = np.array([layer.size / (layer.outputs * layer.inputs) for layer in component.layers])
-    return (default if metric.damping is None else metric.damping) * index.mean_eigenvalues(component) * shares
+    return relative * index.mean_eigenvalues(component) * shares
 
 
 def _plain_encoder(encoder: Encoder, components: Sequence[Component]) -> Encoder:

@@ -118,6 +118,7 @@ def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix
         assert_close([by_row[row] for row in ROWS], expected[0], 1e-4)
         assert answer.query["refine"] == CONVERGED
         assert answer.search.refine.residual < 1e-4
+        assert answer.search.refine.damping == (None if "training" in options else options.get("damping", 10.0))
     client.query(QUERIES[1], refine=2)
     assert client.query(QUERIES[0], refine=CONVERGED, training="0.02,50").search.refine == answer.search.refine  # kept with its rows
     few = client.query(QUERIES[2], refine=1).search.refine
