@@ -127,7 +127,7 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
         iterations=metric.refine,
         residual=float(np.mean(residuals)),
         damping=relative if metric.training is None else None,
-        products=metric.refine * len(corpus) * len(wide),
+        products=(1 + metric.refine) * len(corpus) * len(wide),
         seconds=time.perf_counter() - start,
     )
     return QueryRows(rows, report)

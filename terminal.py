@@ -90,9 +90,9 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if s.refine is not None:
         f = s.refine
         left = f"; {f.residual:.2g} of the equation is left" if f.residual else ""
-        at = "of the training's length" if f.damping is None else f"{f.damping:g}"
+        at = "the damping of the training's length" if f.damping is None else f"a damping of {f.damping:g}"
         taken = f"{f.products:,} examples a query, in {f.seconds:.1f} s"
-        yield Text(f"the blocks refined by {f.iterations} iterations at a damping {at}: {taken}{left}", style="dim")
+        yield Text(f"the blocks refined by {f.iterations} iterations at {at}: {taken}{left}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
 
 

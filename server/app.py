@@ -214,7 +214,8 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
 
 def _check_refine(engine: Engine, options: Mapping[str, Any], queries: int) -> None:
     """Refuse to refine queries for longer than a server should work for one request."""
-    passes = (options.get("refine") or 0) * queries * len(engine.client.index)
+    refine = options.get("refine") or 0
+    passes = (1 + refine) * queries * len(engine.client.index) if refine else 0
     if passes > _MOST_PASSES:
         raise UsageError(
             f"`refine` takes passes over {passes:,} examples here, and a server takes at most {_MOST_PASSES:,} for a request; ask the "
