@@ -157,12 +157,17 @@ class SparseCollector:
 
     def _add_others(self, d: Float[Tensor, "batch tokens vocabulary"]) -> None:
         """Add the most probable tokens that are not predicted (those whose gradients, summed over positions, are largest)."""
-        keys = []
-        for i, count in enumerate(self._counts):
-            predicted = self._keys[i, :count]
-            mass = d[i].sum(0).index_fill(0, predicted, -torch.inf)
-            others = torch.topk(mass, min(self._encoder.component.extra_tokens, len(mass) - count)).indices
-            keys.append(torch.sort(torch.cat([predicted, others])).values.cpu().numpy())
+        predicted = self._keys.cpu().numpy()
+        rows = np.repeat(np.arange(len(predicted)), self._counts)
+        columns = np.concatenate([row[:count] for row, count in zip(predicted, self._counts, strict=True)])
+        mass = d.sum(1)
+        mass[torch.from_numpy(rows).to(d.device), torch.from_numpy(columns).to(d.device)] = -torch.inf
+        most = min(self._encoder.component.extra_tokens, mass.shape[1])
+        others = torch.topk(mass, most).indices.cpu().numpy()  # one wait for the device
+        keys = [
+            np.sort(np.concatenate([row[:count], other[: mass.shape[1] - count]]))
+            for row, other, count in zip(predicted, others, self._counts, strict=True)
+        ]
         self._counts = np.array([len(row) for row in keys])
         self._keys = _padded(keys).to(d.device)
 
@@ -216,7 +221,7 @@ class HeadMean:
         self._of_batch = max(1, _MEAN_ELEMENTS // (len(self._tokens) * encoder.component.width))
         self._gradients: Tensor | None = None
         self._sum = torch.zeros_like(self._scale, dtype=torch.float64)
-        self._squares = 0.0
+        self._squares = torch.zeros((), dtype=torch.float64, device=self._sum.device)
         self._examples = 0
 
     def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: OutputGradient, part: Batch) -> None:
@@ -233,7 +238,7 @@ class HeadMean:
             for gradient in self._gradients:
                 z = (gradient @ self._encoder.basis) * self._scale
                 self._sum += z
-                self._squares += float(z.square().sum(dtype=torch.float64))
+                self._squares += z.square().sum(dtype=torch.float64)
                 self._examples += 1
             self._gradients = None
 
@@ -241,8 +246,9 @@ class HeadMean:
     def mean_share(self) -> float:
         """Mean score between different examples, divided by an example's mean score with itself."""
         n = self._examples
-        between = (float(self._sum.square().sum()) - self._squares) / max(1, n * (n - 1))
-        return between * n / self._squares if self._squares > 0 else 0.0
+        squares = float(self._squares)
+        between = (float(self._sum.square().sum()) - squares) / max(1, n * (n - 1))
+        return between * n / squares if squares > 0 else 0.0
 
 
 class SparseMeter:
