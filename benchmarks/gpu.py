@@ -6,6 +6,7 @@ The models have the shapes of Llama-like models and random weights, so nothing i
 
 - correctness: the cosine of each row with that of the same model on the CPU in float32 (the smallest of eight examples; shapes up to 1B);
 - tokens per second of the row pass over those of plain forward and backward with gradients of all weights, in turns (median, least, most);
+- what the overlap of copies and coding with the next batch's computation gains (time without over time with it);
 - the peak of the device's memory above the model, for the fit and for the rows;
 - with `--device map` (accelerate), the row pass of the layers spread over all GPUs over that on one.
 
@@ -143,11 +144,13 @@ def measure(shape, dtype, configuration, args, device):
         reference = replace(encoder, models=(exact,))
         result["smallest_cosine"] = smallest_cosine(encoder, reference, random_examples(8, min(64, args.tokens), vocabulary))
         del exact, reference
-    ratios = []
+    ratios, overlaps = [], []
     for round_ in range(args.rounds + 1):
         times = {}
-        for side in ("plain", "rows") if round_ % 2 else ("rows", "plain"):
+        sides = ("plain", "rows", "one after the other")
+        for side in sides if round_ % 2 else reversed(sides):
             model.requires_grad_(side == "plain")
+            encoder.__dict__["overlaps"] = side == "rows" and device.type != "cpu"
             with Meter(device) as meter:
                 if side == "plain":
                     plain_step(task, model, examples, args.batch_tokens)
@@ -158,8 +161,10 @@ def measure(shape, dtype, configuration, args, device):
                 result["row_bytes"] = meter.bytes
         if round_:  # the first warms both up
             ratios.append(times["plain"] / times["rows"])
+            overlaps.append(times["one after the other"] / times["rows"])
             result["tokens_per_second"] = round(args.tokens * len(examples) / times["rows"])
-    return result | {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    overlap = {"overlap": statistics.median(overlaps), "overlap_low": min(overlaps), "overlap_high": max(overlaps)}
+    return result | overlap | {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
 def main():
@@ -189,7 +194,9 @@ def main():
                     if not args.json:
                         print(
                             "{shape:>5} {dtype} {configuration:>11}: {ratio:.2f} of plain forward+backward ({low:.2f} to {high:.2f}), "
-                            "{tokens_per_second:,} tokens/s".format(**result),
+                            "{tokens_per_second:,} tokens/s; overlap gains {overlap:.2f} ({overlap_low:.2f} to {overlap_high:.2f})".format(
+                                **result
+                            ),
                             *(f"TF32 {tf32}" for _ in range(tf32 is not None)),
                             *(f"{kind}: {result[kind] / 2**30:.2f} GiB" for kind in ("fit_bytes", "row_bytes") if result[kind]),
                             *(f"smallest cosine {result['smallest_cosine']:.5f}" for _ in range("smallest_cosine" in result)),

@@ -11,7 +11,7 @@ name, `input_projection` and `input_rotation` under the name of the group of lay
 layer. Random projections are not among them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import lost_share, whitening_scale
 from .models import layer_device, layer_sizes
 from .projection import random_projection
+from .transfer import start_copy
 
 
 class DenseEncoder:
@@ -235,12 +236,23 @@ class DenseCollector(GradientSum):
         self.layers: Sequence[Layer] = encoder.layers
         self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
 
-    def rows(self) -> DenseVectors:
-        """Return the batch's whitened rows [examples, dim], once. A layer that was not called contributes zeros."""
+    def rows(self) -> Callable[[], DenseVectors]:
+        """Start to copy the batch's whitened rows [examples, dim] to the host, once; the value returns them.
+
+        A layer that was not called contributes zeros.
+        """
         encoder = self._encoder
-        values = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
+        copies: list[tuple[Layer, Callable[[], Tensor]]] = []
         for layer in encoder.layers:
             gradient = self.by_layer.pop(layer.name, None)  # all are as large as the rows
             if gradient is not None:
-                values[:, layer.offset : layer.offset + layer.size] = encoder.whiten(layer, gradient).to("cpu")
-        return DenseVectors(values.numpy())
+                copies.append((layer, start_copy(encoder.whiten(layer, gradient))))
+
+        def finish() -> DenseVectors:
+            values = torch.zeros((self._examples, encoder.component.dim), dtype=accumulation_dtype(encoder._dtype))
+            while copies:
+                layer, copied = copies.pop()
+                values[:, layer.offset : layer.offset + layer.size] = copied()
+            return DenseVectors(values.numpy())
+
+        return finish

@@ -29,6 +29,7 @@ from .dense import DenseEncoder
 from .hidden import hidden_means
 from .sparse import SparseEncoder
 from .tasks import LOSS, Objective, Task
+from .transfer import start_copy
 
 Progress = Callable[[int, int], None]
 """Callback after each batch, with its numbers of examples and tokens."""
@@ -154,7 +155,8 @@ class Encoder:
     ) -> Iterator[EncodedBatch]:
         """Yield whitened rows, batch by batch; float32 (dense rows of a float64 model: float64).
 
-        The same examples always share the same batches, so the rows are the same bits on the same machine and thread count.
+        The same examples always share the same batches, so the rows are the same bits on the same machine and thread count. With a model on
+        an accelerator, a batch is yielded when the next one is already being computed.
 
         Args:
             queries: use the task's measurement instead of its loss.
@@ -166,35 +168,64 @@ class Encoder:
         """
         undivided = any(encoder.undivided for encoder in self.component_encoders.values())
         objective = Objective(query=queries, undivided=undivided)
+        started: Callable[[], EncodedBatch] | None = None
         for positions, batch in self.task.batches(self.models, examples, self.settings.batch_tokens):
-            broken = torch.zeros(len(positions), dtype=torch.bool)
-            collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
-            with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
-                for number, model in enumerate(self.models):
-                    visitors: list[Visitor] = [collectors[c.name] for c in self.settings.components if c.model == number]
-                    if visitors:
-                        visitors += meters if model is self.model else ()
-                        losses = backward(self.task, model, batch, visitors, objective, tolerant)
-                        broken |= ~torch.isfinite(losses.cpu())
-            for meter in meters:
-                meter.end()
-            exact = {name: collector.rows() for name, collector in collectors.items()}
-            hidden = means(batch) if means else None
+            following = self._start(positions, batch, objective, progress, tolerant, meters)
+            if started is not None:
+                yield started()
+            started = following if self.overlaps else None
+            if started is None:
+                yield following()
+            del following  # its rows, before the next batch
+        if started is not None:
+            yield started()
+
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether a batch's rows are copied, coded and written while the models compute the next batch."""
+        return any(parameter.device.type != "cpu" for model in self.models for parameter in model.parameters())
+
+    def _start(
+        self, positions: list[int], batch: Batch, objective: Objective, progress: Progress, tolerant: bool, meters: Sequence[Meter]
+    ) -> Callable[[], EncodedBatch]:
+        """Run the models over a batch and start to copy its rows to the host; the value waits for them, once."""
+        losses = []
+        collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
+        with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
+            for number, model in enumerate(self.models):
+                visitors: list[Visitor] = [collectors[c.name] for c in self.settings.components if c.model == number]
+                if visitors:
+                    visitors += meters if model is self.model else ()
+                    losses.append(start_copy(backward(self.task, model, batch, visitors, objective, tolerant)))
+            hidden_copy = means(batch) if means else None
+        for meter in meters:
+            meter.end()
+        copies = {name: collector.rows() for name, collector in collectors.items()}
+        tokens = start_copy(batch.valid.sum())
+        del collectors
+
+        def finish() -> EncodedBatch:
+            values = torch.stack([copied().double() for copied in losses])
+            exact = {name: copies.pop(name)() for name in list(copies)}
+            hidden = hidden_copy() if hidden_copy else None
+            broken = ~torch.isfinite(values).all(dim=0)
             for vectors in exact.values():
                 squares = torch.from_numpy(vectors.squared_norms[:, None])
                 if not tolerant:
                     check_finite(squares, batch, "gradient")
                 broken |= ~torch.isfinite(squares).all(dim=1)
+            last = values[-1]
             if broken.any():
-                losses = losses.masked_fill(broken.to(losses.device), torch.nan)
+                last = last.masked_fill(broken, torch.nan)
                 for vectors in exact.values():
                     vectors.clear(broken.numpy())
                 if hidden is not None:
                     hidden[broken.numpy()] = 0.0
             rows = {c.name: KINDS[c.kind].stored(exact[c.name], c) for c in self.settings.components}
-            yield EncodedBatch(positions, rows, exact, losses.float().cpu().numpy(), hidden)
-            del exact, rows, vectors  # before the next batch
-            progress(len(positions), int(batch.valid.sum()))
+            progress(len(positions), int(tokens()))
+            return EncodedBatch(positions, rows, exact, last.float().numpy(), hidden)
+
+        return finish
 
     def rows(
         self,

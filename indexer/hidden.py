@@ -11,17 +11,22 @@ from ..store.documents import Example
 from ..store.shapes import Float32
 from .batches import Batch
 from .tasks import Task
+from .transfer import start_copy
 
 
 @contextmanager
-def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Float32[np.ndarray, "batch width"]]]:
-    """Capture the inputs of the task's prediction layer; the value is a function that averages those of the batch since its last call."""
+def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Callable[[], Float32[np.ndarray, "batch width"]]]]:
+    """Capture the inputs of the task's prediction layer.
+
+    The value is a function that averages those of the batch since its last call and starts to copy the means to the host; its value
+    returns them.
+    """
     states: list[Tensor] = []
 
     def watch(state: Tensor) -> None:
         states.append(state.detach())
 
-    def means(batch: Batch) -> Float32[np.ndarray, "batch width"]:
+    def means(batch: Batch) -> Callable[[], Float32[np.ndarray, "batch width"]]:
         valid = batch.valid.to(states[0].device)
         pieces: list[Tensor] = []
         while sum(piece.shape[1] for piece in pieces) < valid.shape[1]:  # the logits may be computed in pieces
@@ -29,7 +34,8 @@ def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Flo
             pieces.insert(0, state.reshape(len(valid), -1, state.shape[-1]))
         states.clear()
         valid_states = torch.cat(pieces, dim=1).float() * valid[..., None]
-        return (valid_states.sum(1) / valid.sum(1, keepdim=True)).cpu().numpy()
+        copied = start_copy(valid_states.sum(1) / valid.sum(1, keepdim=True))
+        return lambda: copied().numpy()
 
     handle = task.watch_hidden(model, watch)
     try:
@@ -45,5 +51,5 @@ def mean_hidden(task: Task, model: nn.Module, examples: Sequence[Example], batch
     with hidden_means(task, model) as means:
         for positions, batch in task.batches((model,), examples, batch_tokens):
             task.loss(model, batch)
-            rows.update(zip(positions, means(batch), strict=True))
+            rows.update(zip(positions, means(batch)(), strict=True))
     return np.stack([rows[i] for i in range(len(examples))])

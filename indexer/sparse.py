@@ -17,7 +17,7 @@ d_t over the positions that read v, q_v the number of times that an example read
 inputs' moment. They need the whole backward pass. A weight that head and embeddings share has both components.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from .capture import Inputs, Map, OutputGradient, accumulation_dtype
 from .curvature import Arrays, lost_share
 from .models import layer_device, layer_sizes
 from .projection import symmetric_eigen
+from .transfer import start_copy
 
 STATISTICS = ("moment", "vocabulary", "tokens")
 
@@ -178,18 +179,19 @@ class SparseCollector:
         sums = d.new_zeros(*keys.shape, d.shape[2])
         return sums.scatter_add_(1, positions[..., None].expand_as(d), gradients)
 
-    def rows(self) -> SparseVectors:
-        """The batch's whitened rows, by token."""
+    def rows(self) -> Callable[[], SparseVectors]:
+        """Start to copy the batch's whitened rows, by token, to the host; the value returns them."""
         encoder = self._encoder
         filled = torch.arange(self._keys.shape[1])[None] < torch.from_numpy(self._counts)[:, None]
         indptr = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
         if self._sums is None:
             empty = np.zeros(len(indptr), np.int64)
-            return SparseVectors(empty, np.zeros(0, np.int64), np.zeros((0, encoder.component.width), np.float32))
-        entries = filled.to(encoder.device)
-        keys = self._keys[entries]
-        whitened = (self._sums[entries] @ encoder.basis) * encoder.scale(keys)
-        return SparseVectors(indptr, keys.cpu().numpy(), whitened.float().cpu().numpy())
+            return lambda: SparseVectors(empty, np.zeros(0, np.int64), np.zeros((0, encoder.component.width), np.float32))
+        positions = filled.flatten().nonzero().flatten().to(encoder.device)
+        keys = self._keys.flatten()[positions]
+        whitened = (self._sums.flatten(0, 1)[positions] @ encoder.basis) * encoder.scale(keys)
+        copied_keys, vectors = start_copy(keys), start_copy(whitened.float())
+        return lambda: SparseVectors(indptr, copied_keys().numpy(), vectors().numpy())
 
 
 def _padded(keys: Sequence[np.ndarray]) -> Int[Tensor, "rows keys"]:

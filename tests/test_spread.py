@@ -2,6 +2,8 @@
 
 import re
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +64,23 @@ def test_an_index_of_a_spread_model_is_that_of_the_model(place, corpus_file, tmp
         assert_close(b, a, 1e-5)
     assert_close(scores, others, 1e-4)
     assert_close(parts, shares, 1e-4)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_on_accelerators_a_batch_is_copied_while_the_next_is_computed(place, corpus_file, tmp_path, spread, monkeypatch):
+    task = "devices:Spread" if spread else "causal-lm"
+    with Devices() if spread else nullcontext():
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path), dtype="float64", bytes_per_example=900, task=task))
+        client = Client(tmp_path, task=task)
+        encoder = replace(client.encoder, settings=replace(client.encoder.settings, batch_tokens=64))
+        computed = []
+        differentiate = type(encoder.task).differentiate
+        monkeypatch.setattr(type(encoder.task), "differentiate", lambda *args: computed.append(1) or differentiate(*args))
+        examples = [client.index.example(i) for i in range(12)]
+        done = [len(computed) for _ in encoder.batches(examples)]
+    batches = len(done)
+    assert batches > 2
+    assert done == ([*range(2, batches + 1), batches] if spread else [*range(1, batches + 1)])
 
 
 def test_the_two_devices_do_not_mix():
