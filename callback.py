@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .indexer.batches import IGNORED
 from .indexer.models import model_fingerprint, other_kind
+from .indexer.moments import save_moments, trained_layers
 from .indexer.trained import RECORD, layers_with_gradients
 from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
@@ -75,11 +76,8 @@ class _LearningTimes:
     def __init__(self, model: Any, start: Mapping[str, float]) -> None:
         self.sums: dict[str, float] | None = dict(start)
         self._layers: dict[int, list[str]] = {}
-        model = getattr(getattr(model, "module", model), "_orig_mod", model)  # of DistributedDataParallel, or of torch.compile
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.nn.Parameter) and weight.requires_grad:
-                self._layers.setdefault(id(weight), []).append(name.removeprefix("base_model.model."))
+        for name, module in trained_layers(model):
+            self._layers.setdefault(id(module.weight), []).append(name)
 
     @torch.no_grad()
     def add(self, optimizer: Any) -> None:
@@ -115,6 +113,8 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         out: the index to build when training ends; None only writes the record.
         checkpoints: number of saved checkpoints in the index, spread over the run and including the last; 1 uses only the last.
         record: record the run for a replay; it must be in one process, from its first step.
+        moments: write the optimizer's moments beside each checkpoint, for `optimizer` of a build (TrackStar, LESS); as many bytes as the
+            trained weights take in float32, twice.
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
 
     Raises:
@@ -122,7 +122,14 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, data: str | Sequence[str] = (), out: str | None = None, checkpoints: int = 1, record: bool = False, **options: Any
+        self,
+        *,
+        data: str | Sequence[str] = (),
+        out: str | None = None,
+        checkpoints: int = 1,
+        record: bool = False,
+        moments: bool = False,
+        **options: Any,
     ) -> None:
         if checkpoints < 1:
             raise UsageError(f"checkpoints is {checkpoints}; it must be at least 1")
@@ -138,6 +145,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         self._order: _RecordingSampler | None = None
         self._epoch = 0
         self._records_run = record
+        self._keeps_moments = moments
         self._recorder: TrainingRecorder | None = None
         self._forward_hook: Any = None
         self._times: _LearningTimes | None = None
@@ -211,6 +219,12 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
                 entry["learning_times"] = dict(self._times.sums)
             self._record["checkpoints"] = [c for c in self._record["checkpoints"] if c["step"] != state.global_step] + [entry]
             self._write(args)
+            if self._keeps_moments:
+                try:
+                    save_moments(kwargs["model"], kwargs["optimizer"], Path(args.output_dir) / name)
+                except UsageError as error:  # must not prevent the Trainer's next steps
+                    self._keeps_moments = False
+                    warnings.warn(f"the optimizer's moments were not saved: {error}", stacklevel=2)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Build the index from the checkpoints that still exist; an error becomes a warning, since the training succeeded."""

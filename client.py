@@ -307,9 +307,12 @@ class Client(BaseClient):
             tokens: compute the shares of tokens, which needs the model; vectors have none.
 
         Raises:
-            UsageError: a row is not in the index.
+            UsageError: a row is not in the index, or tokens have no shares since rows are not linear in the gradient.
         """
         metric = Metric.of(options)
+        others = [component.name for component in self.index.manifest.components if not component.linear]
+        if tokens and others:
+            raise UsageError(f"the rows of {others[0]} are not linear in the gradient, so that tokens have no shares; ask without tokens")
         query_rows = self.encode([query], metric)
         scorer = Scorer.of(self.index, query_rows, metric)
         explanations = []

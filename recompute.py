@@ -17,6 +17,7 @@ from .query.options import Query
 from .query.plain import without_contrasts
 from .query.scoring import Scorer
 from .store.documents import Example
+from .store.errors import UsageError
 from .store.index import Index
 from .store.rerank import rerank_view
 from .store.shapes import Float64, Int64
@@ -77,7 +78,12 @@ class Recomputer:
             mean: the weights of the queries in each answer.
             rows: of the examples.
             answers: those to compute; by default all.
+
+        Raises:
+            UsageError: the metric mixes the queries' second moments in.
         """
+        if metric.mix is not None:
+            raise UsageError("rows are not computed again under a curvature that queries are mixed into; leave `mix` out")
         answers = answers or range(len(mean))
         examples = [self._index.example(row) for row in rows.tolist()]
         size = self._most_rows

@@ -69,10 +69,6 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if s.recall < 1:
         searched = f"search of {s.rows:,} rows, {s.candidates:,} of them read; with probability {s.recall:g} none of the best is missing;"
     searched += " by one-bit codes, whose scores are estimates," if s.estimates else ""
-    given = q.get("damping", 0)
-    damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
-    how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
-    how = f"SOURCE's filter of the training {q['training']}" if "training" in q else how
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
     measured = min(answer.index.get("measured") or [1.0])
     if measured < _LITTLE:
@@ -93,7 +89,20 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         at = "the damping of the training's length" if f.damping is None else f"a damping of {f.damping:g}"
         taken = f"{f.products:,} examples a query, in {f.seconds:.1f} s"
         yield Text(f"the blocks refined by {f.iterations} iterations at {at}: {taken}{left}", style="dim")
-    yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {how}{more}", style="dim")
+    yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {_curvature(q)}{more}", style="dim")
+
+
+def _curvature(q: Mapping[str, Any]) -> str:
+    """Which curvature an answer's scores are under."""
+    given = q.get("damping", 0)
+    damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
+    how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
+    how = f"SOURCE's filter of the training {q['training']}" if "training" in q else how
+    if "mix" in q:
+        shares = q["mix"].values() if isinstance(q["mix"], dict) else [q["mix"]]
+        how += f", the queries' second moments mixed in ({', '.join(f'{share:.3g}' for share in shares)})"
+    how += f", preset {q['preset']}" if "preset" in q else ""
+    return how
 
 
 def _attributions(title: str, found: Sequence[Attribution], colour: str, reranked: bool, narrow: bool) -> Table:

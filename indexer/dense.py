@@ -8,7 +8,8 @@ curvature, and a is the damping times the mean of l. vec puts one row of the mat
 
 The arrays are `output_projection`, `output_rotation`, `basis` (the dense Fisher's eigenvectors, columns) and `eigenvalues` under a layer's
 name, `input_projection` and `input_rotation` under the name of the group of layers that share the input, which is that of the group's first
-layer. Random projections are not among them.
+layer. Random projections are not among them. Where gradients are scaled by the optimizer's moments (moments.py), these are among them, the
+scales of second moments are part of the projections, and every layer is its own group.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from ..store.errors import UsageError
 from ..store.manifest import DenseComponent, Layer
-from ..store.shapes import Float, Float64
+from ..store.shapes import Float, Float64, Int
 from ..store.vectors import DenseVectors
-from .batches import Batch
+from .batches import IGNORED, Batch
 from .capture import GradientSum, Map, accumulation_dtype
 from .curvature import lost_share, whitening_scale
 from .models import layer_device, layer_sizes
+from .moments import adam_step
 from .projection import random_projection
 from .transfer import start_copy
 
@@ -54,9 +56,13 @@ class DenseEncoder:
         """Return True if a module is linear and has the layer's sizes."""
         return layer_sizes(module) == (layer.outputs, layer.inputs)
 
-    def collector(self, batch: Batch) -> "DenseCollector":
-        """Return the callback of `capture` that sums one batch's gradients."""
-        return DenseCollector(self, len(batch.ids))
+    def collector(self, batch: Batch, query: bool) -> "DenseCollector":
+        """Return the callback of `capture` that sums one batch's gradients.
+
+        Args:
+            query: they are of queries, which are never Adam's steps.
+        """
+        return DenseCollector(self, batch, as_adam_step=self.component.optimizer == "adam-step" and not query)
 
     @cached_property
     def maps(self) -> dict[str, tuple[Map, Map]]:
@@ -68,7 +74,7 @@ class DenseEncoder:
         maps = {}
         for layer in self.layers:
             rotated = f"{layer.name}/output_rotation" in self.arrays
-            group = (layer.input_group, rotated)
+            group = (layer.input_group, rotated)  # with scales, each layer is its own
             if group not in shared:
                 shared[group] = self._map(layer.input_group, "input", layer.input_rank, layer.inputs, rotated)
             maps[layer.name] = shared[group], self._map(layer.name, "output", layer.output_rank, layer.outputs, rotated)
@@ -82,6 +88,9 @@ class DenseEncoder:
         if rotated:
             rotation = self.arrays[f"{name}/{side}_rotation"].T
             projection = rotation if projection is None else rotation @ projection
+        if self.component.optimizer == "second-moments":
+            scale = self.arrays[f"{name}/{side}_scale"]
+            projection = np.diag(scale) if projection is None else projection * scale
         if projection is None:
             return None
         return torch.from_numpy(np.ascontiguousarray(projection)).to(self._devices[name], self._dtype)
@@ -93,6 +102,24 @@ class DenseEncoder:
             return gradient
         gradient = gradient.to(whitener.device, whitener.dtype)
         return gradient * whitener if whitener.dim() == 1 else gradient @ whitener
+
+    def adam_step(
+        self, layer: Layer, gradient: Float[Tensor, "batch weights"], predicted: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch size"]:
+        """Return the coordinates of Adam's step for each example alone, before `whiten`.
+
+        Args:
+            gradient: of the sum of the losses of an example's predicted tokens, whose number is `predicted`.
+        """
+        first, second = (
+            torch.from_numpy(self.arrays[f"{layer.name}/{name}"]).to(gradient).flatten() for name in ("first_moment", "second_moment")
+        )
+        mean = gradient / predicted.to(gradient).clamp(min=1)[:, None]
+        step = adam_step(mean, first, second, self.arrays["adam"].tolist()).unflatten(1, (layer.outputs, layer.inputs))
+        input_map, output_map = self.maps[layer.name]
+        step = step if input_map is None else step @ input_map.T.to(step)
+        step = step if output_map is None else output_map.to(step) @ step
+        return step.flatten(1)
 
     def adjoint(self, layer: Layer, vector: Float[np.ndarray, " n"]) -> Float[Tensor, "out_rank in_rank"]:
         """Return the matrix whose product with a layer's gradient is the product of the layer's coordinates of a row with a vector.
@@ -106,7 +133,16 @@ class DenseEncoder:
         return values.reshape(layer.output_rank, layer.input_rank)
 
     def plain_component(self) -> tuple[DenseComponent, Mapping[str, np.ndarray]]:
-        """Return a component of the same layers' plain gradients, and its arrays, for an encoder of this model alone."""
+        """Return a component of the same layers' plain gradients, and its arrays, for an encoder of this model alone.
+
+        Raises:
+            UsageError: the component's rows are not of plain gradients.
+        """
+        if self.component.optimizer or self.component.unit_length:
+            raise UsageError(
+                f"the rows of {self.component.name} are scaled gradients (`optimizer` or `unit_length` of the build); segments of training "
+                "and refined queries need plain ones"
+            )
         layers = []
         offset = 0
         for layer in self.layers:
@@ -229,12 +265,14 @@ class DenseCollector(GradientSum):
 
     sums_examples = False
 
-    def __init__(self, encoder: DenseEncoder, examples: int) -> None:
+    def __init__(self, encoder: DenseEncoder, batch: Batch, as_adam_step: bool) -> None:
         super().__init__()
         self._encoder = encoder
-        self._examples = examples
+        self._examples = len(batch.ids)
+        self._predicted = (batch.targets != IGNORED).sum(1) if as_adam_step else None
         self.layers: Sequence[Layer] = encoder.layers
-        self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
+        unprojected: dict[str, tuple[Map, Map]] = {layer.name: (None, None) for layer in encoder.layers}
+        self.maps: Mapping[str, tuple[Map, Map]] = unprojected if as_adam_step else encoder.maps
 
     def rows(self) -> Callable[[], DenseVectors]:
         """Start to copy the batch's whitened rows [examples, dim] to the host, once; the value returns them.
@@ -246,6 +284,8 @@ class DenseCollector(GradientSum):
         for layer in encoder.layers:
             gradient = self.by_layer.pop(layer.name, None)  # all are as large as the rows
             if gradient is not None:
+                if self._predicted is not None:
+                    gradient = encoder.adam_step(layer, gradient, self._predicted)
                 copies.append((layer, start_copy(encoder.whiten(layer, gradient))))
 
         def finish() -> DenseVectors:
@@ -253,6 +293,9 @@ class DenseCollector(GradientSum):
             while copies:
                 layer, copied = copies.pop()
                 values[:, layer.offset : layer.offset + layer.size] = copied()
+            if encoder.component.unit_length:
+                lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+                values /= torch.where(lengths > 0, lengths, 1.0)
             return DenseVectors(values.numpy())
 
         return finish

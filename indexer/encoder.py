@@ -190,7 +190,7 @@ class Encoder:
     ) -> Callable[[], EncodedBatch]:
         """Run the models over a batch and start to copy its rows to the host; the value waits for them, once."""
         losses = []
-        collectors = {name: encoder.collector(batch) for name, encoder in self.component_encoders.items()}
+        collectors = {name: encoder.collector(batch, objective.query) for name, encoder in self.component_encoders.items()}
         with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
             for number, model in enumerate(self.models):
                 visitors: list[Visitor] = [collectors[c.name] for c in self.settings.components if c.model == number]

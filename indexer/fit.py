@@ -72,11 +72,13 @@ class Fit:
     @property
     def steps(self) -> list[list[tuple[Component, int]]]:
         """The components of each step, each with the number of its pass."""
-        steps: dict[tuple[int, int, int | None, bool], list[tuple[Component, int]]] = {}
+        steps: dict[tuple[int, int, int | None, str], list[tuple[Component, int]]] = {}
         for component in sorted(self.settings.components, key=lambda c: component_fit(c).any_labels):
             fit = component_fit(component)
             for number in range(fit.passes):
-                order = (number, component.model, fit.label_seed, component.curvature.labels == "expected")
+                labels = component.curvature.labels
+                by_label: str = labels if labels in ("expected", "margin") else ""
+                order = (number, component.model, fit.label_seed, by_label)
                 if fit.any_labels:
                     order = next((other for other in steps if other[:2] == order[:2] and not other[3]), order)
                 steps.setdefault(order, []).append((component, number))
@@ -96,7 +98,7 @@ class Fit:
         first = members[0][0]
         model = encoder.models[first.model]
         classes = encoder.task.classes(model) if first.curvature.labels == "expected" else None
-        objectives = [Objective(label_seed=component_fit(first).label_seed)]
+        objectives = [Objective(label_seed=component_fit(first).label_seed, margin=first.curvature.labels == "margin")]
         if classes is not None:
             objectives = [Objective(label=label) for label in range(classes)]
         counts = {"examples": 0, "tokens": 0}

@@ -124,8 +124,8 @@ class SparseEncoder:
         keys = torch.from_numpy(rows.keys).to(self.device)
         return self.scale(keys).double().cpu().numpy(), self.basis.double().cpu().numpy()
 
-    def collector(self, batch: Batch) -> "SparseCollector":
-        """Visitor of one batch."""
+    def collector(self, batch: Batch, query: bool) -> "SparseCollector":
+        """Visitor of one batch, of queries or not."""
         return SparseCollector(self, batch)
 
 

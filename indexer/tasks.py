@@ -36,6 +36,7 @@ from .examples import DocumentConverter, TextConverter, VectorConverter
 from .logits import Accept, Head, cross_entropies, draw_uniform
 
 _PADDED = 16
+_LEAST_ERROR = 1e-6  # of 1 - p, in a margin
 _SPLITS: "WeakKeyDictionary[nn.Module, dict[int, bool]]" = WeakKeyDictionary()
 
 
@@ -46,6 +47,8 @@ class Objective:
     Attributes:
         query: the task's measurement instead of its loss.
         label_seed: the loss with labels that are drawn from the model's distribution (see `Task.loss`).
+        margin: the loss over 1 - p, with the probability p = exp(-loss / number of predicted tokens); its gradient is that of minus
+            log(p / (1 - p)) times the number of tokens.
         label: the loss for that class, times the square root of the class's probability under the model: squares of gradients, summed over
             all classes, are then their expectation under the model.
         undivided: all logits are computed at once, since a visitor needs all their gradients.
@@ -54,6 +57,7 @@ class Objective:
     query: bool = False
     label_seed: int | None = None
     label: int | None = None
+    margin: bool = False
     undivided: bool = False
 
 
@@ -144,6 +148,10 @@ class Task(ABC):
         if objective.label is not None:
             losses = self.loss(model, replace(batch, targets=torch.full_like(batch.targets, objective.label)))
             return losses * torch.exp(-losses.detach() / 2)
+        if objective.margin:
+            losses = self.loss(model, batch)
+            means = losses.detach() / (batch.targets != IGNORED).sum(1).to(losses.device).clamp(min=1)
+            return losses / (-torch.expm1(-means)).clamp(min=_LEAST_ERROR)
         return self.loss(model, batch, objective.label_seed)
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
@@ -266,7 +274,7 @@ class CausalLM(Task):
         """See `Task`; the logits are computed in pieces (see logits.py), unless a subclass has another loss or measurement."""
         head = None
         overridden = type(self).loss is not CausalLM.loss or type(self).measurement is not Task.measurement
-        if not overridden and not objective.undivided and objective.label is None:
+        if not overridden and not objective.undivided and objective.label is None and not objective.margin:
             head = Head.of(model, self.probe)
         if head is None:
             return super().differentiate(model, objective, window, accept)

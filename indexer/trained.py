@@ -91,6 +91,25 @@ def recorded_times(folder: str) -> dict[str, float] | None:
     return times
 
 
+def recorded_rate(folder: str) -> float | None:
+    """Return the mean learning rate of the segment of training that ends with a checkpoint, as the record of its run has it; None without.
+
+    Raises:
+        IncompatibleError: the record is damaged.
+    """
+    found = _record(Path(folder))
+    checkpoint = {} if found is None else _checkpoint(found[1], Path(folder))
+    if found is None or not checkpoint:
+        return None
+    try:
+        end = int(checkpoint["step"])
+        start = max((int(other["step"]) for other in found[1]["checkpoints"] if other["step"] < end), default=0)
+        rates = [float(rate) for step, rate in found[1].get("rates", []) if start < step <= end]
+    except (KeyError, TypeError, ValueError) as error:
+        raise IncompatibleError(f"{found[0]} is not the record of a training run; restore it, or delete it") from error
+    return sum(rates) / len(rates) if rates and 0 < sum(rates) < math.inf else None
+
+
 def _recorded(folder: Path) -> frozenset[str] | None:
     """The layers that a record of the run says were trained: in the folder of a model, or beside that of a checkpoint; else None."""
     found = _record(folder)

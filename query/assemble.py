@@ -16,7 +16,7 @@ from .groups import Grouping
 from .metric import Metric
 from .options import Options
 from .rerank import Place, Recomputation, Reranked, Sizes, baseline_candidates, rerank
-from .scoring import Scorer
+from .scoring import Scorer, mixed_components
 from .search import Hits, find, pass_size
 
 _DEFAULT_K = 10
@@ -75,10 +75,11 @@ def answer_queries(
     size = pass_size(recall)
     if needs_matrix:
         size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
-    settings = _settings(index, metric, where)
+    mixings = mixed_components(index, rows, metric)
+    settings = _settings(index, metric, where, {name: mixing.share for name, mixing in mixings.items()})
     answers = []
     for first in range(0, len(queries), size):
-        scorer = Scorer.of(index, cut(rows, first, first + size), metric)
+        scorer = Scorer.of(index, cut(rows, first, first + size), metric, mixings)
         all_hits, matrix = find(scorer, count, searched, recall, needs_matrix)
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
@@ -122,9 +123,15 @@ def searched_rows(index: Index, where: str | None) -> Bool[np.ndarray, " rows"]:
     return index.alive if where is None else index.alive & index.matching(where)
 
 
-def _settings(index: Index, metric: Metric, where: str | None) -> dict[str, Any]:
-    """Return the settings that an answer shows with its query."""
+def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Return the settings that an answer shows with its query.
+
+    Args:
+        shares: of the queries' second moments in the curvature, by component.
+    """
     settings = metric.settings()
+    if shares:
+        settings["mix"] = dict(shares) if len(shares) > 1 else next(iter(shares.values()))
     if metric.curvature and metric.training is None:
         built = {component.name: component.curvature.damping for component in index.manifest.components}
         several = len(set(built.values())) > 1

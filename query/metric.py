@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..store.errors import UsageError
+from ..store.presets import PRESETS, PresetName
 from ..store.shapes import Bool
+from .mixing import read_mix
 from .options import Mode, Options, ScoreOptions, check_options, option_fields
 from .source import read_training
 
@@ -28,6 +30,8 @@ class Metric:
     damping: float | None = None
     curvature: bool = True
     training: str | None = None
+    mix: str | None = None
+    preset: PresetName | None = None
     refine: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
@@ -40,6 +44,10 @@ class Metric:
             if self.damping is not None or not self.curvature:
                 raise UsageError("a filter by the training's length takes the place of damping and needs the curvature; give one of them")
             read_training(self.training)
+        if self.mix is not None:
+            if self.changes_curvature or self.refine:
+                raise UsageError("a mixed curvature takes the place of damping, training and refinement; give one of them")
+            read_mix(self.mix)
         if self.refine and (self.mode == "cosine" or not self.curvature):
             raise UsageError("a refined query has no length, and needs the curvature; ask for influence, or leave `refine` out")
         for name, weight in self.weights.items():
@@ -56,7 +64,8 @@ class Metric:
         check_options(options)
         given: dict[str, Any] = {name: options.get(name) for name in option_fields(ScoreOptions)}
         given["layers"] = tuple(given["layers"] or ())
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        preset = {} if given["preset"] is None else PRESETS[given["preset"]].query
+        return cls(**{**preset, **{name: value for name, value in given.items() if value is not None}})
 
     @property
     def changes_curvature(self) -> bool:
@@ -73,6 +82,8 @@ class Metric:
         settings: dict[str, Any] = {"mode": self.mode}
         settings |= {} if self.curvature else {"curvature": False}
         settings |= {"training": self.training} if self.training is not None else {}
+        settings |= {"mix": self.mix} if self.mix is not None else {}
+        settings |= {"preset": self.preset} if self.preset is not None else {}
         settings |= {"refine": self.refine} if self.refine else {}
         settings |= {"weights": dict(self.weights)} if self.weights else {}
         settings |= {"layers": list(self.layers)} if self.layers else {}

@@ -19,6 +19,7 @@ from ..store.shapes import Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched
+from .mixing import Mixing
 from .source import added, filter_times
 
 _FEW_QUERIES = 4
@@ -59,8 +60,12 @@ class Operand(Protocol):
     exact_scan: bool
 
     @classmethod
-    def of(cls, index: Index, component: Component, queries: Any, metric: Metric, weight: float) -> "Operand":
-        """Prepare a component's queries under a metric, times a weight."""
+    def of(cls, index: Index, component: Component, queries: Any, metric: Metric, weight: float, mixing: Mixing | None) -> "Operand":
+        """Prepare a component's queries under a metric, times a weight.
+
+        Args:
+            mixing: of all queries that are asked together, where the metric mixes their second moments in.
+        """
 
     def add(
         self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
@@ -102,6 +107,7 @@ class DenseOperand:
         one_bit_variance: of a product of unit vectors, where rows are one-bit codes.
         change: by selected coordinate, the factor of the change of damping and layers; None for none.
         factors: by coordinate of a whitened row, weight times change.
+        mixing: of the queries' second moments into the curvature, in place of a change; None for none.
     """
 
     exact_scan = False
@@ -113,11 +119,17 @@ class DenseOperand:
     one_bit_variance: float
     change: Float32[np.ndarray, " selected"] | None
     factors: Float64[np.ndarray, " dim"]
+    mixing: Mixing | None = None
 
     @classmethod
-    def of(cls, index: Index, component: DenseComponent, queries: DenseVectors, metric: Metric, weight: float) -> "DenseOperand":
+    def of(
+        cls, index: Index, component: DenseComponent, queries: DenseVectors, metric: Metric, weight: float, mixing: Mixing | None = None
+    ) -> "DenseOperand":
         """See `Operand`."""
-        change = change_of_curvature(index, component, metric)
+        values = queries.values.astype(np.float64)
+        if component.unit_length and (metric.changes_curvature or metric.mix is not None):
+            raise UsageError(f"the rows of {component.name} have unit length under the build's curvature alone; ask without another one")
+        change = None if mixing else change_of_curvature(index, component, metric)
         reduction = index.reduction(component)
         if change is not None and metric.mode == "cosine" and reduction.mixes:
             raise UsageError(
@@ -125,11 +137,11 @@ class DenseOperand:
                 "layers alone; ask for influence, or without a change of these"
             )
         factors = np.full(component.dim, weight) if change is None else weight * change
-        values = queries.values.astype(np.float64)
-        scaled = (values * factors).astype(np.float32)
+        mixed = values if mixing is None else mixing.apply(values)
+        scaled = (mixed * factors).astype(np.float32)
         if not np.isfinite(scaled).all():
             raise NumericalError("the query's gradient, times its weights, is not finite; ask with smaller weights")
-        squared_norms = np.einsum("qd,qd->q", values if change is None else values * change, values, dtype=np.float64)
+        squared_norms = np.einsum("qd,qd->q", mixed if change is None else values * change, values, dtype=np.float64)
         stored_change = change if change is None or reduction.kept is None else change[reduction.kept]
         selected = component.dim if reduction.kept is None else len(reduction.kept)
         variance = 0.0
@@ -143,6 +155,7 @@ class DenseOperand:
             variance,
             None if stored_change is None else stored_change.astype(np.float32),
             factors,
+            mixing,
         )
 
     def add(
@@ -156,9 +169,8 @@ class DenseOperand:
             if squared is not None:
                 # Codes are unit directions, up to rounding; under another damping their lengths are computed here.
                 lengths = 1.0
-                if self.change is not None:
-                    values = rows.values(codes)
-                    lengths = (values * values * self.change).sum(axis=1) * factors**2
+                if self.mixing is not None or self.change is not None:
+                    lengths = self._changed_lengths(rows.values(codes)) * factors**2
                 squared[positions] += self.weight * lengths * norms.astype(np.float64) ** 2
 
     def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
@@ -175,7 +187,7 @@ class DenseOperand:
 
     def refusal(self, index: Index, mode: str) -> str | None:
         """See `Operand`."""
-        if mode == "cosine" and self.change is not None:
+        if mode == "cosine" and (self.change is not None or self.mixing is not None):
             return "lengths under another damping, or of some layers, are known only of rows that are read"
         if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in index.groups):
             return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
@@ -214,8 +226,8 @@ class DenseOperand:
         """See `Operand`."""
         rows = index.rows(shard, self.component)
         length = 1.0
-        if self.change is not None:
-            length = float((rows.values(rows.code(offset)[None])[0] ** 2 * self.change).sum() * rows.factors()[offset] ** 2)
+        if self.mixing is not None or self.change is not None:
+            length = float(self._changed_lengths(rows.values(rows.code(offset)[None]))[0] * rows.factors()[offset] ** 2)
         return length * float(rows.norms[offset]) ** 2
 
     def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
@@ -238,7 +250,15 @@ class DenseOperand:
         if stored and selection is not None:
             factors = np.zeros_like(self.factors)
             factors[selection] = self.factors[selection]
-        return DenseVectors((row.values.astype(np.float64) * factors).astype(np.float32))
+        values = row.values if self.mixing is None else self.mixing.apply(row.values)
+        return DenseVectors((values.astype(np.float64) * factors).astype(np.float32))
+
+    def _changed_lengths(self, values: Float32[np.ndarray, "rows stored"]) -> Float64[np.ndarray, " rows"]:
+        """Compute the squared lengths of decoded rows under the changed curvature."""
+        if self.mixing is not None:
+            return self.mixing.squared_lengths(values)
+        squares: np.ndarray = (values * values * self.change).sum(axis=1)
+        return squares
 
     def _blocks(self, index: Index, group: ShardGroup) -> Iterator[tuple[DenseRows, slice, slice, np.ndarray]]:
         """Yield blocks of a group's rows: the reader, their offsets in the shard, their positions in the group, and their codes."""
@@ -289,8 +309,12 @@ class SparseOperand:
     squared_norms: Float64[np.ndarray, " queries"]
 
     @classmethod
-    def of(cls, index: Index, component: SparseComponent, queries: SparseVectors, metric: Metric, weight: float) -> "SparseOperand":
+    def of(
+        cls, index: Index, component: SparseComponent, queries: SparseVectors, metric: Metric, weight: float, mixing: Mixing | None = None
+    ) -> "SparseOperand":
         """See `Operand`."""
+        if metric.mix is not None:
+            raise UsageError(f"second moments of queries are mixed into those of dense rows alone; leave {component.name} out, or `mix`")
         if metric.changes_curvature and metric.mode == "cosine":
             raise UsageError("the head's rows hold their lengths under the build's damping alone; ask for influence, or without a damping")
         vectors = _damped(index, component, queries, metric)

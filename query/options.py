@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from ..store.errors import UsageError
+from ..store.presets import PresetName
 
 Mode = Literal["influence", "cosine", "loss-normalized"]
 _WEIGHTS = 1e-6, 1e6
@@ -157,6 +158,17 @@ class ScoreOptions(TypedDict, total=False):
             "The training's RATE,STEPS, such as 0.01,2000 (rate over 1 - momentum), or recorded: SOURCE's filter in place of damping.",
             longest=100,
         ),
+    ]
+    mix: Annotated[
+        str | None,
+        Option(
+            "Share of the second moments of the queries asked together in the curvature, or auto (TrackStar's rule): what they all share "
+            "counts less.",
+            longest=100,
+        ),
+    ]
+    preset: Annotated[
+        PresetName | None, Option("The preset that the index was built with: its options of queries, where they are not given.")
     ]
     refine: Annotated[
         int,

@@ -15,10 +15,10 @@ float32 rows are multiplied directly from the memory map.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ..store.index import Index, ShardGroup
 from ..store.shapes import Float32, Float64, Int64
 from ..store.vectors import Rows, count
 from .metric import Metric, matched
+from .mixing import Mixing
 from .operands import OPERANDS, Estimates, Operand
 from .options import Mode
 
@@ -65,18 +66,25 @@ class Scorer:
     mode: Mode
 
     @classmethod
-    def of(cls, index: Index, queries: Rows, metric: Metric) -> "Scorer":
+    def of(cls, index: Index, queries: Rows, metric: Metric, mixings: Mapping[str, Mixing] | None = None) -> "Scorer":
         """Prepare queries.
+
+        Args:
+            mixings: see `mixed_components`; by default, of these queries.
 
         Raises:
             UsageError: no component remains, a named component does not exist, or the metric is not possible with the index.
         """
+        _check_preset(index, metric)
         operands: list[Operand] = []
         weights = _weights(index, metric)
+        mixings = mixed_components(index, queries, metric) if mixings is None else mixings
         for component in index.manifest.components:
             weight = weights[component.name]
             if weight:
-                operands.append(OPERANDS[component.kind].of(index, component, queries[component.name], metric, weight))  # type: ignore[arg-type]
+                mixing = mixings.get(component.name)
+                rows: Any = queries[component.name]
+                operands.append(OPERANDS[component.kind].of(index, component, rows, metric, weight, mixing))  # type: ignore[arg-type]
         norms = np.sqrt(sum((operand.weight * operand.squared_norms for operand in operands), np.zeros(count(queries))))
         return cls(index, operands, norms, metric.mode)
 
@@ -166,6 +174,30 @@ class Scorer:
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))
         return np.divide(1.0, lengths, out=np.zeros(lengths.shape), where=lengths > _SHORTEST).astype(np.float32)
+
+
+def mixed_components(index: Index, queries: Rows, metric: Metric) -> dict[str, Mixing]:
+    """Mix the second moments of queries that are asked together into the curvature of each dense component, if a metric does.
+
+    Raises:
+        UsageError: see `Mixing.of`.
+    """
+    mixings = {}
+    for component in index.manifest.components:
+        if metric.mix is not None and component.has_wide_rows:
+            rows: Any = queries[component.name]
+            layers = matched(component.layer_names, metric.layers).astype(np.float64)
+            values = rows.values.astype(np.float64)
+            mixings[component.name] = Mixing.of(index, component, values, metric.mix, layers)  # type: ignore[arg-type]
+    return mixings
+
+
+def _check_preset(index: Index, metric: Metric) -> None:
+    """Refuse a preset that the index was not built with."""
+    built = (index.manifest.build.inputs.options.model_extra or {}).get("preset")
+    if metric.preset is not None and metric.preset != built:
+        with_what = f"with the preset {built}" if isinstance(built, str) else "without a preset"
+        raise UsageError(f"this index was built {with_what}, not with {metric.preset}; build it so, or leave `preset` out")
 
 
 def _check_finite(*arrays: np.ndarray) -> None:

@@ -50,7 +50,7 @@ from .corpus import WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .schema import fit_examples, known_training, select_components, unused_options
+from .schema import fit_examples, known_training, preset_note, select_components, unused_options
 from .worker import Part, Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
@@ -133,7 +133,8 @@ def build(
             training = known_training(settings.components, models[-1])
             settings = select_components(config, settings, _read_sample(job, corpus), models)
             notes = model_notes(facts, settings.components)
-            for note in [*notes, *unused_options(config, settings.components)]:
+            preset = [] if config.preset is None else [preset_note(config)]
+            for note in [*preset, *notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
             fitted = fit_examples(config, settings.components, models, corpus.rows, sum(shard.tokens for shard in corpus.shards))
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, fitted), corpus, fitted)
@@ -280,7 +281,7 @@ def _fit(
             return load_file(path), with_counts(settings, record["fitted"]), FileRecord(**record["file"])
     shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
     parts = draw_sample(corpus.shards, np.arange(corpus.rows), count, job.config.seed)
-    arrays, counts = run_fit(executor, settings, parts, count, job.reporter)
+    arrays, counts = run_fit(executor, settings, parts, count, job.reporter, known=executor.call("moments"))
     staged = job.staging / path.name
     write_tensors(staged, arrays)
     path.unlink(missing_ok=True)
@@ -291,11 +292,15 @@ def _fit(
 
 
 def run_fit(
-    executor: Executor, settings: EncoderSettings, parts: Sequence[Part], count: int, reporter: Reporter
+    executor: Executor, settings: EncoderSettings, parts: Sequence[Part], count: int, reporter: Reporter, known: Arrays | None = None
 ) -> tuple[Arrays, dict[str, int]]:
-    """Run the passes of a fit over the parts of a sample of `count` examples; return the arrays, and the numbers that entered the last."""
+    """Run the passes of a fit over the parts of a sample of `count` examples; return the arrays, and the numbers that entered the last.
+
+    Args:
+        known: arrays of the encoder that are not fitted.
+    """
     fit = Fit(settings)
-    arrays: Arrays = {}
+    arrays: Arrays = known or {}
     totals: Arrays = {}
     for step in range(len(fit.steps)):
         reporter.stage(f"fitting, pass {step + 1} of {len(fit.steps)}", count)
@@ -314,8 +319,9 @@ def with_counts(settings: EncoderSettings, counts: dict[str, int]) -> EncoderSet
 
 
 def _compared_rows(components: Sequence[Component], corpus: WrittenCorpus) -> int:
-    """Return how many of the first shard's rows are compared with their codes; none for a single component, which needs no weight."""
-    if len(components) == 1:
+    """Return how many of the first shard's rows are compared with their codes; none for a single component, which needs no weight, and none
+    of unit length, whose weights are rates."""
+    if len(components) == 1 or any("unit-length" in component.features for component in components):
         return 0
     shard = corpus.shards[0]
     coordinates = sum(component.dim * (1.0 if component.has_wide_rows else shard.tokens / shard.rows) for component in components)

@@ -11,13 +11,24 @@ from pydantic_core import ErrorDetails
 
 from ..store.errors import IntegrityError, UsageError
 from ..store.fields import Fields, Form
-from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, RowDtype
+from ..store.manifest import CurvatureKind, LabelKind, ModelDtype, OptimizerUse, RowDtype
+from ..store.presets import PRESETS, PresetName
 
 _DEFAULT_BYTES = 800
 _MAX_THREADS = 1024
 # `bytes_per_example` chooses these:
 _SIZES = ("head_bits", "head_max_tokens", "head_extra_tokens", "embedding_bits", "embedding_max_tokens", "coordinates", "row_dtype")
-_ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels")  # one of them turns off the default budget
+_ROW_OPTIONS = (
+    *_SIZES,
+    "components",
+    "layers",
+    "projection",
+    "rank",
+    "curvature",
+    "labels",
+    "optimizer",
+    "unit_length",
+)  # one of them turns off the default budget
 _RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")  # may differ on resuming
 
 
@@ -127,8 +138,15 @@ class BuildConfig(BaseModel):
     takes one pass]"""
     labels: LabelKind | None = None
     """Labels of the curvature: the data's, sampled from the model, or expected (all classes by their probability, where an example has one
-    label).  [default: data for the blocks, sampled for head and embeddings; with a budget, expected for blocks of examples with one label,
-    else sampled]"""
+    label); margin takes the data's, with the margin log(p / (1 - p)) for the loss.  [default: data for the blocks, sampled for head and
+    embeddings; with a budget, expected for blocks of examples with one label, else sampled]"""
+    preset: PresetName | None = None
+    """A published method's options, for those that are not given: trackstar, less or trak (docs/how-it-works.md); they are printed."""
+    optimizer: OptimizerUse | None = None
+    """Use of the optimizer's moments beside each checkpoint's weights: second-moments divides gradients by their square roots; adam-step
+    makes the rows of training examples Adam's steps.  [default: none]"""
+    unit_length: bool = False
+    """Divide the blocks' rows, and queries, by their lengths; checkpoints count by their learning rates, where these were recorded."""
     fit_examples: Positive | None = None
     """Examples that projections and curvature are fitted on.  [default: 5000; with a budget and a model of 50 million parameters or more,
     one in 16 of the corpus, with at least 8,192 tokens, where curvature is kfac]"""
@@ -161,6 +179,9 @@ class BuildConfig(BaseModel):
     """Address of a Ray cluster.  [default: a local Ray]"""
 
     def __init__(self, **options: Any) -> None:
+        preset = options.get("preset")
+        if isinstance(preset, str) and preset in PRESETS:
+            options = {**PRESETS[preset].build, **{name: value for name, value in options.items() if value is not None}}
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -173,6 +194,13 @@ class BuildConfig(BaseModel):
             sizes = [name for name in _SIZES if getattr(self, name)]
             if sizes:
                 raise UsageError(f"`bytes_per_example` chooses `{sizes[0]}`; give one or the other")
+        scales = [name for name in ("preset", "optimizer", "unit_length") if getattr(self, name)]
+        if scales and (self.bytes_per_example is not None or self.components not in (None, ("blocks",))):
+            raise UsageError(f"`{scales[0]}` is for rows of the blocks alone; leave `bytes_per_example` and other components out")
+        if self.optimizer and self.projection == "pca":
+            raise UsageError("gradients scaled by the optimizer's moments have random projections; leave `projection` out")
+        if self.optimizer == "adam-step" and self.curvature != "identity":
+            raise UsageError("Adam's steps are not whitened; give `curvature` identity")
         if self.components is not None and len(set(self.components)) < len(self.components):
             raise UsageError(f"`components` names {','.join(self.components)}; name each once")
         if not self.model or "" in self.models or not self.out or "" in self.sources:

@@ -15,6 +15,7 @@ from ..indexer.tasks import Task, VocabularyLayer
 from ..store.documents import Example
 from ..store.errors import UsageError
 from ..store.manifest import Component, Curvature, CurvatureKind, DenseComponent, LabelKind, Model, Projection, SparseComponent
+from ..store.presets import PRESETS
 from .config import BuildConfig, ComponentRole
 
 _BITS = 64
@@ -120,6 +121,9 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
     elif by_bytes:
         labels = "expected"
     kind = config.curvature or kind
+    layers = describe_layers(task, model, names, rank, kind, config.fit_examples or _FIT_EXAMPLES, explicit=bool(config.layers))
+    if config.optimizer:  # whose scales differ between layers with the same input
+        layers = tuple(layer.model_copy(update={"input_group": layer.name}) for layer in layers)
     curvature = Curvature(
         kind=kind,
         labels=_labels(config, task, model, labels),
@@ -134,10 +138,32 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
         weight=1.0,
         coordinates=config.coordinates,
         dtype=config.row_dtype or "float32",
-        layers=describe_layers(task, model, names, rank, kind, config.fit_examples or _FIT_EXAMPLES, explicit=bool(config.layers)),
+        layers=layers,
+        optimizer=config.optimizer,
+        unit_length=config.unit_length,
         projection=Projection(kind=config.projection or ("pca" if by_bytes else "random"), rank=rank, seed=config.seed + number),
         curvature=curvature,
     )
+
+
+def with_rates(components: Sequence[Component], rates: Sequence[float | None]) -> tuple[Component, ...]:
+    """Return components whose rows have unit length with the learning rates of their checkpoints as weights, relative to the largest.
+
+    Args:
+        rates: of the models; where one is not known, all weigh the same. Other components stay as they are.
+    """
+    known = [rate for rate in rates if rate]
+    if len(known) < len(rates) or not all("unit-length" in component.features for component in components):
+        return tuple(components)
+    return tuple(c.model_copy(update={"weight": known[c.model] / max(known)}) for c in components)
+
+
+def preset_note(config: BuildConfig) -> str:
+    """Return a sentence about what a build's preset sets."""
+    if config.preset is None:
+        return ""
+    preset = PRESETS[config.preset]
+    return f"preset {config.preset} ({preset.paper}): {preset.settings({name: getattr(config, name) for name in preset.build})}"
 
 
 def unprojected_blocks(config: BuildConfig, task: Task, model: nn.Module) -> DenseComponent:
@@ -195,6 +221,8 @@ def _vocabulary_layer(
 
 def _labels(config: BuildConfig, task: Task, model: nn.Module, default: LabelKind) -> LabelKind:
     labels = config.labels or default
+    if labels == "margin" and config.components != ("blocks",):
+        raise UsageError("`labels` margin is for the blocks alone; give components blocks")
     if labels == "expected" and task.classes(model) is None:
         raise UsageError(f"`labels` expected sums over the classes of an example's one label, which task {config.task} has not")
     return labels

@@ -21,9 +21,10 @@ from ..indexer.curvature import Arrays
 from ..indexer.encoder import EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
+from ..indexer.moments import moment_arrays
 from ..indexer.sparse import HeadMean
 from ..indexer.tasks import Task, find_task, load_model
-from ..indexer.trained import find_trained, recorded_times
+from ..indexer.trained import find_trained, recorded_rate, recorded_times
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError
@@ -36,7 +37,7 @@ from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
 from .corpus import WrittenShard
 from .notes import ModelFacts
-from .schema import candidate_components, component_name, unprojected_blocks
+from .schema import candidate_components, component_name, unprojected_blocks, with_rates
 
 Part = Sequence[tuple[str, int, Sequence[int]]]
 """Examples: for each shard with some of them its id, its number of rows, and their positions."""
@@ -105,6 +106,7 @@ class Worker:
                 )
             )
             components += candidate_components(config, self.task, model, number)
+        components = list(with_rates(components, [recorded_rate(source.id) for source in self.sources]))
         batch_tokens = config.batch_tokens or self.task.default_batch_tokens(self.models)
         settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
         return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
@@ -141,6 +143,20 @@ class Worker:
         """Return the number of tokens that all models embed; None without tokens."""
         sizes = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
         return min(sizes, default=None) if self.task.form != "vector" else None
+
+    def moments(self) -> Arrays:
+        """Return the arrays of the optimizer's moments for the encoder of a build that scales gradients by them; else none.
+
+        Raises:
+            NotFoundError, IncompatibleError: see `moment_arrays`.
+        """
+        if self._config.optimizer is None:
+            return {}
+        arrays: Arrays = {}
+        for component in self.describe()[1].components:
+            folder = Path(self.sources[component.model].id)
+            arrays |= {f"{component.name}/{name}": array for name, array in moment_arrays(component, folder).items()}  # type: ignore[arg-type]
+        return arrays
 
     def sum_statistics(
         self,

@@ -18,7 +18,7 @@ from .errors import IncompatibleError, IntegrityError, NotFoundError
 from .files import create_only, read_bytes, sha256, write_whole
 
 FORMAT_VERSION = 2
-FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors"})
+FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors", "optimizer", "unit-length"})
 _NAME = re.compile(r"(\d{6,18})\.json")
 _LATEST = "latest"
 _MOST_BYTES = 1 << 30
@@ -38,7 +38,8 @@ Size = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of its projection
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
 CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
-LabelKind = Literal["data", "sampled", "expected"]
+LabelKind = Literal["data", "sampled", "expected", "margin"]
+OptimizerUse = Literal["second-moments", "adam-step"]
 ModelDtype = Literal["float32", "bfloat16", "float64"]
 RowDtype = Literal["float32", "float16", "int8", "1bit"]
 
@@ -120,6 +121,8 @@ class DenseComponent(_Component):
         model: the number of the index's model, from 0.
         coordinates: the number of stored coordinates of a row, a selection (the encoder's array `kept`) or a random mixture; None for all.
         dtype: the type of a stored coordinate.
+        optimizer: how gradients are scaled by the optimizer's moments (see indexer/moments.py); None for not at all.
+        unit_length: rows, and those of queries, are divided by their lengths.
     """
 
     role: ClassVar[Literal["blocks"]] = "blocks"
@@ -131,6 +134,8 @@ class DenseComponent(_Component):
     dtype: RowDtype
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     projection: Projection
+    optimizer: OptimizerUse | None = None
+    unit_length: bool = False
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -160,7 +165,13 @@ class DenseComponent(_Component):
     @property
     def features(self) -> frozenset[str]:
         """The features that a reader of the index needs."""
-        return frozenset({"dense", "reduced"} if self.reduced or self.one_bit else {"dense"})
+        others = {"reduced": self.reduced or self.one_bit, "optimizer": self.optimizer is not None, "unit-length": self.unit_length}
+        return frozenset({"dense", *(name for name, needed in others.items() if needed)})
+
+    @property
+    def linear(self) -> bool:
+        """True if a row is linear in the gradient."""
+        return self.optimizer != "adam-step" and not self.unit_length
 
     @property
     def dim(self) -> int:
@@ -202,6 +213,11 @@ class DenseComponent(_Component):
                 arrays[f"{owner}/{side}_projection"] = ((rank, size), pca and rank < size)
             arrays[f"{layer.name}/eigenvalues"] = ((layer.size,), layer.curvature != "identity")
             arrays[f"{layer.name}/basis"] = ((layer.size, layer.size), layer.curvature == "fisher")
+            arrays[f"{layer.name}/input_scale"] = ((layer.inputs,), self.optimizer == "second-moments")
+            arrays[f"{layer.name}/output_scale"] = ((layer.outputs,), self.optimizer == "second-moments")
+            for moment in ("first_moment", "second_moment"):
+                arrays[f"{layer.name}/{moment}"] = ((layer.outputs, layer.inputs), self.optimizer == "adam-step")
+        arrays["adam"] = ((3,), self.optimizer == "adam-step")
         return arrays
 
     def sizes(self) -> dict[str, Any]:
@@ -218,6 +234,8 @@ class DenseComponent(_Component):
             parameters=sum(layer.outputs * layer.inputs for layer in self.layers),
             projection=f"{self.projection.kind}, rank {self.projection.rank}, seed {self.projection.seed}",
             curvature=", ".join(sorted({layer.curvature for layer in self.layers})),
+            optimizer=self.optimizer,
+            unit_length=self.unit_length,
         )
 
 
@@ -243,6 +261,7 @@ class SparseComponent(_Component):
     reduced: ClassVar[bool] = False
     one_bit: ClassVar[bool] = True
     estimated: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     has_wide_rows: ClassVar[bool] = False
     has_search_arrays: ClassVar[bool] = True
 

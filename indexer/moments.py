@@ -1,0 +1,170 @@
+"""The optimizer's moments of a model's gradients, and gradients scaled by them.
+
+They lie beside a checkpoint's weights, in a file of safetensors under the names of layers, without those that an adapter's wrapper adds:
+
+    <layer>/first_moment, <layer>/second_moment    [outputs, inputs] of Adam and AdamW: exp_avg and exp_avg_sq
+    <layer>/row_moments [outputs], <layer>/column_moments [inputs]    of Adafactor: means of the second moments
+
+with Adam's beta1, beta2 and eps as metadata.
+
+**Second moments** (TrackStar, arXiv 2410.17413, section 3): gradients are divided by the square roots of the second moments in Adafactor's
+factored form (arXiv 1804.04235), V[o, i] = r[o] c[i] / mean(r), for r and c the means of V over inputs and over outputs. So the two sides
+of a layer's gradient are scaled before they are projected, and no gradient is formed.
+
+**Adam's step** (LESS, arXiv 2402.04333, equation 3): with the gradient g of the mean loss over an example's predicted tokens, its row is
+
+    (beta1 m + (1 - beta1) g) / sqrt(beta2 v + (1 - beta2) g^2 + eps)
+
+projected. It is not linear in g, so whole gradients are formed. A query's gradient stays as it is.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..store.errors import IncompatibleError, NotFoundError, UsageError
+from ..store.files import regular_size
+from ..store.manifest import DenseComponent
+from ..store.shapes import Float
+from .curvature import Arrays
+from .models import is_transposed, layer_sizes
+
+MOMENTS_FILE = "wherefrom-moments.safetensors"
+_WRAPPER = "base_model.model."
+
+
+def save_moments(model: Any, optimizer: Any, folder: str | Path) -> Path:
+    """Write the optimizer's moments of a model's layers into a folder, such as that of a checkpoint, for `optimizer` of a build.
+
+    Args:
+        model: whose weights the optimizer trains; it may be wrapped (an adapter, DistributedDataParallel, torch.compile).
+        optimizer: Adam, AdamW or Adafactor, after at least one step.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: the optimizer has no second moments.
+    """
+    from safetensors.torch import save_file
+
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, str] = {}
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, module in trained_layers(model):
+        if layer_sizes(module) is None:
+            continue  # embeddings, norms
+        weight: Any = module.weight
+        state = optimizer.state.get(weight, {})
+        inputs_first = is_transposed(module)
+        if "exp_avg_sq_row" in state and weight.dim() == 2:  # Adafactor
+            sides = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            tensors[f"{name}/row_moments"], tensors[f"{name}/column_moments"] = sides[::-1] if inputs_first else sides
+        elif "exp_avg_sq" in state and weight.dim() > 1:
+            first, second = (state[kind].flatten(1) for kind in ("exp_avg", "exp_avg_sq"))
+            tensors[f"{name}/first_moment"] = first.T if inputs_first else first
+            tensors[f"{name}/second_moment"] = second.T if inputs_first else second
+            beta1, beta2 = groups[id(weight)]["betas"]
+            constants = {"beta1": repr(float(beta1)), "beta2": repr(float(beta2)), "eps": repr(float(groups[id(weight)]["eps"]))}
+    if not tensors:
+        raise UsageError(
+            f"{type(optimizer).__name__} holds no second moments of the model's layers; Adam, AdamW and Adafactor do after a step"
+        )
+    path = Path(folder) / MOMENTS_FILE
+    save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=constants)
+    return path
+
+
+def trained_layers(model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """Return a model's layers whose `weight` is trained, by their names without those of wrappers."""
+    model = getattr(getattr(model, "module", model), "_orig_mod", model)  # of DistributedDataParallel, or of torch.compile
+    layers = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and weight.requires_grad:
+            layers.append((name.removeprefix(_WRAPPER), module))
+    return layers
+
+
+def moment_arrays(component: DenseComponent, folder: Path) -> Arrays:
+    """Read what a component's encoder needs of the moments of its model.
+
+    Returns:
+        `<layer>/input_scale` and `<layer>/output_scale`, or `<layer>/first_moment`, `<layer>/second_moment` and `adam`.
+
+    Raises:
+        NotFoundError: the file is missing.
+        IncompatibleError: it is of another model, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / MOMENTS_FILE
+    if not path.is_file() or regular_size(path) is None:
+        raise NotFoundError(
+            f"{folder} holds no {MOMENTS_FILE} with the optimizer's moments; write it with wherefrom.save_moments, or by the callback's "
+            "`moments`"
+        )
+    arrays: Arrays = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            names = set(file.keys())
+            if component.optimizer == "adam-step":
+                constants = file.metadata() or {}
+                arrays["adam"] = np.array([float(constants[name]) for name in ("beta1", "beta2", "eps")])
+            for layer in component.layers:
+                shape = layer.outputs, layer.inputs
+                if component.optimizer == "adam-step":
+                    for kind in ("first_moment", "second_moment"):
+                        arrays[f"{layer.name}/{kind}"] = _checked(file.get_tensor(f"{layer.name}/{kind}"), shape)
+                    continue
+                if f"{layer.name}/row_moments" in names:
+                    rows = _checked(file.get_tensor(f"{layer.name}/row_moments"), shape[:1])
+                    columns = _checked(file.get_tensor(f"{layer.name}/column_moments"), shape[1:])
+                else:
+                    second = _checked(file.get_tensor(f"{layer.name}/second_moment"), shape)
+                    rows, columns = second.mean(axis=1, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
+                arrays |= {f"{layer.name}/{side}": scale for side, scale in factored_scales(rows, columns).items()}
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise IncompatibleError(
+            f"{path} does not hold the moments of the model's layers ({error}); write it with the optimizer that trained this model"
+        ) from error
+    return arrays
+
+
+def _checked(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape:
+        raise ValueError(f"a layer has the shape {'x'.join(map(str, shape))}, the moments {'x'.join(map(str, array.shape))}")
+    if not np.isfinite(array).all():
+        raise ValueError("a moment is not finite")
+    return array
+
+
+def factored_scales(rows: Float[np.ndarray, " outputs"], columns: Float[np.ndarray, " inputs"]) -> Arrays:
+    """Return the scales of a layer's sides, whose outer product is V^(-1/2) in Adafactor's form; 0 where V is 0."""
+    mean = float(rows.mean())
+    return {"output_scale": _inverse_root(rows / mean if mean > 0 else rows), "input_scale": _inverse_root(columns)}
+
+
+def _inverse_root(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return np.where(values > 0, 1 / np.sqrt(np.where(values > 0, values, 1.0)), 0.0).astype(np.float32)
+
+
+def adam_step(
+    gradient: Float[Tensor, "batch weights"],
+    first: Float[Tensor, " weights"],
+    second: Float[Tensor, " weights"],
+    constants: Sequence[float],
+) -> Float[Tensor, "batch weights"]:
+    """Return the direction in which Adam would go for each gradient alone; see the module.
+
+    Args:
+        constants: beta1, beta2 and eps.
+    """
+    beta1, beta2, eps = constants
+    moved = beta1 * first + (1 - beta1) * gradient
+    return moved / torch.sqrt(beta2 * second + (1 - beta2) * gradient * gradient + eps)
