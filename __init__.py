@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .client import Client as Client
     from .evaluation.replay import Replayed as Replayed
     from .evaluation.replay import replay as replay
+    from .indexer.moments import save_moments as save_moments
     from .indexer.tasks import Task as Task
     from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
@@ -48,6 +49,7 @@ _HOMES = {
     "build": "building",
     "connect": "remote",
     "replay": "evaluation.replay",
+    "save_moments": "indexer.moments",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "connect",
     "evaluate",
     "replay",
+    "save_moments",
 ]
 
 

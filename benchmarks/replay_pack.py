@@ -7,7 +7,8 @@
     python benchmarks/replay_pack.py judge --run run --pack pack90 --pack pack50 --scores replay.npy --results replay.json \\
         --write docs/replay.md
 
-`record` fine-tunes the base model of llama_pack.py with AdamW for three epochs. A subset of the pack keeps the run's order, learning rates
+`record` fine-tunes the base model of llama_pack.py with AdamW for three epochs, and saves each with the optimizer's moments in
+`<run>-checkpoints`. A subset of the pack keeps the run's order, learning rates
 and denominators; what it leaves out has a weight of 0 (the protocol of MAGIC, arXiv 2503.13751). `judge` replays the pack's queries and
 judges them, indexes of several sizes, and the baselines, by their LDS. pack50 is made as pack90, of halves.
 """
@@ -25,7 +26,9 @@ from wherefrom.evaluation.judge import judge_index, judge_scores
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.replay import match_rows, replay_examples
 from wherefrom.indexer.models import ModelSource
+from wherefrom.indexer.moments import save_moments
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.indexer.trained import RECORD
 from wherefrom.ray_jobs.progress import Console
 from wherefrom.store.corpus import read_corpus, usable
 from wherefrom.store.fields import Fields
@@ -59,8 +62,10 @@ def record(base, out, epochs, batch_size, rate, eps):
     steps = epochs * -(-len(examples) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / _WARM_UP) * (1 - 0.9 * s / steps))
     order = random.Random(0)
+    rates: list[list[float]] = []
+    checkpoints: list[dict[str, object]] = []
     with TrainingRecorder(out, model, optimizer, tokenizer=tokenizer, clip_norm=1.0) as recorder:
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             shuffled = order.sample(examples, len(examples))
             for first in range(0, len(shuffled), batch_size):
                 batch = shuffled[first : first + batch_size]
@@ -75,7 +80,15 @@ def record(base, out, epochs, batch_size, rate, eps):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                rates.append([len(rates) + 1, schedule.get_last_lr()[0]])
                 schedule.step()
+            place = out.with_name(f"{out.name}-checkpoints") / f"epoch-{epoch}"
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            save_moments(model, optimizer, place)
+            checkpoints.append({"step": len(rates), "path": place.name})
+    record = {"trained": None, "checkpoints": checkpoints, "rates": rates}
+    (place.parent / RECORD).write_text(json.dumps(record))
 
 
 def replay_scores(run, pack, file):

@@ -29,7 +29,7 @@ _ROW = {"components": ("blocks",), "projection": "random"}
 PRESETS: dict[PresetName, Preset] = {
     "trackstar": Preset(
         paper="TrackStar, arXiv 2410.17413",
-        build={**_ROW, "rank": 16, "curvature": "fisher", "labels": "data", "optimizer": "second-moments", "damping": 1e-3},
+        build={**_ROW, "rank": 16, "curvature": "fisher", "labels": "data", "optimizer": "second-moments", "damping": 0.1},
         query={"mode": "cosine", "mix": "auto"},
     ),
     "less": Preset(
@@ -39,7 +39,7 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "trak": Preset(
         paper="TRAK, arXiv 2303.14186",
-        build={**_ROW, "rank": 32, "curvature": "fisher", "labels": "margin", "damping": 1e-3},
+        build={**_ROW, "rank": 32, "curvature": "fisher", "labels": "margin", "damping": 0.1},
         query={},
     ),
 }

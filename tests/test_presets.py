@@ -303,7 +303,7 @@ def test_what_a_preset_sets_is_printed(tmp_path, data):
     expected = (
         "preset trackstar (TrackStar, arXiv 2410.17413): components blocks, projection random, rank 3, curvature fisher, labels data, "
     )
-    assert expected + "optimizer second-moments, damping 0.001" in " ".join(result.output.split())
+    assert expected + "optimizer second-moments, damping 0.1" in " ".join(result.output.split())
 
 
 def test_what_does_not_go_together_is_refused(tmp_path, data):

@@ -40,7 +40,7 @@ from wherefrom.ray_jobs.build import build
 
 _TRAIN = 5000
 _QUERIES = 500
-_REMOVED = 0.01
+REMOVED = 0.01
 _SEGMENTS = 3
 _ITERATIONS = 3
 _AT_ONCE = 50  # models trained side by side
@@ -273,7 +273,7 @@ def judge(name, data, out, scratch, peers, results, queries):
     board = known.setdefault(name, {})
     scratch.mkdir(parents=True, exist_ok=True)
     train, asked = images(pack.train), images(pack.queries[:queries])
-    removed = round(_REMOVED * len(pack.train))
+    removed = round(REMOVED * len(pack.train))
     seeds = [0] * queries
 
     def without(sets):
