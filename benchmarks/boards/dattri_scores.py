@@ -4,7 +4,7 @@
     PYTHONPATH=peers python benchmarks/boards/dattri_scores.py mnist-lr --method trak --data IDX_DIR --out boards --file trak.npy
 
 - explicit: influence by the inverse of the whole Hessian (logistic regression only), with a regularization of 0.01.
-- trak: the projected after-kernel of one model, on 512 random directions.
+- trak: the projected after-kernel of one model, or with --members of the board's ensemble, on 512 random directions each.
 
 Signs are those of Wherefrom: positive for an example that lowers the query's loss.
 """
@@ -44,6 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("board")
     parser.add_argument("--method", choices=["explicit", "trak"], required=True)
+    parser.add_argument("--members", action="store_true")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--file", type=Path, required=True)
@@ -70,7 +71,9 @@ def main():
         attributor.cache(DataLoader(loaders[0].dataset, batch_size=len(pack.train)))
         scores = attributor.attribute(*loaders)
     else:
-        task = AttributionTask(loss_func=margin, model=model, checkpoints=model.state_dict())
+        others = sorted((args.out / args.board).glob("member-*.safetensors")) if args.members else []
+        checkpoints = [model.state_dict(), *(network(load_file(file)).state_dict() for file in others)]
+        task = AttributionTask(loss_func=margin, model=model, checkpoints=checkpoints)
         attributor = TRAKAttributor(task=task, correct_probability_func=correct_probability)
         attributor.cache(loaders[0])
         scores = attributor.attribute(loaders[1])

@@ -2,7 +2,6 @@
 
     python benchmarks/boards/images.py make mnist-lr --data IDX_DIR --out boards
     python benchmarks/boards/images.py judge mnist-lr --data IDX_DIR --out boards --results boards.json [--scores NAME=FILE ...]
-    python benchmarks/boards/images.py table --results boards.json --write docs/boards.md
 
 `make` trains a classifier on 5,000 images, and again on 100 random halves with several seeds; it writes a ground-truth pack
 (docs/evaluation.md) with checkpoints of the first model. `judge` builds indexes of it and scores them. `--scores` judges a matrix
@@ -13,12 +12,11 @@
 - fashion: the same perceptron on Fashion-MNIST's test set, SGD 0.03 with momentum 0.9 and weight decay 0.001 for 20 epochs.
 
 LDS is as in `wherefrom evaluate lds`. QLD is the mean rise of a query's loss (nats) when its highest 1 % of examples are left out of
-training, above the rise when random 1 % are left out.
+training, above the rise when random 1 % are left out. table.py prints the results.
 """
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from pages import write_between
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
 from wherefrom.evaluation.lds import ceiling, estimate
@@ -42,6 +37,7 @@ _TRAIN = 5000
 _QUERIES = 500
 REMOVED = 0.01
 _SEGMENTS = 3
+_MEMBERS = 10  # of an ensemble
 _ITERATIONS = 3
 _AT_ONCE = 50  # models trained side by side
 _WHOLE = {"rank": 1 << 20, "curvature": "ekfac", "labels": "expected", "row_dtype": "float16"}
@@ -180,6 +176,17 @@ def make(name, data, out):
     print(f"{name}: accuracy {accuracy:.3f}, noise ceiling {ceiling(losses)}")
 
 
+def members(protocol, train, folder):
+    """Files of models of an ensemble: the pack's, and others from other seeds, which are trained unless they are there."""
+    files = [folder / f"member-{number}.safetensors" for number in range(1, _MEMBERS)]
+    if not all(file.exists() for file in files):
+        seeds = [10_000 + 2 * number for number in range(1, _MEMBERS)]
+        models = Models(protocol, seeds).train(*train, np.tile(np.arange(len(train[1])), (len(seeds), 1)), [seed + 1 for seed in seeds])
+        for number, file in enumerate(files):
+            models.save(number, file)
+    return (str(folder / "model-0.safetensors"), *map(str, files))
+
+
 def our_scores(name, pack, folder, scratch):
     """Yield the name, scores [examples, queries], bytes an example and seconds a query of each of our rungs."""
     protocol = PROTOCOLS[name]
@@ -210,6 +217,9 @@ def our_scores(name, pack, folder, scratch):
         *scored(index("800", last, bytes_per_example=800), Metric(refine=_ITERATIONS)),
     )
     yield "LoGra, rank 16, float32", *scored(index("logra", last, rank=16), Metric())
+    yield "TRAK of one model", *scored(index("trak", last, preset="trak"), Metric(preset="trak"))
+    ensemble = index("ensemble", members(protocol, images(pack.train), folder), preset="trak")
+    yield f"TRAK of {_MEMBERS} models", *scored(ensemble, Metric(preset="trak"))
     whole = index("whole", last, damping=1.0, **_WHOLE)
     yield "EK-FAC, whole layers", *scored(whole, Metric())
     yield "EK-FAC, damping 0.1", *scored(whole, Metric(damping=0.1))
@@ -312,51 +322,19 @@ def judge(name, data, out, scratch, peers, results, queries):
         record(peer, np.load(file).astype(np.float64))
 
 
-_PUBLISHED = {
-    "mnist-lr": "dattri's board, with MNIST's training images: explicit influence 0.80, LiSSA 0.79, TRAK of 50 models 0.68, of one 0.42, "
-    "TracIn 0.33.",
-    "mnist-mlp": "dattri's board, with MNIST's training images and dropout: TRAK of 50 models 0.45, of 10 0.33, influence by conjugate "
-    "gradients 0.26, TracIn 0.15, TRAK of one model 0.11.",
-    "fashion": "SOURCE's board (arXiv 2405.12186), with another perceptron and recipe: SOURCE 0.46, influence functions 0.30.",
-}
-_MARKS = "<!-- boards: benchmarks/boards/images.py -->", "<!-- end of boards -->"
-
-
-def table(known):
-    """Markdown of all boards."""
-    lines = []
-    for name, board in known.items():
-        lines += [f"### {name}", "", f"Published: {_PUBLISHED[name]}", ""]
-        lines += ["| method | bytes an example | LDS | 95 % interval | QLD |", "|---|---|---|---|---|"]
-        for method, found in sorted(board.items(), key=lambda item: -item[1].get("lds", 0)):
-            if "lds" in found:
-                size = f"{found['bytes']:,.0f}" if found["bytes"] else ""
-                interval = f"{found['low']:.3f} to {found['high']:.3f}"
-                qld = f"{found['qld']:.2f} ± {found['qld_error']:.2f}"
-                lines.append(f"| {method} | {size} | {found['lds']:.3f} | {interval} | {qld} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def main():
     """Make or judge a board, or write the table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "judge", "table"])
-    parser.add_argument("board", nargs="?", choices=list(PROTOCOLS))
+    parser.add_argument("action", choices=["make", "judge"])
+    parser.add_argument("board", choices=list(PROTOCOLS))
     parser.add_argument("--data", type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, default=Path("boards"))
     parser.add_argument("--results", type=Path, default=Path("boards.json"))
     parser.add_argument("--queries", type=int, default=100, help="for QLD")
-    parser.add_argument("--write", type=Path)
     parser.add_argument("--scores", nargs="*", default=[], metavar="NAME=FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.action == "table":
-        text = table(json.loads(args.results.read_text()))
-        print(text)
-        if args.write:
-            write_between(args.write, _MARKS, text)
-    elif args.action == "make":
+    if args.action == "make":
         make(args.board, args.data, args.out)
     else:
         peers = [text.split("=", 1) for text in args.scores]
