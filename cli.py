@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -465,12 +466,14 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
     each query. Deleted rows have no score (NaN). --recompute takes a pass over the corpus.
     """
     from .query.matrix import write_scores
+    from .query.metric import Metric
     from .ray_jobs.progress import Console
 
     queries = list(_read_queries(file))
     options = take_options(values, ScoreOptions)
     client = _local_client(index, values, queries, with_model=recompute)
-    blocks = client.recomputed_blocks if recompute else client.score_blocks
+    mixes = Metric.of(options).mix is not None  # type: ignore[arg-type]
+    blocks = client.recomputed_blocks if recompute else partial(client.score_blocks, together=queries if mixes else None)
     with Console() as reporter:
         shape = write_scores(client.index, lambda part: blocks(part, **options), queries, Path(out), reporter)
     say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")

@@ -22,7 +22,7 @@ from .query.metric import Metric
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.plain import query_document, without_contrasts
 from .query.rerank import Recomputation
-from .query.scoring import Scorer, all_scores
+from .query.scoring import Scorer, all_scores, mixed_components
 from .recompute import Recomputer
 from .store.corpus import Document, usable
 from .store.documents import Example
@@ -114,7 +114,9 @@ class Client(BaseClient):
         recomputation = None
         if options.get("rerank"):
             recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
-            recomputation = Recomputation(recompute, self._recomputer.unprojected_layers, lambda: self._recomputer.refinement)
+            recomputer = self._recomputer
+            layers = recomputer.unprojected_layers
+            recomputation = Recomputation(recompute, layers, recomputer.query_bits, lambda: recomputer.refinement)
         plain, _ = without_contrasts(queries)
         key = self._row_key(Metric.of(options))
         refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
@@ -132,11 +134,16 @@ class Client(BaseClient):
         return np.where(mask, scores, np.float32(np.nan))
 
     def score_blocks(
-        self, queries: Sequence[Query], **options: Unpack[ScoreOptions]
+        self, queries: Sequence[Query], together: Sequence[Query] | None = None, **options: Unpack[ScoreOptions]
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-        """Yield the first row of each group of shards, and the scores of its rows, deleted ones too."""
+        """Yield the first row of each group of shards, and the scores of its rows, deleted ones too.
+
+        Args:
+            together: the queries whose second moments `mix` takes; by default, these.
+        """
         metric = Metric.of(options)
-        return all_scores(self.index, self.encode(queries, metric), metric)
+        mixings = None if together is None else mixed_components(self.index, self.encode(together, metric), metric)
+        return all_scores(self.index, self.encode(queries, metric), metric, mixings)
 
     def encode(self, queries: Sequence[Query], metric: Metric = Metric()) -> Rows:
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
@@ -285,6 +292,8 @@ class Client(BaseClient):
         self, queries: Sequence[Query], rows: Sequence[int], **options: Unpack[ScoreOptions]
     ) -> Float64[np.ndarray, "queries rows"]:
         """Compute the scores of training examples again with the model, from rows without codes, as `rerank` does for candidates.
+
+        The vectors of more queries than fit into a gibibyte are kept in 8 bits.
 
         Args:
             rows: of the examples.

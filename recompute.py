@@ -5,9 +5,9 @@ projection (Grosse et al., arXiv 2308.03296), while head and embeddings stay tho
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,67 @@ from .store.documents import Example
 from .store.errors import UsageError
 from .store.index import Index
 from .store.rerank import rerank_view
-from .store.shapes import Float64, Int64
-from .store.vectors import Rows, combine, cut, join
+from .store.shapes import Float32, Float64, Int8, Int64
+from .store.vectors import DenseVectors, Rows, combine, cut, join
 
 if TYPE_CHECKING:
     from .indexer.encoder import EncodedBatch, Encoder
 
 _ROW_BYTES = 1 << 30  # of the rows of queries, and of those of examples, that are in memory at once; but a row of each at least
+_CODED_PER_FLOAT = 4  # parts of 8 bits that take as many bytes as one of float32
+_CODED_BLOCK = 4096
+_LARGEST_CODE = 127
+
+
+@dataclass(frozen=True)
+class CodedVectors:
+    """Dense vectors in 8 bits a coordinate, with a scale for each of their blocks, as memory for many long ones (arXiv 2308.03296 keeps
+    queries at low rank).
+
+    Attributes:
+        codes: rounded coordinates over their block's scale.
+        scales: of blocks of `_CODED_BLOCK` coordinates; the largest coordinate of a block is 127 times its scale.
+    """
+
+    codes: Int8[np.ndarray, "rows dim"]
+    scales: Float32[np.ndarray, "rows blocks"]
+
+    @classmethod
+    def of(cls, vectors: DenseVectors) -> "CodedVectors":
+        """Round vectors."""
+        codes = np.empty_like(vectors.values, dtype=np.int8)
+        blocks = _coded_blocks(codes.shape[1])
+        scales = np.empty((len(codes), len(blocks)), np.float32)
+        for number, block in enumerate(blocks):
+            values = vectors.values[:, block]
+            scales[:, number] = np.abs(values).max(axis=1) / _LARGEST_CODE
+            divisors = np.where(scales[:, number] > 0, scales[:, number], 1.0)
+            codes[:, block] = np.rint(values / divisors[:, None]).clip(-_LARGEST_CODE, _LARGEST_CODE)
+        return cls(codes, scales)
+
+    def inner_products(self, other: DenseVectors) -> Float32[np.ndarray, "rows others"]:
+        """Compute inner products with float32 rows."""
+        products = np.zeros((len(self.codes), len(other)), np.float32)
+        for number, block in enumerate(_coded_blocks(self.codes.shape[1])):
+            products += (self.codes[:, block].astype(np.float32) * self.scales[:, number, None]) @ other.values[:, block].T
+        return products
+
+
+def _coded_blocks(dim: int) -> list[slice]:
+    return [slice(first, first + _CODED_BLOCK) for first in range(0, dim, _CODED_BLOCK)]
+
+
+class _Prepared(NamedTuple):
+    """Queries of some answers.
+
+    Attributes:
+        scaled: by component, vectors whose products with rows are scores.
+        lengths: squared, for cosines.
+    """
+
+    scorer: Scorer
+    scaled: dict[str, Any]
+    lengths: Float64[np.ndarray, " answers"]
 
 
 class Recomputer:
@@ -87,35 +141,49 @@ class Recomputer:
         answers = answers or range(len(mean))
         examples = [self._index.example(row) for row in rows.tolist()]
         size = self._most_rows
-        blocks = [self._block(queries, mean[answers[i : i + size]], metric, rows, examples) for i in range(0, len(answers), size)]
-        return np.concatenate([np.zeros((0, len(rows))), *blocks])
+        parts = [answers[first : first + size] for first in range(0, len(answers), size)]
+        coded = self.query_bits(len(answers)) == 8
+        at_once = _CODED_PER_FLOAT if coded else 1
+        scores = [np.zeros((0, len(rows)))]
+        for first in range(0, len(parts), at_once):
+            prepared = [self._prepared(queries, mean[part], metric, coded) for part in parts[first : first + at_once]]
+            scores += self._products(prepared, metric, rows, examples)
+        return np.concatenate(scores)
 
-    def _block(
-        self,
-        queries: Sequence[Query],
-        mean: Float64[np.ndarray, "answers queries"],
-        metric: Metric,
-        rows: Int64[np.ndarray, " rows"],
-        examples: Sequence[Example],
-    ) -> Float64[np.ndarray, "answers rows"]:
+    def query_bits(self, answers: int) -> int:
+        """Return the bits of a coordinate of the queries' vectors for so many answers."""
+        return 8 if answers > self._most_rows else 32
+
+    def _prepared(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"], metric: Metric, coded: bool) -> "_Prepared":
         query_rows = self._combined_rows(queries, mean, metric)
         scorer = Scorer.of(self.view, query_rows, metric)
-        scaled = {o.component.name: o.scaled(self.view, query_rows[o.component.name], stored=False) for o in scorer.operands}
-        lengths = [0.0] * len(mean)
+        scaled: dict[str, Any] = {}
+        for operand in scorer.operands:
+            component = operand.component
+            vectors: Any = operand.scaled(self.view, query_rows[component.name], stored=False)
+            scaled[component.name] = CodedVectors.of(vectors) if coded and component.has_wide_rows else vectors
+        lengths = np.zeros(len(mean))
         if metric.mode == "cosine":
-            lengths = [scorer.squared_length(cut(query_rows, i, i + 1), stored=False) for i in range(len(mean))]
-        scores = np.zeros((len(mean), len(rows)))
+            lengths = np.array([scorer.squared_length(cut(query_rows, i, i + 1), stored=False) for i in range(len(mean))])
+        return _Prepared(scorer, scaled, lengths)
+
+    def _products(
+        self, prepared: Sequence["_Prepared"], metric: Metric, rows: Int64[np.ndarray, " rows"], examples: Sequence[Example]
+    ) -> list[Float64[np.ndarray, "answers rows"]]:
+        """Compute the scores of examples for all of the prepared answers, in one pass."""
+        scores = [np.zeros((len(part.lengths), len(rows))) for part in prepared]
         for batch in self._batches(examples):
             exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
-            products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in scaled.items())
-            for number, position in enumerate(batch.positions):
-                scale = np.ones(len(mean))
-                if metric.mode == "cosine":
-                    squared = scorer.squared_length(cut(exact, number, number + 1), stored=False)
-                    scale = np.array([(squared * length) ** -0.5 if squared * length > 0 else 0.0 for length in lengths])
-                elif metric.mode == "loss-normalized":
-                    scale *= scorer.scale(0, int(rows[position]))
-                scores[:, position] = np.asarray(products)[:, number] * scale
+            for part, own in zip(prepared, scores, strict=True):
+                products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in part.scaled.items())
+                for number, position in enumerate(batch.positions):
+                    scale = np.ones(len(own))
+                    if metric.mode == "cosine":
+                        lengths = part.lengths * part.scorer.squared_length(cut(exact, number, number + 1), stored=False)
+                        scale = np.divide(1.0, np.sqrt(lengths), out=np.zeros(len(own)), where=lengths > 0)
+                    elif metric.mode == "loss-normalized":
+                        scale *= part.scorer.scale(0, int(rows[position]))
+                    own[:, position] = np.asarray(products)[:, number] * scale
         return scores
 
     def _batches(self, examples: Sequence[Example]) -> Iterator["EncodedBatch"]:

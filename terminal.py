@@ -82,6 +82,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         )
         others = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
         recomputed = f"with EK-FAC of {r.unprojected_layers:,} whole layers" if r.unprojected_layers else "without codes"
+        recomputed += ", the queries in 8 bits," if r.query_bits == 8 else ""
         yield Text(f"{r.candidates:,} candidates computed again {recomputed} in {r.seconds:.1f} s; {others}{differ}", style="dim")
     if s.refine is not None:
         f = s.refine

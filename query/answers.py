@@ -70,6 +70,7 @@ class RerankReport:
         seconds: wall time.
         unprojected_layers: number of layers whose gradients were recomputed without projection (`wherefrom fit`); 0 for the rows that the
             index codes.
+        query_bits: of a coordinate of the queries' vectors: 32, or 8 where more queries are asked together than fit into memory.
     """
 
     candidates: int
@@ -78,6 +79,7 @@ class RerankReport:
     difference: float | None
     seconds: float
     unprojected_layers: int = 0
+    query_bits: int = 32
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ class Recomputation(NamedTuple):
     Attributes:
         scores: function from rows and the numbers of consecutive queries to the scores of these rows for these queries.
         unprojected_layers: number of layers whose gradients are not projected; 0 for rows as those of the index.
+        query_bits: function from a number of queries to the bits of a coordinate of their vectors.
         refinement: function that returns how the queries of the last computation were refined; None where they were not.
     """
 
     scores: Callable[[Int64[np.ndarray, " rows"], range], Float64[np.ndarray, "queries rows"]]
     unprojected_layers: int
+    query_bits: Callable[[int], int]
     refinement: Callable[[], RefineReport | None]
 
 
@@ -116,6 +118,7 @@ def rerank(
             difference=float(np.sqrt(np.mean(differences**2))) if len(differences) else None,
             seconds=seconds,
             unprojected_layers=recomputation.unprojected_layers,
+            query_bits=recomputation.query_bits(len(numbers)),
         )
         reranked = replace(hits, proponents=best[0], proponent_scores=best[1], opponents=worst[0], opponent_scores=worst[1])
         results.append(Reranked(reranked, stored, report))

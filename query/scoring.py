@@ -227,9 +227,15 @@ def by_group(groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Resu
             yield group, future.result()
 
 
-def all_scores(index: Index, queries: Rows, metric: Metric = Metric()) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-    """Yield the first row and the scores of each group of shards, in row order; deleted rows are scored too."""
-    for group, scores in by_group(index.groups, Scorer.of(index, queries, metric).scores):
+def all_scores(
+    index: Index, queries: Rows, metric: Metric = Metric(), mixings: Mapping[str, Mixing] | None = None
+) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
+    """Yield the first row and the scores of each group of shards, in row order; deleted rows are scored too.
+
+    Args:
+        mixings: see `Scorer.of`.
+    """
+    for group, scores in by_group(index.groups, Scorer.of(index, queries, metric, mixings).scores):
         yield group.first, scores
 
 

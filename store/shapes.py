@@ -6,10 +6,10 @@ Importing jaxtyping takes a quarter of the time that opening an index takes. A p
 import sys
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Bool", "Float", "Float16", "Float32", "Float64", "Int", "Int32", "Int64", "UInt8", "UInt32", "UInt64"]
+__all__ = ["Bool", "Float", "Float16", "Float32", "Float64", "Int", "Int8", "Int32", "Int64", "UInt8", "UInt32", "UInt64"]
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int32, Int64, UInt8, UInt32, UInt64
+    from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int8, Int32, Int64, UInt8, UInt32, UInt64
 else:
 
     class _Unchecked:
@@ -18,4 +18,4 @@ else:
         def __class_getitem__(cls, array_and_shape: tuple[Any, str]) -> Any:
             return array_and_shape[0]
 
-    Bool = Float = Float16 = Float32 = Float64 = Int = Int32 = Int64 = UInt8 = UInt32 = UInt64 = _Unchecked
+    Bool = Float = Float16 = Float32 = Float64 = Int = Int8 = Int32 = Int64 = UInt8 = UInt32 = UInt64 = _Unchecked

@@ -19,6 +19,7 @@ from wherefrom.indexer.batches import IGNORED
 from wherefrom.indexer.moments import MOMENTS_FILE, adam_step, factored_scales, save_moments
 from wherefrom.indexer.projection import random_projection
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.query import matrix
 from wherefrom.query.mixing import mixed_share
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IncompatibleError, NotFoundError, UsageError
@@ -104,8 +105,8 @@ def trackstar(client, model, optimizer, queries, share=None):
         share = other[k] / (own[k] + other[k])
     damping = component.curvature.damping
     products, lengths = 0.0, {"corpus": 0.0, "asked": 0.0}
-    for number, matrix in enumerate(spectra["corpus"]):
-        damped = matrix + damping * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+    for number, own in enumerate(spectra["corpus"]):
+        damped = own + damping * np.trace(own) / len(own) * np.eye(len(own))
         inverse = np.linalg.inv(share * spectra["asked"][number] + (1 - share) * damped)
         products = products + rows["asked"][number] @ inverse @ rows["corpus"][number].T
         for kind, value in lengths.items():
@@ -115,7 +116,7 @@ def trackstar(client, model, optimizer, queries, share=None):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
 @pytest.mark.parametrize("share", [None, 0.6])
-def test_trackstar_is_its_equations(tmp_path, data, optimizer, share):
+def test_trackstar_is_its_equations(tmp_path, data, optimizer, share, monkeypatch):
     model, steps = trained(tmp_path / "m", optimizer)
     client = indexed(tmp_path / "i", str(tmp_path / "m"), data, preset="trackstar", rank=5)
     found = client.scores(QUERIES, preset="trackstar", **({} if share is None else {"mix": str(share)}))
@@ -127,6 +128,12 @@ def test_trackstar_is_its_equations(tmp_path, data, optimizer, share):
         assert_close([score for _, score in ranked], scores[[row for row, _ in ranked]], 1e-5, scale=1.0)
     alone = client.scores(QUERIES[:1], preset="trackstar")
     assert np.abs(alone - found[:1]).max() > 1e-3  # the other queries matter
+    file = write_jsonl(tmp_path / "queries.jsonl", [{"id": str(i), "text": q.text} for i, q in enumerate(QUERIES)])
+    monkeypatch.setattr(matrix, "_BLOCK_BYTES", 1)  # a query at a time
+    command = ["scores", str(tmp_path / "i"), "--file", str(file), "--out", str(tmp_path / "s.zarr"), "--preset", "trackstar"]
+    result = CliRunner().invoke(main, command + ([] if share is None else ["--mix", str(share)]))
+    assert result.exit_code == 0, result.output
+    assert_close(matrix.read_matrix(tmp_path / "s.zarr")[0], found, 1e-5, scale=1.0)
     answers = client.query(QUERIES[0], k=3, preset="trackstar", mix="0.5")
     best = client.scores(QUERIES[:1], preset="trackstar", mix="0.5")[0]
     assert_close([a.score for a in answers.proponents], np.sort(best)[::-1][:3], 1e-5, scale=1.0)

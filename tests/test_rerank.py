@@ -9,6 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import METRICS, assert_close, example_queries, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query, recompute
 from wherefrom.cli import main
 from wherefrom.query.answers import Answer
@@ -18,6 +20,7 @@ from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.rerank import fit_rerank
 from wherefrom.store.errors import IncompatibleError, IntegrityError, UsageError
 from wherefrom.store.rerank import read_record
+from wherefrom.store.vectors import DenseVectors
 
 QUERIES = example_queries()
 
@@ -284,6 +287,19 @@ def test_the_fit_covers_all_layers_and_its_eigenvalues_are_second_moments(client
         assert view.arrays[f"blocks/{layer.name}/eigenvalues"].min() >= 0
 
 
+@given(st.integers(1, 3), st.integers(1, 9000), st.integers(0, 2**31))
+def test_vectors_in_8_bits_err_by_half_a_step_of_their_block(rows, dim, seed):
+    generator = np.random.default_rng(seed)
+    values = (generator.standard_normal((rows, dim)) * generator.choice([0.0, 1e-20, 1.0, 1e20], dim)).astype(np.float32)
+    coded = recompute.CodedVectors.of(DenseVectors(values))
+    others = generator.standard_normal((4, dim)).astype(np.float32)
+    blocks = [slice(first, first + 4096) for first in range(0, dim, 4096)]
+    largest = sum(np.abs(values[:, b]).max(axis=1)[:, None] / 254 * np.abs(others[:, b]).sum(axis=1) for b in blocks)
+    size = np.abs(values.astype(float)) @ np.abs(others.astype(float)).T
+    errors = np.abs(coded.inner_products(DenseVectors(others)) - values.astype(float) @ others.astype(float).T)
+    assert (errors <= 1.01 * largest + 1e-4 * size).all()
+
+
 def test_queries_in_pieces_give_the_same(fitted, monkeypatch):
     queries = [QUERIES["text"], QUERIES["completion"], QUERIES["against"]]
     together = fitted.recomputed_scores(queries, range(20))
@@ -291,7 +307,17 @@ def test_queries_in_pieces_give_the_same(fitted, monkeypatch):
     scores = {a.row: a.score for a in (*mean.proponents, *mean.opponents)}
     assert_close([scores[row] for row in range(20)], together.mean(axis=0), 1e-3, np.abs(together).max())
     monkeypatch.setattr(recompute, "_ROW_BYTES", 1)
-    assert_close(fitted.recomputed_scores(queries, range(20)), together, 1e-4, np.abs(together).max())
+    coded = Client(fitted.index.path).recomputed_scores(queries, range(20))
+    assert (coded != together).any()
+    assert_close(coded, together, 2e-3, np.abs(together).max())
+    for options in ({"mode": "cosine"}, {"mode": "loss-normalized"}):
+        scores = Client(fitted.index.path).recomputed_scores(queries, range(20), **options)
+        monkeypatch.undo()
+        expected = Client(fitted.index.path).recomputed_scores(queries, range(20), **options)
+        monkeypatch.setattr(recompute, "_ROW_BYTES", 1)
+        assert_close(scores, expected, 2e-3, np.abs(expected).max())
+    for answer in Client(fitted.index.path).query_many(queries, k=3, rerank=3):
+        assert answer.search.rerank.query_bits == 8
     (again,) = Client(fitted.index.path).query_many(queries, k=120, rerank=120, mean=True)
     assert_close([a.score for a in again.proponents], [a.score for a in mean.proponents], 1e-3)
 

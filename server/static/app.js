@@ -168,7 +168,7 @@ function render() {
   $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
   if (s.rerank) {
     const differ = s.rerank.difference === null ? "" : `; near that, stored and recomputed scores differ by ${short(s.rerank.difference)} (root mean square)`;
-    $("certificate").textContent += `; ${s.rerank.candidates.toLocaleString()} candidates computed again ${s.rerank.unprojected_layers ? `with EK-FAC of ${s.rerank.unprojected_layers} whole layers ` : ""}in ${s.rerank.seconds.toFixed(1)} s; by stored rows, no other scores above ${short(s.rerank.highest)}${s.rerank.lowest === null ? "" : ` or below ${short(s.rerank.lowest)}`}${differ}`;
+    $("certificate").textContent += `; ${s.rerank.candidates.toLocaleString()} candidates computed again ${s.rerank.unprojected_layers ? `with EK-FAC of ${s.rerank.unprojected_layers} whole layers ` : ""}${s.rerank.query_bits === 8 ? "with queries in 8 bits " : ""}in ${s.rerank.seconds.toFixed(1)} s; by stored rows, no other scores above ${short(s.rerank.highest)}${s.rerank.lowest === null ? "" : ` or below ${short(s.rerank.lowest)}`}${differ}`;
   }
   $("twin").href = `/v1/query?q=${encodeURIComponent(JSON.stringify({ ...asked.query, ...asked.options, ...asked.search }))}`;
   fill($("proponents"), proponents, "Nothing spoke for it.");
