@@ -4,15 +4,16 @@
 the last model (SOURCE: Bae et al., arXiv 2405.12186, equation 14). H_l is the curvature of the component of checkpoint l, in its own
 eigenbasis. Dense components are carried by whole gradients, sparse ones token by token.
 
-**Refinement.** Influence needs the solution v of (G + a) v = g for the query's gradient g. EK-FAC gives an approximate one, from which
-preconditioned conjugate gradients go on with exact products of the Gauss-Newton matrix G over the whole corpus. G covers the layers of one
-dense component, with all terms between them. Stored rows stay as they are. Beside other components, a refined row is scaled so that the
-query's score with itself stays what it was, since the components' weights rest on such scores (indexer/calibrate.py).
+**Refinement.** Influence needs the solution v of (G + a) v = g for the query's gradient g. The stored curvature gives an approximate one,
+from which preconditioned conjugate gradients go on with exact products of the Gauss-Newton matrix G over the whole corpus. G covers the
+weights of all components, with all terms between them; a weight that is head and embeddings is one. Stored rows stay as they are. The
+components' products with v add up as they are, so each counts once, whatever its weight in other scores.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,18 +24,18 @@ from .indexer.encoder import Encoder, EncoderSettings
 from .indexer.gauss_newton import GaussNewton
 from .query.answers import RefineReport
 from .query.metric import Metric
-from .query.operands import change_of_curvature
+from .query.operands import changed_rows
 from .query.source import learning_times
 from .store.documents import Example
 from .store.errors import NumericalError, UsageError
 from .store.index import Index
-from .store.manifest import Component
+from .store.manifest import Component, Layer
 from .store.shapes import Float, Float64
-from .store.vectors import join
+from .store.vectors import DenseVectors, join
 
 _GRADIENT_BYTES = 1 << 30  # of whole gradients in memory at once; but one at least
-_DAMPING = 10.0  # of refined queries, relative to the mean eigenvalue of a layer's weights
-_DAMPING_CLASSES = 30.0  # of models with one label an example
+_DAMPING = {"blocks": 10.0, "head": 1.0, "embeddings": 1.0}  # of refined queries, relative to the mean eigenvalue of a layer's weights
+_DAMPING_CLASSES = {"blocks": 30.0}  # of models with one label an example
 _COPIES = 8  # of the gradients, that conjugate gradients hold
 
 
@@ -75,8 +76,8 @@ def _carried(index: Index, encoder: Encoder, training: str, examples: Sequence[E
         chain = chains[component.name]
         if len(chain) != len(encoder.models) or any(other.layer_names != component.layer_names for other in chain):
             raise UsageError("the checkpoints of this index track different layers; SOURCE needs the same of each")
-    final = _plain_encoder(encoder, last)
-    size = _at_once(final.settings.components, 1, len(examples))
+    final = _encoder_of(encoder, {c.name: encoder.component_encoders[c.name].plain_component() for c in last})
+    size = _at_once(final.settings.components, len(examples))
     parts = []
     for first in range(0, len(examples), size):
         encoded = final.rows(examples[first : first + size], queries=queries, exact=True)
@@ -91,80 +92,128 @@ def _carried(index: Index, encoder: Encoder, training: str, examples: Sequence[E
     return dict(join(parts))
 
 
+class _Equation:
+    """(G + a) v = g in the weights of some components of one model, with all terms between them.
+
+    Args:
+        components: of the index's only model.
+        relative: damping by component, relative to the mean eigenvalue of each layer's weights.
+        corpus: the examples that G is the mean over.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        encoder: Encoder,
+        components: Sequence[Component],
+        metric: Metric,
+        relative: Mapping[str, float],
+        corpus: Sequence[Example],
+    ) -> None:
+        self.parts: dict[str, Any] = {component.name: encoder.component_encoders[component.name] for component in components}
+        self.whole = _encoder_of(encoder, {name: part.whole_component() for name, part in self.parts.items()})
+        self.slices: dict[str, slice] = {}
+        self._solvers: dict[str, Float64[np.ndarray, " layers"]] = {}  # of equal weights, one
+        layers: list[Layer] = []
+        weights: dict[int, slice] = {}
+        self.size = 0
+        for component in components:
+            own = self.parts[component.name].equation_layers()
+            weight = id(encoder.model.get_submodule(own[0].name).weight)
+            part = slice(self.size, self.size + sum(layer.outputs * layer.inputs for layer in own))
+            if weight not in weights:
+                weights[weight] = part
+                self._solvers[component.name] = _damping(index, component, self.parts[component.name], metric, relative[component.name])
+                self.size = part.stop
+            self.slices[component.name] = weights[weight]
+            offset = weights[weight].start
+            for layer in own:
+                layers.append(layer.model_copy(update={"offset": offset}))
+                offset += layer.outputs * layer.inputs
+        self._matrix = GaussNewton(encoder.task, encoder.model, layers, corpus)
+        self._damping = torch.zeros(self.size, dtype=torch.float64)
+        for name, damping in self._solvers.items():
+            self._damping[self.slices[name]] = self.parts[name].by_coordinate(damping)
+
+    def gradients(self, examples: Sequence[Example], queries: bool) -> Float64[Tensor, "queries parameters"]:
+        """The whole gradients of queries; those of a weight that is head and embeddings are added."""
+        rows = self.whole.rows(examples, queries=queries, exact=True)
+        gradients = torch.zeros((len(examples), self.size), dtype=torch.float64)
+        for name, part in self.parts.items():
+            gradients[:, self.slices[name]] += torch.from_numpy(part.whole_gradients(rows[name]).values)
+        return gradients
+
+    def preconditioned(self, vectors: Float64[Tensor, "queries parameters"]) -> Float64[Tensor, "queries parameters"]:
+        """Multiply vectors with the inverse of the stored curvature, plus damping."""
+        result = torch.empty_like(vectors)
+        for name, damping in self._solvers.items():
+            own = DenseVectors(vectors[:, self.slices[name]].numpy())
+            result[:, self.slices[name]] = torch.from_numpy(self.parts[name].solved(own, damping).values)
+        return result
+
+    def product(self, vectors: Float64[Tensor, "queries parameters"]) -> Float64[Tensor, "queries parameters"]:
+        """Multiply vectors with G + a."""
+        return self._matrix.product(vectors) + self._damping * vectors
+
+
 def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[Example], queries: bool) -> QueryRows:
     start = time.perf_counter()
-    components = encoder.settings.components
-    wide: list[Any] = [component for component in components if component.has_wide_rows]
-    if len(encoder.models) > 1 or not wide:
-        problem = "several models" if len(encoder.models) > 1 else "no dense component"
-        raise UsageError(
-            f"refined queries need the layers inside the blocks of one model, and this index has {problem}; leave `refine` out"
-        )
+    if len(encoder.models) > 1:
+        raise UsageError("refined queries need one model, and this index has several; leave `refine` out")
+    components = [c for c in encoder.settings.components if metric.weights.get(c.name, metric.weights.get(c.role, 1.0))]
     rows = dict(encoder.rows(examples, queries=queries, exact=True))
     corpus = [index.example(row) for row in np.flatnonzero(index.alive).tolist()]
+    defaults = _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES
+    relative = {c.name: defaults[c.role] if metric.damping is None else metric.damping for c in components}
+    equation = _Equation(index, encoder, components, metric, relative, corpus)
+    size = max(1, _GRADIENT_BYTES // (8 * _COPIES * equation.size))
     residuals = []
-    default = _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES
-    relative = default if metric.damping is None else metric.damping
-    for component in wide:
-        part: Any = encoder.component_encoders[component.name]
-        final = _plain_encoder(encoder, [component])
-        (plain,) = final.settings.components
-        matrix = GaussNewton(encoder.task, encoder.model, plain.layers, corpus)  # type: ignore[union-attr]
-        damping = _damping(index, component, metric, relative)
-        change = change_of_curvature(index, component, metric)
-        size = _at_once([plain], _COPIES, len(examples))
-        blocks = []
-        for first in range(0, len(examples), size):
-            gradients = part.plain_gradients(final.rows(examples[first : first + size], queries=queries, exact=True)[component.name])
-            solution, residual = _solve(matrix, part, gradients, damping, metric.refine)
-            residuals += residual.tolist()
-            blocks.append((range(first, first + len(gradients)), part.rows_of_solved(solution, change)))
-        refined = type(blocks[0][1]).concatenate(blocks, component.dim)
-        if len(components) > 1:
-            refined = _with_self_score(refined, rows[component.name], 1.0 if change is None else change)
-        rows[component.name] = refined
+    blocks: dict[str, list[Any]] = {component.name: [] for component in components}
+    for first in range(0, len(examples), size):
+        solution, residual = _solve(equation, equation.gradients(examples[first : first + size], queries), metric.refine)
+        residuals += residual.tolist()
+        for component in components:
+            part = equation.parts[component.name]
+            changed = partial(changed_rows, index, component, metric)
+            own = part.rows_of_solved(DenseVectors(solution[:, equation.slices[component.name]].numpy()), changed)
+            blocks[component.name].append((range(first, first + len(solution)), own))
+    for component in components:
+        refined = type(blocks[component.name][0][1]).concatenate(blocks[component.name], component.dim)
+        rows[component.name] = refined.combined(np.eye(len(refined)) / (component.weight or 1.0)).as_float32()
     report = RefineReport(
         iterations=metric.refine,
         residual=float(np.mean(residuals)),
         damping=relative if metric.training is None else None,
-        products=(1 + metric.refine) * len(corpus) * len(wide),
+        products=(1 + metric.refine) * len(corpus),
         seconds=time.perf_counter() - start,
     )
     return QueryRows(rows, report)
 
 
 def _solve(
-    matrix: GaussNewton, part: Any, gradients: Any, damping: Float64[np.ndarray, " layers"], iterations: int
-) -> tuple[Any, Float64[np.ndarray, " queries"]]:
-    """Preconditioned conjugate gradients for (G + a) v = g, for all queries side by side.
+    equation: _Equation, g: Float64[Tensor, "queries parameters"], iterations: int
+) -> tuple[Float64[Tensor, "queries parameters"], Float64[np.ndarray, " queries"]]:
+    """Preconditioned conjugate gradients, for all queries side by side.
 
     Returns:
-        v, as plain gradients; and the length of g - (G + a) v, relative to that of g.
+        v; and the length of g - (G + a) v, relative to that of g.
     """
-    kind = type(gradients)
-
-    def preconditioned(vectors: Float[Tensor, "queries parameters"]) -> Float[Tensor, "queries parameters"]:
-        return torch.from_numpy(part.solved(kind(vectors.numpy()), damping).values)
-
-    def product(vectors: Float[Tensor, "queries parameters"]) -> Float[Tensor, "queries parameters"]:
-        return matrix.product(vectors) + part.by_coordinate(damping) * vectors
 
     def inner(a: Float[Tensor, "queries parameters"], b: Float[Tensor, "queries parameters"]) -> Float[Tensor, "queries one"]:
         return (a * b).sum(1, keepdim=True)
 
-    g = torch.from_numpy(gradients.values)
-    v = preconditioned(g)
-    residual = g - product(v)
-    z = preconditioned(residual)
+    v = equation.preconditioned(g)
+    residual = g - equation.product(v)
+    z = equation.preconditioned(residual)
     direction = z
     size = inner(residual, z)
     for _ in range(iterations):
-        image = product(direction)
+        image = equation.product(direction)
         curvature = inner(direction, image)
         step = torch.where(curvature > 0, size / curvature, 0.0)
         v = v + step * direction
         residual = residual - step * image
-        z = preconditioned(residual)
+        z = equation.preconditioned(residual)
         before = size
         size = inner(residual, z)
         direction = z + torch.where(before > 0, size / before, 0.0) * direction
@@ -172,39 +221,28 @@ def _solve(
         raise NumericalError("the refined query is not finite; ask with a larger damping, or leave `refine` out")
     lengths = torch.linalg.vector_norm(g, dim=1)
     relative = torch.linalg.vector_norm(residual, dim=1) / torch.where(lengths > 0, lengths, 1.0)
-    return kind(v.numpy()), relative.numpy()
+    return v, relative.numpy()
 
 
-def _with_self_score(refined: Any, plain: Any, change: Float64[np.ndarray, " dim"] | float) -> Any:
-    """Scale refined rows so that their products with the plain ones are the squared lengths of these."""
-    after = np.einsum("qd,qd->q", refined.values * change, plain.values, dtype=np.float64)
-    factors = np.divide(plain.squared_norms, after, out=np.ones_like(after), where=after > 0)
-    return type(refined)((refined.values * factors[:, None]).astype(np.float32))
-
-
-def _damping(index: Index, component: Any, metric: Metric, relative: float) -> Float64[np.ndarray, " layers"]:
-    """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue.
-
-    The mean is over all of its weights: eigenvalues of directions that a projection leaves out count as 0.
-    """
+def _damping(index: Index, component: Component, part: Any, metric: Metric, relative: float) -> Float64[np.ndarray, " layers"]:
+    """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue."""
     if metric.training is not None:
         times = learning_times(index, component, metric.training)
         if not times.all():
             raise UsageError("the training did not move all layers of this index, so their damping is not known; give `damping` instead")
         return 1 / times
-    shares = np.array([layer.size / (layer.outputs * layer.inputs) for layer in component.layers])
-    return relative * index.mean_eigenvalues(component) * shares
+    mean_eigenvalues: Float64[np.ndarray, " layers"] = part.mean_eigenvalues()
+    return relative * mean_eigenvalues
 
 
-def _plain_encoder(encoder: Encoder, components: Sequence[Component]) -> Encoder:
-    """An encoder of the last model alone, whose rows are the components' gradients before projection, or can be turned into them."""
-    plain = [encoder.component_encoders[component.name].plain_component() for component in components]
-    arrays = {f"{component.name}/{name}": array for component, own in plain for name, array in own.items()}
-    settings = EncoderSettings(tuple(component for component, _ in plain), encoder.settings.batch_tokens)
+def _encoder_of(encoder: Encoder, components: Mapping[str, tuple[Component, Mapping[str, np.ndarray]]]) -> Encoder:
+    """An encoder of the last model alone with some components and their arrays."""
+    arrays = {f"{name}/{key}": array for name, (_, own) in components.items() for key, array in own.items()}
+    settings = EncoderSettings(tuple(component for component, _ in components.values()), encoder.settings.batch_tokens)
     return replace(encoder, models=encoder.models[-1:], settings=settings, arrays=arrays)
 
 
-def _at_once(components: Sequence[Component], copies: int, examples: int) -> int:
+def _at_once(components: Sequence[Component], examples: int) -> int:
     """How many whole gradients may be in memory."""
     widths = [component.dim for component in components if component.has_wide_rows]
-    return max(1, _GRADIENT_BYTES // (8 * copies * max(widths))) if widths else max(1, examples)
+    return max(1, _GRADIENT_BYTES // (8 * max(widths))) if widths else max(1, examples)

@@ -87,9 +87,11 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if s.refine is not None:
         f = s.refine
         left = f"; {f.residual:.2g} of the equation is left" if f.residual else ""
-        at = "the damping of the training's length" if f.damping is None else f"a damping of {f.damping:g}"
+        at = "the damping of the training's length"
+        if f.damping is not None:
+            at = "a damping of " + ", ".join(f"{value:g} ({name})" for name, value in f.damping.items())
         taken = f"{f.products:,} examples a query, in {f.seconds:.1f} s"
-        yield Text(f"the blocks refined by {f.iterations} iterations at {at}: {taken}{left}", style="dim")
+        yield Text(f"queries refined by {f.iterations} iterations at {at}: {taken}{left}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {_curvature(q)}{more}", style="dim")
 
 

@@ -14,6 +14,7 @@ scales of second moments are part of the projections, and every layer is its own
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,20 +185,37 @@ class DenseEncoder:
         changed = self._changed(gradients, factors)
         return DenseVectors(changed.values / self.by_coordinate(damping).numpy())
 
+    def equation_layers(self) -> tuple[Layer, ...]:
+        """Return the layers of the equation that refined queries solve, without projection."""
+        return self.plain_component()[0].layers
+
+    def whole_component(self) -> tuple[DenseComponent, Mapping[str, np.ndarray]]:
+        """Return a component whose rows hold the whole gradients of the equation's layers; see `plain_component`."""
+        return self.plain_component()
+
+    def whole_gradients(self, rows: DenseVectors) -> DenseVectors:
+        """Return the gradients that rows of `whole_component` hold, in float64."""
+        return self.plain_gradients(rows)
+
+    def mean_eigenvalues(self) -> Float64[np.ndarray, " layers"]:
+        """Return the mean eigenvalue of each layer over all of its weights: those that a projection leaves out count as 0."""
+        shares = [layer.size / (layer.outputs * layer.inputs) for layer in self.layers]
+        return np.array([values.mean() * share for values, share in zip(self._eigenvalues(), shares, strict=True)])
+
     def by_coordinate(self, values: Float64[np.ndarray, " layers"]) -> Float64[Tensor, " parameters"]:
         """Repeat a value of each layer for each of its weights."""
         return torch.from_numpy(np.repeat(values, [layer.outputs * layer.inputs for layer in self.layers]))
 
-    def rows_of_solved(self, gradients: DenseVectors, change: Float64[np.ndarray, " dim"] | None) -> DenseVectors:
+    def rows_of_solved(self, gradients: DenseVectors, changed: Callable[[Any], Any]) -> DenseVectors:
         """Compute rows whose products with whitened rows are those of solved gradients with plain ones.
 
         Args:
-            change: factors of the coordinates that the products will have; None for none.
+            changed: function that multiplies rows with the factors that the products will have.
         """
         damped = [eigenvalues + self.component.curvature.damping * eigenvalues.mean() for eigenvalues in self._eigenvalues()]
         factors = np.concatenate(damped)
-        if change is not None:
-            factors = np.divide(factors, change, out=np.zeros_like(factors), where=change > 0)
+        change = changed(DenseVectors(np.ones((1, len(factors))))).values[0]
+        factors = np.divide(factors, change, out=np.zeros_like(factors), where=change > 0)
         return DenseVectors((self.whitened(gradients).values * factors).astype(np.float32))
 
     def _eigenvalues(self) -> list[Float64[np.ndarray, " n"]]:

@@ -30,7 +30,7 @@ class GaussNewton:
 
     Args:
         task, model: as of an encoder.
-        layers: whose weights it covers, in the order of their `offset`s, without projection.
+        layers: whose weights it covers, from their `offset`s on, without projection; head and embeddings that are one weight have one.
         examples: those that the mean is over.
     """
 
@@ -39,6 +39,7 @@ class GaussNewton:
         self._model = model
         self._layers = layers
         self._examples = examples
+        self._size = max(layer.offset + layer.outputs * layer.inputs for layer in layers)
         modules = [model.get_submodule(layer.name) for layer in layers]
         self._transposed = [is_transposed(module) for module in modules]
         self._weights: dict[str, Tensor] = {
@@ -85,13 +86,15 @@ class GaussNewton:
     def _by_name(self, vector: Float[Tensor, " parameters"]) -> dict[str, Tensor]:
         parts = {}
         for layer, transposed, (name, weight) in zip(self._layers, self._transposed, self._weights.items(), strict=True):
-            matrix = vector[layer.offset : layer.offset + layer.size].reshape(layer.outputs, layer.inputs)
+            size = layer.outputs * layer.inputs
+            matrix = vector[layer.offset : layer.offset + size].reshape(layer.outputs, layer.inputs)
             parts[name] = (matrix.T if transposed else matrix).reshape(weight.shape).to(weight.dtype)
         return parts
 
     def _flat(self, gradient: Mapping[str, Tensor]) -> Float[Tensor, " parameters"]:
-        parts = []
+        flat = torch.zeros(self._size, dtype=torch.float64)
         for layer, transposed, name in zip(self._layers, self._transposed, self._weights, strict=True):
             matrix = gradient[name]
-            parts.append((matrix.T if transposed else matrix.reshape(layer.outputs, layer.inputs)).flatten())
-        return torch.cat(parts)
+            own = flat[layer.offset : layer.offset + layer.outputs * layer.inputs]
+            own += (matrix.T if transposed else matrix).reshape(-1).to(own)
+        return flat

@@ -18,14 +18,15 @@ inputs' moment. They need the whole backward pass. A weight that head and embedd
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..store.manifest import Layer, SparseComponent
+from ..store.manifest import DenseComponent, Layer, Projection, SparseComponent
 from ..store.shapes import Float, Float64, Int
-from ..store.vectors import SparseVectors
+from ..store.vectors import DenseVectors, SparseVectors
 from .batches import IGNORED, Batch
 from .capture import Inputs, Map, OutputGradient, accumulation_dtype
 from .curvature import Arrays, lost_share
@@ -119,6 +120,68 @@ class SparseEncoder:
         eigenvalues = self.vocabulary.double().cpu().numpy()[gradients.keys][:, None] * self.eigenvalues.double().cpu().numpy()
         lost = (gradients.vectors @ basis) * lost_share(eigenvalues, time)
         return SparseVectors(gradients.indptr, gradients.keys, gradients.vectors - lost @ basis.T)
+
+    def equation_layers(self) -> tuple[Layer, ...]:
+        """Return the layer of the equation that refined queries solve."""
+        sizes = {"outputs": self.component.vocabulary, "inputs": self.component.width}
+        return (self.layer.model_copy(update=sizes),)
+
+    def whole_component(self) -> tuple[DenseComponent | SparseComponent, Mapping[str, np.ndarray]]:
+        """Return a component whose rows hold the layer's whole gradient: of the head dense ones, since all tokens have one."""
+        if self.component.role == "embeddings":
+            return self.plain_component()
+        layer = self.layer.model_copy(update={"curvature": "identity"})
+        projection = Projection(kind="random", rank=max(layer.outputs, layer.inputs), seed=0)
+        whole = DenseComponent(
+            name=self.component.name,
+            kind="dense",
+            model=0,
+            weight=1.0,
+            curvature=self.component.curvature,
+            coordinates=None,
+            dtype="float32",
+            layers=(layer,),
+            projection=projection,
+        )
+        return whole, {}
+
+    def whole_gradients(self, rows: Any) -> DenseVectors:
+        """Return the gradients that rows of `whole_component` hold, [queries, vocabulary * width] in float64."""
+        if self.component.role == "head":
+            return DenseVectors(rows.values.astype(np.float64))
+        gradients = np.zeros((len(rows), self.component.vocabulary, self.component.width))
+        gradients[rows.owners, rows.keys] = self.plain_gradients(rows).vectors
+        return DenseVectors(gradients.reshape(len(rows), -1))
+
+    def mean_eigenvalues(self) -> Float64[np.ndarray, " one"]:
+        """Return the mean eigenvalue of the layer's curvature, to which damping is relative."""
+        return np.array([float(self.vocabulary.double().mean() * self.eigenvalues.double().mean())])
+
+    def solved(self, gradients: DenseVectors, damping: Float64[np.ndarray, " one"]) -> DenseVectors:
+        """Multiply whole gradients with (H + a)^-1, for the curvature H and a damping a."""
+        basis = self.basis.double().cpu().numpy()
+        spectrum = self.vocabulary.double().cpu().numpy()[:, None] * self.eigenvalues.double().cpu().numpy()
+        rotated = gradients.values.reshape(-1, *spectrum.shape) @ basis
+        return DenseVectors(((rotated / (spectrum + damping[0])) @ basis.T).reshape(len(gradients), -1))
+
+    def by_coordinate(self, values: Float64[np.ndarray, " one"]) -> Float64[Tensor, " parameters"]:
+        """Repeat the layer's value for each of its weights."""
+        return torch.full((self.component.vocabulary * self.component.width,), float(values[0]), dtype=torch.float64)
+
+    def rows_of_solved(self, gradients: DenseVectors, changed: Callable[[Any], Any]) -> SparseVectors:
+        """Compute rows of all tokens whose products with whitened rows are those of solved gradients with plain ones.
+
+        Args:
+            changed: function that multiplies rows with the factors that the products will have.
+        """
+        count, tokens, width = len(gradients), self.component.vocabulary, self.component.width
+        indptr = np.arange(count + 1, dtype=np.int64) * tokens
+        keys = np.tile(np.arange(tokens, dtype=np.int64), count)
+        scale, basis = self._scale_and_basis(SparseVectors(indptr, keys, np.zeros((len(keys), 0), np.float32)))
+        scale = scale * changed(SparseVectors(indptr, keys, np.ones((len(keys), width)))).vectors
+        vectors = gradients.values.reshape(-1, width) @ basis
+        rows = np.divide(vectors, scale, out=np.zeros_like(vectors), where=scale > 0)
+        return SparseVectors(indptr, keys, rows.astype(np.float32))
 
     def _scale_and_basis(self, rows: SparseVectors) -> tuple[Float64[np.ndarray, "entries width"], Float64[np.ndarray, "width width"]]:
         keys = torch.from_numpy(rows.keys).to(self.device)

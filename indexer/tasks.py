@@ -136,6 +136,8 @@ class Task(ABC):
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch targets classes"]:
         """The logits of which the loss is the cross-entropy with `batch.targets`, under other weights of some parameters.
 
+        Head and embeddings that are one weight are two here: each has its own name in `weights`.
+
         Raises:
             UsageError: the task has none.
         """
@@ -255,7 +257,7 @@ class CausalLM(Task):
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch tokens vocabulary"]:
         """See `Task`."""
         arguments = {"input_ids": batch.inputs, **models.without_cache(model)}
-        logits: Tensor = functional_call(model, dict(weights), kwargs=arguments).logits
+        logits: Tensor = functional_call(model, dict(weights), kwargs=arguments, tie_weights=False).logits
         return logits
 
     def _check_tokens(self, model: nn.Module, batch: Batch) -> None:

@@ -89,15 +89,14 @@ class RefineReport:
     Attributes:
         iterations: of conjugate gradients.
         residual: what was left of the equation, relative to the query's gradient; the mean over the queries.
-        damping: of the refined component, relative to the mean eigenvalue of each layer's weights; None where it is one over the learning
-            time.
+        damping: by refined component, relative to the mean eigenvalue of each layer's weights; None where it is one over the learning time.
         products: examples that the products of the Gauss-Newton matrix with one query's vectors passed.
         seconds: wall time.
     """
 
     iterations: int
     residual: float
-    damping: float | None
+    damping: Mapping[str, float] | None
     products: int
     seconds: float
 

@@ -75,7 +75,8 @@ class Metric:
     @property
     def row_settings(self) -> tuple[Any, ...]:
         """What the rows of queries depend on, besides the index."""
-        return (self.refine, self.training, self.damping, self.layers) if self.refine else (self.training,)
+        left_out = frozenset(name for name, weight in self.weights.items() if weight == 0)
+        return (self.refine, self.training, self.damping, self.layers, left_out) if self.refine else (self.training,)
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and the mode, JSON-ready; without the damping, whose default is the build's."""

@@ -158,6 +158,12 @@ class DenseOperand:
             mixing,
         )
 
+    @classmethod
+    def changed(cls, index: Index, component: Any, metric: Metric, rows: DenseVectors) -> DenseVectors:
+        """See `changed_rows`."""
+        change = change_of_curvature(index, component, metric)
+        return rows if change is None else DenseVectors(rows.values * change)
+
     def add(
         self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
@@ -324,6 +330,11 @@ class SparseOperand:
         squares = np.square(vectors * weight).sum(axis=1)
         return cls(component, weight, metric, queries.keys, queries.owners, tables, squares, squared_norms)
 
+    @classmethod
+    def changed(cls, index: Index, component: Any, metric: Metric, rows: SparseVectors) -> SparseVectors:
+        """See `changed_rows`."""
+        return SparseVectors(rows.indptr, rows.keys, _damped(index, component, rows, metric))
+
     def add(
         self, index: Index, group: ShardGroup, scores: Float32[np.ndarray, "queries rows"], squared: Float64[np.ndarray, " rows"] | None
     ) -> None:
@@ -375,6 +386,11 @@ class SparseOperand:
         entries = np.flatnonzero(self.owners == query)
         _, positions, shared = np.intersect1d(keys, self.keys[entries], return_indices=True)
         return entries[shared], positions, codes, factors
+
+
+def changed_rows(index: Index, component: Component, metric: Metric, rows: Any) -> Any:
+    """Multiply whitened rows with the factors by which a metric's damping, filter or layers change products with them."""
+    return OPERANDS[component.kind].changed(index, component, metric, rows)
 
 
 OPERANDS: dict[str, type[DenseOperand] | type[SparseOperand]] = {"dense": DenseOperand, "sparse": SparseOperand}

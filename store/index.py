@@ -437,11 +437,6 @@ class Index:
             means.append(np.full(layer.size, eigenvalues.mean()))
         return np.concatenate(values), np.concatenate(means)
 
-    def mean_eigenvalues(self, component: DenseComponent) -> Float64[np.ndarray, " layers"]:
-        """Return the mean eigenvalue of each layer, to which damping is relative; see `spectrum`."""
-        _, means = self.spectrum(component)
-        return means[[layer.offset for layer in component.layers]]
-
     def sparse_spectrum(self, component: SparseComponent) -> tuple[Float64[np.ndarray, " vocabulary"], Float64[np.ndarray, " width"]]:
         """Return the two factors of a sparse component's eigenvalues: of the vocabulary's tokens, and of the width."""
         return self.arrays[f"{component.name}/vocabulary"], self.arrays[f"{component.name}/eigenvalues"]
