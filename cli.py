@@ -466,14 +466,15 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
     each query. Deleted rows have no score (NaN). --recompute takes a pass over the corpus.
     """
     from .query.matrix import write_scores
-    from .query.metric import Metric
     from .ray_jobs.progress import Console
+    from .store.presets import mixes
 
     queries = list(_read_queries(file))
     options = take_options(values, ScoreOptions)
     client = _local_client(index, values, queries, with_model=recompute)
-    mixes = Metric.of(options).mix is not None  # type: ignore[arg-type]
-    blocks = client.recomputed_blocks if recompute else partial(client.score_blocks, together=queries if mixes else None)
+    blocks = client.recomputed_blocks if recompute else client.score_blocks
+    if mixes(options) and not recompute:
+        blocks = partial(client.score_blocks, mixings=client.mixings(queries, **options))
     with Console() as reporter:
         shape = write_scores(client.index, lambda part: blocks(part, **options), queries, Path(out), reporter)
     say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")

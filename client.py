@@ -5,7 +5,7 @@ none is loaded for it.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from .query.assemble import QueryRecord, answer_queries, searched_rows
 from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
+from .query.mixing import Mixing
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.plain import query_document, without_contrasts
 from .query.rerank import Recomputation
@@ -134,16 +135,20 @@ class Client(BaseClient):
         return np.where(mask, scores, np.float32(np.nan))
 
     def score_blocks(
-        self, queries: Sequence[Query], together: Sequence[Query] | None = None, **options: Unpack[ScoreOptions]
+        self, queries: Sequence[Query], mixings: Mapping[str, Mixing] | None = None, **options: Unpack[ScoreOptions]
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
         """Yield the first row of each group of shards, and the scores of its rows, deleted ones too.
 
         Args:
-            together: the queries whose second moments `mix` takes; by default, these.
+            mixings: of queries that are asked together; by default, of these.
         """
         metric = Metric.of(options)
-        mixings = None if together is None else mixed_components(self.index, self.encode(together, metric), metric)
         return all_scores(self.index, self.encode(queries, metric), metric, mixings)
+
+    def mixings(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> dict[str, Mixing]:
+        """Mix the second moments of queries that are asked together into the curvature of each component, as `mix` says."""
+        metric = Metric.of(options)
+        return mixed_components(self.index, self.encode(queries, metric), metric)
 
     def encode(self, queries: Sequence[Query], metric: Metric = Metric()) -> Rows:
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
@@ -157,6 +162,8 @@ class Client(BaseClient):
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
             return combine(self.encode(plain, metric), matrix)
+        if any(query.row is not None for query in queries) and self._has_steps:
+            raise UsageError("the rows of this index are Adam's steps, and no gradients to ask about; ask by the example's text")
         key = self._row_key(metric)
         missing = [query for query in dict.fromkeys(queries) if (query.row is None or key) and (query, key) not in self._encoded]
         for by_row in (False, True):
@@ -174,6 +181,10 @@ class Client(BaseClient):
         """What rows of queries depend on besides the query; empty for the plain rows of the index's models."""
         special = metric.refine or (metric.training is not None and len(self.index.manifest.models) > 1)
         return metric.row_settings if special else ()
+
+    @property
+    def _has_steps(self) -> bool:
+        return any("optimizer" in c.features and not c.linear for c in self.index.manifest.components)
 
     def is_cached(self, query: Query) -> bool:
         """Return True if `encode` does not need the model for a query."""

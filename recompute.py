@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _ROW_BYTES = 1 << 30  # of the rows of queries, and of those of examples, that are in memory at once; but a row of each at least
 _CODED_PER_FLOAT = 4  # parts of 8 bits that take as many bytes as one of float32
-_CODED_BLOCK = 4096
+_CODED_BLOCK = 256
 _LARGEST_CODE = 127
 
 

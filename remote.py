@@ -20,6 +20,7 @@ from .query.asking import BaseClient
 from .query.options import Options, Query, ScoreOptions, check_options, check_queries
 from .store import errors
 from .store.errors import NotFoundError, UsageError, WherefromError
+from .store.presets import mixes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +73,12 @@ class RemoteClient(BaseClient):
         check_queries(queries)
         check_options(options)
         answers: list[Answer] = []
-        for part in [queries] if options.get("mean") else self._requests(queries, options):
+        parts = [queries] if options.get("mean") else list(self._requests(queries, options))
+        if len(parts) > 1 and mixes(options):
+            raise UsageError(
+                f"these {len(queries)} queries take {len(parts)} requests, and `mix` needs all in one; ask fewer, or open the index itself"
+            )
+        for part in parts:
             body = self._query_body(part, options)
             response = self.request("POST", "/v1/query", body)
             response = response if "queries" in body else {"answers": [response]}
@@ -87,6 +93,8 @@ class RemoteClient(BaseClient):
 
         check_queries(queries)
         check_options(options)
+        if len(queries) > 1 and mixes(options):
+            raise UsageError("scores of several queries that are mixed into the curvature take the index itself; open it, or ask for one")
         rows = []
         for query in queries:
             body = {**query.to_dict(), **_set_options({**options, "where": where}), "format": "float32", "index": self.index}

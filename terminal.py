@@ -101,8 +101,8 @@ def _curvature(q: Mapping[str, Any]) -> str:
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
     how = f"SOURCE's filter of the training {q['training']}" if "training" in q else how
-    if "mix" in q:
-        shares = q["mix"].values() if isinstance(q["mix"], dict) else [q["mix"]]
+    if "mixed" in q:
+        shares = q["mixed"].values() if isinstance(q["mixed"], dict) else [q["mixed"]]
         how += f", the queries' second moments mixed in ({', '.join(f'{share:.3g}' for share in shares)})"
     how += f", preset {q['preset']}" if "preset" in q else ""
     return how

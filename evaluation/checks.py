@@ -264,9 +264,11 @@ def labels(index: str | Path | Index, column: str) -> Report:
         column: true where an example's label is known to be wrong.
 
     Raises:
-        UsageError: the column is missing, or the same for all examples.
+        UsageError: the column is missing, or the same for all examples; rows have unit length.
     """
     reader = index if isinstance(index, Index) else Index(index)
+    if any("unit-length" in component.features for component in reader.manifest.components):
+        raise UsageError("all rows of this index have the same length, which says nothing of labels; use an index without `unit_length`")
     values = [reader.example(row).metadata.get(column) for row in range(len(reader))]
     if all(value is None for value in values):
         raise UsageError(f"the index has no metadata column {column!r}")

@@ -18,7 +18,9 @@ of a layer's gradient are scaled before they are projected, and no gradient is f
 projected. It is not linear in g, so whole gradients are formed. A query's gradient stays as it is.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from torch import Tensor
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.files import regular_size
 from ..store.manifest import DenseComponent
-from ..store.shapes import Float
+from ..store.shapes import Float, Float32
 from .curvature import Arrays
 from .models import is_transposed, layer_sizes
 
 MOMENTS_FILE = "wherefrom-moments.safetensors"
 _WRAPPER = "base_model.model."
+_OTHER_STEPS = ("NAdam", "RAdam")  # which keep such moments, and step otherwise
 
 
 def save_moments(model: Any, optimizer: Any, folder: str | Path) -> Path:
@@ -48,29 +51,38 @@ def save_moments(model: Any, optimizer: Any, folder: str | Path) -> Path:
         The file.
 
     Raises:
-        UsageError: the optimizer has no second moments.
+        UsageError: the optimizer has no second moments, or other constants for some layers.
+        NotFoundError: the folder does not exist.
     """
     from safetensors.torch import save_file
 
     optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate
     tensors: dict[str, Tensor] = {}
     constants: dict[str, str] = {}
+    kind = type(optimizer).__name__
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    if not Path(folder).is_dir():
+        raise NotFoundError(f"there is no folder {folder} for the optimizer's moments; save the model there first")
     for name, module in trained_layers(model):
         if layer_sizes(module) is None:
             continue  # embeddings, norms
         weight: Any = module.weight
         state = optimizer.state.get(weight, {})
         inputs_first = is_transposed(module)
-        if "exp_avg_sq_row" in state and weight.dim() == 2:  # Adafactor
-            sides = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        rows = next((state[name] for name in ("exp_avg_sq_row", "row_var") if name in state), None)  # transformers, torch
+        if rows is not None and weight.dim() == 2:
+            columns = next(state[name] for name in ("exp_avg_sq_col", "col_var") if name in state)
+            sides = rows.flatten(), columns.flatten()
             tensors[f"{name}/row_moments"], tensors[f"{name}/column_moments"] = sides[::-1] if inputs_first else sides
-        elif "exp_avg_sq" in state and weight.dim() > 1:
+        elif "exp_avg_sq" in state and weight.dim() > 1 and kind not in _OTHER_STEPS:
             first, second = (state[kind].flatten(1) for kind in ("exp_avg", "exp_avg_sq"))
             tensors[f"{name}/first_moment"] = first.T if inputs_first else first
             tensors[f"{name}/second_moment"] = second.T if inputs_first else second
             beta1, beta2 = groups[id(weight)]["betas"]
-            constants = {"beta1": repr(float(beta1)), "beta2": repr(float(beta2)), "eps": repr(float(groups[id(weight)]["eps"]))}
+            own = {"beta1": repr(float(beta1)), "beta2": repr(float(beta2)), "eps": repr(float(groups[id(weight)]["eps"]))}
+            if constants and own != constants:
+                raise UsageError("the optimizer's groups have different betas or eps, which the moments of one model must share")
+            constants = own
     if not tensors:
         raise UsageError(
             f"{type(optimizer).__name__} holds no second moments of the model's layers; Adam, AdamW and Adafactor do after a step"
@@ -111,22 +123,25 @@ def moment_arrays(component: DenseComponent, folder: Path) -> Arrays:
         )
     arrays: Arrays = {}
     try:
-        with safe_open(path, "numpy") as file:
+        with safe_open(path, "pt") as file:
             names = set(file.keys())
+            read = partial(_read, file)
             if component.optimizer == "adam-step":
                 constants = file.metadata() or {}
                 arrays["adam"] = np.array([float(constants[name]) for name in ("beta1", "beta2", "eps")])
+                beta1, beta2, eps = arrays["adam"]
+                if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 <= eps < math.inf):
+                    raise ValueError("its betas or eps are not Adam's")
             for layer in component.layers:
                 shape = layer.outputs, layer.inputs
                 if component.optimizer == "adam-step":
-                    for kind in ("first_moment", "second_moment"):
-                        arrays[f"{layer.name}/{kind}"] = _checked(file.get_tensor(f"{layer.name}/{kind}"), shape)
+                    arrays[f"{layer.name}/first_moment"] = read(f"{layer.name}/first_moment", shape, signed=True)
+                    arrays[f"{layer.name}/second_moment"] = read(f"{layer.name}/second_moment", shape)
                     continue
                 if f"{layer.name}/row_moments" in names:
-                    rows = _checked(file.get_tensor(f"{layer.name}/row_moments"), shape[:1])
-                    columns = _checked(file.get_tensor(f"{layer.name}/column_moments"), shape[1:])
+                    rows, columns = read(f"{layer.name}/row_moments", shape[:1]), read(f"{layer.name}/column_moments", shape[1:])
                 else:
-                    second = _checked(file.get_tensor(f"{layer.name}/second_moment"), shape)
+                    second = read(f"{layer.name}/second_moment", shape)
                     rows, columns = second.mean(axis=1, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
                 arrays |= {f"{layer.name}/{side}": scale for side, scale in factored_scales(rows, columns).items()}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
@@ -136,11 +151,17 @@ def moment_arrays(component: DenseComponent, folder: Path) -> Arrays:
     return arrays
 
 
-def _checked(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if array.shape != shape:
-        raise ValueError(f"a layer has the shape {'x'.join(map(str, shape))}, the moments {'x'.join(map(str, array.shape))}")
-    if not np.isfinite(array).all():
-        raise ValueError("a moment is not finite")
+def _read(file: Any, name: str, shape: tuple[int, ...], signed: bool = False) -> Float32[np.ndarray, "..."]:
+    """Read a moment, whose shape is checked before anything is read."""
+    found = tuple(file.get_slice(name).get_shape())
+    if found != shape:
+        raise ValueError(f"{name} is {'x'.join(map(str, found))}, the layer {'x'.join(map(str, shape))}")
+    tensor = file.get_tensor(name)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is not of floating-point numbers")
+    array: np.ndarray = tensor.float().numpy()
+    if not np.isfinite(array).all() or not (signed or (array.min() >= 0 and array.max() > 0)):
+        raise ValueError(f"{name} is not finite, or no mean of squares")
     return array
 
 

@@ -131,7 +131,7 @@ def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[s
     """
     settings = metric.settings()
     if shares:
-        settings["mix"] = dict(shares) if len(shares) > 1 else next(iter(shares.values()))
+        settings["mixed"] = dict(shares) if len(shares) > 1 else next(iter(shares.values()))
     if metric.curvature and metric.training is None:
         built = {component.name: component.curvature.damping for component in index.manifest.components}
         several = len(set(built.values())) > 1
@@ -164,6 +164,7 @@ def describe_index(index: Index) -> dict[str, Any]:
         "models": [model.id for model in manifest.models],
         "rows": manifest.rows,
         "components": [component.name for component in manifest.components],
+        "linear": all(component.linear for component in manifest.components),
         "measured": [round(tracked.share, 4) for tracked in manifest.build.tracked],
     }
 

@@ -50,7 +50,7 @@ from .corpus import WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
-from .schema import fit_examples, known_training, preset_note, select_components, unused_options
+from .schema import fit_examples, known_training, preset_note, select_components, unused_options, weight_notes
 from .worker import Part, Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
@@ -134,7 +134,7 @@ def build(
             settings = select_components(config, settings, _read_sample(job, corpus), models)
             notes = model_notes(facts, settings.components)
             preset = [] if config.preset is None else [preset_note(config)]
-            for note in [*preset, *notes, *unused_options(config, settings.components)]:
+            for note in [*preset, *weight_notes(settings.components), *notes, *unused_options(config, settings.components)]:
                 reporter.note(note)
             fitted = fit_examples(config, settings.components, models, corpus.rows, sum(shard.tokens for shard in corpus.shards))
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, fitted), corpus, fitted)

@@ -181,7 +181,7 @@ class BuildConfig(BaseModel):
     def __init__(self, **options: Any) -> None:
         preset = options.get("preset")
         if isinstance(preset, str) and preset in PRESETS:
-            options = {**PRESETS[preset].build, **{name: value for name, value in options.items() if value is not None}}
+            options = {**PRESETS[preset].build, **options}
         try:
             super().__init__(**options)
         except ValidationError as error:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..indexer.budget import count_tokens, row_cost
-from ..indexer.curvature import Arrays
 from ..indexer.encoder import Encoder
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.tasks import find_task
@@ -91,7 +90,7 @@ def estimate(config: BuildConfig, reporter: Reporter = Silent()) -> Cost:
     mean_tokens = sum(e.tokens for e in examples) / len(examples)
     fitted = fit_examples(config, settings.components, models, rows, round(mean_tokens * rows))
     settings = with_known_sample(settings, fitted)
-    arrays = Arrays()
+    arrays = worker.moments()
     fit_seconds = 0.0
     fit = Fit(settings)
     for step in range(len(fit.steps)):

@@ -56,6 +56,8 @@ def fit_rerank(
         raise UsageError(f"`examples` is {examples} and `damping` {damping}; both must be above 0")
     runtime = runtime or {}
     recorded = RecordedEncoder(Index(out), models, runtime.get("device") or "auto", bool(runtime.get("trust_remote_code")), task)
+    if any(component.features & {"optimizer", "unit-length"} for component in recorded.index.manifest.components):
+        raise UsageError(f"the rows of {out} are scaled gradients, and whole layers would be another method; candidates need no fit")
     if len(recorded.index.manifest.models) > 1:
         raise UsageError(f"{out} has several models, whose candidates are recomputed with its own rows only")
     config = build_config(recorded, (str(out),), runtime)

@@ -158,6 +158,13 @@ def with_rates(components: Sequence[Component], rates: Sequence[float | None]) -
     return tuple(c.model_copy(update={"weight": known[c.model] / max(known)}) for c in components)
 
 
+def weight_notes(components: Sequence[Component]) -> list[str]:
+    """Return a sentence about checkpoints of unit length that count the same."""
+    if len(components) < 2 or len({c.weight for c in components}) > 1 or not all("unit-length" in c.features for c in components):
+        return []
+    return ["all checkpoints count the same: their learning rates are equal, or one is not recorded"]
+
+
 def preset_note(config: BuildConfig) -> str:
     """Return a sentence about what a build's preset sets."""
     if config.preset is None:

@@ -27,7 +27,7 @@ from ..indexer.tasks import Task, find_task, load_model
 from ..indexer.trained import find_trained, recorded_rate, recorded_times
 from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
-from ..store.errors import IncompatibleError, NotFoundError
+from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.files import publish, read_json, write_whole
 from ..store.kinds import KINDS
 from ..store.manifest import Component, DenseComponent, Model
@@ -149,12 +149,16 @@ class Worker:
 
         Raises:
             NotFoundError, IncompatibleError: see `moment_arrays`.
+            UsageError: the model is in memory.
         """
         if self._config.optimizer is None:
             return {}
         arrays: Arrays = {}
         for component in self.describe()[1].components:
-            folder = Path(self.sources[component.model].id)
+            source = self.sources[component.model]
+            if source.loaded is not None:
+                raise UsageError("a model in memory has no optimizer's moments beside it; save it, and name its directory")
+            folder = Path(source.id) if Path(source.id).is_dir() else Path(source.id).parent
             arrays |= {f"{component.name}/{name}": array for name, array in moment_arrays(component, folder).items()}  # type: ignore[arg-type]
         return arrays
 

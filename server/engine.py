@@ -18,6 +18,7 @@ from ..client import Client
 from ..query.answers import Answer
 from ..query.options import Options, Query
 from ..store.errors import BusyError
+from ..store.presets import mixes
 
 _SIZES = (1, 2, 4, 8, 16, 32)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -138,7 +139,8 @@ class Engine:
             if job.call is not None:
                 outcomes[number] = _outcome(job.call, self.client)
             elif job.query is not None:
-                by_options.setdefault(json.dumps(job.query[1], sort_keys=True), []).append(number)
+                alone = number if mixes(job.query[1]) else None  # queries of other requests are not asked together with it
+                by_options.setdefault(json.dumps([job.query[1], alone], sort_keys=True), []).append(number)
         queries = {number: job.query for number, job in enumerate(jobs) if job.query is not None}
         self._encode([query for query, _ in queries.values()])
         for numbers in by_options.values():

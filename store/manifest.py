@@ -193,6 +193,8 @@ class DenseComponent(_Component):
             if layer.offset != offset:
                 raise ValueError(f"layer {layer.name} does not begin where the one before it ends")
             shared = inputs.setdefault(layer.input_group, (layer.inputs, layer.input_rank))
+            if self.optimizer and layer.input_group != layer.name:
+                raise ValueError(f"layer {layer.name} is scaled by its own moments and shares an input group")
             if layer.name in names or shared != (layer.inputs, layer.input_rank):
                 raise ValueError(f"layer {layer.name} is a duplicate or not of its input group")
             if layer.output_rank > layer.outputs or layer.input_rank > layer.inputs:

@@ -45,5 +45,11 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 
+def mixes(options: Mapping[str, Any]) -> bool:
+    """Whether options of scores mix the second moments of the queries that are asked together into the curvature."""
+    preset = options.get("preset")
+    return options.get("mix") is not None or (preset in PRESETS and "mix" in PRESETS[preset].query)
+
+
 def _written(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)

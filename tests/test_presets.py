@@ -1,20 +1,25 @@
 """TrackStar, LESS and TRAK as presets, against the papers' formulas on gradients of one example at a time."""
 
+import asyncio
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+import wherefrom
 from click.testing import CliRunner
 from helpers import assert_close, make_examples, make_model, make_tokenizer, random_texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from test_callback import train
 from test_gradients import autograd_gradients
-from wherefrom import BuildConfig, Client, Query
+from wherefrom import BuildConfig, Client, Query, RemoteClient
 from wherefrom.callback import WherefromCallback
 from wherefrom.cli import main
+from wherefrom.evaluation.checks import labels
 from wherefrom.indexer.batches import IGNORED
 from wherefrom.indexer.moments import MOMENTS_FILE, adam_step, factored_scales, save_moments
 from wherefrom.indexer.projection import random_projection
@@ -22,6 +27,9 @@ from wherefrom.indexer.tasks import CausalLM
 from wherefrom.query import matrix
 from wherefrom.query.mixing import mixed_share
 from wherefrom.ray_jobs.build import build
+from wherefrom.ray_jobs.plan import estimate
+from wherefrom.ray_jobs.rerank import fit_rerank
+from wherefrom.server.engine import Engine, Metrics
 from wherefrom.store.errors import IncompatibleError, NotFoundError, UsageError
 
 LAYERS = ("*.attn.c_proj", "*.mlp.c_proj")
@@ -209,6 +217,12 @@ def test_less_is_its_equations_over_checkpoints_by_their_learning_rates(tmp_path
     assert_close(sum(part.score for part in explained.layers), expected[0, 3], 1e-4, scale=1.0)
     with pytest.raises(UsageError, match="not linear in the gradient"):
         client.explain([3], QUERIES[0], tokens=True)
+    with pytest.raises(UsageError, match="rows of this index are Adam's steps"):
+        client.query(row=3)
+    with pytest.raises(UsageError, match="would be another method"):
+        fit_rerank(tmp_path / "i0")
+    with pytest.raises(UsageError, match="all rows of this index have the same length"):
+        labels(tmp_path / "i0", "wrong")
     for options in ({"damping": 0.1}, {"curvature": False}, {"training": "0.1,10"}):
         with pytest.raises(UsageError, match=r"unit length|scaled gradients"):
             client.scores(QUERIES[:1], **options)
@@ -294,7 +308,8 @@ def test_the_callback_keeps_the_moments_of_each_checkpoint(tmp_path):
     result = CliRunner().invoke(main, ["query", str(tmp_path / "t"), "--text", "w1 w2 w3", "--preset", "trackstar", "--json"])
     answer = json.loads(result.stdout)
     assert (answer["query"]["mode"], answer["query"]["preset"]) == ("cosine", "trackstar")
-    assert 0 < answer["query"]["mix"] < 1
+    assert answer["query"]["mix"] == "auto"
+    assert 0 < answer["query"]["mixed"] < 1
     shown = CliRunner().invoke(main, ["query", str(tmp_path / "t"), "--text", "w1 w2 w3", "--preset", "trackstar"]).stdout
     assert "the queries' second moments mixed in (" in " ".join(shown.split())
     (tmp_path / "sgd").mkdir()
@@ -352,7 +367,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, data):
 
 
 def test_moments_that_are_missing_or_of_another_model_are_refused(tmp_path, data):
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     place = tmp_path / "m"
     trained(place, "adam")
@@ -360,16 +375,34 @@ def test_moments_that_are_missing_or_of_another_model_are_refused(tmp_path, data
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("second_moment") and "attn.c_proj" in name)
     damages = {
-        "shape": lambda: save_file({**tensors, name: tensors[name][:3].copy()}, file),
-        "not finite": lambda: save_file({**tensors, name: tensors[name] * np.nan}, file),
-        "does not hold": lambda: save_file({k: v for k, v in tensors.items() if k != name}, file),
-        "moments": lambda: file.write_bytes(b"x" * 100),
+        "is 3x16, the layer 16x16": {**tensors, name: tensors[name][:3].copy()},
+        f"{name} is not finite": {**tensors, name: tensors[name] * np.nan},
+        "or no mean of squares": {**tensors, name: -tensors[name]},
+        f"{name} is not finite, or no mean": {**tensors, name: tensors[name] * 0},
+        "not of floating-point numbers": {**tensors, name: np.ones((16, 16), np.int64)},
+        f"does not contain tensor {name}": {k: v for k, v in tensors.items() if k != name},
+        "InvalidHeader": None,
     }
-    for match, damage in damages.items():
-        damage()
-        with pytest.raises(IncompatibleError, match=match):
-            indexed(tmp_path / "i", str(place), data, preset="trackstar", rank=4)
-        assert not (tmp_path / "i").exists()
+    constants = {"beta1": "0.8", "beta2": "0.95", "eps": "1e-7"}
+    for match, damaged in damages.items():
+        if damaged is None:
+            file.write_bytes(b"x" * 100)
+        else:
+            save_file(damaged, file, metadata=constants)
+        for preset in ("trackstar", "less"):
+            with pytest.raises(IncompatibleError, match=re.escape(match).replace("InvalidHeader", "eader")):
+                indexed(tmp_path / "i", str(place), data, preset=preset, rank=4)
+            assert not (tmp_path / "i").exists()
+    for wrong in ({"beta1": "nan"}, {"beta2": "1.5"}, {"eps": "-1"}):
+        save_file(tensors, file, metadata=constants | wrong)
+        with pytest.raises(IncompatibleError, match="its betas or eps are not Adam's"):
+            indexed(tmp_path / "i", str(place), data, preset="less", rank=4)
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    save_file(tensors, file, metadata=constants)
+    save_torch({key: tensor.bfloat16() for key, tensor in load_torch(file).items()}, file, metadata=constants)
+    assert np.isfinite(indexed(tmp_path / "half", str(place), data, preset="trackstar", rank=4).scores(QUERIES[:1])).all()
     file.unlink()
     with pytest.raises(NotFoundError, match="save_moments"):
         indexed(tmp_path / "i", str(place), data, preset="less", rank=4)
@@ -398,3 +431,95 @@ def test_an_adapters_moments_are_those_of_its_matrices(tmp_path, data):
     scores = client.scores(QUERIES)
     assert np.isfinite(scores).all()
     assert np.abs(scores).max() <= 1 + 1e-5
+
+
+def test_moments_that_cannot_be_saved_say_why(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+
+    def stepped(kind, groups=None, **options):
+        optimizer = kind(groups or model.parameters(), lr=1e-3, **options)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    for kind in (torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam):
+        with pytest.raises(UsageError, match=f"{kind.__name__} holds no second moments"):
+            save_moments(model, stepped(kind), tmp_path)
+    groups = [{"params": model[0].parameters(), "betas": (0.5, 0.6)}, {"params": model[1].parameters()}]
+    with pytest.raises(UsageError, match="different betas"):
+        save_moments(model, stepped(torch.optim.Adam, groups), tmp_path)
+    with pytest.raises(NotFoundError, match="there is no folder"):
+        save_moments(model, stepped(torch.optim.Adam), tmp_path / "none")
+    assert {key.split("/")[1] for key in load_file(save_moments(model, stepped(torch.optim.Adafactor), tmp_path))} == {
+        "row_moments",
+        "column_moments",
+    }
+
+
+def test_a_plan_of_a_preset_is_measured(tmp_path, data):
+    trained(tmp_path / "m", "adam")
+    for preset in ("trackstar", "less", "trak"):
+        cost = estimate(BuildConfig(model=str(tmp_path / "m"), data=(str(data),), out=str(tmp_path / "i"), layers=LAYERS, preset=preset))
+        assert cost.bytes_per_example > 0
+
+
+def test_a_model_that_is_a_file_has_its_moments_beside_it_and_one_in_memory_has_none(tmp_path):
+    from safetensors.torch import save_file
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    save_moments(model, optimizer, tmp_path)
+    generator = np.random.default_rng(0)
+    records = [{"id": str(i), "features": generator.standard_normal(6).tolist(), "label": int(generator.integers(3))} for i in range(30)]
+    vectors = write_jsonl(tmp_path / "v.jsonl", records)
+    build(BuildConfig(model=str(tmp_path / "m.safetensors"), data=(str(vectors),), out=str(tmp_path / "i"), task="mlp", preset="trackstar"))
+    assert np.isfinite(Client(tmp_path / "i").scores([Query(row=0), Query(row=1)], preset="trackstar")).all()
+    texts = [{"text": text} for text in random_texts(8)]
+    with pytest.raises(UsageError, match="a model in memory"):
+        wherefrom.build(make_model("gpt2", "float32"), texts, tmp_path / "j", tokenizer=make_tokenizer(), preset="less")
+
+
+def test_an_option_beside_a_preset_counts_instead(tmp_path, data):
+    config = BuildConfig(model="m", data=(str(data),), out="o", preset="less", optimizer=None, rank=3)
+    assert (config.optimizer, config.rank, config.unit_length, config.curvature) == (None, 3, True, "identity")
+    assert config.replace(rank=5).rank == 5
+
+
+def test_checkpoints_without_a_recorded_rate_count_the_same_and_say_so(tmp_path, data):
+    places = []
+    for number in range(2):
+        trained(tmp_path / f"m{number}", "adam", seed=number)
+        places.append(str(tmp_path / f"m{number}"))
+    with pytest.warns(UserWarning, match="all checkpoints count the same"):
+        client = indexed(tmp_path / "i", tuple(places), data, preset="less", rank=4)
+    assert [c.weight for c in client.index.manifest.components] == [1.0, 1.0]
+
+
+def test_queries_of_other_requests_are_not_mixed_in(tmp_path, data):
+    trained(tmp_path / "m", "adam")
+    client = indexed(tmp_path / "i", str(tmp_path / "m"), data, preset="trackstar", rank=4)
+    options = {"preset": "trackstar", "k": 3}
+
+    async def ask():
+        engine = Engine("i", Client(tmp_path / "i"), Metrics(), batch=8, queue=9)
+        engine.start()
+        answers = await asyncio.gather(*(engine.ask(query, options) for query in QUERIES))
+        await engine.stop()
+        return answers
+
+    for query, answer in zip(QUERIES, asyncio.run(ask()), strict=True):
+        alone = client.query(query, **options)
+        assert answer.query["mixed"] == pytest.approx(alone.query["mixed"])
+        assert [a.row for a in answer.proponents] == [a.row for a in alone.proponents]
+
+
+def test_a_server_refuses_to_mix_queries_of_several_requests():
+    remote = RemoteClient("http://127.0.0.1:1")
+    for options in ({"mix": "auto"}, {"preset": "trackstar"}):
+        with pytest.raises(UsageError, match="take the index itself"):
+            remote.scores(QUERIES, **options)
+        with pytest.raises(UsageError, match="`mix` needs all in one"):
+            remote.query_many([Query(text=f"w{i}") for i in range(2000)], **options)

@@ -263,7 +263,7 @@ async function explain(own, now) {
     $("state").textContent = `explaining ${i + 1} to ${Math.min(i + AT_ONCE, rows.length)} of ${rows.length} …`;
     let found;
     try {
-      found = (await request("/v1/explain", { ...now.query, ...now.options, examples: rows.slice(i, i + AT_ONCE) })).explanations;
+      found = (await request("/v1/explain", { ...now.query, ...now.options, examples: rows.slice(i, i + AT_ONCE), tokens: answer.index.linear })).explanations;
     } catch (error) {
       if (own === serial) $("query-heat").textContent = `No explanation: ${error.message}`;
       return;
