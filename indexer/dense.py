@@ -89,7 +89,7 @@ class DenseEncoder:
         if rotated:
             rotation = self.arrays[f"{name}/{side}_rotation"].T
             projection = rotation if projection is None else rotation @ projection
-        if self.component.optimizer == "second-moments":
+        if self.component.scales_sides:
             scale = self.arrays[f"{name}/{side}_scale"]
             projection = np.diag(scale) if projection is None else projection * scale
         if projection is None:

@@ -11,6 +11,9 @@ with Adam's beta1, beta2 and eps as metadata.
 factored form (arXiv 1804.04235), V[o, i] = r[o] c[i] / mean(r), for r and c the means of V over inputs and over outputs. So the two sides
 of a layer's gradient are scaled before they are projected, and no gradient is formed.
 
+**Preconditioner** (SOURCE, arXiv 2405.12186, appendix C): Adam moves along P g with P = V^(-1/2), which is gradient descent in weights that
+are scaled by P^(-1/2). There gradients are P^(1/2) g, in the same factored form, and the filter of a training's length is exact.
+
 **Adam's step** (LESS, arXiv 2402.04333, equation 3): with the gradient g of the mean loss over an example's predicted tokens, its row is
 
     (beta1 m + (1 - beta1) g) / sqrt(beta2 v + (1 - beta2) g^2 + eps)
@@ -143,7 +146,8 @@ def moment_arrays(component: DenseComponent, folder: Path) -> Arrays:
                 else:
                     second = read(f"{layer.name}/second_moment", shape)
                     rows, columns = second.mean(axis=1, dtype=np.float64), second.mean(axis=0, dtype=np.float64)
-                arrays |= {f"{layer.name}/{side}": scale for side, scale in factored_scales(rows, columns).items()}
+                scales = factored_scales(rows, columns, -0.5 if component.optimizer == "second-moments" else -0.25)
+                arrays |= {f"{layer.name}/{side}": scale for side, scale in scales.items()}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise IncompatibleError(
             f"{path} does not hold the moments of the model's layers ({error}); write it with the optimizer that trained this model"
@@ -165,14 +169,13 @@ def _read(file: Any, name: str, shape: tuple[int, ...], signed: bool = False) ->
     return array
 
 
-def factored_scales(rows: Float[np.ndarray, " outputs"], columns: Float[np.ndarray, " inputs"]) -> Arrays:
-    """Return the scales of a layer's sides, whose outer product is V^(-1/2) in Adafactor's form; 0 where V is 0."""
-    mean = float(rows.mean())
-    return {"output_scale": _inverse_root(rows / mean if mean > 0 else rows), "input_scale": _inverse_root(columns)}
+def factored_scales(rows: Float[np.ndarray, " outputs"], columns: Float[np.ndarray, " inputs"], power: float) -> Arrays:
+    """Return the scales of a layer's sides, whose outer product is a negative power of V in Adafactor's form; 0 where V is 0."""
+    return {"output_scale": _power(rows / rows.mean(), power), "input_scale": _power(columns, power)}
 
 
-def _inverse_root(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    return np.where(values > 0, 1 / np.sqrt(np.where(values > 0, values, 1.0)), 0.0).astype(np.float32)
+def _power(values: Float[np.ndarray, " n"], power: float) -> Float[np.ndarray, " n"]:
+    return np.where(values > 0, np.where(values > 0, values, 1.0) ** power, 0.0).astype(np.float32)
 
 
 def adam_step(

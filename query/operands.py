@@ -402,7 +402,7 @@ def change_of_curvature(index: Index, component: DenseComponent, metric: Metric)
     change: np.ndarray | None = None
     sizes = [layer.size for layer in component.layers]
     has_curvature = any(layer.curvature != "identity" for layer in component.layers)
-    if metric.training is not None and (component.optimizer is not None or component.curvature.labels == "margin"):
+    if metric.training is not None and (component.optimizer == "second-moments" or component.curvature.labels == "margin"):
         raise UsageError(f"the curvature of {component.name} is not that of the loss (a preset's), which `training` needs; leave it out")
     if metric.changes_curvature and (metric.curvature or has_curvature):
         eigenvalues, means = index.spectrum(component)

@@ -173,8 +173,8 @@ class ScoreOptions(TypedDict, total=False):
     refine: Annotated[
         int,
         Option(
-            "Iterations of conjugate gradients with the exact Gauss-Newton matrix of all components' weights, each a pass over the corpus for "
-            "each query.",
+            "Iterations of conjugate gradients with the exact Gauss-Newton matrix of all components' weights, each a pass over the corpus "
+            "for each query.",
             low=0,
             high=100,
             default=0,

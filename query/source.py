@@ -51,6 +51,8 @@ def learning_times(index: Index, component: Component, training: str) -> Float64
     """
     models = index.manifest.models
     total = read_training(training)
+    if total is None and "optimizer" in component.features:
+        raise UsageError("the recorded length includes the optimizer's preconditioner, as the rows do; give `training` as RATE,STEPS")
     tokens = max(1.0, component.curvature.tokens / max(1, component.curvature.examples))
     if total is not None:
         return np.full(len(component.layer_names), total / len(models) / tokens)

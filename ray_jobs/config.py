@@ -143,8 +143,9 @@ class BuildConfig(BaseModel):
     preset: PresetName | None = None
     """A published method's options, for those that are not given: trackstar, less or trak (docs/how-it-works.md); they are printed."""
     optimizer: OptimizerUse | None = None
-    """Use of the optimizer's moments beside each checkpoint's weights: second-moments divides gradients by their square roots; adam-step
-    makes the rows of training examples Adam's steps.  [default: none]"""
+    """Use of the optimizer's moments beside each checkpoint's weights: second-moments divides gradients by their square roots,
+    preconditioner by their fourth roots (Adam's, for a query's `training`); adam-step makes the rows of training examples Adam's steps.
+    [default: none]"""
     unit_length: bool = False
     """Divide the blocks' rows, and queries, by their lengths; checkpoints count by their learning rates, where these were recorded."""
     fit_examples: Positive | None = None

@@ -39,7 +39,7 @@ Width = Annotated[int, Field(ge=1, le=1 << 26)]  # of a layer, or of its project
 LayerCurvature = Literal["fisher", "ekfac", "kfac", "diagonal", "identity"]
 CurvatureKind = Literal["auto", "fisher", "ekfac", "kfac", "diagonal", "identity"]
 LabelKind = Literal["data", "sampled", "expected", "margin"]
-OptimizerUse = Literal["second-moments", "adam-step"]
+OptimizerUse = Literal["second-moments", "preconditioner", "adam-step"]
 ModelDtype = Literal["float32", "bfloat16", "float64"]
 RowDtype = Literal["float32", "float16", "int8", "1bit"]
 
@@ -169,6 +169,11 @@ class DenseComponent(_Component):
         return frozenset({"dense", *(name for name, needed in others.items() if needed)})
 
     @property
+    def scales_sides(self) -> bool:
+        """True if inputs and outputs of each layer are scaled before they are projected."""
+        return self.optimizer in ("second-moments", "preconditioner")
+
+    @property
     def linear(self) -> bool:
         """True if a row is linear in the gradient."""
         return self.optimizer != "adam-step" and not self.unit_length
@@ -215,8 +220,8 @@ class DenseComponent(_Component):
                 arrays[f"{owner}/{side}_projection"] = ((rank, size), pca and rank < size)
             arrays[f"{layer.name}/eigenvalues"] = ((layer.size,), layer.curvature != "identity")
             arrays[f"{layer.name}/basis"] = ((layer.size, layer.size), layer.curvature == "fisher")
-            arrays[f"{layer.name}/input_scale"] = ((layer.inputs,), self.optimizer == "second-moments")
-            arrays[f"{layer.name}/output_scale"] = ((layer.outputs,), self.optimizer == "second-moments")
+            arrays[f"{layer.name}/input_scale"] = ((layer.inputs,), self.scales_sides)
+            arrays[f"{layer.name}/output_scale"] = ((layer.outputs,), self.scales_sides)
             for moment in ("first_moment", "second_moment"):
                 arrays[f"{layer.name}/{moment}"] = ((layer.outputs, layer.inputs), self.optimizer == "adam-step")
         arrays["adam"] = ((3,), self.optimizer == "adam-step")

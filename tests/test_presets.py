@@ -152,9 +152,10 @@ def test_trackstar_is_its_equations(tmp_path, data, optimizer, share, monkeypatc
 def test_adams_moments_in_full_and_factored_scales_agree_where_they_are_of_rank_one():
     generator = np.random.default_rng(0)
     r, c = generator.random(5) + 0.1, generator.random(7) + 0.1
-    scales = factored_scales(np.outer(r, c).mean(1), np.outer(r, c).mean(0))
-    assert_close(np.outer(scales["output_scale"], scales["input_scale"]), 1 / np.sqrt(np.outer(r, c)), 1e-6)
-    scales = factored_scales(np.array([0.0, 4.0]), np.array([0.0, 1.0, 3.0]))
+    for power in (-0.5, -0.25):
+        scales = factored_scales(np.outer(r, c).mean(1), np.outer(r, c).mean(0), power)
+        assert_close(np.outer(scales["output_scale"], scales["input_scale"]), np.outer(r, c) ** power, 1e-6)
+    scales = factored_scales(np.array([0.0, 4.0]), np.array([0.0, 1.0, 3.0]), -0.5)
     assert scales["output_scale"][0] == scales["input_scale"][0] == 0
 
 
@@ -523,3 +524,27 @@ def test_a_server_refuses_to_mix_queries_of_several_requests():
             remote.scores(QUERIES, **options)
         with pytest.raises(UsageError, match="`mix` needs all in one"):
             remote.query_many([Query(text=f"w{i}") for i in range(2000)], **options)
+
+
+def test_the_filter_of_a_training_by_adam_is_that_of_gradient_descent_in_scaled_weights(tmp_path, data):
+    model, optimizer = trained(tmp_path / "m", "adam")
+    options = {"optimizer": "preconditioner", "curvature": "fisher", "rank": 1 << 20}
+    client = indexed(tmp_path / "i", str(tmp_path / "m"), data, **options)
+    (component,) = client.index.manifest.components
+    tokens = component.curvature.tokens / component.curvature.examples
+    corpus = plain(client, model, [client.index.example(i) for i in range(len(client.index))])
+    asked = plain(client, model, client.query_examples(QUERIES))
+    length = 0.4
+    expected = 0.0
+    for number, layer in enumerate(component.layers):
+        second = moments(model, optimizer, layer.name)[1]
+        scale = (np.outer(second.mean(1), second.mean(0)) / second.mean()) ** -0.25
+        g, q = (np.stack([(gradients[number] * scale).ravel() for gradients in part]) for part in (corpus, asked))
+        values, vectors = np.linalg.eigh(g.T @ g / len(g))
+        values = np.maximum(values, 0)
+        time = length / tokens
+        filtered = np.divide(-np.expm1(-time * values), values, out=np.full(len(values), time), where=values > 1e-12)
+        expected = expected + (q @ vectors * filtered) @ (g @ vectors).T
+    assert_close(client.scores(QUERIES, training="0.004,100"), expected, 1e-4)
+    with pytest.raises(UsageError, match="includes the optimizer's preconditioner"):
+        client.scores(QUERIES[:1], training="recorded")
