@@ -32,8 +32,8 @@ _ABOUT = {
 _TITLES = {"pack50": "texts"}
 _MARKS = "<!-- boards: benchmarks/boards/table.py -->", "<!-- end of boards -->"
 _REFERENCE = "index, 800 bytes"
-_COLOURS = (("baseline", "#888888"), ("random", "#bbbbbb"), ("dattri", "#d55e00"), ("LoGra", "#d55e00"), ("TRAK", "#d55e00"))
-_COLOURS += (("TrackStar", "#d55e00"), ("LESS", "#d55e00"), ("TracIn", "#d55e00"), ("gradient dot", "#d55e00"), ("inverse", "#888888"))
+_OTHERS = ("dattri", "Kronfluence", "LoGra", "TRAK", "TrackStar", "LESS", "TracIn", "gradient dot")
+_COLOURS = {**dict.fromkeys(_OTHERS, "#d55e00"), "baseline": "#888888", "inverse": "#888888", "random": "#bbbbbb"}
 _OURS = "#0072b2"
 
 
@@ -67,7 +67,7 @@ def _has_cost(method, line):
 
 
 def _colour(method):
-    return next((colour for start, colour in _COLOURS if method.startswith(start)), _OURS)
+    return next((colour for start, colour in _COLOURS.items() if method.startswith(start)), _OURS)
 
 
 def picture(known, file):
