@@ -7,11 +7,13 @@ eigenbasis. Dense components are carried by whole gradients, sparse ones token b
 **Refinement.** Influence needs the solution v of (G + a) v = g for the query's gradient g. The stored curvature gives an approximate one,
 from which preconditioned conjugate gradients go on with exact products of the Gauss-Newton matrix G over the whole corpus. G covers the
 weights of all components, with all terms between them; a weight that is head and embeddings is one. Stored rows stay as they are. The
-components' products with v add up as they are, so each counts once, whatever its weight in other scores.
+components' products with v add up as they are, so each counts once, whatever its weight in other scores. Components that training did not
+change are not in the equation; beside these, refined rows are scaled so that the query's score with itself stays what it was, since the
+components' weights rest on such scores (indexer/calibrate.py).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +33,7 @@ from .store.errors import NumericalError, UsageError
 from .store.index import Index
 from .store.manifest import Component, Layer
 from .store.shapes import Float, Float64
-from .store.vectors import DenseVectors, join
+from .store.vectors import DenseVectors, cut, join
 
 _GRADIENT_BYTES = 1 << 30  # of whole gradients in memory at once; but one at least
 _DAMPING = {"blocks": 10.0, "head": 1.0, "embeddings": 1.0}  # of refined queries, relative to the mean eigenvalue of a layer's weights
@@ -160,7 +162,11 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
     start = time.perf_counter()
     if len(encoder.models) > 1:
         raise UsageError("refined queries need one model, and this index has several; leave `refine` out")
-    components = [c for c in encoder.settings.components if metric.weights.get(c.name, metric.weights.get(c.role, 1.0))]
+    counted = [c for c in encoder.settings.components if metric.weights.get(c.name, metric.weights.get(c.role, 1.0))]
+    trained = index.manifest.models[0].trained
+    components = [c for c in counted if trained is None or set(c.layer_names) & set(trained)]
+    if not components:
+        raise UsageError("training changed no layer of this index's components, so there is no equation to solve; leave `refine` out")
     rows = dict(encoder.rows(examples, queries=queries, exact=True))
     corpus = [index.example(row) for row in np.flatnonzero(index.alive).tolist()]
     defaults = _DAMPING if encoder.task.classes(encoder.model) is None else _DAMPING_CLASSES
@@ -179,7 +185,10 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
             blocks[component.name].append((range(first, first + len(solution)), own))
     for component in components:
         refined = type(blocks[component.name][0][1]).concatenate(blocks[component.name], component.dim)
-        rows[component.name] = refined.combined(np.eye(len(refined)) / (component.weight or 1.0)).as_float32()
+        factors = np.full(len(refined), 1 / (component.weight or 1.0))
+        if len(components) < len(counted):
+            factors = _self_score_factors(refined, rows[component.name], partial(changed_rows, index, component, metric))
+        rows[component.name] = refined.combined(np.diag(factors)).as_float32()
     report = RefineReport(
         iterations=metric.refine,
         residual=float(np.mean(residuals)),
@@ -224,12 +233,22 @@ def _solve(
     return v, relative.numpy()
 
 
+def _self_score_factors(refined: Any, plain: Any, changed: Callable[[Any], Any]) -> Float64[np.ndarray, " queries"]:
+    """Return the factors after which products of refined rows with the plain ones are the squared lengths of these."""
+    pairs = [(cut({"": refined}, i, i + 1)[""], cut({"": plain}, i, i + 1)[""]) for i in range(len(plain))]
+    after = np.array([float(changed(own).inner_products(other)[0, 0]) for own, other in pairs])
+    return np.divide(plain.squared_norms, after, out=np.ones(len(after)), where=after > 0)
+
+
 def _damping(index: Index, component: Component, part: Any, metric: Metric, relative: float) -> Float64[np.ndarray, " layers"]:
     """The damping of each layer: one over its learning time, where the metric has a training, else relative to its mean eigenvalue."""
     if metric.training is not None:
         times = learning_times(index, component, metric.training)
         if not times.all():
-            raise UsageError("the training did not move all layers of this index, so their damping is not known; give `damping` instead")
+            raise UsageError(
+                f"the training did not move all layers of {component.name}, so their damping is not known; give `damping` instead, or "
+                f"leave the component out ({component.name}=0 in `weights`)"
+            )
         return 1 / times
     mean_eigenvalues: Float64[np.ndarray, " layers"] = part.mean_eigenvalues()
     return relative * mean_eigenvalues

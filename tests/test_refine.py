@@ -224,6 +224,31 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
     assert alone.damping == {"blocks": 10.0}
 
 
+def test_what_training_did_not_change_stays_as_it_is(tmp_path, data):
+    base, tuned = make_model("llama"), make_model("llama")
+    with torch.no_grad():
+        for layer in tuned.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1.1)
+    for name, model in (("base", base), ("m", tuned)):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    options = {"components": ("blocks", "head"), "rank": HUGE, "curvature": "ekfac", "base": str(tmp_path / "base")}
+    client = built(tmp_path / "i", str(tmp_path / "m"), data, **options)
+    assert client.query(QUERIES[0], refine=2).search.refine.damping == {"blocks": 10.0}
+    head = {"weights": {"blocks": 0.0}}
+    plain = client.scores(QUERIES[:1], **head)
+    with pytest.raises(UsageError, match="training changed no layer"):
+        client.scores(QUERIES[:1], refine=2, **head)
+    blocks = {"weights": {"head": 0.0}}
+    refined = client.recomputed_scores([Query(row=3)], range(12), refine=2)
+    (own,) = client.recomputed_scores([Query(row=3)], [3])
+    assert_close(refined[0, 3], own[0], 1e-4)  # its score with itself stays
+    alone = client.recomputed_scores([Query(row=3)], range(12), refine=2, **blocks)[0]
+    others = refined[0] - client.recomputed_scores([Query(row=3)], range(12), **head)[0]
+    assert_close(others / others[3], alone / alone[3], 1e-4)
+    assert np.abs(plain).max() > 0
+
+
 def test_stored_rows_are_estimates_of_refined_scores(tmp_path, data):
     make_model("llama").save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
