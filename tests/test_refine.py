@@ -188,7 +188,7 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
     if tied:
         means[-1] = parts["head"].mean_eigenvalues()[0]
     sizes = [model.get_submodule(name).weight.numel() for name in weights]
-    matrix += np.diag(np.repeat(3.0 * np.array(means), sizes))
+    matrix += np.diag(np.repeat(30.0 * np.array(means), sizes))
     every = [name for role in roles for name in names[role]]
     asked = [untied_gradients(model, every, example) for example in client.query_examples(QUERIES)]
     seen = [untied_gradients(model, every, corpus[row]) for row in ROWS]
@@ -212,10 +212,10 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
                     tokens = np.unique(example.token_ids[1:][example.loss_mask[1:]])
                     gradient[np.setdiff1d(np.arange(len(gradient)), tokens)] = 0
                 expected[role][:, number] += solved[name] @ gradient.ravel()
-    found = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=3.0)
+    found = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=30.0)
     rtol = 1e-4 if tied else 2e-3  # RMS norms round to float32
     assert_close(found, sum(expected.values()), rtol)
-    doubled = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=3.0, weights={"head": 2.0})
+    doubled = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=30.0, weights={"head": 2.0})
     assert_close(doubled, sum(expected.values()) + expected["head"], rtol)
     report = client.query(QUERIES[0], k=3, refine=2).search.refine
     assert report.damping == {"blocks": 10.0, "head": 1.0, "embeddings": 1.0}
