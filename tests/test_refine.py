@@ -17,7 +17,7 @@ from wherefrom.store.update import delete
 
 ROWS = [0, 7, 11]
 QUERIES = [Query(text=TEXT), Query(row=3), Query(prompt="w1 w2 w3", completion=" w4 w5")]
-CONVERGED = 40  # iterations
+CONVERGED = 20  # iterations
 
 
 def dense_gauss_newton(model, names, batches, logits_of):
@@ -212,10 +212,10 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
                     tokens = np.unique(example.token_ids[1:][example.loss_mask[1:]])
                     gradient[np.setdiff1d(np.arange(len(gradient)), tokens)] = 0
                 expected[role][:, number] += solved[name] @ gradient.ravel()
-    found = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=30.0)
+    found = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0)
     rtol = 1e-4 if tied else 2e-3  # RMS norms round to float32
     assert_close(found, sum(expected.values()), rtol)
-    doubled = client.recomputed_scores(QUERIES, ROWS, refine=CONVERGED, damping=30.0, weights={"head": 2.0})
+    doubled = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0, weights={"head": 2.0})
     assert_close(doubled, sum(expected.values()) + expected["head"], rtol)
     report = client.query(QUERIES[0], k=3, refine=2).search.refine
     assert report.damping == {"blocks": 10.0, "head": 1.0, "embeddings": 1.0}
@@ -327,7 +327,7 @@ def test_a_classifier_is_refined(tmp_path):
     gradients = np.stack([gradient(example) for example in corpus])
     network.requires_grad_(False)
     expected = component.weight * gradients[:2] @ np.linalg.solve(matrix, gradients.T)
-    found = client.scores([Query(row=0), Query(row=1)], refine=CONVERGED)
+    found = client.scores([Query(row=0), Query(row=1)], refine=2 * CONVERGED)
     assert_close(found, expected, 1e-4)
 
 
