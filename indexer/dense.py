@@ -139,7 +139,7 @@ class DenseEncoder:
         Raises:
             UsageError: the component's rows are not of plain gradients.
         """
-        if self.component.optimizer or self.component.unit_length:
+        if self.component.optimizer not in (None, "preconditioner") or self.component.unit_length:
             raise UsageError(
                 f"the rows of {self.component.name} are scaled gradients (`optimizer` or `unit_length` of the build); segments of training "
                 "and refined queries need plain ones"
@@ -152,7 +152,7 @@ class DenseEncoder:
             offset += layers[-1].size
         rank = max(max(layer.inputs, layer.outputs) for layer in layers)
         projection = self.component.projection.model_copy(update={"kind": "random", "rank": rank})
-        update = {"model": 0, "layers": tuple(layers), "projection": projection, "coordinates": None}
+        update = {"model": 0, "layers": tuple(layers), "projection": projection, "coordinates": None, "optimizer": None}
         return self.component.model_copy(update=update), {}
 
     def plain_gradients(self, rows: DenseVectors) -> DenseVectors:
@@ -190,7 +190,15 @@ class DenseEncoder:
         return self.plain_component()[0].layers
 
     def whole_component(self) -> tuple[DenseComponent, Mapping[str, np.ndarray]]:
-        """Return a component whose rows hold the whole gradients of the equation's layers; see `plain_component`."""
+        """Return a component whose rows hold the whole gradients of the equation's layers; see `plain_component`.
+
+        Raises:
+            UsageError: the curvature is of scaled weights.
+        """
+        if self.component.optimizer:
+            raise UsageError(
+                f"the curvature of {self.component.name} is of scaled weights (`optimizer`), and refined queries need plain ones"
+            )
         return self.plain_component()
 
     def whole_gradients(self, rows: DenseVectors) -> DenseVectors:
@@ -242,6 +250,8 @@ class DenseEncoder:
             change = flat * scale if vectors is None else ((flat @ vectors) * scale) @ vectors.T
             input_map, output_map = self._double_maps(layer)
             change = change.reshape(projected.shape)
+            if self.component.scales_sides:  # back from scaled weights: the maps are orthogonal times the scales
+                input_map, output_map = (self._unscaled(layer, side, of) for side, of in (("input", input_map), ("output", output_map)))
             change = change if output_map is None else output_map.T @ change
             change = change if input_map is None else change @ input_map
             changed[:, part] += change.flatten(1).numpy()
@@ -257,6 +267,11 @@ class DenseEncoder:
             input_map, output_map = self._double_maps(layer)
             values = values if input_map is None else values @ input_map.T
             yield layer, part, values if output_map is None else output_map @ values
+
+    def _unscaled(self, layer: Layer, side: str, map_: Map) -> Map:
+        """Divide a map with a scale by the scale's squares, so that its transpose is its inverse; 0 where the scale is 0."""
+        scale = torch.from_numpy(self.arrays[f"{layer.name}/{side}_scale"].astype(np.float64))
+        return None if map_ is None else map_ * torch.where(scale > 0, scale, torch.inf) ** -2
 
     def _double_maps(self, layer: Layer) -> tuple[Map, Map]:
         input_map, output_map = (None if side is None else side.double().cpu() for side in self.maps[layer.name])

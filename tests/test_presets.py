@@ -350,7 +350,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, data):
         ({"mix": "much"}, "write auto, or a share"),
         ({"mix": "1"}, "write auto, or a share"),
         ({"mix": "auto", "damping": 0.1}, "takes the place of damping"),
-        ({"refine": 1}, "scaled gradients"),
+        ({"refine": 1}, "of scaled weights"),
     ):
         with pytest.raises(UsageError, match=match):
             client.scores(QUERIES[:1], **options)
@@ -548,3 +548,31 @@ def test_the_filter_of_a_training_by_adam_is_that_of_gradient_descent_in_scaled_
     assert_close(client.scores(QUERIES, training="0.004,100"), expected, 1e-4)
     with pytest.raises(UsageError, match="includes the optimizer's preconditioner"):
         client.scores(QUERIES[:1], training="recorded")
+
+
+def test_segments_of_a_training_by_adam_are_carried_through_scaled_weights(tmp_path, data):
+    states = [trained(tmp_path / f"m{number}", "adam", seed=number, steps=number + 2) for number in range(2)]
+    options = {"optimizer": "preconditioner", "curvature": "ekfac", "rank": 1 << 20}
+    client = indexed(tmp_path / "i", tuple(str(tmp_path / f"m{number}") for number in range(2)), data, **options)
+    components = client.index.manifest.components
+    examples = [client.index.example(i) for i in range(len(client.index))]
+    asked = plain(client, states[-1][0], client.query_examples(QUERIES))
+    expected = 0.0
+    for number in range(len(components[0].layers)):
+        carried = np.stack([gradients[number] for gradients in asked])
+        for component, (model, optimizer) in reversed(list(zip(components, states, strict=True))):
+            layer = component.layers[number]
+            second = moments(model, optimizer, layer.name)[1]
+            scale = (np.outer(second.mean(1), second.mean(0)) / second.mean()) ** -0.25
+            array = {key.split("/")[-1]: a for key, a in client.index.arrays.items() if key.startswith(f"{component.name}/{layer.name}/")}
+            basis = np.kron(array["output_rotation"], array["input_rotation"])
+            values = array["eigenvalues"].astype(float)
+            time = 0.4 / 2 / (component.curvature.tokens / component.curvature.examples)
+            rows = np.stack([(g[number] * scale).ravel() for g in plain(client, model, examples)])
+            scaled = (carried * scale).reshape(len(carried), -1)
+            filtered = np.divide(-np.expm1(-time * values), values, out=np.full(len(values), time), where=values > 1e-12)
+            expected = expected + components[-1].weight * (scaled @ basis * filtered) @ (rows @ basis).T
+            carried = ((scaled @ basis * np.exp(-time * values)) @ basis.T).reshape(carried.shape) / scale
+    assert_close(client.scores(QUERIES, training="0.004,100"), expected, 1e-4)
+    with pytest.raises(UsageError, match="of scaled weights"):
+        indexed(tmp_path / "j", str(tmp_path / "m0"), data, **options).scores(QUERIES[:1], refine=1)
