@@ -113,6 +113,8 @@ def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix
         expected = expected_scores(client, matrix, damping)
         found = client.scores(QUERIES, refine=iterations, **options)[:, ROWS]
         assert_close(found, expected, 1e-4)
+        if curvature != "ekfac":
+            continue
         assert_close(client.recomputed_scores(QUERIES, ROWS, refine=iterations, **options), expected, 1e-4)
         answer = client.query(QUERIES[0], k=40, refine=iterations, **options)
         by_row = {a.row: a.score for a in (*answer.proponents, *answer.opponents)}
@@ -120,6 +122,8 @@ def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix
         assert answer.query["refine"] == iterations
         assert answer.search.refine.residual < 1e-4
         assert answer.search.refine.damping == (None if "training" in options else {"blocks": options.get("damping", 10.0)})
+    if curvature != "ekfac":
+        return
     client.query(QUERIES[1], refine=2)
     assert client.query(QUERIES[0], refine=iterations, training="0.02,50").search.refine == answer.search.refine  # kept with its rows
     few = client.query(QUERIES[2], refine=1).search.refine
