@@ -188,7 +188,7 @@ def members(protocol, train, folder):
 
 
 def our_scores(name, pack, folder, scratch):
-    """Yield the name, scores [examples, queries], bytes an example and seconds a query of each of our rungs."""
+    """Return, by the name of each of our rungs, a function: scores [examples, queries], bytes an example and seconds a query."""
     protocol = PROTOCOLS[name]
     documents = scratch / "train.jsonl"
     write_documents_file(pack.train, documents)
@@ -211,32 +211,37 @@ def our_scores(name, pack, folder, scratch):
 
     last = str(pack.model)
     halves = tuple(checkpoints[1::2])
-    yield "index, 800 bytes", *scored(index("800", last, bytes_per_example=800), Metric())
-    yield (
-        f"index, 800 bytes, refined by {_ITERATIONS} iterations",
-        *scored(index("800", last, bytes_per_example=800), Metric(refine=_ITERATIONS)),
-    )
-    yield "LoGra, rank 16, float32", *scored(index("logra", last, rank=16), Metric())
-    yield "TRAK of one model", *scored(index("trak", last, preset="trak"), Metric(preset="trak"))
-    ensemble = index("ensemble", members(protocol, images(pack.train), folder), preset="trak")
-    yield f"TRAK of {_MEMBERS} models", *scored(ensemble, Metric(preset="trak"))
-    whole = index("whole", last, damping=1.0, **_WHOLE)
-    yield "EK-FAC, whole layers", *scored(whole, Metric())
-    yield "EK-FAC, damping 0.1", *scored(whole, Metric(damping=0.1))
-    yield "SOURCE's filter, last weights", *scored(whole, Metric(training=training))
-    yield f"EK-FAC, refined by {_ITERATIONS} iterations", *scored(whole, Metric(refine=_ITERATIONS))
-    yield (
-        f"EK-FAC, refined by {_ITERATIONS} iterations, damping of the training",
-        *scored(whole, Metric(refine=_ITERATIONS, training=training)),
-    )
-    yield "gradient dot product", *scored(whole, Metric(curvature=False))
-    several = index("several", halves, damping=1.0, **_WHOLE)
-    yield f"EK-FAC, {_SEGMENTS} checkpoints", *scored(several, Metric())
-    yield f"SOURCE, {_SEGMENTS} segments", *scored(several, Metric(training=training))
-    yield f"TracIn, {_SEGMENTS} checkpoints", *scored(several, Metric(curvature=False, weights=_even(several)))
+
+    def whole():
+        return index("whole", last, damping=1.0, **_WHOLE)
+
+    def several():
+        return index("several", halves, damping=1.0, **_WHOLE)
+
+    def ensemble():
+        return index("ensemble", members(protocol, images(pack.train), folder), preset="trak")
+
+    refined = f"refined by {_ITERATIONS} iterations"
+    rungs = {
+        "index, 800 bytes": lambda: scored(index("800", last, bytes_per_example=800), Metric()),
+        f"index, 800 bytes, {refined}": lambda: scored(index("800", last, bytes_per_example=800), Metric(refine=_ITERATIONS)),
+        "LoGra, rank 16, float32": lambda: scored(index("logra", last, rank=16), Metric()),
+        "TRAK of one model": lambda: scored(index("trak", last, preset="trak"), Metric(preset="trak")),
+        f"TRAK of {_MEMBERS} models": lambda: scored(ensemble(), Metric(preset="trak")),
+        "EK-FAC, whole layers": lambda: scored(whole(), Metric()),
+        "EK-FAC, damping 0.1": lambda: scored(whole(), Metric(damping=0.1)),
+        "SOURCE's filter, last weights": lambda: scored(whole(), Metric(training=training)),
+        f"EK-FAC, {refined}": lambda: scored(whole(), Metric(refine=_ITERATIONS)),
+        f"EK-FAC, {refined}, damping of the training": lambda: scored(whole(), Metric(refine=_ITERATIONS, training=training)),
+        "gradient dot product": lambda: scored(whole(), Metric(curvature=False)),
+        f"EK-FAC, {_SEGMENTS} checkpoints": lambda: scored(several(), Metric()),
+        f"SOURCE, {_SEGMENTS} segments": lambda: scored(several(), Metric(training=training)),
+        f"TracIn, {_SEGMENTS} checkpoints": lambda: scored(several(), Metric(curvature=False, weights=_even(several()))),
+    }
     if len(checkpoints) > _SEGMENTS:
-        every = index("every", tuple(checkpoints), damping=1.0, **_WHOLE)
-        yield f"SOURCE, {len(checkpoints)} segments", *scored(every, Metric(training=training))
+        every = f"SOURCE, {len(checkpoints)} segments"
+        rungs[every] = lambda: scored(index("every", tuple(checkpoints), damping=1.0, **_WHOLE), Metric(training=training))
+    return rungs
 
 
 def _even(client):
@@ -309,8 +314,9 @@ def judge(name, data, out, scratch, peers, results, queries):
         print(name, method, board[method], flush=True)
         results.write_text(json.dumps(known, indent=1))
 
-    for method, scores, size, seconds in our_scores(name, pack, folder, scratch):
-        record(method, scores, size, seconds)
+    for method, compute in our_scores(name, pack, folder, scratch).items():
+        if method not in board:
+            record(method, *compute())
     examples = [Client(scratch / "800").to_examples(documents) for documents in (pack.train, pack.queries)]
     for method, scores in content_baselines(*examples).items():
         if method in ("pixels", "random"):
