@@ -222,7 +222,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             if self._keeps_moments:
                 try:
                     save_moments(kwargs["model"], kwargs["optimizer"], Path(args.output_dir) / name)
-                except UsageError as error:  # must not prevent the Trainer's next steps
+                except Exception as error:  # must not prevent the Trainer's next steps
                     self._keeps_moments = False
                     warnings.warn(f"the optimizer's moments were not saved: {error}", stacklevel=2)
 

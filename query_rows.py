@@ -162,7 +162,7 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
     start = time.perf_counter()
     if len(encoder.models) > 1:
         raise UsageError("refined queries need one model, and this index has several; leave `refine` out")
-    counted = [c for c in encoder.settings.components if metric.weights.get(c.name, metric.weights.get(c.role, 1.0))]
+    counted = [c for c in encoder.settings.components if all(metric.weights.get(name, 1.0) for name in (c.name, c.role))]
     trained = index.manifest.models[0].trained
     components = [c for c in counted if trained is None or set(c.layer_names) & set(trained)]
     if not components:

@@ -18,17 +18,8 @@ _DEFAULT_BYTES = 800
 _MAX_THREADS = 1024
 # `bytes_per_example` chooses these:
 _SIZES = ("head_bits", "head_max_tokens", "head_extra_tokens", "embedding_bits", "embedding_max_tokens", "coordinates", "row_dtype")
-_ROW_OPTIONS = (
-    *_SIZES,
-    "components",
-    "layers",
-    "projection",
-    "rank",
-    "curvature",
-    "labels",
-    "optimizer",
-    "unit_length",
-)  # one of them turns off the default budget
+# One of these turns off the default budget:
+_ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels", "optimizer", "unit_length")
 _RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")  # may differ on resuming
 
 

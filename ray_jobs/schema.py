@@ -147,13 +147,13 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
 
 
 def with_rates(components: Sequence[Component], rates: Sequence[float | None]) -> tuple[Component, ...]:
-    """Return components whose rows have unit length with the learning rates of their checkpoints as weights, relative to the largest.
+    """Return components of unit length with the learning rates of their checkpoints as weights, relative to the largest.
 
     Args:
-        rates: of the models; where one is not known, all weigh the same. Other components stay as they are.
+        rates: of the models; where one is not known, all weigh the same.
     """
     known = [rate for rate in rates if rate]
-    if len(known) < len(rates) or not all("unit-length" in component.features for component in components):
+    if len(known) < len(rates):
         return tuple(components)
     return tuple(c.model_copy(update={"weight": known[c.model] / max(known)}) for c in components)
 
@@ -166,10 +166,8 @@ def weight_notes(components: Sequence[Component]) -> list[str]:
 
 
 def preset_note(config: BuildConfig) -> str:
-    """Return a sentence about what a build's preset sets."""
-    if config.preset is None:
-        return ""
-    preset = PRESETS[config.preset]
+    """Return a sentence about what the preset of a build with one sets."""
+    preset = PRESETS[config.preset]  # type: ignore[index]
     return f"preset {config.preset} ({preset.paper}): {preset.settings({name: getattr(config, name) for name in preset.build})}"
 
 

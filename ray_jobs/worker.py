@@ -106,7 +106,8 @@ class Worker:
                 )
             )
             components += candidate_components(config, self.task, model, number)
-        components = list(with_rates(components, [recorded_rate(source.id) for source in self.sources]))
+        if config.unit_length:
+            components = list(with_rates(components, [None if s.loaded is not None else recorded_rate(s.id) for s in self.sources]))
         batch_tokens = config.batch_tokens or self.task.default_batch_tokens(self.models)
         settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
         return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
