@@ -85,19 +85,9 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 def test_the_public_names():
     answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
-    others = [
-        "Replayed",
-        "Task",
-        "TrainingRecorder",
-        "VectorTask",
-        "WherefromError",
-        "build",
-        "connect",
-        "evaluate",
-        "replay",
-        "save_moments",
-    ]
-    assert wherefrom.__all__ == [*answers, *others]
+    others = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
+    functions = ["build", "connect", "evaluate", "replay", "save_moments"]
+    assert wherefrom.__all__ == [*answers, *others, *functions]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

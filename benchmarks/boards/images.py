@@ -35,7 +35,7 @@ from wherefrom.ray_jobs.build import build
 
 _TRAIN = 5000
 _QUERIES = 500
-REMOVED = 0.01
+_REMOVED = 0.01
 _SEGMENTS = 3
 _MEMBERS = 10  # of an ensemble
 _ITERATIONS = 3
@@ -280,6 +280,27 @@ def explicit(pack, dampings=(1e-3, 1e-2)):
     return result
 
 
+def random_sets(examples, count):
+    """Random 1 % of the examples, a set for each query."""
+    generator = np.random.default_rng(2)
+    return [generator.choice(examples, round(_REMOVED * examples), replace=False) for _ in range(count)]
+
+
+def judged(scores, pack, losses, chance, losses_without):
+    """A line of a board: LDS and QLD of scores [examples, queries].
+
+    Args:
+        losses: of the retrained models, for the LDS.
+        chance: losses of the first queries without random examples; QLD is over these.
+        losses_without: function from sets of examples to losses [sets, queries].
+    """
+    e = estimate(scores, pack.masks, losses)
+    best = np.argsort(-scores[:, : len(chance)], axis=0)[: round(_REMOVED * len(scores))].T
+    rises = np.diagonal(losses_without(best)) - np.array(chance)
+    spread = float(rises.std(ddof=1) / len(rises) ** 0.5)
+    return {"lds": e.value, "low": e.low, "high": e.high, "qld": float(rises.mean()), "qld_error": spread}
+
+
 def judge(name, data, out, scratch, peers, results, queries):
     """LDS and QLD of every method."""
     folder, protocol = out / name, PROTOCOLS[name]
@@ -288,29 +309,19 @@ def judge(name, data, out, scratch, peers, results, queries):
     board = known.setdefault(name, {})
     scratch.mkdir(parents=True, exist_ok=True)
     train, asked = images(pack.train), images(pack.queries[:queries])
-    removed = round(REMOVED * len(pack.train))
-    seeds = [0] * queries
 
     def without(sets):
-        return np.stack([np.setdiff1d(np.arange(len(pack.train)), rows) for rows in sets])
+        kept = np.stack([np.setdiff1d(np.arange(len(pack.train)), rows) for rows in sets])
+        return losses_without(protocol, train, asked, kept, [0] * queries)
 
-    generator = np.random.default_rng(2)
     if "random" not in board:
-        sets = [generator.choice(len(pack.train), removed, replace=False) for _ in range(queries)]
-        losses = losses_without(protocol, train, asked, without(sets), seeds)
-        board["random"] = {"losses": losses.mean(axis=0).tolist()}
+        board["random"] = {"losses": without(random_sets(len(pack.train), queries)).mean(axis=0).tolist()}
         results.write_text(json.dumps(known, indent=1))
-    chance = np.array(board["random"]["losses"])
 
     def record(method, scores, size=None, seconds=None):
         if method in board:
             return
-        e = estimate(scores, pack.masks, pack.losses)
-        best = np.argsort(-scores[:, :queries], axis=0)[:removed].T
-        rises = np.diagonal(losses_without(protocol, train, asked, without(best), seeds)) - chance
-        spread = float(rises.std(ddof=1) / len(rises) ** 0.5)
-        board[method] = {"lds": e.value, "low": e.low, "high": e.high, "qld": float(rises.mean()), "qld_error": spread}
-        board[method] |= {"bytes": size, "seconds": seconds}
+        board[method] = judged(scores, pack, pack.losses, board["random"]["losses"], without) | {"bytes": size, "seconds": seconds}
         print(name, method, board[method], flush=True)
         results.write_text(json.dumps(known, indent=1))
 

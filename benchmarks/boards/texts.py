@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from images import REMOVED
+from images import judged, random_sets
 from wherefrom import BuildConfig, Client
 from wherefrom.evaluation.baselines import content_baselines
-from wherefrom.evaluation.lds import estimate
 from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.evaluation.replay import match_rows, replay_examples, retrain
 from wherefrom.query.metric import Metric
@@ -88,17 +87,12 @@ class Board:
         start = time.perf_counter()
         scores = score()
         seconds = (time.perf_counter() - start) / len(self.queries)
-        e = estimate(scores, self.pack.masks, self.pack.losses[:, :, self.chosen])
-        removed = round(REMOVED * len(self.train))
         if "random" not in self.lines:
-            generator = np.random.default_rng(2)
-            sets = [generator.choice(len(self.train), removed, replace=False) for _ in self.queries]
+            sets = random_sets(len(self.train), len(self.queries))
             self.lines["random"] = {"losses": self.losses_without(sets).mean(axis=0).tolist()}
-        best = np.argsort(-scores, axis=0)[:removed].T
-        rises = np.diagonal(self.losses_without(best)) - np.array(self.lines["random"]["losses"])
-        spread = float(rises.std(ddof=1) / len(rises) ** 0.5)
-        self.lines[method] = {"lds": e.value, "low": e.low, "high": e.high, "qld": float(rises.mean()), "qld_error": spread}
-        self.lines[method] |= {"bytes": size, "seconds": seconds}
+        losses = self.pack.losses[:, :, self.chosen]
+        line = judged(scores, self.pack, losses, self.lines["random"]["losses"], self.losses_without)
+        self.lines[method] = line | {"bytes": size, "seconds": seconds}
         print(self.pack.name, method, self.lines[method], flush=True)
         self.results.write_text(json.dumps(self.known, indent=1))
 
