@@ -357,17 +357,41 @@ def reindex(index: str) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Port to listen on; 0 takes a free one.")
 @click.option("--token-file", type=click.Path(), help="File with a token that every request must have.")
 @click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Queries answered in one pass, at most.")
+@cloup.option_group(
+    "Ray",
+    click.option("--ray", "on_ray", is_flag=True, help="Search the rows in Ray actors, on one or several machines."),
+    click.option("--address", help="Address of a Ray cluster.  [default: a local Ray]"),
+    click.option("--parts", type=click.IntRange(1, 1024), help="Parts of each index.  [default: one for each node]"),
+    click.option("--replicas", type=click.IntRange(1, 1024), default=1, show_default=True, help="Actors of each part."),
+    click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Threads, and CPUs, of each actor."),
+)
 @_model_options
-def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None, batch: int, **model: Any) -> None:
+def serve(
+    indexes: tuple[str, ...],
+    host: str,
+    port: int,
+    token_file: str | None,
+    batch: int,
+    on_ray: bool,
+    address: str | None,
+    parts: int | None,
+    replicas: int,
+    threads: int,
+    **model: Any,
+) -> None:
     """Answer queries over HTTP, and in a browser: models and indexes are loaded once.
 
     \b
       wherefrom serve my.wherefrom                       then open http://127.0.0.1:8787
       wherefrom serve base=a.wherefrom sft=b.wherefrom --port 9000
       wherefrom serve my.wherefrom --host 0.0.0.0 --token-file token.txt
+      wherefrom serve my.wherefrom --ray --address 10.0.0.1:6379 --parts 8 --replicas 2 --threads 16
 
     While it runs, wherefrom query asks it and starts at once. An index that changes is picked up without a restart. The interface is
     described at /docs.
+
+    With --ray, every part of an index has --replicas actors, which are started again elsewhere when they die, and the answers are the
+    same. Every machine reads the index at the same path. SIGHUP replaces the actors one after the other.
     """
     _quiet_libraries()
     from .client import Client
@@ -375,10 +399,29 @@ def serve(indexes: tuple[str, ...], host: str, port: int, token_file: str | None
     from .server.run import serve as run
 
     token = read_token(token_file)
-    clients = {name: Client(path, **model) for name, path in name_indexes(list(indexes)).items()}
-    for client in clients.values():
-        client.prepare()
-    run(clients, host, port, token, batch)
+    named = name_indexes(list(indexes))
+    if not on_ray:
+        source = click.get_current_context().get_parameter_source
+        idle = [name for name in ("address", "parts", "replicas", "threads") if source(name) is ParameterSource.COMMANDLINE]
+        if idle:
+            raise UsageError(f"--{idle[0]} is for actors of Ray; give it with --ray")
+        clients = {name: Client(path, **model) for name, path in named.items()}
+        for client in clients.values():
+            client.prepare()
+        run(clients, host, port, token, batch)
+        return
+    from .ray_jobs.fleet import close, open_fleets
+
+    with open_fleets(list(named.values()), address, parts, replicas, threads) as fleets:
+        clients = {name: Client(own.index, parts=own, **model) for name, own in zip(named, fleets, strict=True)}
+        for client in clients.values():
+            client.prepare()
+
+        def restart() -> None:
+            for own in fleets:
+                own.fleet.restart()
+
+        run(clients, host, port, token, batch, restart, partial(close, fleets))
 
 
 _answer_options = _together(

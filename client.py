@@ -15,20 +15,21 @@ import numpy as np
 
 from .query.answers import Answer, Explanation, RefineReport, TokenShares
 from .query.asking import BaseClient
-from .query.assemble import QueryRecord, answer_queries, searched_rows
+from .query.assemble import QueryRecord, answer_queries
 from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
 from .query.mixing import Mixing
 from .query.options import Options, Query, ScoreOptions, check_queries
+from .query.parts import Parts, Search, WholeIndex, call_all, column_types
 from .query.plain import query_document, without_contrasts
 from .query.rerank import Recomputation
-from .query.scoring import Scorer, all_scores, mixed_components
+from .query.scoring import Scorer, mixed_components
 from .recompute import Recomputer
 from .store.corpus import Document, usable
 from .store.documents import Example
 from .store.errors import UsageError
-from .store.index import Index
+from .store.index import ColumnType, Index
 from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.shapes import Float32, Float64
@@ -53,6 +54,7 @@ class Client(BaseClient):
         device: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
         trust_remote_code: run code that comes with the model.
         task: for an index of a custom task, its name again, `module:Class`; an index does not name code to run.
+        parts: of the index, if they are searched elsewhere (see ray_jobs/fleet.py).
 
     Raises:
         NotFoundError: there is no index.
@@ -73,8 +75,10 @@ class Client(BaseClient):
         device: str = "auto",
         trust_remote_code: bool = False,
         task: str | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        self.index = index if isinstance(index, Index) else Index(index)
+        self.index = parts.index if parts is not None else index if isinstance(index, Index) else Index(index)
+        self.parts: Parts = WholeIndex(self.index) if parts is None else parts
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
@@ -121,7 +125,13 @@ class Client(BaseClient):
         plain, _ = without_contrasts(queries)
         key = self._row_key(Metric.of(options))
         refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
-        return answer_queries(self.index, asked, rows, options, baselines, recomputation, refinement)
+        needs_types = options.get("where") is not None or options.get("group_by") is not None
+        types = self._column_types if needs_types else None
+        return answer_queries(self.parts, types, asked, rows, options, baselines, recomputation, refinement)
+
+    @cached_property
+    def _column_types(self) -> dict[str, ColumnType]:
+        return column_types(self.parts)
 
     def scores(
         self, queries: Sequence[Query], where: str | None = None, **options: Unpack[ScoreOptions]
@@ -130,20 +140,48 @@ class Client(BaseClient):
 
         The score is NaN for deleted rows and those that do not match the filter `where`.
         """
-        mask = searched_rows(self.index, where)
-        scores = np.concatenate([block for _, block in self.score_blocks(queries, **options)], axis=1)
-        return np.where(mask, scores, np.float32(np.nan))
+        return np.concatenate([block for _, block in self.score_blocks(queries, where=where, **options)], axis=1)
 
     def score_blocks(
-        self, queries: Sequence[Query], mixings: Mapping[str, Mixing] | None = None, **options: Unpack[ScoreOptions]
+        self,
+        queries: Sequence[Query],
+        mixings: Mapping[str, Mixing] | None = None,
+        where: str | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-        """Yield the first row of each group of shards, and the scores of its rows, deleted ones too.
+        """Yield the first row of each group of shards, and the scores of its rows, as `scores` does.
 
         Args:
             mixings: of queries that are asked together; by default, of these.
         """
+        search = self._search(queries, where, options, mixings)
+        for group, block in zip(self.index.groups, self.parts.stream(search), strict=True):
+            yield group.first, block
+
+    def histogram(self, query: Query, bins: int, where: str | None = None, **options: Unpack[ScoreOptions]) -> dict[str, Any]:
+        """Count the scores of all rows in bins of equal width: `edges`, `counts`, and the number of `rows` that have a score.
+
+        Rows are those of `scores`.
+        """
+        search = self._search([query], where, options)
+        extremes = call_all(self.parts, "extremes", search).values()
+        rows = sum(rows for _, _, rows in extremes)
+        if not rows:
+            return {"edges": [], "counts": [], "rows": 0}
+        low, high = min(low for low, _, _ in extremes), max(high for _, high, _ in extremes)
+        counts = sum(call_all(self.parts, "histogram", search, bins, low, high).values())
+        edges = np.histogram_bin_edges(np.zeros(0), bins, (low, high))
+        return {"edges": edges.tolist(), "counts": counts.tolist(), "rows": rows}
+
+    def _search(
+        self, queries: Sequence[Query], where: str | None, options: ScoreOptions, mixings: Mapping[str, Mixing] | None = None
+    ) -> Search:
+        """Encode queries for a search of all rows."""
         metric = Metric.of(options)
-        return all_scores(self.index, self.encode(queries, metric), metric, mixings)
+        rows = self.encode(queries, metric)
+        mixings = mixed_components(self.index, rows, metric) if mixings is None else mixings
+        Scorer.of(self.index, rows, metric, mixings)  # refuses what is not possible with the index
+        return Search(rows, metric, mixings, where, None if where is None else self._column_types)
 
     def mixings(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> dict[str, Mixing]:
         """Mix the second moments of queries that are asked together into the curvature of each component, as `mix` says."""
@@ -211,7 +249,8 @@ class Client(BaseClient):
         latest = latest_manifest(self.index.path)
         if latest is not None and identity(latest) == self.index.identity:
             return self
-        newer = Client(self.index.path, model=self._models, tokenizer=self._tokenizer, **self._open_options)
+        parts = self.parts.moved_to(Index(self.index.path))
+        newer = Client(parts.index, model=self._models, tokenizer=self._tokenizer, **self._open_options, parts=parts)
         if "recorded" in self.__dict__:
             newer.recorded = self.recorded.moved_to(newer.index)
             if newer.index.manifest.encoder == self.index.manifest.encoder:
@@ -314,8 +353,9 @@ class Client(BaseClient):
     def recomputed_blocks(
         self, queries: Sequence[Query], **options: Unpack[ScoreOptions]
     ) -> Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]:
-        """Yield the first row of each group of shards, and the recomputed scores of its rows, deleted ones too: a pass over the corpus."""
+        """Yield the first row of each group of shards, and recomputed scores of its rows, NaN for deleted ones: a pass over the corpus."""
         scores = self.recomputed_scores(queries, range(len(self.index)), **options).astype(np.float32)  # queries are encoded once
+        scores[:, self.index.deleted] = np.nan
         for group in self.index.groups:
             yield group.first, scores[:, group.first : group.first + group.rows]
 

@@ -73,6 +73,8 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     measured = min(answer.index.get("measured") or [1.0])
     if measured < _LITTLE:
         yield Text(f"the rows measure {measured:.1%} of the trained parameters (wherefrom info names the rest)", style="dim")
+    if s.missing:
+        yield Text(f"{s.missing:,} rows were not searched: a part of the index does not run at present", style="dark_orange")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
     if s.rerank is not None:

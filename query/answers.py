@@ -114,6 +114,8 @@ class SearchReport:
         refine: how queries were refined; None where they were not.
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
+        missing: rows of parts of the index that were not there and were not waited for (`partial`); whether a filter matches them is
+            not known.
     """
 
     method: str
@@ -123,6 +125,7 @@ class SearchReport:
     estimates: bool
     note: str | None
     seconds: float
+    missing: int = 0
     rerank: RerankReport | None = None
     refine: RefineReport | None = None
 

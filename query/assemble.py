@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from ..store.errors import UsageError
-from ..store.index import Index
-from ..store.shapes import Bool
+from ..store.errors import BusyError, UsageError
+from ..store.index import ColumnType, Index
 from ..store.vectors import Rows, cut
 from .answers import Answer, Attribution, RefineReport, SearchReport
 from .baselines import BaselineScores, compare
-from .groups import Grouping
 from .metric import Metric
 from .options import Options
+from .parts import Parts, Search
 from .rerank import Place, Recomputation, Reranked, Sizes, baseline_candidates, rerank
 from .scoring import Scorer, mixed_components
-from .search import Hits, find, pass_size
+from .search import Found, Hits, find, pass_size
 
 _DEFAULT_K = 10
 _MATRIX_BYTES = 256 << 20
@@ -38,7 +37,8 @@ class QueryRecord:
 
 
 def answer_queries(
-    index: Index,
+    parts: Parts,
+    types: Mapping[str, ColumnType] | None,
     queries: Sequence[QueryRecord],
     rows: Rows,
     options: Options,
@@ -49,6 +49,7 @@ def answer_queries(
     """Answer encoded queries.
 
     Args:
+        types: see `Search`.
         rows: of the queries.
         baselines: scores of baselines, by name; None for answers without baselines.
         recomputation: for the option `rerank`.
@@ -57,37 +58,36 @@ def answer_queries(
     Raises:
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
     """
+    index = parts.index
     metric = Metric.of(options)
     where = options.get("where")
-    searched = searched_rows(index, where)
-    if not searched.any():
-        if where:
-            raise UsageError(f"no row matches the filter {where!r}; change `where`")
-        raise UsageError("every row of this index was deleted; add documents, or use another index")
     k = options.get("k")
     k = _DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
     count = min(max(k, options.get("rerank") or 0), len(index))  # candidates of each side
     with_opponents = options.get("opponents", True)
     column = options.get("group_by")
-    grouping = None if column is None else Grouping(index, column, searched)
-    needs_matrix = grouping is not None or baselines is not None
-    size = pass_size(recall)
-    if needs_matrix:
+    size = pass_size(recall, column is not None)
+    if baselines is not None:
         size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
     mixings = mixed_components(index, rows, metric)
     settings = _settings(index, metric, where, {name: mixing.share for name, mixing in mixings.items()})
     answers = []
     for first in range(0, len(queries), size):
-        scorer = Scorer.of(index, cut(rows, first, first + size), metric, mixings)
-        all_hits, matrix = find(scorer, count, searched, recall, needs_matrix)
+        own = cut(rows, first, first + size)
+        scorer = Scorer.of(index, own, metric, mixings)  # also refuses what is not possible with the index
+        search = Search(own, metric, mixings, where, types)
+        found = find(parts, search, len(scorer), count, recall, column, baselines is not None, bool(options.get("partial")))
+        _refuse_nothing(found, where)
+        all_hits = found.hits
+        groups = None if found.sums is None else found.sums.total()
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
         reranked: list[Reranked] | list[None] = [None] * len(all_hits)
         refined = refinement
         if recomputation is not None:
             numbers = range(first, first + len(all_hits))
-            others = [baseline_candidates(baselines or {}, searched, number, count) for number in numbers]
+            others = [baseline_candidates(baselines or {}, found.mask, number, count) for number in numbers]
             reranked = rerank(numbers, all_hits, others, Sizes(k, count, with_opponents), recomputation)
             refined = recomputation.refinement()
             all_hits = [result.hits for result in reranked]
@@ -97,30 +97,32 @@ def answer_queries(
             proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors, stored)
             opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors, stored)
             compared = None
-            if baselines is not None and matrix is not None:
+            if baselines is not None and found.scores is not None and found.mask is not None:
                 scores = {name: columns[:, first + number] for name, columns in baselines.items()}
-                compared = compare(index, scores, matrix[number], searched, hits.proponents.tolist(), k)
+                compared = compare(index, scores, found.scores[number], found.mask, hits.proponents.tolist(), k)
             answers.append(
                 Answer(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=replace(_report(index, metric, hits, int(searched.sum()), result), refine=refined),
+                    search=replace(_report(index, metric, hits, found, result), refine=refined),
                     index=describe_index(index),
-                    groups=None if grouping is None or matrix is None else grouping.groups(matrix[number]),
+                    groups=None if groups is None else groups.groups(number),
                     baselines=compared,
                 )
             )
     return answers
 
 
-def searched_rows(index: Index, where: str | None) -> Bool[np.ndarray, " rows"]:
-    """Return a mask of the rows that are not deleted and match a filter.
-
-    Raises:
-        UsageError: the filter is invalid.
-    """
-    return index.alive if where is None else index.alive & index.matching(where)
+def _refuse_nothing(found: Found, where: str | None) -> None:
+    """Refuse a search of no rows."""
+    if found.searched:
+        return
+    if found.missing:
+        raise BusyError("no part of the index that has rows to search is there at present; send the query again later")
+    if where:
+        raise UsageError(f"no row matches the filter {where!r}; change `where`")
+    raise UsageError("every row of this index was deleted; add documents, or use another index")
 
 
 def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[str, float]) -> dict[str, Any]:
@@ -141,16 +143,17 @@ def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[s
     return settings
 
 
-def _report(index: Index, metric: Metric, hits: Hits, searched: int, reranked: Reranked | None) -> SearchReport:
+def _report(index: Index, metric: Metric, hits: Hits, found: Found, reranked: Reranked | None) -> SearchReport:
     components = index.manifest.components
     return SearchReport(
         method="exact" if hits.recall == 1 else "by quantized scan and rescore",
-        rows=searched,
+        rows=found.searched,
         candidates=hits.candidates,
         recall=hits.recall,
         estimates=reranked is None and any(c.one_bit and metric.weights.get(c.name, 1.0) for c in components),
         note=hits.note,
         seconds=hits.seconds,
+        missing=found.missing,
         rerank=None if reranked is None else reranked.report,
     )
 

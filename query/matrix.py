@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 256 << 20
 Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]]
-"""Function that yields, for some queries, the first row and the scores of each group of shards."""
+"""Function that yields, for some queries, the first row and the scores of each group of shards; NaN for deleted rows."""
 
 
 @runtime_checkable
@@ -151,7 +151,7 @@ def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: l
         part = queries[first_query : first_query + step]
         for first_row, block in scores(part):
             columns = slice(first_row, first_row + block.shape[1])
-            matrix[first_query : first_query + len(part), columns] = _without_deleted(index, first_row, block)
+            matrix[first_query : first_query + len(part), columns] = block
             reporter.update(len(part), 0)
 
 
@@ -162,12 +162,7 @@ def _write_parquet(index: Index, scores: Scores, queries: Sequence[Query], names
     schema = pa.schema([("id", pa.string()), *((name, pa.float32()) for name in names)])
     reporter.stage("writing scores", len(index))
     with pq.ParquetWriter(path, schema) as writer:
-        for group, (first, block) in zip(index.groups, scores(queries), strict=True):
+        for group, (_, block) in zip(index.groups, scores(queries), strict=True):
             ids = [id for shard in group.shards for id in index.documents(shard).ids()]
-            writer.write_table(pa.table([ids, *_without_deleted(index, first, block)], schema=schema))
+            writer.write_table(pa.table([ids, *block], schema=schema))
             reporter.update(group.rows, 0)
-
-
-def _without_deleted(index: Index, first: int, block: np.ndarray) -> np.ndarray:
-    """Replace the scores of deleted rows by NaN."""
-    return np.where(index.alive[first : first + block.shape[1]], block, np.float32(np.nan))

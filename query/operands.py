@@ -1,6 +1,6 @@
 """Queries of one component, prepared for products with its rows: they include the component's weight and the change of damping."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,6 +23,7 @@ from .mixing import Mixing
 from .source import added, filter_times
 
 _FEW_QUERIES = 4
+_SEPARATE_ROWS = 1024
 _multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
 
 
@@ -75,8 +76,8 @@ class Operand(Protocol):
     def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
         """Add exact products where they are cheap, else estimates from scan codes with their variances."""
 
-    def refusal(self, index: Index, mode: str) -> str | None:
-        """Return the reason why the products cannot be estimated, if there is one."""
+    def refusal(self, index: Index, groups: Sequence[ShardGroup], mode: str) -> str | None:
+        """Return the reason why the products with rows of these groups cannot be estimated, if there is one."""
 
     def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
         """Return the exact products of one query with some rows, in place of their estimates (0 where `estimate` was exact)."""
@@ -191,11 +192,11 @@ class DenseOperand:
             if estimates.squared is not None:
                 estimates.squared[positions] += self.weight * norms.astype(np.float64) ** 2
 
-    def refusal(self, index: Index, mode: str) -> str | None:
+    def refusal(self, index: Index, groups: Sequence[ShardGroup], mode: str) -> str | None:
         """See `Operand`."""
         if mode == "cosine" and (self.change is not None or self.mixing is not None):
             return "lengths under another damping, or of some layers, are known only of rows that are read"
-        if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in index.groups):
+        if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in groups):
             return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
         return None
 
@@ -219,7 +220,7 @@ class DenseOperand:
             order[part] = positions
             first = part.stop
         if reader is not None:
-            scores[order] = _products(self.queries[query : query + 1], reader, codes.view(reader.dtype))[0] * lengths
+            scores[order] = _separate_products(self.queries[query], reader, codes.view(reader.dtype)) * lengths
         return scores
 
     def variance(self, index: Index, shard: Shard, offset: int, query: int) -> float:
@@ -348,7 +349,7 @@ class SparseOperand:
         """See `Operand`: posting lists give all that a scan of the rows gives."""
         self.add(index, group, estimates.exact, estimates.squared)
 
-    def refusal(self, index: Index, mode: str) -> None:
+    def refusal(self, index: Index, groups: Sequence[ShardGroup], mode: str) -> None:
         """Return None: there is no need of estimates."""
 
     def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
@@ -447,3 +448,12 @@ def _products(queries: Float32[np.ndarray, "queries dim"], rows: DenseRows, code
         compiled(np.asarray(codes).view(np.ndarray), queries, products)
         return products
     return queries @ rows.values(codes).T
+
+
+def _separate_products(query: Float32[np.ndarray, " dim"], rows: DenseRows, codes: np.ndarray) -> Float32[np.ndarray, " rows"]:
+    """Compute inner products of a query with codes. Each is the same bits with whatever other rows it is computed, unlike `_products`."""
+    products = np.empty(len(codes), np.float32)
+    for first in range(0, len(codes), _SEPARATE_ROWS):
+        block = slice(first, first + _SEPARATE_ROWS)
+        np.einsum("rd,d->r", rows.values(codes[block]), query, out=products[block])
+    return products

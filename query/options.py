@@ -213,6 +213,9 @@ class Options(ScoreOptions, total=False):
         ),
     ]
     baselines: Annotated[bool, Option("Beside the answer: what BM25, mean hidden states and the norm alone find.")]
+    partial: Annotated[
+        bool, Option("Where a server's index is in parts: leave out parts that are not there at present, and say so, instead of waiting.")
+    ]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..store.shapes import Bool, Float, Float32, Float64, Int64
 from .answers import RefineReport, RerankReport
+from .parts import NOTHING
 from .search import Hits
 
 
@@ -71,10 +72,10 @@ class Reranked:
 
 
 def baseline_candidates(
-    baselines: Mapping[str, Float[np.ndarray, "rows queries"]], searched: Bool[np.ndarray, " rows"], query: int, count: int
+    baselines: Mapping[str, Float[np.ndarray, "rows queries"]], searched: Bool[np.ndarray, " rows"] | None, query: int, count: int
 ) -> Int64[np.ndarray, " candidates"]:
     """Return the searched rows that are among the best of a baseline for a query; the norm, which is the same for all, is none."""
-    rows = np.flatnonzero(searched)
+    rows = NOTHING[0] if searched is None else np.flatnonzero(searched)
     best = [rows[np.argsort(-scores[rows, query], kind="stable")[:count]] for name, scores in baselines.items() if name != "norm"]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *best]))
 

@@ -112,11 +112,11 @@ class Scorer:
         deviations = np.sqrt(sums.variances).astype(np.float32)
         return EstimatedScores(sums.exact, sums.estimate, deviations, self._scale(group, sums.squared))
 
-    def refusal(self) -> str | None:
-        """Return the reason why a quantized scan is not possible or not useful; None if it is both."""
+    def refusal(self, groups: Sequence[ShardGroup]) -> str | None:
+        """Return the reason why a quantized scan of groups of shards is not possible or not useful; None if it is both."""
         if all(operand.exact_scan for operand in self.operands):
             return "all components are sparse, and the posting lists of a query's tokens are short"
-        reasons = (operand.refusal(self.index, self.mode) for operand in self.operands)
+        reasons = (operand.refusal(self.index, groups, self.mode) for operand in self.operands)
         return next((reason for reason in reasons if reason is not None), None)
 
     def read(self, query: int, rows: Int64[np.ndarray, " rows"]) -> Float32[np.ndarray, " rows"]:
@@ -209,9 +209,15 @@ def _check_finite(*arrays: np.ndarray) -> None:
 Result = TypeVar("Result")
 
 
-def by_group(groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Result]) -> Iterator[tuple[ShardGroup, Result]]:
-    """Call a function for each group of shards, with one thread for each available core; yield the results in the order of groups."""
-    threads = min(len(os.sched_getaffinity(0)), len(groups))
+def by_group(
+    groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Result], threads: int | None = None
+) -> Iterator[tuple[ShardGroup, Result]]:
+    """Call a function for each group of shards, in several threads; yield the results in the order of groups.
+
+    Args:
+        threads: their number; one for each available core by default.
+    """
+    threads = min(threads or len(os.sched_getaffinity(0)), len(groups))
     if threads < 2:
         for group in groups:
             yield group, function(group)

@@ -1,6 +1,7 @@
 """Search for the rows with the highest and lowest scores: by an exact scan, or by quantized scan and rescore with a certificate.
 
-The exact scan scores all rows, in one pass over the groups of shards. Posting lists are always scanned exactly.
+The exact scan scores all rows, in one pass over the groups of shards. Posting lists are always scanned exactly. The parts of an index (see
+parts.py) work at the same time; this module puts their results together.
 
 Quantized scan and rescore is for dense rows. One-bit codes estimate all scores (store/scan_codes.py). Then the stored rows that could be
 among the best k are read, and their scores replace the estimates.
@@ -14,17 +15,18 @@ large, an exact scan is made instead, since it is faster.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
-from ..store.index import ShardGroup
 from ..store.shapes import Bool, Float32, Int64
-from .scoring import Scorer, by_group
+from .groups import SumTree
+from .parts import NOTHING, Candidates, Pair, Parts, Ranked, Scan, Search, Side, call_all
 
 _EXACT_PASS = 64  # queries in one exact scan
+_GROUPS_PASS = 8  # queries in one exact scan with sums by group
 _SCAN_PASS = 8  # queries in one quantized scan
 _READ_FIRST = 256
 _MOST_READ = 16  # at most one row in 16 is read; an exact scan is faster than to read more
@@ -58,159 +60,128 @@ class Hits:
         return replace(self, opponents=self.opponents[:0], opponent_scores=self.opponent_scores[:0])
 
 
-def pass_size(recall: float) -> int:
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    Attributes:
+        hits: of each query.
+        searched: number of the rows that were searched.
+        missing: number of rows whose part was not there; the rows of a filter among them are unknown.
+        sums: by group, if a column was named.
+        mask, scores: the mask of the searched rows, and their scores, if these were asked for.
+    """
+
+    hits: list[Hits]
+    searched: int
+    missing: int
+    sums: SumTree | None = None
+    mask: Bool[np.ndarray, " rows"] | None = None
+    scores: Float32[np.ndarray, "queries searched"] | None = None
+
+
+def pass_size(recall: float, with_groups: bool = False) -> int:
     """Return the number of queries in one pass over the rows."""
-    return _EXACT_PASS if recall == 1 else _SCAN_PASS
+    return _GROUPS_PASS if with_groups else _EXACT_PASS if recall == 1 else _SCAN_PASS
 
 
 def find(
-    scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], recall: float, with_scores: bool = False
-) -> tuple[list[Hits], Float32[np.ndarray, "queries searched"] | None]:
-    """Find the best and the worst rows for the queries of a scorer, in one pass.
+    parts: Parts,
+    search: Search,
+    count: int,
+    k: int,
+    recall: float,
+    column: str | None = None,
+    with_scores: bool = False,
+    partial: bool = False,
+) -> Found:
+    """Find the best and the worst rows for queries, in one pass.
 
     Args:
+        count: number of the queries.
         k: at least 1; an index with fewer rows returns them all.
-        searched: mask of the rows to search.
         recall: 1 scans all rows. Below 1, the search is by quantized scan and rescore (see above), or by posting lists, which are exact, if
             only sparse components count.
-        with_scores: also return the scores of all searched rows, which needs an exact scan.
+        column: also sum the scores by the values of this column, which needs an exact scan.
+        with_scores: also return the scores of all searched rows, which needs one, too.
+        partial: leave out parts of the index that are not there at present, instead of waiting for them.
     """
-    k = min(k, len(scorer.index))
+    k = min(k, len(parts.index))
     started = time.perf_counter()
     note = None
     results: list[_Result] | None = None
-    matrix: np.ndarray | None = None
-    if recall < 1 and with_scores:
+    found = Found([], 0, 0)
+    if recall < 1 and (with_scores or column is not None):
         note = "groups and baselines need the scores of all rows"
     elif recall < 1:
-        note = scorer.refusal()
+        reasons = call_all(parts, "refusal", search, partial=partial)
+        note = next((reason for reason in reasons.values() if reason is not None), None)
         if note is None:
-            results = _scan_and_rescore(scorer, k, searched, -NormalDist().inv_cdf((1 - recall) / k))
-            if results is None:
+            rescored = _scan_and_rescore(parts, search, count, k, -NormalDist().inv_cdf((1 - recall) / k), partial)
+            if rescored is None:
                 note = "more rows could be among the best than an exact scan takes time for"
+            else:
+                results, found = rescored
     if results is None:
         recall = 1.0
-        results, matrix = _scan(scorer, k, searched, with_scores)
+        results, found = _scan(parts, search, count, k, column, with_scores, partial)
     seconds = time.perf_counter() - started
-    bound = 1.0 if scorer.mode == "cosine" else np.inf  # cosines from one-bit codes may exceed 1; they are ranked before they are clipped
+    # Cosines from one-bit codes may exceed 1; they are ranked before they are clipped.
+    bound = 1.0 if search.metric.mode == "cosine" else np.inf
     hits = []
     for (best, best_scores), (worst, worst_scores), candidates in results:
         best_scores = best_scores.clip(-bound, bound)  # noqa: PLW2901
         worst_scores = worst_scores.clip(-bound, bound)  # noqa: PLW2901
         hits.append(Hits(best, best_scores, worst, worst_scores, seconds, candidates, recall, note))
-    return hits, matrix
+    return replace(found, hits=hits)
 
 
-_Ranked = tuple[Int64[np.ndarray, " _ranked"], Float32[np.ndarray, " _ranked"]]
-_Result = tuple[_Ranked, _Ranked, int]
-_NOTHING: _Ranked = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+_Result = tuple[Ranked, Ranked, int]
 
 
 def _scan(
-    scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], with_scores: bool
-) -> tuple[list[_Result], Float32[np.ndarray, "queries searched"] | None]:
-    """Score all searched rows; return each query's best and worst rows, and with `with_scores` all scores."""
-    best = [_NOTHING] * len(scorer)
-    worst = [_NOTHING] * len(scorer)
-    blocks = []
-    for group, group_scores in by_group(scorer.index.groups, scorer.scores):
-        rows = np.arange(group.first, group.first + group.rows)
-        mask = searched[rows]
-        rows = rows[mask]
-        scores = group_scores if mask.all() else group_scores[:, mask]
-        for q in range(len(scorer)):
-            best[q] = _merge(best[q], rows, scores[q], k, 1)
-            worst[q] = _merge(worst[q], rows, scores[q], k, -1)
-        if with_scores:
-            blocks.append(scores)
-    matrix = np.concatenate(blocks, axis=1) if with_scores else None
-    candidates = int(searched.sum())
-    return [(top, bottom, candidates) for top, bottom in zip(best, worst, strict=True)], matrix
+    parts: Parts, search: Search, count: int, k: int, column: str | None, with_scores: bool, partial: bool
+) -> tuple[list[_Result], Found]:
+    """Score all searched rows, and put the parts' results together."""
+    scans: dict[int, Scan] = call_all(parts, "scan", search, k, column, with_scores, partial=partial)
+    sides = [(Side(k, 1), Side(k, -1)) for _ in range(count)]
+    searched = sum(scan.searched for scan in scans.values())
+    sums = None if column is None else SumTree(column)
+    for scan in scans.values():
+        for (best, worst), own_best, own_worst in zip(sides, scan.best, scan.worst, strict=True):
+            best.add(*own_best)
+            worst.add(*own_worst)
+        if sums is not None and scan.sums is not None:
+            sums.update(scan.sums)
+    results = [(best.ranked, worst.ranked, searched) for best, worst in sides]
+    found = Found([], searched, _missing(parts, scans.keys()), sums)
+    if not with_scores:
+        return results, found
+    mask = np.zeros(len(parts.index), bool)
+    for number, scan in scans.items():
+        if scan.mask is not None:
+            mask[parts.firsts[number] : parts.firsts[number] + len(scan.mask)] = scan.mask
+    scores = np.concatenate([scan.scores for scan in scans.values() if scan.scores is not None], axis=1)
+    return results, replace(found, mask=mask, scores=scores)
 
 
-def _merge(ranked: _Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> _Ranked:
-    """Return the k entries with the largest positive sign * score among ranked and new rows; equal scores in row order."""
-    best_rows, best_scores = ranked
-    threshold = best_scores[-1] if len(best_rows) == k else np.float32(0)
-    candidates = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
-    if not len(candidates):
-        return ranked
-    if len(candidates) > 4 * k:  # sort only the k best and those equal to the k-th
-        costs = -sign * scores[candidates]
-        candidates = candidates[costs <= np.partition(costs, k - 1)[k - 1]]
-    all_rows = np.concatenate([best_rows, rows[candidates]])
-    all_scores = np.concatenate([best_scores, scores[candidates]])
-    order = np.lexsort((all_rows, -sign * all_scores))[:k]
-    return all_rows[order], all_scores[order]
-
-
-class _TooManyError(Exception):
-    """So many rows would have to be read that an exact scan is faster."""
-
-
-@dataclass
-class _Side:
-    """The best (sign 1) or worst (sign -1) k rows of a query among those that were read so far."""
-
-    k: int
-    sign: int
-    ranked: _Ranked = _NOTHING
-
-    @property
-    def threshold(self) -> float:
-        """Value of sign * score that a row must reach to be among the k rows."""
-        rows, scores = self.ranked
-        return float(self.sign * scores[-1]) if len(rows) == self.k else 0.0
-
-    def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Add rows in any order; of equal scores, the lower row is first."""
-        rows = np.concatenate([self.ranked[0], rows])
-        scores = np.concatenate([self.ranked[1], scores])
-        positive = self.sign * scores > 0
-        order = np.lexsort((rows[positive], -self.sign * scores[positive]))[: self.k]
-        self.ranked = rows[positive][order], scores[positive][order]
-
-
-@dataclass
-class _Candidates:
-    """Rows that may be among the best and were not read yet.
-
-    Attributes:
-        bounds: upper bounds of sign * score.
-        exact, scale: see `EstimatedScores`.
-    """
-
-    rows: Int64[np.ndarray, " candidates"]
-    bounds: Float32[np.ndarray, " candidates"]
-    exact: Float32[np.ndarray, " candidates"]
-    scale: Float32[np.ndarray, " candidates"]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: np.ndarray) -> "_Candidates":
-        """Select candidates by position or mask."""
-        return _Candidates(self.rows[positions], self.bounds[positions], self.exact[positions], self.scale[positions])
-
-    def split(self, count: int) -> tuple["_Candidates", "_Candidates"]:
-        """Split into the candidates with the `count` highest bounds, and the others."""
-        is_high = np.ones(len(self), bool)
-        if len(self) > count:
-            is_high[np.argpartition(-self.bounds, count - 1)[count:]] = False
-        return self.take(is_high), self.take(~is_high)
+def _missing(parts: Parts, there: Collection[int]) -> int:
+    """Return the number of rows of the parts that did not answer."""
+    ends = [*parts.firsts[1:], len(parts.index)]
+    return sum(end - first for number, (first, end) in enumerate(zip(parts.firsts, ends, strict=True)) if number not in there)
 
 
 class _Queue:
-    """Candidates of several groups of shards whose bounds reach a threshold, highest bound first."""
+    """Candidates of several parts whose bounds reach a threshold, highest bound first."""
 
-    def __init__(self, parts: Sequence[_Candidates], threshold: float) -> None:
-        candidates = _Candidates(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
-        positions = np.flatnonzero(candidates.bounds >= threshold)
-        positions = positions[np.argsort(-candidates.bounds[positions], kind="stable")]  # equal bounds stay in the order of rows
-        self._candidates = candidates.take(positions)
+    def __init__(self, candidates: Sequence[Candidates], threshold: float) -> None:
+        joined = Candidates.join(candidates)
+        positions = np.flatnonzero(joined.bounds >= threshold)
+        positions = positions[np.lexsort((joined.rows[positions], -joined.bounds[positions]))]
+        self._candidates = joined.take(positions)
         self._first = 0
 
-    def next(self, size: int, threshold: float) -> _Candidates:
+    def next(self, size: int, threshold: float) -> Candidates:
         """Remove and return at most `size` candidates whose bounds reach the threshold."""
         reached = int(np.searchsorted(-self._candidates.bounds, -threshold, side="right"))
         last = max(self._first, min(self._first + size, reached))
@@ -219,58 +190,59 @@ class _Queue:
         return candidates
 
 
-def _scan_and_rescore(scorer: Scorer, k: int, searched: Bool[np.ndarray, " rows"], z: float) -> list[_Result] | None:
+def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float, partial: bool) -> tuple[list[_Result], Found] | None:
     """Search by quantized scan and rescore (see above); return None if too many rows would have to be read."""
-    queries = range(len(scorer))
-    sides = [(_Side(k, 1), _Side(k, -1)) for _ in queries]
-    rows_read: list[list[np.ndarray]] = [[] for _ in queries]
-    most = max(_MOST_READ_OF_FEW, int(searched.sum()) // _MOST_READ)
     size = max(k, _READ_FIRST)
+    counts: dict[int, int] = call_all(parts, "count", search, partial=partial)
+    if not counts:
+        return [(NOTHING, NOTHING, 0)] * count, Found([], 0, _missing(parts, ()))
+    most = max(_MOST_READ_OF_FEW, sum(counts.values()) // _MOST_READ)
+    start = min(counts)
+    first = parts.call("first_candidates", search, {start: (k, z, size)}, partial).get(start)
+    if first is None:
+        first = [((NOTHING, NOTHING), (_EMPTY, _EMPTY), NOTHING[0])] * count
+    sides = [(Side(k, 1, best), Side(k, -1, worst)) for (best, worst), _, _ in first]
+    # Thresholds from the first group alone do not depend on the order in which the others are searched.
+    thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
+    others = parts.call("candidates", search, {number: (z, thresholds, most, int(number == start)) for number in counts}, partial)
+    unread: list[list[Pair]] = [[pair for _, pair, _ in first], *others.values()]
+    queues = [tuple(_Queue([pairs[q][side] for pairs in unread], thresholds[q][side]) for side in range(2)) for q in range(count)]
+    rows_read = [[rows] for _, _, rows in first]
+    pending = list(range(count))
+    limit = size
+    while pending:
+        batches = {q: [queue.next(limit, side.threshold) for queue, side in zip(queues[q], sides[q], strict=True)] for q in pending}
+        rows = [np.concatenate([batch.rows for batch in batches[q]]) if q in batches else NOTHING[0] for q in range(count)]
+        for q in pending:
+            rows_read[q].append(rows[q])
+            if sum(map(len, rows_read[q])) > most:
+                return None
+        pending = [q for q in pending if len(rows[q])]
+        for q, products in enumerate(_read(parts, search, rows, partial)):
+            offset = 0
+            for side, batch in zip(sides[q], batches.get(q, ()), strict=False):
+                own = products[offset : offset + len(batch)]
+                there = np.isfinite(own)
+                side.add(batch.rows[there], ((batch.exact + own) * batch.scale)[there])
+                offset += len(batch)
+        limit = most
+    results = [
+        (best.ranked, worst.ranked, len(np.unique(np.concatenate(own)))) for (best, worst), own in zip(sides, rows_read, strict=True)
+    ]
+    there = others.keys() & counts.keys()
+    return results, Found([], sum(counts[number] for number in there), _missing(parts, there))
 
-    def candidates_of(group: ShardGroup) -> list[list[_Candidates]]:
-        """Find the candidates of a group of shards, for each query and side."""
-        estimates = scorer.estimates(group)
-        excluded = np.flatnonzero(~searched[group.first : group.first + group.rows])
-        result = []
-        for q in queries:
-            scores = (estimates.exact[q] + estimates.estimate[q]) * estimates.scale[q]
-            margin = z * estimates.deviations[q] * estimates.scale[q]
-            by_side = []
-            for side, threshold in zip(sides[q], thresholds[q], strict=True):
-                bounds = side.sign * scores + margin
-                bounds[excluded] = -np.inf
-                offsets = np.flatnonzero(bounds >= threshold) if threshold > 0 else np.flatnonzero(bounds > 0)
-                by_side.append(
-                    _Candidates(group.first + offsets, bounds[offsets], estimates.exact[q, offsets], estimates.scale[q, offsets])
-                )
-            result.append(by_side)
-        return result
 
-    def read(q: int, queues: Sequence[_Queue], count: int) -> bool:
-        """Read at most `count` candidates with the highest bounds for each side of a query; return False if there are none."""
-        batches = [queue.next(count, side.threshold) for queue, side in zip(queues, sides[q], strict=True)]
-        rows = np.concatenate([batch.rows for batch in batches])
-        rows_read[q].append(rows)
-        if sum(map(len, rows_read[q])) > most:
-            raise _TooManyError
-        products = np.split(scorer.read(q, rows), [len(batches[0])])
-        for side, batch, dense in zip(sides[q], batches, products, strict=True):
-            side.add(batch.rows, (batch.exact + dense) * batch.scale)
-        return len(rows) > 0
+def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]], partial: bool) -> list[Float32[np.ndarray, " rows"]]:
+    """Read rows for each query, in one call of each part that has some; NaN for those of parts that are not there."""
+    owners = [np.searchsorted(parts.firsts, own, side="right") - 1 for own in rows]
+    numbers = np.unique(np.concatenate(owners)).tolist()
+    calls = {number: ([own[owner == number] for own, owner in zip(rows, owners, strict=True)],) for number in numbers}
+    products = [np.full(len(own), np.nan, np.float32) for own in rows]
+    for number, result in parts.call("read", search, calls, partial).items():
+        for own, owner, values in zip(products, owners, result, strict=True):
+            own[owner == number] = values
+    return products
 
-    first, *others = scorer.index.groups
-    thresholds = [(0.0, 0.0)] * len(scorer)
-    first_candidates = [[candidates.split(size) for candidates in by_side] for by_side in candidates_of(first)]
-    try:
-        for q in queries:  # thresholds from the first group alone do not depend on the order of the other groups' threads
-            read(q, [_Queue([high], 0.0) for high, _ in first_candidates[q]], size)
-        thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
-        unread = [[[low for _, low in by_side] for by_side in first_candidates]]
-        unread += [candidates for _, candidates in by_group(others, candidates_of)]
-        for q in queries:
-            queues = [_Queue([group[q][n] for group in unread], thresholds[q][n]) for n in range(2)]
-            while read(q, queues, size) and read(q, queues, most):
-                pass
-    except _TooManyError:
-        return None
-    return [(best.ranked, worst.ranked, len(np.unique(np.concatenate(rows)))) for (best, worst), rows in zip(sides, rows_read, strict=True)]
+
+_EMPTY = Candidates(*(np.zeros(0, dtype) for dtype in (np.int64, np.float32, np.float32, np.float32)))

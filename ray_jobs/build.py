@@ -382,6 +382,7 @@ def _publish(
         tokenizer=Tokenizer(fingerprint=record.inputs.tokenizer) if record.inputs.tokenizer else None,
         components=components,
         encoder=file,
+        group_rows=job.config.group_rows,
         build=record,
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)

@@ -20,7 +20,8 @@ _MAX_THREADS = 1024
 _SIZES = ("head_bits", "head_max_tokens", "head_extra_tokens", "embedding_bits", "embedding_max_tokens", "coordinates", "row_dtype")
 # One of these turns off the default budget:
 _ROW_OPTIONS = (*_SIZES, "components", "layers", "projection", "rank", "curvature", "labels", "optimizer", "unit_length")
-_RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code")  # may differ on resuming
+# These may differ on resuming:
+_RUNTIME_OPTIONS = ("out", "workers", "threads", "address", "device", "batch_tokens", "trust_remote_code", "group_rows")
 
 
 def _path(value: Any) -> Any:
@@ -163,6 +164,8 @@ class BuildConfig(BaseModel):
     """Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."""
     shard_rows: Positive | None = None
     """Examples in a shard.  [default: about 16 MiB of rows]"""
+    group_rows: Positive = 1 << 16
+    """Examples whose posting lists lie together: the smallest piece of an index that a server's parts can share out."""
     batch_tokens: Positive | None = None
     """Padded tokens in a batch.  [default: 512, 256 for models of 50 million parameters or more, on a GPU 16384]"""
     threads: Annotated[int, Field(ge=1, le=_MAX_THREADS)] = 1

@@ -7,24 +7,21 @@ fails when a task has ended four workers on nodes that are alive.
 
 import heapq
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from ..store.errors import BusyError, NotFoundError, UsageError, WorkerError
+from ..store.errors import BusyError, UsageError, WorkerError
+from .cluster import amounts, connected, node_resources, room
 from .progress import Reporter
 
 _DEATHS = 4
 _POLL_SECONDS = 0.5
 _PLACE_SECONDS = 120.0  # longest wait for free CPUs and GPUs on the cluster
 _PAUSE_SECONDS = 5.0  # before a worker that died while it started is started again
-_CONNECT_SECONDS = 5
 _LARGEST_COUNT = 1024
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 Factory = Callable[[], Any]
 
@@ -307,7 +304,7 @@ class _RayExecutor:
                 seconds_without_worker += time.monotonic() - started
             if seconds_without_worker > _PLACE_SECONDS:
                 raise WorkerError(
-                    f"all workers are gone with their nodes, and for {_PLACE_SECONDS:.0f} s no node had {_amounts(self._bundle)} free for "
+                    f"all workers are gone with their nodes, and for {_PLACE_SECONDS:.0f} s no node had {amounts(self._bundle)} free for "
                     "one; what is finished is kept: run the same command again when there is one"
                 ) from (deaths[-1].error if deaths else None)
             yield finished
@@ -396,18 +393,6 @@ class _RayExecutor:
                 heapq.heappush(waiting, number)
 
 
-def _check_reachable(address: str) -> None:
-    """Check that something listens at an address. Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
-            raise NotFoundError(
-                f"the Ray cluster at {address} cannot be reached: {error.strerror or error}; check `address`, and run ray status there"
-            ) from error
-
-
 def gpus_of_each(nodes: Sequence[float], resources: Resources) -> float:
     """Compute the number of GPUs for each worker: one, or an equal share of one.
 
@@ -434,58 +419,24 @@ def gpus_of_each(nodes: Sequence[float], resources: Resources) -> float:
 @contextmanager
 def _open_ray(factory: Factory, resources: Resources) -> Iterator[_RayExecutor]:
     """Connect to Ray and open an executor on it."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # local clusters would otherwise leave a token in the home directory
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # Ray would otherwise report every death on standard output
-    import logging
-
-    import ray
-
-    variables = dict(_ALLOCATOR)
-    if resources.own_code:
-        variables["PYTHONPATH"] = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
-    local = resources.address is None
-    if resources.address is not None:
-        _check_reachable(resources.address)
-    try:
-        ray.init(
-            address="local" if local else resources.address,
-            num_cpus=resources.workers * resources.threads if local else None,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": variables},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        if local:
-            raise NotFoundError(f"a local Ray could not be started: {reason}; check the installation of ray, or use `workers` 1") from error
-        raise NotFoundError(f"the Ray cluster at {resources.address} cannot be reached: {reason}; check `address`") from error
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with connected(resources.address, resources.workers * resources.threads, resources.own_code) as ray:
+        nodes = node_resources(ray)
         gpus = gpus_of_each([node.get("GPU", 0.0) for node in nodes], resources)
         bundle = {"CPU": float(resources.threads)} | ({"GPU": gpus} if gpus else {})
-        capacity = sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in bundle.items()) for node in nodes)
+        capacity = room(nodes, bundle)
         if capacity < resources.workers:
             cpus = sum(node.get("CPU", 0) for node in nodes)
             raise UsageError(
-                f"the Ray cluster has {cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need {_amounts(bundle)} "
-                f"each on one node, and its nodes ({'; '.join(map(_amounts, nodes))}) have room for {capacity}; ask for fewer `workers` or "
+                f"the Ray cluster has {cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need {amounts(bundle)} "
+                f"each on one node, and its nodes ({'; '.join(map(amounts, nodes))}) have room for {capacity}; ask for fewer `workers` or "
                 "`threads`"
             )
-        yield _RayExecutor(ray, factory, _placement_group(ray, bundle, resources.workers), bundle)
-    except ConnectionError as error:
-        raise WorkerError(
-            "the connection to the Ray cluster was lost; what is finished is kept: run the same command again when it is back"
-        ) from error
-    finally:
-        ray.shutdown()
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    """Format the CPUs and GPUs of a node, a cluster or a bundle."""
-    gpus = resources.get("GPU", 0)
-    return f"{resources.get('CPU', 0):g} CPUs" + (f" and {gpus:.3g} GPUs" if gpus else "")
+        try:
+            yield _RayExecutor(ray, factory, _placement_group(ray, bundle, resources.workers), bundle)
+        except ConnectionError as error:
+            raise WorkerError(
+                "the connection to the Ray cluster was lost; what is finished is kept: run the same command again when it is back"
+            ) from error
 
 
 def _placement_group(ray: Any, bundle: Mapping[str, float], workers: int) -> Any:
@@ -495,8 +446,8 @@ def _placement_group(ray: Any, bundle: Mapping[str, float], workers: int) -> Any
     while not group.wait(_POLL_SECONDS):  # in short waits, so that it can be interrupted
         if time.monotonic() > deadline:
             raise BusyError(
-                f"{workers} workers wait for {_amounts(bundle)} each on one node; the Ray cluster has "
-                f"{_amounts(ray.available_resources())} free now of {_amounts(ray.cluster_resources())}, other jobs hold the rest; run the "
+                f"{workers} workers wait for {amounts(bundle)} each on one node; the Ray cluster has "
+                f"{amounts(ray.available_resources())} free now of {amounts(ray.cluster_resources())}, other jobs hold the rest; run the "
                 "same command again when they are done, or with fewer `workers`"
             )
     return group

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import FastAPI, Path, Request, Response
 from fastapi import Query as QueryParameter
 from fastapi.exceptions import RequestValidationError
@@ -108,11 +107,15 @@ def _state_routes(app: FastAPI, engines: Mapping[str, Engine], metrics: Metrics)
 
     @app.get("/readyz", tags=["state"])
     async def readyz() -> dict[str, Any]:
-        """Readiness to answer queries."""
+        """Readiness to answer queries; for each index, how many processes can search each of its parts."""
         stopped = [name for name, engine in engines.items() if not engine.alive]
         if stopped:
             raise BusyError(f"{len(stopped)} indexes are not answered; start the server again")
-        return {"status": "ok"}
+        parts = {name: engine.client.parts.up() for name, engine in engines.items()}
+        for name, up in parts.items():
+            if not all(up):
+                raise BusyError(f"{up.count(0)} of {len(up)} parts of {name} do not run at present; queries wait for them")
+        return {"status": "ok", "parts": parts}
 
     @app.get("/metrics", tags=["state"])
     async def prometheus() -> Response:
@@ -193,11 +196,13 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def scores(body: ScoresBody) -> Response:
         """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
-        _check_refine(_engine_of(engines, body.index), body.given(ScoreOptions), 1)
-        matrix = await _engine_of(engines, body.index).call(lambda client: client.scores([query], body.where, **body.given(ScoreOptions)))
-        if body.format == "float32":
-            return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
-        return _json(_histogram(matrix[0][np.isfinite(matrix[0])]))
+        options = body.given(ScoreOptions)
+        engine = _engine_of(engines, body.index)
+        _check_refine(engine, options, 1)
+        if body.format != "float32":
+            return _json(await engine.call(lambda client: client.histogram(query, _BINS, body.where, **options)))
+        matrix = await engine.call(lambda client: client.scores([query], body.where, **options))
+        return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
 
     @app.post("/v1/encode", tags=["queries"])
     async def encode(body: EncodeBody) -> Response:
@@ -262,13 +267,6 @@ def _summary(engine: Engine) -> dict[str, Any]:
     models = [model.id for model in index.manifest.models]
     texts = index.manifest.tokenizer is not None
     return {**fields, "path": str(index.path.resolve()), "models": models, "texts": texts, "components": components}
-
-
-def _histogram(scores: np.ndarray) -> dict[str, Any]:
-    if not len(scores):
-        return {"edges": [], "counts": [], "rows": 0}
-    counts, edges = np.histogram(scores.astype(np.float64), _BINS)
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "rows": len(scores)}
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -56,8 +58,20 @@ def read_token(file: str | None) -> str | None:
     return token
 
 
-def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None, batch: int) -> None:
+def serve(
+    clients: Mapping[str, Client],
+    host: str,
+    port: int,
+    token: str | None,
+    batch: int,
+    restart: Callable[[], None] | None = None,
+    stop: Callable[[], None] | None = None,
+) -> None:
     """Serve indexes until a signal stops the server.
+
+    Args:
+        restart: called in a thread of its own at SIGHUP.
+        stop: called before the process exits.
 
     Raises:
         UsageError: the address is not available, or other machines can reach it and there is no token.
@@ -97,10 +111,15 @@ def serve(clients: Mapping[str, Client], host: str, port: int, token: str | None
         """Exit without waiting for threads. Uvicorn repeats the signal after its last answer or the grace period."""
         if discovery_file is not None:
             discovery_file.unlink(missing_ok=True)
+        if stop is not None:
+            with suppress(Exception):
+                stop()
         os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, exit_now)
+    if restart is not None:
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=restart, name="wherefrom-restart", daemon=True).start())
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

@@ -1,15 +1,16 @@
 """A snapshot of an index: the newest manifest, and its shards, documents and encoder, which are opened on first use."""
 
 import contextlib
+import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256 as digest
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_GROUP_ROWS = 1 << 16
 _OPEN_SHARDS = 1024
 
 
@@ -52,21 +52,47 @@ class ShardGroup:
         return digest("".join(shard.sha256 + shard.documents_sha256 for shard in self.shards).encode()).hexdigest()
 
 
+class ColumnType(NamedTuple):
+    """What shards hold in a column.
+
+    Attributes:
+        type: the Arrow type; text if shards differ in the type or store the values as JSON.
+        kinds: the kinds of its values (see filters.py).
+    """
+
+    type: "pa.DataType"
+    kinds: frozenset[str]
+
+
+def merge_column_types(parts: Iterable[Mapping[str, ColumnType]]) -> dict[str, ColumnType]:
+    """Return the columns of several shards together."""
+    import pyarrow as pa
+
+    merged: dict[str, ColumnType] = {"text": ColumnType(pa.string(), frozenset(("text",)))}
+    for types in parts:
+        for name, column in types.items():
+            before = merged.get(name, column)
+            either = before.type if column.type in (before.type, pa.null()) else pa.string()
+            merged[name] = ColumnType(column.type if pa.types.is_null(before.type) else either, before.kinds | column.kinds)
+    return merged
+
+
 class Index:
     """A read-only snapshot of an index. Manifests that are published later do not change it.
 
     Args:
         path: the index directory.
+        number: of the manifest; the newest by default.
 
     Raises:
         NotFoundError, IncompatibleError, IntegrityError: see `read_manifest`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, number: int | None = None) -> None:
         if not str(path):
             raise UsageError("the path of the index is empty; give the directory of an index")
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, number)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
         self._compare(self.manifest.table)
         table = ArrayFile(self.path / self.manifest.table.path)
@@ -75,9 +101,15 @@ class Index:
         if len(self.deleted) != m.deleted:
             raise IntegrityError(f"{table.path} does not list the deleted rows of the manifest; restore it or build the index again")
         self._firsts = np.array([shard.first for shard in self.shards])
+        self._lock = threading.Lock()  # of the readers
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
         self._caches: dict[tuple[str, str], SearchArrays | None] = {}
+
+    @cached_property
+    def checksum(self) -> str:
+        """A hash of the manifest, which tells states of indexes apart on any machine."""
+        return digest(self.manifest.model_dump_json().encode()).hexdigest()
 
     def __repr__(self) -> str:
         components = ", ".join(component.name for component in self.manifest.components)
@@ -93,12 +125,13 @@ class Index:
 
     def reader(self, shard: Shard) -> ShardReader:
         """Return the reader of a shard. The least recently used readers are closed."""
-        if shard.id not in self._readers:
-            self._readers[shard.id] = ShardReader(self.path, shard, self.manifest.components)
-            while len(self._readers) > _OPEN_SHARDS:
-                self._readers.popitem(last=False)
-        self._readers.move_to_end(shard.id)
-        return self._readers[shard.id]
+        with self._lock:
+            if shard.id not in self._readers:
+                self._readers[shard.id] = ShardReader(self.path, shard, self.manifest.components)
+                while len(self._readers) > _OPEN_SHARDS:
+                    self._readers.popitem(last=False)
+            self._readers.move_to_end(shard.id)
+            return self._readers[shard.id]
 
     def rows(self, shard: Shard, component: Component) -> Any:
         """Return a component's rows in one shard: `DenseRows` or `SparseRows`."""
@@ -118,10 +151,10 @@ class Index:
 
     @cached_property
     def groups(self) -> tuple[ShardGroup, ...]:
-        """All shards, in groups of at most 65,536 rows (if no shard is larger), so that the scores of a group fit into a core's cache."""
+        """All shards, in groups of at most `group_rows` rows if no shard is larger; by default, their scores fit a core's cache."""
         groups: list[list[Shard]] = []
         for shard in self.shards:
-            if groups and shard.first + shard.rows - groups[-1][0].first <= _GROUP_ROWS:
+            if groups and shard.first + shard.rows - groups[-1][0].first <= self.manifest.group_rows:
                 groups[-1].append(shard)
             else:
                 groups.append([shard])
@@ -250,10 +283,14 @@ class Index:
         shard, offset = self.locate(row)
         return self.documents(shard)[offset]
 
-    def _columns_by_shard(self, names: Iterable[str] = ()) -> Iterator[tuple[Shard, Columns]]:
-        """Yield each shard and its columns, from the search caches, or from the documents if a cache lacks them or texts are needed."""
+    def _columns_by_shard(self, names: Iterable[str] = (), groups: Sequence[ShardGroup] | None = None) -> Iterator[tuple[Shard, Columns]]:
+        """Yield each shard and its columns, from the search caches, or from the documents if a cache lacks them or texts are needed.
+
+        Args:
+            groups: of shards; all by default.
+        """
         with_texts = "text" in names
-        for group in self.groups:
+        for group in self.groups if groups is None else groups:
             file = None if with_texts else self._cache_file(group)
             for number, shard in enumerate(group.shards):
                 yield shard, self._cached_columns(file, number, shard) or self.documents(shard).columns
@@ -270,27 +307,27 @@ class Index:
     @cached_property
     def columns(self) -> "dict[str, pa.DataType]":
         """Columns for filters and groups, with their Arrow types; text if shards differ in the type or store the values as JSON."""
-        import pyarrow as pa
-
-        types: dict[str, pa.DataType] = {"text": pa.string()}
-        for _, columns in self._columns_by_shard():
-            for name, field in columns.fields.items():
-                previous = types.get(name, field.type)
-                types[name] = field.type if pa.types.is_null(previous) else previous if field.type in (previous, pa.null()) else pa.string()
-        return types
+        return {name: type_ for name, (type_, _) in self._column_types.items()}
 
     @cached_property
-    def _kinds(self) -> dict[str, frozenset[str]]:
-        """By column, the kinds of values in all shards (see filters.py)."""
-        kinds: dict[str, set[str]] = {name: set() for name in self.columns}
-        kinds["text"] = {"text"}
-        for _, columns in self._columns_by_shard():
-            for name in columns.fields:
-                kinds[name].add(columns.kind(name) or "")
-        return {name: frozenset(values - {""}) for name, values in kinds.items()}
+    def _column_types(self) -> dict[str, ColumnType]:
+        return self.column_types()
 
-    def matching(self, expression: str) -> Bool[np.ndarray, " rows"]:
+    def column_types(self, groups: Sequence[ShardGroup] | None = None) -> dict[str, ColumnType]:
+        """Return the columns of some groups of shards; of all by default."""
+        return merge_column_types(
+            {name: ColumnType(field.type, frozenset(filter(None, [columns.kind(name)]))) for name, field in columns.fields.items()}
+            for _, columns in self._columns_by_shard(groups=groups)
+        )
+
+    def matching(
+        self, expression: str, groups: Sequence[ShardGroup] | None = None, types: Mapping[str, ColumnType] | None = None
+    ) -> Bool[np.ndarray, " rows"]:
         """Return a mask of the rows that a filter matches (see filters.py).
+
+        Args:
+            groups: the groups of shards whose rows are meant; all by default.
+            types: the columns of all shards; by default they are read.
 
         Raises:
             UsageError: no such column, or values that cannot be compared.
@@ -299,10 +336,11 @@ class Index:
 
         tree = parse_filter(expression)
         names = names_in(tree)
+        kinds = {name: kinds for name, (_, kinds) in (self._column_types if types is None else types).items()}
         masks = list[np.ndarray]()
-        for shard, columns in self._columns_by_shard(names):
+        for shard, columns in self._columns_by_shard(names, groups):
             filtered = {name: columns[name] for name in names if name in columns.fields}
-            masks.append(matching(tree, filtered, self._kinds, shard.rows))
+            masks.append(matching(tree, filtered, kinds, shard.rows))
         return np.concatenate(masks)
 
     def column(self, name: str) -> "pa.ChunkedArray":
@@ -313,7 +351,7 @@ class Index:
         """
         import pyarrow as pa
 
-        self._check_column(name)
+        _check_column(name, self._column_types)
         chunks = list[Any]()
         kind = self.columns[name]
         for shard, columns in self._columns_by_shard([name]):
@@ -323,24 +361,30 @@ class Index:
             chunks += [pa.nulls(shard.rows, kind)] if column is None or column.kind is None else column.values.chunks
         return pa.chunked_array(chunks, kind)
 
-    def distinct(self, name: str, most: int) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
+    def distinct(
+        self, name: str, most: int, groups: Sequence[ShardGroup] | None = None, types: Mapping[str, ColumnType] | None = None
+    ) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
         """Return each row's value of a column as a number, and the list of distinct values that these numbers index.
 
         The last value is None, for rows without a value. Equal numbers of different types are one value; 1, "1" and True are three.
+
+        Args:
+            groups, types: see `matching`.
 
         Raises:
             UsageError: there is no such column, it holds lists or objects, or more than `most` values.
         """
         from .filters import SINGLE_KINDS, kind_of_value
 
-        self._check_column(name)
-        others = self._kinds[name] - set(SINGLE_KINDS)
+        types = self._column_types if types is None else types
+        _check_column(name, types)
+        others = types[name].kinds - set(SINGLE_KINDS)
         if others:
             raise UsageError(f"the column {name!r} holds values of the kind {min(others)}; group by one of single values")
         numbers = dict[Any, int]()
         values = list[Any]()
         parts = []
-        for shard, columns in self._columns_by_shard([name]):
+        for shard, columns in self._columns_by_shard([name], groups):
             if name not in columns.fields:
                 parts.append(np.full(shard.rows, -1))
                 continue
@@ -354,7 +398,7 @@ class Index:
                 values += [value] if number == len(values) else []
                 lookup[i] = number
             if len(values) > most:
-                raise UsageError(f"the column {name!r} has more than {most:,} values; group by one with fewer")
+                raise too_many_values(name, most)
             parts.append(lookup[np.asarray(coded.indices.fill_null(len(coded.dictionary)))])
         codes = np.concatenate(parts)
         return np.where(codes < 0, len(values), codes), [*values, None]
@@ -378,23 +422,25 @@ class Index:
             masks.append(matches)
         return np.concatenate(masks), wanted.filter(pa.array(~is_present)).to_pylist()
 
-    def _check_column(self, name: str) -> None:
-        if name not in self.columns:
-            raise UsageError(f"there is no column {name!r}; this index has {', '.join(sorted(self.columns))}")
-
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
-        """A mask of the rows that are not deleted.
+        """A mask of the rows that are not deleted; see `alive_rows`."""
+        return self.alive_rows(self.groups)
+
+    def alive_rows(self, groups: Sequence[ShardGroup]) -> Bool[np.ndarray, " rows"]:
+        """Return a mask of the rows of consecutive groups of shards that are not deleted.
 
         Raises:
             IntegrityError: a shard's file of rows is missing or has another size than recorded.
         """
-        for shard in self.shards:  # before memory is allocated for so many rows
-            problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
-            if problem:
-                raise IntegrityError(f"{problem}; restore the file or build the index again")
-        alive = np.ones(self.manifest.rows, bool)
-        alive[self.deleted] = False
+        for group in groups:
+            for shard in group.shards:  # before memory is allocated for so many rows
+                problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
+                if problem:
+                    raise IntegrityError(f"{problem}; restore the file or build the index again")
+        first, last = groups[0].first, groups[-1].first + groups[-1].rows
+        alive = np.ones(last - first, bool)
+        alive[self.deleted[slice(*np.searchsorted(self.deleted, [first, last]))] - first] = False
         return alive
 
     @cached_property
@@ -565,10 +611,22 @@ class Index:
         """
         if not 0 <= row < len(self):
             raise UsageError(f"row {row} is not in the index; name one of the rows 0 to {len(self) - 1}")
-        if not self.alive[row]:
+        place = int(np.searchsorted(self.deleted, row))
+        if place < len(self.deleted) and self.deleted[place] == row:
             raise UsageError(f"row {row} was deleted; name another row")
         shard = self.shards[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return shard, row - shard.first
+
+
+def _check_column(name: str, types: Mapping[str, ColumnType]) -> None:
+    """Refuse a column that does not exist."""
+    if name not in types:
+        raise UsageError(f"there is no column {name!r}; this index has {', '.join(sorted(types))}")
+
+
+def too_many_values(name: str, most: int) -> UsageError:
+    """Return the error about a column with more than `most` values."""
+    return UsageError(f"the column {name!r} has more than {most:,} values; group by one with fewer")
 
 
 @contextlib.contextmanager

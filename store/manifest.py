@@ -455,6 +455,7 @@ class Manifest(_Model):
     Attributes:
         rows: the number of rows, deleted rows included.
         shards, deleted: the numbers of shards and of deleted rows; the file `table` lists them (see `shard.read_table`).
+        group_rows: the largest number of rows that consecutive shards have which are searched together.
     """
 
     format: Literal["wherefrom"] = "wherefrom"
@@ -472,6 +473,7 @@ class Manifest(_Model):
     tokens: Count
     shards: Size
     deleted: Count
+    group_rows: Size = 1 << 16
     table: FileRecord
     build: Build
 
@@ -535,8 +537,8 @@ def identity(path: Path) -> tuple[str, int, int, int]:
     return path.name, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read the newest manifest of an index.
+def read_manifest(directory: Path, number: int | None = None) -> Manifest:
+    """Read a manifest of an index: the newest, or that of a number.
 
     Raises:
         NotFoundError: there is no such directory, or no index in it.
@@ -554,7 +556,9 @@ def read_manifest(directory: Path) -> Manifest:
             if unfinished
             else f"{directory} is not a Wherefrom index (it has no manifests/); give the directory that was the `out` of a build"
         )
-    if recorded > manifest_numbers(directory)[-1]:
+    if number is not None:
+        path = manifest_path(directory, number)
+    elif recorded > manifest_numbers(directory)[-1]:
         raise IntegrityError(
             f"{manifest_path(directory, recorded)} is missing, the newest state of the index (it may have deleted rows); restore it, or "
             f"remove {directory / 'manifests' / _LATEST} to use the state before it"

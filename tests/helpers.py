@@ -54,13 +54,17 @@ def make_tokenizer():
 def search(index, rows, k, metric=None, recall=1.0):
     """The hits of every query among all rows, in passes of the size that answers take."""
     from wherefrom.query.metric import Metric
-    from wherefrom.query.scoring import Scorer
+    from wherefrom.query.parts import Search, WholeIndex
+    from wherefrom.query.scoring import mixed_components
     from wherefrom.query.search import find, pass_size
     from wherefrom.store.vectors import count, cut
 
+    metric = metric or Metric()
+    mixings = mixed_components(index, rows, metric)
     size = pass_size(recall)
-    parts = (cut(rows, first, first + size) for first in range(0, count(rows), size))
-    return [hit for part in parts for hit in find(Scorer.of(index, part, metric or Metric()), k, index.alive, recall)[0]]
+    passes = [cut(rows, first, first + size) for first in range(0, count(rows), size)]
+    parts = WholeIndex(index)
+    return [hit for own in passes for hit in find(parts, Search(own, metric, mixings), count(own), k, recall).hits]
 
 
 def assert_close(found, expected, rtol, scale=None):
@@ -268,7 +272,7 @@ def sparse_rows(path, rows, vocabulary, bits, seed=0):
     return SparseRows(ArrayFile(file), sparse_component(vocabulary, rows.vectors.shape[1], bits, seed), len(rows))
 
 
-def dense_index(path, like, rows, dtype="float32", shard_rows=500):
+def dense_index(path, like, rows, dtype="float32", shard_rows=500, group_rows=1 << 16):
     """An index whose dense rows are given, with the model of `like` (an index directory)."""
     import uuid
 
@@ -292,6 +296,7 @@ def dense_index(path, like, rows, dtype="float32", shard_rows=500):
         write_documents(documents_path(path, shard_id), [Example(f"r{i}", "", "s", tokens, mask, f"r{i}") for i in ids])
         write_shard(path, shard_id, {component.name: encode_dense(part, dtype)}, np.ones(len(part), np.float32))
         shards.append(shard_entry(path, shard_id, first, len(part), len(part), [component]))
-    publish_index(path, shards, np.zeros(0, np.int64), {**dict(manifest), "components": (component,), "number": 1})
+    fields = {**dict(manifest), "components": (component,), "number": 1, "group_rows": group_rows}
+    publish_index(path, shards, np.zeros(0, np.int64), fields)
     Index(path).reindex()
     return Index(path)

@@ -43,7 +43,7 @@ class Columns(Index):
     def documents(self, shard):
         return self._documents[shard.id]
 
-    def _columns_by_shard(self, names=()):
+    def _columns_by_shard(self, names=(), groups=None):
         return ((shard, self.documents(shard).columns) for shard in self.shards)
 
 
@@ -270,7 +270,7 @@ def test_columns_are_compared_with_one_another(tmp_path):
 
 def test_values_that_no_build_writes_are_an_integrity_error(tmp_path):
     index = columns(tmp_path, [1, "a"])
-    index._kinds  # noqa: B018
+    index._column_types  # noqa: B018
     forged = Column(pa.chunked_array([["{", None]]), encoded=True)
 
     class Forged(dict):

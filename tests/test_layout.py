@@ -20,7 +20,7 @@ ROOMS = {
     "store": set(),
     "indexer": {"store"},
     "query": {"store"},
-    "ray_jobs": {"store", "indexer"},
+    "ray_jobs": {"store", "indexer", "query"},
     "evaluation": {"store", "indexer", "query", "ray_jobs", "client"},
     "demo": {"store", "indexer", "query", "ray_jobs", "client", "terminal"},
     "server": {"store", "query", "client", "remote"},

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query, connect
 from wherefrom.cli import main
-from wherefrom.query.groups import _POISSON, Grouping
+from wherefrom.query.groups import _POISSON, Sums
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
 from wherefrom.ray_jobs.build import build
@@ -156,7 +156,8 @@ def test_only_matching_rows_are_ranked(client, mode):
 def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     query = Query(text=words(3, 9, 27, 41))
     scores = matrix(client, [query])[0].astype(float)
-    groups = Grouping(client.index, "color", client.index.alive).groups(scores.astype(np.float32))
+    codes, values = client.index.distinct("color", 10)
+    groups = Sums.of(codes, values, scores[None].astype(np.float32), client.index.alive, 0).groups(0)
     assert {g.value for g in groups} == set(COLORS)
     generator = np.random.default_rng(5)
     for g in groups:
@@ -172,7 +173,7 @@ def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     assert [g.total for g in groups] == sorted((g.total for g in groups), reverse=True)
     assert _POISSON.mean() == pytest.approx(1, abs=1e-6)
     assert _POISSON.var() == pytest.approx(1, abs=0.03)
-    some = Grouping(client.index, "color", np.arange(120) < 10).groups(scores[:10].astype(np.float32))
+    some = Sums.of(codes, values, scores[None].astype(np.float32), np.arange(120) < 10, 0).groups(0)
     assert sum(g.rows for g in some) == 10
     with pytest.raises(UsageError, match="there is no column 'colour'"):
         client.query(text="w1 w2", group_by="colour")
@@ -472,7 +473,11 @@ def test_a_score_that_is_not_finite_is_an_error(client):
 
 
 def test_a_column_of_too_many_values_is_not_grouped_by(client, monkeypatch):
-    monkeypatch.setattr("wherefrom.query.groups._MOST_GROUPS", 50)
+    monkeypatch.setattr("wherefrom.query.parts.MOST_VALUES", 50)
+    with pytest.raises(UsageError, match="more than 50 values"):
+        client.query(row=1, group_by="id")
+    monkeypatch.undo()
+    monkeypatch.setattr("wherefrom.query.groups.MOST_VALUES", 50)
     with pytest.raises(UsageError, match="more than 50 values"):
         client.query(row=1, group_by="id")
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
+from wherefrom.query.parts import merge
 from wherefrom.query.scoring import Scorer, score_matrix
-from wherefrom.query.search import _merge
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
@@ -68,7 +68,7 @@ def test_merging_blocks_is_sorting_the_whole(scores, k, block, sign):
     found = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     for first in range(0, len(scores), block):
         part = scores[first : first + block]
-        found = _merge(found, np.arange(first, first + len(part)), part, k, sign)
+        found = merge(found, np.arange(first, first + len(part)), part, k, sign)
     order = [i for i in sorted(range(len(scores)), key=lambda i: (-sign * scores[i], i)) if sign * scores[i] > 0][:k]
     assert found[0].tolist() == order
     assert found[1].tolist() == scores[order].tolist()

@@ -165,7 +165,7 @@ function render() {
   const { search: s, proponents, opponents } = answer;
   const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
   const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
-  $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "");
+  $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "") + (s.missing ? `; ${s.missing.toLocaleString()} rows were not searched: a part of the index does not run at present` : "");
   if (s.rerank) {
     const differ = s.rerank.difference === null ? "" : `; near that, stored and recomputed scores differ by ${short(s.rerank.difference)} (root mean square)`;
     $("certificate").textContent += `; ${s.rerank.candidates.toLocaleString()} candidates computed again ${s.rerank.unprojected_layers ? `with EK-FAC of ${s.rerank.unprojected_layers} whole layers ` : ""}${s.rerank.query_bits === 8 ? "with queries in 8 bits " : ""}in ${s.rerank.seconds.toFixed(1)} s; by stored rows, no other scores above ${short(s.rerank.highest)}${s.rerank.lowest === null ? "" : ` or below ${short(s.rerank.lowest)}`}${differ}`;

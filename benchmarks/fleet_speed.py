@@ -1,0 +1,144 @@
+"""What does it cost, and gain, to search an index in parts in Ray actors (`wherefrom serve --ray`)?
+
+    python benchmarks/fleet_speed.py --index grown/10027008 [--parts 1 2 4] [--rounds 7] [--serve] [--json]
+
+The same queries by row, alone and 16 together, are asked of one process with one thread and of fleets of one-thread actors, one after the
+other in each round; all answers are compared. Given are medians of the rounds' ratios to one process with one thread, and their spread.
+*overhead* is the wall time of a query on a fleet of one part, less that in one process with one thread. `--serve` needs the extra
+`ray[serve]`: the time of a call of an empty method of an actor, and of a Ray Serve deployment, in turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from wherefrom import Client, Query
+from wherefrom.query.parts import Part
+from wherefrom.ray_jobs.cluster import connected
+from wherefrom.ray_jobs.fleet import Fleet, FleetParts
+from wherefrom.store.index import Index
+
+_TOGETHER = 16
+_CALLS = 300
+
+
+class _OneThread:
+    """An index as one part, searched by one thread."""
+
+    def __init__(self, index):
+        self.index, self.firsts = index, (0,)
+        self._part = Part(index, threads=1)
+
+    def call(self, method, search, arguments, partial=False):
+        shared = () if search is None else (search,)
+        return {number: getattr(self._part, method)(*shared, *own) for number, own in arguments.items()}
+
+
+def _rows(answers):
+    return [[(a.row, a.score) for a in (*answer.proponents, *answer.opponents)] for answer in answers]
+
+
+def _clock(client, queries):
+    started = time.perf_counter()
+    answers = client.query_many(queries, k=10)
+    return time.perf_counter() - started, answers
+
+
+def _spread(ratios):
+    ordered = sorted(ratios)
+    return {"median": round(statistics.median(ordered), 3), "low": round(ordered[0], 3), "high": round(ordered[-1], 3)}
+
+
+def measure(path, counts, rounds):
+    """Ratios of speed by number of parts, for queries alone and together, and the overhead of a fleet in milliseconds."""
+    index = Index(path)
+    generator = np.random.default_rng(0)
+    queries = [Query(row=int(row)) for row in generator.choice(len(index), _TOGETHER, replace=False)]
+    single = Client(index, parts=_OneThread(index))
+    ratios = {count: {"alone": [], "together": []} for count in counts}
+    overheads = []
+    with connected(None, sum(counts)) as ray:
+        fleets = {count: Fleet(ray, index, count, 1, 1) for count in counts}
+        for fleet in fleets.values():
+            fleet.wait()
+        clients = {count: Client(index, parts=FleetParts(fleet, index)) for count, fleet in fleets.items()}
+        for number in range(rounds + 1):
+            alone, whole = _clock(single, queries[:1])
+            together, all_whole = _clock(single, queries)
+            for count, client in clients.items():
+                seconds, answers = _clock(client, queries[:1])
+                many, all_answers = _clock(client, queries)
+                assert _rows(answers) == _rows(whole)
+                assert _rows(all_answers) == _rows(all_whole)
+                if number:  # the first round opens files
+                    ratios[count]["alone"].append(alone / seconds)
+                    ratios[count]["together"].append(together / many)
+                    overheads += [1e3 * (seconds - alone)] if count == 1 else []
+        for fleet in fleets.values():
+            fleet.stop()
+    return {
+        "rows": len(index),
+        "speed": {count: {name: _spread(values) for name, values in own.items()} for count, own in ratios.items()},
+        "overhead_ms": _spread(overheads) if overheads else None,
+    }
+
+
+def calls(rounds):
+    """Microseconds of an empty call of an actor, and of a Ray Serve deployment."""
+    import ray
+    from ray import serve
+
+    class Empty:
+        def __call__(self):
+            return None
+
+        def call(self):
+            return None
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    actor = ray.remote(Empty).remote()
+    handle = serve.run(serve.deployment(Empty).bind())
+    seconds = {"actor": [], "serve": []}
+    ways = {"actor": lambda: ray.get(actor.call.remote()), "serve": lambda: handle.remote().result()}
+    for _ in range(rounds):
+        for name, call in ways.items():
+            call()
+            started = time.perf_counter()
+            for _ in range(_CALLS):
+                call()
+            seconds[name].append(1e6 * (time.perf_counter() - started) / _CALLS)
+    serve.shutdown()
+    ray.shutdown()
+    ratios = [b / a for a, b in zip(seconds["actor"], seconds["serve"], strict=True)]
+    return {name: _spread(values) for name, values in seconds.items()} | {"ratio": _spread(ratios)}
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", required=True, type=Path)
+    parser.add_argument("--parts", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    report = measure(args.index, args.parts, args.rounds)
+    if args.serve:
+        report["calls_us"] = calls(args.rounds)
+    if args.json:
+        print(json.dumps(report))
+        return
+    print(f"{report['rows']:,} rows; speed over one process with one thread")
+    for count, own in report["speed"].items():
+        for name, of in own.items():
+            print(f"  {count} parts, {name:8s} {of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})")
+    print(f"  overhead of one part, ms: {report['overhead_ms']}")
+    if args.serve:
+        print(f"  an empty call, microseconds: {report['calls_us']}")
+
+
+if __name__ == "__main__":
+    main()
