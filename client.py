@@ -180,8 +180,9 @@ class Client(BaseClient):
         metric = Metric.of(options)
         rows = self.encode(queries, metric)
         mixings = mixed_components(self.index, rows, metric) if mixings is None else mixings
-        Scorer.of(self.index, rows, metric, mixings)  # refuses what is not possible with the index
-        return Search(rows, metric, mixings, where, None if where is None else self._column_types)
+        search = Search(rows, metric, mixings, where, None if where is None else self._column_types)
+        self.parts.scorer(search)  # refuses what is not possible with the index
+        return search
 
     def mixings(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> dict[str, Mixing]:
         """Mix the second moments of queries that are asked together into the curvature of each component, as `mix` says."""

@@ -36,6 +36,9 @@ class _OneThread:
         shared = () if search is None else (search,)
         return {number: getattr(self._part, method)(*shared, *own) for number, own in arguments.items()}
 
+    def scorer(self, search):
+        return self._part.scorer(search)
+
 
 def _rows(answers):
     return [[(a.row, a.score) for a in (*answer.proponents, *answer.opponents)] for answer in answers]

@@ -75,8 +75,8 @@ def answer_queries(
     answers = []
     for first in range(0, len(queries), size):
         own = cut(rows, first, first + size)
-        scorer = Scorer.of(index, own, metric, mixings)  # also refuses what is not possible with the index
         search = Search(own, metric, mixings, where, types)
+        scorer = parts.scorer(search)
         found = find(parts, search, len(scorer), count, recall, column, baselines is not None, bool(options.get("partial")))
         _refuse_nothing(found, where)
         all_hits = found.hits

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..store.compiled import Compiled
 from ..store.index import ColumnType, Index, ShardGroup, merge_column_types
 from ..store.shapes import Bool, Float32, Int64
 from ..store.vectors import Rows
@@ -23,6 +24,9 @@ from .mixing import Mixing
 from .scoring import Scorer, by_group
 
 _KEPT = 4  # prepared searches, and masks
+_MOST_INSERTED = 128  # best rows that the compiled loop keeps in order
+_MOST_ADDED = 1 << 16  # candidates that are kept before the best of them are chosen
+_best_of = Compiled("best_of", least_work=1 << 19)
 Ranked = tuple[Int64[np.ndarray, " _ranked"], Float32[np.ndarray, " _ranked"]]
 """Rows and their scores, the best or the worst first; of equal scores, the lower row first."""
 
@@ -129,20 +133,78 @@ Pair = tuple[Candidates, Candidates]
 """Candidates for the best and for the worst rows."""
 
 
-def merge(ranked: Ranked, rows: np.ndarray, scores: np.ndarray, k: int, sign: int) -> Ranked:
-    """Return the k entries with the largest positive sign * score among ranked and new rows, which are higher than the ranked ones."""
-    best_rows, best_scores = ranked
-    threshold = best_scores[-1] if len(best_rows) == k else np.float32(0)
-    candidates = np.flatnonzero(scores > threshold if sign > 0 else scores < threshold)
-    if not len(candidates):
-        return ranked
-    if len(candidates) > 4 * k:  # sort only the k best and those equal to the k-th
-        costs = -sign * scores[candidates]
-        candidates = candidates[costs <= np.partition(costs, k - 1)[k - 1]]
-    all_rows = np.concatenate([best_rows, rows[candidates]])
-    all_scores = np.concatenate([best_scores, scores[candidates]])
-    order = np.lexsort((all_rows, -sign * all_scores))[:k]
-    return all_rows[order], all_scores[order]
+class Best:
+    """The best (sign 1) or worst (sign -1) k rows of a query in a scan, which takes the groups of shards in any order."""
+
+    def __init__(self, k: int, sign: int) -> None:
+        self._k = k
+        self._sign = sign
+        self._threshold = np.float32(0)  # sign * score of k rows that were added; a row below it is not among the best
+        self._rows: list[Int64[np.ndarray, " _added"]] = []
+        self._scores: list[Float32[np.ndarray, " _added"]] = []
+        self._count = 0
+
+    def candidates(self, first: int, offsets: np.ndarray | None, scores: Float32[np.ndarray, " searched"]) -> Ranked:
+        """Return the rows of a group of shards that may be among the best, with their scores: the group's best k, or these and others.
+
+        Args:
+            first: the group's first row.
+            offsets: of the searched rows in the group; None for all.
+        """
+        threshold = np.nextafter(self._threshold, np.float32(0))  # of equal scores, a lower row counts
+        best_of = _best_of.if_worth(len(scores)) if self._k <= _MOST_INSERTED else None
+        if best_of is not None:
+            found = np.empty(self._k, np.int64)
+            found = found[: best_of(scores, np.float32(self._sign), threshold, found, np.empty(self._k, np.float32))]
+        else:
+            found = np.flatnonzero(scores > threshold if self._sign > 0 else scores < -threshold)
+            if len(found) > 4 * self._k:  # sort only the k best and those equal to the k-th
+                costs = -self._sign * scores[found]
+                found = found[costs <= np.partition(costs, self._k - 1)[self._k - 1]]
+        return first + (found if offsets is None else offsets[found]), scores[found]
+
+    def add(self, rows: Int64[np.ndarray, " added"], scores: Float32[np.ndarray, " added"]) -> None:
+        """Add candidates."""
+        if not len(rows):
+            return
+        self._rows.append(rows)
+        self._scores.append(scores)
+        self._count += len(rows)
+        if len(rows) == self._k:
+            self._threshold = max(self._threshold, np.float32((self._sign * scores).min()))
+        if self._count > max(4 * self._k, _MOST_ADDED):
+            self.ranked()
+
+    def ranked(self) -> Ranked:
+        """Return the best rows of all that were added."""
+        if not self._rows:
+            return NOTHING
+        rows = np.concatenate(self._rows)
+        scores = np.concatenate(self._scores)
+        order = np.lexsort((rows, -self._sign * scores))[: self._k]
+        rows, scores = rows[order], scores[order]
+        self._rows, self._scores, self._count = [rows], [scores], len(rows)
+        if len(rows) == self._k:
+            self._threshold = np.float32(self._sign * scores[-1])
+        return rows, scores
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The searched rows of a group of shards.
+
+    Attributes:
+        rows: a mask.
+        count: number of the searched rows.
+    """
+
+    rows: Bool[np.ndarray, " rows"]
+    count: int
+
+    @property
+    def whole(self) -> bool:
+        """True if all rows are searched."""
+        return self.count == len(self.rows)
 
 
 class Part:
@@ -160,7 +222,7 @@ class Part:
         self._threads = threads
         self._lock = threading.Lock()
         self._scorers: OrderedDict[str, Scorer] = OrderedDict()
-        self._masks: OrderedDict[str, list[Bool[np.ndarray, " rows"]]] = OrderedDict()
+        self._masks: OrderedDict[str, list[Mask]] = OrderedDict()
 
     def column_types(self) -> dict[str, ColumnType]:
         """Return the columns of its shards."""
@@ -168,15 +230,15 @@ class Part:
 
     def refusal(self, search: Search) -> str | None:
         """Return the reason why a quantized scan is not possible or not useful; None if it is both."""
-        return self._scorer(search).refusal(self.groups)
+        return self.scorer(search).refusal(self.groups)
 
     def searched(self, search: Search) -> Bool[np.ndarray, " rows"]:
         """Return a mask of the rows that are searched."""
-        return np.concatenate(self._mask(search))
+        return np.concatenate([mask.rows for mask in self._mask(search)])
 
     def count(self, search: Search) -> int:
         """Return the number of the rows that are searched."""
-        return sum(int(mask.sum()) for mask in self._mask(search))
+        return sum(mask.count for mask in self._mask(search))
 
     def scan(self, search: Search, k: int, column: str | None = None, with_scores: bool = False) -> Scan:
         """Score all searched rows.
@@ -185,41 +247,40 @@ class Part:
             column: also sum the scores by the values of this column.
             with_scores: also return all scores.
         """
-        scorer = self._scorer(search)
+        scorer = self.scorer(search)
         masks = self._mask_by_group(search)
         numbers = {group.first: number for number, group in zip(self._numbers, self.groups, strict=True)}
-        best = [NOTHING] * len(scorer)
-        worst = [NOTHING] * len(scorer)
+        ranked = [(Best(k, 1), Best(k, -1)) for _ in range(len(scorer))]
         sums = None if column is None else SumTree(column)
         blocks = []
 
-        def score(group: ShardGroup) -> tuple[Float32[np.ndarray, "queries rows"], Sums | None]:
-            scores = scorer.scores(group)
-            if column is None:
-                return scores, None
-            codes, values = self.index.distinct(column, MOST_VALUES, [group], search.types)
-            return scores, Sums.of(codes, values, scores, masks[group.first], group.first)
-
-        for group, (group_scores, group_sums) in by_group(self.groups, score, self._threads):
+        def score(group: ShardGroup) -> tuple[list[list[Ranked]], Sums | None, Float32[np.ndarray, "queries searched"] | None]:
             mask = masks[group.first]
-            whole = bool(mask.all())
-            rows = np.arange(group.first, group.first + group.rows)
-            rows = rows if whole else rows[mask]
-            scores = group_scores if whole else group_scores[:, mask]
-            for q in range(len(scorer)):
-                best[q] = merge(best[q], rows, scores[q], k, 1)
-                worst[q] = merge(worst[q], rows, scores[q], k, -1)
+            scores = scorer.scores(group)
+            group_sums = None
+            if column is not None:
+                codes, values = self.index.distinct(column, MOST_VALUES, [group], search.types)
+                group_sums = Sums.of(codes, values, scores, mask.rows, group.first)
+            if not mask.whole:
+                scores = scores[:, mask.rows]
+            offsets = None if mask.whole else np.flatnonzero(mask.rows)
+            found = [[side.candidates(group.first, offsets, own) for side in sides] for own, sides in zip(scores, ranked, strict=True)]
+            return found, group_sums, scores if with_scores else None
+
+        for group, (found, group_sums, scores) in by_group(self.groups, score, self._threads, small=not with_scores):
+            for sides, own in zip(ranked, found, strict=True):
+                for side, candidates in zip(sides, own, strict=True):
+                    side.add(*candidates)
             if sums is not None and group_sums is not None:
                 sums.add(0, numbers[group.first], group_sums)
-            if with_scores:
+            if scores is not None:
                 blocks.append(scores)
-        searched = self.searched(search)
         return Scan(
-            best,
-            worst,
-            int(searched.sum()),
+            [best.ranked() for best, _ in ranked],
+            [worst.ranked() for _, worst in ranked],
+            self.count(search),
             sums,
-            searched if with_scores else None,
+            self.searched(search) if with_scores else None,
             np.concatenate(blocks, axis=1) if with_scores else None,
         )
 
@@ -229,10 +290,10 @@ class Part:
         Args:
             skipped: number of groups to leave out at the beginning.
         """
-        scorer = self._scorer(search)
+        scorer = self.scorer(search)
         masks = self._mask(search)[skipped:]
         for mask, (_, scores) in zip(masks, by_group(self.groups[skipped:], scorer.scores, self._threads), strict=True):
-            yield scores if mask.all() else np.where(mask, scores, np.float32(np.nan))
+            yield scores if mask.whole else np.where(mask.rows, scores, np.float32(np.nan))
 
     def extremes(self, search: Search) -> tuple[float, float, int]:
         """Return the lowest and highest score of the searched rows, over all queries, and the number of these rows."""
@@ -257,8 +318,8 @@ class Part:
             For each query: the best and worst rows that were read; the other candidates, as far as they can still be among these; and the
             rows that were read.
         """
-        scorer = self._scorer(search)
-        pairs = self._candidates(scorer, self.groups[0], self._mask(search)[0], z, [(0.0, 0.0)] * len(scorer))
+        scorer = self.scorer(search)
+        pairs = self._pairs(scorer, self.groups[0], self._mask(search)[0], z, [(0.0, 0.0)] * len(scorer))
         results = []
         for q, pair in enumerate(pairs):
             sides = Side(k, 1), Side(k, -1)
@@ -279,11 +340,11 @@ class Part:
             thresholds: for each query, of the best and of the worst rows.
             skipped: number of groups to leave out at the beginning.
         """
-        scorer = self._scorer(search)
+        scorer = self.scorer(search)
         masks = self._mask_by_group(search)
         by_query: list[tuple[list[Candidates], list[Candidates]]] = [([_NO_CANDIDATES], [_NO_CANDIDATES]) for _ in thresholds]
         groups = self.groups[skipped:]
-        for _, pairs in by_group(groups, lambda group: self._candidates(scorer, group, masks[group.first], z, thresholds), self._threads):
+        for _, pairs in by_group(groups, lambda group: self._pairs(scorer, group, masks[group.first], z, thresholds), self._threads):
             for lists, pair in zip(by_query, pairs, strict=True):
                 for its_list, candidates in zip(lists, pair, strict=True):
                     its_list.append(candidates)
@@ -292,15 +353,13 @@ class Part:
 
     def read(self, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]]) -> list[Float32[np.ndarray, " rows"]]:
         """Return, for each query, the sums over dense components of some rows, from the rows themselves."""
-        scorer = self._scorer(search)
+        scorer = self.scorer(search)
         return [scorer.read(q, own) for q, own in enumerate(rows)]
 
-    def _candidates(
-        self, scorer: Scorer, group: ShardGroup, mask: Bool[np.ndarray, " rows"], z: float, thresholds: Sequence[tuple[float, float]]
-    ) -> list[Pair]:
+    def _pairs(self, scorer: Scorer, group: ShardGroup, mask: Mask, z: float, thresholds: Sequence[tuple[float, float]]) -> list[Pair]:
         """Find the candidates of a group of shards, for each query and side."""
         estimates = scorer.estimates(group)
-        excluded = np.flatnonzero(~mask)
+        excluded = np.flatnonzero(~mask.rows)
         result = []
         for q, pair in enumerate(thresholds):
             scores = (estimates.exact[q] + estimates.estimate[q]) * estimates.scale[q]
@@ -315,24 +374,27 @@ class Part:
             result.append((sides[0], sides[1]))
         return result
 
-    def _scorer(self, search: Search) -> Scorer:
+    def scorer(self, search: Search) -> Scorer:
+        """Return the prepared queries of a search."""
+
         def prepare() -> Scorer:
             return Scorer.of(self.index, search.queries, search.metric, search.mixings)
 
         return self._kept(self._scorers, search.id, prepare)
 
-    def _mask(self, search: Search) -> list[Bool[np.ndarray, " rows"]]:
+    def _mask(self, search: Search) -> list[Mask]:
         """Return the masks of the searched rows of each group."""
 
-        def compute() -> list[Bool[np.ndarray, " rows"]]:
+        def compute() -> list[Mask]:
             mask = self.index.alive_rows(self.groups)
             if search.where is not None:
                 mask &= self.index.matching(search.where, self.groups, search.types)
-            return np.split(mask, np.cumsum([group.rows for group in self.groups])[:-1])
+            by_group = np.split(mask, np.cumsum([group.rows for group in self.groups])[:-1])
+            return [Mask(rows, int(rows.sum())) for rows in by_group]
 
         return self._kept(self._masks, search.where or "", compute)
 
-    def _mask_by_group(self, search: Search) -> dict[int, Bool[np.ndarray, " rows"]]:
+    def _mask_by_group(self, search: Search) -> dict[int, Mask]:
         """Return the masks of the searched rows, by the first row of the group."""
         return {group.first: mask for group, mask in zip(self.groups, self._mask(search), strict=True)}
 
@@ -373,6 +435,13 @@ class Parts(Protocol):
     def stream(self, search: Search) -> Iterator[Float32[np.ndarray, "queries rows"]]:
         """Yield the scores of each group of shards, in row order; see `Part.scores`."""
 
+    def scorer(self, search: Search) -> Scorer:
+        """Return the prepared queries of a search.
+
+        Raises:
+            UsageError: the search is not possible with the index.
+        """
+
     def up(self) -> list[int]:
         """Return for each part the number of processes that can search it at present."""
 
@@ -397,6 +466,10 @@ class WholeIndex:
     def stream(self, search: Search) -> Iterator[Float32[np.ndarray, "queries rows"]]:
         """See `Parts`."""
         return self._part.scores(search)
+
+    def scorer(self, search: Search) -> Scorer:
+        """See `Parts`."""
+        return self._part.scorer(search)
 
     def up(self) -> list[int]:
         """See `Parts`."""

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from .mixing import Mixing
 from .operands import OPERANDS, Estimates, Operand
 from .options import Mode
 
+_PIECES = 4  # of a thread's groups in a search
 _SHORTEST = 1e-37  # smallest length whose inverse is a float32
 
 
@@ -210,27 +212,41 @@ Result = TypeVar("Result")
 
 
 def by_group(
-    groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Result], threads: int | None = None
+    groups: Sequence[ShardGroup], function: Callable[[ShardGroup], Result], threads: int | None = None, small: bool = False
 ) -> Iterator[tuple[ShardGroup, Result]]:
     """Call a function for each group of shards, in several threads; yield the results in the order of groups.
 
     Args:
         threads: their number; one for each available core by default.
+        small: results are small, so that many may be in memory; a thread then works on several groups before it hands over.
     """
     threads = min(threads or len(os.sched_getaffinity(0)), len(groups))
     if threads < 2:
         for group in groups:
             yield group, function(group)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        submitted: deque[tuple[ShardGroup, Future[Result]]] = deque()
-        for group in groups:
-            submitted.append((group, pool.submit(function, group)))
+    size = -(-len(groups) // (_PIECES * threads)) if small else 1
+    pieces = [groups[first : first + size] for first in range(0, len(groups), size)]
+    pool = _pool(threads)
+    submitted: deque[tuple[Sequence[ShardGroup], Future[list[Result]]]] = deque()
+    try:
+        for piece in pieces:
+            submitted.append((piece, pool.submit(lambda own: list(map(function, own)), piece)))
             if len(submitted) > 2 * threads:  # bounds the results in memory
                 first, future = submitted.popleft()
-                yield first, future.result()
-        for group, future in submitted:
-            yield group, future.result()
+                yield from zip(first, future.result(), strict=True)
+        while submitted:
+            first, future = submitted.popleft()
+            yield from zip(first, future.result(), strict=True)
+    finally:
+        for _, future in submitted:  # of a caller that wants no more, or after an error
+            future.cancel()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return the threads of all searches of a process; to start some for each search takes longer than a fast search."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="wherefrom-search")
 
 
 def all_scores(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..query.parts import Part, Search
+from ..query.scoring import Scorer
 from ..store.errors import BusyError, IntegrityError, UsageError
 from ..store.index import Index, ShardGroup
 from ..store.shapes import Float32
@@ -353,6 +354,10 @@ class FleetParts:
         """See `Parts`."""
         for number in range(len(self.firsts)):
             yield from self.fleet.stream(self._state, number, search)
+
+    def scorer(self, search: Search) -> Scorer:
+        """See `Parts`; the actors prepare their own."""
+        return Scorer.of(self.index, search.queries, search.metric, search.mixings)
 
     def up(self) -> list[int]:
         """See `Parts`."""

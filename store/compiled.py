@@ -10,12 +10,16 @@ class Compiled:
     Args:
         name: the name of the loop.
         least_work: the work that is done without the loop, in units of the caller.
+
+    Attributes:
+        loop: the loop; None before it is loaded.
     """
 
     def __init__(self, name: str, least_work: int) -> None:
         self._name = name
         self._least_work = least_work
         self._work = 0
+        self.loop: Callable[..., Any] | None = None
 
     def if_worth(self, work: int) -> Callable[..., Any] | None:
         """Add to the process's work, and return the loop; None while the work is less than `least_work`."""
@@ -24,4 +28,5 @@ class Compiled:
             return None
         from . import kernels
 
-        return getattr(kernels, self._name)
+        self.loop = getattr(kernels, self._name)
+        return self.loop

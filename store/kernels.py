@@ -7,7 +7,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["add_lists", "count_differences", "multiply_int8"]
+__all__ = ["add_lists", "best_of", "count_differences", "multiply_int8"]
+
+
+_RUN = 256  # scores that are compared with the threshold at a time
 
 
 @intrinsic
@@ -73,6 +76,30 @@ def multiply_int8(codes: np.ndarray, queries: np.ndarray, products: np.ndarray) 
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_list_64(t: np.ndarray, rows: np.ndarray, codes: np.ndarray, factors: np.ndarray, scores: np.ndarray) -> None:
+    """Add the products with a list of codes of 64 bits: uint64 [n], whose lowest byte is the code's first."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+    byte = np.uint64(255)
+    for j in range(len(codes)):  # over slices from 0 on: numba makes faster loops of these
+        a = codes[j]
+        low = (t0[a & byte] + t1[(a >> np.uint64(8)) & byte]) + (t2[(a >> np.uint64(16)) & byte] + t3[(a >> np.uint64(24)) & byte])
+        b = a >> np.uint64(32)
+        high = (t4[b & byte] + t5[(b >> np.uint64(8)) & byte]) + (t6[(b >> np.uint64(16)) & byte] + t7[b >> np.uint64(24)])
+        scores[rows[j]] += factors[j] * (low + high)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_list_32(t: np.ndarray, rows: np.ndarray, codes: np.ndarray, factors: np.ndarray, scores: np.ndarray) -> None:
+    """Add the products with a list of codes of 32 bits: uint32 [n]."""
+    t0, t1, t2, t3 = t[0], t[1], t[2], t[3]
+    byte = np.uint64(255)
+    for j in range(len(codes)):
+        a = np.uint64(codes[j])
+        low = (t0[a & byte] + t1[(a >> np.uint64(8)) & byte]) + (t2[(a >> np.uint64(16)) & byte] + t3[a >> np.uint64(24)])
+        scores[rows[j]] += factors[j] * low
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def add_lists(
     lists: np.ndarray,
     has_list: np.ndarray,
@@ -92,28 +119,65 @@ def add_lists(
         scores: float32 [rows], changed in place.
     """
     words = codes.shape[1]
-    byte = np.uint32(255)
-    second = np.uint32(8)
-    third = np.uint32(16)
-    fourth = np.uint32(24)
+    flat = codes.reshape(-1)
+    pairs = flat[: len(flat) // 2 * 2].view(np.uint64)
     for i in range(len(lists)):
         if not has_list[i]:
             continue
         first = starts[lists[i]]
         last = starts[lists[i] + 1]
+        t = tables[i]
+        own_rows = rows[first:last]
+        own_factors = factors[first:last]
         # Each pass reads all postings of the list and handles two words of their codes; few codes have more words.
-        for w in range(0, words - 1, 2):
-            t = tables[i, 4 * w : 4 * w + 8]
-            t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
-            for j in range(first, last):
-                a, b = codes[j, w], codes[j, w + 1]
-                low = (t0[a & byte] + t1[(a >> second) & byte]) + (t2[(a >> third) & byte] + t3[a >> fourth])
-                high = (t4[b & byte] + t5[(b >> second) & byte]) + (t6[(b >> third) & byte] + t7[b >> fourth])
-                scores[rows[j]] += factors[j] * (low + high)
-        if words % 2:
-            t = tables[i, 4 * words - 4 : 4 * words]
-            t0, t1, t2, t3 = t[0], t[1], t[2], t[3]
-            for j in range(first, last):
-                a = codes[j, words - 1]
-                low = (t0[a & byte] + t1[(a >> second) & byte]) + (t2[(a >> third) & byte] + t3[a >> fourth])
-                scores[rows[j]] += factors[j] * low
+        if words == 2:
+            _add_list_64(t, own_rows, pairs[first:last], own_factors, scores)
+        elif words == 1:
+            _add_list_32(t, own_rows, flat[first:last], own_factors, scores)
+        else:
+            for w in range(0, words - 1, 2):
+                two = codes[first:last, w : w + 2].copy().reshape(-1).view(np.uint64)
+                _add_list_64(t[4 * w : 4 * w + 8], own_rows, two, own_factors, scores)
+            if words % 2:
+                _add_list_32(t[4 * words - 4 :], own_rows, codes[first:last, words - 1].copy(), own_factors, scores)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _count_above(run: np.ndarray, sign: np.float32, threshold: np.float32) -> np.int32:
+    """Count the values of sign * score above a threshold, in a loop that is vectorized."""
+    count = np.int32(0)
+    for i in range(len(run)):
+        count += np.int32(sign * run[i] > threshold)
+    return count
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def best_of(scores: np.ndarray, sign: np.float32, threshold: np.float32, rows: np.ndarray, values: np.ndarray) -> int:
+    """Find the highest values of sign * score that exceed a threshold of at least 0; of equal ones, the first.
+
+    Args:
+        scores: float32 [rows].
+        rows, values: int64 and float32 [k], written: positions and values, highest first.
+
+    Returns:
+        The number of values that were found, at most k.
+    """
+    k = len(rows)
+    count = 0
+    for first in range(0, len(scores), _RUN):
+        run = scores[first : first + _RUN]
+        if _count_above(run, sign, threshold):  # few runs have such a value
+            for i in range(len(run)):
+                value = sign * run[i]
+                if value > threshold:
+                    place = count if count < k else k - 1
+                    while place > 0 and values[place - 1] < value:
+                        values[place] = values[place - 1]
+                        rows[place] = rows[place - 1]
+                        place -= 1
+                    values[place] = value
+                    rows[place] = first + i
+                    count += count < k
+                    if count == k:
+                        threshold = values[k - 1]
+    return count

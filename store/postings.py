@@ -88,15 +88,20 @@ class Postings:
         """
         if not len(self.tokens):
             return
-        lists = np.minimum(np.searchsorted(self.tokens, keys), len(self.tokens) - 1)
+        lists = np.searchsorted(self.tokens, keys).clip(max=len(self.tokens) - 1)
         has_list = self.tokens[lists] == keys
-        bounds = np.searchsorted(owners, np.arange(len(scores) + 1))
-        self._check(np.unique(lists[has_list]), scores.shape[1])
-        add_lists = _add_lists.if_worth(int((self.starts[lists + 1] - self.starts[lists])[has_list].sum())) or add_lists_plainly
-        for query in range(len(scores)):
-            entries = slice(bounds[query], bounds[query + 1])
+        if not self._checked[lists].all():
+            self._check(np.unique(lists[has_list]), scores.shape[1])
+        add_lists = _add_lists.loop or _add_lists.if_worth(self._postings(lists[has_list])) or add_lists_plainly
+        bounds = np.searchsorted(owners, np.arange(len(scores) + 1)).tolist()
+        for query, (first, last) in enumerate(pairwise(bounds)):
+            entries = slice(first, last)
             postings = self.starts, self.rows, self.codes, self.factors
             add_lists(lists[entries], has_list[entries], tables[entries], *postings, scores[query])
+
+    def _postings(self, lists: Int64[np.ndarray, " lists"]) -> int:
+        """Return the number of postings in some lists."""
+        return int((self.starts[lists + 1] - self.starts[lists]).sum())
 
     def _check(self, lists: Int64[np.ndarray, " lists"], rows: int) -> None:
         """Compare the checksums of lists that were not compared before, and check row numbers, since the compiled loop does not."""

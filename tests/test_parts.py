@@ -31,6 +31,9 @@ class Apart:
         there = {number: own for number, own in arguments.items() if number not in self.away}
         return {number: getattr(self.own[number], method)(*shared, *own) for number, own in there.items()}
 
+    def scorer(self, search):
+        return self.own[0].scorer(search)
+
     def stream(self, search):
         for part in self.own:
             yield from part.scores(search)

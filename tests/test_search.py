@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
-from wherefrom.query.parts import merge
+from wherefrom.query.parts import Best
 from wherefrom.query.scoring import Scorer, score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
+from wherefrom.store.kernels import best_of
 from wherefrom.store.vectors import DenseVectors, join
 
 
@@ -65,10 +66,22 @@ def test_all_scores_are_all_inner_products(index_dir):
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 9), st.sampled_from([1, -1]))
 def test_merging_blocks_is_sorting_the_whole(scores, k, block, sign):
     scores = np.array(scores, np.float32)
-    found = (np.zeros(0, np.int64), np.zeros(0, np.float32))
-    for first in range(0, len(scores), block):
+    best = Best(k, sign)
+    late = []
+    for number, first in enumerate(range(0, len(scores), block)):
         part = scores[first : first + block]
-        found = merge(found, np.arange(first, first + len(part)), part, k, sign)
+        candidates = best.candidates(first, None, part)
+        rows, values = np.empty(k, np.int64), np.empty(k, np.float32)  # the compiled loop finds the best of them
+        rows = rows[: best_of(part, np.float32(sign), np.nextafter(best._threshold, np.float32(0)), rows, values)]
+        of_candidates = np.lexsort((candidates[0], -sign * candidates[1]))[:k]
+        assert (first + rows).tolist() == candidates[0][of_candidates].tolist()
+        late.append(candidates if number % 3 else (first + rows, part[rows]))
+        if number % 2:  # groups come in any order, and later ones may be found before earlier ones are added
+            while late:
+                best.add(*late.pop())
+    for candidates in late:
+        best.add(*candidates)
+    found = best.ranked()
     order = [i for i in sorted(range(len(scores)), key=lambda i: (-sign * scores[i], i)) if sign * scores[i] > 0][:k]
     assert found[0].tolist() == order
     assert found[1].tolist() == scores[order].tolist()
