@@ -338,16 +338,34 @@ def fit(index: str, examples: int, damping: float | None, model: tuple[str, ...]
 
 @main.command(section=_BUILD)
 @_INDEX
-def reindex(index: str) -> None:
+@click.option("--faiss", metavar="FACTORY", help="Also make a FAISS index of dense rows, such as HNSW32 or IVF4096_HNSW32,RaBitQ.")
+@click.option("--faiss-parameters", default="", help="Of its searches, such as nprobe=64 or efSearch=128.")
+@click.option("--component", help="The dense component, where there are several.")
+def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str | None) -> None:
     """Recompute posting lists and scan codes, and write those that are missing, damaged or not of the rows.
 
     \b
       wherefrom reindex my.wherefrom
+      wherefrom reindex dense.wherefrom --faiss IVF4096_HNSW32,SQ8 --faiss-parameters nprobe=64
+
+    With --faiss, query --engine faiss finds candidates by a FAISS index of the rows. Its recall is measured when it is made, on rows that
+    it was not trained on, and stands with every answer.
     """
     from .store.index import changing
 
+    if faiss is None and (faiss_parameters or component):
+        raise UsageError("--faiss-parameters and --component are of a FAISS index; give them with --faiss")
     with changing(Path(index)) as opened:
         written = opened.reindex(compare=True)
+        if faiss is not None:
+            from .query.faiss_index import make_faiss
+            from .ray_jobs.progress import Console
+
+            with Console() as reporter:
+                record = make_faiss(opened, faiss, faiss_parameters, component, reporter)
+            found = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
+            say(f"a FAISS index {record.factory} of {record.rows:,} rows was made ({record.file.bytes:,} bytes)")
+            say(f"it finds {found} for {record.queries:,} held-out rows")
     say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
@@ -524,6 +542,63 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
 
 
 @main.command(section=_ASK)
+@_INDEX
+@_queries_option
+@click.option("--out", type=click.Path(), required=True, help="Name of the result, queries.npz.")
+@query_options("Scores", ScoreOptions, without=("mode",))
+@_model_options
+@_json_option
+def encode(index: str, file: str, out: str, as_json: bool, **values: Any) -> None:
+    """Write queries as vectors, for the rows that wherefrom export writes.
+
+    \b
+      wherefrom encode my.wherefrom --file queries.jsonl --out queries.npz
+      wherefrom encode my.wherefrom --file queries.jsonl --out queries.npz --damping 1 --layers 'h.0.*'
+
+    The inner product of a query's vector with a row's is the row's score, with damping, layers and weights in the query.
+    """
+    from .query.export import export_queries
+
+    queries = list(_read_queries(file))
+    options = take_options(values, ScoreOptions)
+    client = _local_client(index, values, queries)
+    written = export_queries(client.scorer(queries, **options), Path(out), [query.id or str(i) for i, query in enumerate(queries)])
+    if as_json:
+        _print_json(written)
+    else:
+        say(f"{out} holds {written['queries']:,} queries")
+
+
+@main.command(section=_ASK)
+@_INDEX
+@click.argument("format", metavar="FORMAT", type=click.Choice(["numpy", "parquet", "faiss"]))
+@click.option("--out", type=click.Path(), required=True, help="Directory to make.")
+@click.option("--component", help="The component, where there are several.")
+@click.option("--factory", default="Flat", show_default=True, help="Of the FAISS index.")
+@_json_option
+def export(index: str, format: Any, out: str, component: str | None, factory: str, as_json: bool) -> None:
+    """Write the rows of a component for a search engine of your own: as numpy, parquet or faiss.
+
+    \b
+      wherefrom export dense.wherefrom numpy --out rows
+      wherefrom export dense.wherefrom faiss --out rows --factory HNSW32
+      wherefrom export my.wherefrom parquet --component head --out head
+
+    Deleted rows are left out; rows.npy has the rows' numbers in the index, and ids.txt their ids. wherefrom encode writes queries.
+    """
+    from .query.export import export_rows
+    from .ray_jobs.progress import Console
+    from .store.index import Index
+
+    with Console() as reporter:
+        about = export_rows(Index(index), Path(out), format, component, factory, reporter)
+    if as_json:
+        _print_json(about)
+    else:
+        say(f"{out} holds {about['rows']:,} rows of {about['component']}")
+
+
+@main.command(section=_ASK)
 @click.argument("run", type=click.Path())
 @_queries_option
 @click.option(
@@ -624,11 +699,12 @@ def verify(index: str, as_json: bool) -> None:
     \b
       wherefrom verify my.wherefrom && echo whole
     """
+    from .query.faiss_index import faiss_problems
     from .store.index import Index
     from .store.rerank import rerank_problems
 
     opened = Index(index)
-    checked = [*opened.verify(), *rerank_problems(opened)]
+    checked = [*opened.verify(), *rerank_problems(opened), *faiss_problems(opened)]
     problems = [{"path": path, "problem": problem} for path, problem in checked if problem]
     if as_json:
         _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})

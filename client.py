@@ -173,6 +173,10 @@ class Client(BaseClient):
         edges = np.histogram_bin_edges(np.zeros(0), bins, (low, high))
         return {"edges": edges.tolist(), "counts": counts.tolist(), "rows": rows}
 
+    def scorer(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> Scorer:
+        """Prepare queries for products with the rows."""
+        return self.parts.scorer(self._search(queries, None, options))
+
     def _search(
         self, queries: Sequence[Query], where: str | None, options: ScoreOptions, mixings: Mapping[str, Mixing] | None = None
     ) -> Search:

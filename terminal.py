@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .query.answers import Answer, Attribution, Explanation, Group, ScorePart, TokenShares
+from .query.answers import Answer, Attribution, Explanation, Group, ScorePart, SearchReport, TokenShares
 from .store.printable import printable, printable_line, say
 
 if TYPE_CHECKING:
@@ -37,6 +37,19 @@ def show_answer(answer: Answer) -> None:
     console = Console()
     for part in renderables(answer, narrow=console.width < _NARROW):
         console.print(part)
+
+
+def _how_searched(s: SearchReport) -> str:
+    """What the search was, for the line that begins with an answer's query."""
+    searched = f"exact search of {s.rows:,} rows"
+    if s.faiss is not None:
+        made = f"{s.faiss.factory}, {s.faiss.parameters}" if s.faiss.parameters else s.faiss.factory
+        measured = f"it found {s.faiss.proponents:.0%} of the best and {s.faiss.opponents:.0%} of the worst {s.faiss.k} rows"
+        searched = f"search of {s.rows:,} rows by FAISS ({made}), {s.candidates:,} of them read; when it was made, {measured} for "
+        searched += f"{s.faiss.queries:,} held-out rows (measured, not certified);"
+    elif s.recall is not None and s.recall < 1:
+        searched = f"search of {s.rows:,} rows, {s.candidates:,} of them read; with probability {s.recall:g} none of the best is missing;"
+    return searched + (" by one-bit codes, whose scores are estimates," if s.estimates else "")
 
 
 def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType]:
@@ -65,10 +78,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     if answer.baselines is not None:
         yield _baselines(answer)
     s = answer.search
-    searched = f"exact search of {s.rows:,} rows"
-    if s.recall < 1:
-        searched = f"search of {s.rows:,} rows, {s.candidates:,} of them read; with probability {s.recall:g} none of the best is missing;"
-    searched += " by one-bit codes, whose scores are estimates," if s.estimates else ""
+    searched = _how_searched(s)
     more = "".join(f", {name} {q[name]}" for name in ("layers", "weights", "where") if name in q)
     measured = min(answer.index.get("measured") or [1.0])
     if measured < _LITTLE:

@@ -26,7 +26,7 @@ from wherefrom import Client
 from wherefrom.indexer.models import configure_memory
 from wherefrom.query.files import read_queries
 from wherefrom.query.metric import Metric
-from wherefrom.query.scoring import Scorer
+from wherefrom.query.parts import Search, WholeIndex
 from wherefrom.query.search import find
 from wherefrom.store.bits import fold
 from wherefrom.store.dense import encode_dense, row_bytes
@@ -84,12 +84,13 @@ def measure(place, queries, recall, repeats):
     index, asked = Index(place), np.load(queries)
     (component,) = index.manifest.components
     parts = [{component.name: DenseVectors(row[None])} for row in asked]
+    whole = WholeIndex(index)
     for part in parts[:2]:
-        find(Scorer.of(index, part, Metric()), _K, index.alive, recall)
+        find(whole, Search(part, Metric(), {}), 1, _K, recall)
     seconds, hits = [], []
     for part in parts * repeats:
         started = time.perf_counter()
-        hits += find(Scorer.of(index, part, Metric()), _K, index.alive, recall)[0]
+        hits += find(whole, Search(part, Metric(), {}), 1, _K, recall).hits
         seconds.append(time.perf_counter() - started)
     found = np.stack([np.concatenate([h.proponents, h.opponents]) for h in hits[: len(parts)]])
     kept = queries.with_name(f"{place.name}-exact.npy")

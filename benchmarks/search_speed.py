@@ -24,7 +24,7 @@ from growing import grow, sparse_sampler
 from wherefrom import Client
 from wherefrom.query.files import read_queries
 from wherefrom.query.metric import Metric
-from wherefrom.query.scoring import Scorer
+from wherefrom.query.parts import Search, WholeIndex
 from wherefrom.query.search import find
 from wherefrom.store.errors import UsageError
 
@@ -34,12 +34,13 @@ def measure(index, asked, repeats):
     names = [s.name for s in index.manifest.components]
     count = len(asked[names[0]])
     parts = [{name: rows.cut(i, i + 1) for name, rows in asked.items()} for i in range(count)]
+    whole = WholeIndex(index)
     for part in parts[:3]:
-        find(Scorer.of(index, part, Metric()), 10, index.alive, 1.0)
+        find(whole, Search(part, Metric(), {}), 1, 10, 1.0)
     seconds, touched = [], []
     for part in parts * repeats:
         started = time.perf_counter()
-        find(Scorer.of(index, part, Metric()), 10, index.alive, 1.0)
+        find(whole, Search(part, Metric(), {}), 1, 10, 1.0)
         seconds.append(time.perf_counter() - started)
     for part in parts:
         total = 0

@@ -102,18 +102,37 @@ class RefineReport:
 
 
 @dataclass(frozen=True)
+class FaissReport:
+    """The FAISS index that found an answer's candidates, and the recall that was measured when it was made; no certificate.
+
+    Attributes:
+        factory, parameters: what it is.
+        queries, k: held-out rows that were asked, and the number of best and of worst rows that had to be found for each.
+        proponents, opponents: shares of these that were found.
+    """
+
+    factory: str
+    parameters: str
+    queries: int
+    k: int
+    proponents: float
+    opponents: float
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """How an answer was found.
 
     Attributes:
-        method: "exact" (all rows, or all posting lists of the query's tokens) or "by quantized scan and rescore" (see search.py).
+        method: "exact" (all rows, or all posting lists of the query's tokens), "by quantized scan and rescore" (see search.py), "by FAISS".
         rows: those that were searched, and `candidates`: those of them that were read.
-        recall: certified: the probability that none of the best is missing.
+        recall: certified: the probability that none of the best is missing; None where nothing is certified (by FAISS).
         estimates: whether scores come from one-bit codes and are estimates (with the standard errors beside them).
         rerank: how candidates were ranked again; None where they were not.
         refine: how queries were refined; None where they were not.
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
+        faiss: the FAISS index that found the candidates; None for a scan.
         missing: rows of parts of the index that were not there and were not waited for (`partial`); whether a filter matches them is
             not known.
     """
@@ -121,18 +140,19 @@ class SearchReport:
     method: str
     rows: int
     candidates: int
-    recall: float
+    recall: float | None
     estimates: bool
     note: str | None
     seconds: float
     missing: int = 0
+    faiss: FaissReport | None = None
     rerank: RerankReport | None = None
     refine: RefineReport | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "SearchReport":
         """A report from its dictionary."""
-        kinds = {"rerank": RerankReport, "refine": RefineReport}
+        kinds = {"rerank": RerankReport, "refine": RefineReport, "faiss": FaissReport}
         reports = {name: kind(**record[name]) for name, kind in kinds.items() if record.get(name) is not None}
         return cls(**{**record, **reports})
 

@@ -16,7 +16,7 @@ from .options import Options
 from .parts import Parts, Search
 from .rerank import Place, Recomputation, Reranked, Sizes, baseline_candidates, rerank
 from .scoring import Scorer, mixed_components
-from .search import Found, Hits, find, pass_size
+from .search import Found, Hits, find, find_by_faiss, pass_size
 
 _DEFAULT_K = 10
 _MATRIX_BYTES = 256 << 20
@@ -67,6 +67,8 @@ def answer_queries(
     count = min(max(k, options.get("rerank") or 0), len(index))  # candidates of each side
     with_opponents = options.get("opponents", True)
     column = options.get("group_by")
+    if options.get("engine") == "faiss" and (column is not None or baselines is not None or recall < 1):
+        raise UsageError("groups, baselines and a certified recall need a scan; leave them out, or `engine` faiss")
     size = pass_size(recall, column is not None)
     if baselines is not None:
         size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
@@ -77,7 +79,11 @@ def answer_queries(
         own = cut(rows, first, first + size)
         search = Search(own, metric, mixings, where, types)
         scorer = parts.scorer(search)
-        found = find(parts, search, len(scorer), count, recall, column, baselines is not None, bool(options.get("partial")))
+        partial = bool(options.get("partial"))
+        if options.get("engine") == "faiss":
+            found = find_by_faiss(parts, search, count, partial)
+        else:
+            found = find(parts, search, len(scorer), count, recall, column, baselines is not None, partial)
         _refuse_nothing(found, where)
         all_hits = found.hits
         groups = None if found.sums is None else found.sums.total()
@@ -146,7 +152,7 @@ def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[s
 def _report(index: Index, metric: Metric, hits: Hits, found: Found, reranked: Reranked | None) -> SearchReport:
     components = index.manifest.components
     return SearchReport(
-        method="exact" if hits.recall == 1 else "by quantized scan and rescore",
+        method="by FAISS" if found.faiss else "exact" if hits.recall == 1 else "by quantized scan and rescore",
         rows=found.searched,
         candidates=hits.candidates,
         recall=hits.recall,
@@ -154,6 +160,7 @@ def _report(index: Index, metric: Metric, hits: Hits, found: Found, reranked: Re
         note=hits.note,
         seconds=hits.seconds,
         missing=found.missing,
+        faiss=found.faiss,
         rerank=None if reranked is None else reranked.report,
     )
 

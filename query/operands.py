@@ -91,6 +91,9 @@ class Operand(Protocol):
     def split(self, index: Index, shard: Shard, offset: int, query: int) -> Split:
         """Split the product of one query with one row."""
 
+    def exported(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the prepared queries, for other search engines (see export.py)."""
+
     def scaled(self, index: Index, row: Any, stored: bool = True) -> Vectors:
         """Scale a whitened row so that its plain product with another is this component's score.
 
@@ -250,6 +253,10 @@ class DenseOperand:
         sums = np.bincount(layers, products, len(self.component.layers))
         return Split(float(products.sum()), dict(zip(self.component.layer_names, sums.tolist(), strict=True)), {})
 
+    def exported(self) -> dict[str, np.ndarray]:
+        """See `Operand`."""
+        return {"vectors": self.queries}
+
     def scaled(self, index: Index, row: DenseVectors, stored: bool = True) -> DenseVectors:
         """See `Operand`."""
         factors = self.factors
@@ -375,6 +382,12 @@ class SparseOperand:
         tokens = dict(zip(self.keys[entries].tolist(), (values * factors[positions]).tolist(), strict=True))
         total = sum(tokens.values())
         return Split(total, {self.component.layer: total}, tokens)
+
+    def exported(self) -> dict[str, np.ndarray]:
+        """See `Operand`."""
+        single_bits = 1 << np.arange(7, -1, -1)  # a byte's table has the products with all of its signs: a coordinate is half a difference
+        vectors = (self.tables[:, :, single_bits] - self.tables[:, :, :1]) / 2
+        return {"queries": self.owners, "tokens": self.keys, "vectors": vectors.reshape(len(self.keys), -1)[:, : self.component.bits]}
 
     def scaled(self, index: Index, row: SparseVectors, stored: bool = True) -> SparseVectors:
         """See `Operand`."""

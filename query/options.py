@@ -206,6 +206,10 @@ class Options(ScoreOptions, total=False):
             default=1.0,
         ),
     ]
+    engine: Annotated[
+        Literal["scan", "faiss"],
+        Option("scan, or faiss: candidates come from the FAISS index of dense rows (wherefrom reindex --faiss).", default="scan"),
+    ]
     rerank: Annotated[
         int | None,
         Option(

@@ -18,10 +18,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
+from ..store.errors import UsageError
 from ..store.shapes import Bool, Float32, Int64
+from .answers import FaissReport
 from .groups import SumTree
 from .parts import NOTHING, Candidates, Pair, Parts, Ranked, Scan, Search, Side, call_all
 
@@ -42,7 +45,7 @@ class Hits:
         opponents, opponent_scores: rows with negative scores, lowest first.
         seconds: wall time of the query's pass.
         candidates: number of rows that were read; for an exact scan, of all searched rows.
-        recall: probability that none of the best k is missing, at least; likewise of the worst. 1 after an exact scan.
+        recall: probability that none of the best k is missing, at least; likewise of the worst. 1 after an exact scan; None by FAISS.
         note: reason for an exact scan where a recall below 1 was requested.
     """
 
@@ -52,7 +55,7 @@ class Hits:
     opponent_scores: Float32[np.ndarray, " o"]
     seconds: float
     candidates: int
-    recall: float = 1.0
+    recall: float | None = 1.0
     note: str | None = None
 
     def without_opponents(self) -> "Hits":
@@ -70,6 +73,7 @@ class Found:
         missing: number of rows whose part was not there; the rows of a filter among them are unknown.
         sums: by group, if a column was named.
         mask, scores: the mask of the searched rows, and their scores, if these were asked for.
+        faiss: the FAISS index that found the candidates.
     """
 
     hits: list[Hits]
@@ -78,6 +82,7 @@ class Found:
     sums: SumTree | None = None
     mask: Bool[np.ndarray, " rows"] | None = None
     scores: Float32[np.ndarray, "queries searched"] | None = None
+    faiss: FaissReport | None = None
 
 
 def pass_size(recall: float, with_groups: bool = False) -> int:
@@ -137,6 +142,40 @@ def find(
 
 
 _Result = tuple[Ranked, Ranked, int]
+
+
+def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -> Found:
+    """Find rows by the FAISS index of the one component that counts, and rank them by scores from the stored rows.
+
+    Raises:
+        UsageError: the scores are not inner products with the rows of one dense component.
+        NotFoundError, IncompatibleError, IntegrityError: there is no FAISS index, it is of other rows, or it is damaged.
+    """
+    from .faiss_index import find_candidates
+
+    started = time.perf_counter()
+    scorer = parts.scorer(search)
+    operand: Any = scorer.operands[0]
+    if len(scorer.operands) > 1 or not operand.component.has_wide_rows:
+        counted = ", ".join(operand.component.name for operand in scorer.operands)
+        raise UsageError(f"FAISS searches the rows of one dense component, and {counted} count here; give the others the weight 0, or scan")
+    if search.metric.mode != "influence":
+        raise UsageError(f"FAISS compares inner products, which rank influence and not {search.metric.mode}; ask for influence, or scan")
+    masks = call_all(parts, "searched", search, partial=partial)
+    mask = np.zeros(len(parts.index), bool)
+    for number, own in masks.items():
+        mask[parts.firsts[number] : parts.firsts[number] + len(own)] = own
+    rows, record = find_candidates(parts.index, operand.component, operand.queries, k, mask)
+    hits = []
+    for own, scores in zip(rows, _read(parts, search, rows, partial), strict=True):
+        there = np.isfinite(scores)
+        sides = Side(k, 1), Side(k, -1)
+        for side in sides:
+            side.add(own[there], scores[there])
+        seconds = time.perf_counter() - started
+        hits.append(Hits(*sides[0].ranked, *sides[1].ranked, seconds, len(own), None))
+    report = FaissReport(record.factory, record.parameters, record.queries, record.k, record.proponents, record.opponents)
+    return Found(hits, int(mask.sum()), _missing(parts, masks), faiss=report)
 
 
 def _scan(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-FOLDERS = ("documents", "encoder", "manifests", "rerank", "rows", "search", "staging")
+FOLDERS = ("documents", "encoder", "faiss", "manifests", "rerank", "rows", "search", "staging")
 _SMALL_BYTES = 1 << 24
 _REFUSED = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)

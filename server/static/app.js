@@ -164,7 +164,7 @@ function render() {
   $("answer").hidden = false;
   const { search: s, proponents, opponents } = answer;
   const read = s.candidates < s.rows ? `${s.candidates.toLocaleString()} of ${s.rows.toLocaleString()} rows read` : `${s.rows.toLocaleString()} rows`;
-  const sure = s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
+  const sure = s.faiss ? `by FAISS (${s.faiss.factory}), which found ${Math.round(100 * s.faiss.proponents)} % of the best ${s.faiss.k} for held-out rows when it was made` : s.recall < 1 ? `with probability ${s.recall} none of the best is missing` : "exact";
   $("certificate").textContent = `${read}, ${sure}, ${(s.seconds * 1000).toFixed(1)} ms` + (s.estimates ? "; scores are estimates from one-bit codes" : "") + (s.note ? `; ${s.note}` : "") + (s.missing ? `; ${s.missing.toLocaleString()} rows were not searched: a part of the index does not run at present` : "");
   if (s.rerank) {
     const differ = s.rerank.difference === null ? "" : `; near that, stored and recomputed scores differ by ${short(s.rerank.difference)} (root mean square)`;
