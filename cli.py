@@ -192,7 +192,7 @@ def build(as_json: bool, **values: Any) -> None:
     from .store.manifest import latest_manifest
 
     config = BuildConfig(**options)
-    existed = latest_manifest(Path(config.out)) is not None
+    existed = latest_manifest(_place(config.out)) is not None
     with Console() as reporter:
         run(config, reporter)
     index = Index(config.out)
@@ -243,10 +243,10 @@ def add(index: str, data: tuple[str, ...], model: tuple[str, ...], task: str | N
     from .ray_jobs.progress import Console
     from .store.manifest import latest_manifest
 
-    before = latest_manifest(Path(index))
+    before = latest_manifest(_place(index))
     with Console() as reporter:
-        manifest = run(Path(index), data, runtime, model, reporter, task)
-    existed = latest_manifest(Path(index)) == before
+        manifest = run(_place(index), data, runtime, model, reporter, task)
+    existed = latest_manifest(_place(index)) == before
     addition = manifest.build.added[-1]
     refit = drifted(addition.drift)
     record = addition.model_dump(mode="json", include={"rows", "drift", "unread", "left_out_columns"})
@@ -273,7 +273,7 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
 
     if (ids is None) == (where is None):
         raise UsageError("name what is to be deleted: --ids FILE or --where FILTER, one of them")
-    deleted = run(Path(index), [] if ids is None else read_ids(ids), where)
+    deleted = run(_place(index), [] if ids is None else read_ids(ids), where)
     if as_json:
         _print_json({"deleted": deleted})
     else:
@@ -293,8 +293,8 @@ def compact(index: str, prune: bool, as_json: bool) -> None:
     from .store.update import compact as run
     from .store.update import prune as run_prune
 
-    dropped = run(Path(index))
-    freed = run_prune(Path(index)) if prune else 0
+    dropped = run(_place(index))
+    freed = run_prune(_place(index)) if prune else 0
     if as_json:
         _print_json({"dropped": dropped, "freed_bytes": freed})
     else:
@@ -324,7 +324,7 @@ def fit(index: str, examples: int, damping: float | None, model: tuple[str, ...]
     from .ray_jobs.rerank import fit_rerank
 
     with Console() as reporter:
-        record = fit_rerank(Path(index), examples, damping, runtime, model, reporter, task)
+        record = fit_rerank(_place(index), examples, damping, runtime, model, reporter, task)
     dense = record.dense
     fitted = {"layers": len(dense.layers), "parameters": dense.dim, "examples": dense.curvature.examples, "bytes": record.file.bytes}
     if as_json:
@@ -355,7 +355,7 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 
     if faiss is None and (faiss_parameters or component):
         raise UsageError("--faiss-parameters and --component are of a FAISS index; give them with --faiss")
-    with changing(Path(index)) as opened:
+    with changing(_place(index)) as opened:
         written = opened.reindex(compare=True)
         if faiss is not None:
             from .query.faiss_index import make_faiss
@@ -625,6 +625,13 @@ def replay(run: str, file: str, out: str | None, k: int, as_json: bool, **option
     with Console() as reporter:
         replayed = run_replay(run, list(_read_queries(file)), out, reporter=reporter, **options)
     _result(as_json, replayed.to_dict(k), "show_replayed", replayed, k)
+
+
+def _place(path: str) -> Path:
+    """A local path, or one in an object store."""
+    from .store.objects import local_or_store
+
+    return local_or_store(path)
 
 
 def _client(index: str, values: dict[str, Any], queries: Sequence[Query], with_model: bool = False) -> "BaseClient":

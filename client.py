@@ -4,6 +4,7 @@ This is where the query side meets the models: `query/` gets encoded queries and
 none is loaded for it.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from .store.errors import UsageError
 from .store.index import ColumnType, Index
 from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
+from .store.objects import StorePath
 from .store.shapes import Float32, Float64
 from .store.vectors import Rows, combine, cut, join
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _QUERY_BATCH_TOKENS = 2048
 _CACHED_QUERIES = 128
+_LOOK_SECONDS = 2.0  # between two looks at an object store for a newer state
 
 
 class Client(BaseClient):
@@ -82,6 +85,7 @@ class Client(BaseClient):
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
+        self._looked = 0.0  # when the newest state was asked for
         self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], tuple[Rows, RefineReport | None]] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -251,6 +255,9 @@ class Client(BaseClient):
 
     def refreshed(self) -> "Client":
         """Return a client of the index's newest state, or itself if nothing changed; models are kept where the encoder is the same."""
+        if isinstance(self.index.path, StorePath) and time.monotonic() - self._looked < _LOOK_SECONDS:
+            return self
+        self._looked = time.monotonic()
         latest = latest_manifest(self.index.path)
         if latest is not None and identity(latest) == self.index.identity:
             return self

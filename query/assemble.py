@@ -184,8 +184,8 @@ def _attributions(
 ) -> tuple[Attribution, ...]:
     errors = scorer.standard_errors(query, rows).tolist() if with_errors else [None] * len(rows)
     attributions = []
-    for rank, (row, score, error) in enumerate(zip(rows.tolist(), scores.tolist(), errors, strict=True), 1):
-        example = scorer.index.example(row)
+    examples = scorer.index.examples(rows.tolist())
+    for rank, (row, score, error, example) in enumerate(zip(rows.tolist(), scores.tolist(), errors, examples, strict=True), 1):
         place = stored.get(row, _NO_PLACE)
         attributions.append(
             Attribution(

@@ -12,6 +12,7 @@ and the worst 10 of the others, by an exact scan, are what has to be among the r
 """
 
 import importlib
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, Usa
 from ..store.files import publish, read_bytes, write_whole
 from ..store.index import Index, file_problem
 from ..store.manifest import DenseComponent, FileRecord
+from ..store.objects import fetched
 from ..store.shapes import Bool, Float32, Int64
 from .parts import Best
 
@@ -165,7 +167,7 @@ def make_faiss(index: Index, factory: str, parameters: str, component_name: str 
     staged = index.path / "staging" / path.name
     staged.parent.mkdir(exist_ok=True)
     try:
-        faiss.write_index(engine, str(staged))
+        faiss.write_index(engine, os.fspath(staged))
         publish(staged, path)
     finally:
         staged.unlink(missing_ok=True)
@@ -353,7 +355,7 @@ def _engine(directory: Path, record: FaissRecord, stored: int) -> Any:
     faiss.set_deserialization_vector_byte_limit(max(record.file.bytes, 1))
     faiss.set_deserialization_loop_limit(_MOST_LOOPS)
     try:
-        engine = faiss.read_index(str(path))
+        engine = faiss.read_index(str(fetched(path)))
     except RuntimeError as error:
         raise IntegrityError(f"{path} is not an index that FAISS reads ({first_line(error)}); {_REMEDY}") from error
     if engine.ntotal != record.rows or engine.d != stored:

@@ -219,7 +219,7 @@ class Part:
         self.index = index
         self._numbers = range(len(index.groups)) if groups is None else groups
         self.groups = index.groups[self._numbers.start : self._numbers.stop]
-        self._threads = threads
+        self._threads = threads or index.threads
         self._lock = threading.Lock()
         self._scorers: OrderedDict[str, Scorer] = OrderedDict()
         self._masks: OrderedDict[str, list[Mask]] = OrderedDict()

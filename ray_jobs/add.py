@@ -8,7 +8,6 @@ the build's rows is the *drift*.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256 as digest
@@ -23,7 +22,7 @@ from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import DataError
-from ..store.files import INPUTS, discard_inputs, exclusive, read_json, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, read_json, remove_tree, write_whole
 from ..store.index import Index
 from ..store.kinds import open_rows
 from ..store.manifest import Addition, Manifest
@@ -141,7 +140,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Record the identity of this call, and discard the files of another call that was interrupted."""
     record = out / "staging" / INPUTS
     if not record.is_file() or read_json(record) != identity:
-        shutil.rmtree(out / "staging", ignore_errors=True)
+        remove_tree(out / "staging")
     write_whole(record, json.dumps(identity).encode())
 
 

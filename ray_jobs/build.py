@@ -5,7 +5,6 @@ Each stage writes complete files, whose names depend only on the inputs of the b
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WorkerError
-from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, write_tensors, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, remove_tree, write_tensors, write_whole
 from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
@@ -43,6 +42,7 @@ from ..store.manifest import (
     latest_manifest,
     read_manifest,
 )
+from ..store.objects import fetched, local_or_store
 from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
@@ -97,7 +97,7 @@ def build(
         BusyError: another build is writing to `out`.
         WherefromError: see store/errors.py; finished stages are kept.
     """
-    out = Path(config.out)
+    out = local_or_store(config.out)
     refuse_occupied(out)
     content = config.content_options()
     corpus_files = describe_sources(config.sources)
@@ -162,7 +162,7 @@ def build(
         resumable = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
         has_rows = bool(list(out.glob("rows/*")))
         if is_new and not out.is_symlink() and out.is_dir() and not has_rows and not (resumable and _names(out)):
-            shutil.rmtree(out)  # the build cannot be resumed with the same options
+            remove_tree(out)  # the build cannot be resumed with the same options
         raise
 
 
@@ -212,7 +212,7 @@ def _claim(job: _Job, inputs: dict[str, Any]) -> None:
     record = job.staging / INPUTS
     if record.is_file() and read_json(record) != json.loads(json.dumps(inputs)) and not list(job.out.glob("rows/*")):
         for folder in ("staging", "documents", "encoder"):
-            shutil.rmtree(job.out / folder, ignore_errors=True)
+            remove_tree(job.out / folder)
     if record.is_file():
         _refuse_other_inputs(job.out, read_json(record), inputs)
     else:
@@ -278,8 +278,8 @@ def _fit(
     if record_file.is_file():
         record = read_json(record_file)
         if path.is_file() and FileRecord.of(job.out, path).model_dump() == record["file"]:
-            return load_file(path), with_counts(settings, record["fitted"]), FileRecord(**record["file"])
-    shutil.rmtree(job.out / "rows", ignore_errors=True)  # of an encoder that no longer exists
+            return load_file(fetched(path)), with_counts(settings, record["fitted"]), FileRecord(**record["file"])
+    remove_tree(job.out / "rows")  # of an encoder that no longer exists
     parts = draw_sample(corpus.shards, np.arange(corpus.rows), count, job.config.seed)
     arrays, counts = run_fit(executor, settings, parts, count, job.reporter, known=executor.call("moments"))
     staged = job.staging / path.name

@@ -31,6 +31,7 @@ from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.files import publish, read_json, write_whole
 from ..store.kinds import KINDS
 from ..store.manifest import Component, DenseComponent, Model
+from ..store.objects import local_or_store
 from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows, read_rows, write_rows
@@ -187,7 +188,7 @@ class Worker:
         Args:
             compared: number of the shard's first rows that are also written to a file as they are before coding, for `read_compared`.
         """
-        out = Path(self._config.out)
+        out = local_or_store(self._config.out)
         if is_whole(out, shard.id, shard.rows, settings.components) and (not compared or _compared_path(out).is_file()):
             progress(shard.rows, shard.tokens)
         else:
@@ -203,7 +204,7 @@ class Worker:
         return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
 
     def _examples(self, shard: str, rows: int, positions: Sequence[int]) -> list[Example]:
-        documents = Documents(documents_path(Path(self._config.out), shard), rows)
+        documents = Documents(documents_path(local_or_store(self._config.out), shard), rows)
         return [documents[position] for position in positions]
 
     def _encoder(self, settings: EncoderSettings, arrays: Arrays, stage: str) -> Encoder:

@@ -14,6 +14,7 @@ import uvicorn
 from ..client import Client
 from ..remote import announce
 from ..store.errors import NotFoundError, UsageError
+from ..store.objects import local_or_store
 from .app import create_app
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
@@ -31,7 +32,7 @@ def name_indexes(arguments: list[str]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         has_name = equals and "/" not in name
-        index = Path(path if has_name else argument)
+        index = local_or_store(path if has_name else argument)
         name = name if has_name else index.resolve().stem
         if not name:
             raise UsageError(f"the index {argument!r} has no name; write it as NAME=PATH")

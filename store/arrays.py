@@ -25,6 +25,7 @@ import numpy as np
 
 from .errors import IntegrityError
 from .files import memory_map, read_ahead, regular_size, size_problem, storage_errors
+from .objects import StorePath
 from .shapes import Int64, UInt32
 
 PAGE_BYTES = 1 << 16
@@ -35,6 +36,9 @@ _PADDING_TAG = 0x5057  # the id of the extra field that aligns an entry's bytes
 _PAGES = "_pages"
 _MOST_ENTRIES = 10_000
 _DIRECTORY_BYTES = 1 << 13  # more than most files' central directories have
+_LARGE_DIRECTORY_BYTES = 1 << 20
+_END_BYTES = 22  # of the record at a zip's end
+_ZIP64 = 0xFFFFFFFF
 _READ_AHEAD_BYTES = 1 << 20  # of longer arrays, the system notices that they are read in order
 _RESTORE = "restore the file or build the index again"
 
@@ -126,6 +130,7 @@ class ArrayFile:
         self._remedy = remedy
         self._bytes = _map(path, size, remedy)
         read_ahead(path, [(max(0, len(self._bytes) - _DIRECTORY_BYTES), _DIRECTORY_BYTES)])
+        read_ahead(path, [_directory_range(self._bytes)])
         try:
             self._entries, self.directory = _directory(self._bytes)
         except (zipfile.BadZipFile, ValueError, struct.error, OSError, NotImplementedError, OverflowError) as error:
@@ -166,7 +171,7 @@ class ArrayFile:
             IntegrityError: the array is missing, damaged, or not of that shape and type.
         """
         content, checksum = self._values(name, shape, np.dtype(dtype))
-        if PAGE_BYTES < len(content) <= _READ_AHEAD_BYTES:
+        if len(content) > PAGE_BYTES and (len(content) <= _READ_AHEAD_BYTES or isinstance(self.path, StorePath)):
             self.read_ahead([content], np.zeros(1, np.int64), np.full(1, len(content)))
         if zlib.crc32(content.data) != checksum:
             raise IntegrityError(f"{self.path}: {name} fails its checksum; {self._remedy}")
@@ -291,7 +296,8 @@ class PagedArray:
         row_bytes = len(self.content) // len(self.values)
         pages = range(first * row_bytes // PAGE_BYTES, -(-last * row_bytes // PAGE_BYTES))
         size = len(pages) * PAGE_BYTES
-        if self.path is not None and size <= _READ_AHEAD_BYTES and not self._checked[pages.start : pages.stop].all():
+        is_short = size <= _READ_AHEAD_BYTES or isinstance(self.path, StorePath)
+        if self.path is not None and is_short and not self._checked[pages.start : pages.stop].all():
             read_ahead(self.path, [(self.offset + pages.start * PAGE_BYTES, size)])
         for page in pages:
             if not self._checked[page]:
@@ -302,6 +308,17 @@ class PagedArray:
 
 def _chunk_name(name: str, shape: tuple[int, ...]) -> str:
     return "/".join([name, "c", *("0" for _ in shape)])
+
+
+def _directory_range(content: np.ndarray) -> tuple[int, int]:
+    """Return first byte and size of a zip's central directory by the record at the file's end, as far as that is one."""
+    end = content[-_END_BYTES:].tobytes()
+    if len(end) < _END_BYTES or not end.startswith(b"PK\x05\x06"):
+        return 0, 0
+    size, first = struct.unpack_from("<LL", end, 12)
+    if first == _ZIP64:  # the true place is in another record before it
+        return max(0, len(content) - _LARGE_DIRECTORY_BYTES), _LARGE_DIRECTORY_BYTES
+    return first, size
 
 
 def _directory(content: np.ndarray) -> tuple[dict[str, tuple[int, int, int]], int]:

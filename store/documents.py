@@ -13,6 +13,7 @@ Filters and groups use the corpus's names of columns; `metadata.` is put before 
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,7 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
         columns.append(pa.StructArray.from_arrays(arrays, fields=fields))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_table(pa.table(columns, schema=schema), max_chunksize=BATCH_ROWS)
 
 

@@ -9,6 +9,7 @@ _USES = {
     "adapters": "an adapter",
     "evaluation": "a comparison of rankings",
     "hub": "a saved or a hub dataset",
+    "object-stores": "an index or corpus in an object store",
     "pandas": "a data frame",
     "server": "serving",
     "training": "device map",

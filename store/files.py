@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BusyError, IntegrityError, StorageError, UsageError
+from .objects import StorePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,9 @@ def write_tensors(path: Path, arrays: "Mapping[str, np.ndarray]") -> None:
 def regular_size(path: Path) -> int | None:
     """Return a file's size in bytes; None if it is missing or not a regular file (a folder, a pipe, a device)."""
     try:
-        status = os.stat(path)
+        status = path.stat() if isinstance(path, StorePath) else os.stat(path)
+    except StorageError:
+        raise
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -94,6 +97,12 @@ def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
         FileNotFoundError: there is no such file.
         IntegrityError: it is not a regular file, or it is larger.
     """
+    if isinstance(path, StorePath) and path.scratch is None:
+        mirror, key = path.place
+        size = path.stat().st_size
+        if size > most:
+            raise IntegrityError(f"{path} has {size:,} bytes, more than {most:,}; restore the file or build the index again")
+        return mirror.get(key)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -105,7 +114,7 @@ def read_bytes(path: Path, most: int = _SMALL_BYTES) -> bytes:
 
 
 def memory_map(path: Path) -> "pa.Buffer":
-    """Map a file that is not empty into memory; its bytes are read when they are first used.
+    """Map a file that is not empty into memory; its bytes are read when they are first used, in a store after `read_ahead` of them.
 
     Arrow's map remains without an open file, where numpy's keeps a descriptor open for each of an index's thousands of files.
 
@@ -114,7 +123,7 @@ def memory_map(path: Path) -> "pa.Buffer":
     """
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as file:
+    with pa.memory_map(path.map() if isinstance(path, StorePath) else str(path)) as file:
         first = file.read_buffer(1)  # Arrow tells the system to read all bytes that it is asked for
         return pa.foreign_buffer(first.address, file.size(), first)
 
@@ -122,9 +131,14 @@ def memory_map(path: Path) -> "pa.Buffer":
 def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
     """Tell the system to read ranges of a mapped file, so that it does not read everything around each page that is used.
 
+    Ranges of an object in a store are fetched, and have to be before they are used.
+
     Args:
         ranges: first byte and number of bytes of each.
     """
+    if isinstance(path, StorePath):
+        path.fetch(ranges)
+        return
     if not hasattr(os, "posix_fadvise"):
         return
     with contextlib.suppress(OSError):  # the bytes are then read when they are used
@@ -139,7 +153,7 @@ def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -153,7 +167,10 @@ def sync(path: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Flush a staged file and rename it to `final`, replacing an existing file."""
+    """Flush a staged file and rename it to `final`, or put it into the store, replacing an existing file."""
+    if isinstance(final, StorePath):
+        final.publish(staged)
+        return
     with storage_errors(final):
         sync(staged)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +195,10 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file atomically: readers see the old bytes or the new ones."""
+    if isinstance(path, StorePath):
+        mirror, key = path.place
+        mirror.put(key, data)
+        return
     with _temporary(path, data) as staged:
         os.replace(staged, path)
 
@@ -203,6 +224,10 @@ def create_only(path: Path, data: bytes) -> None:
     Raises:
         BusyError: the file exists, since another process published first.
     """
+    if isinstance(path, StorePath):
+        mirror, key = path.place
+        mirror.create(key, data)
+        return
     with _temporary(path, data) as staged:
         try:
             os.link(staged, path)
@@ -230,6 +255,14 @@ def refuse_links(directory: Path) -> None:
                         raise UsageError(f"{entry.path} is a folder, but an index has a file of that name; remove it")
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all that is in it, if it exists."""
+    if isinstance(folder, StorePath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def discard_inputs(directory: Path) -> None:
     """Remove the record of an interrupted build or addition, so that it is not resumed."""
     (directory / "staging" / INPUTS).unlink(missing_ok=True)
@@ -239,9 +272,10 @@ def clear_leftovers(directory: Path) -> None:
     """Remove unfinished files of killed writers from `staging/`; all of `staging/` if no build or addition is in progress there."""
     staging = directory / "staging"
     if not (staging / INPUTS).exists():
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         return
-    for leftover in staging.iterdir():
+    local = Path(os.fspath(staging))  # in a store, unfinished files are local
+    for leftover in local.iterdir() if local.is_dir() else ():
         if leftover.suffix in (".zip", ".arrow", ".safetensors") and leftover.is_file():
             leftover.unlink()
 
@@ -254,6 +288,12 @@ def exclusive(directory: Path) -> Iterator[None]:
         BusyError: another process holds it.
         UsageError: a folder of the index is a link.
     """
+    if isinstance(directory, StorePath):
+        mirror, _ = directory.place
+        with mirror.lease():
+            clear_leftovers(directory)
+            yield
+        return
     from filelock import FileLock, Timeout
 
     with storage_errors(directory):

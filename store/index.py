@@ -5,6 +5,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256 as digest
@@ -22,6 +23,7 @@ from .errors import IntegrityError, UsageError, WherefromError
 from .files import clear_leftovers, exclusive, regular_size, sha256, size_problem
 from .kinds import KINDS, SearchArrays
 from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
+from .objects import StorePath, fetched, local_or_store
 from .shapes import Bool, Float16, Float32, Float64, Int64
 from .shard import Shard, ShardReader, has_id, read_table, rows_path
 from .vectors import Vectors
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _OPEN_SHARDS = 1024
+_FETCHING_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Index:
     def __init__(self, path: str | Path, number: int | None = None) -> None:
         if not str(path):
             raise UsageError("the path of the index is empty; give the directory of an index")
-        self.path = Path(path)
+        self.path = path if isinstance(path, Path) else local_or_store(path)
         self.manifest = read_manifest(self.path, number)
         self.identity = identity(self.path / "manifests" / f"{self.manifest.number:06d}.json")
         self._compare(self.manifest.table)
@@ -105,6 +108,11 @@ class Index:
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
         self._caches: dict[tuple[str, str], SearchArrays | None] = {}
+
+    @property
+    def threads(self) -> int | None:
+        """The number of threads of a search: many if they wait for an object store; None for one for each core."""
+        return _FETCHING_THREADS if isinstance(self.path, StorePath) else None
 
     @cached_property
     def checksum(self) -> str:
@@ -283,6 +291,13 @@ class Index:
         shard, offset = self.locate(row)
         return self.documents(shard)[offset]
 
+    def examples(self, rows: Sequence[int]) -> list[Example]:
+        """Return the examples of some rows; see `example`."""
+        if self.threads is None or len(rows) < 2:
+            return [self.example(row) for row in rows]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self.example, rows))
+
     def _columns_by_shard(self, names: Iterable[str] = (), groups: Sequence[ShardGroup] | None = None) -> Iterator[tuple[Shard, Columns]]:
         """Yield each shard and its columns, from the search caches, or from the documents if a cache lacks them or texts are needed.
 
@@ -456,7 +471,7 @@ class Index:
         self._compare(self.manifest.encoder)
         path = self.path / self.manifest.encoder.path
         try:
-            arrays = load_file(path)
+            arrays = load_file(fetched(path))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} is not a whole safetensors file ({error}); restore it or build the index again") from error
         for component in self.manifest.components:

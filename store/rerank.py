@@ -18,6 +18,7 @@ from .errors import IncompatibleError, IntegrityError
 from .files import publish, read_bytes, write_tensors, write_whole
 from .index import Index, array_problem, file_problem
 from .manifest import DenseComponent, FileRecord, SparseComponent
+from .objects import fetched
 
 _FOLDER = "rerank"
 _RECORD = "rerank.json"
@@ -147,7 +148,7 @@ def rerank_view(index: Index) -> Index | None:
     problem = file_problem(index.path, record.file)
     if problem is None:
         try:
-            dense = load_file(path)
+            dense = load_file(fetched(path))
             problem = array_problem(record.dense, dense)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             problem = f"{path} is not a whole safetensors file ({error})"

@@ -24,6 +24,7 @@ from .errors import DataError, NotFoundError, UsageError, first_line
 from .extras import require
 from .fields import SplitText
 from .files import sha256
+from .objects import StorePath, fetched, local_or_store
 
 _TEXT = (".txt", ".md")
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT)
@@ -127,6 +128,10 @@ def _files(folder: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error
 
+    if isinstance(folder, StorePath):
+        mirror, key = folder.place
+        keys = [found for found in mirror.tree(key) if not any(part.startswith(".") for part in found.removeprefix(key).split("/"))]
+        return sorted(mirror.path / found for found in keys)
     files: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -136,7 +141,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
-    path = Path(name_or_path)
+    path = local_or_store(name_or_path)
+    if isinstance(path, StorePath) and not path.is_file():
+        if not path.is_dir():
+            raise NotFoundError(f"there is no object or prefix {name_or_path}")
+        return _folder(name_or_path)
     if path.is_dir():
         return (_saved(name_or_path, None), []) if _is_saved(path) else _folder(name_or_path)
     if path.is_file():
@@ -157,7 +166,7 @@ def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
 
 
 def _folder(folder: str) -> tuple[list[Source], list[Unread]]:
-    files = [(path, _why_unread(path)) for path in _files(Path(folder))]
+    files = [(path, _why_unread(path)) for path in _files(local_or_store(folder))]
     sources = [_file(path) for path, reason in files if reason is None]
     unread = [Unread(path, reason) for path, reason in files if reason is not None]
     if not sources:
@@ -179,7 +188,7 @@ def _why_unread(path: Path, named: bool = False) -> str | None:
     is_card = path.name.upper().startswith(_CARDS) and kind in _CARD_KINDS and not named
     reasons = {
         "named in bytes that are not UTF-8": path.name.encode(errors="replace").decode() != path.name,
-        "a link to a folder": path.is_dir(),
+        "a link to a folder": not isinstance(path, StorePath) and path.is_dir(),
         "no ordinary file": not path.is_file(),
         "a description of a dataset": path.name in _DESCRIPTIONS,
         "a dataset card or license": is_card,
@@ -198,6 +207,7 @@ def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
     from .tables import csv_records, parquet_records
 
     kind, compression = _kind(path)
+    path = fetched(path)
     if path.stat().st_size == 0:
         yield name, name, DataError(f"{path} is empty; give a file with documents")
         return

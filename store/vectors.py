@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import IntegrityError
 from .files import write_tensors
+from .objects import fetched
 from .shapes import Bool, Float, Float32, Float64, Int64
 
 
@@ -262,7 +263,7 @@ def read_rows(path: Path) -> Rows:
     from safetensors.numpy import load_file
 
     try:
-        return _rows(load_file(path))
+        return _rows(load_file(fetched(path)))
     except (OSError, SafetensorError, TypeError) as error:
         raise IntegrityError(f"{path} is damaged ({error}); remove the unfinished index and build again") from error
 
