@@ -33,12 +33,13 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .errors import BusyError, IntegrityError, StorageError, UsageError, first_line
 from .extras import require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _URL = re.compile(rf"({'|'.join(SCHEMES)})://[^/]+(/|$)")
@@ -90,7 +91,7 @@ class _Local:
 
     path: str
     entry: Entry
-    blocks: np.ndarray
+    blocks: "np.ndarray"
     descriptor: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -253,6 +254,8 @@ class Mirror:
             FileNotFoundError: there is no such object.
             StorageError: the store does not answer, or the disk is full.
         """
+        import numpy as np
+
         local = self.local(key)
         with local.lock:
             wanted = np.zeros(len(local.blocks) + 1, np.int64)
@@ -447,8 +450,10 @@ def _entry(meta: Any) -> Entry:
     return Entry(meta["size"], meta["e_tag"] or "", round(meta["last_modified"].timestamp() * 1e9))
 
 
-def _runs(blocks: np.ndarray, size: int) -> list[tuple[int, int]]:
+def _runs(blocks: "np.ndarray", size: int) -> list[tuple[int, int]]:
     """Return the byte ranges of blocks: neighbours together, and those with a small gap between them; none longer than `_PIECE`."""
+    import numpy as np
+
     if not len(blocks):
         return []
     breaks = np.flatnonzero(np.diff(blocks) > 1 + _GAP // _BLOCK) + 1
@@ -461,6 +466,8 @@ def _runs(blocks: np.ndarray, size: int) -> list[tuple[int, int]]:
 
 def _open_local(path: str, entry: Entry) -> _Local:
     """Open the local file of an object, with the blocks that were fetched of this very object."""
+    import numpy as np
+
     blocks = np.zeros(-(-entry.size // _BLOCK), np.uint8)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     head = _head_of(entry)
