@@ -383,3 +383,16 @@ def test_addresses_that_are_none_and_a_missing_library_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(UsageError, match=r"an index or corpus in an object store needs the extra object-stores: pip install"):
         Index(f"s3://{BUCKET}/other")
+
+
+@pytest.mark.slow
+def test_the_example_of_a_cluster_runs(model_dir, corpus_file, monkeypatch):
+    """Two Ray nodes without a shared folder, one killed during the build; the answer through the server is that of one process."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    script = os.path.join(os.path.dirname(__file__), "../examples/cluster.py")
+    done = subprocess.run(
+        [sys.executable, script, "--model", str(model_dir), "--data", str(corpus_file)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the answer is that of one process: True" in done.stdout
+    assert "a node was killed when" in done.stdout
