@@ -132,7 +132,7 @@ def _add(
     manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record}
     new_manifest = publish_index(out, (*index.shards, *added), index.deleted, manifest_fields)
     discard_inputs(out)
-    refresh_search(out, reporter)
+    refresh_search(out, reporter, executor)
     return new_manifest
 
 

@@ -6,6 +6,7 @@ Each stage writes complete files, whose names depend only on the inputs of the b
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -157,7 +158,7 @@ def build(
                 **not_finite(out, shards),
                 notes=(*notes, *silent),
             )
-            return _publish(job, record, models, components, file, shards)
+            return _publish(job, record, models, components, file, shards, executor)
     except BaseException as error:
         resumable = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
         has_rows = bool(list(out.glob("rows/*")))
@@ -200,8 +201,14 @@ def _finished_manifest(job: _Job, inputs: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def refresh_search(out: Path, reporter: Reporter) -> None:
-    """Write the missing search caches; a failure is only a note."""
+def refresh_search(out: Path, reporter: Reporter, executor: Executor | None = None) -> None:
+    """Write the missing search caches, on the workers if there are some; a failure is only a note."""
+    index = Index(out)
+    if executor is not None and len(index.groups) > 1:
+        reporter.stage("writing posting lists", len(index))
+        with suppress(OSError):  # what is missing is written, or noted, below
+            for _ in executor.map("write_search_cache", (), [(number,) for number in range(len(index.groups))], reporter):
+                pass
     problem = write_search_caches(out)
     if problem is not None:
         reporter.note(problem)
@@ -366,7 +373,13 @@ def draw_sample(shards: Sequence[Shard] | Sequence[WrittenShard], rows: Int64[np
 
 
 def _publish(
-    job: _Job, record: Build, models: tuple[Model, ...], components: tuple[Component, ...], file: FileRecord, shards: tuple[Shard, ...]
+    job: _Job,
+    record: Build,
+    models: tuple[Model, ...],
+    components: tuple[Component, ...],
+    file: FileRecord,
+    shards: tuple[Shard, ...],
+    executor: Executor,
 ) -> Manifest:
     features = {feature for component in components for feature in component.features}
     if find_task(job.config.task).form == "vector":
@@ -387,7 +400,7 @@ def _publish(
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)
     discard_inputs(job.out)
-    refresh_search(job.out, job.reporter)
+    refresh_search(job.out, job.reporter, executor)
     return manifest
 
 

@@ -29,6 +29,7 @@ from ..store.arrays import ArrayGroup
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.files import publish, read_json, write_whole
+from ..store.index import Index
 from ..store.kinds import KINDS
 from ..store.manifest import Component, DenseComponent, Model
 from ..store.objects import local_or_store
@@ -202,6 +203,19 @@ class Worker:
                 comparison.write(_compared_path(out))
             write_shard(out, shard.id, *rows)
         return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
+
+    def write_search_cache(self, number: int, progress: Progress = ignore_progress) -> None:
+        """Write the search cache of a group of shards of the published index, unless it is there.
+
+        Raises:
+            OSError: it cannot be written; each search can compute what it holds.
+        """
+        self._published.write_search_cache(number)
+        progress(self._published.groups[number].rows, 0)
+
+    @cached_property
+    def _published(self) -> Index:
+        return Index(self._config.out)
 
     def _examples(self, shard: str, rows: int, positions: Sequence[int]) -> list[Example]:
         documents = Documents(documents_path(local_or_store(self._config.out), shard), rows)

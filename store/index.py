@@ -194,12 +194,7 @@ class Index:
         Returns:
             The number of files that were written.
         """
-        written = 0
-        for group in self.groups:
-            self._cache_files.pop(group.id, None)
-            if self._cache_problem(group, compare) is not None:
-                write_cache(self._cache_path(group), group.source, self._cache_groups(group), self.path / "staging")
-                written += 1
+        written = sum(self.write_search_cache(number, compare) for number in range(len(self.groups)))
         names = {self._cache_path(group).name for group in self.groups}
         for path in (self.path / "search").glob("*.zarr.zip"):
             if path.name not in names and has_id(path) and regular_size(path) is not None:
@@ -208,6 +203,19 @@ class Index:
         self._caches.clear()
         clear_leftovers(self.path)
         return written
+
+    def write_search_cache(self, number: int, compare: bool = False) -> bool:
+        """Write the search cache of a group of shards if it is missing, damaged or of other rows; return True if it was.
+
+        Args:
+            compare: see `reindex`.
+        """
+        group = self.groups[number]
+        self._cache_files.pop(group.id, None)
+        if self._cache_problem(group, compare) is None:
+            return False
+        write_cache(self._cache_path(group), group.source, self._cache_groups(group), self.path / "staging")
+        return True
 
     def _cache_problem(self, group: ShardGroup, compare: bool) -> str | None:
         """Return the problem of a group's search cache; None if there is no problem."""
