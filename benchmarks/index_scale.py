@@ -10,7 +10,8 @@ copy, and the ids, which every copy has. `--grown` names a folder where grown in
 Commands take turns, each in a process of its own after the files were dropped from the cache where the system allows that. Given are CPU
 seconds (user and system, with Python's start; the median, the least and the most of all rounds), the peak of memory that is not the files',
 and what was read from the disk. A round before these, in which memory is watched, is not timed: it may compile. `delete` takes 10,000 ids
-out of a copy by links, which is made anew for every round.
+out of a copy by links, which is made anew for every round; `compact` writes one shard again, `add` adds 8 documents, and `scores` asks 3
+queries.
 """
 
 import argparse
@@ -36,9 +37,16 @@ _COMMANDS = {
     "info": _CLI.format("'info', sys.argv[1], '--json'"),
     "query --row": _CLI.format("'query', sys.argv[1], '--row', '123', '--json'"),
     "query --where": _CLI.format("'query', sys.argv[1], '--row', '123', '--where', 'year > 2020', '--json'"),
+    "query --group-by": _CLI.format("'query', sys.argv[1], '--row', '123', '--group-by', 'license', '--json'"),
+    "scores": _CLI.format("'scores', sys.argv[1], '--file', sys.argv[3], '--out', sys.argv[5]"),
     "delete": _CLI.format("'delete', sys.argv[1], '--ids', sys.argv[2]"),
+    "compact": _CLI.format("'compact', sys.argv[1]"),
+    "add": _CLI.format("'add', sys.argv[1], '--data', sys.argv[4]"),
+    "verify": _CLI.format("'verify', sys.argv[1]"),
 }
-_OF_LINKED = ("open", "info", "query --row")
+_WRITERS = ("delete", "compact", "add")
+_OF_LINKED = ("open", "info", "query --row", "query --where")
+_QUERIES, _ADDED = 3, 8
 
 
 def _drop(index):
@@ -56,17 +64,24 @@ def measure(index, commands, rounds):
     seconds = {name: [] for name in commands}
     figures = {name: {} for name in commands}
     with tempfile.TemporaryDirectory(dir=index.path.parent) as folder:
-        ids, copy = Path(folder) / "ids.txt", Path(folder) / "copy"
+        ids, copy, few = Path(folder) / "ids.txt", Path(folder) / "copy", Path(folder) / "few.txt"
+        queries, data, out = Path(folder) / "queries.jsonl", Path(folder) / "data.jsonl", Path(folder) / "scores.zarr"
         ids.write_text("".join(f"r{row}\n" for row in generator.choice(len(index), _IDS, replace=False)))
+        few.write_text("".join(f"r{row}\n" for row in range(10)))  # of one shard
+        queries.write_text("".join(json.dumps({"row": row}) + "\n" for row in range(_QUERIES)))
+        data.write_text("".join(json.dumps({"id": f"new{n}", "text": "An added text."}) + "\n" for n in range(_ADDED)))
         for number in range(rounds + 1):
             for name in commands:
                 place = index.path
-                if name == "delete":
+                shutil.rmtree(out, ignore_errors=True)
+                if name in _WRITERS:
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(index.path, copy, copy_function=os.link)
                     place = copy
+                if name == "compact":
+                    run(_COMMANDS["delete"], place, few, watched=False)
                 _drop(place)
-                _, used, own = run(_COMMANDS[name], place, ids, watched=number == 0)
+                _, used, own = run(_COMMANDS[name], place, ids, queries, data, out, watched=number == 0)
                 if number == 0:
                     figures[name]["own_mib"] = own // _MIB
                 else:

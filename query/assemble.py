@@ -20,6 +20,7 @@ from .search import Found, Hits, find, find_by_faiss, pass_size
 
 _DEFAULT_K = 10
 _MATRIX_BYTES = 256 << 20
+_PASS_SCORES = 1 << 22  # of a thread in one pass: queries times rows of a group
 _NO_PLACE = Place(None, None)
 
 
@@ -70,6 +71,7 @@ def answer_queries(
     if options.get("engine") == "faiss" and (column is not None or baselines is not None or recall < 1):
         raise UsageError("groups, baselines and a certified recall need a scan; leave them out, or `engine` faiss")
     size = pass_size(recall, column is not None)
+    size = max(1, min(size, _PASS_SCORES // max(group.rows for group in index.groups)))
     if baselines is not None:
         size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
     mixings = mixed_components(index, rows, metric)

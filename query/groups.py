@@ -10,6 +10,7 @@ on the number of the groups of shards alone. So the result is the same bits, whi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from .answers import Group
 MOST_VALUES = 10_000
 _DRAWS = 200
 _LEVEL = 0.95
-_BLOCK = 4096  # rows whose repeats are in memory at a time
+_BLOCK_ROWS = 1 << 16
+_BLOCK = 4096  # rows whose repeats are in memory as numbers at a time
 
 
 def _poisson_table() -> np.ndarray:
@@ -63,13 +65,20 @@ class Sums:
         searched: Bool[np.ndarray, " rows"],
         first: int,
     ) -> "Sums":
-        """Sum the scores of a group of shards.
+        """Sum the scores of a group of shards, block by block, so that few random numbers are in memory.
 
         Args:
             codes: each row's value, as a number of `values`.
             searched: mask of the rows that count.
             first: the group's first row, from which the random numbers of the bootstrap follow.
         """
+        blocks = range(0, len(codes), _BLOCK_ROWS)
+        if len(blocks) > 1:
+            parts = [slice(start, start + _BLOCK_ROWS) for start in blocks]
+            return reduce(
+                lambda one, other: one + other,
+                [cls.of(codes[own], values, scores[:, own], searched[own], first + own.start) for own in parts],
+            )
         order = np.argsort(codes, kind="stable")
         order = order[searched[order]]
         count = len(values)

@@ -22,7 +22,7 @@ from .options import Query
 if TYPE_CHECKING:
     import zarr
 
-_BLOCK_BYTES = 256 << 20
+_BLOCK_BYTES = 32 << 20
 Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "queries rows"]]]]
 """Function that yields, for some queries, the first row and the scores of each group of shards; NaN for deleted rows."""
 
@@ -103,7 +103,7 @@ def write_matrix(
             group = zarr.create_group(staged, zarr_format=3, attributes=dict(about))
             chunks = (min(len(queries), 64), min(1 << 16, len(rows)))
             group.create_array("scores", shape=scores.shape, chunks=chunks, dtype="float32", fill_value=np.nan)[...] = scores
-            _write_ids(group, rows, queries)
+            _write_ids(group, {"rows": rows, "queries": queries})
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -111,9 +111,18 @@ def write_matrix(
             pq.write_table(pa.table([pa.array(rows), *map(pa.array, scores)], names=["id", *queries]), staged)
 
 
-def _write_ids(group: "zarr.Group", rows: Sequence[str], queries: Sequence[str]) -> None:
-    for name, ids in (("rows", np.array(rows)), ("queries", np.array(queries))):
-        group.create_array(name, shape=ids.shape, dtype=ids.dtype)[...] = ids
+def _write_ids(group: "zarr.Group", arrays: Mapping[str, Sequence[str]]) -> None:
+    for name, ids in arrays.items():
+        values = np.array(ids)
+        group.create_array(name, shape=values.shape, dtype=values.dtype)[...] = values
+
+
+def _write_row_ids(group: "zarr.Group", index: Index) -> None:
+    """Write the ids of all rows, one shard after the other."""
+    longest = max(max(map(len, index.documents(shard).ids())) for shard in index.shards)
+    array = group.create_array("rows", shape=(len(index),), chunks=(min(1 << 16, len(index)),), dtype=f"<U{max(1, longest)}")
+    for shard in index.shards:
+        array[shard.first : shard.first + shard.rows] = np.array(index.documents(shard).ids())
 
 
 def read_matrix(path: Path) -> tuple[Float32[np.ndarray, "queries rows"], list[str], list[str]]:
@@ -145,7 +154,8 @@ def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: l
     shape = (len(queries), len(index))
     chunks = (min(step, len(queries)), min(1 << 16, len(index)))
     matrix = group.create_array("scores", shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan)
-    _write_ids(group, index.column("id").to_pylist(), names)
+    _write_row_ids(group, index)
+    _write_ids(group, {"queries": names})
     reporter.stage("writing scores", len(queries) * len(index.groups))
     for first_query in range(0, len(queries), step):
         part = queries[first_query : first_query + step]

@@ -18,15 +18,13 @@ import numpy as np
 
 from ..indexer.encoder import EncoderSettings
 from ..indexer.recorded import RecordedEncoder
-from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import DataError
 from ..store.files import INPUTS, discard_inputs, exclusive, read_json, remove_tree, write_whole
 from ..store.index import Index
-from ..store.kinds import open_rows
 from ..store.manifest import Addition, Manifest
-from ..store.shard import Shard, documents_path, publish_index, rows_path
+from ..store.shard import Shard, documents_path, publish_index
 from .build import longest_example, refresh_search
 from .config import BuildConfig, recorded_config
 from .corpus import write_corpus
@@ -146,23 +144,18 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
 
 def _refuse_existing_ids(index: Index, added: Iterable[Documents]) -> None:
     """Refuse documents with an id of the index."""
-    ids = set(np.array(index.column("id").to_pylist(), object)[index.alive].tolist())
-    for documents in added:
-        for id in documents.ids():
-            if id in ids:
-                raise DataError(f"the id {id!r} is in the index already; change it, or delete that example first with wherefrom delete")
+    known = index.first_known_id(id for documents in added for id in documents.ids())
+    if known is not None:
+        raise DataError(f"the id {known!r} is in the index already; change it, or delete that example first with wherefrom delete")
 
 
 def _drift(index: Index, added: Sequence[Shard]) -> dict[str, float]:
     """Return, by component, the mean squared length of the added rows over that of the build's rows."""
     built = index.manifest.rows - sum(addition.rows for addition in index.manifest.build.added)
-    drift = {}
-    for component in index.manifest.components:
-        before = np.square(index.norms(component)[: max(1, built)], dtype=np.float64).mean()
-        readers = [open_rows(ArrayFile(rows_path(index.path, shard.id)), component, shard.rows) for shard in added]
-        after = np.square(np.concatenate([reader.norms for reader in readers]), dtype=np.float64).mean()
-        drift[component.name] = round(float(after / before), 4) if before > 0 else 1.0
-    return drift
+    first = [shard for shard in index.shards if shard.first < max(1, built)]
+    means = [np.sum([shard.energy for shard in shards], axis=0)[:, 1] / sum(shard.rows for shard in shards) for shards in (first, added)]
+    names = [component.name for component in index.manifest.components]
+    return {name: round(float(after / before), 4) if before > 0 else 1.0 for name, before, after in zip(names, *means, strict=True)}
 
 
 def drifted(drift: dict[str, float]) -> list[str]:

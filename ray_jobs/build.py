@@ -43,7 +43,7 @@ from ..store.manifest import (
     latest_manifest,
     read_manifest,
 )
-from ..store.objects import fetched, local_or_store
+from ..store.objects import StorePath, fetched, local_or_store
 from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
@@ -56,6 +56,8 @@ from .worker import Part, Worker, absolute, document_converter, model_sources, r
 
 _SHARD_BYTES = 16 << 20
 _SHARD_ROWS = 16384
+_GROUP_ROWS = 1 << 18  # whose scores fit into a core's cache
+_STORE_GROUP_ROWS = 1 << 20
 _DEFAULT_MAX_TOKENS = 2048
 _FIT_PART = 64  # examples of a part of the fitting sample
 _LEAST_FIT_PART = 8
@@ -395,7 +397,7 @@ def _publish(
         tokenizer=Tokenizer(fingerprint=record.inputs.tokenizer) if record.inputs.tokenizer else None,
         components=components,
         encoder=file,
-        group_rows=job.config.group_rows,
+        group_rows=job.config.group_rows or (_STORE_GROUP_ROWS if isinstance(job.out, StorePath) else _GROUP_ROWS),
         build=record,
     )
     manifest = publish_index(job.out, shards, np.zeros(0, np.int64), fields)

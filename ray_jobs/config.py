@@ -164,8 +164,9 @@ class BuildConfig(BaseModel):
     """Keep mean hidden states (2 bytes a coordinate), for the baseline beside answers."""
     shard_rows: Positive | None = None
     """Examples in a shard.  [default: about 16 MiB of rows]"""
-    group_rows: Positive = 1 << 16
-    """Examples whose posting lists lie together: the smallest piece of an index that a server's parts can share out."""
+    group_rows: Positive | None = None
+    """Examples whose posting lists lie together: the smallest piece of an index that a server's parts can share out.  [default: 262144;
+    1048576 in an object store, where a list is a request]"""
     batch_tokens: Positive | None = None
     """Padded tokens in a batch.  [default: 512, 256 for models of 50 million parameters or more, on a GPU 16384]"""
     threads: Annotated[int, Field(ge=1, le=_MAX_THREADS)] = 1

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256 as digest
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -445,6 +445,22 @@ class Index:
             masks.append(matches)
         return np.concatenate(masks), wanted.filter(pa.array(~is_present)).to_pylist()
 
+    def first_known_id(self, ids: Iterable[str]) -> str | None:
+        """Return one of these ids that an example of the index has, which is not deleted; None if none has."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = pa.array(dict.fromkeys(ids), pa.string())
+        for group in self.groups:
+            alive = self.alive_rows([group])
+            for shard, columns in self._columns_by_shard(groups=[group]):
+                positions = pc.index_in(columns["id"].values, wanted)
+                own = alive[shard.first - group.first : shard.first - group.first + shard.rows]
+                known = np.flatnonzero(np.asarray(pc.is_valid(positions)) & own)
+                if len(known):
+                    return str(wanted[positions[int(known[0])].as_py()].as_py())
+        return None
+
     @cached_property
     def alive(self) -> Bool[np.ndarray, " rows"]:
         """A mask of the rows that are not deleted; see `alive_rows`."""
@@ -602,13 +618,25 @@ class Index:
 
     def _duplicate_id(self) -> str | None:
         """Return an id that two rows have, deleted rows aside; None if there is none."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
+        hashes = np.concatenate([np.fromiter(map(hash, ids), np.int64) for ids in self._living_ids()])
+        values, counts = np.unique(hashes, return_counts=True)
+        suspects = set(values[counts > 1].tolist())
+        seen = set[str]()
+        for ids in self._living_ids() if suspects else ():
+            for id in ids:
+                if hash(id) in suspects:
+                    if id in seen:
+                        return id
+                    seen.add(id)
+        return None
 
-        chunks = [chunk for shard in self.shards for chunk in self.documents(shard).columns["id"].values.chunks]
-        counts = pc.value_counts(pa.chunked_array(chunks, pa.string()).filter(pa.array(self.alive)))
-        duplicates = counts.filter(pc.greater(counts.field("counts"), 1))
-        return str(duplicates.field("values")[0].as_py()) if len(duplicates) else None
+    def _living_ids(self) -> Iterator[list[str]]:
+        """Yield the ids of each shard's rows that are not deleted."""
+        for group in self.groups:
+            alive = self.alive_rows([group])
+            for shard in group.shards:
+                ids = ShardReader(self.path, shard, self.manifest.components).documents.ids()
+                yield list(compress(ids, alive[shard.first - group.first : shard.first - group.first + shard.rows].tolist()))
 
     def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
         """Yield missing manifests between existing ones (pruning removes all but the newest), and a missing record of the newest number."""

@@ -11,7 +11,8 @@ its name exists. Objects in `staging/` are records of a build in progress; local
     WHEREFROM_CACHE         folder of the mirrors; by default ~/.cache/wherefrom/objects
     WHEREFROM_CACHE_BYTES   their size together, 20 GB by default; the files that were used longest ago are removed
 
-Stores are opened by obstore, with the environment variables of the store's own tools (AWS_..., GOOGLE_..., AZURE_...).
+`file:///mnt/share/my.wherefrom` reads a slow network disk in this way, too. Stores are opened by obstore, with the environment variables of
+the store's own tools (AWS_..., GOOGLE_..., AZURE_...).
 """
 
 import contextlib
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
-_URL = re.compile(rf"({'|'.join(SCHEMES)})://[^/]+(/|$)")
-_BLOCK = 1 << 14
-_GAP = 1 << 15  # bytes between two ranges that are fetched rather than asked for apart
+_URL = re.compile(rf"({'|'.join(SCHEMES)})://[^/]+(/|$)|file:///[^/]")
+_BLOCK = 1 << 12
+_GAP = 1 << 13  # bytes between two ranges that are fetched rather than asked for apart
 _PIECE = 8 << 20  # of a range that is fetched in several requests
 _KNOWN_SECONDS = 0.2  # for which a list of objects is known, where objects come and go
 _CACHE_BYTES = 20_000_000_000

@@ -55,6 +55,7 @@ def machine(server, tmp_path, monkeypatch):
         objects._MIRRORS.clear()
         TRAFFIC.requests = TRAFFIC.fetched = TRAFFIC.put = 0
 
+    monkeypatch.setattr(objects, "_FIRST_PAUSE", 0.02)
     fresh()
     return fresh
 
@@ -219,7 +220,7 @@ def grown_sparse(path):
 
 @pytest.mark.parametrize("what", ["slow", "refuse", "break"])
 def test_a_store_with_troubles_is_asked_again(prefix, model_dir, corpus_file, tmp_path, machine, proxy, what):
-    proxy.trouble = lambda method, path, number: what if number % (25 if what == "slow" else 3) == 0 else None
+    proxy.trouble = lambda method, path, number: what if number % (25 if what == "slow" else 5) == 0 else None
     machine(proxy.port)
     there = made(f"{prefix}/i", model_dir, str(corpus_file))
     here = made(str(tmp_path / "i"), model_dir, str(corpus_file))
