@@ -2,9 +2,9 @@
 
     python examples/cluster.py --model MODEL_DIR --data corpus.jsonl
 
-Everything runs on this machine and ends with the script: the S3 server (moto's; AWS_ENDPOINT_URL names another), and `ray start` twice, each
-node with a folder of its own for what it reads. In the middle of the build, one node is killed and another one is started. Then two actors,
-one on each node, search parts of the index, and the answer is compared with that of this process alone.
+Everything runs on this machine and ends with the script: the S3 server (moto's; AWS_ENDPOINT_URL names another), and `ray start` twice,
+each node with a folder of its own for what it reads. In the middle of the build, one node is killed and another one is started. Then two
+actors, one on each node, search parts of the index, and the answer is compared with that of this process alone.
 
 Needs the extras server and object-stores, and moto, flask, flask-cors and boto3.
 """
@@ -57,9 +57,9 @@ class Processes:
 
     def start(self, name, command, **variables):
         """Start a program; what it prints goes to a file of its name."""
-        log = open(self.folder / f"{name}.log", "wb")
         environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.running.append(process)
         return process
 
@@ -104,10 +104,11 @@ def nodes(address):
     """The number of live nodes of the cluster, as a new process sees it."""
     code = (
         "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level=40); "
-        "print(sum(node['Alive'] for node in ray.nodes()))"
+        "print('alive', sum(node['Alive'] for node in ray.nodes()))"
     )
     done = subprocess.run([sys.executable, "-c", code, address], check=False, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("alive ")]  # Ray may print, too
+    return counts[0] if counts else 0
 
 
 def main():
@@ -146,7 +147,7 @@ def run(args, folder, processes):
     second = start_node(processes, "second", address)
     wait_for("the second node", lambda: nodes(address) == 2, second)
 
-    options = ["--workers", "2", "--address", address, "-o", "shard_rows=16", "-o", "group_rows=32"]
+    options = ["--workers", "2", "-o", f"address={address}", "-o", "shard_rows=16", "-o", "group_rows=32"]
     build = processes.start("build", [*_CLI, "build", "--model", str(args.model), "--data", corpus, "--out", index, *options])
     rows = local_or_store(index) / "rows"
     wait_for("the build's first rows", lambda: len(rows.place[0].listing("rows")) >= 1, build, 300)

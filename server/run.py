@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import uvicorn
 
@@ -33,7 +33,7 @@ def name_indexes(arguments: list[str]) -> dict[str, Path]:
         name, equals, path = argument.partition("=")
         has_name = equals and "/" not in name
         index = local_or_store(path if has_name else argument)
-        name = name if has_name else index.resolve().stem
+        name = name if has_name else PurePosixPath(str(index.resolve())).stem
         if not name:
             raise UsageError(f"the index {argument!r} has no name; write it as NAME=PATH")
         if name in indexes:
