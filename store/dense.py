@@ -20,7 +20,9 @@ import numpy as np
 from .arrays import ArrayFile, ArrayGroup, crc32c
 from .bits import fold, rotate, signs_of, unfold, unrotate
 from .errors import IntegrityError, NumericalError
+from .files import read_ahead
 from .manifest import DenseComponent
+from .objects import StorePath
 from .shapes import Float, Float32, Int64, UInt32
 from .vectors import DenseVectors
 
@@ -243,7 +245,8 @@ class DenseRows:
             IntegrityError: a row is damaged.
         """
         offsets = (self._codes.offset + rows * out.shape[1]).tolist()
-        file = os.open(self._path, os.O_RDONLY)
+        read_ahead(self._path, [(offset, out.shape[1]) for offset in offsets])
+        file = os.open(self._path.map() if isinstance(self._path, StorePath) else self._path, os.O_RDONLY)
         try:
             for row, offset, check in zip(out, offsets, checks.tolist(), strict=True):
                 os.preadv(file, (row,), offset)

@@ -54,6 +54,7 @@ _EVICT_EVERY = 256 << 20  # fetched bytes between two looks at the size of the m
 _LEASE_SECONDS = 30.0  # without a renewal, after which a lock is left over
 _RENEW_SECONDS = 8.0
 _LOCK = ".lock"
+_OBJECTS = "objects"  # folder of a mirror for the files of objects; files that are not published yet lie beside it
 _PASSING = ("manifests", "staging")  # folders in which objects come and go
 _MOST_RETRIES = 8  # of a request, by obstore
 _ATTEMPTS = 5  # to get an answer as a whole
@@ -242,7 +243,7 @@ class Mirror:
             known = self._locals.get(key)
             if known is None or known.entry != entry:
                 self._evict()
-                known = self._locals[key] = _open_local(os.fspath(self.root / key), entry)
+                known = self._locals[key] = _open_local(os.path.join(self.root, _OBJECTS, key), entry)
                 while len(self._locals) > _OPEN:
                     self._locals.popitem(last=False)
             self._locals.move_to_end(key)
@@ -314,7 +315,7 @@ class Mirror:
         for _, size, path in sorted(files):
             if total <= limit:
                 break
-            if path.removesuffix(".blocks") not in own and "/staging/" not in path:
+            if path.removesuffix(".blocks") not in own and f"/{_OBJECTS}/" in path:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     total -= size
@@ -409,7 +410,7 @@ class Mirror:
             if now is not None and now.modified != first.modified:
                 raise self._is_busy()
             first = now
-        if first is not None:
+        if first is not None and self._head(_LOCK) == first:  # else another writer that waited has removed it and has its own there
             self.delete([_LOCK])
 
     def _is_busy(self) -> BusyError:

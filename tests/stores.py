@@ -84,7 +84,7 @@ class Proxy:
                     self.end_headers()
                     return
                 if what == "slow":
-                    time.sleep(0.5)
+                    time.sleep(0.2)
                 connection = http.client.HTTPConnection("127.0.0.1", port)
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
                 connection.request(self.command, self.path, body, {**headers, "Host": f"127.0.0.1:{port}"})
