@@ -1,6 +1,6 @@
 """What does a query fetch from an object store, whose index nobody has read yet?
 
-    python benchmarks/cold_query.py --index grown/10027008 [--count 12] [--json]
+    python benchmarks/cold_query.py --index grown/9961472 [--count 12] [--json]
 
 The index is opened as a store (`file://`, by obstore's local store), so that requests and bytes are those of any store. For rows drawn at
 random, each in a process with an empty cache: requests and bytes of a query by row, with its 10 proponents and 10 opponents; the same

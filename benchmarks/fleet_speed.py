@@ -1,6 +1,6 @@
 """What does it cost, and gain, to search an index in parts in Ray actors (`wherefrom serve --ray`)?
 
-    python benchmarks/fleet_speed.py --index grown/10027008 [--parts 1 2 4] [--rounds 7] [--serve] [--json]
+    python benchmarks/fleet_speed.py --index grown/9961472 [--parts 1 2 4] [--rounds 7] [--serve] [--json]
 
 The same queries by row, alone and 16 together, are asked of one process with one thread and of fleets of one-thread actors, one after the
 other in each round; all answers are compared. Given are medians of the rounds' ratios to one process with one thread, and their spread.

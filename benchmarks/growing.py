@@ -11,6 +11,7 @@ from wherefrom.store.shard import documents_path, publish_index, rows_path, shar
 from wherefrom.store.sparse import Coded, encode_sparse
 
 SHARD_ROWS = 16384
+GROUP_ROWS = 1 << 18  # the default of a build
 _FLIPPED = 2  # a bit flips where so many random bits are all 1: one in four
 _TEXT = 200
 _TOKENS = 48
@@ -35,7 +36,7 @@ def grow(index, out, components, rows, arrays_of):
         write_documents(documents_path(out, shard_id), _examples(texts, first, count, generator))
         write_shard(out, shard_id, arrays_of(generator, count), np.ones(count, np.float32))
         shards.append(shard_entry(out, shard_id, first, count, count * _TOKENS, components))
-    fields = {**dict(index.manifest), "components": tuple(components), "number": 1}
+    fields = {**dict(index.manifest), "components": tuple(components), "number": 1, "group_rows": GROUP_ROWS}
     publish_index(out, shards, np.zeros(0, np.int64), fields)
     Index(out).reindex()
     return Index(out)

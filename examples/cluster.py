@@ -97,7 +97,10 @@ def start_node(processes, name, address, *options):
     cache = processes.folder / f"{name}-disk"
     where = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"] if name == "head" else [f"--address={address}"]
     command = [str(_RAY), "start", *where, "--block", "--num-cpus=1", "--disable-usage-stats", *options]
-    return processes.start(name, command, WHEREFROM_CACHE=cache, RAY_AUTH_MODE="disabled")
+    # A dead node is noticed within some seconds, where Ray's defaults take more than ten.
+    health = {"initial_delay_ms": 1000, "period_ms": 500, "failure_threshold": 5}
+    variables = {f"RAY_health_check_{name}": value for name, value in health.items()}
+    return processes.start(name, command, WHEREFROM_CACHE=cache, RAY_AUTH_MODE="disabled", **variables)
 
 
 def nodes(address):

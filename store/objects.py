@@ -57,11 +57,11 @@ _LOCK = ".lock"
 _OBJECTS = "objects"  # folder of a mirror for the files of objects; files that are not published yet lie beside it
 _PASSING = ("manifests", "staging")  # folders in which objects come and go
 _MOST_RETRIES = 8  # of a request, by obstore
-_ATTEMPTS = 5  # to get an answer as a whole
+_ATTEMPTS = 3  # to get an answer as a whole
 _FIRST_PAUSE = 0.2  # seconds; each later one is twice as long
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(seconds=30)
-_RETRY_TIMEOUT = timedelta(seconds=120)
+_RETRY_TIMEOUT = timedelta(seconds=40)
 
 
 class Entry(NamedTuple):
