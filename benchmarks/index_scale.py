@@ -135,6 +135,7 @@ def main():
     parser.add_argument("--linked", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grown", type=Path)
+    parser.add_argument("--commands", nargs="*", default=list(_COMMANDS), choices=list(_COMMANDS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     real = Index(args.index)
@@ -144,7 +145,7 @@ def main():
         say = (lambda found: print(json.dumps(found), flush=True)) if args.json else show
         for rows in args.rows:
             index = _grown(real, folder / f"{rows}", rows)
-            say(report(index, list(_COMMANDS), args.rounds, linked=False))
+            say(report(index, args.commands, args.rounds, linked=False))
         if args.linked:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 say(report(link(index, Path(place), args.linked), list(_OF_LINKED), args.rounds, linked=True))

@@ -222,12 +222,13 @@ def grown_sparse(path):
 def test_a_store_with_troubles_is_asked_again(prefix, model_dir, corpus_file, tmp_path, machine, proxy, what):
     proxy.trouble = lambda method, path, number: what if number % (25 if what == "slow" else 5) == 0 else None
     machine(proxy.port)
-    there = made(f"{prefix}/i", model_dir, str(corpus_file))
-    here = made(str(tmp_path / "i"), model_dir, str(corpus_file))
+    few = {"shard_rows": 40, "group_rows": 80}
+    there = made(f"{prefix}/i", model_dir, str(corpus_file), **few)
+    here = made(str(tmp_path / "i"), model_dir, str(corpus_file), **few)
     machine(proxy.port)
     assert list(map(record, Client(there).query_many(QUERIES))) == list(map(record, Client(here).query_many(QUERIES)))
     assert content(Index(there)) == content(Index(here))
-    assert len(proxy.requests) > 50
+    assert len(proxy.requests) > 40
 
 
 def test_a_store_that_does_not_answer_is_one_sentence(prefix, model_dir, corpus_file, machine, proxy, monkeypatch):
