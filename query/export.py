@@ -17,31 +17,24 @@ several components are the sums over these. Deleted rows are left out.
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from ..store.errors import UsageError, first_line
-from ..store.files import storage_errors
 from ..store.index import Index
 from ..store.manifest import Component
 from ..store.shapes import Int64
+from .results import Reporter, complete_or_nothing, refuse_existing
 from .scoring import Scorer
 
 Format = Literal["numpy", "parquet", "faiss"]
 
 
-class _Reporter(Protocol):
-    def stage(self, name: str, examples: int | None) -> None: ...
-    def update(self, examples: int, tokens: int) -> None: ...
-
-
-def export_rows(index: Index, out: Path, kind: Format, component_name: str | None, factory: str, reporter: _Reporter) -> dict[str, Any]:
+def export_rows(index: Index, out: Path, kind: Format, component_name: str | None, factory: str, reporter: Reporter) -> dict[str, Any]:
     """Write the rows of a component to a new directory.
 
     Args:
@@ -67,7 +60,9 @@ def export_rows(index: Index, out: Path, kind: Format, component_name: str | Non
         "format": kind,
         "rows": len(alive),
     }
-    with _directory(out) as staged:
+    refuse_existing(out)
+    with complete_or_nothing(out) as staged:
+        staged.mkdir()
         reporter.stage("exporting rows", len(alive))
         np.save(staged / "rows.npy", alive)
         with open(staged / "ids.txt", "w", encoding="utf-8") as file:
@@ -92,45 +87,27 @@ def _component(index: Index, name: str | None) -> Component:
     return index.component(name)
 
 
-@contextmanager
-def _directory(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out`, which is renamed to it at the end."""
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
-    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        with storage_errors(out):
-            staged.mkdir(parents=True)
-            yield staged
-            staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
 def _ids(index: Index) -> Iterator[tuple[Int64[np.ndarray, " rows"], list[str]]]:
     """Yield the numbers and ids of the rows that are not deleted, shard by shard."""
-    for group in index.groups:
-        alive = index.alive_rows([group])
-        for shard in group.shards:
-            offsets = np.flatnonzero(alive[shard.first - group.first : shard.first - group.first + shard.rows])
-            ids = index.documents(shard).ids()
-            yield shard.first + offsets, [ids[offset] for offset in offsets.tolist()]
+    for shard in index.shards:
+        offsets = np.flatnonzero(index.alive_between(shard.first, shard.first + shard.rows))
+        ids = index.documents(shard).ids()
+        yield shard.first + offsets, [ids[offset] for offset in offsets.tolist()]
 
 
-def _dense(index: Index, component: Component, reporter: _Reporter) -> Iterator[tuple[Int64[np.ndarray, " rows"], np.ndarray]]:
+def _dense(index: Index, component: Component, reporter: Reporter) -> Iterator[tuple[Int64[np.ndarray, " rows"], np.ndarray]]:
     """Yield the numbers and vectors of the rows that are not deleted."""
     from .faiss_index import row_blocks
 
     done = 0
     for first, vectors in row_blocks(index, component):  # type: ignore[arg-type]
-        numbers = np.arange(first, first + len(vectors))
-        there = ~np.isin(numbers, index.deleted)
-        yield numbers[there], np.ascontiguousarray(vectors[there])
+        there = index.alive_between(first, first + len(vectors))
+        yield first + np.flatnonzero(there), np.ascontiguousarray(vectors[there])
         done += int(there.sum())
         reporter.update(done, 0)
 
 
-def _dense_numpy(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: _Reporter) -> dict[str, Any]:
+def _dense_numpy(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: Reporter) -> dict[str, Any]:
     width = component.stored  # type: ignore[union-attr]
     vectors = np.lib.format.open_memmap(place / "vectors.npy", "w+", np.float32, (rows, width))
     first = 0
@@ -141,7 +118,7 @@ def _dense_numpy(index: Index, component: Component, place: Path, rows: int, fac
     return {"coordinates": width}
 
 
-def _dense_parquet(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: _Reporter) -> dict[str, Any]:
+def _dense_parquet(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: Reporter) -> dict[str, Any]:
     import pyarrow as pa
 
     width = component.stored  # type: ignore[union-attr]
@@ -153,7 +130,7 @@ def _dense_parquet(index: Index, component: Component, place: Path, rows: int, f
     return {"coordinates": width}
 
 
-def _dense_faiss(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: _Reporter) -> dict[str, Any]:
+def _dense_faiss(index: Index, component: Component, place: Path, rows: int, factory: str, reporter: Reporter) -> dict[str, Any]:
     import faiss
 
     width = component.stored  # type: ignore[union-attr]
@@ -171,12 +148,12 @@ def _dense_faiss(index: Index, component: Component, place: Path, rows: int, fac
     return {"coordinates": width, "factory": factory}
 
 
-def _sparse(index: Index, component: Component, reporter: _Reporter) -> Iterator[tuple[Int64[np.ndarray, " rows"], Any, np.ndarray]]:
+def _sparse(index: Index, component: Component, reporter: Reporter) -> Iterator[tuple[Int64[np.ndarray, " rows"], Any, np.ndarray]]:
     """Yield, shard by shard, the numbers of the rows that are not deleted, their entries, and the number of entries of each."""
     done = 0
     for shard in index.shards:
         stored = index.rows(shard, component)
-        there = ~np.isin(np.arange(shard.first, shard.first + shard.rows), index.deleted)
+        there = index.alive_between(shard.first, shard.first + shard.rows)
         counts = np.diff(stored.indptr.astype(np.int64))
         kept = np.repeat(there, counts)
         yield shard.first + np.flatnonzero(there), tuple(array[kept] for array in stored.entries(0, shard.rows)), counts[there]
@@ -184,7 +161,7 @@ def _sparse(index: Index, component: Component, reporter: _Reporter) -> Iterator
         reporter.update(done, 0)
 
 
-def _sparse_numpy(index: Index, component: Component, place: Path, reporter: _Reporter) -> dict[str, Any]:
+def _sparse_numpy(index: Index, component: Component, place: Path, reporter: Reporter) -> dict[str, Any]:
     counts = np.concatenate([own for _, _, own in _sparse(index, component, reporter)])
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     np.save(place / "indptr.npy", indptr)
@@ -203,7 +180,7 @@ def _sparse_numpy(index: Index, component: Component, place: Path, reporter: _Re
     return {"bits": component.bits, "entries": first}  # type: ignore[union-attr]
 
 
-def _sparse_parquet(index: Index, component: Component, place: Path, reporter: _Reporter) -> dict[str, Any]:
+def _sparse_parquet(index: Index, component: Component, place: Path, reporter: Reporter) -> dict[str, Any]:
     import pyarrow as pa
 
     code_bytes = -(-component.bits // 8)  # type: ignore[union-attr]
@@ -261,8 +238,7 @@ def export_queries(scorer: Scorer, out: Path, names: Sequence[str]) -> dict[str,
     """
     if out.suffix != ".npz":
         raise UsageError(f"`out` {out} must end in .npz")
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
+    refuse_existing(out)
     if scorer.mode != "influence":
         raise UsageError(
             f"scores by {scorer.mode} are no inner products of vectors; leave `mode` out, and divide by lengths or losses yourself"
@@ -270,12 +246,6 @@ def export_queries(scorer: Scorer, out: Path, names: Sequence[str]) -> dict[str,
     arrays: dict[str, np.ndarray] = {"ids": np.array(list(names))}
     for operand in scorer.operands:
         arrays |= {f"{operand.component.name}/{name}": array for name, array in operand.exported().items()}
-    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}.npz")
-    try:
-        with storage_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(staged, **arrays)  # type: ignore[arg-type]
-            staged.rename(out)
-    finally:
-        staged.unlink(missing_ok=True)
+    with complete_or_nothing(out) as staged, open(staged, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     return {"queries": len(names), "arrays": {name: list(array.shape) for name, array in arrays.items()}}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,7 @@ from ..store.manifest import DenseComponent, FileRecord
 from ..store.objects import fetched
 from ..store.shapes import Bool, Float32, Int64
 from .parts import Best
+from .results import Reporter
 
 _FOLDER = "faiss"
 _FORMAT = "wherefrom faiss 1"
@@ -72,11 +73,6 @@ class FaissRecord(BaseModel):
     file: FileRecord
 
 
-class _Reporter(Protocol):
-    def stage(self, name: str, examples: int | None) -> None: ...
-    def update(self, examples: int, tokens: int) -> None: ...
-
-
 def _source(index: Index) -> str:
     """Return a hash of the checksums of the index's rows; deletions do not change it."""
     from hashlib import sha256
@@ -112,7 +108,7 @@ def dense_component(index: Index, name: str | None = None) -> DenseComponent:
     raise UsageError(f"there is no dense component {name!r}; choose among {names}" if name else f"name one of the components {names}")
 
 
-def make_faiss(index: Index, factory: str, parameters: str, component_name: str | None, reporter: _Reporter) -> FaissRecord:
+def make_faiss(index: Index, factory: str, parameters: str, component_name: str | None, reporter: Reporter) -> FaissRecord:
     """Train, fill, measure and write a FAISS index, in place of an earlier one of the component.
 
     Args:
@@ -230,7 +226,7 @@ def set_parameters(engine: Any, parameters: str) -> None:
         raise UsageError(f"FAISS does not know the parameters {parameters!r} of this index: {first_line(error)}") from error
 
 
-def _gather(index: Index, component: DenseComponent, rows: Int64[np.ndarray, " rows"], reporter: _Reporter, stage: str) -> np.ndarray:
+def _gather(index: Index, component: DenseComponent, rows: Int64[np.ndarray, " rows"], reporter: Reporter, stage: str) -> np.ndarray:
     """Read some rows, ascending, as vectors."""
     reporter.stage(stage, len(rows))
     vectors = np.empty((len(rows), component.stored), np.float32)

@@ -4,20 +4,17 @@ Scores are computed and written by groups of shards, for as many queries as fit 
 incomplete matrix never has the requested name.
 """
 
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..store.errors import IntegrityError, NotFoundError, UsageError, first_line
-from ..store.files import storage_errors
 from ..store.index import Index
 from ..store.shapes import Float32
 from .options import Query
+from .results import Reporter, complete_or_nothing, refuse_existing
 
 if TYPE_CHECKING:
     import zarr
@@ -27,13 +24,7 @@ Scores = Callable[[Sequence[Query]], Iterator[tuple[int, Float32[np.ndarray, "qu
 """Function that yields, for some queries, the first row and the scores of each group of shards; NaN for deleted rows."""
 
 
-@runtime_checkable
-class _Reporter(Protocol):
-    def stage(self, name: str, examples: int | None) -> None: ...
-    def update(self, examples: int, tokens: int) -> None: ...
-
-
-def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Path, reporter: _Reporter) -> tuple[int, int]:
+def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Path, reporter: Reporter) -> tuple[int, int]:
     """Write scores [queries, rows] as float32; those of deleted rows are NaN.
 
     Args:
@@ -49,7 +40,8 @@ def write_scores(index: Index, scores: Scores, queries: Sequence[Query], out: Pa
     if not queries:
         raise UsageError("there are no queries; add at least one")
     names = [query.id or str(i) for i, query in enumerate(queries)]
-    with _staged(out, names) as staged:
+    _check_names(out, names)
+    with complete_or_nothing(out) as staged:
         (_write_zarr if out.suffix == ".zarr" else _write_parquet)(index, scores, queries, names, staged, reporter)
     return len(queries), len(index)
 
@@ -62,25 +54,13 @@ def check_output(out: Path) -> None:
     """
     if out.suffix not in (".zarr", ".parquet"):
         raise UsageError(f"`out` {out} must end in .zarr or .parquet")
-    if out.exists():
-        raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
+    refuse_existing(out)
 
 
-@contextmanager
-def _staged(out: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give the path of an incomplete file, which is renamed to `out` at the end."""
+def _check_names(out: Path, names: Sequence[str]) -> None:
+    """Refuse queries whose ids cannot be names of columns."""
     if out.suffix == ".parquet" and len({*names, "id"}) <= len(names):
         raise UsageError("two queries have the same id, or one has the id 'id'; give each query another id, since ids are names of columns")
-    staged = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        with storage_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            yield staged
-            staged.rename(out)
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged)
-        staged.unlink(missing_ok=True)
 
 
 def write_matrix(
@@ -96,7 +76,8 @@ def write_matrix(
         UsageError: `out` has another ending or exists, or two queries have the same id.
     """
     check_output(out)
-    with _staged(out, queries) as staged:
+    _check_names(out, queries)
+    with complete_or_nothing(out) as staged:
         if out.suffix == ".zarr":
             import zarr
 
@@ -146,7 +127,7 @@ def read_matrix(path: Path) -> tuple[Float32[np.ndarray, "queries rows"], list[s
     return scores, rows.astype(str).tolist(), queries.astype(str).tolist()
 
 
-def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: list[str], path: Path, reporter: _Reporter) -> None:
+def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: list[str], path: Path, reporter: Reporter) -> None:
     import zarr
 
     step = max(1, _BLOCK_BYTES // (4 * max(group.rows for group in index.groups)))
@@ -165,7 +146,7 @@ def _write_zarr(index: Index, scores: Scores, queries: Sequence[Query], names: l
             reporter.update(len(part), 0)
 
 
-def _write_parquet(index: Index, scores: Scores, queries: Sequence[Query], names: list[str], path: Path, reporter: _Reporter) -> None:
+def _write_parquet(index: Index, scores: Scores, queries: Sequence[Query], names: list[str], path: Path, reporter: Reporter) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

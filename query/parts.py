@@ -73,29 +73,6 @@ class Scan:
 
 
 @dataclass
-class Side:
-    """The best (sign 1) or worst (sign -1) k rows of a query among those that were read so far."""
-
-    k: int
-    sign: int
-    ranked: Ranked = NOTHING
-
-    @property
-    def threshold(self) -> float:
-        """Value of sign * score that a row must reach to be among the k rows."""
-        rows, scores = self.ranked
-        return float(self.sign * scores[-1]) if len(rows) == self.k else 0.0
-
-    def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        """Add rows in any order."""
-        rows = np.concatenate([self.ranked[0], rows])
-        scores = np.concatenate([self.ranked[1], scores])
-        positive = self.sign * scores > 0
-        order = np.lexsort((rows[positive], -self.sign * scores[positive]))[: self.k]
-        self.ranked = rows[positive][order], scores[positive][order]
-
-
-@dataclass
 class Candidates:
     """Rows that may be among the best and were not read yet.
 
@@ -129,20 +106,32 @@ class Candidates:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
+NO_CANDIDATES = Candidates(*(np.zeros(0, dtype) for dtype in (np.int64, np.float32, np.float32, np.float32)))
 Pair = tuple[Candidates, Candidates]
 """Candidates for the best and for the worst rows."""
 
 
 class Best:
-    """The best (sign 1) or worst (sign -1) k rows of a query in a scan, which takes the groups of shards in any order."""
+    """The best (sign 1) or worst (sign -1) k rows of a query among those that were added, in any order.
 
-    def __init__(self, k: int, sign: int) -> None:
+    Args:
+        ranked: rows to begin with.
+    """
+
+    def __init__(self, k: int, sign: int, ranked: Ranked = NOTHING) -> None:
         self._k = k
         self._sign = sign
         self._threshold = np.float32(0)  # sign * score of k rows that were added; a row below it is not among the best
         self._rows: list[Int64[np.ndarray, " _added"]] = []
         self._scores: list[Float32[np.ndarray, " _added"]] = []
         self._count = 0
+        self.add(*ranked)
+
+    @property
+    def threshold(self) -> float:
+        """Value of sign * score that a row must reach to be among the k rows; 0 if there are fewer."""
+        rows, scores = self.ranked()
+        return float(self._sign * scores[-1]) if len(rows) == self._k else 0.0
 
     def candidates(self, first: int, offsets: np.ndarray | None, scores: Float32[np.ndarray, " searched"]) -> Ranked:
         """Return the rows of a group of shards that may be among the best, with their scores: the group's best k, or these and others.
@@ -164,7 +153,10 @@ class Best:
         return first + (found if offsets is None else offsets[found]), scores[found]
 
     def add(self, rows: Int64[np.ndarray, " added"], scores: Float32[np.ndarray, " added"]) -> None:
-        """Add candidates."""
+        """Add rows; those without a positive sign * score are left out."""
+        positive = self._sign * scores > 0
+        if not positive.all():
+            rows, scores = rows[positive], scores[positive]
         if not len(rows):
             return
         self._rows.append(rows)
@@ -322,7 +314,7 @@ class Part:
         pairs = self._pairs(scorer, self.groups[0], self._mask(search)[0], z, [(0.0, 0.0)] * len(scorer))
         results = []
         for q, pair in enumerate(pairs):
-            sides = Side(k, 1), Side(k, -1)
+            sides = Best(k, 1), Best(k, -1)
             splits = [candidates.split(size) for candidates in pair]
             read = [high for high, _ in splits]
             rows = np.concatenate([high.rows for high in read])
@@ -330,7 +322,7 @@ class Part:
             for side, high, dense in zip(sides, read, products, strict=True):
                 side.add(high.rows, (high.exact + dense) * high.scale)
             best, worst = (low.take(low.bounds >= side.threshold) for side, (_, low) in zip(sides, splits, strict=True))
-            results.append(((sides[0].ranked, sides[1].ranked), (best, worst), rows))
+            results.append(((sides[0].ranked(), sides[1].ranked()), (best, worst), rows))
         return results
 
     def candidates(self, search: Search, z: float, thresholds: Sequence[tuple[float, float]], most: int, skipped: int) -> list[Pair]:
@@ -342,7 +334,7 @@ class Part:
         """
         scorer = self.scorer(search)
         masks = self._mask_by_group(search)
-        by_query: list[tuple[list[Candidates], list[Candidates]]] = [([_NO_CANDIDATES], [_NO_CANDIDATES]) for _ in thresholds]
+        by_query: list[tuple[list[Candidates], list[Candidates]]] = [([NO_CANDIDATES], [NO_CANDIDATES]) for _ in thresholds]
         groups = self.groups[skipped:]
         for _, pairs in by_group(groups, lambda group: self._pairs(scorer, group, masks[group.first], z, thresholds), self._threads):
             for lists, pair in zip(by_query, pairs, strict=True):
@@ -410,9 +402,6 @@ class Part:
             while len(kept) > _KEPT:
                 kept.popitem(last=False)
         return value
-
-
-_NO_CANDIDATES = Candidates(*(np.zeros(0, dtype) for dtype in (np.int64, np.float32, np.float32, np.float32)))
 
 
 class Parts(Protocol):

@@ -26,7 +26,7 @@ from ..store.errors import UsageError
 from ..store.shapes import Bool, Float32, Int64
 from .answers import FaissReport
 from .groups import SumTree
-from .parts import NOTHING, Candidates, Pair, Parts, Ranked, Scan, Search, Side, call_all
+from .parts import NO_CANDIDATES, NOTHING, Best, Candidates, Pair, Parts, Ranked, Scan, Search, call_all
 
 _EXACT_PASS = 64  # queries in one exact scan
 _GROUPS_PASS = 8  # queries in one exact scan with sums by group
@@ -169,11 +169,11 @@ def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -
     hits = []
     for own, scores in zip(rows, _read(parts, search, rows, partial), strict=True):
         there = np.isfinite(scores)
-        sides = Side(k, 1), Side(k, -1)
+        sides = Best(k, 1), Best(k, -1)
         for side in sides:
             side.add(own[there], scores[there])
         seconds = time.perf_counter() - started
-        hits.append(Hits(*sides[0].ranked, *sides[1].ranked, seconds, len(own), None))
+        hits.append(Hits(*sides[0].ranked(), *sides[1].ranked(), seconds, len(own), None))
     report = FaissReport(record.factory, record.parameters, record.queries, record.k, record.proponents, record.opponents)
     return Found(hits, int(mask.sum()), _missing(parts, masks), faiss=report)
 
@@ -183,7 +183,7 @@ def _scan(
 ) -> tuple[list[_Result], Found]:
     """Score all searched rows, and put the parts' results together."""
     scans: dict[int, Scan] = call_all(parts, "scan", search, k, column, with_scores, partial=partial)
-    sides = [(Side(k, 1), Side(k, -1)) for _ in range(count)]
+    sides = [(Best(k, 1), Best(k, -1)) for _ in range(count)]
     searched = sum(scan.searched for scan in scans.values())
     sums = None if column is None else SumTree(column)
     for scan in scans.values():
@@ -192,7 +192,7 @@ def _scan(
             worst.add(*own_worst)
         if sums is not None and scan.sums is not None:
             sums.update(scan.sums)
-    results = [(best.ranked, worst.ranked, searched) for best, worst in sides]
+    results = [(best.ranked(), worst.ranked(), searched) for best, worst in sides]
     found = Found([], searched, _missing(parts, scans.keys()), sums)
     if not with_scores:
         return results, found
@@ -239,8 +239,8 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
     start = min(counts)
     first = parts.call("first_candidates", search, {start: (k, z, size)}, partial).get(start)
     if first is None:
-        first = [((NOTHING, NOTHING), (_EMPTY, _EMPTY), NOTHING[0])] * count
-    sides = [(Side(k, 1, best), Side(k, -1, worst)) for (best, worst), _, _ in first]
+        first = [((NOTHING, NOTHING), (NO_CANDIDATES, NO_CANDIDATES), NOTHING[0])] * count
+    sides = [(Best(k, 1, best), Best(k, -1, worst)) for (best, worst), _, _ in first]
     # Thresholds from the first group alone do not depend on the order in which the others are searched.
     thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
     others = parts.call("candidates", search, {number: (z, thresholds, most, int(number == start)) for number in counts}, partial)
@@ -266,7 +266,7 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
                 offset += len(batch)
         limit = most
     results = [
-        (best.ranked, worst.ranked, len(np.unique(np.concatenate(own)))) for (best, worst), own in zip(sides, rows_read, strict=True)
+        (best.ranked(), worst.ranked(), len(np.unique(np.concatenate(own)))) for (best, worst), own in zip(sides, rows_read, strict=True)
     ]
     there = others.keys() & counts.keys()
     return results, Found([], sum(counts[number] for number in there), _missing(parts, there))
@@ -282,6 +282,3 @@ def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " rows"
         for own, owner, values in zip(products, owners, result, strict=True):
             own[owner == number] = values
     return products
-
-
-_EMPTY = Candidates(*(np.zeros(0, dtype) for dtype in (np.int64, np.float32, np.float32, np.float32)))

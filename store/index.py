@@ -451,14 +451,11 @@ class Index:
         import pyarrow.compute as pc
 
         wanted = pa.array(dict.fromkeys(ids), pa.string())
-        for group in self.groups:
-            alive = self.alive_rows([group])
-            for shard, columns in self._columns_by_shard(groups=[group]):
-                positions = pc.index_in(columns["id"].values, wanted)
-                own = alive[shard.first - group.first : shard.first - group.first + shard.rows]
-                known = np.flatnonzero(np.asarray(pc.is_valid(positions)) & own)
-                if len(known):
-                    return str(wanted[positions[int(known[0])].as_py()].as_py())
+        for shard, columns in self._columns_by_shard():
+            positions = pc.index_in(columns["id"].values, wanted)
+            known = np.flatnonzero(np.asarray(pc.is_valid(positions)) & self.alive_between(shard.first, shard.first + shard.rows))
+            if len(known):
+                return str(wanted[positions[int(known[0])].as_py()].as_py())
         return None
 
     @cached_property
@@ -477,7 +474,10 @@ class Index:
                 problem = size_problem(rows_path(self.path, shard.id), shard.bytes)
                 if problem:
                     raise IntegrityError(f"{problem}; restore the file or build the index again")
-        first, last = groups[0].first, groups[-1].first + groups[-1].rows
+        return self.alive_between(groups[0].first, groups[-1].first + groups[-1].rows)
+
+    def alive_between(self, first: int, last: int) -> Bool[np.ndarray, " rows"]:
+        """Return a mask of the rows `first` to `last` (not included) that are not deleted."""
         alive = np.ones(last - first, bool)
         alive[self.deleted[slice(*np.searchsorted(self.deleted, [first, last]))] - first] = False
         return alive
@@ -632,11 +632,9 @@ class Index:
 
     def _living_ids(self) -> Iterator[list[str]]:
         """Yield the ids of each shard's rows that are not deleted."""
-        for group in self.groups:
-            alive = self.alive_rows([group])
-            for shard in group.shards:
-                ids = ShardReader(self.path, shard, self.manifest.components).documents.ids()
-                yield list(compress(ids, alive[shard.first - group.first : shard.first - group.first + shard.rows].tolist()))
+        for shard in self.shards:
+            ids = ShardReader(self.path, shard, self.manifest.components).documents.ids()
+            yield list(compress(ids, self.alive_between(shard.first, shard.first + shard.rows).tolist()))
 
     def _missing_manifests(self) -> Iterator[tuple[str, str | None]]:
         """Yield missing manifests between existing ones (pruning removes all but the newest), and a missing record of the newest number."""

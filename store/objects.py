@@ -472,14 +472,15 @@ def _open_local(path: str, entry: Entry) -> _Local:
 
     blocks = np.zeros(-(-entry.size // _BLOCK), np.uint8)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    head = _head_of(entry)
     with contextlib.suppress(OSError, ValueError):
+        local = _Local(path, entry, blocks, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        head = _head_of(local)
         with open(f"{path}.blocks", "rb") as file:
             content = file.read()
-        if content[: len(head)] == head and len(content) == len(head) + len(blocks) and os.stat(path).st_size == entry.size:
+        if content[: len(head)] == head and len(content) == len(head) + len(blocks):
             blocks[:] = np.frombuffer(content, np.uint8, offset=len(head))
             os.utime(path)
-            return _Local(path, entry, blocks, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            return local
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # of another content, and perhaps mapped by another process
     local = _Local(path, entry, blocks, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -488,14 +489,16 @@ def _open_local(path: str, entry: Entry) -> _Local:
     return local
 
 
-def _head_of(entry: Entry) -> bytes:
-    return json.dumps([entry.size, entry.tag]).encode() + b"\n"
+def _head_of(local: _Local) -> bytes:
+    """Return what tells a local file apart: the object, and the file itself, since another process may have removed and made it anew."""
+    status = os.fstat(local.descriptor)
+    return json.dumps([local.entry.size, local.entry.tag, status.st_size, status.st_ino]).encode() + b"\n"
 
 
 def _write_blocks(local: _Local) -> None:
     staged = f"{local.path}.blocks.{uuid.uuid4().hex}"
     with open(staged, "wb") as file:
-        file.write(_head_of(local.entry) + local.blocks.tobytes())
+        file.write(_head_of(local) + local.blocks.tobytes())
     os.replace(staged, f"{local.path}.blocks")
 
 
