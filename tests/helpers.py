@@ -51,6 +51,26 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>")
 
 
+def build_kinds(directory, model, corpus, kinds, **common):
+    """One index of `corpus` for each entry of `kinds` (its name and options) below `directory`; their paths by name."""
+    from wherefrom import BuildConfig
+    from wherefrom.ray_jobs.build import build
+
+    made = {name: directory / name for name in kinds}
+    for name, options in kinds.items():
+        build(BuildConfig(model=str(model), data=(str(corpus),), out=str(made[name]), **common, **options))
+    return made
+
+
+def record(answer):
+    """The record of an answer, without the times that its search took."""
+    found = answer.to_dict()
+    found["search"].pop("seconds")
+    if found["search"]["rerank"] is not None:
+        found["search"]["rerank"].pop("seconds")
+    return found
+
+
 def search(index, rows, k, metric=None, recall=1.0):
     """The hits of every query among all rows, in passes of the size that answers take."""
     from wherefrom.query.metric import Metric

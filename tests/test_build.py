@@ -227,7 +227,7 @@ def start_builder(*arguments):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_build_killed_at_random_points_goes_on_to_the_very_same_files(tmp_path):
+def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_path):
     model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
     started = time.monotonic()
     undisturbed = start_builder(model, corpus, tmp_path / "undisturbed")
@@ -238,7 +238,7 @@ def test_a_build_killed_at_random_points_goes_on_to_the_very_same_files(tmp_path
     print("seed", seed)  # shown when the test fails
     generator = random.Random(seed)
     reached = []
-    for trial in range(int(os.environ.get("WHEREFROM_KILLS", "2"))):
+    for trial in range(int(os.environ.get("WHEREFROM_KILLS", "10"))):
         out = tmp_path / f"killed-{trial}"
         process = start_builder(model, corpus, out)
         time.sleep(generator.uniform(0.02, 0.6) * duration)

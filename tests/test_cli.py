@@ -333,11 +333,10 @@ def test_a_reader_that_goes_away_is_no_error(index, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_puts_the_facts_documents_on_top(tmp_path, monkeypatch):
+def test_the_demo_puts_the_facts_documents_on_top(tmp_path):
     from wherefrom import Client
     from wherefrom.demo.run import QUERIES
 
-    monkeypatch.setattr("wherefrom.demo.run._EPOCHS", 12)  # of 24, to save time: less training makes it harder
     done = wherefrom("demo", "--out", tmp_path / "demo")
     assert done.exit_code == 0, done.output
     assert "Try next" in done.stdout

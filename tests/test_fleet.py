@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import random_texts
+from helpers import random_texts, record
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.parts import call_all
 from wherefrom.ray_jobs import fleet as module
@@ -27,12 +27,6 @@ KILLS = int(os.environ.get("WHEREFROM_KILLS", "3"))
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 QUERIES = [Query(row=row) for row in (3, 17, 40)]
 OPTIONS = [{"k": 5}, {"k": 8, "mode": "cosine", "group_by": "year"}, {"k": 5, "recall": 0.99999}, {"k": 4, "where": "year >= 1960"}]
-
-
-def record(answer):
-    record = answer.to_dict()
-    record["search"].pop("seconds")
-    return record
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +157,8 @@ def test_an_error_of_a_part_is_the_callers_and_a_cluster_too_small_is_said(clust
             client.query(row=3, where="nothing == 1")
         with pytest.raises(UsageError, match="there is no column 'nothing'"):
             client.query(row=3, group_by="nothing")
+        with pytest.raises(UsageError, match="there is no column 'nothing'"):
+            client.scores(QUERIES, "nothing == 1")
         assert [len(own) for own in call_all(parts, "column_types", None).values()]
     with (
         pytest.raises(UsageError, match=r"64 processes of 1 CPUs each are asked for \(32 parts, 2 replicas, 1 indexes\).* room for 6; ask"),

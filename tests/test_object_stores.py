@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import random_texts, write_jsonl
+from helpers import random_texts, record, write_jsonl
 from stores import BUCKET, Proxy, environment, s3_server
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
@@ -72,13 +72,11 @@ def made(out, model_dir, data, **options):
     return out
 
 
-def record(answer):
-    record = answer.to_dict()
-    record["search"].pop("seconds")
-    record["index"].pop("path")
-    if record["search"]["rerank"] is not None:
-        record["search"]["rerank"].pop("seconds")
-    return record
+def without_path(answer):
+    """The record of an answer, without the path of its index."""
+    own = record(answer)
+    own["index"].pop("path")
+    return own
 
 
 def content(index):
@@ -100,9 +98,9 @@ def test_an_index_in_a_store_is_that_on_a_disk(prefix, model_dir, corpus_file, t
     assert isinstance(far.index.path, StorePath)
     assert str(far.index.path) == there
     for options in OPTIONS:
-        assert list(map(record, far.query_many(QUERIES, **options))) == list(map(record, near.query_many(QUERIES, **options)))
+        assert list(map(without_path, far.query_many(QUERIES, **options))) == list(map(without_path, near.query_many(QUERIES, **options)))
     text = Query(text=random_texts(1, seed=5)[0])
-    assert record(far.query(text)) == record(near.query(text))
+    assert without_path(far.query(text)) == without_path(near.query(text))
     np.testing.assert_array_equal(far.scores(QUERIES), near.scores(QUERIES))
     assert [e.to_dict() for e in far.explain([5], QUERIES[0])] == [e.to_dict() for e in near.explain([5], QUERIES[0])]
     machine()
@@ -128,7 +126,7 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
     assert content(Index(there)) == content(Index(here))
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"id": f"new{i}", "text": text} for i, text in enumerate(random_texts(5, seed=7))])
-    answer = record(Client(there).query(row=3))
+    answer = without_path(Client(there).query(row=3))
     removed = tmp_path / "ids.txt"
     removed.write_text("\n".join(a["id"] for a in answer["proponents"][1:3]))
     for arguments in (
@@ -149,7 +147,9 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
     far, near = Client(there), Client(here)
     assert len(far.index) == len(near.index) == 123
     for options in (*OPTIONS, {"engine": "faiss"}, {"rerank": 4}):
-        assert list(map(record, far.query_many(QUERIES[:1], **options))) == list(map(record, near.query_many(QUERIES[:1], **options)))
+        assert list(map(without_path, far.query_many(QUERIES[:1], **options))) == list(
+            map(without_path, near.query_many(QUERIES[:1], **options))
+        )
     assert {p.name for p in far.index.path.iterdir()} == {"documents", "encoder", "faiss", "manifests", "rerank", "rows", "search"}
     assert not list((far.index.path / "staging").iterdir())
     delete(far.index.path, ["new1"])
@@ -166,11 +166,11 @@ def test_a_query_fetches_what_it_touches(prefix, tmp_path, machine):
     total = TRAFFIC.put
     machine()
     answer = Client(f"{prefix}/i").query(row=11, k=3)
-    assert record(answer) == record(Client(index).query(row=11, k=3))
+    assert without_path(answer) == without_path(Client(index).query(row=11, k=3))
     assert TRAFFIC.fetched < total / 4
     assert TRAFFIC.requests < 200
     first = TRAFFIC.fetched
-    assert record(Client(f"{prefix}/i").query(row=11, k=3)) == record(answer)  # what was fetched is there
+    assert without_path(Client(f"{prefix}/i").query(row=11, k=3)) == without_path(answer)  # what was fetched is there
     assert TRAFFIC.fetched - first < 20_000  # manifests alone
     objects._MIRRORS.clear()  # also for another process
     Client(f"{prefix}/i").query(row=11, k=3)
@@ -226,7 +226,7 @@ def test_a_store_with_troubles_is_asked_again(prefix, model_dir, corpus_file, tm
     there = made(f"{prefix}/i", model_dir, str(corpus_file), **few)
     here = made(str(tmp_path / "i"), model_dir, str(corpus_file), **few)
     machine(proxy.port)
-    assert list(map(record, Client(there).query_many(QUERIES))) == list(map(record, Client(here).query_many(QUERIES)))
+    assert list(map(without_path, Client(there).query_many(QUERIES))) == list(map(without_path, Client(here).query_many(QUERIES)))
     assert content(Index(there)) == content(Index(here))
     assert len(proxy.requests) > 40
 
@@ -357,7 +357,7 @@ def test_a_changed_object_is_an_error_and_the_mirror_keeps_to_its_size(prefix, m
     mirror.put(f"rows/{path.name}", raw[:2000] + bytes([raw[2000] ^ 1]) + raw[2001:])
     machine()
     with pytest.raises(IntegrityError):
-        [record(a) for a in Client(there).query_many([Query(row=row) for row in range(0, 120, 7)], k=50)]
+        [without_path(a) for a in Client(there).query_many([Query(row=row) for row in range(0, 120, 7)], k=50)]
     assert CliRunner().invoke(main, ["verify", there]).exit_code == 4
     mirror.put(f"rows/{path.name}", raw[:-100])
     machine()

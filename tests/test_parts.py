@@ -4,13 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from helpers import dense_index, random_texts
+from helpers import build_kinds, dense_index, random_texts, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import BuildConfig, Client, Query
+from wherefrom import Client, Query
 from wherefrom.query.groups import Sums, SumTree
 from wherefrom.query.parts import Part
-from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.fleet import split_groups
 from wherefrom.store.errors import BusyError, UsageError
 from wherefrom.store.index import Index
@@ -39,33 +38,15 @@ class Apart:
             yield from part.scores(search)
 
 
-def record(answer):
-    record = answer.to_dict()
-    record["search"].pop("seconds")
-    return record
-
-
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory, model_dir, corpus_file):
-    made = {}
-    common = {"rank": 4, "shard_rows": 16, "group_rows": 32}
-    for name, options in {
+    kinds = {
         "float32": {},
         "int8": {"row_dtype": "int8"},
         "mixed": {"components": ("head", "blocks"), "row_dtype": "1bit"},
         "sparse": {"components": ("head", "embeddings"), "hidden": True},
-    }.items():
-        made[name] = tmp_path_factory.mktemp("parts") / name
-        build(
-            BuildConfig(
-                model=str(model_dir),
-                data=(str(corpus_file),),
-                out=str(made[name]),
-                **common,
-                **options,
-            )
-        )
-    return made
+    }
+    return build_kinds(tmp_path_factory.mktemp("parts"), model_dir, corpus_file, kinds, rank=4, shard_rows=16, group_rows=32)
 
 
 OPTIONS = [

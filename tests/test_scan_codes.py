@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_ranking, dense_index, make_model, make_tokenizer, random_texts, search
+from helpers import assert_close, assert_same_ranking, build_kinds, dense_index, make_model, make_tokenizer, random_texts, search
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import Scorer
@@ -208,27 +208,15 @@ def test_int8_products_are_numpys():
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory, model_dir, corpus_file):
     """Of one corpus: dense rows of every dtype, and with sparse components beside them."""
-    made = {}
-    common = {"rank": 4, "shard_rows": 32, "group_rows": 40}
-    for name, options in {
+    kinds = {
         "float32": {},
         "int8": {"row_dtype": "int8"},
         "1bit": {"row_dtype": "1bit"},
         "mixed": {"components": ("head", "blocks")},
         "mixed-1bit": {"components": ("head", "blocks"), "row_dtype": "1bit"},
         "head": {"components": ("head",)},
-    }.items():
-        made[name] = tmp_path_factory.mktemp("scan-codes") / name
-        build(
-            BuildConfig(
-                model=str(model_dir),
-                data=(str(corpus_file),),
-                out=str(made[name]),
-                **common,
-                **options,
-            )
-        )
-    return made
+    }
+    return build_kinds(tmp_path_factory.mktemp("scan-codes"), model_dir, corpus_file, kinds, rank=4, shard_rows=32, group_rows=40)
 
 
 @pytest.mark.parametrize("name", ["float32", "int8", "1bit", "mixed", "mixed-1bit", "head"])
