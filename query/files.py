@@ -25,7 +25,7 @@ def read_queries(file: str) -> Iterator[Query]:
     (source,) = [standard_input()] if file == "-" else expand([file])[0]
     names = option_fields(Query)
     texts = frozenset(name for name, field in names.items() if field.kind not in (int, float))
-    for where, _, record in source.records(source.short, Reading("text", "prompt", "file", texts, {})):
+    for where, _, record in source.records(source.short, Reading("text", "prompt", "file", texts, {}), None):
         if isinstance(record, DataError):
             raise record
         problem = _field_problem(record)

@@ -27,7 +27,7 @@ from ..store.manifest import Addition, Manifest
 from ..store.shard import Shard, documents_path, publish_index
 from .build import longest_example, refresh_search
 from .config import BuildConfig, recorded_config
-from .corpus import write_corpus
+from .corpus import CorpusWriter, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import not_finite, report_not_finite
 from .progress import Reporter, Silent
@@ -108,7 +108,8 @@ def _add(
     fingerprint = digest(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     _claim(out, identity)
     shard_rows = max(shard.rows for shard in index.shards)
-    corpus = write_corpus(config, converter, out, fingerprint, shard_rows, reporter, executor.call("vocabulary"))
+    writer = CorpusWriter(out, fingerprint, shard_rows, longest_example(config, models), executor.call("vocabulary"))
+    corpus = write_corpus(config, writer, executor, lambda: converter, reporter)
     _refuse_existing_ids(index, [Documents(documents_path(out, shard.id), shard.rows) for shard in corpus.shards])
     settings = EncoderSettings(manifest.components, config.batch_tokens or manifest.build.batch_tokens, config.hidden)
     shards = [shard.model_copy(update={"first": shard.first + manifest.rows}) for shard in corpus.shards]

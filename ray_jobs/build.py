@@ -47,7 +47,7 @@ from ..store.objects import StorePath, fetched, local_or_store
 from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from .config import BuildConfig
-from .corpus import WrittenCorpus, WrittenShard, write_corpus
+from .corpus import CorpusWriter, WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
@@ -132,7 +132,7 @@ def build(
             if manifest is not None:
                 return manifest
             _claim(job, inputs)
-            corpus = _write_corpus(job, models, settings, executor.call("vocabulary"))
+            corpus = _write_corpus(job, models, settings, executor)
             training = known_training(settings.components, models[-1])
             settings = select_components(config, settings, _read_sample(job, corpus), models)
             notes = model_notes(facts, settings.components)
@@ -254,13 +254,13 @@ def longest_example(config: BuildConfig, models: Sequence[Model]) -> int:
     return config.max_tokens or min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
 
 
-def _write_corpus(job: _Job, models: Sequence[Model], settings: EncoderSettings, vocabulary: int | None) -> WrittenCorpus:
+def _write_corpus(job: _Job, models: Sequence[Model], settings: EncoderSettings, executor: Executor) -> WrittenCorpus:
     """Write the shards' examples. Without `shard_rows`, the rows of a shard take at most `_SHARD_BYTES`."""
     config = job.config
-    converter = document_converter(config, job.sources, longest_example(config, models))
     row_bytes = config.budget or max(row_cost(component, {}) for component in settings.components)
     shard_rows = config.shard_rows or max(1, min(_SHARD_ROWS, int(_SHARD_BYTES // row_bytes)))
-    return write_corpus(config, converter, job.out, job.fingerprint, shard_rows, job.reporter, vocabulary)
+    writer = CorpusWriter(job.out, job.fingerprint, shard_rows, longest_example(config, models), executor.call("vocabulary"))
+    return write_corpus(config, writer, executor, partial(document_converter, config, job.sources, writer.max_tokens), job.reporter)
 
 
 def _read_sample(job: _Job, corpus: WrittenCorpus) -> list[Example]:

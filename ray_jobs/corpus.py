@@ -1,40 +1,47 @@
 """The first stage of a build: conversion of the corpus to shards of tokenized examples on disk, with a check that ids are unique.
 
-It is one streaming pass in the driver, since tokenizers use every core by themselves. All later stages read the shards. The corpus is
-written to `staging/examples.json` last, so a resumed build uses the shards that are named there and no others.
+The corpus is divided into parts, by its files alone, so that any number of workers writes the same shards. A worker reads, tokenizes and
+writes a part. A file that only this machine has is read here. A part's record is written last, so a resumed build goes on with the parts
+that are not finished.
 """
 
 import hashlib
-import json
-from array import array
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
 from ..indexer.tasks import find_task
-from ..store.corpus import Corpus
+from ..store.corpus import Corpus, Slice, check_columns
 from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.fields import Fields
-from ..store.files import publish, read_json, sha256, write_whole
+from ..store.files import publish, read_bytes, sha256, write_whole
 from ..store.manifest import UnreadFiles
 from ..store.shard import derived_id, documents_path
 from .config import BuildConfig
-from .progress import Reporter
+from .executor import Executor
+from .progress import Reporter, Silent
 
 _REPORTED = 20
 _SHARD_BYTES = 1 << 28
+_PARTS = 64
+_LEAST_PART = 1 << 18
+_LARGEST_PART = 1 << 26
+_ID_BYTES = 8  # of an id's hash
 
 
 class WrittenShard(BaseModel):
     """A shard whose rows are to be built.
 
     Attributes:
-        first: number of its first row in the index.
+        first: number of its first row in the index; in the record of a part, in the part.
         tokens: number of input tokens.
     """
 
@@ -45,6 +52,28 @@ class WrittenShard(BaseModel):
     rows: int
     tokens: int
     documents_sha256: str
+
+
+class WrittenPart(BaseModel):
+    """The shards of a part of the corpus, and a record of its documents.
+
+    Attributes:
+        documents, split, truncated, skipped, skipped_first, left_out_columns: see `WrittenCorpus`.
+        columns: names of the columns.
+        id_hashes: 64-bit hashes of the examples' ids, in order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_bytes="base64", val_json_bytes="base64")
+
+    shards: tuple[WrittenShard, ...]
+    documents: int
+    split: int
+    truncated: int
+    skipped: int
+    skipped_first: tuple[str, ...]
+    columns: tuple[str, ...]
+    left_out_columns: dict[str, str]
+    id_hashes: bytes
 
 
 class WrittenCorpus(BaseModel):
@@ -88,88 +117,164 @@ def corpus_fields(config: BuildConfig) -> Fields:
     return config.fields if form == "auto" else replace(config.fields, form=form)
 
 
+@dataclass(frozen=True)
+class CorpusWriter:
+    """What all parts of a corpus are written with.
+
+    Attributes:
+        out: directory of the index.
+        fingerprint: of the build, by which shards are named.
+        shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`, and at the end of a part.
+        max_tokens: tokens of the longest example.
+        vocabulary: number of tokens that the model embeds; an example with another token cannot be used.
+    """
+
+    out: Path
+    fingerprint: str
+    shard_rows: int
+    max_tokens: int
+    vocabulary: int | None
+
+    def write(
+        self, config: BuildConfig, converter: DocumentConverter, number: int, slices: Sequence[Slice], progress: Progress
+    ) -> WrittenPart:
+        """Read, tokenize, split and write the documents of a part, or return the record of an earlier run.
+
+        Raises:
+            DataError: a document cannot be used (with `bad_documents` error).
+        """
+        record_file = self.out / "staging" / f"part-{number}.json"
+        earlier = self._read_written(record_file)
+        if earlier is not None:
+            progress(sum(shard.rows for shard in earlier.shards), sum(shard.tokens for shard in earlier.shards))
+            return earlier
+        corpus = Corpus.of(slices, corpus_fields(config))
+        shards: list[WrittenShard] = []
+        pending: list[Example] = []
+        pending_bytes = 0
+        hashes = bytearray()
+        counts = {"documents": 0, "split": 0, "truncated": 0}
+        skipped: list[str] = []
+        skipped_count = 0
+        for encoded in converter.documents(corpus):
+            example = _check_tokens(encoded, self.vocabulary)
+            if isinstance(example, DataError):
+                if config.bad_documents == "error":
+                    raise DataError(f"{example} (`bad_documents=skip` leaves such documents out and counts them)")
+                skipped_count += 1
+                skipped += [str(example)] if len(skipped) < _REPORTED else []
+                continue
+            _count(counts, example)
+            hashes += hashlib.blake2b(example.id.encode(), digest_size=_ID_BYTES).digest()
+            pending.append(example)
+            pending_bytes += stored_bytes(example)
+            if len(pending) == self.shard_rows or pending_bytes > _SHARD_BYTES:
+                shards.append(self._write_shard(number, shards, pending))
+                progress(shards[-1].rows, shards[-1].tokens)
+                pending, pending_bytes = [], 0
+        if pending:
+            shards.append(self._write_shard(number, shards, pending))
+            progress(shards[-1].rows, shards[-1].tokens)
+        written = WrittenPart(
+            shards=tuple(shards),
+            **counts,
+            skipped=skipped_count,
+            skipped_first=tuple(skipped),
+            columns=tuple(sorted(corpus.columns)),
+            left_out_columns=corpus.left_out,
+            id_hashes=bytes(hashes),
+        )
+        write_whole(record_file, written.model_dump_json().encode())
+        return written
+
+    def _write_shard(self, part: int, shards: Sequence[WrittenShard], examples: Sequence[Example]) -> WrittenShard:
+        """Write the shard that follows some of the same part."""
+        id = derived_id(f"{self.fingerprint}:{part}", len(shards))
+        staged = self.out / "staging" / f"{id}.arrow"
+        write_documents(staged, examples)
+        digest = sha256(staged)
+        path = documents_path(self.out, id)
+        path.unlink(missing_ok=True)
+        publish(staged, path)
+        first = shards[-1].first + shards[-1].rows if shards else 0
+        return WrittenShard(id=id, first=first, rows=len(examples), tokens=sum(e.tokens for e in examples), documents_sha256=digest)
+
+    def _read_written(self, record_file: Path) -> WrittenPart | None:
+        """Read the record of a part that an earlier run wrote; None if there is none, or one of its shards is missing or differs."""
+        if not record_file.is_file():
+            return None
+        try:
+            written = WrittenPart.model_validate_json(read_bytes(record_file))
+        except ValidationError:
+            return None
+        paths = [documents_path(self.out, shard.id) for shard in written.shards]
+        whole = all(path.is_file() and sha256(path) == shard.documents_sha256 for path, shard in zip(paths, written.shards, strict=True))
+        return written if whole else None
+
+
 def write_corpus(
-    config: BuildConfig,
-    converter: DocumentConverter,
-    out: Path,
-    fingerprint: str,
-    shard_rows: int,
-    reporter: Reporter,
-    vocabulary: int | None = None,
+    config: BuildConfig, writer: CorpusWriter, executor: Executor, converter: Callable[[], DocumentConverter], reporter: Reporter
 ) -> WrittenCorpus:
-    """Read, tokenize, split and write the corpus, or return the corpus of an earlier run.
+    """Write the corpus on the workers, without what an earlier run wrote.
 
     Args:
-        shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`.
-        vocabulary: number of tokens that the model embeds; an example with another token cannot be used.
+        converter: returns the converter, for parts with files that workers do not see.
 
     Raises:
         DataError: there is no usable document, a document cannot be used (with `bad_documents` error), or an id is not unique.
     """
-    record_file = out / "staging" / "examples.json"
-    earlier = _read_written(out, record_file)
-    if earlier is not None:
-        return earlier
-    reporter.stage("reading the corpus", None)
-    shards: list[WrittenShard] = []
-    pending: list[Example] = []
-    hashes = array("Q")
-    counts = {"examples": 0, "tokens": 0, "documents": 0, "split": 0, "truncated": 0}
-    skipped: list[str] = []
-    skipped_count = 0
-
-    def flush() -> None:
-        id = derived_id(fingerprint, len(shards))
-        staged = out / "staging" / f"{id}.arrow"
-        write_documents(staged, pending)
-        digest = sha256(staged)
-        path = documents_path(out, id)
-        path.unlink(missing_ok=True)
-        publish(staged, path)
-        first = shards[-1].first + shards[-1].rows if shards else 0
-        tokens = sum(e.tokens for e in pending)
-        shards.append(WrittenShard(id=id, first=first, rows=len(pending), tokens=tokens, documents_sha256=digest))
-        pending.clear()
-
     corpus = Corpus(config.sources, corpus_fields(config))
-    pending_bytes = 0
-    for encoded in converter.documents(corpus):
-        example = _check_tokens(encoded, vocabulary)
-        if isinstance(example, DataError):
-            if config.bad_documents == "error":
-                raise DataError(f"{example} (`bad_documents=skip` leaves such documents out and counts them)")
-            skipped_count += 1
-            skipped += [str(example)] if len(skipped) < _REPORTED else []
-            continue
-        _count(counts, example)
-        hashes.append(int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest(), "little"))
-        pending.append(example)
-        pending_bytes += stored_bytes(example)
-        if len(pending) == shard_rows or pending_bytes > _SHARD_BYTES:
-            flush()
-            pending_bytes = 0
-            reporter.update(counts["examples"], counts["tokens"])
-    if pending:
-        flush()
-    reporter.update(counts["examples"], counts["tokens"])
+    parts = corpus.divide(min(_LARGEST_PART, max(_LEAST_PART, corpus.bytes // _PARTS)))
+    if config.address is not None:
+        parts = [tuple(slice.with_checksum() for slice in part) for part in parts]
+    parts = _with_line_numbers(parts, executor)
+    reporter.stage("reading the corpus", None)
+    written: list[WrittenPart] = []
+    columns: set[str] = set()
+    own_converter = cache(converter)
+    for number, result in enumerate(executor.map("write_documents", (writer,), list(enumerate(parts)), reporter)):
+        written.append(result or writer.write(config, own_converter(), number, parts[number], ignore_progress))
+        columns.update(written[-1].columns)
+        check_columns(columns, parts[number][-1].name)
+    skipped = [error for part in written for error in part.skipped_first][:_REPORTED]
+    skipped_count = sum(part.skipped for part in written)
+    shards: list[WrittenShard] = []
+    for shard in (shard for part in written for shard in part.shards):
+        first = shards[-1].first + shards[-1].rows if shards else 0
+        shards.append(shard.model_copy(update={"first": first}))
     if not shards:
         raise DataError(
             f"there is no usable document in {', '.join(config.sources)}; "
             + (f"fix them, the first of {skipped_count}: {skipped[0]}" if skipped else "check `data`")
         )
-    _refuse_repeated_ids(out, shards, np.frombuffer(hashes, np.uint64))
-    written = WrittenCorpus(
+    _refuse_repeated_ids(writer.out, shards, np.frombuffer(b"".join(part.id_hashes for part in written), "<u8"))
+    left_out: dict[str, str] = {}
+    for part in written:
+        left_out |= part.left_out_columns
+    return WrittenCorpus(
         shards=tuple(shards),
-        documents=counts["documents"],
-        split=counts["split"],
-        truncated=counts["truncated"],
+        documents=sum(part.documents for part in written),
+        split=sum(part.split for part in written),
+        truncated=sum(part.truncated for part in written),
         skipped=skipped_count,
         skipped_first=tuple(skipped),
         unread=UnreadFiles(files=len(corpus.unread), first=tuple(map(str, corpus.unread[:_REPORTED]))),
-        left_out_columns=corpus.left_out,
+        left_out_columns=left_out,
     )
-    write_whole(record_file, written.model_dump_json().encode())
-    return written
+
+
+def _with_line_numbers(parts: Sequence[tuple[Slice, ...]], executor: Executor) -> list[tuple[Slice, ...]]:
+    """Return parts whose ranges of lines have the number of their first line."""
+    ranges = [slice for part in parts for slice in part if slice.range is not None and slice.source.has_lines]
+    numbered: dict[tuple[str, int], Slice] = {}
+    lines_before: dict[str, int] = {}
+    counts = executor.map("count_lines", (), [(slice,) for slice in ranges], Silent())
+    for slice, count in zip(ranges, counts, strict=True):
+        assert slice.range is not None
+        first = lines_before.get(slice.name, 0)
+        numbered[slice.name, slice.range.start] = replace(slice, range=slice.range._replace(first=first))
+        lines_before[slice.name] = first + (slice.count_lines() if count is None else count)
+    return [tuple(s if s.range is None else numbered.get((s.name, s.range.start), s) for s in part) for part in parts]
 
 
 def _count(counts: dict[str, int], example: Example) -> None:
@@ -177,8 +282,6 @@ def _count(counts: dict[str, int], example: Example) -> None:
     counts["documents"] += example.chunk == 0
     counts["split"] += example.chunk == 1
     counts["truncated"] += example.truncated
-    counts["examples"] += 1
-    counts["tokens"] += example.tokens
 
 
 def _check_tokens(example: Example | DataError, vocabulary: int | None) -> Example | DataError:
@@ -188,16 +291,6 @@ def _check_tokens(example: Example | DataError, vocabulary: int | None) -> Examp
     return DataError(
         f"example {example.id!r} has token {example.token_ids.max()}, the model embeds only {vocabulary}; use the model's own tokenizer"
     )
-
-
-def _read_written(out: Path, record_file: Path) -> WrittenCorpus | None:
-    """Read the corpus of an earlier run; None if there is none, or one of its shards is missing or differs."""
-    if not record_file.is_file():
-        return None
-    written = WrittenCorpus.model_validate_json(json.dumps(read_json(record_file)))
-    paths = [documents_path(out, shard.id) for shard in written.shards]
-    whole = all(path.is_file() and sha256(path) == shard.documents_sha256 for path, shard in zip(paths, written.shards, strict=True))
-    return written if whole else None
 
 
 def _refuse_repeated_ids(out: Path, shards: list[WrittenShard], hashes: np.ndarray) -> None:

@@ -26,6 +26,7 @@ from ..indexer.sparse import HeadMean
 from ..indexer.tasks import Task, find_task, load_model
 from ..indexer.trained import find_trained, recorded_rate, recorded_times
 from ..store.arrays import ArrayGroup
+from ..store.corpus import Slice
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.files import publish, read_json, write_whole
@@ -37,7 +38,7 @@ from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
-from .corpus import WrittenShard
+from .corpus import CorpusWriter, WrittenPart, WrittenShard
 from .notes import ModelFacts
 from .schema import candidate_components, component_name, unprojected_blocks, with_rates
 
@@ -60,6 +61,7 @@ class Worker:
         self._config = config
         self.sources = sources or model_sources(config)
         self._encoders: dict[str, Encoder] = {}
+        self._converter: DocumentConverter | None = None
 
     @cached_property
     def task(self) -> Task:
@@ -113,6 +115,20 @@ class Worker:
         batch_tokens = config.batch_tokens or self.task.default_batch_tokens(self.models)
         settings = EncoderSettings(tuple(components), batch_tokens, config.hidden)
         return tuple(descriptions), settings, tuple(ModelFacts.of(model) for model in self.models)
+
+    def count_lines(self, slice: Slice, progress: Progress = ignore_progress) -> int | None:
+        """Count the lines of a range of a file; None if this machine does not have the file."""
+        return slice.count_lines() if slice.is_here else None
+
+    def write_documents(
+        self, writer: CorpusWriter, number: int, slices: Sequence[Slice], progress: Progress = ignore_progress
+    ) -> WrittenPart | None:
+        """Write a part of the corpus (see `CorpusWriter.write`); return None if this machine does not have its files."""
+        if not all(slice.is_here for slice in slices):
+            return None
+        if self._converter is None:
+            self._converter = document_converter(self._config, self.sources, writer.max_tokens)
+        return writer.write(self._config, self._converter, number, slices, progress)
 
     def unprojected_blocks(self) -> DenseComponent:
         """Return the component of recomputed rows; see `schema.unprojected_blocks`."""
@@ -224,6 +240,7 @@ class Worker:
     def _encoder(self, settings: EncoderSettings, arrays: Arrays, stage: str) -> Encoder:
         if stage not in self._encoders:
             self._encoders.clear()
+            self._converter = None  # a tokenizer can take hundreds of megabytes
             models.return_freed_memory()
             self._encoders = {stage: Encoder(self.task, self.models, settings, arrays)}
         return self._encoders[stage]

@@ -7,8 +7,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from .errors import DataError, NotFoundError
 from .fields import Fields, Form
 from .shapes import Float32
-from .sources import MOST_COLUMNS, Reading, Source, describe_files, expand, lines, parse_json
+from .sources import MOST_COLUMNS, Range, Reading, Source, count_lines, describe_files, expand, lines, parse_json
 
 _METADATA_BYTES = 1 << 24
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
@@ -53,6 +53,38 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A source, or a range of one.
+
+    Attributes:
+        name: of the source, for messages and default ids.
+        checksum: of the files, with which those of another machine are compared; None where there is one machine.
+    """
+
+    source: Source
+    name: str
+    range: Range | None = None
+    checksum: int | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """True if this machine has the files, with the same bytes."""
+        if self.checksum is None:
+            return self.source.place is not None and self.source.place.exists()
+        return self.source.checksum(self.range) == self.checksum
+
+    def with_checksum(self) -> "Slice":
+        """Return the slice with its checksum."""
+        return replace(self, checksum=self.source.checksum(self.range))
+
+    def count_lines(self) -> int:
+        """Count the lines of the range."""
+        assert self.source.place is not None
+        assert self.range is not None
+        return count_lines(self.source.place, self.range)
+
+
 _PREFERENCES = "; for preference pairs, the completion is the field chosen"
 
 
@@ -63,8 +95,10 @@ class Corpus:
     folder of such files, a dataset saved with `datasets` (all splits, or one as `folder:split`), or a hub dataset as `name[:config]:split`.
 
     Attributes:
+        slices: what is read, in order.
         unread: the files of folders that are not read.
         left_out: by name, the type of columns that cannot be stored as metadata; complete after all documents were read.
+        columns: names of the columns; complete after all documents were read.
 
     Raises:
         NotFoundError, UsageError: a source does not exist or cannot be read.
@@ -72,24 +106,66 @@ class Corpus:
 
     def __init__(self, sources: Sequence[str], fields: Fields = Fields()) -> None:
         self._fields = fields
-        self._sources, self.unread = expand(sources)
+        expanded, self.unread = expand(sources)
+        self.slices = tuple(map(Slice, expanded, _display_names(expanded)))
         self.left_out: dict[str, str] = {}
+        self.columns: set[str] = set()
+
+    @classmethod
+    def of(cls, slices: Sequence["Slice"], fields: Fields) -> "Corpus":
+        """Return the corpus of some slices."""
+        corpus = cls((), fields)
+        corpus.slices = tuple(slices)
+        return corpus
+
+    def divide(self, size: int) -> list[tuple["Slice", ...]]:
+        """Divide the corpus into parts of about so many bytes, which can be read apart: neighbouring sources, or ranges of a large one.
+
+        Ranges of lines have no numbers yet (`Range.first`); see `count_lines`.
+        """
+        parts: list[tuple[Slice, ...]] = []
+        pending: list[Slice] = []
+        pending_bytes = 0
+        for whole in self.slices:
+            total = whole.source.bytes
+            ranges = whole.source.ranges(size) if total > size else []
+            slices = [replace(whole, range=part) for part in ranges] if len(ranges) > 1 else [whole]
+            for part in slices:
+                if pending and pending_bytes + total / len(slices) > size:
+                    parts.append(tuple(pending))
+                    pending, pending_bytes = [], 0
+                pending.append(part)
+                pending_bytes += total // len(slices)
+        return [*parts, tuple(pending)] if pending else parts
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(part.source.bytes for part in self.slices)
 
     def __iter__(self) -> Iterator[Document | DataError]:
         fields = self._fields
-        columns: set[str] = set()
         content = {getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id", "source")}
         content |= {fields.features} if fields.form == "vector" else set()
         reading = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
-        for source, name in zip(self._sources, _display_names(self._sources), strict=True):
-            for where, id, record in source.records(name, reading):
+        for part in self.slices:
+            for where, id, record in part.source.records(part.name, reading, part.range):
                 if isinstance(record, DataError):
                     yield record
                     continue
-                columns.update(record)
-                if len(columns) > MOST_COLUMNS:
-                    raise DataError(f"{where}: more than {MOST_COLUMNS:,} columns; write them as one column of objects")
-                yield _document(record, name, where, id, fields, self.left_out)
+                self.columns.update(record)
+                check_columns(self.columns, where)
+                yield _document(record, part.name, where, id, fields, self.left_out)
+
+
+def check_columns(columns: Collection[str], where: str) -> None:
+    """Refuse a corpus with too many columns.
+
+    Raises:
+        DataError: there are more than `MOST_COLUMNS`.
+    """
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(f"{where}: more than {MOST_COLUMNS:,} columns; write them as one column of objects")
 
 
 def read_corpus(sources: Sequence[str], fields: Fields = Fields()) -> Iterator[Document | DataError]:

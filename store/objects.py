@@ -17,6 +17,7 @@ the store's own tools (AWS_..., GOOGLE_..., AZURE_...).
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -542,6 +543,12 @@ class StorePath(type(Path())):  # type: ignore[misc]
         _, key = self.place
         return os.fspath(self) if key.startswith("staging/") and os.path.isfile(os.fspath(self)) else None
 
+    @property
+    def entry(self) -> Entry | None:
+        """The object's entry; None for a prefix, or if there is nothing."""
+        mirror, key = self.place
+        return mirror.entry(key) if key else None
+
     def exists(self, **options: Any) -> bool:
         """Return True for an object, or a prefix of some."""
         return self.is_file() or self.is_dir()
@@ -641,6 +648,46 @@ class StorePath(type(Path())):  # type: ignore[misc]
         mirror, key = self.place
         if self.scratch is None:
             mirror.fetch(key, ranges)
+
+
+class _Bytes(io.RawIOBase):
+    """The bytes of an object, from one on, which are fetched as they are read."""
+
+    def __init__(self, path: StorePath, start: int) -> None:
+        self._path = path
+        self._mirror, self._key = path.place
+        self._local = self._mirror.local(self._key)
+        self._position = start
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte, counted from the start, from here or from the end; return its place."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._local.entry.size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes; return their number."""
+        view = memoryview(buffer)
+        self._mirror.fetch(self._key, [(self._position, len(view))])
+        count = os.preadv(self._local.descriptor, [view], self._position)
+        self._position += count
+        return count
+
+
+def open_from(path: Path, start: int) -> IO[bytes]:
+    """Open a file at a byte; what follows is read as it is needed, also from an object."""
+    if isinstance(path, StorePath) and path.scratch is None:
+        return io.BufferedReader(_Bytes(path, start), _PIECE)
+    file = path.open("rb")
+    file.seek(start)
+    return file
 
 
 def fetched(path: Path) -> Path:

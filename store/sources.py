@@ -5,6 +5,8 @@ yielded as a DataError that names the reason and the place; a source that cannot
 
 The files of a folder are read in sorted order if their kind is supported, except hidden files (also below hidden folders), dataset cards,
 licenses and dataset descriptions. Files that are not read are reported with the reason, except hidden ones.
+
+Large sources are read in ranges, by several processes: files of JSON lines by bytes, Parquet files by row groups, saved datasets by rows.
 """
 
 import bz2
@@ -12,19 +14,20 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, NamedTuple
 
 from .errors import DataError, NotFoundError, UsageError, first_line
 from .extras import require
 from .fields import SplitText
 from .files import sha256
-from .objects import StorePath, fetched, local_or_store
+from .objects import StorePath, fetched, local_or_store, open_from
 
 _TEXT = (".txt", ".md")
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_TEXT)
@@ -35,11 +38,26 @@ _CARD_KINDS = ("", ".md", ".rst", *_TEXT)
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _REPORTED = 5  # unread files in an error message
 LONGEST_BYTES = 1 << 28
+_COUNTED_BYTES = 1 << 20
 MOST_COLUMNS = 4096
 
 
-ByteFile = io.BufferedIOBase | BinaryIO  # compressed or not; typing knows standard input as the latter
+ByteFile = io.BufferedIOBase | IO[bytes]  # compressed or not; typing knows standard input as the latter
 Record = tuple[str, str, Any]  # its place, its default id, and its columns or the DataError
+
+
+class Range(NamedTuple):
+    """A range of a source: of the bytes of a file of lines, of a Parquet file's row groups, or of a dataset's rows.
+
+    A line belongs to the range that holds its first byte.
+
+    Attributes:
+        first: number of records (lines) of the source before the range.
+    """
+
+    start: int
+    stop: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,20 +79,61 @@ class Reading:
     left_out: dict[str, str]
 
 
+def _one_range(size: int) -> list[Range]:
+    """Return no range: the source is read as one."""
+    return []
+
+
 @dataclass(frozen=True)
 class Source:
     """A file, or a split of a dataset.
 
     Attributes:
         name: the path or name; `short` is its last part.
-        files: the files of its records; a folder stands for all files in it.
-        records: a function from a display name and a `Reading` to the records.
+        files: the files of its records, as they were named; a folder stands for all files in it.
+        records: a function from a display name, a `Reading`, and a range, if not all are to be read, to the records.
+        ranges: a function from a number of bytes to the ranges of about that size which can be read apart; none if all must be read as one.
+        has_lines: the ranges are of lines, whose numbers `count_lines` finds.
+        place: absolute path of the file or folder; None for a hub dataset and standard input.
     """
 
     name: str
     short: str
     files: tuple[Path, ...]
-    records: Callable[[str, Reading], Iterator[Record]]
+    records: Callable[[str, Reading, Range | None], Iterator[Record]]
+    ranges: Callable[[int], list[Range]] = _one_range
+    has_lines: bool = False
+    place: Path | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files; 0 if there are none on this machine."""
+        return sum(file.stat().st_size for file in files_in(self.place)) if self.place is not None and self.place.exists() else 0
+
+    def checksum(self, part: Range | None) -> int | None:
+        """Return the CRC-32C of the files, or of a range of lines, as this machine has them; None if it has none.
+
+        Objects of a store are the same for all machines: 0.
+        """
+        if self.place is None or not self.place.exists():
+            return None
+        if isinstance(self.place, StorePath):
+            return 0
+        return _checksum(self.place, part if self.has_lines else None)
+
+
+@lru_cache(4096)
+def _checksum(place: Path, part: Range | None) -> int:
+    import google_crc32c
+
+    value = 0
+    for path in files_in(place):
+        left = path.stat().st_size if part is None else part.stop - part.start
+        with open_from(path, part.start if part else 0) as file:
+            while left > 0 and (content := file.read(min(left, _COUNTED_BYTES))):
+                value = google_crc32c.extend(value, content)
+                left -= len(content)
+    return value
 
 
 @dataclass(frozen=True)
@@ -102,11 +161,17 @@ def expand(names: Sequence[str]) -> tuple[list[Source], list[Unread]]:
 def describe_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Return path, size (bytes) and SHA-256 of all files, also in folders; size and SHA-256 of a hub dataset are None.
 
+    An object of a store is described by the store's tag of its content instead of a SHA-256, so that it need not be fetched.
+
     Raises:
         UsageError: a file cannot be read.
     """
-    described = []
-    for file in (file for path in paths for file in (_files(path) if path.is_dir() else [path])):
+    described: list[dict[str, Any]] = []
+    for file in (file for path in paths for file in files_in(path)):
+        entry = file.entry if isinstance(file, StorePath) else None
+        if entry is not None and entry.tag:
+            described.append({"path": str(file), "bytes": entry.size, "sha256": None, "tag": entry.tag})
+            continue
         try:
             size, checksum = (file.stat().st_size, sha256(file)) if file.is_file() else (None, None)
         except OSError as error:
@@ -119,11 +184,13 @@ def standard_input() -> Source:
     """Return a source of JSON lines from standard input."""
     import sys
 
-    return Source("-", "stdin", (), lambda name, reading: json_lines(sys.stdin.buffer, name))
+    return Source("-", "stdin", (), lambda name, reading, part: json_lines(sys.stdin.buffer, name))
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the files in a folder and below, except hidden ones; links to folders are not followed."""
+def files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder and below, except hidden ones; links to folders are not followed. A file is returned itself."""
+    if folder.is_file() or not folder.is_dir():
+        return [folder]
 
     def fail(error: OSError) -> None:
         raise error
@@ -166,7 +233,7 @@ def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
 
 
 def _folder(folder: str) -> tuple[list[Source], list[Unread]]:
-    files = [(path, _why_unread(path)) for path in _files(local_or_store(folder))]
+    files = [(path, _why_unread(path)) for path in files_in(local_or_store(folder))]
     sources = [_file(path) for path, reason in files if reason is None]
     unread = [Unread(path, reason) for path, reason in files if reason is not None]
     if not sources:
@@ -200,20 +267,62 @@ def _why_unread(path: Path, named: bool = False) -> str | None:
 
 
 def _file(path: Path) -> Source:
-    return Source(str(path), path.name, (path,), partial(_file_records, path))
+    kind, compression = _kind(path)
+    place = path.absolute()  # other processes may have another working directory
+    ranges: Callable[[int], list[Range]] = _one_range
+    has_lines = kind not in (".csv", ".tsv", ".parquet", *_TEXT) and not compression
+    if has_lines:
+        ranges = partial(_byte_ranges, place)
+    elif kind == ".parquet":
+        ranges = partial(_row_group_ranges, place)
+    return Source(str(path), path.name, (path,), partial(_file_records, place), ranges, has_lines, place)
 
 
-def _file_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
+def _byte_ranges(path: Path, size: int) -> list[Range]:
+    total = path.stat().st_size
+    return [Range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _row_group_ranges(path: Path, size: int) -> list[Range]:
+    from .tables import row_groups
+
+    total = path.stat().st_size
+    if total <= size:
+        return []
+    rows = row_groups(path)
+    together = max(1, int(size * len(rows) / total))  # row groups in a range
+    return [Range(start, min(start + together, len(rows)), sum(rows[:start])) for start in range(0, len(rows), together)]
+
+
+def count_lines(path: Path, part: Range) -> int:
+    """Count the lines of a file that begin in a range of its bytes."""
+    count = int(part.start == 0)
+    start = max(part.start - 1, 0)
+    left = part.stop - 1 - start
+    with open_from(path, start) as file:
+        while left > 0 and (content := file.read(min(left, _COUNTED_BYTES))):
+            count += content.count(b"\n")
+            left -= len(content)
+    return count
+
+
+def _file_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
     from .tables import csv_records, parquet_records
 
     kind, compression = _kind(path)
-    path = fetched(path)
+    if part is not None and kind != ".parquet":
+        with open_from(path, max(part.start - 1, 0)) as file:
+            start = part.start - 1 + _line_rest(file) if part.start else 0
+            yield from json_lines(file, name, part.first, part.stop - start)
+        return
+    if part is None:
+        path = fetched(path)
     if path.stat().st_size == 0:
         yield name, name, DataError(f"{path} is empty; give a file with documents")
         return
     try:
         if kind == ".parquet":
-            yield from parquet_records(path, name, reading)
+            yield from parquet_records(path, name, reading, part)
         elif kind in (".csv", ".tsv"):
             yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", reading)
         else:
@@ -240,10 +349,27 @@ def _open(path: Path, compression: str) -> Any:
     return openers[compression](path, "rb")
 
 
-def lines(file: ByteFile, name: str) -> Iterator[tuple[str, int, str | DataError]]:
-    """Yield the lines of a UTF-8 file, which end only at a newline, as (place, number, line with its end or an error)."""
-    number = 0
-    while line := file.readline(LONGEST_BYTES):
+def _line_rest(file: ByteFile) -> int:
+    """Read the rest of a line; return its number of bytes."""
+    size = 0
+    while content := file.readline(_COUNTED_BYTES):
+        size += len(content)
+        if content.endswith(b"\n"):
+            break
+    return size
+
+
+def lines(file: ByteFile, name: str, first: int = 0, size: int | None = None) -> Iterator[tuple[str, int, str | DataError]]:
+    """Yield the lines of a UTF-8 file, which end only at a newline, as (place, number, line with its end or an error).
+
+    Args:
+        first: number of the lines before.
+        size: bytes in which the lines must begin; None for all.
+    """
+    number = first
+    left = math.inf if size is None else size
+    while left > 0 and (line := file.readline(LONGEST_BYTES)):
+        left -= len(line)
         number += 1
         where = f"{name} line {number}"
         if len(line) == LONGEST_BYTES:
@@ -287,9 +413,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def json_lines(file: ByteFile, name: str) -> Iterator[Record]:
-    """Yield the records of JSON lines, without blank lines."""
-    for where, number, line in lines(file, name):
+def json_lines(file: ByteFile, name: str, first: int = 0, size: int | None = None) -> Iterator[Record]:
+    """Yield the records of JSON lines, without blank lines; see `lines`."""
+    for where, number, line in lines(file, name, first, size):
         id = f"{name}:{number}"
         if isinstance(line, DataError):
             yield where, id, line
@@ -351,7 +477,7 @@ def _saved(name_or_path: str, split: str | None) -> list[Source]:
     if not (path / "dataset_dict.json").is_file():
         if split is not None:
             raise UsageError(f"{name_or_path} is one dataset, without splits; name it without :{split}")
-        return [Source(name_or_path, path.resolve().name, (path,), partial(_saved_records, path))]
+        return [_saved_source(name_or_path, path.resolve().name, path)]
     try:
         names = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
         splits = [name for name in names if isinstance(name, str) and name == Path(name).name]
@@ -360,19 +486,36 @@ def _saved(name_or_path: str, split: str | None) -> list[Source]:
     if not splits or split not in (None, *splits):
         raise NotFoundError(f"{name_or_path} has no split {split!r}; it has {', '.join(splits) or 'none'}")
     return [
-        Source(f"{name_or_path}:{name}", f"{path.resolve().name}:{name}", (path / name,), partial(_saved_records, path / name))
-        for name in splits
-        if split in (None, name)
+        _saved_source(f"{name_or_path}:{name}", f"{path.resolve().name}:{name}", path / name) for name in splits if split in (None, name)
     ]
 
 
-def _saved_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
+def _saved_source(name: str, short: str, path: Path) -> Source:
+    place = path.absolute()
+    return Source(name, short, (path,), partial(_saved_records, place), partial(_row_ranges, place), place=place)
+
+
+def _row_ranges(path: Path, size: int) -> list[Range]:
+    total = sum(file.stat().st_size for file in files_in(path))
+    if total <= size:
+        return []
+    try:
+        rows = len(require("datasets", "hub").load_from_disk(str(path)))
+    except Exception:  # the library raises many kinds of error for damaged files; reading says which
+        return []
+    together = max(1, int(size * rows / total))
+    return [Range(start, min(start + together, rows), start) for start in range(0, rows, together)]
+
+
+def _saved_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
     from .tables import table_records
 
     datasets = require("datasets", "hub")
     try:
         dataset = datasets.load_from_disk(str(path)).with_format("arrow")
-        yield from table_records(_validated(dataset), name, reading)
+        if part is not None:
+            dataset = dataset.select(range(part.start, part.stop))
+        yield from table_records(_validated(dataset), name, reading, part.first if part else 0)
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds of error for damaged files
@@ -387,7 +530,7 @@ def _validated(dataset: Any) -> Iterator[Any]:
             yield batch
 
 
-def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading) -> Iterator[Record]:
+def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading, part: None = None) -> Iterator[Record]:
     datasets = require("datasets", "hub")
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)

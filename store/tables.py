@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import DataError
-from .sources import LONGEST_BYTES, MOST_COLUMNS, Reading, Record
+from .objects import StorePath, open_from
+from .sources import LONGEST_BYTES, MOST_COLUMNS, Range, Reading, Record
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 27
@@ -130,10 +131,24 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         raise DataError(f"{name}: {len(names):,} columns, and at most {MOST_COLUMNS:,} are read; remove some")
 
 
-def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]:
-    """Yield the records of a Parquet file."""
+def row_groups(path: Path) -> list[int]:
+    """Return the number of rows of each row group of a Parquet file; none if it is damaged, as reading it will say."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(_seekable(path)) as file:
+            return [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError, OverflowError):
+        return []
+
+
+def _seekable(path: Path) -> Any:
+    """Return what pyarrow opens: the path, or an object's bytes, which are fetched as they are read."""
+    return open_from(path, 0) if isinstance(path, StorePath) else path
+
+
+def parquet_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
+    """Yield the records of a Parquet file, or of a range of its row groups."""
+    try:
+        with pq.ParquetFile(_seekable(path)) as file:
             schema = file.schema_arrow
             metadata = file.metadata
             leaves = [metadata.schema.column(i) for i in range(min(metadata.num_columns, MOST_COLUMNS + 1))]
@@ -143,14 +158,15 @@ def parquet_records(path: Path, name: str, reading: Reading) -> Iterator[Record]
             indices = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
             nested = {leaves[i].path for i in indices if leaves[i].max_repetition_level}
             plans = []
-            for number in range(metadata.num_row_groups):
+            numbers = range(metadata.num_row_groups) if part is None else range(part.start, part.stop)
+            for number in numbers:
                 # Reading no rows raises errors in the columns' metadata; accessing these first would abort the process.
                 next(file.reader.iter_batches(0, row_groups=[number], column_indices=indices, use_threads=False), None)
                 chunks = [metadata.row_group(number).column(i) for i in indices]
                 plans.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {metadata.num_row_groups}"))
-        first = 0
-        for number, (rows, shared) in enumerate(plans):
-            with pq.ParquetFile(path, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
+        first = 0 if part is None else part.first
+        for number, (rows, shared) in zip(numbers, plans, strict=True):
+            with pq.ParquetFile(_seekable(path), read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
                 yield from table_records(file.iter_batches(rows, [number], columns), name, reading, first)
             first += metadata.row_group(number).num_rows
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

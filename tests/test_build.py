@@ -21,12 +21,16 @@ import pytest
 import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from wherefrom import BuildConfig, Client
+from wherefrom.ray_jobs import corpus as corpus_parts
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.progress import Console
+from wherefrom.store.corpus import Slice
 from wherefrom.store.errors import BusyError, DataError, NotFoundError, NumericalError, UsageError
 from wherefrom.store.files import exclusive
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import read_manifest
+
+COUNTED = ("documents", "split", "truncated", "skipped", "skipped_first", "left_out_columns")
 
 
 def config(model_dir, corpus, out, **options):
@@ -89,10 +93,68 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir):
-    out = tmp_path / "two.wherefrom"
-    build(config(model_dir, corpus_file, out, workers=2))
-    assert checksums(out) == checksums(index_dir)
+def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
+    """Also of a corpus that is read in parts."""
+    monkeypatch.setattr(corpus_parts, "_LEAST_PART", corpus_file.stat().st_size // 5)
+    one, two = tmp_path / "one.wherefrom", tmp_path / "two.wherefrom"
+    build(config(model_dir, corpus_file, one))
+    build(config(model_dir, corpus_file, two, workers=2))
+    assert checksums(two) == checksums(one)
+    assert len(Index(one).shards) > len(Index(index_dir).shards)
+    assert texts(one) == texts(index_dir)
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_corpus_in_parts_goes_on_with_the_parts_that_are_not_finished(tmp_path, model_dir, monkeypatch, is_here):
+    """On workers that have the files, and by the driver where they do not."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in random_texts(120, seed=3)])  # with default ids
+    build(config(model_dir, corpus, tmp_path / "whole"))
+    monkeypatch.setattr(corpus_parts, "_LEAST_PART", corpus.stat().st_size // 5)
+    monkeypatch.setattr(Slice, "is_here", is_here)
+    write = corpus_parts.CorpusWriter._write_shard
+    written = []
+
+    def stop_at_the_third(self, part, shards, examples):
+        written.append(part)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write(self, part, shards, examples)
+
+    monkeypatch.setattr(corpus_parts.CorpusWriter, "_write_shard", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build(config(model_dir, corpus, tmp_path / "i"))
+    damaged = json.loads((tmp_path / "i" / "staging" / "part-0.json").read_text())["shards"][0]["id"]
+    (tmp_path / "i" / "documents" / f"{damaged}.arrow").write_bytes(b"")
+    build(config(model_dir, corpus, tmp_path / "i"))
+    assert written == [0, 1, 2, 0, 2, 3, 4, 5][: len(written)]
+    assert len(written) >= 7
+    assert texts(tmp_path / "i") == texts(tmp_path / "whole")
+
+
+def test_counts_and_errors_of_parts_are_those_of_the_corpus(tmp_path, model_dir, monkeypatch):
+    records = [{"text": text, "n": number} for number, text in enumerate(random_texts(100, seed=3))]
+    lines = [json.dumps(record) for record in records]
+    for number in (7, 51, 99):
+        lines[number] = "{"
+    lines[60] = json.dumps({"id": "long", "text": words(*([1, 2, 3] * 40)), "raw": None})
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("\n".join(lines))
+    options = {"max_tokens": 16, "bad_documents": "skip"}
+    records = []
+    for name, size in (("whole", 1 << 20), ("parts", 1000)):
+        monkeypatch.setattr(corpus_parts, "_LEAST_PART", size)
+        records.append(build(config(model_dir, corpus, tmp_path / name, **options)).build)
+    whole, parts = [{name: getattr(record, name) for name in COUNTED} for record in records]
+    assert parts == whole
+    assert (whole["documents"], whole["split"], whole["skipped"]) == (97, whole["split"], 3)
+    assert [error.split(":")[0] for error in whole["skipped_first"]] == ["c.jsonl line 8", "c.jsonl line 52", "c.jsonl line 100"]
+    assert texts(tmp_path / "parts") == texts(tmp_path / "whole")
+    lines[80] = lines[20] = json.dumps({"id": "twice", "text": "w1 w2 w3"})
+    corpus.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="duplicate id 'twice'"):
+        build(config(model_dir, corpus, tmp_path / "refused", **options))
+    with pytest.raises(DataError, match=r"c\.jsonl line 8: not valid JSON"):
+        build(config(model_dir, corpus, tmp_path / "refused", max_tokens=16))
 
 
 def test_what_of_a_folder_is_not_kept_is_recorded_and_changes_nothing(tmp_path, model_dir):

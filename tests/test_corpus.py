@@ -1,8 +1,10 @@
 """Corpora in every form, the loss mask of every kind of document, and long documents cut without losing a token."""
 
+import dataclasses
 import gzip
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -547,3 +549,99 @@ def test_a_saved_dataset_whose_offsets_lead_out_of_it_is_refused(tmp_path):
     path.write_bytes(data[:at] + (2**30).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(DataError, match="cannot be read"):
         list(read_corpus([str(tmp_path / "d")]))
+
+
+# --- parts of a corpus
+
+
+def parts_of(size, *sources, fields=Fields()):
+    """The documents of all parts of about so many bytes, read one after the other, and the number of parts."""
+    read = []
+    lines_before = {}
+    parts = Corpus([str(s) for s in sources], fields).divide(size)
+    for part in parts:
+        numbered = []
+        for slice in part:
+            first = lines_before.get(slice.name, 0)
+            if slice.range is None or not slice.source.has_lines:
+                numbered.append(slice)
+            else:
+                numbered.append(dataclasses.replace(slice, range=slice.range._replace(first=first)))
+                lines_before[slice.name] = first + slice.count_lines()
+        read += Corpus.of(numbered, fields)
+    return read, len(parts)
+
+
+def shown(documents):
+    return [str(d) if isinstance(d, DataError) else dataclasses.asdict(d) for d in documents]
+
+
+LINES = st.sampled_from(
+    [
+        b'{"text": "a"}',
+        b"",
+        b"  ",
+        b'{"text": "%s"}' % (b"long " * 30),
+        b"{",
+        b"\xff\xfe",
+        b'{"id": "x", "text": "y"}',
+        b"[1]",
+        '{"text": "é€😀"}'.encode(),
+    ]
+)
+
+
+@given(
+    content=st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12),
+    end=st.sampled_from([b"", b"\n", b'{"text": "end"}']),
+    start=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    size=st.integers(1, 200),
+)
+@settings(max_examples=300, deadline=None)
+def test_ranges_of_lines_hold_each_line_once(tmp_path_factory, content, end, start, size):
+    path = tmp_path_factory.mktemp("lines") / "c.jsonl"
+    path.write_bytes(start + b"".join(line + newline for line, newline in content) + end)
+    read, count = parts_of(size, path)
+    assert shown(read) == shown(documents(path))
+    assert count >= max(1, path.stat().st_size // size)
+
+
+def test_large_tables_and_datasets_are_read_in_parts(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    records = [{"text": f"w{i}", "year": i} for i in range(100)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "c.parquet", row_group_size=7)
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "c.parquet", tmp_path / "saved"):
+        read, count = parts_of(400, source)
+        assert shown(read) == shown(documents(source))
+        assert count > 3
+
+
+def test_small_files_share_a_part_and_what_cannot_be_cut_is_read_whole(tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"w{number} w1")
+    (tmp_path / "c.csv").write_text("text,k\n" + "w1 w2,1\n" * 40)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "w1"}\n' * 400))
+    parts = Corpus([str(tmp_path)]).divide(30)
+    assert [[slice.name for slice in part] for part in parts] == [
+        ["0.txt", "1.txt", "2.txt", "3.txt", "4.txt", "5.txt"],
+        ["6.txt", "7.txt", "8.txt"],
+        ["c.csv"],
+        ["d.jsonl.gz"],
+    ]
+    assert shown(parts_of(30, tmp_path)[0]) == shown(documents(tmp_path))
+
+
+def test_files_of_another_machine_are_compared_by_their_bytes(tmp_path):
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": f"w{i}"} for i in range(50)])
+    slices = [slice.with_checksum() for part in Corpus([str(path)]).divide(200) for slice in part]
+    assert all(pickle.loads(pickle.dumps(slice)).is_here for slice in slices)
+    content = path.read_bytes()
+    other = tmp_path / "other" / "c.jsonl"  # a copy elsewhere that differs in one letter of the second range
+    other.parent.mkdir()
+    other.write_bytes(content.replace(b"w20", b"w2x"))
+    changed = [dataclasses.replace(slice, source=dataclasses.replace(slice.source, place=other)) for slice in slices]
+    assert [slice.is_here for slice in changed] == [b"w20" not in content[s.range.start : s.range.stop] for s in slices]
+    assert not all(slice.is_here for slice in changed)
+    missing = [dataclasses.replace(slice, source=dataclasses.replace(slice.source, place=tmp_path / "gone")) for slice in slices]
+    assert not any(slice.is_here for slice in missing)
