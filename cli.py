@@ -18,7 +18,7 @@ import cloup
 from click.core import ParameterSource
 
 from .command_options import ConfigCommand, config_options, query_options, take_config_values, take_options, with_flags
-from .query.options import Options, Query, ScoreOptions
+from .query.options import Options, Query, ScoreOptions, option_fields
 from .store.errors import UsageError, WherefromError, first_line
 from .store.printable import say, to_json
 
@@ -136,7 +136,10 @@ _task_option = click.option("--task", help="For an index of a custom task: its m
 _moved_model_option = click.option(
     "--model", multiple=True, type=click.Path(), help="The model's present location, if it was moved; of several models, all in order."
 )
-_mode_option = click.option("--mode", type=click.Choice(["influence", "cosine"]), default="influence", show_default=True)
+_mode_option = click.option(
+    "--mode", type=click.Choice(option_fields(ScoreOptions)["mode"].choices), default="influence", show_default=True
+)
+_BUILD_HAS = ("damping", "curvature", "weights", "layers", "preset")  # options of a build, with which an index is made to be judged
 _device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or map.")
 _queries_option = click.option("--file", type=click.Path(), required=True, help="JSON lines of queries; - reads standard input.")
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
@@ -739,8 +742,7 @@ def evaluate() -> None:
 @click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The queries to use.")
 @click.option("--out", type=click.Path(), help="Keep the index here.  [default: a temporary directory]")
 @click.option("--scores", type=click.Path(), help="Judge this matrix [examples, queries] (.npy or .npz) instead of an index.")
-@_mode_option
-@query_options("Scores", ScoreOptions, without=("mode", "damping", "curvature", "weights", "layers"))
+@query_options("Scores", ScoreOptions, without=_BUILD_HAS)
 @config_options
 @_json_option
 def lds(
@@ -751,9 +753,6 @@ def lds(
     queries: Any,
     out: str | None,
     scores: str | None,
-    mode: Any,
-    training: str | None,
-    refine: int | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -772,14 +771,14 @@ def lds(
 
     source = click.get_current_context().get_parameter_source
     options = take_config_values(values)
+    scoring: Any = take_options(values, ScoreOptions)
     place = Path(data) if data else None
     _quiet_libraries()
     from .evaluation.judge import judge_index, judge_scores
-    from .query.metric import Metric
 
     if scores is not None:
         idle = [f"-o {name}" for name in options if name != "device"]
-        idle += [f"--{name}" for name in ("index", "out", "mode", "training", "refine") if source(name) is ParameterSource.COMMANDLINE]
+        idle += [f"--{name}" for name in ("index", "out", *option_fields(ScoreOptions)) if source(name) is ParameterSource.COMMANDLINE]
         if idle:
             raise UsageError(f"{idle[0]} means nothing beside --scores, for which no index is built")
         device = options.get("device", "auto")
@@ -789,8 +788,9 @@ def lds(
         options["model"] = model or None
         with Console() as reporter:
             kept = Path(out) if out else None
-            metric = Metric(mode, training=training, refine=refine or 0)
-            judgement = judge_index(Path(pack), options, index=index, data=place, half=queries, metric=metric, out=kept, reporter=reporter)
+            judgement = judge_index(
+                Path(pack), options, index=index, data=place, half=queries, scoring=scoring, out=kept, reporter=reporter
+            )
     _result(as_json, judgement.to_dict(), "show_judgement", judgement)
 
 

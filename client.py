@@ -101,7 +101,7 @@ class Client(BaseClient):
         metric = Metric.of(options)  # an error before the model is loaded
         if options.get("rerank"):  # candidates are found by plain rows
             metric = replace(metric, refine=0)
-        return self.answer(queries, self.encode(queries, metric), **options) if queries else []
+        return self.answer(queries, self.encode_queries(queries, metric), **options) if queries else []
 
     def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
         """Answer queries whose rows are known.
@@ -186,7 +186,7 @@ class Client(BaseClient):
     ) -> Search:
         """Encode queries for a search of all rows."""
         metric = Metric.of(options)
-        rows = self.encode(queries, metric)
+        rows = self.encode_queries(queries, metric)
         mixings = mixed_components(self.index, rows, metric) if mixings is None else mixings
         search = Search(rows, metric, mixings, where, None if where is None else self._column_types)
         self.parts.scorer(search)  # refuses what is not possible with the index
@@ -195,20 +195,27 @@ class Client(BaseClient):
     def mixings(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> dict[str, Mixing]:
         """Mix the second moments of queries that are asked together into the curvature of each component, as `mix` says."""
         metric = Metric.of(options)
-        return mixed_components(self.index, self.encode(queries, metric), metric)
+        return mixed_components(self.index, self.encode_queries(queries, metric), metric)
 
-    def encode(self, queries: Sequence[Query], metric: Metric = Metric()) -> Rows:
+    def encode(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> Rows:
         """Compute the whitened rows of queries, by component; of a query with `against`, the difference of the two completions' rows.
 
         The rows of the last 128 queries that are not rows of the index are cached.
 
         Args:
-            metric: the rows depend on its training, with several models, and on `refine`.
+            options: the rows depend on `training`, with several models, and on `refine`.
+
+        Raises:
+            UsageError: an option is unknown or out of range; a text is empty or longer than the model's context.
         """
         check_queries(queries)
+        return self.encode_queries(queries, Metric.of(options))
+
+    def encode_queries(self, queries: Sequence[Query], metric: Metric) -> Rows:
+        """See `encode`."""
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
-            return combine(self.encode(plain, metric), matrix)
+            return combine(self.encode_queries(plain, metric), matrix)
         if any(query.row is not None for query in queries) and self._has_steps:
             raise UsageError("the rows of this index are Adam's steps, and no gradients to ask about; ask by the example's text")
         key = self._row_key(metric)
@@ -385,7 +392,7 @@ class Client(BaseClient):
         others = [component.name for component in self.index.manifest.components if not component.linear]
         if tokens and others:
             raise UsageError(f"the rows of {others[0]} are not linear in the gradient, so that tokens have no shares; ask without tokens")
-        query_rows = self.encode([query], metric)
+        query_rows = self.encode_queries([query], metric)
         scorer = Scorer.of(self.index, query_rows, metric)
         explanations = []
         for row in examples:

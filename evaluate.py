@@ -10,9 +10,9 @@ from .evaluation.checks import brittleness, labels, recall, tailpatch
 from .evaluation.judge import Judgement, judge_index, judge_scores
 from .evaluation.packs import Half
 from .evaluation.retrain import PackConfig, make_pack
-from .query.metric import Metric
-from .query.options import Mode
+from .query.options import ScoreOptions
 from .ray_jobs.progress import default_reporter
+from .store.errors import UsageError
 from .store.index import Index
 
 __all__ = ["brittleness", "labels", "lds", "pack", "recall", "replay", "tailpatch"]
@@ -25,9 +25,7 @@ def lds(
     scores: str | Path | None = None,
     data: str | Path | None = None,
     half: Half = "all",
-    mode: Mode = "influence",
-    training: str | None = None,
-    refine: int = 0,
+    scoring: ScoreOptions | None = None,
     baselines: bool = True,
     **options: Any,
 ) -> Judgement:
@@ -39,23 +37,23 @@ def lds(
         scores: a file with a matrix [examples, queries] to judge instead of an index.
         data: directory of an image pack's IDX files.
         half: the queries to use: "all", "even" or "odd".
-        mode: of the scores.
-        training, refine: see `ScoreOptions`.
+        scoring: options of the index's scores, such as {"mode": "cosine"}; those of its preset where they are not given.
         baselines: judge these, too.
         options: of the build (see `BuildConfig`), or `model` and `device` for `scores`.
 
     Raises:
         NotFoundError: there is no such pack.
         IntegrityError: the pack is damaged.
-        UsageError: the extra `evaluation` is not installed.
+        UsageError: the extra `evaluation` is not installed, or an option means nothing here.
     """
     place = None if data is None else Path(data)
     if scores is not None:
+        if scoring or index is not None:
+            raise UsageError("`scoring` and `index` mean nothing beside `scores`, for which no index is asked; leave them out")
         return judge_scores(Path(pack), Path(scores), data=place, half=half, **options)
     path = index.path if isinstance(index, Index) else index
     with default_reporter() as reporter:
-        metric = Metric(mode, training=training, refine=refine)
-        return judge_index(Path(pack), options, index=path, data=place, half=half, metric=metric, baselines=baselines, reporter=reporter)
+        return judge_index(Path(pack), options, index=path, data=place, half=half, scoring=scoring, baselines=baselines, reporter=reporter)
 
 
 def pack(

@@ -6,6 +6,7 @@ server of WHEREFROM_URL, else one with a discovery file.
 
 import glob
 import http.client
+import inspect
 import json
 import os
 import re
@@ -102,15 +103,19 @@ class RemoteClient(BaseClient):
             rows.append(self._parse(lambda content: np.frombuffer(content, "<f4"), content))
         return np.stack(rows)
 
-    def encode(self, queries: Sequence[Query]) -> "Rows":
+    def encode(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> "Rows":
         """See `Client.encode`."""
         from .store.vectors import from_bytes, join
 
-        contents = [self._send("POST", "/v1/encode", {**query.to_dict(), "index": self.index}) for query in queries]
+        check_queries(queries)
+        check_options(options)
+        settings = {**_set_options(options), "index": self.index}
+        contents = [self._send("POST", "/v1/encode", {**query.to_dict(), **settings}) for query in queries]
         return join([self._parse(from_bytes, content) for content in contents])
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """See `Client.explain`."""
+        check_queries([query])
         check_options(options)
         explanations: list[Explanation] = []
         for first in range(0, len(examples), MOST_EXPLAINED):
@@ -197,12 +202,22 @@ def connect(index: Any, /, **options: Any) -> BaseClient:
     """
     address = str(index)
     if address.startswith(("http://", "https://")):
+        _check_arguments(RemoteClient, options)
         return RemoteClient(address, **options)
     if re.fullmatch(r"[\w.-]+:\d+", address) and not Path(address).exists():
         raise UsageError(f"{address} is neither an index nor an address; a server's address begins with http://")
     from .client import Client
 
+    _check_arguments(Client, options)
     return Client(index, **options)
+
+
+def _check_arguments(kind: type, options: Mapping[str, Any]) -> None:
+    """Refuse options that a kind of client does not have."""
+    known = list(inspect.signature(kind).parameters)[1:]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise UsageError(f"{unknown[0]} is not an option of a {kind.__name__}; it has {', '.join(known)}")
 
 
 def _set_options(options: Mapping[str, Any]) -> dict[str, Any]:

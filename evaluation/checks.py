@@ -15,8 +15,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from ..query.baselines import row_norms
 from ..query.metric import Metric
 from ..query.options import Mode, Query
 from ..query.scoring import score_matrix
+from ..query.tables import data_frame, html_table
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, reporting
 from ..ray_jobs.worker import absolute
@@ -41,6 +43,10 @@ from ..store.shapes import Float32
 from .lds import columns_correlation, interval
 from .retrain import Train, compute_losses, trained
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+_REPORTED = ("name", "value", "low", "high")
 Optimizer = Literal["sgd", "adam"]
 _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -74,6 +80,19 @@ class Report:
             "figures": {name: asdict(figure) for name, figure in self.figures.items()},
             "explained": self.explained,
         }
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The figures, one a line.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return data_frame([{"name": name, **asdict(figure)} for name, figure in self.figures.items()], _REPORTED)
+
+    def _repr_html_(self) -> str:
+        """The table of `to_pandas`, and the explanation, for notebooks."""
+        lines = [(name, figure.value, figure.low, figure.high) for name, figure in self.figures.items()]
+        return html_table(self.check, _REPORTED, lines) + f"<p>{escape(self.explained)}</p>"
 
 
 def tailpatch(

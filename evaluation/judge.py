@@ -3,8 +3,9 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -15,7 +16,9 @@ from ..indexer.tasks import Task, find_task
 from ..query.baselines import Scores
 from ..query.matrix import read_matrix
 from ..query.metric import Metric
+from ..query.options import ScoreOptions, check_options
 from ..query.scoring import score_matrix
+from ..query.tables import data_frame, html_table
 from ..ray_jobs.build import build, refuse_occupied
 from ..ray_jobs.config import BuildConfig
 from ..ray_jobs.progress import Reporter, Silent
@@ -29,6 +32,10 @@ from .lds import Estimate, ceiling, difference, estimate, split_half
 from .packs import Half, Pack, read_pack, write_documents_file
 from .retrain import compute_losses
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+_JUDGED = ("name", "lds", "low", "high", "lead", "lead_low", "lead_high")
 _FEW_SUBSETS = 20
 _SAME_MODEL = 0.02  # mean relative difference of losses; bfloat16 weights stay within it
 
@@ -74,6 +81,26 @@ class Judgement:
         baselines = {name: {**_plain(e), **leads[name]} for name, e in self.baselines.items()}
         return {"pack": self.pack, **_plain(self.estimate), **fields, "baselines": baselines, "protocol": self.protocol}
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """The LDS of the index (or the scores) and of the baselines, one a line, with intervals and the lead over each baseline.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        return data_frame(self._lines(), _JUDGED)
+
+    def _repr_html_(self) -> str:
+        """The table of `to_pandas`, and the protocol, for notebooks."""
+        lines = [tuple(line[name] for name in _JUDGED) for line in self._lines()]
+        return html_table(f"LDS on {self.pack}", _JUDGED, lines) + f"<p>{escape(self.protocol)}.</p>"
+
+    def _lines(self) -> list[dict[str, Any]]:
+        name = "these scores" if self.bytes_per_example is None else "this index"
+        lines = [dict(zip(_JUDGED, (name, *_interval(self.estimate), None, None, None), strict=True))]
+        for baseline, value in self.baselines.items():
+            lines.append(dict(zip(_JUDGED, (baseline, *_interval(value), *_interval(self.leads[baseline])), strict=True)))
+        return lines
+
     @property
     def protocol(self) -> str:
         """Description of the protocol, in a sentence."""
@@ -92,7 +119,7 @@ def judge_index(
     index: str | Path | None = None,
     data: Path | None = None,
     half: Half = "all",
-    metric: Metric = Metric(),
+    scoring: ScoreOptions | None = None,
     out: Path | None = None,
     baselines: bool = True,
     reporter: Reporter = Silent(),
@@ -105,7 +132,7 @@ def judge_index(
         index: an index of the pack's training documents; None builds one.
         data: directory of an image pack's IDX files.
         half: the queries to use.
-        metric: of the scores.
+        scoring: options of the scores; those of the index's preset where they are not given.
         out: the index to write; by default a temporary one.
         baselines: judge these too, which may take longer than the index.
 
@@ -114,6 +141,7 @@ def judge_index(
         IncompatibleError: the model or its tokenizer does not fit the pack's documents.
     """
     require_libraries()
+    check_options(scoring or {})
     pack = read_pack(directory, data).half(half)
     with tempfile.TemporaryDirectory(prefix="wherefrom-") as scratch:
         folder = Path(scratch)
@@ -132,6 +160,7 @@ def judge_index(
         query_examples = client.to_examples(pack.queries)
         if options.get("model") is None:
             _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
+        metric = Metric.of({**(scoring or {}), "preset": client.index.manifest.build.inputs.options.preset})
         scores = score_matrix(client.index, client.encode_examples(query_examples, metric), metric).T
         baseline_scores = {}
         if baselines:
@@ -262,6 +291,10 @@ def _scores_of_zarr(file: Path, pack: Pack) -> np.ndarray:
         problem = f"none of {missing[0]!r}" if missing else "other queries, or other documents"
         raise UsageError(f"{file} is not of the pack {pack.name}: it has {problem}; write the scores of its train.jsonl and query.jsonl")
     return scores[:, [positions[document.id] for document in pack.train]].T.astype(np.float64)
+
+
+def _interval(value: Estimate) -> tuple[float, float, float]:
+    return value.value, value.low, value.high
 
 
 def _plain(e: Estimate) -> dict[str, float]:

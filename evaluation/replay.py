@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ..indexer.tasks import CausalLM
 from ..query.matrix import check_output, write_matrix
 from ..query.options import Query
 from ..query.plain import query_document, without_contrasts
+from ..query.tables import data_frame, html_table
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, Silent, reporting
 from ..store.documents import Example
@@ -38,8 +39,13 @@ from ..store.shapes import Float32, Float64
 from ..store.sources import describe_files
 from ..store.training import TrainingRun, content_rows, read_training
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _SAVE_SECONDS = 60.0
 _LARGEST_PASS = 64
+_SHOWN = 5  # best examples of a query in a notebook
+_SHOWN_TEXT = 400
 _STATE_BYTES = 2 << 30  # of the adjoints of a group of queries
 _ADJOINT_BYTES = 28  # a parameter: three parts of the adjoint before and after a step, and that of the gradient, in float32
 
@@ -75,6 +81,27 @@ class Replayed:
                 for i, (id, loss) in enumerate(zip(self.queries, self.losses.tolist(), strict=True))
             ],
         }
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The scores of all examples, one a line, with a column for each query.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        names = [query or str(number) for number, query in enumerate(self.queries)]
+        records = (
+            {"id": e.id, **dict(zip(names, column, strict=True))} for e, column in zip(self.examples, self.scores.T.tolist(), strict=True)
+        )
+        return data_frame(records, ["id", *names])
+
+    def _repr_html_(self) -> str:
+        """Tables of the best proponents and opponents of each query, for notebooks."""
+        tables = []
+        for number, query in enumerate(self.queries):
+            best = [*self.best(number, _SHOWN), *self.best(number, _SHOWN, opponents=True)]
+            title = f"query {query or number}: {self.losses[number]:.4g} nats"
+            tables.append(html_table(title, ("id", "score", "text"), [(e["id"], e["score"], e["text"][:_SHOWN_TEXT]) for e in best]))
+        return "".join(tables)
 
     def best(self, query: int, k: int, opponents: bool = False) -> list[dict[str, Any]]:
         """The examples of the highest scores of a query, or of the lowest, with their ids, scores and texts."""

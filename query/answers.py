@@ -3,13 +3,13 @@
 Nothing heavy is imported here, so that a command that asks a server starts at once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..store.extras import require
 from ..store.printable import printable
+from .tables import data_frame, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
 _SHOWN_TEXT = 400  # characters of a text in a notebook
 _SHOWN_PARTS = 10  # of a kind, in a notebook
 _FOR, _AGAINST = "46, 111, 214", "217, 119, 6"  # colors of tokens in a notebook
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; numbers have four digits."""
-
-    def row(tag: str, cells: Sequence[Any]) -> str:
-        texts = (f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}>{escape(printable(text))}</{tag}>" for text in texts) + "</tr>"
-
-    return f"<h4>{escape(title)}</h4><table>{row('th', columns)}{''.join(row('td', cells) for cells in rows)}</table>"
 
 
 @dataclass(frozen=True)
@@ -223,14 +213,14 @@ class Answer:
         parts = []
         for title, attributions in (("Proponents", self.proponents), ("Opponents", self.opponents)):
             rows = [(a.rank, a.score, a.id, a.text[:_SHOWN_TEXT]) for a in attributions]
-            parts.append(_table(title, ("", "score", "id", "text"), rows))
+            parts.append(html_table(title, ("", "score", "id", "text"), rows))
         if self.groups is not None:
             columns = ("value", "rows", "total", "low", "high", "share for", "share against")
             groups = [(g.value, g.rows, g.total, g.low, g.high, g.positive_share, g.negative_share) for g in self.groups]
-            parts.append(_table("Groups", columns, groups))
+            parts.append(html_table("Groups", columns, groups))
         if self.baselines is not None:
             baselines = [(b.name, b.correlation, b.shared, ", ".join(b.ids)) for b in self.baselines]
-            parts.append(_table("Baselines", ("name", "correlation", "shared", "best"), baselines))
+            parts.append(html_table("Baselines", ("name", "correlation", "shared", "best"), baselines))
         return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,7 +256,7 @@ class Answer:
         """
         kinds = {"proponent": self.proponents, "opponent": self.opponents}
         columns = ["kind", *Attribution.__dataclass_fields__]
-        return _frame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns)
+        return data_frame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns)
 
     def groups_to_pandas(self) -> "pd.DataFrame":
         """The groups, one a line; none where the query had no `group_by`.
@@ -274,7 +264,7 @@ class Answer:
         Raises:
             UsageError: pandas is not installed.
         """
-        return _frame([asdict(group) for group in self.groups or ()], list(Group.__dataclass_fields__))
+        return data_frame([asdict(group) for group in self.groups or ()], list(Group.__dataclass_fields__))
 
     def baselines_to_pandas(self) -> "pd.DataFrame":
         """What the baselines find: one row of the index a line, best first; none where the query had no `baselines`.
@@ -288,11 +278,7 @@ class Answer:
             for b in self.baselines or ()
             for rank, (row, id, score) in enumerate(zip(b.rows, b.ids, b.scores, strict=True), 1)
         ]
-        return _frame([dict(zip(columns, line, strict=True)) for line in lines], columns)
-
-
-def _frame(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> "pd.DataFrame":
-    return require("pandas", "pandas").DataFrame(list(records), columns=list(columns))
+        return data_frame([dict(zip(columns, line, strict=True)) for line in lines], columns)
 
 
 @dataclass(frozen=True)
@@ -361,7 +347,7 @@ class Explanation:
             if parts:
                 rows = [(part.name, part.score, part.component) for part in parts[:_SHOWN_PARTS]]
                 left_out = f" (the strongest {_SHOWN_PARTS} of {len(parts)})" if len(parts) > _SHOWN_PARTS else ""
-                html.append(_table(name + left_out, ("name", "score", "component"), rows))
+                html.append(html_table(name + left_out, ("name", "score", "component"), rows))
         return "".join(html)
 
     def _parts(self) -> dict[str, tuple[ScorePart, ...]]:
@@ -379,7 +365,7 @@ class Explanation:
         for kind, shares in (("example token", self.example), ("query token", self.query)):
             pairs = zip(shares.tokens, shares.scores, strict=True) if shares is not None else ()
             lines += [{"kind": kind, "name": token, "score": score} for token, score in pairs]
-        return _frame(lines, ["kind", *ScorePart.__dataclass_fields__]).astype({"token": "Int64"})
+        return data_frame(lines, ["kind", *ScorePart.__dataclass_fields__]).astype({"token": "Int64"})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, keys as in `wherefrom explain --json`."""

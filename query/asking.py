@@ -30,7 +30,7 @@ class BaseClient(ABC):
         """See `Client.scores`."""
 
     @abstractmethod
-    def encode(self, queries: Sequence[Query]) -> "Rows":
+    def encode(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> "Rows":
         """See `Client.encode`."""
 
     @abstractmethod

@@ -91,6 +91,11 @@ class Metric:
         return settings
 
 
+def changes_rows(options: ScoreOptions) -> bool:
+    """Return True if options may make other rows of queries than the plain ones (see `Metric.row_settings`)."""
+    return bool(options.get("refine")) or options.get("training") is not None
+
+
 def matched(names: Sequence[str], patterns: Sequence[str]) -> Bool[np.ndarray, " layers"]:
     """Return which layers match a pattern, in full or by their end (as `layers` of a build does); all without patterns."""
     if not patterns:

@@ -196,9 +196,9 @@ def mixed_components(index: Index, queries: Rows, metric: Metric) -> dict[str, M
 
 def _check_preset(index: Index, metric: Metric) -> None:
     """Refuse a preset that the index was not built with."""
-    built = (index.manifest.build.inputs.options.model_extra or {}).get("preset")
+    built = index.manifest.build.inputs.options.preset
     if metric.preset is not None and metric.preset != built:
-        with_what = f"with the preset {built}" if isinstance(built, str) else "without a preset"
+        with_what = "without a preset" if built is None else f"with the preset {built}"
         raise UsageError(f"this index was built {with_what}, not with {metric.preset}; build it so, or leave `preset` out")
 
 

@@ -208,7 +208,10 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     async def encode(body: EncodeBody) -> Response:
         """Encode a query: its whitened rows, as a safetensors file with the arrays of each component."""
         query = body.query()
-        rows = await _engine_of(engines, body.index).call(lambda client: client.encode([query]))
+        options = body.given(ScoreOptions)
+        engine = _engine_of(engines, body.index)
+        _check_refine(engine, options, 1)
+        rows = await engine.call(lambda client: client.encode([query], **options))
         return Response(to_bytes(rows), media_type="application/octet-stream")
 
     @app.post("/v1/complete", tags=["queries"])

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..client import Client
 from ..query.answers import Answer
+from ..query.metric import changes_rows
 from ..query.options import Options, Query
 from ..store.errors import BusyError
 from ..store.presets import mixes
@@ -142,7 +143,7 @@ class Engine:
                 alone = number if mixes(job.query[1]) else None  # queries of other requests are not asked together with it
                 by_options.setdefault(json.dumps([job.query[1], alone], sort_keys=True), []).append(number)
         queries = {number: job.query for number, job in enumerate(jobs) if job.query is not None}
-        self._encode([query for query, _ in queries.values()])
+        self._encode([query for query, options in queries.values() if not changes_rows(options)])
         for numbers in by_options.values():
             options = queries[numbers[0]][1]
             answers = self._answers([queries[number][0] for number in numbers], options)
@@ -150,7 +151,7 @@ class Engine:
         return [outcomes[number] for number in range(len(jobs))]
 
     def _encode(self, queries: Sequence[Query]) -> None:
-        """Encode queries of all options in one pass of the model; the client caches their rows."""
+        """Encode queries with plain rows, of all options, in one pass of the model; the client caches the rows."""
         start = time.perf_counter()
         cached = sum(self.client.is_cached(query) for query in queries)
         self._metrics.remembered.labels(self.name, "hit").inc(cached)

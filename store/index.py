@@ -515,7 +515,7 @@ class Index:
         for layer in component.layers:
             if layer.curvature == "identity":
                 raise UsageError(
-                    "this index was built with the `curvature` identity and has no eigenvalues; leave out `damping` and `training`"
+                    "this index was built without curvature (identity) and has no eigenvalues; leave out `damping` and `training`"
                 )
             eigenvalues = self.arrays[f"{component.name}/{layer.name}/eigenvalues"].astype(np.float64)
             values.append(eigenvalues)

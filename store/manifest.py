@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import IncompatibleError, IntegrityError, NotFoundError
 from .files import create_only, read_bytes, sha256, write_whole
+from .presets import PresetName
 
 FORMAT_VERSION = 2
 FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors", "optimizer", "unit-length"})
@@ -370,6 +371,7 @@ class Options(_Model):
     max_tokens: Size | None
     long: Literal["split", "truncate"]
     append_eos: bool
+    preset: PresetName | None = None
 
 
 class Inputs(_Model):

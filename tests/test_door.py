@@ -8,6 +8,7 @@ import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, write_jsonl
 from wherefrom.query.answers import Answer, Explanation
 from wherefrom.ray_jobs.progress import Silent
+from wherefrom.store.errors import UsageError
 
 TEXTS = random_texts(40, seed=11)
 DOCUMENTS = [{"id": f"d{i}", "text": text, "source": "even" if i % 2 == 0 else "odd"} for i, text in enumerate(TEXTS)]
@@ -236,6 +237,13 @@ def test_an_index_of_a_model_from_nowhere_says_so(index):
     with pytest.raises(wherefrom.WherefromError, match="was built from a model in memory; give `model` and `tokenizer`"):
         wherefrom.connect(index).query(text=TEXTS[0])
     assert wherefrom.connect(index).query(row=3, k=1).proponents
+
+
+def test_unknown_options_of_a_connection_are_refused_in_words(index):
+    with pytest.raises(UsageError, match="model is not an option of a RemoteClient; it has index, token, timeout"):
+        wherefrom.connect("http://127.0.0.1:1", model="m")
+    with pytest.raises(UsageError, match="token is not an option of a Client; it has model"):
+        wherefrom.connect(index, token="t")
 
 
 @pytest.mark.skipif("WHEREFROM_CHECK_TYPES" in os.environ, reason="the type checker refuses them first")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wherefrom
 from click.testing import CliRunner
 from helpers import assert_close, make_examples, make_model, random_texts, words, write_jsonl
 from hypothesis import given, settings
@@ -27,7 +28,6 @@ from wherefrom.evaluation.lds import ceiling, difference, estimate, interval, ld
 from wherefrom.evaluation.packs import read_pack
 from wherefrom.evaluation.retrain import compute_losses, draw_masks
 from wherefrom.indexer.tasks import CausalLM
-from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store.documents import Example
@@ -269,11 +269,48 @@ def test_the_judged_scores_are_those_of_an_ordinary_index(pack, tmp_path):
     content = json.loads(run("evaluate", "lds", pack, "--scores", tmp_path / "theirs.npy", "--json").stdout)
     assert content["lds"] == pytest.approx(judgement.estimate.value, abs=1e-3)
     assert content["bytes_per_example"] is None
-    cosine = judge_index(pack, {"rank": 4}, metric=Metric("cosine"))
+    cosine = judge_index(pack, {"rank": 4}, scoring={"mode": "cosine"})
     lengths = np.array([np.linalg.norm(client.index.vectors(i, client.index.component("blocks")).values[0]) for i in range(24)])
     assert cosine.estimate.value == pytest.approx(np.nanmean(lds(scores / lengths[:, None], read.masks, read.losses)), abs=1e-3)
     half = judge_scores(pack, tmp_path / "theirs.npy", half="even")
     assert half.estimate.value == pytest.approx(np.nanmean(lds(scores[:, ::2], read.masks, read.losses[:, :, ::2])))
+
+
+def test_options_of_scores_reach_the_judgement_and_those_without_effect_are_refused(pack, tmp_path):
+    kept = tmp_path / "kept.wherefrom"
+    options = ["-o", "preset=trak", "-o", "rank=4", "--out", kept, "--json"]
+    content = json.loads(run("evaluate", "lds", pack, *options, "--mix", "0.5", "--mode", "loss-normalized").stdout)
+    assert {name: content["method"][name] for name in ("preset", "mix", "mode")} == {
+        "preset": "trak",
+        "mix": "0.5",
+        "mode": "loss-normalized",
+    }
+    plain = json.loads(run("evaluate", "lds", pack, "--index", kept, "--json").stdout)  # the preset of the index counts
+    assert (plain["method"]["preset"], plain["method"]["mode"]) == ("trak", "influence")
+    assert plain["lds"] != content["lds"]
+    np.save(tmp_path / "theirs.npy", np.zeros((24, 5)))
+    for idle in (["--mix", "auto"], ["--refine", "2"], ["--mode", "cosine"]):
+        refused = run("evaluate", "lds", pack, "--scores", tmp_path / "theirs.npy", *idle)
+        assert (refused.exit_code, f"{idle[0]} means nothing beside --scores" in refused.stderr) == (2, True)
+    with pytest.raises(UsageError, match="mean nothing beside"):
+        wherefrom.evaluate.lds(pack, scores=tmp_path / "theirs.npy", scoring={"mode": "cosine"})
+    with pytest.raises(UsageError, match="nothing is not an option"):
+        wherefrom.evaluate.lds(pack, kept, scoring={"nothing": 1})
+
+
+def test_judgements_and_reports_are_frames_and_html(pack, index_dir):
+    pandas = pytest.importorskip("pandas")
+    judgement = judge_index(pack, {"rank": 4})
+    frame = judgement.to_pandas().set_index("name")
+    assert frame.loc["this index", "lds"] == judgement.estimate.value
+    assert frame.loc["bm25", "lead_low"] == judgement.leads["bm25"].low
+    assert pandas.isna(frame.loc["this index", "lead"])
+    assert f"<td>{judgement.baselines['bm25'].value:.4g}</td>" in judgement._repr_html_()
+    report = wherefrom.evaluate.tailpatch(index_dir, [Query(row=3)], k=2)
+    assert dict(zip(report.to_pandas()["name"], report.to_pandas()["value"], strict=True)) == {
+        n: f.value for n, f in report.figures.items()
+    }
+    assert report.check in report._repr_html_()
 
 
 def _masks(pack, change):

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import wherefrom
 from click.testing import CliRunner
 from wherefrom.cli import main
+from wherefrom.query.options import Options, Query, option_fields
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
@@ -68,6 +70,19 @@ def modules_after(code):
 
 
 HEAVY = {"torch", "ray", "faiss", "transformers", "zarr", "pyarrow", "numpy", "datasets", "pandas", "rich"}
+
+
+def test_the_explorer_asks_with_fields_that_are_defined():
+    """And a link shows no field that the page has no control for."""
+    script = (ROOT / "server" / "static" / "app.js").read_text()
+    page = (ROOT / "server" / "static" / "index.html").read_text()
+    names = json.loads(re.search(r"const SHOWN = (\[.*?\]);", script)[1])
+    assert set(names) <= {"index", *option_fields(Query), *option_fields(Options)}
+    controls = {"group_by": "group", "recall": "certified"}
+    assert all(f'id="{controls.get(name, name)}"' in page for name in names)
+    written = re.findall(r"(?:query|options|search)\.(\w+) = ", script) + re.findall(r"[{,] (\w+): \$\(", script)
+    assert set(written) <= set(names)
+    assert len(written) >= len(names) - 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["query", "--help"], ["build", "--help"], ["--version"]])
@@ -149,9 +164,9 @@ def test_no_code_asks_for_the_kind_of_a_component():
 
 
 def test_queries_and_options_are_defined_once():
-    """Python's signature, the command line, the request bodies and the explorer have the fields of query/options.py."""
+    """Python's signature, the command line and the request bodies have the fields of query/options.py."""
     from wherefrom.query.asking import BaseClient
-    from wherefrom.query.options import Options, Query, ScoreOptions, option_fields
+    from wherefrom.query.options import ScoreOptions
     from wherefrom.server.bodies import EncodeBody, ExplainBody, QueryBody, QueryFields, ScoresBody
 
     fields = option_fields(Query)
@@ -168,9 +183,6 @@ def test_queries_and_options_are_defined_once():
         parameters = {parameter.name for parameter in main.commands[name].params}
         wanted = {field.name for owner in owners for field in option_fields(owner).values() if field.option.on_command_line}
         assert wanted <= parameters, (name, wanted - parameters)
-    script = (ROOT / "server/static/app.js").read_text()
-    (shown,) = re.findall(r"const SHOWN = \[(.*)\]", script)
-    assert set(re.findall(r'"(\w+)"', shown)) <= {*fields, *options, "index"}
 
 
 HEADER = """# The command line
@@ -181,6 +193,7 @@ All others are given as `-o name=value`, such as `-o seed=1`; `--help-all` lists
 A TOML file given with `--config` may hold any of them by their names, such as `fit_examples = 512` and `layers = ["h.0.*"]`.
 An option comes from the command line, else from the environment, else from the TOML file; else it has its default.
 In the environment, `wherefrom build -o seed=1` is written as `WHEREFROM_BUILD_SEED=1`.
+`eval "$(_WHEREFROM_COMPLETE=bash_source wherefrom)"` completes commands, options and their values in bash (`zsh_source` in zsh).
 
 Results go to standard output, progress and errors to standard error.
 Exit codes: 0 done, 1 error, 2 usage, 3 not found or incompatible, 4 integrity, 130 interrupted.

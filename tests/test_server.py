@@ -151,6 +151,8 @@ def test_both_clients_answer_alike(server, paths, name):
     for component, vectors in ours.items():
         for field in (field for field in fields(vectors) if getattr(vectors, field.name) is not None):
             assert_close(getattr(theirs[component], field.name), getattr(vectors, field.name), 1e-5)
+    with pytest.raises(UsageError, match="nothing is not an option"):
+        there.encode(QUERIES, nothing=1)
     ranked = [p.row for p in here.query(QUERIES[0], k=5).proponents]
     assert np.argsort(-here.scores(QUERIES[:1])[0], kind="stable")[:5].tolist() == ranked
 
@@ -161,11 +163,14 @@ def test_a_server_refines_no_longer_than_it_should(server):
         lambda: there.query(prompt="w1", completion=" w2", refine=100),
         lambda: there.scores(QUERIES[:1], refine=100),
         lambda: there.explain([3], QUERIES[0], refine=100),
+        lambda: there.encode(QUERIES[:1], refine=100),
     ):
         with pytest.raises(UsageError, match="a server takes at most 10,000 for a request"):
             ask()
     with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
         there.query(prompt="w1", completion=" w2", refine=1)
+    with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
+        there.encode(QUERIES[:1], refine=1)
 
 
 def test_the_command_line_asks_a_running_server_and_prints_the_same(server, paths, environment):

@@ -84,7 +84,7 @@ function read() {
   return { query, options, search };
 }
 
-const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "training", "layers", "k", "where", "group_by", "baselines", "recall", "rerank"];
+const SHOWN = ["prompt", "completion", "against", "text", "row", "index", "mode", "damping", "layers", "k", "where", "group_by", "baselines", "recall", "rerank"];
 
 function write(given) {
   if (typeof given !== "object" || given === null || Array.isArray(given)) throw new Error("This link holds no query.");
