@@ -307,10 +307,10 @@ class DenseCollector(GradientSum):
         unprojected: dict[str, tuple[Map, Map]] = {layer.name: (None, None) for layer in encoder.layers}
         self.maps: Mapping[str, tuple[Map, Map]] = unprojected if as_adam_step else encoder.maps
 
-    def rows(self) -> Callable[[], DenseVectors]:
-        """Start to copy the batch's whitened rows [examples, dim] to the host, once; the value returns them.
+    def rows(self, coded: bool = False) -> Callable[[], DenseVectors]:
+        """Start to copy the batch's whitened rows [examples, dim] to the host, once; the returned function waits for them.
 
-        A layer that was not called contributes zeros.
+        A layer that was not called contributes zeros. Dense rows are coded on the host, also if they are `coded`.
         """
         encoder = self._encoder
         copies: list[tuple[Layer, Callable[[], Tensor]]] = []

@@ -152,6 +152,7 @@ class Encoder:
         queries: bool = False,
         tolerant: bool = False,
         meters: Sequence[Meter] = (),
+        coded: bool = False,
     ) -> Iterator[EncodedBatch]:
         """Yield whitened rows, batch by batch; float32 (dense rows of a float64 model: float64).
 
@@ -162,6 +163,7 @@ class Encoder:
             queries: use the task's measurement instead of its loss.
             tolerant: give an example whose loss or gradient is not finite rows of zeros, and NaN as its loss.
             meters: also visit the last model's layers.
+            coded: sparse rows hold only the coordinates that an index codes (see `SparseVectors.energies`), for `SparseWriter`.
 
         Raises:
             NumericalError: a loss or a row is not finite and not tolerated; names the example.
@@ -170,7 +172,7 @@ class Encoder:
         objective = Objective(query=queries, undivided=undivided)
         started: Callable[[], EncodedBatch] | None = None
         for positions, batch in self.task.batches(self.models, examples, self.settings.batch_tokens):
-            following = self._start(positions, batch, objective, progress, tolerant, meters)
+            following = self._start(positions, batch, objective, progress, tolerant, meters, coded)
             if started is not None:
                 yield started()
             started = following if self.overlaps else None
@@ -186,7 +188,14 @@ class Encoder:
         return any(parameter.device.type != "cpu" for model in self.models for parameter in model.parameters())
 
     def _start(
-        self, positions: list[int], batch: Batch, objective: Objective, progress: Progress, tolerant: bool, meters: Sequence[Meter]
+        self,
+        positions: list[int],
+        batch: Batch,
+        objective: Objective,
+        progress: Progress,
+        tolerant: bool,
+        meters: Sequence[Meter],
+        coded: bool,
     ) -> Callable[[], EncodedBatch]:
         """Run the models over a batch and start to copy its rows to the host; the value waits for them, once."""
         losses = []
@@ -200,7 +209,7 @@ class Encoder:
             hidden_copy = means(batch) if means else None
         for meter in meters:
             meter.end()
-        copies = {name: collector.rows() for name, collector in collectors.items()}
+        copies = {name: collector.rows(coded) for name, collector in collectors.items()}
         tokens = start_copy(batch.valid.sum())
         del collectors
 

@@ -18,14 +18,16 @@ inputs' moment. They need the whole backward pass. A weight that head and embedd
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..store.bits import MATRIX_BITS, rotation_matrix
 from ..store.manifest import DenseComponent, Layer, Projection, SparseComponent
-from ..store.shapes import Float, Float64, Int
+from ..store.shapes import Float, Float32, Float64, Int
 from ..store.vectors import DenseVectors, SparseVectors
 from .batches import IGNORED, Batch
 from .capture import Inputs, Map, OutputGradient, accumulation_dtype
@@ -77,6 +79,14 @@ class SparseEncoder:
                 for name in ("basis", "eigenvalues", "vocabulary")
             )
             self.damping = component.curvature.damping * float(arrays["vocabulary"].mean() * arrays["eigenvalues"].mean())
+
+    @cached_property
+    def rotation(self) -> Float32[Tensor, "width bits"] | None:
+        """Matrix of the coded coordinates of a rotated vector; None where they are so many that the rotation itself is faster."""
+        component = self.component
+        if component.bits > MATRIX_BITS:
+            return None
+        return torch.from_numpy(rotation_matrix(component.width, component.bits, component.seed)).to(self.device)
 
     @property
     def undivided(self) -> bool:
@@ -242,8 +252,12 @@ class SparseCollector:
         sums = d.new_zeros(*keys.shape, d.shape[2])
         return sums.scatter_add_(1, positions[..., None].expand_as(d), gradients)
 
-    def rows(self) -> Callable[[], SparseVectors]:
-        """Start to copy the batch's whitened rows, by token, to the host; the value returns them."""
+    def rows(self, coded: bool = False) -> Callable[[], SparseVectors]:
+        """Start to copy the batch's whitened rows, by token, to the host; the returned function waits for them.
+
+        Args:
+            coded: copy only the coordinates of the rotated vectors that an index codes, and the lengths: some hundred times fewer bytes.
+        """
         encoder = self._encoder
         filled = torch.arange(self._keys.shape[1])[None] < torch.from_numpy(self._counts)[:, None]
         indptr = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
@@ -253,8 +267,14 @@ class SparseCollector:
         positions = filled.flatten().nonzero().flatten().to(encoder.device)
         keys = self._keys.flatten()[positions]
         whitened = (self._sums.flatten(0, 1)[positions] @ encoder.basis) * encoder.scale(keys)
-        copied_keys, vectors = start_copy(keys), start_copy(whitened.float())
-        return lambda: SparseVectors(indptr, copied_keys().numpy(), vectors().numpy())
+        vectors = whitened.float()
+        copied_keys = start_copy(keys)
+        if not coded or encoder.rotation is None:
+            copied = start_copy(vectors)
+            return lambda: SparseVectors(indptr, copied_keys().numpy(), copied().numpy())
+        rotated = start_copy(vectors @ encoder.rotation)
+        energies = start_copy(vectors.double().square().sum(1))
+        return lambda: SparseVectors(indptr, copied_keys().numpy(), rotated().numpy(), energies=energies().numpy())
 
 
 def _padded(keys: Sequence[np.ndarray]) -> Int[Tensor, "rows keys"]:

@@ -59,9 +59,10 @@ _SHARD_ROWS = 16384
 _GROUP_ROWS = 1 << 18  # whose scores fit into a core's cache
 _STORE_GROUP_ROWS = 1 << 20
 _DEFAULT_MAX_TOKENS = 2048
-_FIT_PART = 64  # examples of a part of the fitting sample
+_FIT_PART = 64  # examples of a part of a fitting sample, if it has between `_LEAST_FIT_PARTS` and `_MOST_FIT_PARTS` of these
 _LEAST_FIT_PART = 8
-_FIT_PARTS = 4  # of a small sample, so that several workers share it
+_LEAST_FIT_PARTS = 4  # so that several workers share a small sample
+_MOST_FIT_PARTS = 16  # whose sums, as large as the curvature, all travel to the driver
 _COMPARED_ROWS = 256
 _COMPARED_COORDINATES = 1 << 25
 _COUNTED = 1024
@@ -365,7 +366,8 @@ def draw_sample(shards: Sequence[Shard] | Sequence[WrittenShard], rows: Int64[np
     sample = np.sort(generator.choice(rows, count, replace=False, shuffle=False))
     firsts = np.array([s.first for s in shards])
     parts: list[Part] = []
-    size = min(_FIT_PART, max(_LEAST_FIT_PART, -(-count // _FIT_PARTS)))
+    number_of_parts = min(_MOST_FIT_PARTS, max(_LEAST_FIT_PARTS, count // _FIT_PART))
+    size = max(_LEAST_FIT_PART, -(-count // number_of_parts))
     for start in range(0, count, size):
         drawn = sample[start : start + size]
         numbers = np.unique(np.searchsorted(firsts, drawn, side="right") - 1)

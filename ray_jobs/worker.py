@@ -303,7 +303,7 @@ def encode_rows(
     hidden: np.ndarray | None = None
     comparison = comparison or Comparison()
     meters = () if comparison.head is None else (comparison.head,)
-    for batch in encoder.batches(examples, progress, tolerant=True, meters=meters):
+    for batch in encoder.batches(examples, progress, tolerant=True, meters=meters, coded=not comparison.count):
         comparison.add(batch)
         losses[batch.positions] = batch.losses
         if batch.hidden is not None:

@@ -20,7 +20,7 @@ from .shapes import Float32, Int64, UInt8
 
 _ROUNDS = 3
 _CACHED_FOLDS = 4
-_MATRIX_BITS = 256  # most bits for which a matrix is multiplied; for more, it would be large, and the rotation itself is faster
+MATRIX_BITS = 256  # most bits for which a matrix is multiplied; for more, it would be large, and the rotation itself is faster
 _CACHED_MATRICES = 8
 
 
@@ -29,7 +29,7 @@ def rotate(vectors: Float32[np.ndarray, "entries width"], bits: int, seed: int) 
 
     The rotation is three rounds of random signs and a Hadamard transform; the width is padded with zeros to a power of two.
     """
-    if bits <= _MATRIX_BITS:
+    if bits <= MATRIX_BITS:
         return vectors.astype(np.float32, copy=False) @ rotation_matrix(vectors.shape[1], bits, seed)
     width = padded_width(vectors.shape[1], bits)
     x = np.zeros((len(vectors), width), np.float32)
@@ -47,7 +47,7 @@ def rotation_matrix(width: int, bits: int, seed: int) -> Float32[np.ndarray, "wi
 
 def unrotate(rotated: Float32[np.ndarray, "entries bits"], width: int, seed: int) -> Float32[np.ndarray, "entries width"]:
     """Apply the transpose of `rotate`, which is its inverse if no coordinate was left out."""
-    if rotated.shape[1] <= _MATRIX_BITS:
+    if rotated.shape[1] <= MATRIX_BITS:
         return rotated.astype(np.float32, copy=False) @ rotation_matrix(width, rotated.shape[1], seed).T
     return _unrotate(rotated, width, seed)
 

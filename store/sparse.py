@@ -45,15 +45,15 @@ class Coded:
 
 
 def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
-    """Code rows with `bits` bits an entry.
+    """Code rows with `bits` bits an entry; those with `energies` are rotated already.
 
     Raises:
         NumericalError: a vector is not finite.
     """
-    squares = np.einsum("ed,ed->e", rows.vectors, rows.vectors, dtype=np.float64)
+    squares = rows.squared_lengths
     if not np.isfinite(squares).all():
         raise NumericalError("a sparse row is not finite; check its document and the model's precision")
-    rotated = rotate(rows.vectors, bits, seed)
+    rotated = rotate(rows.vectors, bits, seed) if rows.energies is None else rows.vectors
     sums = np.abs(rotated).sum(axis=1, dtype=np.float64)
     factors = np.divide(squares, sums, out=np.zeros_like(squares), where=sums > 0)
     lengths = rows.sums_by_row(squares)

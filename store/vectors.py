@@ -125,12 +125,14 @@ class SparseVectors:
         keys: tokens, ascending within a row.
         vectors: one for each entry.
         whole: each row's squared length before entries were left out; None where none was.
+        energies: each entry's squared length, where `vectors` are only some coordinates of the rotated vectors (see bits.py); else None.
     """
 
     indptr: Int64[np.ndarray, " rows_and_one"]
     keys: Int64[np.ndarray, " entries"]
     vectors: Float[np.ndarray, "entries width"]
     whole: Float64[np.ndarray, " rows"] | None = None
+    energies: Float64[np.ndarray, " entries"] | None = None
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -205,17 +207,23 @@ class SparseVectors:
             scores[np.ix_(self.owners[entries], other.owners[others])] += self.vectors[entries] @ other.vectors[others].T
         return scores
 
+    @property
+    def squared_lengths(self) -> Float64[np.ndarray, " entries"]:
+        """Each entry's squared length."""
+        return np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64) if self.energies is None else self.energies
+
     def largest(self, limit: int | None) -> "SparseVectors":
         """Keep the entries of largest norm, at most so many of each row; `whole` are then the lengths of these rows."""
-        energies = np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64)
+        energies = self.squared_lengths
         whole = self.sums_by_row(energies)
         counts = np.diff(self.indptr)
         if limit is None or not (counts > limit).any():
-            return SparseVectors(self.indptr, self.keys, self.vectors, whole)
+            return SparseVectors(self.indptr, self.keys, self.vectors, whole, self.energies)
         order = np.lexsort((-energies, self.owners))  # rows one after another, each from its largest entry to its smallest
         entries = np.sort(order[np.arange(len(order)) - np.repeat(self.indptr[:-1], counts) < limit])
         indptr = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
-        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole)
+        kept = None if self.energies is None else self.energies[entries]
+        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole, kept)
 
     def as_float32(self) -> "SparseVectors":
         """See `Vectors`."""
@@ -224,13 +232,15 @@ class SparseVectors:
     def clear(self, mask: Bool[np.ndarray, " rows"]) -> None:
         """See `Vectors`."""
         self.vectors[mask[self.owners]] = 0.0
+        if self.energies is not None:
+            self.energies[mask[self.owners]] = 0.0
         if self.whole is not None:
             self.whole[mask] = 0.0
 
     @property
     def squared_norms(self) -> Float64[np.ndarray, " rows"]:
         """See `Vectors`."""
-        return self.sums_by_row(np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64))
+        return self.sums_by_row(self.squared_lengths)
 
     def sums_by_row(self, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
         """Sum a value of each entry, row by row."""

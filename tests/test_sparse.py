@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from helpers import assert_close, make_examples, make_model, make_plan, open_zarr, sparse_component, sparse_rows, words
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
+from wherefrom.indexer import sparse
 from wherefrom.indexer.curvature import add_sums
 from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit
@@ -228,6 +229,35 @@ def test_only_the_largest_keys_are_kept_when_asked():
         whole = every.cut(i, i + 1)
         largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
         assert few.cut(i, i + 1).keys.tolist() == largest.tolist()
+
+
+@pytest.mark.parametrize("role", ["head", "embeddings"])
+@pytest.mark.parametrize(("bits", "max_tokens"), [(16, None), (8, 3), (512, 3)])
+def test_rows_that_are_rotated_before_they_are_copied_have_the_codes_of_whole_ones(role, bits, max_tokens, monkeypatch):
+    """Only a code's coordinates and lengths are copied to the host."""
+    model, examples = make_model(), make_examples(9)
+    plan = head_plan(model, bits=bits, role=role, max_tokens=max_tokens)
+    encoder = fitted(model, plan, examples)
+    widths = []
+    copy = sparse.start_copy
+    monkeypatch.setattr(sparse, "start_copy", lambda tensor: widths.append(tuple(tensor.shape[1:])) or copy(tensor))
+    whole = {tuple(batch.positions): batch.rows[role] for batch in encoder.batches(examples)}
+    widths.clear()
+    rotated = {tuple(batch.positions): batch.rows[role] for batch in encoder.batches(examples, coded=True)}
+    assert {width for (width,) in filter(None, widths)} == {bits if bits <= 256 else plan.components[0].width}
+    assert whole.keys() == rotated.keys()
+    for positions, vectors in whole.items():
+        broken = np.arange(len(vectors)) == 1
+        vectors.clear(broken)
+        rotated[positions].clear(broken)
+        expected, coded = code(vectors, bits, 3), code(rotated[positions], bits, 3)
+        assert np.array_equal(coded.counts, expected.counts)
+        assert np.array_equal(coded.keys, expected.keys)
+        for name in ("factors", "norms", "whole"):
+            assert_close(getattr(coded, name), getattr(expected, name), 1e-5)
+        sizes = np.abs(rotate(vectors.vectors, bits, 3))
+        differ = np.unpackbits(coded.codes ^ expected.codes, axis=1, count=bits).astype(bool)
+        assert not (differ & (sizes > 1e-5 * sizes.max())).any()
 
 
 def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
