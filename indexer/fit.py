@@ -5,7 +5,7 @@ component needs one or more steps (PCA if configured, then the passes that its c
 that use the same labels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -52,12 +52,19 @@ class ComponentFit(Protocol):
     def meter(self, number: int, encoder: Encoder) -> StatisticsMeter:
         """Create the sums of a pass."""
 
-    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
-        """Compute the component's arrays after a pass, from its sums and the arrays of the passes before.
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Groups of layers that are finished together, since they have the same input, with the prefixes of their sums' names."""
+
+    def finish(self, number: int, group: str, sums: Mapping[str, np.ndarray], examples: int) -> Arrays:
+        """Compute the arrays of a group of layers after a pass, from their sums.
 
         Raises:
             NumericalError: a statistic is not finite or missing; names the layer.
         """
+
+    def complete(self, number: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Compute the arrays of a component that need those of all its layers, after a pass."""
 
     def with_sample(self, examples: int) -> Component:
         """Return the component with its curvature selected for the actual number of examples."""
@@ -121,18 +128,45 @@ class Fit:
         Raises:
             NumericalError: a statistic is not finite (names the layer), or no example has a finite loss and gradient.
         """
-        arrays = dict(arrays)
+        return self.combine(step, arrays, [self.decompose(*task) for task in self.decompositions(step, totals)])
+
+    def decompositions(self, step: int, totals: Arrays) -> list[tuple[str, int, str, Arrays, int]]:
+        """Divide a step's merged sums into tasks of `decompose`: for each component, those of layers that share an input.
+
+        Raises:
+            NumericalError: no example has a finite loss and gradient.
+        """
         examples = int(totals["examples"])
         if examples == 0:
             raise NumericalError("no example's loss and gradient are finite under this model; try float32, or look for broken weights")
+        tasks = []
+        for component, number in self.steps[step]:
+            for group, owners in component_fit(component).groups.items():
+                prefixes = tuple(f"{component.name}/{owner}" for owner in owners)
+                sums = {key.partition("/")[2]: value for key, value in totals.items() if key.startswith(prefixes)}
+                tasks.append((component.name, number, group, sums, examples))
+        return tasks
+
+    def decompose(self, name: str, number: int, group: str, sums: Arrays, examples: int) -> Arrays:
+        """Compute a component's arrays of a group of layers after a pass, from their sums: mostly eigendecompositions.
+
+        Raises:
+            NumericalError: a statistic is not finite; names the layer.
+        """
+        (component,) = (c for c in self.settings.components if c.name == name)
+        whole = {key: value.astype(np.float64, copy=False) for key, value in sums.items()}
+        results = component_fit(component).finish(number, group, whole, examples)
+        return {f"{name}/{key}": array for key, array in results.items()}
+
+    def combine(self, step: int, arrays: Arrays, results: Iterable[Arrays]) -> Arrays:
+        """Combine the encoder's arrays before a step with what its decompositions gave."""
+        arrays = dict(arrays)
+        for result in results:
+            arrays |= result
         for component, number in self.steps[step]:
             prefix = f"{component.name}/"
-            sums = {
-                key.removeprefix(prefix): value.astype(np.float64, copy=False) for key, value in totals.items() if key.startswith(prefix)
-            }
-            before = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-            results = component_fit(component).finish(number, sums, examples, before)
-            arrays |= {f"{component.name}/{name}": array for name, array in results.items()}
+            own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            arrays |= {f"{prefix}{name}": array for name, array in component_fit(component).complete(number, own).items()}
         return arrays
 
 
@@ -157,7 +191,16 @@ class SparseFit:
         """See `ComponentFit`."""
         return sparse.SparseMeter(self.component)
 
-    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """See `ComponentFit`."""
+        return {"": ("",)}
+
+    def complete(self, number: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """See `ComponentFit`."""
+        return {}
+
+    def finish(self, number: int, group: str, sums: Mapping[str, np.ndarray], examples: int) -> Arrays:
         """See `ComponentFit`."""
         return sparse.finish({name: _finite(sums.get(name), name, self.component.layer) for name in sparse.STATISTICS}, examples)
 
@@ -187,12 +230,22 @@ class DenseFit:
         """See `ComponentFit`."""
         return DenseMeter(self.component, number, encoder.component_encoders[self.component.name].maps)  # type: ignore[union-attr]
 
-    def finish(self, number: int, sums: Mapping[str, np.ndarray], examples: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
         """See `ComponentFit`."""
-        results = _finish_dense(self.component, number, sums, examples)
-        if self.component.reduced and number == self.passes - 1:
-            results |= _coordinates(self.component, {**arrays, **results})
-        return results
+        groups: dict[str, tuple[str, ...]] = {}
+        for layer in self.component.layers:
+            groups[layer.input_group] = (*groups.get(layer.input_group, (f"{layer.input_group}/",)), f"{layer.name}/")
+        return groups
+
+    def finish(self, number: int, group: str, sums: Mapping[str, np.ndarray], examples: int) -> Arrays:
+        """See `ComponentFit`."""
+        layers = [layer for layer in self.component.layers if layer.input_group == group]
+        return _finish_dense(self.component, layers, number, sums, examples)
+
+    def complete(self, number: int, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """See `ComponentFit`."""
+        return _coordinates(self.component, arrays) if self.component.reduced and number == self.passes - 1 else {}
 
     def with_sample(self, examples: int) -> DenseComponent:
         """See `ComponentFit`."""
@@ -264,15 +317,17 @@ class DenseMeter:
         self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)
 
 
-def _finish_dense(component: DenseComponent, number: int, totals: Mapping[str, np.ndarray], examples: int) -> Arrays:
-    """Compute a dense component's arrays after a pass.
+def _finish_dense(
+    component: DenseComponent, layers: Sequence[Layer], number: int, totals: Mapping[str, np.ndarray], examples: int
+) -> Arrays:
+    """Compute the arrays of a dense component's layers with the same input after a pass.
 
     The moments of projected inputs and output gradients are projections of the unprojected moments, from which the principal components
     come: one pass serves both.
     """
     arrays: Arrays = {}
     projected: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
-    for layer in component.layers:
+    for layer in layers:
         passes = _layer_passes(component, layer)
         names = _statistics(component, number, layer)
         statistics = {s: _finite(totals.get(f"{_owner(layer, s)}/{s}"), s, layer.name) for s in names}

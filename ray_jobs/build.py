@@ -318,7 +318,7 @@ def run_fit(
         for sums in executor.map("sum_statistics", (settings, arrays, step), [(part,) for part in parts], reporter):
             add_sums(totals, sums)
             del sums  # as large as the totals
-        arrays = fit.finish(step, arrays, totals)
+        arrays = fit.combine(step, arrays, executor.map("decompose", (settings,), fit.decompositions(step, totals), Silent()))
     return arrays, {name: int(totals[name]) if fit.steps else 0 for name in ("examples", "tokens")}
 
 

@@ -197,6 +197,20 @@ class Worker:
         examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
         return Fit(settings).sum_statistics(self._encoder(settings, arrays, f"pass {step}"), step, examples, progress)
 
+    def decompose(
+        self,
+        settings: EncoderSettings,
+        name: str,
+        number: int,
+        group: str,
+        sums: Arrays,
+        examples: int,
+        progress: Progress = ignore_progress,
+    ) -> Arrays:
+        """Compute the arrays of a group of layers from their sums; see `Fit.decompose`."""
+        torch.set_num_threads(self._config.threads)
+        return Fit(settings).decompose(name, number, group, sums, examples)
+
     def build(
         self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, compared: int = 0, progress: Progress = ignore_progress
     ) -> Shard:

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# One thread for each process, since several run tests at once: BLAS threads that wait for others' cores take several times as long. Ray's
+# workers otherwise run at a low priority, and would wait for the tests beside them.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
 import jaxtyping
 import pytest
 

@@ -79,7 +79,13 @@ def integral(matrix, time):
     return expm(np.block([[-time * matrix, time * np.eye(n)], [np.zeros((n, 2 * n))]]))[:n, n:]
 
 
-def dense_scores(client, example, queries, time):
+def dense_matrices(client, component, layer, time):
+    """The integral of a layer's filter over a segment, within the coordinates that rows have, and the filter at the segment's end."""
+    matrix, kept = dense_curvature(client, component, layer)
+    return kept @ integral(matrix, time), expm(-time * matrix)
+
+
+def dense_scores(client, example, queries, time, matrices):
     """SOURCE's score of an example for queries, by dense matrices of each layer: the sum over segments, without weights."""
     components = client.index.manifest.components
     models = client.encoder.models
@@ -89,10 +95,12 @@ def dense_scores(client, example, queries, time):
         for component in reversed(components):
             layer = component.layers[number]
             tokens = component.curvature.tokens / component.curvature.examples
-            matrix, kept = dense_curvature(client, component, layer)
+            if (component.name, number) not in matrices:
+                matrices[component.name, number] = dense_matrices(client, component, layer, time / tokens / len(models))
+            integrated, filtered = matrices[component.name, number]
             gradient = autograd_gradients(models[component.model], component.layers, example)[0][number].ravel()
-            scores += components[-1].weight * (carried @ (kept @ integral(matrix, time / tokens / len(models)) @ gradient))
-            carried = carried @ expm(-time / tokens / len(models) * matrix)
+            scores += components[-1].weight * (carried @ (integrated @ gradient))
+            carried = carried @ filtered
     return scores
 
 
@@ -110,7 +118,8 @@ def test_scores_of_dense_rows_equal_matrix_exponentials(tmp_path, checkpoints, d
         time = relative / mean * tokens * count
         options = {"training": f"{time / 50},50"}
         found = client.scores(queries, **options)[:, ROWS]
-        expected = np.array([dense_scores(client, client.index.example(row), asked, time) for row in ROWS]).T
+        matrices = {}
+        expected = np.array([dense_scores(client, client.index.example(row), asked, time, matrices) for row in ROWS]).T
         assert_close(found, expected, 1e-4)
         assert_close(client.recomputed_scores(queries, ROWS, **options), expected, 1e-4)
         answer = client.query(queries[0], k=40, **options)
