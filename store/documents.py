@@ -3,6 +3,9 @@
 The file has record batches of 256 examples. The shard's arrays hold the offset and the CRC-32C of each batch (see `batch_checksums`), so
 that reading one text reads and checks one batch. Filters and groups read `Columns`, which the search caches hold for several shards.
 
+In an object store, the batches are compressed with Zstandard, by Arrow's own means: texts and token ids become about a third. A reader
+checks the size that a batch says it will have before it is decompressed. On a disk a text is read where it lies, not compressed.
+
 Columns: `id`, `document` (the id of the document that a chunk was cut from; equal to `id` if it was not cut), `chunk` (its number), `text`,
 `source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of all other columns of
 the corpus. A metadata column whose values have no common Arrow type (such as numbers and words) is stored as JSON text, which its field's
@@ -28,12 +31,15 @@ import pyarrow as pa
 from .arrays import crc32c
 from .errors import IntegrityError, first_line
 from .files import memory_map, read_ahead, regular_size, storage_errors
+from .objects import StorePath
 from .shapes import Bool, Float32, Int32, Int64, UInt32
 
 if TYPE_CHECKING:
     from .filters import Column
 
 BATCH_ROWS = 256
+_LARGEST_BATCH = 1 << 29  # bytes of a compressed record batch in memory
+_CACHED_BATCHES = 8  # of a file; decompressed ones take memory
 _NESTING = 16  # levels of a type that Arrow files support
 _SHORTEST = 2  # tokens of a text: one to predict and one before it
 _MAGIC = b"ARROW1\0\0"
@@ -92,7 +98,7 @@ def stored_bytes(example: Example) -> int:
 
 
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples, in order, as one Arrow IPC file."""
+    """Write examples, in order, as one Arrow IPC file; one for an object store is compressed."""
     examples = [e if e.document else replace(e, document=e.id) for e in examples]
     schema = pa.schema([*_FIXED, *_VECTOR]) if any(e.features is not None for e in examples) else _FIXED
     columns = [pa.array([getattr(e, f.name) for e in examples], f.type) for f in schema]
@@ -103,7 +109,8 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
         columns.append(pa.StructArray.from_arrays(arrays, fields=fields))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        options = pa.ipc.IpcWriteOptions(compression="zstd" if isinstance(path, StorePath) else None)
+        with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
             writer.write_table(pa.table(columns, schema=schema), max_chunksize=BATCH_ROWS)
 
 
@@ -177,8 +184,9 @@ def _read_schema(content: pa.Buffer) -> pa.Schema:
 def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
     """Read a record batch from the bytes of its message, and check all offsets, lengths and texts, since the file may be untrusted."""
     message = pa.ipc.read_message(pa.BufferReader(content))
-    if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
-        raise ValueError(f"it has a {message.type} that is compressed or not expected")
+    if message.type != "record batch":
+        raise ValueError(f"it has a {message.type} that is not expected")
+    _check_expanded(message.metadata.to_pybytes(), message.body)
     batch = pa.ipc.read_record_batch(message, schema)
     batch.validate(full=True)
     lists = [batch.column(name) for name in ("token_ids", "loss_mask") if name in schema.names]
@@ -209,11 +217,13 @@ def _starts(lists: pa.ListArray) -> Int32[np.ndarray, " lists_and_one"]:
     return np.frombuffer(lists.offsets.buffers()[1], np.int32)[: len(lists) + 1]
 
 
-def _is_compressed(message: bytes) -> bool:
-    """Return True if a record batch's values are compressed, so that their size is unknown before they are read.
+def _check_expanded(message: bytes, body: pa.Buffer) -> None:
+    """Refuse a record batch that would take much memory when its buffers are decompressed.
 
     Args:
-        message: the metadata of the batch's message, a flatbuffer that Arrow has checked.
+        message: the metadata of the batch's message, a flatbuffer that Arrow has checked: a table `Message` whose field 2 is a table
+            `RecordBatch` with the places of the buffers (field 2) and the kind of compression (field 3).
+        body: the buffers. A compressed one begins with the number of its bytes before compression, -1 if it is not compressed after all.
     """
 
     def field_offset(table: int, number: int) -> int:
@@ -223,9 +233,23 @@ def _is_compressed(message: bytes) -> bool:
         relative = struct.unpack_from("<H", message, fields + entry)[0] if entry < struct.unpack_from("<H", message, fields)[0] else 0
         return table + relative if relative else 0
 
-    root = struct.unpack_from("<I", message, 0)[0]
-    header = field_offset(root, 2)
-    return bool(header) and bool(field_offset(header + struct.unpack_from("<I", message, header)[0], 3))
+    def target(place: int) -> int:
+        return place + struct.unpack_from("<I", message, place)[0]
+
+    header = field_offset(target(0), 2)
+    if not header or not field_offset(target(header), 3):
+        return
+    buffers = target(field_offset(target(header), 2))
+    total = 0
+    for number in range(struct.unpack_from("<I", message, buffers)[0]):
+        start, size = struct.unpack_from("<qq", message, buffers + 4 + 16 * number)
+        if size:
+            expanded = struct.unpack_from("<q", body.slice(start, 8).to_pybytes())[0] if 0 <= start <= body.size - 8 else -2
+            if expanded < -1:
+                raise ValueError("a compressed buffer has no size")
+            total += max(expanded, 0)
+    if total > _LARGEST_BATCH:
+        raise ValueError(f"a compressed batch says that it takes {total:,} bytes, and at most {_LARGEST_BATCH:,} are read")
 
 
 def _is_encoded(field: pa.Field) -> bool:
@@ -358,6 +382,8 @@ class Documents:
                 if batch.num_rows != min(BATCH_ROWS, self.rows - number * BATCH_ROWS):
                     raise ValueError(f"a batch holds {batch.num_rows} examples")
             self._batches[number] = batch
+            if len(self._batches) > _CACHED_BATCHES:
+                self._batches.pop(next(iter(self._batches)))
         return self._batches[number]
 
     def __getitem__(self, row: int) -> Example:

@@ -209,10 +209,13 @@ def files_in(folder: Path) -> list[Path]:
 
 def _expand(name_or_path: str) -> tuple[list[Source], list[Unread]]:
     path = local_or_store(name_or_path)
-    if isinstance(path, StorePath) and not path.is_file():
-        if not path.is_dir():
+    if isinstance(path, StorePath):
+        if path.is_dir():
+            return _folder(name_or_path)
+        prefix, _, name = name_or_path.rpartition("/")
+        path = local_or_store(prefix) / name
+        if not isinstance(path, StorePath) or not path.is_file():
             raise NotFoundError(f"there is no object or prefix {name_or_path}")
-        return _folder(name_or_path)
     if path.is_dir():
         return (_saved(name_or_path, None), []) if _is_saved(path) else _folder(name_or_path)
     if path.is_file():

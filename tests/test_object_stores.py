@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,12 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from itertools import count
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from helpers import random_texts, record, write_jsonl
@@ -20,11 +24,13 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.ray_jobs.build import build
 from wherefrom.store import objects
+from wherefrom.store.corpus import Corpus, describe_sources
 from wherefrom.store.errors import BusyError, IntegrityError, NotFoundError, StorageError, UsageError
+from wherefrom.store.fields import Fields
 from wherefrom.store.files import create_only, exclusive
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import manifest_path
-from wherefrom.store.objects import TRAFFIC, StorePath, local_or_store
+from wherefrom.store.objects import TRAFFIC, StorePath, fetched, local_or_store
 from wherefrom.store.update import delete
 
 pytestmark = pytest.mark.processes
@@ -80,9 +86,15 @@ def without_path(answer):
 
 
 def content(index):
-    """Rows, documents and search caches of an index, by their place."""
-    files = [path for folder in ("rows", "documents", "search") for path in (index.path / folder).iterdir()]
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+    """Arrays of rows and search caches, and the examples, of an index, by their place; documents in a store are compressed."""
+    arrays = {}
+    for folder in ("rows", "search"):
+        for path in (index.path / folder).iterdir():
+            with zipfile.ZipFile(fetched(path)) as file:
+                names = [name for name in file.namelist() if "/c/" in name and not name.startswith("documents_")]
+                arrays |= {f"{folder}/{path.name}/{name}": file.read(name) for name in names}
+    documents = {path.name for path in (index.path / "documents").iterdir()}
+    return arrays, documents, [repr(index.example(row)) for row in np.flatnonzero(index.alive).tolist()]
 
 
 OPTIONS = [{}, {"mode": "cosine", "group_by": "year"}, {"recall": 0.99999}, {"where": "year >= 1960", "k": 20}]
@@ -155,6 +167,38 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
     delete(far.index.path, ["new1"])
     far._looked = 0.0
     assert far.refreshed().index.manifest.number == far.index.manifest.number + 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_part_of_a_corpus_fetches_its_range(prefix, tmp_path, machine, monkeypatch, kind):
+    """And a corpus is known by the store's tags, without being fetched."""
+    monkeypatch.setattr(objects, "_PIECE", 1 << 12)
+    texts = [{"text": text} for text in random_texts(5000, seed=3, shortest=20, longest=30)]
+    file = tmp_path / f"c.{kind}"
+    if kind == "jsonl":
+        write_jsonl(file, texts)
+    else:
+        pq.write_table(pa.Table.from_pylist(texts), file, row_group_size=100, use_dictionary=False)
+    size = file.stat().st_size
+    address = f"{prefix}/corpus/c.{kind}"
+    local_or_store(prefix).place[0].put(f"corpus/c.{kind}", file)
+    machine()
+    (described,) = describe_sources([address])
+    assert (described["bytes"], described["sha256"], bool(described["tag"])) == (size, None, True)
+    assert TRAFFIC.fetched == 0
+    parts = Corpus([address]).divide(size // 8)
+    assert len(parts) > 7
+    machine()
+    (slice,) = Corpus([address]).divide(size // 8)[3]
+    slice = pickle.loads(pickle.dumps(slice))
+    texts_of_part = [document.text for document in Corpus.of([slice], Fields())]
+    position = [record["text"] for record in texts].index(texts_of_part[0])
+    assert texts_of_part == [record["text"] for record in texts[position : position + len(texts_of_part)]]
+    assert 400 < len(texts_of_part) < 900
+    assert TRAFFIC.fetched < size / 2  # an eighth, and a footer
+    local_or_store(prefix).place[0].put(f"corpus/c.{kind}", b"another content")
+    machine()
+    assert describe_sources([address])[0]["tag"] != described["tag"]
 
 
 def test_a_query_fetches_what_it_touches(prefix, tmp_path, machine):
