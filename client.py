@@ -208,11 +208,11 @@ class Client(BaseClient):
         Raises:
             UsageError: an option is unknown or out of range; a text is empty or longer than the model's context.
         """
-        check_queries(queries)
         return self.encode_queries(queries, Metric.of(options))
 
     def encode_queries(self, queries: Sequence[Query], metric: Metric) -> Rows:
         """See `encode`."""
+        check_queries(queries)
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
             return combine(self.encode_queries(plain, metric), matrix)

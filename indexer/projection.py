@@ -85,12 +85,14 @@ def principal_components(
 def symmetric_eigen(matrix: Float[np.ndarray, "n n"]) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, "n n"]]:
     """Eigenvalues (ascending, negative round-off set to 0) and eigenvectors (columns) of a second-moment matrix, in float64.
 
-    Each vector's largest coordinate is positive. The matrix is decomposed on a GPU if there is one, else by PyTorch's threads, whose number
-    is the same for all workers, and so are the bits of the result.
+    Each vector's largest coordinate is positive. The matrix is decomposed on a GPU if there is one, else by numpy. (After PyTorch's own
+    decomposition on a CPU, its later products in the same process are other bits.)
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    symmetric = torch.from_numpy(np.asarray((matrix + matrix.T) / 2, np.float64)).to(device)
-    values, vectors = (part.cpu().numpy() for part in torch.linalg.eigh(symmetric))
+    symmetric = np.asarray((matrix + matrix.T) / 2, np.float64)
+    if torch.cuda.is_available():
+        values, vectors = (part.cpu().numpy() for part in torch.linalg.eigh(torch.from_numpy(symmetric).cuda()))
+    else:
+        values, vectors = np.linalg.eigh(symmetric)
     largest = np.abs(vectors).argmax(axis=0)
     signs = np.where(vectors[largest, np.arange(len(values))] < 0, -1.0, 1.0)
     return np.maximum(values, 0.0), vectors * signs

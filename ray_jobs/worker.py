@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..indexer import models
@@ -207,9 +208,9 @@ class Worker:
         examples: int,
         progress: Progress = ignore_progress,
     ) -> Arrays:
-        """Compute the arrays of a group of layers from their sums; see `Fit.decompose`."""
-        torch.set_num_threads(self._config.threads)
-        return Fit(settings).decompose(name, number, group, sums, examples)
+        """Compute the arrays of a group of layers from their sums; see `Fit.decompose`. All workers have the same number of threads."""
+        with threadpool_limits(self._config.threads):
+            return Fit(settings).decompose(name, number, group, sums, examples)
 
     def build(
         self, settings: EncoderSettings, arrays: Arrays, shard: WrittenShard, compared: int = 0, progress: Progress = ignore_progress
