@@ -117,7 +117,7 @@ _LOOK = cloup.Section("Look and check")
 )
 @click.version_option(package_name="wherefrom")
 def main() -> None:
-    """Which training examples made the model say this?
+    """Search a training corpus for the examples behind an output.
 
     Build an index of a model's training corpus once, then ask it.
 
@@ -806,7 +806,7 @@ def lds(
 @_task_option
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
-    """Take one optimizer step on each of the top proponents: does the query's loss fall?
+    """Compare the query's loss before and after one optimizer step on each of the top proponents.
 
     \b
       wherefrom evaluate tailpatch my.wherefrom --file queries.jsonl
@@ -834,7 +834,7 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 @_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
-    """Train again without the top proponents: does the query's loss rise more than without random examples?
+    """Compare the query's loss after training without the top proponents with the loss after training without random examples.
 
     \b
       wherefrom evaluate brittleness my.wherefrom --train mytraining:train --base ./base --file queries.jsonl -k 50 --workers 4
@@ -853,7 +853,7 @@ def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **o
 @click.option("--column", required=True, help="Metadata column that is true where an example's label is known to be wrong.")
 @_json_option
 def labels(index: str, column: str, as_json: bool) -> None:
-    """Does self-influence find the examples whose labels are wrong?
+    """Compare the ranking by self-influence with the examples whose labels are wrong.
 
     \b
       wherefrom evaluate labels my.wherefrom --column corrupted
@@ -872,7 +872,7 @@ def labels(index: str, column: str, as_json: bool) -> None:
 @_mode_option
 @_json_option
 def recall(index: str, reference: str, file: str | None, as_json: bool, **options: Any) -> None:
-    """How much of a float32 index's answers does a compressed index of the same corpus give?
+    """Compare a compressed index's best rows with those of its float32 reference.
 
     \b
       wherefrom evaluate recall int8.wherefrom float32.wherefrom
@@ -894,7 +894,7 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
 @_worker_options
 @_json_option
 def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: Any) -> None:
-    """Do the index's scores agree with exact influence, by a replay of the training run?
+    """Compare the index's scores with exact influence, by a replay of the training run.
 
     \b
       wherefrom evaluate replay my.wherefrom --run out/wherefrom-run --file queries.jsonl

@@ -225,7 +225,7 @@ class Client(BaseClient):
         return rows
 
     def _row_key(self, metric: Metric) -> tuple[Any, ...]:
-        """What rows of queries depend on besides the query; empty for the plain rows of the index's models."""
+        """Cache key of encoded rows besides the query; empty for plain rows."""
         special = metric.refine or (metric.training is not None and len(self.index.manifest.models) > 1)
         return metric.row_settings if special else ()
 

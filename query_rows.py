@@ -262,6 +262,6 @@ def _encoder_of(encoder: Encoder, components: Mapping[str, tuple[Component, Mapp
 
 
 def _at_once(components: Sequence[Component], examples: int) -> int:
-    """How many whole gradients may be in memory."""
+    """Return the number of whole gradients that fit in memory."""
     widths = [component.dim for component in components if component.has_wide_rows]
     return max(1, _GRADIENT_BYTES // (8 * max(widths))) if widths else max(1, examples)

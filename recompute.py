@@ -114,7 +114,7 @@ class Recomputer:
 
     @cached_property
     def _most_rows(self) -> int:
-        """How many rows may be in memory at once."""
+        """Return the number of rows that fit in memory."""
         widths = [component.dim for component in self.view.manifest.components if component.has_wide_rows]
         return max(1, _ROW_BYTES // (4 * max(widths))) if widths else _ROW_BYTES
 

@@ -40,7 +40,7 @@ def show_answer(answer: Answer) -> None:
 
 
 def _how_searched(s: SearchReport) -> str:
-    """What the search was, for the line that begins with an answer's query."""
+    """Describe the search in one line."""
     searched = f"exact search of {s.rows:,} rows"
     if s.faiss is not None:
         made = f"{s.faiss.factory}, {s.faiss.parameters}" if s.faiss.parameters else s.faiss.factory
@@ -108,7 +108,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
 
 
 def _curvature(q: Mapping[str, Any]) -> str:
-    """Which curvature an answer's scores are under."""
+    """Describe the curvature of an answer's scores."""
     given = q.get("damping", 0)
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"

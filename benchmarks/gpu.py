@@ -1,4 +1,4 @@
-"""A build's work on a GPU: is it right, how fast is it beside plain training, how much memory does it take?
+"""A build's work on a GPU: correctness, speed compared with plain training, and memory.
 
     python benchmarks/gpu.py [--shapes 135M 1B 8B] [--device cuda] [--dtypes bfloat16 float32] [--json]
 

@@ -1,4 +1,4 @@
-"""How fast is an exact search of sparse rows, on an index of real rows and on one grown from it?
+"""Speed of an exact search of sparse rows, on an index of real rows and on one grown from it.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom
     python benchmarks/search_speed.py --index full.wherefrom --queries queries.jsonl [--rows 1000000]

@@ -34,7 +34,7 @@ def agreement(
     reporter: Reporter | None = None,
     **resources: Any,
 ) -> Report:
-    """How well an index's scores agree with exact influence, computed by a replay of the training run.
+    """Compare an index's scores with exact influence from a replay of the training run.
 
     Examples are compared that are both in the record and in the index, by their tokens and loss masks.
 

@@ -226,7 +226,7 @@ class Replayer:
         return CausalLM().context(self._replay.model)
 
     def queries_per_pass(self) -> int:
-        """How many queries share a pass through the run, so that their adjoints fit into memory."""
+        """Return the number of queries per pass that fit in memory."""
         return max(1, min(_LARGEST_PASS, _STATE_BYTES // (_ADJOINT_BYTES * self._replay.size)))
 
     def replay(self, group: tuple[int, ...], progress: Progress = ignore_progress) -> dict[str, np.ndarray]:
@@ -341,7 +341,7 @@ def retrain(examples: Sequence[Example], model: str, seed: int) -> nn.Module:
 
 
 def _copies(run: TrainingRun) -> Float64[np.ndarray, " examples"]:
-    """How many equal documents each example stands for.
+    """Return the number of duplicates of each example.
 
     With ids, one. Without, how often it was in a batch, over how often the rarest was, where that divides all: in whole epochs.
     """
@@ -355,7 +355,7 @@ def _copies(run: TrainingRun) -> Float64[np.ndarray, " examples"]:
 
 
 def unlike(run: TrainingRun, difference: float) -> str:
-    """What is said of a repeated run that does not end where the recorded one did."""
+    """Return the error message for a replay that ends elsewhere than the run."""
     return (
         f"{run.directory}: the repeated run ends {difference:.1%} of its way from where the recorded run ended, more than "
         f"{LARGEST_DIFFERENCE:.0%}; something in training is not in the record (another loss, noise, changed weights), or it is too "

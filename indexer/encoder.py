@@ -182,7 +182,7 @@ class Encoder:
 
     @cached_property
     def overlaps(self) -> bool:
-        """Whether a batch's rows are copied, coded and written while the models compute the next batch."""
+        """True if rows are copied to the host while the next batch runs."""
         return any(parameter.device.type != "cpu" for model in self.models for parameter in model.parameters())
 
     def _start(

@@ -37,7 +37,7 @@ class StatisticsMeter(Meter, Protocol):
 
 @runtime_checkable
 class ComponentFit(Protocol):
-    """How a kind of component is fitted.
+    """Fit of a kind of component: its passes and statistics.
 
     Attributes:
         passes: number of passes over the sample.

@@ -41,7 +41,7 @@ _HEADS: "WeakKeyDictionary[nn.Module, Head | None]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Head:
-    """How a model's logits follow from its last hidden states.
+    """Output head: the map from last hidden states to logits.
 
     Attributes:
         linear: the name of the linear layer whose outputs they are; None where something follows the layer (a soft-cap, a scale).

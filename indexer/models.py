@@ -838,7 +838,7 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer's weight is [inputs, outputs], as GPT-2's Conv1D has it."""
+    """Return True if a layer's weight is [inputs, outputs] (GPT-2's Conv1D)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

@@ -252,7 +252,7 @@ class Replay:
             yield from backwards(self.initial(), 0, stop)
 
     def _parts(self, steps: int) -> int:
-        """How many parts a range of steps is divided into: as many as `_KEPT_BYTES` of states allow, but 2 at least."""
+        """Return the number of parts of a range of steps: at least 2, and as many as `_KEPT_BYTES` of states allow."""
         state_bytes = sum(part.numel() * part.element_size() for part in self.initial())
         for parts in range(_MOST_PARTS, 2, -1):
             if (parts - 1) * math.ceil(math.log(max(steps, 2), parts)) * state_bytes <= _KEPT_BYTES:

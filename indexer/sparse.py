@@ -80,7 +80,7 @@ class SparseEncoder:
 
     @property
     def undivided(self) -> bool:
-        """Whether rows need the gradients of all logits at once: those with the most probable tokens, to select them."""
+        """True if all logits' gradients are needed at once, to select the most probable tokens."""
         return self.component.extra_tokens > 0
 
     def matches(self, layer: Layer, module: nn.Module) -> bool:

@@ -1,5 +1,5 @@
-"""What training did to a model: the layers that it changed (of an adapter, by a run's record, by what requires gradients, or beside the
-base), and how far its steps went."""
+"""Record of training: changed layers (of an adapter, by a run's record, by what requires gradients, or compared with the base) and distance
+of the steps."""
 
 import json
 import math
@@ -138,5 +138,5 @@ def _record(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _checkpoint(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a record says of a checkpoint; nothing if it is not among them."""
+    """Return a checkpoint's entry of a record, or {}."""
     return next((checkpoint for checkpoint in record.get("checkpoints", []) if checkpoint["path"] == folder.name), {})

@@ -60,7 +60,7 @@ class Attribution:
 
 @dataclass(frozen=True)
 class RerankReport:
-    """How the candidates of an answer were ranked again by recomputed scores (see rerank.py).
+    """Report of a rerank: candidates of an answer ranked again by recomputed scores (see rerank.py).
 
     Attributes:
         candidates: examples whose rows were computed again.
@@ -84,7 +84,7 @@ class RerankReport:
 
 @dataclass(frozen=True)
 class RefineReport:
-    """How the queries that were asked together were refined (see `ScoreOptions`).
+    """Report of the refinement of queries that were asked together (see `ScoreOptions`).
 
     Attributes:
         iterations: of conjugate gradients.
@@ -121,7 +121,7 @@ class FaissReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How an answer was found.
+    """Report of a search.
 
     Attributes:
         method: "exact" (all rows, or all posting lists of the query's tokens), "by quantized scan and rescore" (see search.py), "by FAISS".
@@ -181,7 +181,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a baseline says of one query.
+    """Result of one baseline for one query.
 
     Attributes:
         name: "bm25", "hidden" or "norm".
@@ -277,7 +277,7 @@ class Answer:
         return _frame([asdict(group) for group in self.groups or ()], list(Group.__dataclass_fields__))
 
     def baselines_to_pandas(self) -> "pd.DataFrame":
-        """What the baselines find: one row of the index a line, best first; none where the query had no `baselines`.
+        """Baselines as a table, one row of the index a line, best first; empty if the query had no `baselines`.
 
         Raises:
             UsageError: pandas is not installed.
@@ -314,7 +314,7 @@ class ScorePart:
 
 @dataclass(frozen=True)
 class TokenShares:
-    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of exact rows, not of codes.
+    """Each token's share of a score, from recomputed rows. The sum is the score of exact rows, not of codes.
 
     Attributes:
         tokens: their texts, which joined are the whole text; "" of a token that ends within a character.

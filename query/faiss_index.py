@@ -45,7 +45,7 @@ _MOST_LOOPS = 1 << 40
 
 
 class FaissRecord(BaseModel):
-    """What a FAISS index was made of, and what it finds.
+    """Record of a FAISS index: factory, source, measured recall.
 
     Attributes:
         factory: FAISS's description of it, such as "IVF4096_HNSW32,RaBitQ".

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How many rows an answer has.
+    """Numbers of rows of an answer and its candidates.
 
     Attributes:
         answer: proponents, and opponents, at most.

@@ -56,7 +56,7 @@ class ShardGroup:
 
 
 class ColumnType(NamedTuple):
-    """What shards hold in a column.
+    """Arrow type and kinds of values of a column.
 
     Attributes:
         type: the Arrow type; text if shards differ in the type or store the values as JSON.

@@ -300,7 +300,7 @@ class SparseComponent(_Component):
 
     @property
     def closed_form(self) -> bool:
-        """Whether the curvature of the head under the model's own labels is computed without drawing any."""
+        """True if the head's curvature has a closed form (sampled labels)."""
         return self.role == "head" and self.curvature.labels == "sampled" and not self.postprocessed
 
     def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -26,7 +26,7 @@ _FORMAT = "wherefrom rerank 1"
 
 
 class RerankRecord(BaseModel):
-    """What recomputed rows are made of.
+    """Record of the encoder of recomputed rows.
 
     Attributes:
         encoder: SHA-256 of the encoder of the index, which its sparse components share.

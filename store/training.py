@@ -55,7 +55,7 @@ class ParameterGroup(_Strict):
 
 
 class TrainingSettings(_Strict):
-    """What does not change during a run.
+    """Settings that are constant during a run.
 
     Attributes:
         optimizer: its kind.

@@ -224,7 +224,7 @@ def array_bytes(index):
 
 
 def open_zarr(path):
-    """What plain zarr-python reads of a file of `write_rows`."""
+    """Arrays that plain zarr-python reads from a file of `write_rows`."""
     import zarr
     from wherefrom.store.shard import rows_path
 

@@ -1,4 +1,4 @@
-"""What of a chat is indexed: the tokens and loss mask that TRL's SFTTrainer makes of the same record, and turns under many templates."""
+"""Indexed parts of a chat: the tokens and loss mask that TRL's SFTTrainer makes of the same record, and turns under many templates."""
 
 import importlib.util
 from pathlib import Path

@@ -61,7 +61,7 @@ OPERATORS = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">":
 
 
 def truth(own, sign, constant):
-    """What Python says; a number, a text and True are never equal."""
+    """Compare as Python does; a number, a text and True are never equal."""
     if own is None:
         return False
     same = (isinstance(own, bool) == isinstance(constant, bool)) and isinstance(own, str) == isinstance(constant, str)

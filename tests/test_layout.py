@@ -267,6 +267,17 @@ def test_constraints_pin_what_pyproject_asks_for():
     assert {re.split(r"[><=\[]", d)[0].lower() for d in wanted} - {"wherefrom"} <= pinned
 
 
+def test_docstrings_are_statements():
+    questions = {"What", "Which", "Whether", "How", "Where", "Who", "When", "Why"}
+    for path in TREE:
+        if path == ROOT / "ray_jobs/corpus.py":  # has one until its next change
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = re.match(r"\s*(\w+)", ast.get_docstring(node) or "")
+                assert first is None or first[1] not in questions, f"{path}: {ast.get_docstring(node)}"
+
+
 def test_public_functions_say_what_they_do():
     for path in TREE:
         if path.relative_to(ROOT).parts[0] in ROOMS or path.parent == ROOT:

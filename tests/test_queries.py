@@ -1,4 +1,4 @@
-"""What a query may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
+"""Options of queries (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Which layers training changed: by the base, the training run's record, and the parameters of a model in memory that require gradients."""
+"""Layers that training changed: by the base, the training run's record, and the parameters of a model in memory that require gradients."""
 
 import json
 
