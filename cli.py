@@ -363,9 +363,9 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 
             with Console() as reporter:
                 record = make_faiss(opened, faiss, faiss_parameters, component, reporter)
-            found = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
+            shares = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
             say(f"a FAISS index {record.factory} of {record.rows:,} rows was made ({record.file.bytes:,} bytes)")
-            say(f"it finds {found} for {record.queries:,} held-out rows")
+            say(f"it finds {shares} for {record.queries:,} held-out rows")
     say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
@@ -431,13 +431,13 @@ def serve(
     from .ray_jobs.fleet import close, open_fleets
 
     with open_fleets(list(named.values()), address, parts, replicas, threads) as fleets:
-        clients = {name: Client(own.index, parts=own, **model) for name, own in zip(named, fleets, strict=True)}
+        clients = {name: Client(fleet_parts.index, parts=fleet_parts, **model) for name, fleet_parts in zip(named, fleets, strict=True)}
         for client in clients.values():
             client.prepare()
 
         def restart() -> None:
-            for own in fleets:
-                own.fleet.restart()
+            for fleet_parts in fleets:
+                fleet_parts.fleet.restart()
 
         run(clients, host, port, token, batch, restart, partial(close, fleets))
 
@@ -523,7 +523,7 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.zarr
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.parquet --mode cosine
 
-    Zarr: an array scores [queries, rows] beside ids of rows and queries. Parquet: a line for each row, with its id and a column for
+    Zarr: an array scores [queries, rows] and ids of rows and queries. Parquet: a line for each row, with its id and a column for
     each query. Deleted rows have no score (NaN). --recompute takes a pass over the corpus.
     """
     from .query.matrix import write_scores
@@ -899,7 +899,7 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
     \b
       wherefrom evaluate replay my.wherefrom --run out/wherefrom-run --file queries.jsonl
 
-    One replay says as much as many retrainings. BM25 and character n-grams stand beside the index.
+    One replay says as much as many retrainings. BM25 and character n-grams are compared, too.
     """
     _quiet_libraries()
     from .evaluation.agreement import agreement

@@ -150,7 +150,7 @@ def measure(shape, dtype, configuration, args, device):
         sides = ("plain", "rows", "one after the other")
         for side in sides if round_ % 2 else reversed(sides):
             model.requires_grad_(side == "plain")
-            encoder.__dict__["overlaps"] = side == "rows" and device.type != "cpu"
+            encoder.__dict__["copies_asynchronously"] = side == "rows" and device.type != "cpu"
             with Meter(device) as meter:
                 if side == "plain":
                     plain_step(task, model, examples, args.batch_tokens)

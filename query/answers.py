@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _SHOWN_TEXT = 400  # characters of a text in a notebook
 _SHOWN_PARTS = 10  # of a kind, in a notebook
-_FOR, _AGAINST = "46, 111, 214", "217, 119, 6"  # colors of tokens in a notebook
+_FOR = "46, 111, 214"  # color of tokens in a notebook
+_AGAINST = "217, 119, 6"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -266,7 +267,7 @@ class Answer:
         """
         kinds = {"proponent": self.proponents, "opponent": self.opponents}
         columns = ["kind", *Attribution.__dataclass_fields__]
-        return _frame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns)
+        return _frame([{"kind": kind, **asdict(a)} for kind, attributions in kinds.items() for a in attributions], columns)
 
     def groups_to_pandas(self) -> "pd.DataFrame":
         """The groups, one a line; none where the query had no `group_by`.
@@ -331,7 +332,7 @@ class Explanation:
     Attributes:
         row, id, text, score: which example, and its score, as a query gives it (estimated cosines may lie beyond 1).
         components, layers, vocabulary: see above; each strongest first; `blocks` are sums over the layers of a transformer block.
-        recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
+        recomputed: the score of the recomputed rows, before they were coded; None where no model was asked.
         example, query: shares of the training example's tokens, and of the query's; each adds up to `recomputed`.
     """
 

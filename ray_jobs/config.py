@@ -59,7 +59,7 @@ def _fields(value: Any) -> Any:
 
 
 Names = Annotated[str | tuple[str, ...], BeforeValidator(_path)]
-Path = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, BeforeValidator(_path)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Positive = Annotated[int, Field(ge=1)]
 ComponentRole = Literal["blocks", "head", "embeddings"]
@@ -82,7 +82,7 @@ class BuildConfig(BaseModel):
     data: Names
     """JSONL, CSV, Parquet or text file (also .gz, .bz2, .xz, .zst), folder, saved dataset (of one split, folder:split), or hub
     name:split; several are read in order."""
-    out: Path
+    out: PathText
     """Index directory to make."""
     bytes_per_example: Positive | None = None
     """Storage budget of a row; chooses components and their sizes.  [default: 800, unless an option says what a row is made of]"""
@@ -105,7 +105,7 @@ class BuildConfig(BaseModel):
     """causal-lm, mlp (vectors with labels), or module:Class of your own."""
     revision: Names | None = None
     """Branch, tag or commit of a hub model; several for several checkpoints of one."""
-    base: Path | None = None
+    base: PathText | None = None
     """Directory or hub id of the model that training started from; layers that are equal in both were not trained. An adapter, a model in
     memory and the record of our Trainer callback say this themselves."""
     trust_remote_code: bool = False

@@ -165,8 +165,8 @@ class DenseComponent(_Component):
     @property
     def features(self) -> frozenset[str]:
         """The features that a reader of the index needs."""
-        others = {"reduced": self.reduced or self.one_bit, "optimizer": self.optimizer is not None, "unit-length": self.unit_length}
-        return frozenset({"dense", *(name for name, needed in others.items() if needed)})
+        optional = {"reduced": self.reduced or self.one_bit, "optimizer": self.optimizer is not None, "unit-length": self.unit_length}
+        return frozenset({"dense", *(name for name, needed in optional.items() if needed)})
 
     @property
     def scales_sides(self) -> bool:
@@ -360,7 +360,7 @@ class Tokenizer(_Model):
     fingerprint: str
 
 
-class Options(_Model):
+class BuildOptions(_Model):
     """The options of a build. Those that a query needs are checked; all others are stored unchecked."""
 
     model_config = ConfigDict(extra="allow")
@@ -376,7 +376,7 @@ class Inputs(_Model):
     """The inputs that determine the contents of an index: options, models, tokenizer and corpus files."""
 
     format: Size
-    options: Options
+    options: BuildOptions
     models: tuple[str, ...]
     tokenizer: str | None
     corpus: tuple[dict[str, Any], ...]

@@ -77,12 +77,12 @@ def search(index, rows, k, metric=None, recall=1.0):
     from wherefrom.query.parts import Search, WholeIndex
     from wherefrom.query.scoring import mixed_components
     from wherefrom.query.search import find, pass_size
-    from wherefrom.store.vectors import count, cut
+    from wherefrom.store.vectors import count, slice_rows
 
     metric = metric or Metric()
     mixings = mixed_components(index, rows, metric)
     size = pass_size(recall)
-    passes = [cut(rows, first, first + size) for first in range(0, count(rows), size)]
+    passes = [slice_rows(rows, first, first + size) for first in range(0, count(rows), size)]
     parts = WholeIndex(index)
     return [hit for own in passes for hit in find(parts, Search(own, metric, mixings), count(own), k, recall).hits]
 

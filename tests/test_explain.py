@@ -111,7 +111,7 @@ def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, nam
         for component in client.index.manifest.components:
             a, b = asked[component.name], own[component.name]
             if component.kind == "dense":
-                kept = client.index.reduction(component).kept
+                kept = client.index.reduction(component).selection
                 total += component.weight * float((a.values[0] * b.values[0])[slice(None) if kept is None else kept].sum())
             else:
                 products = a.vectors.astype(float) @ b.vectors.T.astype(float)

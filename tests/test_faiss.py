@@ -1,4 +1,4 @@
-"""FAISS indexes beside the rows, and rows and queries that are exported: against exact scans and plain FAISS."""
+"""FAISS indexes next to the rows, and rows and queries that are exported: against exact scans and plain FAISS."""
 
 import json
 import shutil
@@ -195,7 +195,7 @@ def test_an_index_of_other_rows_or_damaged_is_not_used(copy, tmp_path, model_dir
     for damaged in (raw[:-1], raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:]):
         module._engine.cache_clear()
         file.write_bytes(damaged)
-        refused(IntegrityError, "make it anew with wherefrom reindex --faiss")
+        refused(IntegrityError, "run wherefrom reindex --faiss")
     file.write_bytes(raw)
     for change in ({"file": {**content["file"], "path": "../x.faiss"}}, {"file": {**content["file"], "path": "rows/x"}}, {"rows": "x"}):
         record.write_text(json.dumps({**content, **change}))
@@ -210,7 +210,7 @@ def test_an_index_of_other_rows_or_damaged_is_not_used(copy, tmp_path, model_dir
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"id": "new", "text": "w1 w2 w3"}])
     add(small, (str(more),), {}, (), Silent())
-    with pytest.raises(IncompatibleError, match="is of other rows than the index has now; make it anew"):
+    with pytest.raises(IncompatibleError, match="is of other rows than the index has now; run wherefrom reindex"):
         Client(small).query(row=0, engine="faiss")
     make_faiss(Index(small), "Flat", "", None, Silent())
     assert len(list(small.glob("faiss/*.faiss"))) == 1

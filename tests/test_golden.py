@@ -1,6 +1,6 @@
 """An index of format version 2, written once: later code must read it and answer alike.
 
-`python tests/test_golden.py` writes it anew, which only a new format version may do.
+`python tests/test_golden.py` writes it again, which only a new format version may do.
 """
 
 import json

@@ -103,7 +103,7 @@ def test_search_files_that_cannot_be_written_are_a_note_and_are_made_by_the_next
     }
     with monkeypatch.context() as patched:
         patched.setattr(Index, "reindex", full)
-        with pytest.warns(UserWarning, match="could not be written .No space left on device.; make them with wherefrom reindex"):
+        with pytest.warns(UserWarning, match="could not be written .No space left on device.; run wherefrom reindex"):
             calls[writer]()
     after = [a.id for a in Client(index).query(row=3, k=6).proponents if a.id.startswith("d")]  # without the added documents
     assert after[:3] == [a.id for a in before.proponents]

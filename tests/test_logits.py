@@ -12,7 +12,7 @@ from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.shares import token_shares
 from wherefrom.indexer.tasks import CausalLM
-from wherefrom.store.vectors import cut
+from wherefrom.store.vectors import slice_rows
 
 TASK = CausalLM()
 
@@ -46,7 +46,7 @@ def test_pieces_give_what_all_logits_give(architecture, tokens, monkeypatch):
             all_at_once(patched) if way == "whole" else small_pieces(patched, tokens)
             encoder = fitted(model, plan(model), examples)
             batches = list(encoder.batches(examples))
-            shares = token_shares(encoder, examples[0], [cut(batches[0].exact, 0, 1)])
+            shares = token_shares(encoder, examples[0], [slice_rows(batches[0].exact, 0, 1)])
             found[way] = encoder.arrays, batches, shares
     assert logits.Head.of(model, TASK.probe) == logits.Head(None if architecture == "gemma2" else TASK.sparse_head(model).name)
     for (name, whole), piece in zip(found["whole"][0].items(), found["pieces"][0].values(), strict=True):

@@ -153,7 +153,7 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
     assert {p.name for p in far.index.path.iterdir()} == {"documents", "encoder", "faiss", "manifests", "rerank", "rows", "search"}
     assert not list((far.index.path / "staging").iterdir())
     delete(far.index.path, ["new1"])
-    far._looked = 0.0
+    far._last_refresh = 0.0
     assert far.refreshed().index.manifest.number == far.index.manifest.number + 1
 
 

@@ -1,4 +1,4 @@
-"""Posting lists: scores are plain sums over shared tokens, by either loop to the bit; what lies on disk is right, or made anew."""
+"""Posting lists: scores are plain sums over shared tokens, by either loop to the bit; what is on disk is right, or made again."""
 
 import shutil
 
@@ -82,7 +82,7 @@ def files(path):
     return sorted(p for p in (path / "search").rglob("*") if p.is_file())
 
 
-def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatch):
+def test_lists_that_are_missing_stale_or_damaged_are_made_again(index, monkeypatch):
     before = scores(index)
     made = []
 
@@ -112,7 +112,7 @@ def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatc
         if "starts" in name or "tokens" in name:  # read whole when the file is opened
             assert np.array_equal(scores(index), before)
         else:
-            with pytest.raises(IntegrityError, match="checksum; make it anew with wherefrom reindex"):
+            with pytest.raises(IntegrityError, match="checksum; run wherefrom reindex"):
                 scores(index)
         assert CliRunner().invoke(main, ["reindex", str(index)]).exit_code == 0
         assert path.read_bytes() == raw
@@ -156,7 +156,7 @@ def test_lists_that_would_lead_the_loops_astray_are_not_read(index, name):
     arrays = {**head.arrays, array: change(np.array(head.arrays[array]))}
     write_cache(opened._cache_path(group), group.source, {**groups, "head": ArrayGroup(arrays, paged=head.paged)}, index / "staging")
     if name in ("rows beyond", "factors that are not numbers"):
-        with pytest.raises(IntegrityError, match="make it anew with wherefrom reindex"):
+        with pytest.raises(IntegrityError, match="run wherefrom reindex"):
             scores(index)
     else:
         assert np.array_equal(scores(index), before)

@@ -16,7 +16,7 @@ from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.kernels import best_of
-from wherefrom.store.vectors import DenseVectors, join
+from wherefrom.store.vectors import DenseVectors, concatenate
 
 
 def dense_rows(index):
@@ -223,7 +223,8 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
     rows, asked = (
-        join([{"blocks": client.index.vectors(row, client.index.component("blocks"))} for row in (3, 50)]) for client in (whitened, plain)
+        concatenate([{"blocks": client.index.vectors(row, client.index.component("blocks"))} for row in (3, 50)])
+        for client in (whitened, plain)
     )
     found = score_matrix(whitened.index, rows, Metric(mode, curvature=False))
     expected = score_matrix(plain.index, asked, Metric(mode))

@@ -231,7 +231,12 @@ def test_what_the_pages_say(server, paths):
     best = Client(paths["dense"]).query(row=7, k=1).proponents[0]
     assert (int(np.argmax(numbers)), pytest.approx(best.score, rel=1e-5)) == (best.row, float(numbers.max()))
     metrics = get("/metrics").decode()
-    for name in ("wherefrom_stage_seconds_bucket", "wherefrom_candidates_total", "wherefrom_remembered_total", "wherefrom_responses_total"):
+    for name in (
+        "wherefrom_stage_seconds_bucket",
+        "wherefrom_candidates_total",
+        "wherefrom_cached_queries_total",
+        "wherefrom_responses_total",
+    ):
         assert name in metrics
     for page in ("/", "/docs", "/static/app.js", "/static/style.css", "/static/docs.js", "/static/icon.svg"):
         assert get(page)
@@ -462,7 +467,7 @@ def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
 
 
 def test_a_full_queue_refuses_and_a_body_that_does_not_end_is_not_waited_for(paths):
-    """In process, where the queue can be made small and patience short."""
+    """In process, where the queue can be made small and the body timeout short."""
     from wherefrom.server.engine import Engine, Metrics
 
     async def scenario():
@@ -480,7 +485,7 @@ def test_a_full_queue_refuses_and_a_body_that_does_not_end_is_not_waited_for(pat
         await engine.stop()
 
         sent = []
-        app = create_app({"i": client}, patience=0.05)
+        app = create_app({"i": client}, body_timeout=0.05)
 
         async def send(message):
             sent.append(message)
@@ -595,7 +600,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
     assert raw(server.port, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link to the explorer
 
 
-def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
+def test_requests_that_outlast_the_servers_grace_period_get_503():
     """uvicorn cancels them when its time of grace is over."""
     from wherefrom.server.guard import Guard
 
@@ -617,7 +622,7 @@ def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": headers}
-        asked = asyncio.create_task(Guard(never_answers, None, patience=15)(scope, receive, send))
+        asked = asyncio.create_task(Guard(never_answers, None, body_timeout=15)(scope, receive, send))
         await begun.wait()
         asked.cancel()
         await asked
@@ -648,7 +653,7 @@ def test_work_for_a_client_that_is_gone_is_cancelled():
             raise AssertionError(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": [(b"content-type", b"application/json")]}
-        await asyncio.wait_for(Guard(never_answers, None, patience=15)(scope, receive, send), 5)
+        await asyncio.wait_for(Guard(never_answers, None, body_timeout=15)(scope, receive, send), 5)
         assert ended == [{"type": "http.disconnect"}]
 
     asyncio.run(scenario())

@@ -20,7 +20,7 @@ from wherefrom.store.errors import IntegrityError, UsageError
 from wherefrom.store.manifest import Curvature, SparseComponent
 from wherefrom.store.postings import Postings, byte_tables
 from wherefrom.store.shard import rows_path
-from wherefrom.store.sparse import SparseRows, code, join
+from wherefrom.store.sparse import SparseRows, code, concatenate
 from wherefrom.store.vectors import SparseVectors
 
 TASK = CausalLM()
@@ -216,7 +216,7 @@ def test_fits_of_any_split_and_any_batching_agree():
     order = np.random.default_rng(0).permutation(14).tolist()
     a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
     for at, i in enumerate(order):
-        assert_close(b.cut(at, at + 1).vectors, a.cut(i, i + 1).vectors, 1e-4)
+        assert_close(b.slice(at, at + 1).vectors, a.slice(i, i + 1).vectors, 1e-4)
 
 
 def test_only_the_largest_keys_are_kept_when_asked():
@@ -225,9 +225,9 @@ def test_only_the_largest_keys_are_kept_when_asked():
     few = Encoder(TASK, (model,), head_plan(model, max_tokens=2), encoder.arrays).rows(examples)["head"]
     every = encoder.rows(examples)["head"]
     for i in range(6):
-        whole = every.cut(i, i + 1)
+        whole = every.slice(i, i + 1)
         largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
-        assert few.cut(i, i + 1).keys.tolist() == largest.tolist()
+        assert few.slice(i, i + 1).keys.tolist() == largest.tolist()
 
 
 def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
@@ -239,11 +239,11 @@ def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
         gradient, _, p = dense_head_gradient(model, example)
         targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}
         others = [int(v) for v in np.argsort(-p.sum(0)) if int(v) not in targets][:3]
-        assert more.cut(i, i + 1).keys.tolist() == sorted(targets | set(others))
-        whole = every.cut(i, i + 1)
+        assert more.slice(i, i + 1).keys.tolist() == sorted(targets | set(others))
+        whole = every.slice(i, i + 1)
         assert whole.keys.tolist() == list(range(len(gradient)))
-        assert set(more.cut(i, i + 1).keys) <= set(whole.keys)
-        found = more.cut(i, i + 1)
+        assert set(more.slice(i, i + 1).keys) <= set(whole.keys)
+        found = more.slice(i, i + 1)
         assert_close(found.vectors, whole.vectors[found.keys], 1e-6)
 
 
@@ -323,11 +323,11 @@ def test_batches_are_joined_in_the_rows_order():
     parts = [[5, 0, 7], [1], [2, 8, 3, 4, 6]]
     blocks = []
     for part in parts:
-        pieces = [rows.cut(i, i + 1) for i in part]
+        pieces = [rows.slice(i, i + 1) for i in part]
         indptr = np.concatenate([[0], np.cumsum([len(p.keys) for p in pieces])])
         merged = SparseVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
         blocks.append((part, code(merged, 8, 1)))
-    joined, whole = join(blocks), code(rows, 8, 1)
+    joined, whole = concatenate(blocks), code(rows, 8, 1)
     for name in ("counts", "keys", "codes", "factors", "norms"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
 
