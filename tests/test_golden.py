@@ -25,9 +25,9 @@ QUERIES = {
 
 
 def answers(client):
-    found = {name: client.query(**query) for name, query in QUERIES.items()}
+    actual = {name: client.query(**query) for name, query in QUERIES.items()}
     sides = "proponents", "opponents"
-    return {name: {side: [[a.id, a.score] for a in getattr(answer, side)] for side in sides} for name, answer in found.items()}
+    return {name: {side: [[a.id, a.score] for a in getattr(answer, side)] for side in sides} for name, answer in actual.items()}
 
 
 @pytest.fixture

@@ -175,9 +175,9 @@ def test_additions_and_compactions_killed_at_any_moment_go_on(tmp_path, index, m
             _, errors = again.communicate()
             assert again.returncode == 0, (command, errors)
             assert "Traceback" not in errors
-        found = Index(place)
-        assert not [problem for _, problem in found.verify() if problem]
-        assert found.column("id").to_pylist() == right.column("id").to_pylist()
+        resumed = Index(place)
+        assert not [problem for _, problem in resumed.verify() if problem]
+        assert resumed.column("id").to_pylist() == right.column("id").to_pylist()
         assert not (place / "staging").exists()
-        for shard, other in zip(found.shards, right.shards, strict=True):
+        for shard, other in zip(resumed.shards, right.shards, strict=True):
             assert (shard.sha256, shard.documents_sha256) == (other.sha256, other.documents_sha256)

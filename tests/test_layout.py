@@ -85,9 +85,9 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 def test_the_public_names():
     answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
-    others = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
+    further = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
     functions = ["build", "connect", "evaluate", "replay", "save_moments"]
-    assert wherefrom.__all__ == [*answers, *others, *functions]
+    assert wherefrom.__all__ == [*answers, *further, *functions]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -208,8 +208,8 @@ def help_page():
     for words in commands(main):
         result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
         parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
-    others = main.commands["build"].other_options()
-    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in others.items()]
+    other_options = main.commands["build"].other_options()
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in other_options.items()]
     return HEADER + "\n".join(parts) + OTHERS + "".join(rows)
 
 
