@@ -33,7 +33,7 @@ def build(
 
     Args:
         model: a directory or hub id of a causal language model, or a model in memory; or a list of several: checkpoints in their order, or
-            an ensemble. A model in memory keeps its mode and gradients, and shares its weights with the build.
+            an ensemble. Of a model in memory, its train/eval mode, requires_grad and .grad are unchanged, its weights not copied.
         data: a file, folder or hub dataset, a list of these, a `datasets.Dataset`, or an iterable of dictionaries, such as
             `[{"text": "..."}]` or `[{"prompt": "...", "completion": "..."}]`.
         out: the index directory to make.
@@ -55,10 +55,10 @@ def build(
         >>> connect(index).query(text="To be").proponents[0].text  # doctest: +SKIP
     """
     models = tuple(model) if isinstance(model, list | tuple) else (model,)
-    named = [isinstance(item, str | os.PathLike) for item in models]
-    loaded = [LoadedModel(item, tokenizer) for item, is_name in zip(models, named, strict=True) if not is_name]
-    if any(named) and loaded:
-        raise UsageError("models are either all in memory or all directories and hub ids; load the others, or save these")
+    is_name = [isinstance(item, str | os.PathLike) for item in models]
+    loaded = [LoadedModel(item, tokenizer) for item, named in zip(models, is_name, strict=True) if not named]
+    if any(is_name) and loaded:
+        raise UsageError("models are either all in memory or all directories and hub ids; load the named models or save the loaded ones")
     if tokenizer is not None and not loaded:
         raise UsageError("a tokenizer belongs to a model in memory; a directory or hub id has its own")
     if loaded:
@@ -84,7 +84,7 @@ def _names(loaded: list[LoadedModel]) -> tuple[str, ...]:
 
 @contextmanager
 def _sources(data: Any) -> Iterator[tuple[Any, str | None]]:
-    """Sources of the corpus; data in memory is written to a temporary file, whose SHA-256 identifies it."""
+    """Yield the corpus's sources and, for data in memory, the SHA-256 of the file it was written to."""
     items = list(data) if isinstance(data, list | tuple) else [data]
     if all(isinstance(item, str | os.PathLike) for item in items) and items:
         yield data, None

@@ -113,7 +113,7 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         out: the index to build when training ends; None only writes the record.
         checkpoints: number of saved checkpoints in the index, spread over the run and including the last; 1 uses only the last.
         record: record the run for a replay; it must be in one process, from its first step.
-        moments: write the optimizer's moments beside each checkpoint, for `optimizer` of a build (TrackStar, LESS); as many bytes as the
+        moments: write the optimizer's moments next to each checkpoint, for `optimizer` of a build (TrackStar, LESS); as many bytes as the
             trained weights take in float32, twice.
         options: of the build, as in `BuildConfig` (bytes_per_example, max_tokens, ...).
 
@@ -258,7 +258,8 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
         for problem, applies in problems.items():
             if applies:
                 raise UsageError(f"this training cannot be recorded for a replay, since {problem}; change that, or leave `record` out")
-        model, optimizer = given["model"], given["optimizer"]
+        model = given["model"]
+        optimizer = given["optimizer"]
         self._recorder = recorder = TrainingRecorder(
             Path(args.output_dir) / _RUN,
             model,
@@ -272,8 +273,8 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
                 return  # an evaluation
             unknown = {name for name, value in named.items() if value is not None} - _CALL
             if positional or unknown or named.get("labels") is None:
-                others = ", ".join(sorted(unknown)) or "no labels, or unnamed arguments"
-                recorder.fail(f"the model is called with {others}; give it input_ids, attention_mask and labels alone")
+                arguments = ", ".join(sorted(unknown)) or "no labels, or unnamed arguments"
+                recorder.fail(f"the model is called with {arguments}; give it input_ids, attention_mask and labels alone")
                 return
             items = named.get("num_items_in_batch")
             count = (named["labels"][:, 1:] != IGNORED).sum() * args.gradient_accumulation_steps if items is None else items

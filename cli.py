@@ -117,7 +117,7 @@ _LOOK = cloup.Section("Look and check")
 )
 @click.version_option(package_name="wherefrom")
 def main() -> None:
-    """Which training examples made the model say this?
+    """Search a training corpus for the examples behind an output.
 
     Build an index of a model's training corpus once, then ask it.
 
@@ -366,9 +366,9 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 
             with Console() as reporter:
                 record = make_faiss(opened, faiss, faiss_parameters, component, reporter)
-            found = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
+            shares = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
             say(f"a FAISS index {record.factory} of {record.rows:,} rows was made ({record.file.bytes:,} bytes)")
-            say(f"it finds {found} for {record.queries:,} held-out rows")
+            say(f"it finds {shares} for {record.queries:,} held-out rows")
     say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
@@ -434,13 +434,13 @@ def serve(
     from .ray_jobs.fleet import close, open_fleets
 
     with open_fleets(list(named.values()), address, parts, replicas, threads) as fleets:
-        clients = {name: Client(own.index, parts=own, **model) for name, own in zip(named, fleets, strict=True)}
+        clients = {name: Client(fleet_parts.index, parts=fleet_parts, **model) for name, fleet_parts in zip(named, fleets, strict=True)}
         for client in clients.values():
             client.prepare()
 
         def restart() -> None:
-            for own in fleets:
-                own.fleet.restart()
+            for fleet_parts in fleets:
+                fleet_parts.fleet.restart()
 
         run(clients, host, port, token, batch, restart, partial(close, fleets))
 
@@ -526,7 +526,7 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.zarr
       wherefrom scores my.wherefrom --file queries.jsonl --out scores.parquet --mode cosine
 
-    Zarr: an array scores [queries, rows] beside ids of rows and queries. Parquet: a line for each row, with its id and a column for
+    Zarr: an array scores [queries, rows] and ids of rows and queries. Parquet: a line for each row, with its id and a column for
     each query. Deleted rows have no score (NaN). --recompute takes a pass over the corpus.
     """
     from .query.matrix import write_scores
@@ -806,7 +806,7 @@ def lds(
 @_task_option
 @_json_option
 def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: str | None, as_json: bool, **options: Any) -> None:
-    """Take one optimizer step on each of the top proponents: does the query's loss fall?
+    """Compare the query's loss before and after one optimizer step on each of the top proponents.
 
     \b
       wherefrom evaluate tailpatch my.wherefrom --file queries.jsonl
@@ -834,7 +834,7 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 @_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
-    """Train again without the top proponents: does the query's loss rise more than without random examples?
+    """Compare the query's loss after training without the top proponents with the loss after training without random examples.
 
     \b
       wherefrom evaluate brittleness my.wherefrom --train mytraining:train --base ./base --file queries.jsonl -k 50 --workers 4
@@ -853,7 +853,7 @@ def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **o
 @click.option("--column", required=True, help="Metadata column that is true where an example's label is known to be wrong.")
 @_json_option
 def labels(index: str, column: str, as_json: bool) -> None:
-    """Does self-influence find the examples whose labels are wrong?
+    """Compare the ranking by self-influence with the examples whose labels are wrong.
 
     \b
       wherefrom evaluate labels my.wherefrom --column corrupted
@@ -872,7 +872,7 @@ def labels(index: str, column: str, as_json: bool) -> None:
 @_mode_option
 @_json_option
 def recall(index: str, reference: str, file: str | None, as_json: bool, **options: Any) -> None:
-    """How much of a float32 index's answers does a compressed index of the same corpus give?
+    """Compare a compressed index's best rows with those of its float32 reference.
 
     \b
       wherefrom evaluate recall int8.wherefrom float32.wherefrom
@@ -894,12 +894,12 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
 @_worker_options
 @_json_option
 def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: Any) -> None:
-    """Do the index's scores agree with exact influence, by a replay of the training run?
+    """Compare the index's scores with exact influence, by a replay of the training run.
 
     \b
       wherefrom evaluate replay my.wherefrom --run out/wherefrom-run --file queries.jsonl
 
-    One replay says as much as many retrainings. BM25 and character n-grams stand beside the index.
+    One replay says as much as many retrainings. BM25 and character n-grams are compared, too.
     """
     _quiet_libraries()
     from .evaluation.agreement import agreement

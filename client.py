@@ -35,7 +35,7 @@ from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.objects import StorePath
 from .store.shapes import Float32, Float64
-from .store.vectors import Rows, combine, cut, join
+from .store.vectors import Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
     from .indexer.encoder import Encoder
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _QUERY_BATCH_TOKENS = 2048
 _CACHED_QUERIES = 128
-_LOOK_SECONDS = 2.0  # between two looks at an object store for a newer state
+_REFRESH_SECONDS = 2.0  # between two requests of an object store for a newer state
 
 
 class Client(BaseClient):
@@ -57,7 +57,7 @@ class Client(BaseClient):
         device: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
         trust_remote_code: run code that comes with the model.
         task: for an index of a custom task, its name again, `module:Class`; an index does not name code to run.
-        parts: of the index, if they are searched elsewhere (see ray_jobs/fleet.py).
+        parts: searchers of the index in other processes (see ray_jobs/fleet.py).
 
     Raises:
         NotFoundError: there is no index.
@@ -85,7 +85,7 @@ class Client(BaseClient):
         self._open_options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "task": task}
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
-        self._looked = 0.0  # when the newest state was asked for
+        self._last_refresh = 0.0  # time at which the newest state was requested
         self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], tuple[Rows, RefineReport | None]] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -111,18 +111,18 @@ class Client(BaseClient):
             rows: of the queries (see `encode`), or of anything else that was encoded.
             options: see `Options`.
         """
-        asked = [QueryRecord(query.to_dict(), query.row is not None) for query in queries]
-        mean: Float64[np.ndarray, "answers queries"] = np.eye(len(queries))
+        records = [QueryRecord(query.to_dict(), query.row is not None) for query in queries]
+        weights: Float64[np.ndarray, "answers queries"] = np.eye(len(queries))
         if options.get("mean"):
-            mean = np.array([[1.0 if query.weight is None else query.weight for query in queries]]) / len(queries)
-            if not mean.any():
+            weights = np.array([[1.0 if query.weight is None else query.weight for query in queries]]) / len(queries)
+            if not weights.any():
                 raise UsageError("every query of the mean has the weight 0; leave at least one")
-            rows = combine(rows, mean)
-            asked = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in asked))]
-        baselines = self._baselines(queries, mean) if options.get("baselines") else None
+            rows = combine(rows, weights)
+            records = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in records))]
+        baselines = self._baselines(queries, weights) if options.get("baselines") else None
         recomputation = None
         if options.get("rerank"):
-            recompute = partial(self._recomputer.scores, queries, mean, Metric.of(options))
+            recompute = partial(self._recomputer.scores, queries, weights, Metric.of(options))
             recomputer = self._recomputer
             layers = recomputer.unprojected_layers
             recomputation = Recomputation(recompute, layers, recomputer.query_bits, lambda: recomputer.refinement)
@@ -131,7 +131,7 @@ class Client(BaseClient):
         refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
         needs_types = options.get("where") is not None or options.get("group_by") is not None
         types = self._column_types if needs_types else None
-        return answer_queries(self.parts, types, asked, rows, options, baselines, recomputation, refinement)
+        return answer_queries(self.parts, types, records, rows, options, baselines, recomputation, refinement)
 
     @cached_property
     def _column_types(self) -> dict[str, ColumnType]:
@@ -172,7 +172,8 @@ class Client(BaseClient):
         rows = sum(rows for _, _, rows in extremes)
         if not rows:
             return {"edges": [], "counts": [], "rows": 0}
-        low, high = min(low for low, _, _ in extremes), max(high for _, high, _ in extremes)
+        low = min(low for low, _, _ in extremes)
+        high = max(high for _, high, _ in extremes)
         counts = sum(call_all(self.parts, "histogram", search, bins, low, high).values())
         edges = np.histogram_bin_edges(np.zeros(0), bins, (low, high))
         return {"edges": edges.tolist(), "counts": counts.tolist(), "rows": rows}
@@ -216,28 +217,28 @@ class Client(BaseClient):
         if any(query.against is not None for query in queries):
             plain, matrix = without_contrasts(queries)
             return combine(self.encode_queries(plain, metric), matrix)
-        if any(query.row is not None for query in queries) and self._has_steps:
+        if any(query.row is not None for query in queries) and self._rows_are_adam_steps:
             raise UsageError("the rows of this index are Adam's steps, and no gradients to ask about; ask by the example's text")
         key = self._row_key(metric)
         missing = [query for query in dict.fromkeys(queries) if (query.row is None or key) and (query, key) not in self._encoded]
         for by_row in (False, True):
             part = [query for query in missing if (query.row is not None) is by_row]
             if part:
-                measured, refinement = self._measured(self.query_examples(part), metric, queries=not by_row)
+                encoded, refinement = self._encode_with_report(self.query_examples(part), metric, queries=not by_row)
                 for number, query in enumerate(part):
-                    self._encoded[query, key] = cut(measured, number, number + 1), refinement
-        rows = join([self._query_rows(query, key) for query in queries])
+                    self._encoded[query, key] = slice_rows(encoded, number, number + 1), refinement
+        rows = concatenate([self._query_rows(query, key) for query in queries])
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
         return rows
 
     def _row_key(self, metric: Metric) -> tuple[Any, ...]:
-        """What rows of queries depend on besides the query; empty for the plain rows of the index's models."""
+        """Cache key of encoded rows besides the query; empty for plain rows."""
         special = metric.refine or (metric.training is not None and len(self.index.manifest.models) > 1)
         return metric.row_settings if special else ()
 
     @property
-    def _has_steps(self) -> bool:
+    def _rows_are_adam_steps(self) -> bool:
         return any("optimizer" in c.features and not c.linear for c in self.index.manifest.components)
 
     def is_cached(self, query: Query) -> bool:
@@ -262,9 +263,9 @@ class Client(BaseClient):
 
     def refreshed(self) -> "Client":
         """Return a client of the index's newest state, or itself if nothing changed; models are kept where the encoder is the same."""
-        if isinstance(self.index.path, StorePath) and time.monotonic() - self._looked < _LOOK_SECONDS:
+        if isinstance(self.index.path, StorePath) and time.monotonic() - self._last_refresh < _REFRESH_SECONDS:
             return self
-        self._looked = time.monotonic()
+        self._last_refresh = time.monotonic()
         latest = latest_manifest(self.index.path)
         if latest is not None and identity(latest) == self.index.identity:
             return self
@@ -340,11 +341,11 @@ class Client(BaseClient):
             metric: see `encode`.
             queries: False for the loss of training examples.
         """
-        rows, _ = self._measured(examples, metric, queries)
+        rows, _ = self._encode_with_report(examples, metric, queries)
         return rows
 
-    def _measured(self, examples: Sequence[Example], metric: Metric, queries: bool) -> tuple[Rows, RefineReport | None]:
-        """Compute rows, and how they were refined."""
+    def _encode_with_report(self, examples: Sequence[Example], metric: Metric, queries: bool) -> tuple[Rows, RefineReport | None]:
+        """Compute rows, and the report of their refinement."""
         if not self._row_key(metric):
             rows = self.encoder.rows(examples, queries=queries)
             return {name: vectors.as_float32() for name, vectors in rows.items()}, None
@@ -360,7 +361,7 @@ class Client(BaseClient):
     def recomputed_scores(
         self, queries: Sequence[Query], rows: Sequence[int], **options: Unpack[ScoreOptions]
     ) -> Float64[np.ndarray, "queries rows"]:
-        """Compute the scores of training examples again with the model, from rows without codes, as `rerank` does for candidates.
+        """Compute the scores of training examples again with the model, from uncoded rows, as `rerank` does for candidates.
 
         The vectors of more queries than fit into a gibibyte are kept in 8 bits.
 
@@ -389,9 +390,11 @@ class Client(BaseClient):
             UsageError: a row is not in the index, or tokens have no shares since rows are not linear in the gradient.
         """
         metric = Metric.of(options)
-        others = [component.name for component in self.index.manifest.components if not component.linear]
-        if tokens and others:
-            raise UsageError(f"the rows of {others[0]} are not linear in the gradient, so that tokens have no shares; ask without tokens")
+        nonlinear = [component.name for component in self.index.manifest.components if not component.linear]
+        if tokens and nonlinear:
+            raise UsageError(
+                f"the rows of {nonlinear[0]} are not linear in the gradient, so that tokens have no shares; ask without tokens"
+            )
         query_rows = self.encode_queries([query], metric)
         scorer = Scorer.of(self.index, query_rows, metric)
         explanations = []
@@ -421,12 +424,12 @@ class Client(BaseClient):
         scaled_examples: list[Rows] = []
         scales = []
         for number, explanation in enumerate(explanations):
-            own_rows = cut(example_rows, number, number + 1)
-            scaled_queries.append({n: o.scaled(self.index, query_rows[n].shared_with(own_rows[n])) for n, o in operands.items()})
-            scaled_examples.append({n: o.scaled(self.index, own_rows[n].shared_with(query_rows[n])) for n, o in operands.items()})
+            row = slice_rows(example_rows, number, number + 1)
+            scaled_queries.append({n: o.scaled(self.index, query_rows[n].shared_with(row[n])) for n, o in operands.items()})
+            scaled_examples.append({n: o.scaled(self.index, row[n].shared_with(query_rows[n])) for n, o in operands.items()})
             scales.append(scorer.scale(0, explanation.row))
             if scorer.mode == "cosine":  # of full rows, as the shares are
-                squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(own_rows, stored=True)
+                squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(row, stored=True)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         query_shares = None
         if query.against is None and is_plain:
@@ -460,10 +463,10 @@ class Client(BaseClient):
     def _example(self, query: Query) -> Example:
         return self.recorded.converter.query(query_document(query), query.span, self.recorded.context)
 
-    def _baselines(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers asked"]) -> BaselineScores:
+    def _baselines(self, queries: Sequence[Query], weights: Float64[np.ndarray, "answers queries"]) -> BaselineScores:
         """Compute the baselines' scores of all rows, for queries or for their mean."""
         plain, contrasts = without_contrasts(queries)
-        matrix = mean @ contrasts
+        matrix = weights @ contrasts
         examples = self.query_examples(plain)
         baselines = {"norm": np.repeat(row_norms(self.index)[:, None], len(matrix), axis=1)}
         if self.index.manifest.tokenizer:
@@ -472,12 +475,12 @@ class Client(BaseClient):
         if all(block is not None for block in hidden):
             states = np.concatenate([block for block in hidden if block is not None]).astype(np.float32)
             query_states = np.stack([states[query.row or 0] for query in plain])
-            worded = [i for i, query in enumerate(plain) if query.row is None]
-            if worded:
+            not_by_row = [i for i, query in enumerate(plain) if query.row is None]
+            if not_by_row:
                 from .indexer.hidden import mean_hidden
 
-                worded_examples = [examples[i] for i in worded]
-                query_states[worded] = mean_hidden(self.recorded.task, self.encoder.model, worded_examples, _QUERY_BATCH_TOKENS)
+                examples_not_by_row = [examples[i] for i in not_by_row]
+                query_states[not_by_row] = mean_hidden(self.recorded.task, self.encoder.model, examples_not_by_row, _QUERY_BATCH_TOKENS)
             baselines["hidden"] = cosines(states, query_states) @ matrix.T
         return baselines
 

@@ -120,13 +120,14 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 def with_flags(message: str, command: click.Command) -> str:
     """Return a message of the library, which names options as in Python (`long=split`), with a command's names for them."""
     flags = {parameter.name: max(parameter.opts, key=len) for parameter in command.params if isinstance(parameter, click.Option)}
-    others = command.other_options() if isinstance(command, ConfigCommand) else {}
+    other_options = command.other_options() if isinstance(command, ConfigCommand) else {}
 
     def name_of(match: re.Match[str]) -> str:
-        name, value = match[1], match[2]
+        name = match[1]
+        value = match[2]
         if name in flags:
             return flags[name] + (f" {value}" if value else "")
-        return ("-o " if name in others else "") + name + (f"={value}" if value else "")
+        return ("-o " if name in other_options else "") + name + (f"={value}" if value else "")
 
     return re.sub("`([a-z_]+)(?:=([a-z_]+))?`", name_of, message)
 
@@ -155,12 +156,12 @@ def take_config_values(values: dict[str, Any]) -> dict[str, Any]:
     ctx = click.get_current_context()
     command = ctx.command
     assert isinstance(command, ConfigCommand)
-    others = command.other_options()
+    other_options = command.other_options()
     combined: dict[str, Any] = {}
     file = values.pop("config_file")
     if file is not None:
         combined |= _toml(file)
-    for name in others:  # click has read the environment's variables of flags
+    for name in other_options:  # click has read the environment's variables of flags
         text = os.environ.get(f"{ctx.auto_envvar_prefix}_{name.upper()}")
         if text is not None:
             combined[name] = _parsed(name, text)
@@ -173,17 +174,17 @@ def take_config_values(values: dict[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if name in BUILD_FLAGS and name not in command._without:
             raise UsageError(f"-o {text}: this option has a flag; write {BUILD_FLAGS[name]}")
-        if name in others and not equals:
+        if name in other_options and not equals:
             raise UsageError(f"-o {name}: write it with a value, as -o {name}=value")
-        if name not in others:
-            names = ", ".join(others)
+        if name not in other_options:
+            names = ", ".join(other_options)
             raise UsageError(f"-o {text} is not an option of a build; write -o name=value with one of {names} (--help-all describes them)")
         if name in repeated:
             raise UsageError(f"-o {name} is given twice; give it once")
         repeated.add(name)
         combined[name] = _parsed(name, value)
-    known = _config_fields().keys() - set(command._without)
-    unknown = sorted(combined.keys() - known)
+    option_names = _config_fields().keys() - set(command._without)
+    unknown = sorted(combined.keys() - option_names)
     if unknown:
         raise UsageError(f"{file}: there is no option {unknown[0]!r}; wherefrom build --help-all lists the names")
     return combined

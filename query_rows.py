@@ -33,7 +33,7 @@ from .store.errors import NumericalError, UsageError
 from .store.index import Index
 from .store.manifest import Component, Layer
 from .store.shapes import Float, Float64
-from .store.vectors import DenseVectors, cut, join
+from .store.vectors import DenseVectors, concatenate, slice_rows
 
 _GRADIENT_BYTES = 1 << 30  # of whole gradients in memory at once; but one at least
 _DAMPING = {"blocks": 10.0, "head": 1.0, "embeddings": 1.0}  # of refined queries, relative to the mean eigenvalue of a layer's weights
@@ -91,7 +91,7 @@ def _carried(index: Index, encoder: Encoder, training: str, examples: Sequence[E
                 part[other.name] = segment.whitened(carried)
                 carried = segment.decayed(carried, learning_times(index, other, training))
         parts.append(part)
-    return dict(join(parts))
+    return dict(concatenate(parts))
 
 
 class _Equation:
@@ -113,23 +113,23 @@ class _Equation:
         corpus: Sequence[Example],
     ) -> None:
         self.parts: dict[str, Any] = {component.name: encoder.component_encoders[component.name] for component in components}
-        self.whole = _encoder_of(encoder, {name: part.whole_component() for name, part in self.parts.items()})
+        self.whole_encoder = _encoder_of(encoder, {name: part.whole_component() for name, part in self.parts.items()})
         self.slices: dict[str, slice] = {}
         self._solvers: dict[str, Float64[np.ndarray, " layers"]] = {}  # of equal weights, one
         layers: list[Layer] = []
         weights: dict[int, slice] = {}
         self.size = 0
         for component in components:
-            own = self.parts[component.name].equation_layers()
-            weight = id(encoder.model.get_submodule(own[0].name).weight)
-            part = slice(self.size, self.size + sum(layer.outputs * layer.inputs for layer in own))
+            layers_of_component = self.parts[component.name].equation_layers()
+            weight = id(encoder.model.get_submodule(layers_of_component[0].name).weight)
+            part = slice(self.size, self.size + sum(layer.outputs * layer.inputs for layer in layers_of_component))
             if weight not in weights:
                 weights[weight] = part
                 self._solvers[component.name] = _damping(index, component, self.parts[component.name], metric, relative[component.name])
                 self.size = part.stop
             self.slices[component.name] = weights[weight]
             offset = weights[weight].start
-            for layer in own:
+            for layer in layers_of_component:
                 layers.append(layer.model_copy(update={"offset": offset}))
                 offset += layer.outputs * layer.inputs
         self._matrix = GaussNewton(encoder.task, encoder.model, layers, corpus)
@@ -139,7 +139,7 @@ class _Equation:
 
     def gradients(self, examples: Sequence[Example], queries: bool) -> Float64[Tensor, "queries parameters"]:
         """The whole gradients of queries; those of a weight that is head and embeddings are added."""
-        rows = self.whole.rows(examples, queries=queries, exact=True)
+        rows = self.whole_encoder.rows(examples, queries=queries, exact=True)
         gradients = torch.zeros((len(examples), self.size), dtype=torch.float64)
         for name, part in self.parts.items():
             gradients[:, self.slices[name]] += torch.from_numpy(part.whole_gradients(rows[name]).values)
@@ -149,8 +149,8 @@ class _Equation:
         """Multiply vectors with the inverse of the stored curvature, plus damping."""
         result = torch.empty_like(vectors)
         for name, damping in self._solvers.items():
-            own = DenseVectors(vectors[:, self.slices[name]].numpy())
-            result[:, self.slices[name]] = torch.from_numpy(self.parts[name].solved(own, damping).values)
+            part_vectors = DenseVectors(vectors[:, self.slices[name]].numpy())
+            result[:, self.slices[name]] = torch.from_numpy(self.parts[name].solved(part_vectors, damping).values)
         return result
 
     def product(self, vectors: Float64[Tensor, "queries parameters"]) -> Float64[Tensor, "queries parameters"]:
@@ -181,14 +181,14 @@ def _refined(index: Index, encoder: Encoder, metric: Metric, examples: Sequence[
         for component in components:
             part = equation.parts[component.name]
             changed = partial(changed_rows, index, component, metric)
-            own = part.rows_of_solved(DenseVectors(solution[:, equation.slices[component.name]].numpy()), changed)
-            blocks[component.name].append((range(first, first + len(solution)), own))
+            part_rows = part.rows_of_solved(DenseVectors(solution[:, equation.slices[component.name]].numpy()), changed)
+            blocks[component.name].append((range(first, first + len(solution)), part_rows))
     for component in components:
         refined = type(blocks[component.name][0][1]).concatenate(blocks[component.name], component.dim)
         factors = np.full(len(refined), 1 / (component.weight or 1.0))
         if len(components) < len(counted):
             factors = _self_score_factors(refined, rows[component.name], partial(changed_rows, index, component, metric))
-        rows[component.name] = refined.combined(np.diag(factors)).as_float32()
+        rows[component.name] = refined.combine(np.diag(factors)).as_float32()
     report = RefineReport(
         iterations=metric.refine,
         residual=float(np.mean(residuals)),
@@ -235,8 +235,8 @@ def _solve(
 
 def _self_score_factors(refined: Any, plain: Any, changed: Callable[[Any], Any]) -> Float64[np.ndarray, " queries"]:
     """Return the factors after which products of refined rows with the plain ones are the squared lengths of these."""
-    pairs = [(cut({"": refined}, i, i + 1)[""], cut({"": plain}, i, i + 1)[""]) for i in range(len(plain))]
-    after = np.array([float(changed(own).inner_products(other)[0, 0]) for own, other in pairs])
+    pairs = [(slice_rows({"": refined}, i, i + 1)[""], slice_rows({"": plain}, i, i + 1)[""]) for i in range(len(plain))]
+    after = np.array([float(changed(row).inner_products(other)[0, 0]) for row, other in pairs])
     return np.divide(plain.squared_norms, after, out=np.ones(len(after)), where=after > 0)
 
 
@@ -256,12 +256,12 @@ def _damping(index: Index, component: Component, part: Any, metric: Metric, rela
 
 def _encoder_of(encoder: Encoder, components: Mapping[str, tuple[Component, Mapping[str, np.ndarray]]]) -> Encoder:
     """An encoder of the last model alone with some components and their arrays."""
-    arrays = {f"{name}/{key}": array for name, (_, own) in components.items() for key, array in own.items()}
+    arrays = {f"{name}/{key}": array for name, (_, its_arrays) in components.items() for key, array in its_arrays.items()}
     settings = EncoderSettings(tuple(component for component, _ in components.values()), encoder.settings.batch_tokens)
     return replace(encoder, models=encoder.models[-1:], settings=settings, arrays=arrays)
 
 
 def _at_once(components: Sequence[Component], examples: int) -> int:
-    """How many whole gradients may be in memory."""
+    """Return the number of whole gradients that fit in memory."""
     widths = [component.dim for component in components if component.has_wide_rows]
     return max(1, _GRADIENT_BYTES // (8 * max(widths))) if widths else max(1, examples)

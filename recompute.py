@@ -21,7 +21,7 @@ from .store.errors import UsageError
 from .store.index import Index
 from .store.rerank import rerank_view
 from .store.shapes import Float32, Float64, Int8, Int64
-from .store.vectors import DenseVectors, Rows, combine, cut, join
+from .store.vectors import DenseVectors, Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
     from .indexer.encoder import EncodedBatch, Encoder
@@ -114,14 +114,14 @@ class Recomputer:
 
     @cached_property
     def _most_rows(self) -> int:
-        """How many rows may be in memory at once."""
+        """Return the number of rows that fit in memory."""
         widths = [component.dim for component in self.view.manifest.components if component.has_wide_rows]
         return max(1, _ROW_BYTES // (4 * max(widths))) if widths else _ROW_BYTES
 
     def scores(
         self,
         queries: Sequence[Query],
-        mean: Float64[np.ndarray, "answers queries"],
+        weights: Float64[np.ndarray, "answers queries"],
         metric: Metric,
         rows: Int64[np.ndarray, " rows"],
         answers: range | None = None,
@@ -129,7 +129,7 @@ class Recomputer:
         """Compute the scores of training examples.
 
         Args:
-            mean: the weights of the queries in each answer.
+            weights: of the queries in each answer.
             rows: of the examples.
             answers: those to compute; by default all.
 
@@ -138,7 +138,7 @@ class Recomputer:
         """
         if metric.mix is not None:
             raise UsageError("rows are not computed again under a curvature that queries are mixed into; leave `mix` out")
-        answers = answers or range(len(mean))
+        answers = answers or range(len(weights))
         examples = [self._index.example(row) for row in rows.tolist()]
         size = self._most_rows
         parts = [answers[first : first + size] for first in range(0, len(answers), size)]
@@ -146,7 +146,7 @@ class Recomputer:
         at_once = _CODED_PER_FLOAT if coded else 1
         scores = [np.zeros((0, len(rows)))]
         for first in range(0, len(parts), at_once):
-            prepared = [self._prepared(queries, mean[part], metric, coded) for part in parts[first : first + at_once]]
+            prepared = [self._prepared(queries, weights[part], metric, coded) for part in parts[first : first + at_once]]
             scores += self._products(prepared, metric, rows, examples)
         return np.concatenate(scores)
 
@@ -154,17 +154,19 @@ class Recomputer:
         """Return the bits of a coordinate of the queries' vectors for so many answers."""
         return 8 if answers > self._most_rows else 32
 
-    def _prepared(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"], metric: Metric, coded: bool) -> "_Prepared":
-        query_rows = self._combined_rows(queries, mean, metric)
+    def _prepared(
+        self, queries: Sequence[Query], weights: Float64[np.ndarray, "answers queries"], metric: Metric, coded: bool
+    ) -> "_Prepared":
+        query_rows = self._combined_rows(queries, weights, metric)
         scorer = Scorer.of(self.view, query_rows, metric)
         scaled: dict[str, Any] = {}
         for operand in scorer.operands:
             component = operand.component
             vectors: Any = operand.scaled(self.view, query_rows[component.name], stored=False)
             scaled[component.name] = CodedVectors.of(vectors) if coded and component.has_wide_rows else vectors
-        lengths = np.zeros(len(mean))
+        lengths = np.zeros(len(weights))
         if metric.mode == "cosine":
-            lengths = np.array([scorer.squared_length(cut(query_rows, i, i + 1), stored=False) for i in range(len(mean))])
+            lengths = np.array([scorer.squared_length(slice_rows(query_rows, i, i + 1), stored=False) for i in range(len(weights))])
         return _Prepared(scorer, scaled, lengths)
 
     def _products(
@@ -174,32 +176,32 @@ class Recomputer:
         scores = [np.zeros((len(part.lengths), len(rows))) for part in prepared]
         for batch in self._batches(examples):
             exact = {name: vectors.as_float32() for name, vectors in batch.exact.items()}
-            for part, own in zip(prepared, scores, strict=True):
+            for part, part_scores in zip(prepared, scores, strict=True):
                 products = sum(vectors.inner_products(exact[name]).astype(np.float64) for name, vectors in part.scaled.items())
                 for number, position in enumerate(batch.positions):
-                    scale = np.ones(len(own))
+                    scale = np.ones(len(part_scores))
                     if metric.mode == "cosine":
-                        lengths = part.lengths * part.scorer.squared_length(cut(exact, number, number + 1), stored=False)
-                        scale = np.divide(1.0, np.sqrt(lengths), out=np.zeros(len(own)), where=lengths > 0)
+                        lengths = part.lengths * part.scorer.squared_length(slice_rows(exact, number, number + 1), stored=False)
+                        scale = np.divide(1.0, np.sqrt(lengths), out=np.zeros(len(part_scores)), where=lengths > 0)
                     elif metric.mode == "loss-normalized":
                         scale *= part.scorer.scale(0, int(rows[position]))
-                    own[:, position] = np.asarray(products)[:, number] * scale
+                    part_scores[:, position] = np.asarray(products)[:, number] * scale
         return scores
 
     def _batches(self, examples: Sequence[Example]) -> Iterator["EncodedBatch"]:
         """Encode examples, few at a time; positions are those in all of them."""
         for first in range(0, len(examples), self._most_rows):
-            for batch in self._encoder.batches(examples[first : first + self._most_rows], tolerant=True):
+            for batch in self._encoder.batches(examples[first : first + self._most_rows], skip_nonfinite=True):
                 yield replace(batch, positions=[first + position for position in batch.positions])
 
-    def _combined_rows(self, queries: Sequence[Query], mean: Float64[np.ndarray, "answers queries"], metric: Metric) -> Rows:
+    def _combined_rows(self, queries: Sequence[Query], weights: Float64[np.ndarray, "answers queries"], metric: Metric) -> Rows:
         """Rows of answers: weighted sums of their queries' rows, which are computed few at a time."""
-        used = np.flatnonzero(mean.any(axis=0)).tolist()
+        used = np.flatnonzero(weights.any(axis=0)).tolist()
         total: Rows | None = None
         for first in range(0, max(1, len(used)), self._most_rows):
             part = used[first : first + self._most_rows]
-            rows = combine(self._query_rows([queries[i] for i in part], metric), mean[:, part])
-            total = rows if total is None else combine(join([total, rows]), np.hstack([np.eye(len(mean)), np.eye(len(mean))]))
+            rows = combine(self._query_rows([queries[i] for i in part], metric), weights[:, part])
+            total = rows if total is None else combine(concatenate([total, rows]), np.hstack([np.eye(len(weights)), np.eye(len(weights))]))
         assert total is not None
         return total
 
@@ -214,8 +216,8 @@ class Recomputer:
         parts = []
         for of_row in (False, True):
             if of_row in by_row:
-                own = [examples[i] for i in order if by_row[i] is of_row]
-                rows, self.refinement = query_rows(self.view, self._encoder, metric, own, not of_row)
+                examples_of_kind = [examples[i] for i in order if by_row[i] is of_row]
+                rows, self.refinement = query_rows(self.view, self._encoder, metric, examples_of_kind, not of_row)
                 parts.append(rows)
         matrix: Float64[np.ndarray, "queries plain"] = contrasts[:, order]
-        return combine(join([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)
+        return combine(concatenate([{name: vectors.as_float32() for name, vectors in part.items()} for part in parts]), matrix)

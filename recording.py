@@ -44,7 +44,7 @@ class TrainingRecorder:
         directory: for the trained model and the record; it must not exist, or be empty.
         model: a transformers causal language model, or a LoRA adapter on one (PEFT), in one process, before its first step.
         optimizer: PyTorch's AdamW, Adam or SGD; its steps and learning rates are recorded by themselves.
-        tokenizer: is saved beside the model, and decodes the examples' texts.
+        tokenizer: is saved next to the model, and decodes the examples' texts.
         clip_norm: the norm to which `clip_grad_norm_` clips all parameters' gradients; None without clipping.
 
     Raises:
@@ -78,9 +78,13 @@ class TrainingRecorder:
         self._groups = _groups(model, inner)
         self._clip_norm = clip_norm
         self._parameters = _trained(model, self._groups)
-        others = [name for name, parameter in _parameters(model).items() if parameter.requires_grad and name not in self._parameters]
-        if clip_norm is not None and others:
-            raise UsageError(f"{others[0]} requires a gradient, which is clipped with the others, but is not in the optimizer; freeze it")
+        unoptimized_names = [
+            name for name, parameter in _parameters(model).items() if parameter.requires_grad and name not in self._parameters
+        ]
+        if clip_norm is not None and unoptimized_names:
+            raise UsageError(
+                f"{unoptimized_names[0]} requires a gradient, which is clipped with the others, but is not in the optimizer; freeze it"
+            )
         self._initial = {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
         self._has_dropout = _has_dropout(model)
         self._is_training: bool | None = None
@@ -129,7 +133,8 @@ class TrainingRecorder:
         """
         if self._problem is not None:
             return
-        tokens, targets = np.asarray(input_ids.cpu(), np.int64), np.asarray(labels.cpu(), np.int64)
+        tokens = np.asarray(input_ids.cpu(), np.int64)
+        targets = np.asarray(labels.cpu(), np.int64)
         mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask.cpu(), np.int64)
         if tokens.ndim != 2 or 0 in tokens.shape or tokens.shape != targets.shape or tokens.shape != mask.shape:
             raise DataError(f"a batch has token ids {tokens.shape}, labels {targets.shape} and a mask {mask.shape}; they must fit")
@@ -278,16 +283,16 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Paramet
     names = {id(parameter): name for name, parameter in _parameters(model).items()}
     groups = []
     for group in optimizer.param_groups:
-        own = [p for p in group["params"] if p.requires_grad]
-        if any(id(p) not in names for p in own):
+        trained_parameters = [p for p in group["params"] if p.requires_grad]
+        if any(id(p) not in names for p in trained_parameters):
             raise UsageError("the optimizer has parameters that are not the model's; give it the model's parameters")
         if group.get("amsgrad") or group.get("maximize"):
             raise UsageError("amsgrad and maximize cannot be replayed; train without them")
         settings: dict[str, Any] = {n: group[n] for n in ("weight_decay", "eps", "momentum", "dampening", "nesterov") if n in group}
         if "betas" in group:
             settings["beta1"], settings["beta2"] = map(float, group["betas"])
-        if own:
-            groups.append(ParameterGroup(names=tuple(names[id(p)] for p in own), **settings))
+        if trained_parameters:
+            groups.append(ParameterGroup(names=tuple(names[id(p)] for p in trained_parameters), **settings))
     if not groups:
         raise UsageError("the optimizer trains no parameter of the model")
     return tuple(groups)
@@ -297,14 +302,14 @@ def _has_dropout(model: nn.Module) -> bool:
     """True if the model's forward pass in training may draw random numbers."""
 
     def configured(settings: Mapping[Any, Any]) -> bool:
-        own = any(
+        has_rate = any(
             ("drop" in str(name) or "jitter" in str(name))
             and not str(name).startswith(_HEADS)
             and isinstance(value, int | float)
             and value > 0
             for name, value in settings.items()
         )
-        return own or any(configured(value) for value in settings.values() if isinstance(value, dict))
+        return has_rate or any(configured(value) for value in settings.values() if isinstance(value, dict))
 
     modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return modules or configured(model.config.to_dict())  # type: ignore[union-attr, operator]

@@ -105,13 +105,13 @@ class RemoteClient(BaseClient):
 
     def encode(self, queries: Sequence[Query], **options: Unpack[ScoreOptions]) -> "Rows":
         """See `Client.encode`."""
-        from .store.vectors import from_bytes, join
+        from .store.vectors import concatenate, from_bytes
 
         check_queries(queries)
         check_options(options)
         settings = {**_set_options(options), "index": self.index}
         contents = [self._send("POST", "/v1/encode", {**query.to_dict(), **settings}) for query in queries]
-        return join([self._parse(from_bytes, content) for content in contents])
+        return concatenate([self._parse(from_bytes, content) for content in contents])
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """See `Client.explain`."""

@@ -29,7 +29,11 @@ _NARROW = 60
 _LITTLE = 0.5
 _SHOWN_GROUPS = 10
 _SHOWN_IDS = 5
-_FOR, _AGAINST, _FAINT, _DARK, _BAR = (5, 80, 160), (235, 140, 20), 0.05, 0.5, 24
+_FOR = (5, 80, 160)
+_AGAINST = (235, 140, 20)
+_FAINT = 0.05
+_DARK = 0.5
+_BAR = 24
 
 
 def show_answer(answer: Answer) -> None:
@@ -40,7 +44,7 @@ def show_answer(answer: Answer) -> None:
 
 
 def _how_searched(s: SearchReport) -> str:
-    """What the search was, for the line that begins with an answer's query."""
+    """Describe the search in one line."""
     searched = f"exact search of {s.rows:,} rows"
     if s.faiss is not None:
         made = f"{s.faiss.factory}, {s.faiss.parameters}" if s.faiss.parameters else s.faiss.factory
@@ -55,24 +59,26 @@ def _how_searched(s: SearchReport) -> str:
 def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType]:
     """The parts of an answer, from top to bottom; on a narrow terminal without the ids."""
     q = answer.query
-    asked = Text()
+    query_text = Text()
     if "completion" in q:
-        asked.append(_printable(q["prompt"]))
-        asked.append(_printable(q["completion"]).plain, style="bold underline")
+        query_text.append(_printable(q["prompt"]))
+        query_text.append(_printable(q["completion"]).plain, style="bold underline")
         if "against" in q:
-            asked.append(" rather than ", style="dim")
-            asked.append(_printable(q["against"].lstrip(" ")).plain, style="underline")
+            query_text.append(" rather than ", style="dim")
+            query_text.append(_printable(q["against"].lstrip(" ")).plain, style="underline")
     else:
-        said = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
-        asked.append(
-            _printable(q.get("text") or "\n".join(said) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} queries"))
+        messages = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
+        query_text.append(
+            _printable(
+                q.get("text") or "\n".join(messages) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} queries")
+            )
         )
     if "span" in q:
-        asked.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
-    yield Text("\n") + asked
-    for title, found, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
-        if found:
-            yield _attributions(title, found, colour, answer.search.rerank is not None, narrow)
+        query_text.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
+    yield Text("\n") + query_text
+    for title, attributions, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
+        if attributions:
+            yield _attributions(title, attributions, colour, answer.search.rerank is not None, narrow)
     if answer.groups is not None:
         yield _groups(answer.groups)
     if answer.baselines is not None:
@@ -92,23 +98,23 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         differ = (
             "" if r.difference is None else f"; near that, stored and recomputed scores differ by {r.difference:.3g} (root mean square)"
         )
-        others = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
+        bounds = f"by stored rows, no other scores above {r.highest:.4g}" + ("" if r.lowest is None else f" or below {r.lowest:.4g}")
         recomputed = f"with EK-FAC of {r.unprojected_layers:,} whole layers" if r.unprojected_layers else "without codes"
         recomputed += ", the queries in 8 bits," if r.query_bits == 8 else ""
-        yield Text(f"{r.candidates:,} candidates computed again {recomputed} in {r.seconds:.1f} s; {others}{differ}", style="dim")
+        yield Text(f"{r.candidates:,} candidates computed again {recomputed} in {r.seconds:.1f} s; {bounds}{differ}", style="dim")
     if s.refine is not None:
         f = s.refine
         left = f"; {f.residual:.2g} of the equation is left" if f.residual else ""
-        at = "the damping of the training's length"
+        damping = "the damping of the training's length"
         if f.damping is not None:
-            at = "a damping of " + ", ".join(f"{value:g} ({name})" for name, value in f.damping.items())
+            damping = "a damping of " + ", ".join(f"{value:g} ({name})" for name, value in f.damping.items())
         taken = f"{f.products:,} examples a query, in {f.seconds:.1f} s"
-        yield Text(f"queries refined by {f.iterations} iterations at {at}: {taken}{left}", style="dim")
+        yield Text(f"queries refined by {f.iterations} iterations at {damping}: {taken}{left}", style="dim")
     yield Text(f"{searched} in {s.seconds * 1000:.1f} ms; {q['mode']}, {_curvature(q)}{more}", style="dim")
 
 
 def _curvature(q: Mapping[str, Any]) -> str:
-    """Which curvature an answer's scores are under."""
+    """Describe the curvature of an answer's scores."""
     given = q.get("damping", 0)
     damping = ", ".join(f"{name} {value:g}" for name, value in given.items()) if isinstance(given, dict) else f"{given:g}"
     how = f"damping {damping}" if q.get("curvature", True) else "without curvature"
@@ -120,7 +126,7 @@ def _curvature(q: Mapping[str, Any]) -> str:
     return how
 
 
-def _attributions(title: str, found: Sequence[Attribution], colour: str, reranked: bool, narrow: bool) -> Table:
+def _attributions(title: str, attributions: Sequence[Attribution], colour: str, reranked: bool, narrow: bool) -> Table:
     table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("row", justify="right", style="dim", no_wrap=True)
@@ -130,7 +136,7 @@ def _attributions(title: str, found: Sequence[Attribution], colour: str, reranke
     if not narrow:
         table.add_column("id", no_wrap=True, max_width=28)
     table.add_column("text", ratio=1, overflow="fold")
-    for a in found:
+    for a in attributions:
         cells = [str(a.rank), str(a.row), f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")]
         if reranked:
             cells.append("" if a.stored_score is None else f"{a.stored_score:.4g} (#{a.stored_rank})")
@@ -188,9 +194,10 @@ _LEGEND = Text.assemble(("blue", "white on rgb(5,80,160)"), (" for, ", "dim"), (
 def heat(shares: TokenShares) -> Text:
     """Tokens on a ground of blue where they speak for, of orange where against, the stronger the more they add."""
     strongest = max((abs(score) for score in shares.scores), default=0.0) or 1.0
-    text, carried = Text(), 0.0
-    for token, own in zip(shares.tokens, shares.scores, strict=True):
-        score = own + carried
+    text = Text()
+    carried = 0.0
+    for token, token_score in zip(shares.tokens, shares.scores, strict=True):
+        score = token_score + carried
         carried = score if not token else 0.0  # part of a character that a later token completes
         strength = min(1.0, abs(score) / strongest) ** 0.7
         if strength < _FAINT:
@@ -222,7 +229,7 @@ def _bars(title: str, parts: Sequence[tuple[str, float]], count: int) -> Table:
 
 
 def _baselines(answer: Answer) -> Table:
-    table = Table(title="what else would have said", title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    table = Table(title="baselines", title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("baseline", no_wrap=True)
     for name in ("rank correlation", f"of our {len(answer.proponents)}"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Whole builds as processes: does memory stay flat as the corpus grows, and what do two workers buy?
+"""Whole builds as processes: memory as the corpus grows, and gain of two workers.
 
     python benchmarks/build_scaling.py memory  --model MODEL_DIR --data corpus.jsonl
     python benchmarks/build_scaling.py workers --model MODEL_DIR --data corpus.jsonl --documents 1000

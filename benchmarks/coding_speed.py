@@ -1,4 +1,4 @@
-"""What does the coding of an example's tokens cost: a product with a matrix, beside the rotation that it stands for?
+"""Cost of coding an example's tokens: a product with a matrix, compared with the rotation that it replaces.
 
     python benchmarks/coding_speed.py
 

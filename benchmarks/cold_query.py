@@ -1,4 +1,4 @@
-"""What does a query fetch from an object store, whose index nobody has read yet?
+"""Requests and bytes that a query fetches from an object store whose index was not read before.
 
     python benchmarks/cold_query.py --index grown/9961472 [--count 12] [--group-rows 262144] [--json]
 

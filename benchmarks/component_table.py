@@ -1,4 +1,4 @@
-"""Which rows predict retraining on a ground-truth pack: numbers of bytes, single components, float rows as other tools store, baselines.
+"""LDS of rows on a ground-truth pack: numbers of bytes, single components, float rows as other tools store, baselines.
 
     python benchmarks/component_table.py PACK... [--dtype bfloat16] [--indexes DIR] [--results FILE]
         [--write docs/components.md --section adapters]
@@ -42,7 +42,7 @@ _BASELINES = ("chars", "bm25", "hidden")
 
 
 def index_path(indexes, pack, name):
-    """Where the index of a line is kept; None if indexes are not kept."""
+    """Directory of the index of a line; None if indexes are not kept."""
     words = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     return indexes and indexes / pack.name / f"{words}.wherefrom"
 

@@ -1,4 +1,4 @@
-"""How fast is the search of dense rows, exact and by quantized scan and rescore, beside FAISS, on rows grown from real ones?
+"""Speed of the search of dense rows, exact and by quantized scan and rescore, compared with FAISS, on rows grown from real ones.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom -o rank=16
     python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl [--rows 1000000] [--compare 100000]

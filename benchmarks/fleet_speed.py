@@ -1,4 +1,4 @@
-"""What does it cost, and gain, to search an index in parts in Ray actors (`wherefrom serve --ray`)?
+"""Cost and gain of searching an index in parts in Ray actors (`wherefrom serve --ray`).
 
     python benchmarks/fleet_speed.py --index grown/9961472 [--parts 1 2 4] [--rounds 7] [--serve] [--json]
 

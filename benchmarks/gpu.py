@@ -1,4 +1,4 @@
-"""A build's work on a GPU: is it right, how fast is it beside plain training, how much memory does it take?
+"""A build's work on a GPU: correctness, speed compared with plain training, and memory.
 
     python benchmarks/gpu.py [--shapes 135M 1B 8B] [--device cuda] [--dtypes bfloat16 float32] [--json]
 
@@ -150,7 +150,7 @@ def measure(shape, dtype, configuration, args, device):
         sides = ("plain", "rows", "one after the other")
         for side in sides if round_ % 2 else reversed(sides):
             model.requires_grad_(side == "plain")
-            encoder.__dict__["overlaps"] = side == "rows" and device.type != "cpu"
+            encoder.__dict__["copies_asynchronously"] = side == "rows" and device.type != "cpu"
             with Meter(device) as meter:
                 if side == "plain":
                     plain_step(task, model, examples, args.batch_tokens)

@@ -1,4 +1,4 @@
-"""How much memory the output head's rows need at a large vocabulary and width, where one example's dense gradient would be gigabytes.
+"""Memory of the output head's rows at a large vocabulary and width, where one example's dense gradient would be gigabytes.
 
     python benchmarks/head_memory.py [--vocabulary 256000] [--width 8192] [--tokens 128] [--examples 8]
 

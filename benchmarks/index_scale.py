@@ -1,4 +1,4 @@
-"""How does an index grow: files, bytes, and what the commands that read it cost, at a million rows, ten million and a hundred million?
+"""Growth of an index: files, bytes, and cost of the commands that read it, at a million rows, ten million and a hundred million.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom --bytes-per-example 800
     python benchmarks/index_scale.py --index full.wherefrom [--rows 1048576 9961472] [--linked 10] [--rounds 5] [--grown DIR] [--json]
@@ -59,7 +59,7 @@ def _drop(index):
 
 
 def measure(index, commands, rounds):
-    """What commands cost, by name: figures of some rounds in which they take turns, and of one whose memory is watched."""
+    """Cost of commands, by name: figures of some rounds in which they take turns, and of one whose memory is watched."""
     generator = np.random.default_rng(1)
     seconds = {name: [] for name in commands}
     figures = {name: {} for name in commands}
@@ -91,7 +91,7 @@ def measure(index, commands, rounds):
 
 
 def report(index, commands, rounds, linked):
-    """What an index takes, and what commands on it cost."""
+    """Size of an index, and cost of commands on it."""
     files = [path for path in index.path.rglob("*") if path.is_file()]
     return {
         "rows": len(index),

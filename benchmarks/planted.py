@@ -1,4 +1,4 @@
-"""Which rows find a training document by another wording: the planted documents of paraphrases.jsonl, asked by a paraphrase and in German.
+"""Ranks of training documents asked for in other words: the planted documents of paraphrases.jsonl, by a paraphrase and in German.
 
     python benchmarks/component_table.py PACK --indexes indexes
     python benchmarks/planted.py PACK --indexes indexes [--write docs/components.md]

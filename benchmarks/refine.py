@@ -1,4 +1,4 @@
-"""What refined queries are worth: LDS of whole layers by the iterations of conjugate gradients, beside EK-FAC alone.
+"""LDS of refined queries: whole layers by the iterations of conjugate gradients, compared with EK-FAC alone.
 
     python benchmarks/refine.py PACK... [--queries 20] [--iterations 0 1 3] [--damping 30] [--indexes DIRECTORY] [--results FILE]
         [--write docs/how-it-works.md]

@@ -1,4 +1,4 @@
-"""How fast is an exact search of sparse rows, on an index of real rows and on one grown from it?
+"""Speed of an exact search of sparse rows, on an index of real rows and on one grown from it.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out full.wherefrom
     python benchmarks/search_speed.py --index full.wherefrom --queries queries.jsonl [--rows 1000000]
@@ -36,7 +36,7 @@ def measure(index, asked, repeats):
     """Wall times and postings of every query, asked alone."""
     names = [s.name for s in index.manifest.components]
     count = len(asked[names[0]])
-    parts = [{name: rows.cut(i, i + 1) for name, rows in asked.items()} for i in range(count)]
+    parts = [{name: rows.slice(i, i + 1) for name, rows in asked.items()} for i in range(count)]
     whole = WholeIndex(index)
     for part in parts[:3]:
         find(whole, Search(part, Metric(), {}), 1, 10, 1.0)

@@ -1,4 +1,4 @@
-"""How fast are answers of a running server, one-shot commands in front of it, and many clients at once; does its memory stay flat?
+"""Speed of a running server, of one-shot commands in front of it and of many clients at once, and growth of the server's memory.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out my.wherefrom
     python benchmarks/serve_speed.py --index my.wherefrom --queries queries.jsonl

@@ -1,4 +1,4 @@
-"""How good are a build's own choices? Its damping, weights and norm against every other setting of a grid, on ground-truth packs.
+"""LDS of a build's default settings: its damping, weights and norm against every other setting of a grid, on ground-truth packs.
 
     python benchmarks/settings.py PACK... [--data IDX_DIR] [--bytes 2400] [--write docs/components.md]
 

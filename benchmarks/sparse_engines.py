@@ -1,4 +1,4 @@
-"""How fast is the search of sparse rows beside engines for learned sparse retrieval, over the same tokens?
+"""Speed of the search of sparse rows, compared with engines for learned sparse retrieval, over the same tokens.
 
     pip install bmp pyseismic-lsr
     python benchmarks/sparse_engines.py --index grown/1048576 [--rows 262144] [--count 60] [--rounds 5] [--json]

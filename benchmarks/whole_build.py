@@ -1,4 +1,4 @@
-"""What does a whole build cost, beside one plain pass of training over the same documents? Time, memory, and what `plan` said before.
+"""Time and memory of a whole build, compared with one plain pass of training over the same documents and with the estimate of `plan`.
 
     python benchmarks/whole_build.py --model MODEL_DIR --data corpus.jsonl [--documents 60 300] [--dtype bfloat16] [--rounds 3]
 

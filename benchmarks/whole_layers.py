@@ -1,4 +1,4 @@
-"""What reranking is worth: LDS of stored rows, of these without codes, and of EK-FAC of whole layers; and how many candidates it takes.
+"""LDS of reranking: stored rows, uncoded rows, and EK-FAC of whole layers; and the number of candidates that it takes.
 
     python benchmarks/whole_layers.py PACK... [--data DIRECTORY] [--results FILE] [--write docs/how-it-works.md]
     python benchmarks/whole_layers.py PACK --kronfluence kronfluence.npy [--data DIRECTORY] [--data-labels] [--damping 0.01 0.1 1]
@@ -53,7 +53,7 @@ def products(client, asked):
         for name, rows in asked.items()
     }
     examples = [client.index.example(row) for row in range(len(client.index))]
-    for batch in client._recomputer._encoder.batches(examples, tolerant=True):
+    for batch in client._recomputer._encoder.batches(examples, skip_nonfinite=True):
         for name, rows in asked.items():
             for component, vectors in rows.items():
                 found[name][component][:, batch.positions] = vectors.inner_products(batch.exact[component].as_float32())

@@ -23,7 +23,7 @@ FRAME = """<svg viewBox="0 0 {terminal_width} {terminal_height}" xmlns="http://w
 
 
 def main():
-    """Ask the demo's first query and save the picture beside this file."""
+    """Ask the demo's first query and save the picture next to this file."""
     prompt, completion = QUERIES[0]
     client = Client(sys.argv[1])
     for _ in range(2):  # the first query also reads the rows from disk

@@ -3,7 +3,7 @@
     wherefrom serve my.wherefrom
     python docs/make_screenshots.py --url http://127.0.0.1:8787 --prompt "..." --completion " ..."
 
-Writes explorer.png (desktop) and explorer-phone.png (a phone's width, dark) beside this file.
+Writes explorer.png (desktop) and explorer-phone.png (a phone's width, dark) next to this file.
 """
 
 import argparse

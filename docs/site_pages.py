@@ -1,6 +1,6 @@
 """A hook of MkDocs: the site has the pages of the repository at the paths that they have there, and finds its package.
 
-Pages at the root (README.md, ...) lie beside docs/, as in the repository, so that a link works in both places and no text is copied.
+Pages at the root (README.md, ...) are next to docs/, as in the repository, so that a link works in both places and no text is copied.
 The root is the package `wherefrom`, but a checkout's folder may have any name and holds more than the package (tests, an environment).
 What reads the docstrings therefore gets a folder of that name, with links to the package's own files.
 """

@@ -34,7 +34,7 @@ def agreement(
     reporter: Reporter | None = None,
     **resources: Any,
 ) -> Report:
-    """How well an index's scores agree with exact influence, computed by a replay of the training run.
+    """Compare an index's scores with exact influence from a replay of the training run.
 
     Examples are compared that are both in the record and in the index, by their tokens and loss masks.
 
@@ -70,15 +70,15 @@ def agreement(
         )
     with reporting(reporter) as current:
         replayed = replay_examples(run, examples, current, **resources)
-    own = [pair[0] for pair in pairs]
+    matched_rows = [pair[0] for pair in pairs]
     numbers = [pair[1] for pair in pairs]
     shared = np.bincount(numbers, minlength=len(recorded.examples))[numbers]  # equal rows share an example's derivative
     exact = replayed.scores[:, numbers].T.astype(np.float64) / shared[:, None]
-    scores = score_matrix(client.index, client.encode(queries), Metric(mode)).T[own].astype(np.float64)
-    baselines = content_baselines([rows[row] for row in own], examples)
+    scores = score_matrix(client.index, client.encode(queries), Metric(mode)).T[matched_rows].astype(np.float64)
+    baselines = content_baselines([rows[row] for row in matched_rows], examples)
     methods = {"the index": scores, **{name: baselines[name] for name in ("chars", "bm25", "random")}}
     figures = {}
-    subsets = np.random.default_rng(0).random((_SUBSETS, len(own))) < 0.5
+    subsets = np.random.default_rng(0).random((_SUBSETS, len(matched_rows))) < 0.5
     for name, matrix in methods.items():
         figures[f"{name}: rank correlation of sums over random halves"] = mean_figure(
             columns_correlation(subsets @ matrix, subsets @ exact).tolist()
@@ -87,8 +87,8 @@ def agreement(
         figures[f"{name}: share of the {_BEST} best"] = mean_figure(_shared_best(matrix, exact))
     about = {
         "queries": len(examples),
-        "examples_compared": len(own),
-        "examples_of_the_index_that_the_run_did_not_see": len(rows) - len(own),
+        "examples_compared": len(matched_rows),
+        "examples_of_the_index_that_the_run_did_not_see": len(rows) - len(matched_rows),
         "examples_of_the_run_without_a_row": len(recorded.examples) - len({pair[1] for pair in pairs}),
         "steps": replayed.steps,
         "difference": round(replayed.difference, 6),

@@ -217,8 +217,8 @@ def judge_scores(
     columns = {"even": slice(0, None, 2), "odd": slice(1, None, 2), "all": slice(None)}[half]
     task = find_task(pack.task)
     source = ModelSource(model or str(pack.model), device=device)
-    encoder = task.converter(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
-    train, query_examples = (list(usable(encoder.documents(documents))) for documents in (pack.train, pack.queries))
+    converter = task.converter(source, pack.build.get("max_tokens"), pack.build.get("long", "split"), pack.build.get("append_eos", True))
+    train, query_examples = (list(usable(converter.documents(documents))) for documents in (pack.train, pack.queries))
     network = task.load(source)
     if model is None:
         _check_model(pack, task, network, query_examples)

@@ -69,10 +69,10 @@ def estimate(
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
     seed: int = 0,
-    others: Float[np.ndarray, "examples queries"] | None = None,
+    reference: Float[np.ndarray, "examples queries"] | None = None,
 ) -> Estimate:
-    """The mean LDS over queries, with its interval by bootstrap over subsets and queries; with `others`, less the mean LDS of these."""
-    matrices = [scores] if others is None else [scores, others]
+    """The mean LDS over queries, with its interval by bootstrap over subsets and queries; with `reference`, less the mean LDS of it."""
+    matrices = [scores] if reference is None else [scores, reference]
     value = _lead(lds(matrix, masks, losses) for matrix in matrices)
     predicted = [_predicted(matrix, masks) for matrix in matrices]
     actual = losses.mean(axis=1, dtype=np.float64)
@@ -85,9 +85,9 @@ def estimate(
 
 
 def _lead(correlations: Iterable[Float64[np.ndarray, " queries"]]) -> float:
-    """Mean of the first correlations less the means of the others."""
-    first, *others = map(_mean, correlations)
-    return first - sum(others)
+    """Mean of the first correlations less the means of the rest."""
+    first, *rest = map(_mean, correlations)
+    return first - sum(rest)
 
 
 def split_half(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
@@ -146,9 +146,9 @@ def columns_correlation(
 
 def difference(
     scores: Float[np.ndarray, "examples queries"],
-    others: Float[np.ndarray, "examples queries"],
+    reference: Float[np.ndarray, "examples queries"],
     masks: Bool[np.ndarray, "subsets examples"],
     losses: Float[np.ndarray, "subsets seeds queries"],
 ) -> Estimate:
-    """Difference of the LDS of `scores` and `others`, with its interval from the same drawn subsets."""
-    return estimate(scores, masks, losses, others=others)
+    """Difference of the LDS of `scores` and `reference`, with its interval from the same drawn subsets."""
+    return estimate(scores, masks, losses, reference=reference)

@@ -3,7 +3,7 @@
     replay       the derivative of each query's loss with respect to the weight of every training example (indexer/replay.py)
     retrain      a training function for `wherefrom pack`: the recorded run again, without the examples that a subset leaves out
 
-A job's work directory beside its result holds a file for each finished group of queries, and for the group in progress its adjoints, at
+A job's work directory, next to its result, holds a file for each finished group of queries, and for the group in progress its adjoints, at
 least once a minute. The same command continues from there, with the same bits.
 """
 
@@ -132,7 +132,7 @@ def replay(
     Args:
         run: directory of the record.
         queries: their texts end with the end-of-text token if most training examples do.
-        out: file for the scores, as `wherefrom scores` writes them (`.zarr` or `.parquet`), with a directory for unfinished work beside it;
+        out: file for the scores, as `wherefrom scores` writes them (`.zarr` or `.parquet`), with unfinished work in a directory next to it;
             None writes nothing.
         device, workers, threads, address: as for a build.
         reporter: of progress, instead of the default one.
@@ -253,16 +253,16 @@ class Replayer:
         return CausalLM().context(self._replay.model)
 
     def queries_per_pass(self) -> int:
-        """How many queries share a pass through the run, so that their adjoints fit into memory."""
+        """Return the number of queries per pass that fit in memory."""
         return max(1, min(_LARGEST_PASS, _STATE_BYTES // (_ADJOINT_BYTES * self._replay.size)))
 
-    def replay(self, group: tuple[int, ...], progress: Progress = ignore_progress) -> dict[str, np.ndarray]:
+    def replay(self, query_batch: tuple[int, ...], progress: Progress = ignore_progress) -> dict[str, np.ndarray]:
         """Replay some queries, or continue where an interrupted process was, or read the finished result.
 
         Raises:
             IncompatibleError: the repeated run does not end where the recorded one did.
         """
-        name = f"{group[0]:06d}-{len(group)}"
+        name = f"{query_batch[0]:06d}-{len(query_batch)}"
         finished = None if self._work is None else self._work / f"{name}.safetensors"
         counts = [sum(len(batch.examples) for batch in step.batches) for step in self._run.steps]
         if finished is not None and (arrays := _read_arrays(finished)) is not None:
@@ -272,21 +272,23 @@ class Replayer:
         arrays = None if partial_path is None else _read_arrays(partial_path)
         replay = self._replay
         adjoint: State | None = None
-        of_weights = torch.zeros(len(group), len(replay.weights), dtype=replay.weights.dtype, device=replay.weights.device)
-        losses = np.zeros(len(group), np.float32)
+        of_weights = torch.zeros(len(query_batch), len(replay.weights), dtype=replay.weights.dtype, device=replay.weights.device)
+        losses = np.zeros(len(query_batch), np.float32)
         difference = 0.0
         stop = len(counts)
         if arrays is not None:
             adjoint = State(*(torch.from_numpy(arrays[f"adjoint/{part}"]).to(of_weights.device) for part in State._fields))
             of_weights.copy_(torch.from_numpy(arrays["of_weights"]))
-            losses, difference, stop = arrays["losses"], arrays["difference"].item(), arrays["stop"].item()
+            losses = arrays["losses"]
+            difference = arrays["difference"].item()
+            stop = arrays["stop"].item()
             progress(sum(counts[stop:]), 0)
         saved = time.monotonic()
         for number, state in replay.states(stop):
             if adjoint is None:
                 end = replay.step(state, number, replay.weights)
                 difference = self._check(replay.difference(end))
-                adjoint, losses = replay.query_adjoint(end, [self._queries[i] for i in group])
+                adjoint, losses = replay.query_adjoint(end, [self._queries[i] for i in query_batch])
             adjoint, more = replay.adjoint(state, number, adjoint)
             of_weights += more
             progress(counts[number], 0)
@@ -333,13 +335,13 @@ def match_rows(rows: Sequence[Example], trained: Sequence[Example]) -> list[tupl
     """Pairs of a row and the example of a run with the same tokens and loss mask; of several such, the one with its id, else in order."""
     numbers = content_rows(trained)
     pairs = []
-    for key, own in content_rows(rows).items():
+    for key, equal_rows in content_rows(rows).items():
         candidates = numbers.get(key, [])
         by_id = {trained[number].id: number for number in candidates}
-        others = [number for number in candidates if trained[number].id not in {rows[row].id for row in own}] or candidates
-        unnamed = [row for row in own if rows[row].id not in by_id]
-        pairs += [(row, by_id[rows[row].id]) for row in own if rows[row].id in by_id]
-        pairs += [(row, others[i % len(others)]) for i, row in enumerate(unnamed) if others]
+        free_numbers = [number for number in candidates if trained[number].id not in {rows[row].id for row in equal_rows}] or candidates
+        unnamed = [row for row in equal_rows if rows[row].id not in by_id]
+        pairs += [(row, by_id[rows[row].id]) for row in equal_rows if rows[row].id in by_id]
+        pairs += [(row, free_numbers[i % len(free_numbers)]) for i, row in enumerate(unnamed) if free_numbers]
     return sorted(pairs)
 
 
@@ -353,11 +355,11 @@ def retrain(examples: Sequence[Example], model: str, seed: int) -> nn.Module:
     """
     run = read_training(Path(model))
     pairs = match_rows(examples, run.examples)
-    known = {row for row, _ in pairs}
-    missing = [example.id for row, example in enumerate(examples) if row not in known]
+    matched_rows = {row for row, _ in pairs}
+    missing = [example.id for row, example in enumerate(examples) if row not in matched_rows]
     if missing:
-        others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
-        raise DataError(f"example {missing[0]!r}{others} not in the recorded run {model}; give its training documents")
+        suffix = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+        raise DataError(f"example {missing[0]!r}{suffix} not in the recorded run {model}; give its training documents")
     repeated = Replay(run)
     given = np.bincount([number for _, number in pairs], minlength=len(run.examples))
     weights = torch.from_numpy(np.minimum(1.0, given / _copies(run))).to(repeated.weights)
@@ -368,7 +370,7 @@ def retrain(examples: Sequence[Example], model: str, seed: int) -> nn.Module:
 
 
 def _copies(run: TrainingRun) -> Float64[np.ndarray, " examples"]:
-    """How many equal documents each example stands for.
+    """Return the number of duplicates of each example.
 
     With ids, one. Without, how often it was in a batch, over how often the rarest was, where that divides all: in whole epochs.
     """
@@ -382,7 +384,7 @@ def _copies(run: TrainingRun) -> Float64[np.ndarray, " examples"]:
 
 
 def unlike(run: TrainingRun, difference: float) -> str:
-    """What is said of a repeated run that does not end where the recorded one did."""
+    """Return the error message for a replay that ends elsewhere than the run."""
     return (
         f"{run.directory}: the repeated run ends {difference:.1%} of its way from where the recorded run ended, more than "
         f"{LARGEST_DIFFERENCE:.0%}; something in training is not in the record (another loss, noise, changed weights), or it is too "

@@ -39,9 +39,9 @@ def wait_for(what, ready, process=None, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            found = ready()
-            if found:
-                return found
+            result = ready()
+            if result:
+                return result
         if process is not None and process.poll() is not None:
             raise SystemExit(f"{what} ended with {process.returncode}")
         time.sleep(0.3)
@@ -142,7 +142,8 @@ def run(args, folder, processes):
 
     start_store(processes)
     os.environ["WHEREFROM_CACHE"] = str(folder / "driver-disk")
-    corpus, index = f"s3://{_BUCKET}/corpus", f"s3://{_BUCKET}/example.wherefrom"
+    corpus = f"s3://{_BUCKET}/corpus"
+    index = f"s3://{_BUCKET}/example.wherefrom"
     local_or_store(corpus).place[0].put(args.data.name, args.data)
     address = f"127.0.0.1:{free_port()}"
     start_node(processes, "head", address)

@@ -26,7 +26,7 @@ from ..store.shapes import Int64
 from ..store.sparse import entry_bytes
 
 Training = Literal["adapter", "frozen head", "trained head", "unknown"]
-"""What training changed: only an adapter, and neither head nor embeddings; other layers than the head; the head; or it is not known."""
+"""Layers that training changed: only an adapter, and neither head nor embeddings; other layers than the head; the head; or not known."""
 
 TokenCounts = Mapping[str, Int64[np.ndarray, " examples"]]
 """By role, the distinct tokens of each example of a sample."""

@@ -89,8 +89,8 @@ def calibrate(
     weights = {}
     for component in components:
         agreement = agreements[component.name]
-        known = agreement.self_score > 0 and agreement.fidelity > 0
-        weights[component.name] = shares[component.role] * agreement.fidelity**2 / agreement.self_score if known else 0.0
+        is_measured = agreement.self_score > 0 and agreement.fidelity > 0
+        weights[component.name] = shares[component.role] * agreement.fidelity**2 / agreement.self_score if is_measured else 0.0
     unit = weights.get("head") or next((weight for weight in weights.values() if weight > 0), 1.0)
     if not any(weights.values()):
         weights = dict.fromkeys(weights, unit)

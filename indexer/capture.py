@@ -55,21 +55,21 @@ class Window:
 
     def __init__(self, batch: Batch, visit: Callable[[str, Tensor, OutputGradient, Batch], None]) -> None:
         self.batch = batch
-        self.part = batch
+        self.chunk = batch
         self._visit = visit
 
     def visit(self, name: str, x: Tensor, gradient: OutputGradient) -> None:
         """Visit a layer that computes its outputs without being called: an output head, which is never projected."""
-        self._visit(name, x, gradient, self.part)
+        self._visit(name, x, gradient, self.chunk)
 
     @contextmanager
     def columns(self, first: int, last: int) -> Iterator[Batch]:
         """Compute only the columns from `first` to `last`, the last not included."""
-        self.part = self.batch.columns(first, last)
+        self.chunk = self.batch.columns(first, last)
         try:
-            yield self.part
+            yield self.chunk
         finally:
-            self.part = self.batch
+            self.chunk = self.batch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,7 +96,7 @@ def product_precision(device: torch.device, precision: Literal["high", "highest"
 
 @contextmanager
 def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[Map, Map]], batch: Batch, visit: Visit) -> Iterator[Window]:
-    """Call `visit(layer, x, d, part)` for every call of a tracked layer in every forward and backward pass of `model` while open.
+    """Call `visit(layer, x, d, chunk)` for every call of a tracked layer in every forward and backward pass of `model` while open.
 
     Args:
         model: with frozen weights.
@@ -105,7 +105,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
             the same map object project it once.
         batch: its layers may see examples and tokens as one list, or with dimensions of size one between.
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients in float32 (float64 for a float64 model), both on the
-            layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs. `part` is the part of the
+            layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs. `chunk` is the part of the
             batch whose tokens these are.
 
     Yields:
@@ -136,7 +136,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
     def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
         if isinstance(module, nn.Conv2d):
             return value
-        shape = window.part.valid.shape
+        shape = window.chunk.valid.shape
         leading = [size for size in value.shape[:-1] if size != 1]
         if leading == [size for size in shape if size != 1] or leading == [shape[0] * shape[1]]:
             return value.reshape(*shape, value.shape[-1])
@@ -156,16 +156,16 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
                 gradient = OutputGradient(widened(by_example(module, project(d, output_map), layer), device))
-                visit(layer, widened(x, device), gradient, window.part)
+                visit(layer, widened(x, device), gradient, window.chunk)
 
             output.register_hook(backward)
             return output
 
         return forward
 
-    def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient, part: Batch) -> None:
+    def visit_uncalled(name: str, x: Tensor, gradient: OutputGradient, chunk: Batch) -> None:
         if name in tracked:
-            visit(tracked[name], widened(x.detach(), x.device), gradient, part)
+            visit(tracked[name], widened(x.detach(), x.device), gradient, chunk)
 
     window = Window(batch, visit_uncalled)
     handles = [modules[layer.name].register_forward_hook(hook(layer, *maps[layer.name])) for layer in layers]
@@ -193,7 +193,7 @@ class GradientSum:
     def __init__(self) -> None:
         self.by_layer: dict[str, Float[Tensor, "batch n"]] = {}
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "b t i"], d: OutputGradient, chunk: Batch) -> None:
         """Add one call of a layer; a `Visit`."""
         gradient = torch.einsum("bto,bti->boi", d.values, x).flatten(1)
         total = self.by_layer.get(layer.name)

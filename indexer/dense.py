@@ -51,7 +51,7 @@ class DenseEncoder:
         self._dtype = next(model.parameters()).dtype
 
     undivided = False
-    """Whether rows need the gradients of all logits at once."""
+    """True if all logits' gradients are needed at once."""
 
     def matches(self, layer: Layer, module: nn.Module) -> bool:
         """Return True if a module is linear and has the layer's sizes."""

@@ -43,8 +43,8 @@ class EncodedBatch:
 
     Attributes:
         positions: of its examples.
-        rows: by component, as an index stores them before they are coded.
-        exact: by component, with all tokens.
+        rows: by component, cut to the tokens an index stores, uncoded.
+        exact: by component, before that cut.
         losses: of the examples, or measurements, under the last model (nats); NaN where they are not finite.
         hidden: mean last hidden states under the last model; None if the settings leave them out.
     """
@@ -65,20 +65,20 @@ class Visitor(Protocol):
     """Callback of a pass, which collects rows or sums statistics.
 
     Attributes:
-        sums_examples: whether it adds values of several examples, so that none may be visited that is not finite.
+        sums_examples: it sums over examples; non-finite ones are zeroed first.
     """
 
     sums_examples: bool
     layers: Sequence[Layer]
     maps: Mapping[str, tuple[Map, Map]]
 
-    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, chunk: Batch) -> None:
         """Process one call of one layer."""
 
 
 @runtime_checkable
-class Meter(Visitor, Protocol):
-    """A visitor of many batches, which sums over their examples."""
+class StatisticsVisitor(Visitor, Protocol):
+    """Visitor that sums statistics over the examples of many batches."""
 
     def end(self) -> None:
         """End a batch."""
@@ -133,15 +133,16 @@ class Encoder:
             prefix = f"{component.name}/"
             arrays = {key.removeprefix(prefix): array for key, array in self.arrays.items() if key.startswith(prefix)}
             modules = dict(model.named_modules())
-            others = [name for name in component.layer_names if name not in modules]
-            if not others:
+            missing = [name for name in component.layer_names if name not in modules]
+            mismatched: list[str] = []
+            if not missing:
                 encoder = COMPONENT_ENCODERS[component.kind](component, arrays, model)  # type: ignore[arg-type]
                 encoders[component.name] = encoder
-                others = [layer.name for layer in encoder.layers if not encoder.matches(layer, modules[layer.name])]
-            if others:
+                mismatched = [layer.name for layer in encoder.layers if not encoder.matches(layer, modules[layer.name])]
+            if missing or mismatched:
                 raise IntegrityError(
-                    f"the index describes the layer {others[0]} ({component.name}) with sizes that the model does not have; restore the "
-                    "index's manifest"
+                    f"the index describes the layer {(missing or mismatched)[0]} ({component.name}) with sizes that the model does not "
+                    "have; restore the index's manifest"
                 )
         return encoders
 
@@ -150,8 +151,8 @@ class Encoder:
         examples: Sequence[Example],
         progress: Progress = ignore_progress,
         queries: bool = False,
-        tolerant: bool = False,
-        meters: Sequence[Meter] = (),
+        skip_nonfinite: bool = False,
+        meters: Sequence[StatisticsVisitor] = (),
         coded: bool = False,
     ) -> Iterator[EncodedBatch]:
         """Yield whitened rows, batch by batch; float32 (dense rows of a float64 model: float64).
@@ -161,30 +162,30 @@ class Encoder:
 
         Args:
             queries: use the task's measurement instead of its loss.
-            tolerant: give an example whose loss or gradient is not finite rows of zeros, and NaN as its loss.
+            skip_nonfinite: give an example whose loss or gradient is not finite rows of zeros, and NaN as its loss.
             meters: also visit the last model's layers.
             coded: sparse rows hold only the coordinates that an index codes (see `SparseVectors.energies`), for `SparseWriter`.
 
         Raises:
-            NumericalError: a loss or a row is not finite and not tolerated; names the example.
+            NumericalError: a loss or a row is not finite and not skipped; names the example.
         """
         undivided = any(encoder.undivided for encoder in self.component_encoders.values())
         objective = Objective(query=queries, undivided=undivided)
-        started: Callable[[], EncodedBatch] | None = None
+        current: Callable[[], EncodedBatch] | None = None
         for positions, batch in self.task.batches(self.models, examples, self.settings.batch_tokens):
-            following = self._start(positions, batch, objective, progress, tolerant, meters, coded)
-            if started is not None:
-                yield started()
-            started = following if self.overlaps else None
-            if started is None:
+            following = self._start(positions, batch, objective, progress, skip_nonfinite, meters, coded)
+            if current is not None:
+                yield current()
+            current = following if self.copies_asynchronously else None
+            if current is None:
                 yield following()
-            del following  # its rows, before the next batch
-        if started is not None:
-            yield started()
+            del following  # free the rows before the next batch
+        if current is not None:
+            yield current()
 
     @cached_property
-    def overlaps(self) -> bool:
-        """Whether a batch's rows are copied, coded and written while the models compute the next batch."""
+    def copies_asynchronously(self) -> bool:
+        """True if rows are copied to the host while the next batch runs."""
         return any(parameter.device.type != "cpu" for model in self.models for parameter in model.parameters())
 
     def _start(
@@ -193,11 +194,11 @@ class Encoder:
         batch: Batch,
         objective: Objective,
         progress: Progress,
-        tolerant: bool,
-        meters: Sequence[Meter],
+        skip_nonfinite: bool,
+        meters: Sequence[StatisticsVisitor],
         coded: bool,
     ) -> Callable[[], EncodedBatch]:
-        """Run the models over a batch and start to copy its rows to the host; the value waits for them, once."""
+        """Run the models over a batch and start to copy its rows to the host; the returned function waits for the copy; call it once."""
         losses = []
         collectors = {name: encoder.collector(batch, objective.query) for name, encoder in self.component_encoders.items()}
         with hidden_means(self.task, self.model) if self.settings.hidden else nullcontext() as means:
@@ -205,7 +206,7 @@ class Encoder:
                 visitors: list[Visitor] = [collectors[c.name] for c in self.settings.components if c.model == number]
                 if visitors:
                     visitors += meters if model is self.model else ()
-                    losses.append(start_copy(backward(self.task, model, batch, visitors, objective, tolerant)))
+                    losses.append(start_copy(backward(self.task, model, batch, visitors, objective, skip_nonfinite)))
             hidden_copy = means(batch) if means else None
         for meter in meters:
             meter.end()
@@ -220,7 +221,7 @@ class Encoder:
             broken = ~torch.isfinite(values).all(dim=0)
             for vectors in exact.values():
                 squares = torch.from_numpy(vectors.squared_norms[:, None])
-                if not tolerant:
+                if not skip_nonfinite:
                     check_finite(squares, batch, "gradient")
                 broken |= ~torch.isfinite(squares).all(dim=1)
             last = values[-1]
@@ -241,15 +242,15 @@ class Encoder:
         examples: Sequence[Example],
         queries: bool = False,
         progress: Progress = ignore_progress,
-        tolerant: bool = False,
+        skip_nonfinite: bool = False,
         exact: bool = False,
     ) -> dict[str, Any]:
         """Compute all rows at once, by component, in the examples' order; see `batches`.
 
         Args:
-            exact: with all tokens, not only those that an index stores.
+            exact: before rows are cut to the tokens an index stores.
         """
-        encoded = list(self.batches(examples, progress, queries, tolerant))
+        encoded = list(self.batches(examples, progress, queries, skip_nonfinite))
         rows = {}
         for component in self.settings.components:
             blocks = [(batch.positions, (batch.exact if exact else batch.rows)[component.name]) for batch in encoded]
@@ -258,18 +259,18 @@ class Encoder:
 
 
 def backward(
-    task: Task, model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective = LOSS, tolerant: bool = False
+    task: Task, model: nn.Module, batch: Batch, visitors: Sequence[Visitor], objective: Objective = LOSS, skip_nonfinite: bool = False
 ) -> Float[Tensor, " batch"]:
     """Run one forward and backward pass of a task's loss or measurement with the capture open; returns its values (nats).
 
     On a GPU, a float32 model's own products are in TF32; those that make rows of its gradients are in full float32.
 
     Args:
-        tolerant: visitors that sum examples see one that is not finite as zeros; its value is NaN then, and its tokens become invalid in
-            the batch.
+        skip_nonfinite: visitors that sum examples see one that is not finite as zeros; its value is NaN then, and its tokens become invalid
+            in the batch.
 
     Raises:
-        NumericalError: a loss is not finite and not tolerated; names the example.
+        NumericalError: a loss is not finite and not skipped; names the example.
     """
     broken = torch.zeros(len(batch.ids), dtype=torch.bool)
     owners: dict[str, list[Visitor]] = {}
@@ -288,13 +289,13 @@ def backward(
 
     def accept(values: Tensor) -> None:
         """Drop the examples that have values which are not finite, or refuse the first."""
-        if tolerant:
+        if skip_nonfinite:
             drop(~torch.isfinite(values).all(dim=1))
         else:
             check_finite(values, batch, "loss")
 
-    def visit(layer: Layer, x: Tensor, d: OutputGradient, part: Batch) -> None:
-        summed = tolerant and any(visitor.sums_examples for visitor in owners[layer.name])
+    def visit(layer: Layer, x: Tensor, d: OutputGradient, chunk: Batch) -> None:
+        summed = skip_nonfinite and any(visitor.sums_examples for visitor in owners[layer.name])
         if summed and not torch.isfinite(x.sum() + d.values.sum()):  # one of them is not finite, or their sum overflows
             invalid = ~(torch.isfinite(x).flatten(1).all(1) & torch.isfinite(d.values).flatten(1).all(1))
             drop(invalid)
@@ -302,7 +303,7 @@ def backward(
             x = x if layer.name in embeddings else x.masked_fill(invalid[:, None, None], 0)
         with product_precision(x.device, "highest"):
             for visitor in owners[layer.name]:
-                visitor(layer, x, d, part)
+                visitor(layer, x, d, chunk)
 
     task.prepare(model)
     device = next(model.parameters()).device

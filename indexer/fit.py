@@ -21,7 +21,7 @@ from . import sparse
 from .batches import Batch
 from .capture import GradientSum, Map, OutputGradient
 from .curvature import COUNTS, GRADIENT_STATISTICS, MOMENTS, STRATEGIES, Arrays, choose_curvature, second_moment, whitening_scale
-from .encoder import Encoder, EncoderSettings, Meter, Progress, backward, ignore_progress
+from .encoder import Encoder, EncoderSettings, Progress, StatisticsVisitor, backward, ignore_progress
 from .projection import principal_components, principal_projection, sketch_matrix
 from .tasks import Objective
 
@@ -29,15 +29,15 @@ _PCA = ("input_covariance", "output_covariance")
 
 
 @runtime_checkable
-class StatisticsMeter(Meter, Protocol):
-    """A meter of a component's statistics."""
+class StatisticsMeter(StatisticsVisitor, Protocol):
+    """Statistics visitor of a component, with its sums."""
 
     sums: dict[str, Tensor]
 
 
 @runtime_checkable
 class ComponentFit(Protocol):
-    """How a kind of component is fitted.
+    """Fit of a kind of component: its passes and statistics.
 
     Attributes:
         passes: number of passes over the sample.
@@ -112,7 +112,7 @@ class Fit:
         for positions, batch in encoder.task.batches((model,), examples, self.settings.batch_tokens):
             finite = torch.ones(len(positions), dtype=torch.bool)
             for objective in objectives:
-                values = backward(encoder.task, model, batch, list(meters.values()), objective, tolerant=True)
+                values = backward(encoder.task, model, batch, list(meters.values()), objective, skip_nonfinite=True)
                 finite &= torch.isfinite(values.cpu())
                 for meter in meters.values():
                     meter.end()
@@ -283,20 +283,20 @@ class DenseMeter:
         self.sums: dict[str, Tensor] = {}
         self._gradients = GradientSum()
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: OutputGradient, part: Batch) -> None:
-        """See `Meter`."""
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens in_rank"], d: OutputGradient, chunk: Batch) -> None:
+        """See `StatisticsVisitor`."""
         for statistic in self._computed[layer.name]:
-            valid = part.valid.to(x)
+            valid = chunk.valid.to(x)
             if statistic in MOMENTS:
                 vectors = MOMENTS[statistic](x, d.values, valid)
                 self._add(layer, statistic, second_moment(vectors, self._sketch_matrix(layer, statistic, vectors)))
             elif statistic in COUNTS:
                 self._add(layer, statistic, COUNTS[statistic](x, valid))
         if any(s in GRADIENT_STATISTICS for s in self._computed[layer.name]):
-            self._gradients(layer, x, d, part)
+            self._gradients(layer, x, d, chunk)
 
     def end(self) -> None:
-        """See `Meter`."""
+        """See `StatisticsVisitor`."""
         for layer in self.layers:
             for statistic in self._computed[layer.name]:
                 if statistic in GRADIENT_STATISTICS and layer.name in self._gradients.by_layer:
@@ -360,10 +360,10 @@ def _project(
     if matrix is not None:
         eigenvalues, components = principal_components(covariance, matrix, rank)
         return components.astype(np.float32), np.diag(eigenvalues)
-    whole = principal_projection(covariance, rank)
-    if whole is None:
+    exact_projection = principal_projection(covariance, rank)
+    if exact_projection is None:
         return None, covariance
-    projection = whole.astype(np.float32)
+    projection = exact_projection.astype(np.float32)
     return projection, projection @ covariance @ projection.T
 
 

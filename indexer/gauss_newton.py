@@ -95,6 +95,6 @@ class GaussNewton:
         flat = torch.zeros(self._size, dtype=torch.float64)
         for layer, transposed, name in zip(self._layers, self._transposed, self._weights, strict=True):
             matrix = gradient[name]
-            own = flat[layer.offset : layer.offset + layer.outputs * layer.inputs]
-            own += (matrix.T if transposed else matrix).reshape(-1).to(own)
+            flat_layer = flat[layer.offset : layer.offset + layer.outputs * layer.inputs]
+            flat_layer += (matrix.T if transposed else matrix).reshape(-1).to(flat_layer)
         return flat

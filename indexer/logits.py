@@ -32,7 +32,7 @@ LogitsOf = Callable[[Tensor, Tensor], Tensor]
 Piece = tuple[Tensor, Tensor | None]
 """The losses of some columns, by example, and the gradient in their hidden states, if it flows on into the body."""
 
-_PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps memory anew each time
+_PIECE = 7 << 20  # logits; as float32 less than the 32 MiB from which glibc maps new memory each time
 _LEAST_TOKENS = 16  # of a piece, since the head's weight is read for each
 _LEAST_TOKENS_GPU = 128
 _RUN = 256  # tokens
@@ -41,7 +41,7 @@ _HEADS: "WeakKeyDictionary[nn.Module, Head | None]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Head:
-    """How a model's logits follow from its last hidden states.
+    """Output head: the map from last hidden states to logits.
 
     Attributes:
         linear: the name of the linear layer whose outputs they are; None where something follows the layer (a soft-cap, a scale).
@@ -125,14 +125,14 @@ class Head:
         inputs = states.contiguous().to(layer.weight.device)
         # Of inputs with three dimensions, the weight can be copied for each example.
         logits = F.linear(inputs.flatten(0, 1), layer.weight, layer.bias)
-        gradient = LogitGradient(logits.unflatten(0, inputs.shape[:2]), window.part, uniform)
-        losses = gradient.losses.to(window.part.targets.device)
+        gradient = LogitGradient(logits.unflatten(0, inputs.shape[:2]), window.chunk, uniform)
+        losses = gradient.losses.to(window.chunk.targets.device)
         window.visit(name, inputs, gradient)
         return losses, (gradient.values.to(logits.dtype) @ layer.weight).to(states.device) if onward else None
 
     def _general_piece(self, logits_of: LogitsOf, window: Window, states: Tensor, uniform: Tensor | None, onward: bool) -> Piece:
         states.requires_grad_(onward)
-        losses = cross_entropies(logits_of(window.part.inputs, states), window.part, uniform)
+        losses = cross_entropies(logits_of(window.chunk.inputs, states), window.chunk, uniform)
         if losses.requires_grad:
             losses.sum().backward()
         return losses.detach(), states.grad
@@ -143,13 +143,13 @@ class LogitGradient(OutputGradient):
 
     Args:
         logits: [batch, tokens, vocabulary]; overwritten.
-        part: the batch, with the targets.
+        chunk: the batch or some of its columns, with the targets.
         uniform: numbers that draw other targets (see `sample_targets`).
     """
 
-    def __init__(self, logits: Tensor, part: Batch, uniform: Tensor | None = None) -> None:
+    def __init__(self, logits: Tensor, chunk: Batch, uniform: Tensor | None = None) -> None:
         self._log_p = torch.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
-        targets = part.targets.to(logits.device)
+        targets = chunk.targets.to(logits.device)
         if uniform is not None:
             targets = sample_targets(self._log_p, targets, uniform.to(logits.device))
         self._counted = (targets != IGNORED)[..., None]
@@ -236,9 +236,9 @@ def sample_targets(
     """
     p = log_p.exp()
     vocabulary = p.shape[-1]
-    whole = vocabulary // _RUN * _RUN
-    runs = p[..., :whole].unflatten(-1, (vocabulary // _RUN, _RUN)).sum(-1)
-    rest = p[..., whole:].sum(-1, keepdim=True)  # 0 where there is none
+    tokens_in_runs = vocabulary // _RUN * _RUN
+    runs = p[..., :tokens_in_runs].unflatten(-1, (vocabulary // _RUN, _RUN)).sum(-1)
+    rest = p[..., tokens_in_runs:].sum(-1, keepdim=True)  # 0 where there is none
     ends = torch.cat([runs, rest], dim=-1).double().cumsum(-1)
     goal = uniform[..., None] * ends[..., -1:]
     run = torch.searchsorted(ends, goal).clamp(max=ends.shape[-1] - 1)

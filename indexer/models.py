@@ -511,20 +511,20 @@ def _adapt(model: nn.Module, adapter: Adapter, merged: bool) -> nn.Module:
             unchanged = torch.equal(before, logits_of(adapted, probe).float())
         notes = [f"the adapter at {folder} does not change its base's predictions (untrained, or lora_alpha is 0)"] if unchanged else []
         try:
-            whole = _merge_but(adapted, plain).to(next(model.parameters()).dtype)
+            merged_model = _merge_but(adapted, plain).to(next(model.parameters()).dtype)
         except Exception as error:
             raise IncompatibleError(f"the adapter at {folder} cannot be merged into its base: {first_sentence(error)}") from error
-        after = logits_of(whole, probe).float()
-    tolerance = _MERGED.get(next(whole.parameters()).dtype, 1e-4)
+        after = logits_of(merged_model, probe).float()
+    tolerance = _MERGED.get(next(merged_model.parameters()).dtype, 1e-4)
     if not bool((before - after).abs().max() <= tolerance * before.abs().max()):
         raise IncompatibleError(
             f"the adapter at {folder} cannot be merged into {adapter.base.id}: the merged model's predictions are not those of the adapted "
             "one; merge it yourself, save the merged model, and index that"
         )
-    modules = {name for name, _ in whole.named_modules()}
+    modules = {name for name, _ in merged_model.named_modules()}
     trained = frozenset(name for name in (_innermost(n, modules) for n in changed - plain.keys()) if name).union(*plain.values())
-    _LOADED[whole] = replace(facts, base=adapter.base.id, trained=trained, notes=(*facts.notes, *notes))
-    return whole
+    _LOADED[merged_model] = replace(facts, base=adapter.base.id, trained=trained, notes=(*facts.notes, *notes))
+    return merged_model
 
 
 def _check_tensors(adapted: Any, file: Path, caught: Sequence[Any]) -> None:
@@ -565,11 +565,11 @@ def _plain_layers(adapted: Any) -> dict[str, frozenset[str]]:
     return plain
 
 
-def _merge_but(adapted: Any, kept: Collection[str]) -> nn.Module:
-    """Merge an adapter into its base model, but for the layers in `kept`."""
+def _merge_but(adapted: Any, adapted_layers: Collection[str]) -> nn.Module:
+    """Merge an adapter into its base model, but for `adapted_layers`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not kept:
+    if not adapted_layers:
         return adapted.merge_and_unload(safe_merge=True)
     model: nn.Module = adapted.base_model.model
     done: list[str] = []
@@ -578,7 +578,7 @@ def _merge_but(adapted: Any, kept: Collection[str]) -> nn.Module:
             continue
         if hasattr(module, "unload_and_optionally_merge_module"):  # a layer that was trained as a whole, or some of its tokens
             merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        elif isinstance(module, BaseTunerLayer) and name not in kept:
+        elif isinstance(module, BaseTunerLayer) and name not in adapted_layers:
             module.merge(safe_merge=True)
             merged = module.get_base_layer()
         else:
@@ -838,7 +838,7 @@ def layer_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer's weight is [inputs, outputs], as GPT-2's Conv1D has it."""
+    """Return True if a layer's weight is [inputs, outputs] (GPT-2's Conv1D)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

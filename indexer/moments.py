@@ -1,6 +1,6 @@
 """The optimizer's moments of a model's gradients, and gradients scaled by them.
 
-They lie beside a checkpoint's weights, in a file of safetensors under the names of layers, without those that an adapter's wrapper adds:
+They are stored next to a checkpoint's weights, in a safetensors file, by layer name, without those that an adapter's wrapper adds:
 
     <layer>/first_moment, <layer>/second_moment    [outputs, inputs] of Adam and AdamW: exp_avg and exp_avg_sq
     <layer>/row_moments [outputs], <layer>/column_moments [inputs]    of Adafactor: means of the second moments
@@ -82,10 +82,10 @@ def save_moments(model: Any, optimizer: Any, folder: str | Path) -> Path:
             tensors[f"{name}/first_moment"] = first.T if inputs_first else first
             tensors[f"{name}/second_moment"] = second.T if inputs_first else second
             beta1, beta2 = groups[id(weight)]["betas"]
-            own = {"beta1": repr(float(beta1)), "beta2": repr(float(beta2)), "eps": repr(float(groups[id(weight)]["eps"]))}
-            if constants and own != constants:
+            group_constants = {"beta1": repr(float(beta1)), "beta2": repr(float(beta2)), "eps": repr(float(groups[id(weight)]["eps"]))}
+            if constants and group_constants != constants:
                 raise UsageError("the optimizer's groups have different betas or eps, which the moments of one model must share")
-            constants = own
+            constants = group_constants
     if not tensors:
         raise UsageError(
             f"{type(optimizer).__name__} holds no second moments of the model's layers; Adam, AdamW and Adafactor do after a step"
@@ -157,9 +157,9 @@ def moment_arrays(component: DenseComponent, folder: Path) -> Arrays:
 
 def _read(file: Any, name: str, shape: tuple[int, ...], signed: bool = False) -> Float32[np.ndarray, "..."]:
     """Read a moment, whose shape is checked before anything is read."""
-    found = tuple(file.get_slice(name).get_shape())
-    if found != shape:
-        raise ValueError(f"{name} is {'x'.join(map(str, found))}, the layer {'x'.join(map(str, shape))}")
+    stored_shape = tuple(file.get_slice(name).get_shape())
+    if stored_shape != shape:
+        raise ValueError(f"{name} is {'x'.join(map(str, stored_shape))}, the layer {'x'.join(map(str, shape))}")
     tensor = file.get_tensor(name)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is not of floating-point numbers")

@@ -70,14 +70,14 @@ def principal_components(
         Zeros for components beyond the rank of C.
     """
     eigenvalues, eigenvectors = symmetric_eigen(matrix.astype(np.float64) @ sketch)
-    kept = eigenvalues > _ROUND_OFF * eigenvalues.max()
-    root = sketch @ (eigenvectors[:, kept] / np.sqrt(eigenvalues[kept]))
+    is_positive = eigenvalues > _ROUND_OFF * eigenvalues.max()
+    root = sketch @ (eigenvectors[:, is_positive] / np.sqrt(eigenvalues[is_positive]))
     vectors, singular, _ = np.linalg.svd(root, full_matrices=False)
-    found = min(rank, len(singular))
+    count = min(rank, len(singular))
     values = np.zeros(rank)
-    values[:found] = singular[:found] ** 2
+    values[:count] = singular[:count] ** 2
     components = np.zeros((rank, len(sketch)))
-    components[:found] = vectors[:, :found].T
+    components[:count] = vectors[:, :count].T
     largest = np.abs(components).argmax(axis=1)
     return values, components * np.where(components[np.arange(rank), largest] < 0, -1.0, 1.0)[:, None]
 

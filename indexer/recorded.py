@@ -52,7 +52,7 @@ class RecordedEncoder:
 
     @cached_property
     def sources(self) -> tuple[ModelSource, ...]:
-        """Where the models are loaded from."""
+        """The sources that the models are loaded from."""
         records = self.index.manifest.models
         if not self._models and any(model.id.startswith(IN_MEMORY) for model in records):
             raise UsageError(f"{self.index.path} was built from a model in memory; give `model` and `tokenizer`, or ask it by row")

@@ -77,7 +77,8 @@ def adam_step(state: State, gradient: Tensor, ranges: Sequence[_Range], rates: S
     new = State(*(torch.empty_like(part) for part in state))
     for r, rate in zip(ranges, rates, strict=True):
         group = r.group
-        parameters, g = r.of(state.parameters), r.of(gradient)
+        parameters = r.of(state.parameters)
+        g = r.of(gradient)
         g = g if decoupled else g + group.weight_decay * parameters
         first = group.beta1 * r.of(state.first) + (1 - group.beta1) * g
         second = group.beta2 * r.of(state.second) + (1 - group.beta2) * g * g
@@ -252,7 +253,7 @@ class Replay:
             yield from backwards(self.initial(), 0, stop)
 
     def _parts(self, steps: int) -> int:
-        """How many parts a range of steps is divided into: as many as `_KEPT_BYTES` of states allow, but 2 at least."""
+        """Return the number of parts of a range of steps: at least 2, and as many as `_KEPT_BYTES` of states allow."""
         state_bytes = sum(part.numel() * part.element_size() for part in self.initial())
         for parts in range(_MOST_PARTS, 2, -1):
             if (parts - 1) * math.ceil(math.log(max(steps, 2), parts)) * state_bytes <= _KEPT_BYTES:
@@ -321,10 +322,10 @@ class Replay:
 
     def load(self, state: State) -> nn.Module:
         """The model with a state's parameters, in evaluation mode."""
-        own = dict(self.model.named_parameters())
+        model_parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in self._by_name(state.parameters).items():
-                own[name].copy_(value)
+                model_parameters[name].copy_(value)
         return self.model.eval()
 
     def _gradient(
@@ -353,7 +354,8 @@ class Replay:
     def _tensors(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids and attention mask [batch, width], and the targets [batch, width - 1] of a batch as it was padded in training."""
         shape = len(batch.examples), batch.width
-        inputs, mask = np.full(shape, batch.padding, np.int64), np.zeros(shape, np.int64)
+        inputs = np.full(shape, batch.padding, np.int64)
+        mask = np.zeros(shape, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         for i, number in enumerate(batch.examples):
             example = self.run.examples[number]

@@ -31,20 +31,20 @@ class DenseShares:
 
     predicted = False  # shares belong to the tokens that are read
 
-    def __init__(self, encoder: DenseEncoder, others: Sequence[DenseVectors], inputs: Tensor) -> None:
-        vectors = [other.values[0] for other in others]
+    def __init__(self, encoder: DenseEncoder, other_rows: Sequence[DenseVectors], inputs: Tensor) -> None:
+        vectors = [other.values[0] for other in other_rows]
         self.layers: Sequence[Layer] = encoder.component.layers
         self.maps: Mapping[str, tuple[Map, Map]] = encoder.maps
         self._adjoints = {
             layer.name: torch.stack([encoder.adjoint(layer, vector[layer.offset : layer.offset + layer.size]) for vector in vectors])
             for layer in self.layers
         }
-        self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
+        self.shares = torch.zeros((len(other_rows), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens inputs"], d: OutputGradient, chunk: Batch) -> None:
         """Add the layer's call."""
         shares = ((d.values[0] @ self._adjoints[layer.name]) * x[0]).sum(2).double().cpu()
-        self.shares[:, part.first : part.first + shares.shape[1]] += shares
+        self.shares[:, chunk.first : chunk.first + shares.shape[1]] += shares
 
 
 class SparseShares:
@@ -52,21 +52,21 @@ class SparseShares:
 
     sums_examples = False
 
-    def __init__(self, encoder: SparseEncoder, others: Sequence[SparseVectors], inputs: Tensor) -> None:
+    def __init__(self, encoder: SparseEncoder, other_rows: Sequence[SparseVectors], inputs: Tensor) -> None:
         self.predicted = encoder.component.role == "head"
         self._encoder = encoder
         self.layers: Sequence[Layer] = (encoder.layer,)
         self.maps: Mapping[str, tuple[Map, Map]] = {encoder.layer.name: (None, None)}
         self._adjoints: list[tuple[Tensor, Tensor]] = []
-        for row in others:
+        for row in other_rows:
             keys = torch.from_numpy(row.keys.astype(np.int64)).to(encoder.device)
             self._adjoints.append((keys, encoder.adjoint(keys, torch.from_numpy(row.vectors).to(encoder.device))))
-        self.shares = torch.zeros((len(others), inputs.shape[1]), dtype=torch.float64)
+        self.shares = torch.zeros((len(other_rows), inputs.shape[1]), dtype=torch.float64)
 
-    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, chunk: Batch) -> None:
         """Add the layer's call."""
         shares = torch.stack([self._product(keys, adjoint, x[0], d) for keys, adjoint in self._adjoints])
-        self.shares[:, part.first : part.first + shares.shape[1]] += shares.cpu()
+        self.shares[:, chunk.first : chunk.first + shares.shape[1]] += shares.cpu()
 
     def _product(self, keys: Tensor, adjoint: Tensor, x: Tensor, d: OutputGradient) -> Tensor:
         if not len(keys):
@@ -81,21 +81,23 @@ SHARES: dict[str, type[DenseShares] | type[SparseShares]] = {"dense": DenseShare
 """By kind of component."""
 
 
-def token_shares(encoder: Encoder, example: Example, others: Sequence[Rows], query: bool = False) -> Float64[np.ndarray, "others tokens"]:
+def token_shares(
+    encoder: Encoder, example: Example, other_rows: Sequence[Rows], query: bool = False
+) -> Float64[np.ndarray, "others tokens"]:
     """Split the sums of an example's products with other rows by the example's tokens, in one pass of the model.
 
     Args:
-        others: of one row each, with the same components, in the encoder's whitened coordinates; sparse rows have ascending tokens. Absent
-            components add nothing.
+        other_rows: of one row each, with the same components, in the encoder's whitened coordinates; sparse rows have ascending tokens.
+            Absent components add nothing.
         query: use the task's measurement instead of its loss.
     """
     task = encoder.task
     batch = task.collate([example], next(encoder.model.parameters()).device)
-    shares = np.zeros((len(others), batch.inputs.shape[1] + 1))
+    shares = np.zeros((len(other_rows), batch.inputs.shape[1] + 1))
     visitors: dict[str, DenseShares | SparseShares] = {}
-    for name in others[0]:
+    for name in other_rows[0]:
         component_encoder = encoder.component_encoders[name]
-        vectors = [other[name] for other in others]
+        vectors = [other[name] for other in other_rows]
         visitors[name] = SHARES[component_encoder.component.kind](component_encoder, vectors, batch.inputs)  # type: ignore[arg-type]
     for number, model in enumerate(encoder.models):
         active = [visitors[c.name] for c in encoder.settings.components if c.model == number and c.name in visitors]

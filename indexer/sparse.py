@@ -90,7 +90,7 @@ class SparseEncoder:
 
     @property
     def undivided(self) -> bool:
-        """Whether rows need the gradients of all logits at once: those with the most probable tokens, to select them."""
+        """True if all logits' gradients are needed at once, to select the most probable tokens."""
         return self.component.extra_tokens > 0
 
     def matches(self, layer: Layer, module: nn.Module) -> bool:
@@ -142,7 +142,7 @@ class SparseEncoder:
             return self.plain_component()
         layer = self.layer.model_copy(update={"curvature": "identity"})
         projection = Projection(kind="random", rank=max(layer.outputs, layer.inputs), seed=0)
-        whole = DenseComponent(
+        component = DenseComponent(
             name=self.component.name,
             kind="dense",
             model=0,
@@ -153,7 +153,7 @@ class SparseEncoder:
             layers=(layer,),
             projection=projection,
         )
-        return whole, {}
+        return component, {}
 
     def whole_gradients(self, rows: Any) -> DenseVectors:
         """Return the gradients that rows of `whole_component` hold, [queries, vocabulary * width] in float64."""
@@ -184,7 +184,9 @@ class SparseEncoder:
         Args:
             changed: function that multiplies rows with the factors that the products will have.
         """
-        count, tokens, width = len(gradients), self.component.vocabulary, self.component.width
+        count = len(gradients)
+        tokens = self.component.vocabulary
+        width = self.component.width
         indptr = np.arange(count + 1, dtype=np.int64) * tokens
         keys = np.tile(np.arange(tokens, dtype=np.int64), count)
         scale, basis = self._scale_and_basis(SparseVectors(indptr, keys, np.zeros((len(keys), 0), np.float32)))
@@ -217,10 +219,10 @@ class SparseCollector:
         self._keys = _padded(keys).to(encoder.device)
         self._sums: Tensor | None = None
 
-    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, chunk: Batch) -> None:
         """Add the layer's call; a `Visit`."""
         if self._encoder.component.role == "embeddings":
-            self._add(self._by_token(x, d.values, part))
+            self._add(self._by_token(x, d.values, chunk))
             return
         if self._encoder.component.extra_tokens and self._sums is None:
             self._add_others(d.values)
@@ -237,18 +239,18 @@ class SparseCollector:
         mass = d.sum(1)
         mass[torch.from_numpy(rows).to(d.device), torch.from_numpy(columns).to(d.device)] = -torch.inf
         most = min(self._encoder.component.extra_tokens, mass.shape[1])
-        others = torch.topk(mass, most).indices.cpu().numpy()  # one wait for the device
+        probable_tokens = torch.topk(mass, most).indices.cpu().numpy()  # one wait for the device
         keys = [
             np.sort(np.concatenate([row[:count], other[: mass.shape[1] - count]]))
-            for row, other, count in zip(predicted, others, self._counts, strict=True)
+            for row, other, count in zip(predicted, probable_tokens, self._counts, strict=True)
         ]
         self._counts = np.array([len(row) for row in keys])
         self._keys = _padded(keys).to(d.device)
 
-    def _by_token(self, x: Inputs, d: Float[Tensor, "batch tokens width"], part: Batch) -> Float[Tensor, "batch keys width"]:
+    def _by_token(self, x: Inputs, d: Float[Tensor, "batch tokens width"], chunk: Batch) -> Float[Tensor, "batch keys width"]:
         keys = self._keys.contiguous()
         positions = torch.searchsorted(keys, x.contiguous()).clamp(max=keys.shape[1] - 1)
-        gradients = d.masked_fill(~part.valid.to(d.device)[..., None], 0)
+        gradients = d.masked_fill(~chunk.valid.to(d.device)[..., None], 0)
         sums = d.new_zeros(*keys.shape, d.shape[2])
         return sums.scatter_add_(1, positions[..., None].expand_as(d), gradients)
 
@@ -284,7 +286,7 @@ def _padded(keys: Sequence[np.ndarray]) -> Int[Tensor, "rows keys"]:
 
 
 class HeadMean:
-    """Meter of the head's full whitened gradients, for the tokens of largest variance, which shows whether they cancel.
+    """Statistics visitor of the head's full whitened gradients, for the tokens of largest variance, which shows whether they cancel.
 
     Rows hold only predicted tokens, whose gradients never cancel; over all tokens they do where training has brought the head to a
     stationary point of the loss.
@@ -309,7 +311,7 @@ class HeadMean:
         self._squares = torch.zeros((), dtype=torch.float64, device=self._sum.device)
         self._examples = 0
 
-    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Float[Tensor, "batch tokens width"], d: OutputGradient, chunk: Batch) -> None:
         """Add the head's call."""
         if self._examples >= self._most:
             return
@@ -351,9 +353,9 @@ class SparseMeter:
         self.maps: Mapping[str, tuple[Map, Map]] = {layer.name: (None, None)}
         self.sums: dict[str, Tensor] = {}
 
-    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, part: Batch) -> None:
+    def __call__(self, layer: Layer, x: Inputs, d: OutputGradient, chunk: Batch) -> None:
         """Add the layer's call; a `Visit`."""
-        valid = part.valid.to(x.device)
+        valid = chunk.valid.to(x.device)
         if self._component.role == "embeddings":
             gradients = (d.values * valid[..., None]).flatten(0, 1)
             self._add("moment", gradients.T @ gradients)
@@ -361,7 +363,7 @@ class SparseMeter:
             self._add("vocabulary", reads.index_add_(0, x.flatten(), valid.flatten().double()))
             self._add("tokens", valid.sum())
             return
-        predicted = valid & (part.targets.to(x.device) != IGNORED)
+        predicted = valid & (chunk.targets.to(x.device) != IGNORED)
         states = (x * predicted[..., None]).flatten(0, 1)
         self._add("moment", states.T @ states)
         size = d.values.abs()

@@ -1,5 +1,5 @@
-"""What training did to a model: the layers that it changed (of an adapter, by a run's record, by what requires gradients, or beside the
-base), and how far its steps went."""
+"""Record of training: changed layers (of an adapter, by a run's record, by what requires gradients, or compared with the base) and distance
+of the steps."""
 
 import json
 import math
@@ -29,17 +29,17 @@ def find_trained(task: Task, model: nn.Module, source: ModelSource, base: str | 
         IncompatibleError: the base is another model, or equal to the model; the record is damaged.
         UsageError: the base of an adapter was given.
     """
-    known = loaded(model).trained
-    if base is not None and known is not None:
+    trained_layers = loaded(model).trained
+    if base is not None and trained_layers is not None:
         raise UsageError(f"{source.id} is an adapter, which says what it trained; leave `base` out")
     if base is not None:
-        known = _changed(task, model, source, base)
-    elif known is None and source.loaded is not None:
-        known = layers_with_gradients(source.loaded.model)
-    elif known is None:
-        known = _recorded(Path(source.id))
-    if known is not None and known & {name for name, _ in model.named_modules()}:
-        set_trained(model, known)
+        trained_layers = _changed(task, model, source, base)
+    elif trained_layers is None and source.loaded is not None:
+        trained_layers = layers_with_gradients(source.loaded.model)
+    elif trained_layers is None:
+        trained_layers = _recorded(Path(source.id))
+    if trained_layers is not None and trained_layers & {name for name, _ in model.named_modules()}:
+        set_trained(model, trained_layers)
 
 
 def layers_with_gradients(model: nn.Module) -> frozenset[str] | None:
@@ -77,10 +77,10 @@ def recorded_times(folder: str) -> dict[str, float] | None:
     Raises:
         IncompatibleError: the record is damaged.
     """
-    found = _record(Path(folder))
-    if found is None:
+    path_and_record = _record(Path(folder))
+    if path_and_record is None:
         return None
-    path, record = found
+    path, record = path_and_record
     times = _checkpoint(record, Path(folder)).get("learning_times")
     if times is None and path.parent == Path(folder):
         times = record.get("learning_times")
@@ -97,28 +97,28 @@ def recorded_rate(folder: str) -> float | None:
     Raises:
         IncompatibleError: the record is damaged.
     """
-    found = _record(Path(folder))
-    checkpoint = {} if found is None else _checkpoint(found[1], Path(folder))
-    if found is None or not checkpoint:
+    path_and_record = _record(Path(folder))
+    checkpoint = {} if path_and_record is None else _checkpoint(path_and_record[1], Path(folder))
+    if path_and_record is None or not checkpoint:
         return None
     try:
         end = int(checkpoint["step"])
-        start = max((int(other["step"]) for other in found[1]["checkpoints"] if other["step"] < end), default=0)
-        rates = [float(rate) for step, rate in found[1].get("rates", []) if start < step <= end]
+        start = max((int(other["step"]) for other in path_and_record[1]["checkpoints"] if other["step"] < end), default=0)
+        rates = [float(rate) for step, rate in path_and_record[1].get("rates", []) if start < step <= end]
     except (KeyError, TypeError, ValueError) as error:
-        raise IncompatibleError(f"{found[0]} is not the record of a training run; restore it, or delete it") from error
+        raise IncompatibleError(f"{path_and_record[0]} is not the record of a training run; restore it, or delete it") from error
     return sum(rates) / len(rates) if rates and 0 < sum(rates) < math.inf else None
 
 
 def _recorded(folder: Path) -> frozenset[str] | None:
-    """The layers that a record of the run says were trained: in the folder of a model, or beside that of a checkpoint; else None."""
-    found = _record(folder)
-    names = None if found is None else found[1].get("trained")
+    """The layers that a record of the run says were trained: in the folder of a model, or next to that of a checkpoint; else None."""
+    path_and_record = _record(folder)
+    names = None if path_and_record is None else path_and_record[1].get("trained")
     return None if names is None else frozenset(names)
 
 
 def _record(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The record of the run of a model, in its folder or beside that of a checkpoint, that says anything of it."""
+    """The record of the run of a model, in its folder or next to that of a checkpoint, that has an entry for it."""
     for path in (folder / RECORD, folder.parent / RECORD):
         if not path.is_file():
             continue
@@ -126,17 +126,17 @@ def _record(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             if path.stat().st_size > _LARGEST_RECORD:
                 raise ValueError("it is too large")
             record: Any = json.loads(path.read_bytes())
-            known = path.parent == folder or bool(_checkpoint(record, folder))
+            has_entry = path.parent == folder or bool(_checkpoint(record, folder))
             names = record.get("trained")
             if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
                 raise ValueError("`trained` is not a list of names")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IncompatibleError(f"{path} is not the record of a training run; restore it, or delete it") from error
-        if known:
+        if has_entry:
             return path, record
     return None
 
 
 def _checkpoint(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a record says of a checkpoint; nothing if it is not among them."""
+    """Return a checkpoint's entry of a record, or {}."""
     return next((checkpoint for checkpoint in record.get("checkpoints", []) if checkpoint["path"] == folder.name), {})

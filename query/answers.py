@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _SHOWN_TEXT = 400  # characters of a text in a notebook
 _SHOWN_PARTS = 10  # of a kind, in a notebook
-_FOR, _AGAINST = "46, 111, 214", "217, 119, 6"  # colors of tokens in a notebook
+_FOR = "46, 111, 214"  # color of tokens in a notebook
+_AGAINST = "217, 119, 6"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Attribution:
 
 @dataclass(frozen=True)
 class RerankReport:
-    """How the candidates of an answer were ranked again by recomputed scores (see rerank.py).
+    """Report of a rerank: candidates of an answer ranked again by recomputed scores (see rerank.py).
 
     Attributes:
         candidates: examples whose rows were computed again.
@@ -74,7 +75,7 @@ class RerankReport:
 
 @dataclass(frozen=True)
 class RefineReport:
-    """How the queries that were asked together were refined (see `ScoreOptions`).
+    """Report of the refinement of queries that were asked together (see `ScoreOptions`).
 
     Attributes:
         iterations: of conjugate gradients.
@@ -111,7 +112,7 @@ class FaissReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """How an answer was found.
+    """Report of a search.
 
     Attributes:
         method: "exact" (all rows, or all posting lists of the query's tokens), "by quantized scan and rescore" (see search.py), "by FAISS".
@@ -171,7 +172,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a baseline says of one query.
+    """Result of one baseline for one query.
 
     Attributes:
         name: "bm25", "hidden" or "norm".
@@ -256,7 +257,7 @@ class Answer:
         """
         kinds = {"proponent": self.proponents, "opponent": self.opponents}
         columns = ["kind", *Attribution.__dataclass_fields__]
-        return data_frame([{"kind": kind, **asdict(a)} for kind, found in kinds.items() for a in found], columns)
+        return data_frame([{"kind": kind, **asdict(a)} for kind, attributions in kinds.items() for a in attributions], columns)
 
     def groups_to_pandas(self) -> "pd.DataFrame":
         """The groups, one a line; none where the query had no `group_by`.
@@ -267,7 +268,7 @@ class Answer:
         return data_frame([asdict(group) for group in self.groups or ()], list(Group.__dataclass_fields__))
 
     def baselines_to_pandas(self) -> "pd.DataFrame":
-        """What the baselines find: one row of the index a line, best first; none where the query had no `baselines`.
+        """Baselines as a table, one row of the index a line, best first; empty if the query had no `baselines`.
 
         Raises:
             UsageError: pandas is not installed.
@@ -300,7 +301,7 @@ class ScorePart:
 
 @dataclass(frozen=True)
 class TokenShares:
-    """What each token of a text adds to the score. Rows are made anew for it, so that the sum is the score of exact rows, not of codes.
+    """Each token's share of a score, from recomputed rows. The sum is the score of exact rows, not of codes.
 
     Attributes:
         tokens: their texts, which joined are the whole text; "" of a token that ends within a character.
@@ -317,7 +318,7 @@ class Explanation:
     Attributes:
         row, id, text, score: which example, and its score, as a query gives it (estimated cosines may lie beyond 1).
         components, layers, vocabulary: see above; each strongest first; `blocks` are sums over the layers of a transformer block.
-        recomputed: the score of the rows made anew, before they were coded; None where no model was asked.
+        recomputed: the score of the recomputed rows, before they were coded; None where no model was asked.
         example, query: shares of the training example's tokens, and of the query's; each adds up to `recomputed`.
     """
 

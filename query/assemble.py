@@ -8,7 +8,7 @@ import numpy as np
 
 from ..store.errors import BusyError, UsageError
 from ..store.index import ColumnType, Index
-from ..store.vectors import Rows, cut
+from ..store.vectors import Rows, slice_rows
 from .answers import Answer, Attribution, RefineReport, SearchReport
 from .baselines import BaselineScores, compare
 from .metric import Metric
@@ -78,42 +78,42 @@ def answer_queries(
     settings = _settings(index, metric, where, {name: mixing.share for name, mixing in mixings.items()})
     answers = []
     for first in range(0, len(queries), size):
-        own = cut(rows, first, first + size)
-        search = Search(own, metric, mixings, where, types)
+        batch_rows = slice_rows(rows, first, first + size)
+        search = Search(batch_rows, metric, mixings, where, types)
         scorer = parts.scorer(search)
         partial = bool(options.get("partial"))
         if options.get("engine") == "faiss":
-            found = find_by_faiss(parts, search, count, partial)
+            result = find_by_faiss(parts, search, count, partial)
         else:
-            found = find(parts, search, len(scorer), count, recall, column, baselines is not None, partial)
-        _refuse_nothing(found, where)
-        all_hits = found.hits
-        groups = None if found.sums is None else found.sums.total()
+            result = find(parts, search, len(scorer), count, recall, column, baselines is not None, partial)
+        _refuse_nothing(result, where)
+        all_hits = result.hits
+        groups = None if result.sums is None else result.sums.total()
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
         reranked: list[Reranked] | list[None] = [None] * len(all_hits)
         refined = refinement
         if recomputation is not None:
             numbers = range(first, first + len(all_hits))
-            others = [baseline_candidates(baselines or {}, found.mask, number, count) for number in numbers]
-            reranked = rerank(numbers, all_hits, others, Sizes(k, count, with_opponents), recomputation)
+            baseline_rows = [baseline_candidates(baselines or {}, result.mask, number, count) for number in numbers]
+            reranked = rerank(numbers, all_hits, baseline_rows, Sizes(k, count, with_opponents), recomputation)
             refined = recomputation.refinement()
-            all_hits = [result.hits for result in reranked]
-        for number, (query, hits, result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
-            errors = not query.has_row and result is None
-            stored = {} if result is None else result.stored
+            all_hits = [rerank_result.hits for rerank_result in reranked]
+        for number, (query, hits, rerank_result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
+            errors = not query.has_row and rerank_result is None
+            stored = {} if rerank_result is None else rerank_result.stored
             proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors, stored)
             opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors, stored)
             compared = None
-            if baselines is not None and found.scores is not None and found.mask is not None:
+            if baselines is not None and result.scores is not None and result.mask is not None:
                 scores = {name: columns[:, first + number] for name, columns in baselines.items()}
-                compared = compare(index, scores, found.scores[number], found.mask, hits.proponents.tolist(), k)
+                compared = compare(index, scores, result.scores[number], result.mask, hits.proponents.tolist(), k)
             answers.append(
                 Answer(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=replace(_report(index, metric, hits, found, result), refine=refined),
+                    search=replace(_report(index, metric, hits, result, rerank_result), refine=refined),
                     index=describe_index(index),
                     groups=None if groups is None else groups.groups(number),
                     baselines=compared,
@@ -122,11 +122,11 @@ def answer_queries(
     return answers
 
 
-def _refuse_nothing(found: Found, where: str | None) -> None:
+def _refuse_nothing(result: Found, where: str | None) -> None:
     """Refuse a search of no rows."""
-    if found.searched:
+    if result.searched:
         return
-    if found.missing:
+    if result.missing:
         raise BusyError("no part of the index that has rows to search is there at present; send the query again later")
     if where:
         raise UsageError(f"no row matches the filter {where!r}; change `where`")
@@ -151,18 +151,18 @@ def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[s
     return settings
 
 
-def _report(index: Index, metric: Metric, hits: Hits, found: Found, reranked: Reranked | None) -> SearchReport:
+def _report(index: Index, metric: Metric, hits: Hits, result: Found, reranked: Reranked | None) -> SearchReport:
     components = index.manifest.components
     return SearchReport(
-        method="by FAISS" if found.faiss else "exact" if hits.recall == 1 else "by quantized scan and rescore",
-        rows=found.searched,
+        method="by FAISS" if result.faiss else "exact" if hits.recall == 1 else "by quantized scan and rescore",
+        rows=result.searched,
         candidates=hits.candidates,
         recall=hits.recall,
         estimates=reranked is None and any(c.one_bit and metric.weights.get(c.name, 1.0) for c in components),
         note=hits.note,
         seconds=hits.seconds,
-        missing=found.missing,
-        faiss=found.faiss,
+        missing=result.missing,
+        faiss=result.faiss,
         rerank=None if reranked is None else reranked.report,
     )
 

@@ -101,9 +101,9 @@ def _dense(index: Index, component: Component, reporter: Reporter) -> Iterator[t
 
     done = 0
     for first, vectors in row_blocks(index, component):  # type: ignore[arg-type]
-        there = index.alive_between(first, first + len(vectors))
-        yield first + np.flatnonzero(there), np.ascontiguousarray(vectors[there])
-        done += int(there.sum())
+        alive = index.alive_between(first, first + len(vectors))
+        yield first + np.flatnonzero(alive), np.ascontiguousarray(vectors[alive])
+        done += int(alive.sum())
         reporter.update(done, 0)
 
 
@@ -153,16 +153,16 @@ def _sparse(index: Index, component: Component, reporter: Reporter) -> Iterator[
     done = 0
     for shard in index.shards:
         stored = index.rows(shard, component)
-        there = index.alive_between(shard.first, shard.first + shard.rows)
+        alive = index.alive_between(shard.first, shard.first + shard.rows)
         counts = np.diff(stored.indptr.astype(np.int64))
-        kept = np.repeat(there, counts)
-        yield shard.first + np.flatnonzero(there), tuple(array[kept] for array in stored.entries(0, shard.rows)), counts[there]
-        done += int(there.sum())
+        alive_entries = np.repeat(alive, counts)
+        yield shard.first + np.flatnonzero(alive), tuple(array[alive_entries] for array in stored.entries(0, shard.rows)), counts[alive]
+        done += int(alive.sum())
         reporter.update(done, 0)
 
 
 def _sparse_numpy(index: Index, component: Component, place: Path, reporter: Reporter) -> dict[str, Any]:
-    counts = np.concatenate([own for _, _, own in _sparse(index, component, reporter)])
+    counts = np.concatenate([row_counts for _, _, row_counts in _sparse(index, component, reporter)])
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     np.save(place / "indptr.npy", indptr)
     code_bytes = -(-component.bits // 8)  # type: ignore[union-attr]
@@ -171,10 +171,10 @@ def _sparse_numpy(index: Index, component: Component, place: Path, reporter: Rep
     total = int(indptr[-1])
     files = {n: np.lib.format.open_memmap(place / f"{n}.npy", "w+", dtypes[n], (total, *tail)) for n, tail in tails.items()}
     first = 0
-    for _, entries, own in _sparse(index, component, reporter):
+    for _, entries, row_counts in _sparse(index, component, reporter):
         for file, array in zip(files.values(), entries, strict=True):
-            file[first : first + int(own.sum())] = array
-        first += int(own.sum())
+            file[first : first + int(row_counts.sum())] = array
+        first += int(row_counts.sum())
     for file in files.values():
         file.flush()
     return {"bits": component.bits, "entries": first}  # type: ignore[union-attr]
@@ -207,7 +207,8 @@ class _Ids:
         """Return the next ids."""
         while len(self._ids) < count:
             self._ids += next(self._shards)
-        taken, self._ids = self._ids[:count], self._ids[count:]
+        taken = self._ids[:count]
+        self._ids = self._ids[count:]
         return taken
 
 

@@ -1,4 +1,4 @@
-"""A FAISS index of a dense component beside the rows: made, measured and searched.
+"""A FAISS index of a dense component, stored next to the rows: made, measured and searched.
 
     faiss/<component>.json     what it is: factory, parameters, rows, and the recall that was measured when it was made
     faiss/<uuid>.faiss         the index, as FAISS writes it
@@ -35,7 +35,7 @@ from .results import Reporter
 
 _FOLDER = "faiss"
 _FORMAT = "wherefrom faiss 1"
-_REMEDY = "make it anew with wherefrom reindex --faiss"
+_REMEDY = "run wherefrom reindex --faiss"
 _K = 10
 _HELD_OUT = 200
 _MOST_TRAINED = 1 << 18
@@ -45,7 +45,7 @@ _MOST_LOOPS = 1 << 40
 
 
 class FaissRecord(BaseModel):
-    """What a FAISS index was made of, and what it finds.
+    """Record of a FAISS index: factory, source, measured recall.
 
     Attributes:
         factory: FAISS's description of it, such as "IVF4096_HNSW32,RaBitQ".
@@ -124,8 +124,8 @@ def make_faiss(index: Index, factory: str, parameters: str, component_name: str 
     generator = np.random.default_rng(0)
     alive = np.flatnonzero(index.alive)
     held_out = np.sort(generator.choice(alive, min(_HELD_OUT, max(1, len(alive) // 10)), replace=False))
-    others = np.setdiff1d(alive, held_out)
-    trained = np.sort(generator.choice(others, min(_MOST_TRAINED, len(others)), replace=False))
+    candidates = np.setdiff1d(alive, held_out)
+    trained = np.sort(generator.choice(candidates, min(_MOST_TRAINED, len(candidates)), replace=False))
     try:
         engine = faiss.index_factory(component.stored, factory, faiss.METRIC_INNER_PRODUCT)
     except Exception as error:  # FAISS raises RuntimeErrors of its own classes
@@ -157,7 +157,7 @@ def make_faiss(index: Index, factory: str, parameters: str, component_name: str 
         engine = faiss.index_gpu_to_cpu(engine)
     set_parameters(engine, parameters)
     reporter.stage("measuring FAISS's recall", len(held_out))
-    shares = _measure(engine, queries, held_out, exact, ~dead)
+    shares = _estimate_recall(engine, queries, held_out, exact, ~dead)
     folder = index.path / _FOLDER
     path = folder / f"{uuid.uuid4()}.faiss"
     staged = index.path / "staging" / path.name
@@ -241,18 +241,18 @@ def _gather(index: Index, component: DenseComponent, rows: Int64[np.ndarray, " r
     return vectors
 
 
-def _measure(
+def _estimate_recall(
     engine: Any, queries: np.ndarray, held_out: np.ndarray, exact: Sequence[tuple[Best, Best]], searched: Bool[np.ndarray, " rows"]
 ) -> tuple[float, float]:
     """Return the shares of the best and of the worst rows, without the query itself, that are found."""
     shares = []
     for side, sign in enumerate((1, -1)):
-        found = _search(engine, sign * queries, _candidates(_K, len(searched)), searched)
-        own = []
+        rows = _search(engine, sign * queries, _candidates(_K, len(searched)), searched)
+        query_shares = []
         for query, row in enumerate(held_out.tolist()):
             right = [r for r in exact[query][side].ranked()[0].tolist() if r != row][:_K]
-            own.append(len(set(right) & set(found[query].tolist())) / len(right) if right else 1.0)
-        shares.append(float(np.mean(own)))
+            query_shares.append(len(set(right) & set(rows[query].tolist())) / len(right) if right else 1.0)
+        shares.append(float(np.mean(query_shares)))
     return shares[0], shares[1]
 
 
@@ -282,8 +282,8 @@ def _search(engine: Any, queries: np.ndarray, k: int, searched: Bool[np.ndarray,
                 f"FAISS selects no rows in an index of this kind ({type(engine).__name__}), and most do not match the filter; search by a "
                 "scan, or make an index of another kind (IVF, HNSW, Flat)"
             ) from error
-    found = np.asarray(engine.search(vectors, min(4 * k, len(searched)))[1])  # few are left out, and are removed here
-    return np.where((found >= 0) & searched[found], found, -1)
+    rows = np.asarray(engine.search(vectors, min(4 * k, len(searched)))[1])  # few are left out, and are removed here
+    return np.where((rows >= 0) & searched[rows], rows, -1)
 
 
 def _with_selector(engine: Any, selector: Any) -> Any:
@@ -381,4 +381,4 @@ def find_candidates(
     count = _candidates(k, len(index))
     best, worst = (_search(engine, sign * queries, count, searched) for sign in (1, -1))
     rows = [np.unique(np.concatenate([b, w])) for b, w in zip(best, worst, strict=True)]
-    return [own[(own >= 0) & (own < len(index))] for own in rows], record
+    return [candidate_rows[(candidate_rows >= 0) & (candidate_rows < len(index))] for candidate_rows in rows], record

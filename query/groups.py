@@ -77,7 +77,7 @@ class Sums:
             parts = [slice(start, start + _BLOCK_ROWS) for start in blocks]
             return reduce(
                 lambda one, other: one + other,
-                [cls.of(codes[own], values, scores[:, own], searched[own], first + own.start) for own in parts],
+                [cls.of(codes[block], values, scores[:, block], searched[block], first + block.start) for block in parts],
             )
         order = np.argsort(codes, kind="stable")
         order = order[searched[order]]
@@ -92,8 +92,8 @@ class Sums:
         return cls(
             present,
             rows[is_present],
-            np.stack([_segments(side > 0, starts, np.int64) for side in sides], axis=1),
-            np.stack([_segments(part, starts, np.float64) for part in (sorted_scores, *sides)], axis=1),
+            np.stack([_sums_of_runs(side > 0, starts, np.int64) for side in sides], axis=1),
+            np.stack([_sums_of_runs(part, starts, np.float64) for part in (sorted_scores, *sides)], axis=1),
             _draw(sorted_scores, order, starts, len(codes), first),
         )
 
@@ -107,10 +107,10 @@ class Sums:
         places = np.array([numbers.setdefault(_key(value), len(numbers)) for value in other.values], np.int64)
         new = tuple(value for value, place in zip(other.values, places.tolist(), strict=True) if place >= len(self.values))
 
-        def joined(own: np.ndarray, others: np.ndarray) -> np.ndarray:
-            result = np.zeros((*own.shape[:-1], len(numbers)), own.dtype)
-            result[..., : own.shape[-1]] = own
-            result[..., places] += others
+        def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+            result = np.zeros((*first.shape[:-1], len(numbers)), first.dtype)
+            result[..., : first.shape[-1]] = first
+            result[..., places] += second
             return result
 
         names = ("rows", "signs", "totals", "draws")
@@ -142,7 +142,7 @@ def _key(value: Any) -> tuple[bool, Any]:
     return isinstance(value, bool), value
 
 
-def _segments(values: np.ndarray, starts: Int64[np.ndarray, " segments"], dtype: type) -> np.ndarray:
+def _sums_of_runs(values: np.ndarray, starts: Int64[np.ndarray, " segments"], dtype: type) -> np.ndarray:
     """Sum the last axis by segments, which are not empty."""
     if not len(starts):
         return np.zeros((*values.shape[:-1], 0), dtype)
@@ -191,7 +191,8 @@ class SumTree:
         """
         while (sibling := self.nodes.pop((level, number ^ 1), None)) is not None:
             sums = sums + sibling if number % 2 == 0 else sibling + sums
-            level, number = level + 1, number // 2
+            level += 1
+            number //= 2
         if len(sums.values) > MOST_VALUES:
             raise too_many_values(self.column, MOST_VALUES)
         self.nodes[level, number] = sums
@@ -211,8 +212,8 @@ class SumTree:
         Raises:
             UsageError: there are too many values.
         """
-        first, *others = self._ordered()
-        for sums in others:
+        first, *rest = self._ordered()
+        for sums in rest:
             first = first + sums
         if len(first.values) > MOST_VALUES:
             raise too_many_values(self.column, MOST_VALUES)

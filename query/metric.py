@@ -1,4 +1,4 @@
-"""How rows are compared."""
+"""Metric: how rows are compared with queries."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -69,12 +69,12 @@ class Metric:
 
     @property
     def changes_curvature(self) -> bool:
-        """Whether rows count under another curvature, or another inverse of it, than the build's."""
+        """True if scores use another curvature or damping than the build's."""
         return self.damping is not None or not self.curvature or self.training is not None
 
     @property
     def row_settings(self) -> tuple[Any, ...]:
-        """What the rows of queries depend on, besides the index."""
+        """Settings on which rows of queries depend."""
         left_out = frozenset(name for name, weight in self.weights.items() if weight == 0)
         return (self.refine, self.training, self.damping, self.layers, left_out) if self.refine else (self.training,)
 

@@ -93,8 +93,8 @@ class Mixing:
             share = mixed_share(eigenvalues, [queries[:, part] * roots[part] for part in parts])
         inverses = []
         for part, factor in zip(parts, layers, strict=True):
-            own = queries[:, part]
-            mixed = share / max(1, len(own)) * (own.T @ own) + (1 - share) * np.eye(own.shape[1])
+            layer_queries = queries[:, part]
+            mixed = share / max(1, len(layer_queries)) * (layer_queries.T @ layer_queries) + (1 - share) * np.eye(layer_queries.shape[1])
             inverses.append(np.linalg.inv(mixed) * factor)
         return cls(share, parts, tuple(inverses))
 
@@ -118,10 +118,10 @@ def mixed_share(corpus: Float64[np.ndarray, " dim"], queries: list[Float64[np.nd
         queries: by layer, the queries' gradients in any orthogonal basis.
     """
     spectra = [np.linalg.svd(gradients, compute_uv=False) ** 2 / len(gradients) for gradients in queries]
-    own = np.sort(np.concatenate(spectra))[::-1]
-    own = own[own > _ROUND_OFF * own[0]]
-    if not len(own):
+    eigenvalues = np.sort(np.concatenate(spectra))[::-1]
+    eigenvalues = eigenvalues[eigenvalues > _ROUND_OFF * eigenvalues[0]]
+    if not len(eigenvalues):
         return 0.0
-    k = min(max(1, round(_SHARED * len(corpus))), len(own))
+    k = min(max(1, round(_SHARED * len(corpus))), len(eigenvalues))
     other = float(np.sort(corpus)[::-1][k - 1])
-    return min(other / (float(own[k - 1]) + other), _LARGEST_SHARE)
+    return min(other / (float(eigenvalues[k - 1]) + other), _LARGEST_SHARE)

@@ -146,8 +146,8 @@ class DenseOperand:
         if not np.isfinite(scaled).all():
             raise NumericalError("the query's gradient, times its weights, is not finite; ask with smaller weights")
         squared_norms = np.einsum("qd,qd->q", mixed if change is None else values * change, values, dtype=np.float64)
-        stored_change = change if change is None or reduction.kept is None else change[reduction.kept]
-        selected = component.dim if reduction.kept is None else len(reduction.kept)
+        stored_change = change if change is None or reduction.selection is None else change[reduction.selection]
+        selected = component.dim if reduction.selection is None else len(reduction.selection)
         variance = 0.0
         if component.one_bit:
             variance = _one_bit_variance(max(selected, padded_width(selected, component.stored)), component.stored)
@@ -200,7 +200,7 @@ class DenseOperand:
         if mode == "cosine" and (self.change is not None or self.mixing is not None):
             return "lengths under another damping, or of some layers, are known only of rows that are read"
         if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in groups):
-            return "one-bit codes do not lie beside the rows, or are of other rows: wherefrom reindex makes them"
+            return "one-bit codes are not stored next to the rows, or are of other rows: run wherefrom reindex"
         return None
 
     def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:
@@ -248,7 +248,7 @@ class DenseOperand:
         products = self.queries[query].astype(np.float64) * rows.values(rows.code(offset)[None])[0] * length
         if reduction.mixes:
             return Split(float(products.sum()), {}, {})
-        coordinates = np.arange(self.component.dim) if reduction.kept is None else reduction.kept
+        coordinates = np.arange(self.component.dim) if reduction.selection is None else reduction.selection
         layers = np.searchsorted([layer.offset for layer in self.component.layers], coordinates, side="right") - 1
         sums = np.bincount(layers, products, len(self.component.layers))
         return Split(float(products.sum()), dict(zip(self.component.layer_names, sums.tolist(), strict=True)), {})
@@ -260,7 +260,7 @@ class DenseOperand:
     def scaled(self, index: Index, row: DenseVectors, stored: bool = True) -> DenseVectors:
         """See `Operand`."""
         factors = self.factors
-        selection = index.reduction(self.component).kept
+        selection = index.reduction(self.component).selection
         if stored and selection is not None:
             factors = np.zeros_like(self.factors)
             factors[selection] = self.factors[selection]

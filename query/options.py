@@ -44,7 +44,7 @@ class Option:
     on_command_line: bool = True
 
 
-Text = 200_000
+LONGEST_TEXT = 200_000
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -56,18 +56,20 @@ class Query:
         UsageError: not exactly one of them is given, or a field has a value that it cannot have.
     """
 
-    prompt: Annotated[str, Option("What comes before the completion.", longest=Text)] = ""
-    completion: Annotated[str | None, Option("What the model said; the loss is on it alone.", longest=Text)] = None
+    prompt: Annotated[str, Option("What comes before the completion.", longest=LONGEST_TEXT)] = ""
+    completion: Annotated[str | None, Option("What the model said; the loss is on it alone.", longest=LONGEST_TEXT)] = None
     text: Annotated[
-        str | None, Option("A full text; the loss is on all of it, with the end-of-text token where the build appended it.", longest=Text)
+        str | None,
+        Option("A full text; the loss is on all of it, with the end-of-text token where the build appended it.", longest=LONGEST_TEXT),
     ] = None
     row: Annotated[int | None, Option("A training example by its row; needs no model.", low=0, high=_LARGEST_ROW)] = None
     id: Annotated[str | None, Option("Name of the query in its answer.", longest=4096, on_command_line=False)] = None
     against: Annotated[
-        str | None, Option("A contrasting completion: proponents made the model prefer the completion to it.", longest=Text)
+        str | None, Option("A contrasting completion: proponents made the model prefer the completion to it.", longest=LONGEST_TEXT)
     ] = None
     span: Annotated[
-        str | None, Option("A part of the completion or text, exactly as it occurs there; the loss is on its tokens alone.", longest=Text)
+        str | None,
+        Option("A part of the completion or text, exactly as it occurs there; the loss is on its tokens alone.", longest=LONGEST_TEXT),
     ] = None
     weight: Annotated[float | None, Option("In a mean of queries.", on_command_line=False)] = None
     messages: Annotated[

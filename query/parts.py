@@ -23,7 +23,7 @@ from .metric import Metric
 from .mixing import Mixing
 from .scoring import Scorer, by_group
 
-_KEPT = 4  # prepared searches, and masks
+_CACHED_SEARCHES = 4  # prepared searches, and masks
 _MOST_INSERTED = 128  # best rows that the compiled loop keeps in order
 _MOST_ADDED = 1 << 16  # candidates that are kept before the best of them are chosen
 _best_of = Compiled("best_of", least_work=1 << 19)
@@ -89,7 +89,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, positions: np.ndarray) -> "Candidates":
+    def select(self, positions: np.ndarray) -> "Candidates":
         """Select candidates by position or mask."""
         return Candidates(self.rows[positions], self.bounds[positions], self.exact[positions], self.scale[positions])
 
@@ -98,11 +98,11 @@ class Candidates:
         is_high = np.ones(len(self), bool)
         if len(self) > count:
             is_high[np.argpartition(-self.bounds, count - 1)[count:]] = False
-        return self.take(is_high), self.take(~is_high)
+        return self.select(is_high), self.select(~is_high)
 
     @classmethod
-    def join(cls, parts: Sequence["Candidates"]) -> "Candidates":
-        """Join candidates of several groups of shards."""
+    def concatenate(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        """Concatenate candidates of several groups of shards."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
@@ -143,20 +143,21 @@ class Best:
         threshold = np.nextafter(self._threshold, np.float32(0))  # of equal scores, a lower row counts
         best_of = _best_of.if_worth(len(scores)) if self._k <= _MOST_INSERTED else None
         if best_of is not None:
-            found = np.empty(self._k, np.int64)
-            found = found[: best_of(scores, np.float32(self._sign), threshold, found, np.empty(self._k, np.float32))]
+            positions = np.empty(self._k, np.int64)
+            positions = positions[: best_of(scores, np.float32(self._sign), threshold, positions, np.empty(self._k, np.float32))]
         else:
-            found = np.flatnonzero(scores > threshold if self._sign > 0 else scores < -threshold)
-            if len(found) > 4 * self._k:  # sort only the k best and those equal to the k-th
-                costs = -self._sign * scores[found]
-                found = found[costs <= np.partition(costs, self._k - 1)[self._k - 1]]
-        return first + (found if offsets is None else offsets[found]), scores[found]
+            positions = np.flatnonzero(scores > threshold if self._sign > 0 else scores < -threshold)
+            if len(positions) > 4 * self._k:  # sort only the k best and those equal to the k-th
+                costs = -self._sign * scores[positions]
+                positions = positions[costs <= np.partition(costs, self._k - 1)[self._k - 1]]
+        return first + (positions if offsets is None else offsets[positions]), scores[positions]
 
     def add(self, rows: Int64[np.ndarray, " added"], scores: Float32[np.ndarray, " added"]) -> None:
         """Add rows; those without a positive sign * score are left out."""
         positive = self._sign * scores > 0
         if not positive.all():
-            rows, scores = rows[positive], scores[positive]
+            rows = rows[positive]
+            scores = scores[positive]
         if not len(rows):
             return
         self._rows.append(rows)
@@ -174,8 +175,11 @@ class Best:
         rows = np.concatenate(self._rows)
         scores = np.concatenate(self._scores)
         order = np.lexsort((rows, -self._sign * scores))[: self._k]
-        rows, scores = rows[order], scores[order]
-        self._rows, self._scores, self._count = [rows], [scores], len(rows)
+        rows = rows[order]
+        scores = scores[order]
+        self._rows = [rows]
+        self._scores = [scores]
+        self._count = len(rows)
         if len(rows) == self._k:
             self._threshold = np.float32(self._sign * scores[-1])
         return rows, scores
@@ -194,7 +198,7 @@ class Mask:
     count: int
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """True if all rows are searched."""
         return self.count == len(self.rows)
 
@@ -253,15 +257,18 @@ class Part:
             if column is not None:
                 codes, values = self.index.distinct(column, MOST_VALUES, [group], search.types)
                 group_sums = Sums.of(codes, values, scores, mask.rows, group.first)
-            if not mask.whole:
+            if not mask.is_complete:
                 scores = scores[:, mask.rows]
-            offsets = None if mask.whole else np.flatnonzero(mask.rows)
-            found = [[side.candidates(group.first, offsets, own) for side in sides] for own, sides in zip(scores, ranked, strict=True)]
-            return found, group_sums, scores if with_scores else None
+            offsets = None if mask.is_complete else np.flatnonzero(mask.rows)
+            candidates = [
+                [side.candidates(group.first, offsets, query_scores) for side in sides]
+                for query_scores, sides in zip(scores, ranked, strict=True)
+            ]
+            return candidates, group_sums, scores if with_scores else None
 
-        for group, (found, group_sums, scores) in by_group(self.groups, score, self._threads, small=not with_scores):
-            for sides, own in zip(ranked, found, strict=True):
-                for side, candidates in zip(sides, own, strict=True):
+        for group, (group_candidates, group_sums, scores) in by_group(self.groups, score, self._threads, small=not with_scores):
+            for sides, query_candidates in zip(ranked, group_candidates, strict=True):
+                for side, candidates in zip(sides, query_candidates, strict=True):
                     side.add(*candidates)
             if sums is not None and group_sums is not None:
                 sums.add(0, numbers[group.first], group_sums)
@@ -285,15 +292,19 @@ class Part:
         scorer = self.scorer(search)
         masks = self._mask(search)[skipped:]
         for mask, (_, scores) in zip(masks, by_group(self.groups[skipped:], scorer.scores, self._threads), strict=True):
-            yield scores if mask.whole else np.where(mask.rows, scores, np.float32(np.nan))
+            yield scores if mask.is_complete else np.where(mask.rows, scores, np.float32(np.nan))
 
     def extremes(self, search: Search) -> tuple[float, float, int]:
         """Return the lowest and highest score of the searched rows, over all queries, and the number of these rows."""
-        low, high, count = np.inf, -np.inf, 0
+        low = np.inf
+        high = -np.inf
+        count = 0
         for block in self.scores(search):
             scores = block[np.isfinite(block)]
             if len(scores):
-                low, high, count = min(low, float(scores.min())), max(high, float(scores.max())), count + len(scores)
+                low = min(low, float(scores.min()))
+                high = max(high, float(scores.max()))
+                count += len(scores)
         return low, high, count
 
     def histogram(self, search: Search, bins: int, low: float, high: float) -> Int64[np.ndarray, " bins"]:
@@ -321,7 +332,7 @@ class Part:
             products = np.split(scorer.read(q, rows), [len(read[0])])
             for side, high, dense in zip(sides, read, products, strict=True):
                 side.add(high.rows, (high.exact + dense) * high.scale)
-            best, worst = (low.take(low.bounds >= side.threshold) for side, (_, low) in zip(sides, splits, strict=True))
+            best, worst = (low.select(low.bounds >= side.threshold) for side, (_, low) in zip(sides, splits, strict=True))
             results.append(((sides[0].ranked(), sides[1].ranked()), (best, worst), rows))
         return results
 
@@ -340,13 +351,13 @@ class Part:
             for lists, pair in zip(by_query, pairs, strict=True):
                 for its_list, candidates in zip(lists, pair, strict=True):
                     its_list.append(candidates)
-        joined = [tuple(Candidates.join(its_list).split(most)[0] for its_list in lists) for lists in by_query]
-        return [(best, worst) for best, worst in joined]
+        highest = [tuple(Candidates.concatenate(its_list).split(most)[0] for its_list in lists) for lists in by_query]
+        return [(best, worst) for best, worst in highest]
 
     def read(self, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]]) -> list[Float32[np.ndarray, " rows"]]:
         """Return, for each query, the sums over dense components of some rows, from the rows themselves."""
         scorer = self.scorer(search)
-        return [scorer.read(q, own) for q, own in enumerate(rows)]
+        return [scorer.read(q, query_rows) for q, query_rows in enumerate(rows)]
 
     def _pairs(self, scorer: Scorer, group: ShardGroup, mask: Mask, z: float, thresholds: Sequence[tuple[float, float]]) -> list[Pair]:
         """Find the candidates of a group of shards, for each query and side."""
@@ -372,7 +383,7 @@ class Part:
         def prepare() -> Scorer:
             return Scorer.of(self.index, search.queries, search.metric, search.mixings)
 
-        return self._kept(self._scorers, search.id, prepare)
+        return self._cached(self._scorers, search.id, prepare)
 
     def _mask(self, search: Search) -> list[Mask]:
         """Return the masks of the searched rows of each group."""
@@ -384,23 +395,23 @@ class Part:
             by_group = np.split(mask, np.cumsum([group.rows for group in self.groups])[:-1])
             return [Mask(rows, int(rows.sum())) for rows in by_group]
 
-        return self._kept(self._masks, search.where or "", compute)
+        return self._cached(self._masks, search.where or "", compute)
 
     def _mask_by_group(self, search: Search) -> dict[int, Mask]:
         """Return the masks of the searched rows, by the first row of the group."""
         return {group.first: mask for group, mask in zip(self.groups, self._mask(search), strict=True)}
 
-    def _kept(self, kept: "OrderedDict[str, Any]", key: str, compute: Callable[[], Any]) -> Any:
-        """Return one of the values that are kept, or compute it."""
+    def _cached(self, cache: "OrderedDict[str, Any]", key: str, compute: Callable[[], Any]) -> Any:
+        """Return a cached value, or compute it."""
         with self._lock:
-            if key in kept:
-                kept.move_to_end(key)
-                return kept[key]
+            if key in cache:
+                cache.move_to_end(key)
+                return cache[key]
         value = compute()
         with self._lock:
-            kept[key] = value
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
+            cache[key] = value
+            while len(cache) > _CACHED_SEARCHES:
+                cache.popitem(last=False)
         return value
 
 
@@ -450,7 +461,7 @@ class WholeIndex:
     def call(self, method: str, search: Search | None, arguments: Mapping[int, tuple[Any, ...]], partial: bool = False) -> dict[int, Any]:
         """See `Parts`."""
         shared = () if search is None else (search,)
-        return {number: getattr(self._part, method)(*shared, *own) for number, own in arguments.items()}
+        return {number: getattr(self._part, method)(*shared, *part_arguments) for number, part_arguments in arguments.items()}
 
     def stream(self, search: Search) -> Iterator[Float32[np.ndarray, "queries rows"]]:
         """See `Parts`."""

@@ -13,10 +13,10 @@ from .options import Query
 def without_contrasts(queries: Sequence[Query]) -> tuple[list[Query], Float64[np.ndarray, "queries plain"]]:
     """Return queries without `against`, and the matrix whose products with their scores are those of the given queries."""
     contrasts = [i for i, query in enumerate(queries) if query.against is not None]
-    others = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
-    matrix = np.eye(len(queries), len(queries) + len(others))
+    alternatives = [replace(queries[i], completion=queries[i].against, against=None) for i in contrasts]
+    matrix = np.eye(len(queries), len(queries) + len(alternatives))
     matrix[contrasts, np.arange(len(queries), matrix.shape[1])] = -1.0
-    return [*(replace(query, against=None) for query in queries), *others], matrix
+    return [*(replace(query, against=None) for query in queries), *alternatives], matrix
 
 
 def query_document(query: Query) -> Document:

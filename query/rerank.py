@@ -43,16 +43,16 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How many rows an answer has.
+    """Numbers of rows of an answer and its candidates.
 
     Attributes:
         answer: proponents, and opponents, at most.
-        found: candidates of either by stored rows, at most.
+        candidates: of either by stored rows, at most.
         with_opponents: whether opponents are asked for.
     """
 
     answer: int
-    found: int
+    candidates: int
     with_opponents: bool
 
 
@@ -82,8 +82,8 @@ def baseline_candidates(
 
 def rerank(
     numbers: range,
-    found: Sequence[Hits],
-    others: Sequence[Int64[np.ndarray, " others"]],
+    stored_hits: Sequence[Hits],
+    further_candidates: Sequence[Int64[np.ndarray, " others"]],
     sizes: Sizes,
     recomputation: Recomputation,
 ) -> list[Reranked]:
@@ -91,30 +91,31 @@ def rerank(
 
     Args:
         numbers: of the queries.
-        found: the best and worst rows of each query by stored rows; the worst are left out where none are asked for.
-        others: further candidates of each query.
+        stored_hits: the best and worst rows of each query by stored rows; the worst are left out where none are asked for.
+        further_candidates: of each query, such as those of baselines.
     """
     started = time.perf_counter()
-    candidates = [np.unique(np.concatenate([h.proponents, h.opponents, o])) for h, o in zip(found, others, strict=True)]
+    candidates = [np.unique(np.concatenate([h.proponents, h.opponents, o])) for h, o in zip(stored_hits, further_candidates, strict=True)]
     rows = np.unique(np.concatenate([np.zeros(0, np.int64), *candidates]))
     scores = recomputation.scores(rows, numbers)
     seconds = time.perf_counter() - started
     results = []
-    for number, (hits, own) in enumerate(zip(found, candidates, strict=True)):
-        own_scores = scores[number, np.searchsorted(rows, own)]
+    for number, (hits, candidate_rows) in enumerate(zip(stored_hits, candidates, strict=True)):
+        candidate_scores = scores[number, np.searchsorted(rows, candidate_rows)]
         stored = _places(hits.proponents, hits.proponent_scores) | _places(hits.opponents, hits.opponent_scores)
         differences = np.concatenate(
             [
-                own_scores[np.searchsorted(own, rows_of_side[len(rows_of_side) // 2 :])] - stored_scores[len(rows_of_side) // 2 :]
+                candidate_scores[np.searchsorted(candidate_rows, rows_of_side[len(rows_of_side) // 2 :])]
+                - stored_scores[len(rows_of_side) // 2 :]
                 for rows_of_side, stored_scores in ((hits.proponents, hits.proponent_scores), (hits.opponents, hits.opponent_scores))
             ]
         )
-        best = _ranked(own, own_scores, 1, sizes.answer)
-        worst = _ranked(own, own_scores, -1, sizes.answer if sizes.with_opponents else 0)
-        lowest = float(hits.opponent_scores[-1]) if len(hits.opponents) == sizes.found else 0.0
+        best = _ranked(candidate_rows, candidate_scores, 1, sizes.answer)
+        worst = _ranked(candidate_rows, candidate_scores, -1, sizes.answer if sizes.with_opponents else 0)
+        lowest = float(hits.opponent_scores[-1]) if len(hits.opponents) == sizes.candidates else 0.0
         report = RerankReport(
-            candidates=len(own),
-            highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == sizes.found else 0.0,
+            candidates=len(candidate_rows),
+            highest=float(hits.proponent_scores[-1]) if len(hits.proponents) == sizes.candidates else 0.0,
             lowest=lowest if sizes.with_opponents else None,
             difference=float(np.sqrt(np.mean(differences**2))) if len(differences) else None,
             seconds=seconds,

@@ -231,7 +231,7 @@ def by_group(
     submitted: deque[tuple[Sequence[ShardGroup], Future[list[Result]]]] = deque()
     try:
         for piece in pieces:
-            submitted.append((piece, pool.submit(lambda own: list(map(function, own)), piece)))
+            submitted.append((piece, pool.submit(lambda part: list(map(function, part)), piece)))
             if len(submitted) > 2 * threads:  # bounds the results in memory
                 first, future = submitted.popleft()
                 yield from zip(first, future.result(), strict=True)
@@ -277,8 +277,8 @@ def _weights(index: Index, metric: Metric) -> dict[str, float]:
     last = {component.role: component.weight for component in components}
     for component in components:
         factors = [metric.weights[name] for name in {component.name, component.role} & metric.weights.keys()]
-        own = component.weight if metric.training is None else last[component.role]  # segments of a training add up as they are
-        weights[component.name] = own * float(np.prod(factors))
+        factor = component.weight if metric.training is None else last[component.role]  # segments of a training add up as they are
+        weights[component.name] = factor * float(np.prod(factors))
     if not any(weights.values()):
         raise UsageError("every component has the weight 0; give at least one another weight")
     for component in components:

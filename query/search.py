@@ -114,8 +114,8 @@ def find(
     k = min(k, len(parts.index))
     started = time.perf_counter()
     note = None
-    results: list[_Result] | None = None
-    found = Found([], 0, 0)
+    ranked: list[_Result] | None = None
+    result = Found([], 0, 0)
     if recall < 1 and (with_scores or column is not None):
         note = "groups and baselines need the scores of all rows"
     elif recall < 1:
@@ -126,19 +126,19 @@ def find(
             if rescored is None:
                 note = "more rows could be among the best than an exact scan takes time for"
             else:
-                results, found = rescored
-    if results is None:
+                ranked, result = rescored
+    if ranked is None:
         recall = 1.0
-        results, found = _scan(parts, search, count, k, column, with_scores, partial)
+        ranked, result = _scan(parts, search, count, k, column, with_scores, partial)
     seconds = time.perf_counter() - started
     # Cosines from one-bit codes may exceed 1; they are ranked before they are clipped.
     bound = 1.0 if search.metric.mode == "cosine" else np.inf
     hits = []
-    for (best, best_scores), (worst, worst_scores), candidates in results:
+    for (best, best_scores), (worst, worst_scores), candidates in ranked:
         best_scores = best_scores.clip(-bound, bound)  # noqa: PLW2901
         worst_scores = worst_scores.clip(-bound, bound)  # noqa: PLW2901
         hits.append(Hits(best, best_scores, worst, worst_scores, seconds, candidates, recall, note))
-    return replace(found, hits=hits)
+    return replace(result, hits=hits)
 
 
 _Result = tuple[Ranked, Ranked, int]
@@ -163,17 +163,17 @@ def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -
         raise UsageError(f"FAISS compares inner products, which rank influence and not {search.metric.mode}; ask for influence, or scan")
     masks = call_all(parts, "searched", search, partial=partial)
     mask = np.zeros(len(parts.index), bool)
-    for number, own in masks.items():
-        mask[parts.firsts[number] : parts.firsts[number] + len(own)] = own
+    for number, part_mask in masks.items():
+        mask[parts.firsts[number] : parts.firsts[number] + len(part_mask)] = part_mask
     rows, record = find_candidates(parts.index, operand.component, operand.queries, k, mask)
     hits = []
-    for own, scores in zip(rows, _read(parts, search, rows, partial), strict=True):
-        there = np.isfinite(scores)
+    for rows_of_query, scores in zip(rows, _read(parts, search, rows, partial), strict=True):
+        is_read = np.isfinite(scores)
         sides = Best(k, 1), Best(k, -1)
         for side in sides:
-            side.add(own[there], scores[there])
+            side.add(rows_of_query[is_read], scores[is_read])
         seconds = time.perf_counter() - started
-        hits.append(Hits(*sides[0].ranked(), *sides[1].ranked(), seconds, len(own), None))
+        hits.append(Hits(*sides[0].ranked(), *sides[1].ranked(), seconds, len(rows_of_query), None))
     report = FaissReport(record.factory, record.parameters, record.queries, record.k, record.proponents, record.opponents)
     return Found(hits, int(mask.sum()), _missing(parts, masks), faiss=report)
 
@@ -192,39 +192,39 @@ def _scan(
             worst.add(*own_worst)
         if sums is not None and scan.sums is not None:
             sums.update(scan.sums)
-    results = [(best.ranked(), worst.ranked(), searched) for best, worst in sides]
-    found = Found([], searched, _missing(parts, scans.keys()), sums)
+    ranked = [(best.ranked(), worst.ranked(), searched) for best, worst in sides]
+    result = Found([], searched, _missing(parts, scans.keys()), sums)
     if not with_scores:
-        return results, found
+        return ranked, result
     mask = np.zeros(len(parts.index), bool)
     for number, scan in scans.items():
         if scan.mask is not None:
             mask[parts.firsts[number] : parts.firsts[number] + len(scan.mask)] = scan.mask
     scores = np.concatenate([scan.scores for scan in scans.values() if scan.scores is not None], axis=1)
-    return results, replace(found, mask=mask, scores=scores)
+    return ranked, replace(result, mask=mask, scores=scores)
 
 
-def _missing(parts: Parts, there: Collection[int]) -> int:
+def _missing(parts: Parts, answered: Collection[int]) -> int:
     """Return the number of rows of the parts that did not answer."""
     ends = [*parts.firsts[1:], len(parts.index)]
-    return sum(end - first for number, (first, end) in enumerate(zip(parts.firsts, ends, strict=True)) if number not in there)
+    return sum(end - first for number, (first, end) in enumerate(zip(parts.firsts, ends, strict=True)) if number not in answered)
 
 
 class _Queue:
     """Candidates of several parts whose bounds reach a threshold, highest bound first."""
 
     def __init__(self, candidates: Sequence[Candidates], threshold: float) -> None:
-        joined = Candidates.join(candidates)
-        positions = np.flatnonzero(joined.bounds >= threshold)
-        positions = positions[np.lexsort((joined.rows[positions], -joined.bounds[positions]))]
-        self._candidates = joined.take(positions)
+        candidates_of_all = Candidates.concatenate(candidates)
+        positions = np.flatnonzero(candidates_of_all.bounds >= threshold)
+        positions = positions[np.lexsort((candidates_of_all.rows[positions], -candidates_of_all.bounds[positions]))]
+        self._candidates = candidates_of_all.select(positions)
         self._first = 0
 
     def next(self, size: int, threshold: float) -> Candidates:
         """Remove and return at most `size` candidates whose bounds reach the threshold."""
         reached = int(np.searchsorted(-self._candidates.bounds, -threshold, side="right"))
         last = max(self._first, min(self._first + size, reached))
-        candidates = self._candidates.take(np.arange(self._first, last))
+        candidates = self._candidates.select(np.arange(self._first, last))
         self._first = last
         return candidates
 
@@ -243,8 +243,10 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
     sides = [(Best(k, 1, best), Best(k, -1, worst)) for (best, worst), _, _ in first]
     # Thresholds from the first group alone do not depend on the order in which the others are searched.
     thresholds = [(best.threshold, worst.threshold) for best, worst in sides]
-    others = parts.call("candidates", search, {number: (z, thresholds, most, int(number == start)) for number in counts}, partial)
-    unread: list[list[Pair]] = [[pair for _, pair, _ in first], *others.values()]
+    candidates_of_parts = parts.call(
+        "candidates", search, {number: (z, thresholds, most, int(number == start)) for number in counts}, partial
+    )
+    unread: list[list[Pair]] = [[pair for _, pair, _ in first], *candidates_of_parts.values()]
     queues = [tuple(_Queue([pairs[q][side] for pairs in unread], thresholds[q][side]) for side in range(2)) for q in range(count)]
     rows_read = [[rows] for _, _, rows in first]
     pending = list(range(count))
@@ -260,25 +262,26 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
         for q, products in enumerate(_read(parts, search, rows, partial)):
             offset = 0
             for side, batch in zip(sides[q], batches.get(q, ()), strict=False):
-                own = products[offset : offset + len(batch)]
-                there = np.isfinite(own)
-                side.add(batch.rows[there], ((batch.exact + own) * batch.scale)[there])
+                batch_products = products[offset : offset + len(batch)]
+                is_read = np.isfinite(batch_products)
+                side.add(batch.rows[is_read], ((batch.exact + batch_products) * batch.scale)[is_read])
                 offset += len(batch)
         limit = most
-    results = [
-        (best.ranked(), worst.ranked(), len(np.unique(np.concatenate(own)))) for (best, worst), own in zip(sides, rows_read, strict=True)
+    ranked = [
+        (best.ranked(), worst.ranked(), len(np.unique(np.concatenate(rows_of_query))))
+        for (best, worst), rows_of_query in zip(sides, rows_read, strict=True)
     ]
-    there = others.keys() & counts.keys()
-    return results, Found([], sum(counts[number] for number in there), _missing(parts, there))
+    answered = candidates_of_parts.keys() & counts.keys()
+    return ranked, Found([], sum(counts[number] for number in answered), _missing(parts, answered))
 
 
 def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]], partial: bool) -> list[Float32[np.ndarray, " rows"]]:
     """Read rows for each query, in one call of each part that has some; NaN for those of parts that are not there."""
-    owners = [np.searchsorted(parts.firsts, own, side="right") - 1 for own in rows]
+    owners = [np.searchsorted(parts.firsts, rows_of_query, side="right") - 1 for rows_of_query in rows]
     numbers = np.unique(np.concatenate(owners)).tolist()
-    calls = {number: ([own[owner == number] for own, owner in zip(rows, owners, strict=True)],) for number in numbers}
-    products = [np.full(len(own), np.nan, np.float32) for own in rows]
+    calls = {number: ([rows_of_query[owner == number] for rows_of_query, owner in zip(rows, owners, strict=True)],) for number in numbers}
+    products = [np.full(len(rows_of_query), np.nan, np.float32) for rows_of_query in rows]
     for number, result in parts.call("read", search, calls, partial).items():
-        for own, owner, values in zip(products, owners, result, strict=True):
-            own[owner == number] = values
+        for products_of_query, owner, values in zip(products, owners, result, strict=True):
+            products_of_query[owner == number] = values
     return products

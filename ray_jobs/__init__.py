@@ -1,1 +1,1 @@
-"""Fit and build as jobs: configuration, settings, workers, progress. Ties the indexer to the store; does no mathematics."""
+"""Builds, additions and rerank fits as resumable jobs, in this process or on Ray; and Ray actors that search an index (fleet.py)."""

@@ -59,7 +59,7 @@ def _fields(value: Any) -> Any:
 
 
 Names = Annotated[str | tuple[str, ...], BeforeValidator(_path)]
-Path = Annotated[str, BeforeValidator(_path)]
+PathText = Annotated[str, BeforeValidator(_path)]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Positive = Annotated[int, Field(ge=1)]
 ComponentRole = Literal["blocks", "head", "embeddings"]
@@ -82,7 +82,7 @@ class BuildConfig(BaseModel):
     data: Names
     """JSONL, CSV, Parquet or text file (also .gz, .bz2, .xz, .zst), folder, saved dataset (of one split, folder:split), or hub
     name:split; several are read in order."""
-    out: Path
+    out: PathText
     """Index directory to make."""
     bytes_per_example: Positive | None = None
     """Storage budget of a row; chooses components and their sizes.  [default: 800, unless an option says what a row is made of]"""
@@ -105,7 +105,7 @@ class BuildConfig(BaseModel):
     """causal-lm, mlp (vectors with labels), or module:Class of your own."""
     revision: Names | None = None
     """Branch, tag or commit of a hub model; several for several checkpoints of one."""
-    base: Path | None = None
+    base: PathText | None = None
     """Directory or hub id of the model that training started from; layers that are equal in both were not trained. An adapter, a model in
     memory and the record of our Trainer callback say this themselves."""
     trust_remote_code: bool = False
@@ -120,13 +120,13 @@ class BuildConfig(BaseModel):
     """Parts of a row: blocks (dense rows of linear layers), head and embeddings (sparse, keyed by token).  [default: blocks; with a budget,
     those that it affords]"""
     projection: Literal["random", "pca"] | None = None
-    """How gradients are projected.  [default: random; with a budget pca]"""
+    """Projection of gradients.  [default: random; with a budget pca]"""
     rank: Positive | None = None
     """Coordinates of a layer's inputs and outputs each.  [default: 16; with a budget 128]"""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of projections, the fitting sample and sampled labels."""
     curvature: CurvatureKind | None = None
-    """How the rows of blocks are whitened; auto chooses by a layer's size.  [default: auto; with a budget kfac for models of tokens, which
+    """Whitening of the blocks' rows; auto chooses by a layer's size.  [default: auto; with a budget kfac for models of tokens, which
     takes one pass]"""
     labels: LabelKind | None = None
     """Labels of the curvature: the data's, sampled from the model, or expected (all classes by their probability, where an example has one
@@ -144,7 +144,7 @@ class BuildConfig(BaseModel):
     """Examples that projections and curvature are fitted on.  [default: 5000; with a budget and a model of 50 million parameters or more,
     one in 16 of the corpus, with at least 8,192 tokens, where curvature is kfac]"""
     damping: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
-    """What is added to the eigenvalues, relative to their mean; a query can change it.  [default: 0.1 for the blocks, 1 for head and
+    """Number added to the eigenvalues, relative to their mean; a query can change it.  [default: 0.1 for the blocks, 1 for head and
     embeddings; with a budget 1, but 0.1 for the blocks of an adapter of a model of 50 million parameters or more]"""
     row_dtype: RowDtype | None = None
     """Storage of the blocks' coordinates.  [default: float32]"""

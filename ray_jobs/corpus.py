@@ -119,7 +119,7 @@ def corpus_fields(config: BuildConfig) -> Fields:
 
 @dataclass(frozen=True)
 class CorpusWriter:
-    """What all parts of a corpus are written with.
+    """Settings that all parts of a corpus are written with.
 
     Attributes:
         out: directory of the index.

@@ -343,8 +343,8 @@ class FleetParts:
         self.index = index
         self.fleet = fleet
         self._state = index.manifest.number, index.checksum
-        own_groups = split_groups(index.groups, fleet.parts)
-        self.firsts: Sequence[int] = tuple(index.groups[own.start].first for own in own_groups)
+        group_ranges = split_groups(index.groups, fleet.parts)
+        self.firsts: Sequence[int] = tuple(index.groups[group_range.start].first for group_range in group_ranges)
 
     def call(self, method: str, search: Search | None, arguments: Mapping[int, tuple[Any, ...]], partial: bool = False) -> dict[int, Any]:
         """See `Parts`."""

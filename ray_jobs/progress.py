@@ -79,7 +79,9 @@ class Console:
     def stage(self, name: str, total: int | None) -> None:
         """Close the running stage and open another."""
         self._close(finished=True)
-        self._name, self._started, self._done = name, time.monotonic(), (0, 0)
+        self._name = name
+        self._started = time.monotonic()
+        self._done = (0, 0)
         self._updated = self._started
         if self._bars is None:
             print(f"{name} ...", file=self._stream, flush=True)
@@ -88,7 +90,8 @@ class Console:
 
     def update(self, examples: int, tokens: int) -> None:
         """Show how far the stage is."""
-        self._done, self._updated = (examples, tokens), time.monotonic()
+        self._done = (examples, tokens)
+        self._updated = time.monotonic()
         if self._bars is not None:
             self._bars.update(self._task, completed=examples, rates=self._rates())
 

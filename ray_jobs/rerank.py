@@ -77,13 +77,13 @@ def fit_rerank(
         arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         sparse = tuple(c.model_copy(update={"weight": 1.0}) for c in index.manifest.components if c.role != "blocks")
         components: tuple[Component, ...] = (*sparse, dense)
-        kept = {component.name for component in sparse}
-        own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}
+        sparse_names = {component.name for component in sparse}
+        sparse_arrays = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in sparse_names}
         compared = min(len(alive), _COMPARED)
         part = [shard for drawn in draw_sample(index.shards, alive, compared, seed + 1) for shard in drawn]
         reporter.stage("comparing components", compared)
         together = replace(fitting, components=components)
-        (agreements,) = executor.map("compare_exact", (together, own | arrays), [(part,)], reporter)
+        (agreements,) = executor.map("compare_exact", (together, sparse_arrays | arrays), [(part,)], reporter)
         shares = {name: record.get("mean_share") for name, record in index.manifest.build.calibration.items()}
         training = known_training(components, index.manifest.models[-1])
         weighted, _ = calibrate(components, agreements, shares.get("head"), training, whole_layers=True)

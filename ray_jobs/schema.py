@@ -152,10 +152,10 @@ def with_rates(components: Sequence[Component], rates: Sequence[float | None]) -
     Args:
         rates: of the models; where one is not known, all weigh the same.
     """
-    known = [rate for rate in rates if rate]
-    if len(known) < len(rates):
+    known_rates = [rate for rate in rates if rate]
+    if len(known_rates) < len(rates):
         return tuple(components)
-    return tuple(c.model_copy(update={"weight": known[c.model] / max(known)}) for c in components)
+    return tuple(c.model_copy(update={"weight": known_rates[c.model] / max(known_rates)}) for c in components)
 
 
 def weight_notes(components: Sequence[Component]) -> list[str]:

@@ -147,7 +147,7 @@ class Worker:
         encoder = self._encoder(settings, arrays, "compared")
         squares: dict[str, float] = {}
         sums: dict[str, Any] = {}
-        for batch in encoder.batches(examples, progress, tolerant=True):
+        for batch in encoder.batches(examples, progress, skip_nonfinite=True):
             for component in settings.components:
                 vectors: Any = batch.exact[component.name]
                 squares[component.name] = squares.get(component.name, 0.0) + float(vectors.squared_norms.sum())
@@ -280,7 +280,7 @@ class Comparison:
         rows = [i for i, position in enumerate(batch.positions) if position < self.count]
         if rows:
             positions = [batch.positions[i] for i in rows]
-            self.blocks.append((positions, {name: vectors.take(rows) for name, vectors in batch.exact.items()}))
+            self.blocks.append((positions, {name: vectors.select(rows) for name, vectors in batch.exact.items()}))
 
     def write(self, path: Path) -> None:
         """Write the rows, and the mean share of the head's full gradients (see `HeadMean`)."""
@@ -318,7 +318,7 @@ def encode_rows(
     hidden: np.ndarray | None = None
     comparison = comparison or Comparison()
     meters = () if comparison.head is None else (comparison.head,)
-    for batch in encoder.batches(examples, progress, tolerant=True, meters=meters, coded=not comparison.count):
+    for batch in encoder.batches(examples, progress, skip_nonfinite=True, meters=meters, coded=not comparison.count):
         comparison.add(batch)
         losses[batch.positions] = batch.losses
         if batch.hidden is not None:

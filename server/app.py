@@ -47,7 +47,7 @@ def create_app(
     hosts: frozenset[str] | None = None,
     batch: int = 16,
     queue: int = 256,
-    patience: float = 15.0,
+    body_timeout: float = 15.0,
 ) -> ASGIApp:
     """Create the application over some open indexes, by name.
 
@@ -56,7 +56,7 @@ def create_app(
         hosts: accepted host names of the server; None accepts any.
         batch: most queries in one pass over the model and the rows.
         queue: most requests that wait for an index.
-        patience: time limit (seconds) for receiving a body.
+        body_timeout: time limit (seconds) for receiving a body.
     """
     metrics = Metrics()
     engines = {name: Engine(name, client, metrics, batch, queue) for name, client in clients.items()}
@@ -77,7 +77,7 @@ def create_app(
     _pages(app)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(hosts))
-    return Guard(app, token, patience)
+    return Guard(app, token, body_timeout)
 
 
 def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:

@@ -34,7 +34,7 @@ class Metrics:
         self.seconds = Histogram("wherefrom_stage_seconds", "Wall time by stage.", ["index", "stage"], buckets=_BUCKETS, registry=r)
         self.batch = Histogram("wherefrom_batch_queries", "Queries answered in one pass.", ["index"], buckets=_SIZES, registry=r)
         self.candidates = Counter("wherefrom_candidates", "Rows that were read for answers.", ["index"], registry=r)
-        self.remembered = Counter("wherefrom_remembered", "Queries whose rows were remembered, or not.", ["index", "found"], registry=r)
+        self.cached_queries = Counter("wherefrom_cached_queries", "Queries whose rows were cached, or not.", ["index", "found"], registry=r)
         self.waiting = Gauge("wherefrom_waiting", "Requests that wait.", ["index"], registry=r)
         self.responses = Counter("wherefrom_responses", "Responses by path and status.", ["path", "status"], registry=r)
 
@@ -154,8 +154,8 @@ class Engine:
         """Encode queries with plain rows, of all options, in one pass of the model; the client caches the rows."""
         start = time.perf_counter()
         cached = sum(self.client.is_cached(query) for query in queries)
-        self._metrics.remembered.labels(self.name, "hit").inc(cached)
-        self._metrics.remembered.labels(self.name, "miss").inc(len(queries) - cached)
+        self._metrics.cached_queries.labels(self.name, "hit").inc(cached)
+        self._metrics.cached_queries.labels(self.name, "miss").inc(len(queries) - cached)
         if cached < len(queries):
             _outcome(lambda client: client.encode(queries), self.client)  # an error is raised again for the queries that cause it
             self._metrics.seconds.labels(self.name, "model").observe(time.perf_counter() - start)

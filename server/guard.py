@@ -49,13 +49,13 @@ class Guard:
 
     Args:
         token: bearer token, required except for the explorer's files and the health checks; None requires none.
-        patience: time limit (seconds) for receiving a body.
+        body_timeout: time limit (seconds) for receiving a body.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, patience: float) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, body_timeout: float) -> None:
         self._app = app
         self._token = token
-        self._patience = patience
+        self._body_timeout = body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection."""
@@ -101,7 +101,7 @@ class Guard:
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._body_timeout):
                 async for part in request.stream():
                     body += part
                     if len(body) > _MOST_BYTES:

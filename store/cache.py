@@ -13,7 +13,7 @@ from .arrays import ArrayFile, ArrayGroup, write_arrays
 from .errors import IntegrityError
 from .files import publish
 
-_REMAKE = "make it anew with wherefrom reindex"
+_REMAKE = "run wherefrom reindex"
 _VERSION = 4  # of the arrays; a search cache of another version is ignored
 
 

@@ -83,14 +83,14 @@ class Reduction:
 
     Attributes:
         width: the number of coordinates of a whitened row.
-        kept: the selected coordinates; None for all.
+        selection: the selected coordinates; None for all.
         coordinates: the number of stored coordinates; if it is below the number of selected ones, these are folded (see `bits.fold`).
         rotated: True if the last step is a rotation.
         seed: the seed of folding and rotation.
     """
 
     width: int
-    kept: Int64[np.ndarray, " selected"] | None
+    selection: Int64[np.ndarray, " selected"] | None
     coordinates: int
     rotated: bool
     seed: int
@@ -104,7 +104,7 @@ class Reduction:
     @property
     def _selected(self) -> int:
         """The number of selected coordinates."""
-        return self.width if self.kept is None else len(self.kept)
+        return self.width if self.selection is None else len(self.selection)
 
     @property
     def mixes(self) -> bool:
@@ -113,7 +113,7 @@ class Reduction:
 
     def apply(self, rows: Float[np.ndarray, "rows width"]) -> Float[np.ndarray, "rows coordinates"]:
         """Reduce rows. Inner products of reduced rows are unbiased estimates of those of the selected coordinates."""
-        rows = rows if self.kept is None else rows[:, self.kept]
+        rows = rows if self.selection is None else rows[:, self.selection]
         if self.coordinates < rows.shape[1]:
             rows = fold(rows.astype(np.float32), self.coordinates, self.seed)
         return rotate(rows.astype(np.float32), self.coordinates, self.seed) if self.rotated else rows
@@ -123,10 +123,10 @@ class Reduction:
         rows = unrotate(stored, min(self._selected, self.coordinates), self.seed) if self.rotated else stored
         if self.coordinates < self._selected:
             rows = unfold(rows, self._selected, self.seed)
-        if self.kept is None:
+        if self.selection is None:
             return rows
         padded = np.zeros((len(stored), self.width), np.float32)
-        padded[:, self.kept] = rows
+        padded[:, self.selection] = rows
         return padded
 
 

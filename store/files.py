@@ -180,7 +180,7 @@ def publish(staged: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path, data: bytes) -> Iterator[Path]:
-    """Write a temporary file beside `path`, flush it to disk, and remove it if it still exists at the end."""
+    """Write a temporary file next to `path`, flush it to disk, and remove it if it still exists at the end."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -56,7 +56,7 @@ class ShardGroup:
 
 
 class ColumnType(NamedTuple):
-    """What shards hold in a column.
+    """Arrow type and kinds of values of a column.
 
     Attributes:
         type: the Arrow type; text if shards differ in the type or store the values as JSON.
@@ -401,9 +401,9 @@ class Index:
 
         types = self._column_types if types is None else types
         _check_column(name, types)
-        others = types[name].kinds - set(SINGLE_KINDS)
-        if others:
-            raise UsageError(f"the column {name!r} holds values of the kind {min(others)}; group by one of single values")
+        list_kinds = types[name].kinds - set(SINGLE_KINDS)
+        if list_kinds:
+            raise UsageError(f"the column {name!r} holds values of the kind {min(list_kinds)}; group by one of single values")
         numbers = dict[Any, int]()
         values = list[Any]()
         parts = []
@@ -453,9 +453,9 @@ class Index:
         wanted = pa.array(dict.fromkeys(ids), pa.string())
         for shard, columns in self._columns_by_shard():
             positions = pc.index_in(columns["id"].values, wanted)
-            known = np.flatnonzero(np.asarray(pc.is_valid(positions)) & self.alive_between(shard.first, shard.first + shard.rows))
-            if len(known):
-                return str(wanted[positions[int(known[0])].as_py()].as_py())
+            matches = np.flatnonzero(np.asarray(pc.is_valid(positions)) & self.alive_between(shard.first, shard.first + shard.rows))
+            if len(matches):
+                return str(wanted[positions[int(matches[0])].as_py()].as_py())
         return None
 
     @cached_property
@@ -697,7 +697,7 @@ def write_search_caches(path: Path) -> str | None:
         Index(path).reindex()
     except OSError as error:
         reason = str(error) if isinstance(error, WherefromError) else error.strerror or str(error)
-        return f"the posting lists and codes beside the rows could not be written ({reason}); make them with wherefrom reindex {path}"
+        return f"the posting lists and codes next to the rows could not be written ({reason}); run wherefrom reindex {path}"
     return None
 
 

@@ -1,6 +1,6 @@
 """Inner loops of the search, compiled with numba. `compiled.py` imports this module only for enough work, since the import is slow.
 
-numba caches compiled code beside this file, or in the user's cache folder if that is read-only, so that later processes need not compile.
+numba caches compiled code next to this file, or in the user's cache folder if that is read-only, so that later processes need not compile.
 """
 
 import numpy as np

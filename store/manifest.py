@@ -166,8 +166,8 @@ class DenseComponent(_Component):
     @property
     def features(self) -> frozenset[str]:
         """The features that a reader of the index needs."""
-        others = {"reduced": self.reduced or self.one_bit, "optimizer": self.optimizer is not None, "unit-length": self.unit_length}
-        return frozenset({"dense", *(name for name, needed in others.items() if needed)})
+        optional = {"reduced": self.reduced or self.one_bit, "optimizer": self.optimizer is not None, "unit-length": self.unit_length}
+        return frozenset({"dense", *(name for name, needed in optional.items() if needed)})
 
     @property
     def scales_sides(self) -> bool:
@@ -301,7 +301,7 @@ class SparseComponent(_Component):
 
     @property
     def closed_form(self) -> bool:
-        """Whether the curvature of the head under the model's own labels is computed without drawing any."""
+        """True if the head's curvature has a closed form (sampled labels)."""
         return self.role == "head" and self.curvature.labels == "sampled" and not self.postprocessed
 
     def encoder_arrays(self) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -361,7 +361,7 @@ class Tokenizer(_Model):
     fingerprint: str
 
 
-class Options(_Model):
+class BuildOptions(_Model):
     """The options of a build. Those that a query needs are checked; all others are stored unchecked."""
 
     model_config = ConfigDict(extra="allow")
@@ -378,7 +378,7 @@ class Inputs(_Model):
     """The inputs that determine the contents of an index: options, models, tokenizer and corpus files."""
 
     format: Size
-    options: Options
+    options: BuildOptions
     models: tuple[str, ...]
     tokenizer: str | None
     corpus: tuple[dict[str, Any], ...]

@@ -113,11 +113,11 @@ class Postings:
         places = [slice(first, last) for first, last in zip(self.starts[unread].tolist(), self.starts[unread + 1].tolist(), strict=True)]
         for place, check in zip(places, self.checks[unread].tolist(), strict=True):
             if _checksum(self.rows[place], self.codes[place], self.factors[place]) != check:
-                raise IntegrityError(f"{self.where} fails a checksum; make it anew with wherefrom reindex")
+                raise IntegrityError(f"{self.where} fails a checksum; run wherefrom reindex")
         owners = np.concatenate([self.rows[place] for place in places])
         factors = np.concatenate([self.factors[place] for place in places])
         if owners.max(initial=0) >= rows or not np.isfinite(factors).all():
-            raise IntegrityError(f"{self.where} has invalid rows or factors; make it anew with wherefrom reindex")
+            raise IntegrityError(f"{self.where} has invalid rows or factors; run wherefrom reindex")
         self._checked[unread] = True
 
     def arrays(self) -> ArrayGroup:

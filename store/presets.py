@@ -46,7 +46,7 @@ PRESETS: dict[PresetName, Preset] = {
 
 
 def mixes(options: Mapping[str, Any]) -> bool:
-    """Whether options of scores mix the second moments of the queries that are asked together into the curvature."""
+    """Return True if options mix the queries' second moments in."""
     preset = options.get("preset")
     return options.get("mix") is not None or (preset in PRESETS and "mix" in PRESETS[preset].query)
 

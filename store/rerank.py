@@ -26,7 +26,7 @@ _FORMAT = "wherefrom rerank 1"
 
 
 class RerankRecord(BaseModel):
-    """What recomputed rows are made of.
+    """Record of the encoder of recomputed rows.
 
     Attributes:
         encoder: SHA-256 of the encoder of the index, which its sparse components share.
@@ -107,9 +107,9 @@ def read_record(index: Index) -> RerankRecord | None:
         raise IntegrityError(f"{path} is damaged ({error.errors()[0]['msg']}); run wherefrom fit again, or remove {path.parent}") from error
     except OSError as error:
         raise IntegrityError(f"{path} is damaged ({error}); run wherefrom fit again, or remove {path.parent}") from error
-    own = {component.name: component for component in index.manifest.components}
+    components = {component.name: component for component in index.manifest.components}
     for component in record.components:
-        same = own.get(component.name)
+        same = components.get(component.name)
         if component.role != "blocks" and (same is None or component != same.model_copy(update={"weight": component.weight})):
             raise IntegrityError(
                 f"{path} is damaged ({component.name} is not the index's); run wherefrom fit again, or remove {path.parent}"
@@ -154,9 +154,9 @@ def rerank_view(index: Index) -> Index | None:
             problem = f"{path} is not a whole safetensors file ({error})"
     if problem is not None:
         raise IntegrityError(f"{problem}; run wherefrom fit again, or remove {index.path / _FOLDER}")
-    kept = {component.name for component in record.components if component.role != "blocks"}
-    own = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in kept}
+    sparse_names = {component.name for component in record.components if component.role != "blocks"}
+    sparse_arrays = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in sparse_names}
     view = copy.copy(index)
     view.manifest = index.manifest.model_copy(update={"components": record.components})
-    view.__dict__["arrays"] = own | dense
+    view.__dict__["arrays"] = sparse_arrays | dense
     return view

@@ -34,14 +34,14 @@ _FACTOR_TOP = 32768.0  # the largest stored factor of a shard, near the maximum 
 
 @dataclass(frozen=True)
 class Coded:
-    """Coded rows in memory, before they are written. `whole` has the rows' squared lengths before entries were left out."""
+    """Coded rows in memory, before they are written. `squared_lengths` are those of the rows before entries were left out."""
 
     counts: Int64[np.ndarray, " rows"]
     keys: UInt32[np.ndarray, " entries"]
     codes: UInt8[np.ndarray, "entries bytes"]
     factors: Float32[np.ndarray, " entries"]
     norms: Float32[np.ndarray, " rows"]
-    whole: Float64[np.ndarray, " rows"]
+    squared_lengths: Float64[np.ndarray, " rows"]
 
 
 def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
@@ -67,9 +67,9 @@ def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
     )
 
 
-def join(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
+def concatenate(parts: Sequence[tuple[Sequence[int], Coded]]) -> Coded:
     """Concatenate batches of coded rows, each with the positions of its rows, in the order of the positions."""
-    counts, norms, squares = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "whole"))
+    counts, norms, squares = (np.concatenate([getattr(c, name) for _, c in parts]) for name in ("counts", "norms", "squared_lengths"))
     order = np.argsort(np.concatenate([np.asarray(positions) for positions, _ in parts]))
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     entries = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order])
@@ -87,7 +87,7 @@ def encode_sparse(rows: Coded, vocabulary: int, bits: int) -> ArrayGroup:
         "factors": (rows.factors / scale).astype(np.float16),
         "norms": rows.norms,
     }
-    return _group(arrays, bits, scale, (float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.whole.sum())))
+    return _group(arrays, bits, scale, (float(np.square(rows.norms, dtype=np.float64).sum()), float(rows.squared_lengths.sum())))
 
 
 def _group(arrays: dict[str, np.ndarray], bits: int, scale: float, energy: tuple[float, float]) -> ArrayGroup:
@@ -121,7 +121,7 @@ class SparseWriter:
 
     def arrays(self) -> ArrayGroup:
         """Return the arrays of all rows."""
-        return encode_sparse(join(self._blocks), self._component.vocabulary, self._component.bits)
+        return encode_sparse(concatenate(self._blocks), self._component.vocabulary, self._component.bits)
 
 
 class SparseRows:

@@ -157,15 +157,15 @@ def parquet_records(path: Path, name: str, reading: Reading, part: Range | None 
             columns = [f.name for f in schema if not _leave_out(f, reading)]
             indices = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
             nested = {leaves[i].path for i in indices if leaves[i].max_repetition_level}
-            plans = []
+            row_group_bounds = []
             numbers = range(metadata.num_row_groups) if part is None else range(part.start, part.stop)
             for number in numbers:
                 # Reading no rows raises errors in the columns' metadata; accessing these first would abort the process.
                 next(file.reader.iter_batches(0, row_groups=[number], column_indices=indices, use_threads=False), None)
                 chunks = [metadata.row_group(number).column(i) for i in indices]
-                plans.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {metadata.num_row_groups}"))
+                row_group_bounds.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {metadata.num_row_groups}"))
         first = 0 if part is None else part.first
-        for number, (rows, shared) in zip(numbers, plans, strict=True):
+        for number, (rows, shared) in zip(numbers, row_group_bounds, strict=True):
             with pq.ParquetFile(_seekable(path), read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
                 yield from table_records(file.iter_batches(rows, [number], columns), name, reading, first)
             first += metadata.row_group(number).num_rows

@@ -1,6 +1,6 @@
 """A recorded training run on disk: all that is needed to repeat it step by step.
 
-A recorded run is a directory that holds the trained model as transformers saves it, so an index can be built from it, and beside that:
+A recorded run is a directory that holds the trained model as transformers saves it, so an index can be built from it, and next to that:
 
     training.json          the optimizer with its settings, the numbers of steps and examples; written last
     training.arrow         the distinct training examples, as `store/documents.py` writes them
@@ -55,7 +55,7 @@ class ParameterGroup(_Strict):
 
 
 class TrainingSettings(_Strict):
-    """What does not change during a run.
+    """Settings that are constant during a run.
 
     Attributes:
         optimizer: its kind.
@@ -152,7 +152,7 @@ def content_key(example: Example) -> bytes:
 def write_training(
     directory: Path, settings: TrainingSettings, steps: Sequence[TrainingStep], examples: Sequence[Example], initial: Mapping[str, Any]
 ) -> None:
-    """Write the record of a run beside its model, which is saved already.
+    """Write the record of a run next to its model, which is saved already.
 
     Raises:
         StorageError: a file cannot be written.

@@ -23,23 +23,23 @@ class Vectors(Protocol):
 
     @classmethod
     def concatenate(cls, blocks: Sequence[tuple[Sequence[int], Any]], width: int) -> "Vectors":
-        """Combine blocks, each with the positions of its rows, in the order of the positions."""
+        """Concatenate blocks, each with the positions of its rows, in the order of the positions."""
 
     @property
     def width(self) -> int:
         """Coordinates of a row, or of a token's vector."""
 
-    def cut(self, first: int, last: int) -> "Vectors":
+    def slice(self, first: int, last: int) -> "Vectors":
         """Copy rows `first` to `last`, not included."""
 
-    def take(self, rows: Sequence[int]) -> "Vectors":
+    def select(self, rows: Sequence[int]) -> "Vectors":
         """Copy some rows."""
 
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "Vectors":
+    def combine(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "Vectors":
         """Compute linear combinations of the rows, as float32."""
 
     def shared_with(self, other: Any) -> "Vectors":
-        """Take the coordinates of a single row at which another single row can have products other than 0."""
+        """Select the coordinates of a single row at which another single row can have products other than 0."""
 
     def inner_products(self, other: Any) -> Float[np.ndarray, "rows others"]:
         """Compute exact inner products with other rows."""
@@ -82,15 +82,15 @@ class DenseVectors:
         """See `Vectors`."""
         return self.values.shape[1]
 
-    def cut(self, first: int, last: int) -> "DenseVectors":
+    def slice(self, first: int, last: int) -> "DenseVectors":
         """See `Vectors`."""
         return DenseVectors(self.values[first:last].copy())
 
-    def take(self, rows: Sequence[int]) -> "DenseVectors":
+    def select(self, rows: Sequence[int]) -> "DenseVectors":
         """See `Vectors`."""
         return DenseVectors(self.values[np.asarray(rows, np.int64)])
 
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "DenseVectors":
+    def combine(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "DenseVectors":
         """See `Vectors`."""
         return DenseVectors((matrix @ self.values).astype(np.float32))
 
@@ -161,14 +161,14 @@ class SparseVectors:
         """See `Vectors`."""
         return self.vectors.shape[1]
 
-    def cut(self, first: int, last: int) -> "SparseVectors":
+    def slice(self, first: int, last: int) -> "SparseVectors":
         """See `Vectors`."""
         indptr = self.indptr[first : min(last, len(self)) + 1]
         entries = slice(int(indptr[0]), int(indptr[-1]))
         whole = None if self.whole is None else self.whole[first:last]
         return SparseVectors(indptr - indptr[0], self.keys[entries], self.vectors[entries].copy(), whole)
 
-    def take(self, rows: Sequence[int]) -> "SparseVectors":
+    def select(self, rows: Sequence[int]) -> "SparseVectors":
         """See `Vectors`."""
         parts = [np.arange(self.indptr[row], self.indptr[row + 1]) for row in rows]
         entries = np.concatenate([np.zeros(0, np.int64), *parts])
@@ -176,7 +176,7 @@ class SparseVectors:
         whole = None if self.whole is None else self.whole[np.asarray(rows, np.int64)]
         return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole)
 
-    def combined(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
+    def combine(self, matrix: Float64[np.ndarray, "combinations rows"]) -> "SparseVectors":
         """See `Vectors`."""
         keys = [np.zeros(0, np.int64)]
         vectors = [np.zeros((0, self.vectors.shape[1]), np.float32)]
@@ -203,8 +203,8 @@ class SparseVectors:
         other_order = np.argsort(other.keys, kind="stable")
         for key in np.intersect1d(self.keys, other.keys):
             entries = order[slice(*np.searchsorted(self.keys, [key, key + 1], sorter=order))]
-            others = other_order[slice(*np.searchsorted(other.keys, [key, key + 1], sorter=other_order))]
-            scores[np.ix_(self.owners[entries], other.owners[others])] += self.vectors[entries] @ other.vectors[others].T
+            other_entries = other_order[slice(*np.searchsorted(other.keys, [key, key + 1], sorter=other_order))]
+            scores[np.ix_(self.owners[entries], other.owners[other_entries])] += self.vectors[entries] @ other.vectors[other_entries].T
         return scores
 
     @property
@@ -213,17 +213,17 @@ class SparseVectors:
         return np.einsum("ed,ed->e", self.vectors, self.vectors, dtype=np.float64) if self.energies is None else self.energies
 
     def largest(self, limit: int | None) -> "SparseVectors":
-        """Keep the entries of largest norm, at most so many of each row; `whole` are then the lengths of these rows."""
+        """Select the entries of largest norm, at most so many of each row; `whole` are then the lengths of these rows."""
         energies = self.squared_lengths
-        whole = self.sums_by_row(energies)
+        squared_lengths = self.sums_by_row(energies)
         counts = np.diff(self.indptr)
         if limit is None or not (counts > limit).any():
-            return SparseVectors(self.indptr, self.keys, self.vectors, whole, self.energies)
+            return SparseVectors(self.indptr, self.keys, self.vectors, squared_lengths, self.energies)
         order = np.lexsort((-energies, self.owners))  # rows one after another, each from its largest entry to its smallest
         entries = np.sort(order[np.arange(len(order)) - np.repeat(self.indptr[:-1], counts) < limit])
         indptr = np.concatenate([[0], np.cumsum(np.minimum(counts, limit))]).astype(np.int64)
-        kept = None if self.energies is None else self.energies[entries]
-        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], whole, kept)
+        selected = None if self.energies is None else self.energies[entries]
+        return SparseVectors(indptr, self.keys[entries], self.vectors[entries], squared_lengths, selected)
 
     def as_float32(self) -> "SparseVectors":
         """See `Vectors`."""
@@ -320,21 +320,21 @@ def count(rows: Rows) -> int:
     return len(next(iter(rows.values())))
 
 
-def cut(rows: Rows, first: int, last: int) -> Rows:
+def slice_rows(rows: Rows, first: int, last: int) -> Rows:
     """Copy rows `first` to `last`, not included."""
-    return {name: vectors.cut(first, last) for name, vectors in rows.items()}
+    return {name: vectors.slice(first, last) for name, vectors in rows.items()}
 
 
-def join(rows: Sequence[Rows]) -> Rows:
-    """Combine sets of rows to one, in their order."""
-    joined = {}
+def concatenate(rows: Sequence[Rows]) -> Rows:
+    """Concatenate sets of rows, in their order."""
+    result = {}
     for name, first in rows[0].items():
         ends = np.cumsum([len(part[name]) for part in rows]).tolist()
         blocks = [(range(end - len(part[name]), end), part[name]) for end, part in zip(ends, rows, strict=True)]
-        joined[name] = type(first).concatenate(blocks, first.width)
-    return joined
+        result[name] = type(first).concatenate(blocks, first.width)
+    return result
 
 
 def combine(rows: Rows, matrix: Float64[np.ndarray, "combinations rows"]) -> Rows:
     """Compute linear combinations of rows, whose scores are the same combinations of the rows' scores."""
-    return {name: vectors.combined(matrix) for name, vectors in rows.items()}
+    return {name: vectors.combine(matrix) for name, vectors in rows.items()}

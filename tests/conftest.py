@@ -55,7 +55,7 @@ def index_dir(tmp_path_factory, model_dir, corpus_file):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The real data beside the checkout; what needs it skips visibly without it."""
+    """The real data next to the checkout; what needs it skips visibly without it."""
     if not (SHARED / "data/corpus.jsonl").is_file():
         pytest.skip(f"the shared real data is not at {SHARED}")
     return SHARED

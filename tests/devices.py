@@ -49,10 +49,10 @@ def run(function, args, kwargs):
     place = args[0].device if moves else next(iter(places), torch.device("cpu"))
     if kwargs.get("device") is not None:
         place, held_kwargs["device"] = torch.device(kwargs["device"]), torch.device("cpu")
-    found = function(*held_args, **held_kwargs)
+    actual = function(*held_args, **held_kwargs)
     if place.type != KIND:
-        return found
-    return return_and_correct_aliasing(function, args, kwargs, tree_map_only(torch.Tensor, lambda t: OnDevice(t, place), found))
+        return actual
+    return return_and_correct_aliasing(function, args, kwargs, tree_map_only(torch.Tensor, lambda t: OnDevice(t, place), actual))
 
 
 class Devices(TorchDispatchMode):

@@ -64,11 +64,11 @@ def build_kinds(directory, model, corpus, kinds, **common):
 
 def record(answer):
     """The record of an answer, without the times that its search took."""
-    found = answer.to_dict()
-    found["search"].pop("seconds")
-    if found["search"]["rerank"] is not None:
-        found["search"]["rerank"].pop("seconds")
-    return found
+    actual = answer.to_dict()
+    actual["search"].pop("seconds")
+    if actual["search"]["rerank"] is not None:
+        actual["search"]["rerank"].pop("seconds")
+    return actual
 
 
 def search(index, rows, k, metric=None, recall=1.0):
@@ -77,40 +77,42 @@ def search(index, rows, k, metric=None, recall=1.0):
     from wherefrom.query.parts import Search, WholeIndex
     from wherefrom.query.scoring import mixed_components
     from wherefrom.query.search import find, pass_size
-    from wherefrom.store.vectors import count, cut
+    from wherefrom.store.vectors import count, slice_rows
 
     metric = metric or Metric()
     mixings = mixed_components(index, rows, metric)
     size = pass_size(recall)
-    passes = [cut(rows, first, first + size) for first in range(0, count(rows), size)]
+    passes = [slice_rows(rows, first, first + size) for first in range(0, count(rows), size)]
     parts = WholeIndex(index)
-    return [hit for own in passes for hit in find(parts, Search(own, metric, mixings), count(own), k, recall).hits]
+    return [
+        hit for rows_of_pass in passes for hit in find(parts, Search(rows_of_pass, metric, mixings), count(rows_of_pass), k, recall).hits
+    ]
 
 
-def assert_close(found, expected, rtol, scale=None):
+def assert_close(actual, expected, rtol, scale=None):
     """No number errs by more than `rtol` of `scale`: the size of what was summed to make it, by default the largest number expected.
 
     Sums whose terms cancel err by as much as others, however small they come out: never by a share of themselves.
     """
     import numpy as np
 
-    found, expected = np.asarray(found, float), np.asarray(expected, float)
-    assert found.shape == expected.shape
+    actual, expected = np.asarray(actual, float), np.asarray(expected, float)
+    assert actual.shape == expected.shape
     scale = np.abs(expected).max(initial=0) if scale is None else scale
-    errors = np.abs(found - expected)
-    assert (errors <= rtol * scale).all(), f"{found} is not {expected}: it errs by up to {errors.max()}, allowed are {rtol} of {scale}"
+    errors = np.abs(actual - expected)
+    assert (errors <= rtol * scale).all(), f"{actual} is not {expected}: it errs by up to {errors.max()}, allowed are {rtol} of {scale}"
 
 
-def assert_same_ranking(found, expected, rtol):
+def assert_same_ranking(actual, expected, rtol):
     """Two lists of attributions name the same rows in the same order, but for rows whose scores differ by no more than `rtol` of the first.
 
     Such rows may change places with each other, and at the end of the list with one that is not in it.
     """
-    assert len({a.row for a in found}) == len(found) == len(expected)
+    assert len({a.row for a in actual}) == len(actual) == len(expected)
     if expected:
         largest, last = abs(expected[0].score), expected[-1].score
-        assert_close([a.score for a in found], [a.score for a in expected], rtol, largest)
-        ours, theirs = ({a.row: a.score for a in answers} for answers in (found, expected))
+        assert_close([a.score for a in actual], [a.score for a in expected], rtol, largest)
+        ours, theirs = ({a.row: a.score for a in answers} for answers in (actual, expected))
         rows = sorted(ours | theirs)
         assert_close([ours.get(row, last) for row in rows], [theirs.get(row, last) for row in rows], rtol, largest)
 
@@ -224,7 +226,7 @@ def array_bytes(index):
 
 
 def open_zarr(path):
-    """What plain zarr-python reads of a file of `write_rows`."""
+    """Arrays that plain zarr-python reads from a file of `write_rows`."""
     import zarr
     from wherefrom.store.shard import rows_path
 

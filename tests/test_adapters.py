@@ -165,8 +165,8 @@ def test_a_merged_adapter_says_what_the_adapted_model_says(tied, tmp_path, kind)
     expected = adapted_logits(tied, tmp_path / "adapter", **ADAPTERS[kind])
     model = load_causal_lm(ModelSource(str(tmp_path / "adapter")))
     with torch.no_grad():
-        found = model(input_ids=PROBE).logits
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+        logits = model(input_ids=PROBE).logits
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5
     with torch.no_grad():
         plain = load_causal_lm(ModelSource(str(tied)))(input_ids=PROBE).logits
     assert float((plain - expected[..., :62]).abs().max() / expected.abs().max()) > 1e-2

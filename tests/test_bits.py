@@ -22,15 +22,15 @@ def gaussian(*shape, seed=0):
 @given(st.integers(1, 70), st.integers(1, 130), st.integers(0, 5))
 def test_a_rotation_keeps_lengths_and_is_undone_by_its_transpose(width, bits, seed):
     x = gaussian(3, width)
-    whole = rotate(x, padded_width(width, bits), seed)
-    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    rotated_all = rotate(x, padded_width(width, bits), seed)
+    np.testing.assert_allclose(np.linalg.norm(rotated_all, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
     assert_close(
         rotate(x, bits, seed), rotate(x, padded_width(width, bits), seed)[:, :bits], 1e-5, np.linalg.norm(x, axis=1, keepdims=True)
     )
     short = gaussian(3, bits)
     longer = np.pad(short, ((0, 0), (0, padded_width(width, bits) - bits)))
     assert_close(unrotate(short, width, seed), unrotate(longer, width, seed), 1e-5, np.linalg.norm(short, axis=1, keepdims=True))
-    assert_close(unrotate(whole, width, seed), x, 1e-5, np.linalg.norm(x, axis=1, keepdims=True))
+    assert_close(unrotate(rotated_all, width, seed), x, 1e-5, np.linalg.norm(x, axis=1, keepdims=True))
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,11 +60,11 @@ def test_foldings_and_rotations_are_fixed_bits():
 
 def test_folded_products_are_unbiased():
     v, q = gaussian(2, 90)
-    found = np.array([fold(v[None], 30, seed)[0] @ fold(q[None], 30, seed)[0] for seed in range(4000)])
+    actual = np.array([fold(v[None], 30, seed)[0] @ fold(q[None], 30, seed)[0] for seed in range(4000)])
     together = (90 / 30 - 1) / (90 - 1)  # the probability that two coordinates come to the same place
     expected = np.sqrt(((v @ v) * (q @ q) + (v @ q) ** 2 - 2 * (v**2 @ q**2)) * together)
-    assert abs(found.mean() - v @ q) < 4 * expected / np.sqrt(len(found))
-    assert found.std() == pytest.approx(expected, rel=0.1)
+    assert abs(actual.mean() - v @ q) < 4 * expected / np.sqrt(len(actual))
+    assert actual.std() == pytest.approx(expected, rel=0.1)
 
 
 def estimates(tmp_path, v, queries, coordinates, seed):
@@ -79,7 +79,7 @@ def estimates(tmp_path, v, queries, coordinates, seed):
 def test_one_bit_rows_estimate_products_without_bias_and_with_the_variance_of_theory(tmp_path, width, coordinates):
     v, q = gaussian(2, width)
     v, q = v / np.linalg.norm(v), q / np.linalg.norm(q)
-    found = np.array([estimates(tmp_path, v[None], q[None], coordinates, seed)[0, 0] for seed in range(400)])
+    actual = np.array([estimates(tmp_path, v[None], q[None], coordinates, seed)[0, 0] for seed in range(400)])
     cosine, padded = float(v @ q), padded_width(min(width, coordinates), coordinates)
     theory = np.sqrt((1 - cosine**2) * (np.pi / 2 * padded / coordinates - 1) / padded)
     if width > coordinates:  # the projection's variance comes on top
@@ -88,18 +88,18 @@ def test_one_bit_rows_estimate_products_without_bias_and_with_the_variance_of_th
         theory = np.hypot(theory, np.sqrt((1 + cosine**2 - 2 * (v**2 @ q**2)) * together))
     share = coordinates / padded  # the factor belongs to what was kept of the vector
     if share == 1:
-        assert abs(found.mean() - cosine) < 4 * theory / np.sqrt(len(found))
-    assert found.std() == pytest.approx(theory, rel=0.15)
+        assert abs(actual.mean() - cosine) < 4 * theory / np.sqrt(len(actual))
+    assert actual.std() == pytest.approx(theory, rel=0.15)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 100), st.sampled_from(["float32", "float16", "int8", "1bit"]), st.booleans())
 def test_reduced_rows_are_made_again_of_what_is_read_back(rows, width, coordinates, dtype, some):
-    kept = np.sort(np.random.default_rng(0).permutation(width)[: (width + 1) // 2]) if some else None
-    count = width if kept is None else len(kept)
+    selection = np.sort(np.random.default_rng(0).permutation(width)[: (width + 1) // 2]) if some else None
+    count = width if selection is None else len(selection)
     if dtype != "1bit":
         coordinates = min(coordinates, count)
-    reduction = Reduction(width, kept, coordinates, dtype == "1bit", 4)
+    reduction = Reduction(width, selection, coordinates, dtype == "1bit", 4)
     stored = reduction.apply(gaussian(rows, width))
     assert stored.shape == (rows, coordinates)
     undone = reduction.undo(stored)
@@ -108,7 +108,7 @@ def test_reduced_rows_are_made_again_of_what_is_read_back(rows, width, coordinat
     if dtype != "1bit" or coordinates == padded_width(min(count, coordinates), coordinates) <= count:
         assert_close(again, stored, 1e-5, np.linalg.norm(stored, axis=1, keepdims=True))
     if not reduction.mixes:
-        assert np.array_equal(undone[:, slice(None) if kept is None else kept], stored)
+        assert np.array_equal(undone[:, slice(None) if selection is None else selection], stored)
 
 
 def test_one_bit_shards_are_what_zarr_reads_and_are_hardly_padded(tmp_path):

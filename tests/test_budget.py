@@ -50,8 +50,8 @@ def test_what_is_bought_costs_what_there_is_and_hardly_less(budget, longest, see
     bought = allocate(budget, offered, counts, SMALL)
     cost = sum(row_cost(s, counts) for s in bought)
     assert cost <= budget
-    whole = [s for s in bought if s.kind == "dense" or s.max_tokens is not None]
-    if whole and budget > 1000:  # else everything there is fits
+    unbounded = [s for s in bought if s.kind == "dense" or s.max_tokens is not None]
+    if unbounded and budget > 1000:  # else everything there is fits
         assert cost > 0.75 * budget
     assert [s.name for s in bought] == [s.name for s in offered if s.name in {b.name for b in bought}]
     if budget < 1200 and any(s.kind == "sparse" for s in offered):
@@ -121,14 +121,14 @@ def test_one_bit_scores_and_another_damping_come_close_to_whole_rows(tmp_path, m
     build(BuildConfig(out=str(tmp_path / "whole"), **config))
     build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=1 << 15, **config))
     build(BuildConfig(out=str(tmp_path / "few"), row_dtype="1bit", coordinates=1 << 11, **config))
-    whole, bits, few = (Client(tmp_path / name) for name in ("whole", "bits", "few"))
+    all_tokens, bits, few = (Client(tmp_path / name) for name in ("whole", "bits", "few"))
     queries = [Query(text=t) for t in random_texts(6, seed=9)]
 
     def scores(client, metric):
         return score_matrix(client.index, client.encode(queries), metric)
 
     for metric in (Metric(), Metric("cosine"), Metric(damping=2.0), Metric(curvature=False)):
-        exact = scores(whole, metric)
+        exact = scores(all_tokens, metric)
         assert np.corrcoef(exact.ravel(), scores(bits, metric).ravel())[0, 1] > 0.98, metric
         if metric.mode == "influence" and metric.curvature:
             assert np.corrcoef(exact.ravel(), scores(few, metric).ravel())[0, 1] > 0.8, metric
@@ -146,12 +146,12 @@ def test_standard_errors_of_worded_queries_are_those_of_the_estimates(tmp_path, 
     config = {"model": str(model_dir), "data": (str(corpus_file),), "rank": 64, "curvature": "ekfac"}
     build(BuildConfig(out=str(tmp_path / "whole"), **config))
     build(BuildConfig(out=str(tmp_path / "bits"), row_dtype="1bit", coordinates=coordinates, **config))
-    whole, bits = (Client(tmp_path / name) for name in ("whole", "bits"))
-    weight = {"blocks": whole.index.manifest.components[0].weight / bits.index.manifest.components[0].weight}
+    all_tokens, bits = (Client(tmp_path / name) for name in ("whole", "bits"))
+    weight = {"blocks": all_tokens.index.manifest.components[0].weight / bits.index.manifest.components[0].weight}
     ratios = []
     for text in random_texts(6, seed=9):
         query = Query(text=text)
-        exact = whole.scores([query], **options)[0]
+        exact = all_tokens.scores([query], **options)[0]
         answer = bits.query(query, k=120, weights=weight, **options)
         ratios += [(a.score - exact[a.row]) / a.error for a in (*answer.proponents, *answer.opponents)]
     assert len(ratios) >= 6 * 120
@@ -179,16 +179,16 @@ def test_an_index_says_what_each_component_costs_and_holds(index):
     client = Client(index)
     sizes = {s["name"]: s["bytes_per_example"] for s in info["components"]}
     assert sum(sizes.values()) <= info["bytes_per_example"] <= sum(sizes.values()) + 25_000 / 120  # descriptions, losses
-    whole = client.encoder.rows([client.index.example(i) for i in range(len(client.index))])  # tokens bounded as in the index
+    exact_rows = client.encoder.rows([client.index.example(i) for i in range(len(client.index))])  # tokens bounded as in the index
     for part in info["components"][:2]:
         entry = client.index.component(part["name"])
-        kept = float(np.square(client.index.norms(entry).astype(float)).sum())
+        stored_energy = float(np.square(client.index.norms(entry).astype(float)).sum())
 
         plan = replace(client.encoder.settings, components=(entry.model_copy(update={"max_tokens": None}),))
         every = Encoder(client.recorded.task, (client.encoder.model,), plan, client.encoder.arrays)
         total = float(every.rows([client.index.example(i) for i in range(len(client.index))])[entry.name].squared_norms.sum())
-        assert part["energy_held"] == pytest.approx(kept / total, rel=1e-3)
-        assert float(whole[entry.name].squared_norms.sum()) == pytest.approx(kept, rel=1e-3)
+        assert part["energy_held"] == pytest.approx(stored_energy / total, rel=1e-3)
+        assert float(exact_rows[entry.name].squared_norms.sum()) == pytest.approx(stored_energy, rel=1e-3)
     tracked = {n for s in client.index.manifest.components for n in ([s.layer] if s.kind == "sparse" else [x.name for x in s.layers])}
     sizes = {id(m.weight): m.weight.numel() for n, m in client.encoder.model.named_modules() if n in tracked}
     (measured,) = info["tracked"]
@@ -218,9 +218,9 @@ def _linear_layers(client):
 )
 def test_a_large_models_second_moments_are_fitted_on_a_sample(parameters, options, kind, rows, tokens, expected):
     config = BuildConfig(model="model", data="corpus.jsonl", out=Path("out"), **options)
-    chosen = [c.model_copy(update={"curvature": c.curvature.model_copy(update={"kind": kind})}) for c in COMPONENTS]
+    components = [c.model_copy(update={"curvature": c.curvature.model_copy(update={"kind": kind})}) for c in COMPONENTS]
     model = Model.model_construct(parameters=parameters)
-    assert fit_examples(config, chosen, [model], rows, tokens) == expected
+    assert fit_examples(config, components, [model], rows, tokens) == expected
 
 
 def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
@@ -235,10 +235,10 @@ def test_an_adapters_bytes_and_weights_go_to_the_embeddings_first():
 
 def test_a_head_that_is_known_to_be_frozen_or_trained_is_not_guessed():
     agreements = {s.name: Agreement(self_score=2.0, fidelity=1.0, mean_share=0.1) for s in COMPONENTS}
-    known = {kind: calibrate(COMPONENTS, agreements, 0.2, kind)[0] for kind in ("unknown", "frozen head", "trained head")}
-    assert known["unknown"] == known["frozen head"]
-    assert {s.name: s.weight for s in known["frozen head"]} == {"head": 1.0, "embeddings": 0.7, "blocks": 0.27}
-    assert {s.name: s.weight for s in known["trained head"]} == {"head": 1.0, "embeddings": 0.25, "blocks": 0.1}
+    weighted = {kind: calibrate(COMPONENTS, agreements, 0.2, kind)[0] for kind in ("unknown", "frozen head", "trained head")}
+    assert weighted["unknown"] == weighted["frozen head"]
+    assert {s.name: s.weight for s in weighted["frozen head"]} == {"head": 1.0, "embeddings": 0.7, "blocks": 0.27}
+    assert {s.name: s.weight for s in weighted["trained head"]} == {"head": 1.0, "embeddings": 0.25, "blocks": 0.1}
 
 
 @pytest.mark.parametrize(("head", "embeddings", "share"), [(1.4e-3, 2.3e-4, 0.7), (6.7e-5, 4e-5, 0.25), (-8e-6, -8e-6, 0.25)])
@@ -252,12 +252,12 @@ def test_without_blocks_a_frozen_head_is_clearly_above_the_embeddings(head, embe
 def test_weights_are_shares_of_the_stored_self_scores_shrunk_by_what_the_codes_keep(index):
     client = Client(index)
     rows = [client.index.example(i) for i in range(120)]
-    whole = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.settings.components)
+    components = tuple(s.model_copy(update={"max_tokens": None}) if s.kind == "sparse" else s for s in client.encoder.settings.components)
     exact = Encoder(
-        client.recorded.task, (client.encoder.model,), replace(client.encoder.settings, components=whole), client.encoder.arrays
+        client.recorded.task, (client.encoder.model,), replace(client.encoder.settings, components=components), client.encoder.arrays
     ).rows(rows)
     other, expected, correlations = ~np.eye(120, dtype=bool), {}, {}
-    for one in whole:
+    for one in components:
         a = exact[one.name]
         if one.kind == "sparse":
             dense = np.zeros((120, one.vocabulary, one.width))
@@ -268,10 +268,10 @@ def test_weights_are_shares_of_the_stored_self_scores_shrunk_by_what_the_codes_k
         else:
             a = a.values
         truth = a.astype(float) @ a.T
-        alone = Metric(weights={s.name: float(s.name == one.name) for s in whole})
-        found = score_matrix(client.index, exact, alone) / one.weight
-        correlations[one.name] = np.corrcoef(truth[other], found[other])[0, 1]
-        expected[one.name] = correlations[one.name] ** 2 / np.diag(found).mean()
+        alone = Metric(weights={s.name: float(s.name == one.name) for s in components})
+        actual = score_matrix(client.index, exact, alone) / one.weight
+        correlations[one.name] = np.corrcoef(truth[other], actual[other])[0, 1]
+        expected[one.name] = correlations[one.name] ** 2 / np.diag(actual).mean()
     info = {s["name"]: s for s in json.loads(run("info", index, "--json").stdout)["components"]}
     frozen = info["head"]["mean_share"] > info["blocks"]["mean_share"]
     shares = {"head": 1.0, "embeddings": 0.7 if frozen else 0.25, "blocks": 0.27 if frozen else 0.1}
@@ -335,5 +335,5 @@ def test_whether_training_moved_the_vocabulary_layers_is_seen_in_their_mean_grad
     model.save_pretrained(tmp_path / "m")
     options = {"model": str(tmp_path / "m"), "data": (str(corpus_file),), "bytes_per_example": 1500}
     manifest = build(BuildConfig(out=str(tmp_path / "i"), **options))
-    means = {name: found["mean_share"] for name, found in manifest.build.calibration.items()}
+    means = {name: record["mean_share"] for name, record in manifest.build.calibration.items()}
     assert (means["head"] > max(0.0, means["blocks"])) == frozen, means

@@ -24,8 +24,8 @@ class Listening(DataCollatorForLanguageModeling):
         return super().__call__(examples, **options)
 
 
-def train(path, callback, resume=None, tokenizer=True, others=(), texts=None, **arguments):
-    known = tokenizer
+def train(path, callback, resume=None, tokenizer=True, more_callbacks=(), texts=None, **arguments):
+    first_tokenizer = tokenizer
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<eos>"
     data = write_jsonl(path / "train.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(texts or random_texts(40, seed=2))])
@@ -40,9 +40,9 @@ def train(path, callback, resume=None, tokenizer=True, others=(), texts=None, **
         model=model,
         args=TrainingArguments(**given),
         train_dataset=dataset,
-        processing_class=tokenizer if known else None,
+        processing_class=tokenizer if first_tokenizer else None,
         data_collator=collator,
-        callbacks=[*others, callback],
+        callbacks=[*more_callbacks, callback],
     )
     trainer.train(resume_from_checkpoint=resume)
     positions = {tuple(dataset[i]["input_ids"]): i for i in range(len(dataset))}
@@ -130,24 +130,24 @@ def test_a_second_run_into_the_same_index_is_refused_before_training(tmp_path):
 
 
 def test_the_order_of_the_data_is_kept_as_it_was_drawn(tmp_path):
-    def kept():
+    def recorded_orders():
         return [np.load(tmp_path / f"run/wherefrom-order-{epoch}.npy").tolist() for epoch in (0, 1)]
 
     _, seen = train(tmp_path, WherefromCallback())
     assert len(seen) == 80
-    assert kept() == [seen[:40], seen[40:]]
+    assert recorded_orders() == [seen[:40], seen[40:]]
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
     assert seen[:40] != seen[40:]
-    whole = kept()
+    orders = recorded_orders()
     for path in (tmp_path / "run").glob("wherefrom-order-1.npy"):
         path.unlink()
     _, seen = train(tmp_path, WherefromCallback(), resume=str(tmp_path / "run/checkpoint-15"))
-    assert seen[-20:] == whole[1][20:]
-    assert kept() == whole
+    assert seen[-20:] == orders[1][20:]
+    assert recorded_orders() == orders
     plain = tmp_path / "plain"
     plain.mkdir()
     _, without = train(plain, TrainerCallback())
-    assert without == whole[0] + whole[1]  # listening changes nothing
+    assert without == orders[0] + orders[1]  # listening changes nothing
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_any_samplers_order_is_kept_and_a_new_run_forgets_the_old(tmp_path, how)
     (tmp_path / "run").mkdir()
     np.save(tmp_path / "run/wherefrom-order-5.npy", np.arange(3))  # of a longer run, earlier
     _, seen = train(tmp_path, WherefromCallback(), num_train_epochs=1, **how)
-    (kept,) = (tmp_path / "run").glob("wherefrom-order-*.npy")
-    order = np.load(kept).tolist()
+    (order_file,) = (tmp_path / "run").glob("wherefrom-order-*.npy")
+    order = np.load(order_file).tolist()
     assert sorted(order) == list(range(40))
     assert order == seen or how.get("dataloader_num_workers")  # whose collator is in another process
 

@@ -49,7 +49,7 @@ def ids(path):
 
 def codes(path):
     """Every stored row by id, to the bit: all arrays of all components."""
-    index, found = Index(path), {}
+    index, actual = Index(path), {}
     for shard in index.shards:
         names = index.documents(shard).ids()
         for s in index.manifest.components:
@@ -57,11 +57,11 @@ def codes(path):
                 if s.kind == "dense":
                     rows = index.rows(shard, s)
                     block = np.concatenate([c for _, c in rows.blocks()])
-                    found[s.name, name] = (block[i].tobytes(), rows.norms[i], rows.scales[i])
+                    actual[s.name, name] = (block[i].tobytes(), rows.norms[i], rows.scales[i])
                 else:
                     rows = index.rows(shard, s)
-                    found[s.name, name] = (*(array.tobytes() for array in rows.entries(i, i + 1)), rows.norms[i])
-    return found
+                    actual[s.name, name] = (*(array.tobytes() for array in rows.entries(i, i + 1)), rows.norms[i])
+    return actual
 
 
 def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
@@ -91,10 +91,10 @@ def test_added_examples_score_as_the_same_encoder_says(tmp_path, index):
     assert all(problem is None for _, problem in Index(index).verify())
 
 
-def _documents(found):
+def _documents(actual):
     from wherefrom.store.corpus import Document
 
-    return (Document(id=r["id"], source="s", where=r["id"], text=r["text"]) for r in found)
+    return (Document(id=r["id"], source="s", where=r["id"], text=r["text"]) for r in actual)
 
 
 def test_drift_sees_other_documents(tmp_path, index):
@@ -147,31 +147,31 @@ def test_an_interrupted_addition_is_taken_up_and_another_takes_its_place(tmp_pat
 
 
 def test_deleted_rows_are_in_no_answer_and_compacting_keeps_the_bits(tmp_path, index):
-    before, whole = scores(index), codes(index)
+    before, codes_before = scores(index), codes(index)
     client = Client(index)
     gone = [3, 4, 30, *range(50, 60)]
     assert delete(index, [f"d{i}" for i in gone[:3]]) == 3
     assert delete(index, where="year >= 1950") == 10
     assert delete(index, where="year >= 1950") == 0
-    kept = [i for i in range(60) if i not in gone]
+    alive = [i for i in range(60) if i not in gone]
     for mode in ("influence", "cosine", "loss-normalized"):
         answers = Client(index).query_many(QUERIES, k=60, mode=mode, group_by="year")
         for answer in answers:
-            assert {a.row for a in (*answer.proponents, *answer.opponents)} <= set(kept)
-            assert answer.search.rows == len(kept)
-            assert sum(g.rows for g in answer.groups) == len(kept)
+            assert {a.row for a in (*answer.proponents, *answer.opponents)} <= set(alive)
+            assert answer.search.rows == len(alive)
+            assert sum(g.rows for g in answer.groups) == len(alive)
     assert len(client.query(row=3, k=1).proponents) == 1  # opened before
     with pytest.raises(UsageError, match="row 3 was deleted"):
         Client(index).query(row=3)
     assert Index(index).summary()["deleted"] == 13
     assert compact(index) == 13
     assert compact(index) == 0
-    assert ids(index) == [f"d{i}" for i in kept]
+    assert ids(index) == [f"d{i}" for i in alive]
     assert len(Index(index)) == 47
-    assert_close(scores(index), before[:, kept], 1e-5)
+    assert_close(scores(index), before[:, alive], 1e-5)
     left = codes(index)
-    assert left.keys() == {(s, f"d{i}") for s in ("blocks", "head", "embeddings") for i in kept}
-    assert all(left[at] == whole[at] for at in left)
+    assert left.keys() == {(s, f"d{i}") for s in ("blocks", "head", "embeddings") for i in alive}
+    assert all(left[key] == codes_before[key] for key in left)
     assert all(problem is None for _, problem in Index(index).verify())
     assert len(client.query(row=3, k=60).proponents) > 0  # its files are still there
     assert client.index.manifest.number == 1
@@ -182,7 +182,7 @@ def test_deleted_rows_are_in_no_answer_and_compacting_keeps_the_bits(tmp_path, i
         "latest",
     }
     assert sorted(p.stem for p in (index / "documents").iterdir()) == sorted(s.id for s in Index(index).shards)
-    assert_close(scores(index), before[:, kept], 1e-5)
+    assert_close(scores(index), before[:, alive], 1e-5)
     add(index, [str(write_jsonl(tmp_path / "back.jsonl", records(50, 60)))])
     assert_close(scores(index)[:, 47:], before[:, 50:60], 2e-3, np.abs(before).max())
 
@@ -214,11 +214,11 @@ def test_of_several_changes_at_once_none_is_lost(index):
     workers = [context.Process(target=_delete, args=(index, f"d{i}", results)) for i in range(4)]
     for w in workers:
         w.start()
-    found = [results.get(timeout=120) for _ in workers]
+    actual = [results.get(timeout=120) for _ in workers]
     for w in workers:
         w.join()
-    assert set(found) <= {1, "busy"}
-    assert Index(index).manifest.deleted == found.count(1)
+    assert set(actual) <= {1, "busy"}
+    assert Index(index).manifest.deleted == actual.count(1)
 
 
 def run(*arguments, **more):

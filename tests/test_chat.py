@@ -1,4 +1,4 @@
-"""What of a chat is indexed: the tokens and loss mask that TRL's SFTTrainer makes of the same record, and turns under many templates."""
+"""Indexed parts of a chat: the tokens and loss mask that TRL's SFTTrainer makes of the same record, and turns under many templates."""
 
 import importlib.util
 from pathlib import Path
@@ -193,19 +193,19 @@ def test_a_text_that_has_its_first_token_already_gets_no_second(tmp_path):
         example = encoded(tmp_path, {"text": text}, None, bos="<s>")
         assert example.token_ids.tolist() == [259, *b"hi there", 256][: len(example.token_ids)] or example.token_ids[0] == 259
         assert (example.token_ids == 259).sum() == 1
-        asked = ask(TextConverter(tokenizer, 4096), text=text)
-        assert asked.token_ids.tolist() == example.token_ids.tolist()
+        encoded_text = ask(TextConverter(tokenizer, 4096), text=text)
+        assert encoded_text.token_ids.tolist() == example.token_ids.tolist()
         assert (ask(TextConverter(tokenizer, 4096), prompt=text, completion=" you").token_ids == 259).sum() == 1
 
 
 def test_a_query_of_messages_is_what_the_document_is(tmp_path):
     encoder = TextConverter(byte_tokenizer(MARKED), 4096)
     document = encoded(tmp_path, {"messages": CHATS["tools"], "tools": [TOOL]}, MARKED)
-    asked = ask(encoder, messages=CHATS["tools"], tools=[TOOL])
+    example = ask(encoder, messages=CHATS["tools"], tools=[TOOL])
     length = len(document.token_ids)
-    assert asked.token_ids[:length].tolist() == document.token_ids.tolist()
-    assert asked.loss_mask[:length].tolist() == document.loss_mask.tolist()
-    assert not asked.loss_mask[length:].any()
+    assert example.token_ids[:length].tolist() == document.token_ids.tolist()
+    assert example.loss_mask[:length].tolist() == document.loss_mask.tolist()
+    assert not example.loss_mask[length:].any()
     span = ask(encoder, messages=CHATS["multi"], span="so long")
     assert bytes(span.token_ids[span.loss_mask].tolist()) == bytes(byte_tokenizer()("so long").input_ids)
     with pytest.raises(UsageError, match="occurs 0 times"):
@@ -238,9 +238,9 @@ def test_templates_that_are_none_or_take_text_alone(tmp_path):
     ],
 )
 def test_chats_that_cannot_be_used_are_said(tmp_path, record, sentence):
-    found = encoded(tmp_path, record, CHATML)
-    assert isinstance(found, DataError)
-    assert sentence in str(found)
+    actual = encoded(tmp_path, record, CHATML)
+    assert isinstance(actual, DataError)
+    assert sentence in str(actual)
 
 
 def test_a_first_message_of_the_assistants_and_options_that_move_the_text(tmp_path):

@@ -48,18 +48,21 @@ def test_each_model_has_the_components_that_it_has_alone(tmp_path, checkpoints, 
     for number, path in enumerate(checkpoints, 1):
         # the seed of a further model's projections and rotations is its own, so that errors do not add up
         build(BuildConfig(model=path, data=(str(corpus_file),), out=str(tmp_path / str(number)), seed=number - 1, **OPTIONS))
-        alone, own = Client(tmp_path / str(number)), {}
+        alone, weight_ratios = Client(tmp_path / str(number)), {}
         for component in alone.index.manifest.components:
             name = f"{component.name}-{number}"
             assert both.index.component(name) == component.model_copy(
                 update={"name": name, "model": number - 1, "weight": both.index.component(name).weight, "curvature": component.curvature}
             )
             for shard, other in zip(both.index.shards, alone.index.shards, strict=True):
-                arrays = [contents(client.index.path, s.id, at) for client, s, at in ((both, shard, name), (alone, other, component.name))]
+                arrays = [
+                    contents(client.index.path, s.id, component_name)
+                    for client, s, component_name in ((both, shard, name), (alone, other, component.name))
+                ]
                 assert arrays[0] == arrays[1]
                 assert arrays[0]
-            own[component.name] = both.index.component(name).weight / component.weight
-        metric = Metric(weights=own)
+            weight_ratios[component.name] = both.index.component(name).weight / component.weight
+        metric = Metric(weights=weight_ratios)
         total = total + scores(alone, queries, metric)
     assert_close(scores(both, queries), total, 1e-4)
 
@@ -88,8 +91,8 @@ def test_a_number_of_bytes_is_shared_by_the_models(tmp_path, checkpoints, corpus
     result = CliRunner().invoke(main, [str(a) for a in [*arguments, "--bytes-per-example", "2600", "--json"]])
     assert result.exit_code == 0, result.output
     info = json.loads(result.stdout)
-    own = {n: sum(s["bytes_per_example"] for s in info["components"] if s["name"].endswith(f"-{n}")) for n in (1, 2)}
-    assert own[1] == pytest.approx(own[2], rel=0.02)
+    bytes_by_model = {n: sum(s["bytes_per_example"] for s in info["components"] if s["name"].endswith(f"-{n}")) for n in (1, 2)}
+    assert bytes_by_model[1] == pytest.approx(bytes_by_model[2], rel=0.02)
     assert 2000 < array_bytes(out) / 120 <= 2600 * 1.03
     assert [m["id"] for m in info["models"]] == checkpoints
     client = Client(out)

@@ -313,9 +313,9 @@ def test_there_are_enough_bad_inputs():
 
 
 def test_verify_lists_what_is_damaged(bad):
-    found = json.loads(wherefrom("verify", bad / "flipped", "--json").stdout)
-    assert not found["whole"]
-    assert [p["path"].startswith("rows/") for p in found["problems"]] == [True]
+    actual = json.loads(wherefrom("verify", bad / "flipped", "--json").stdout)
+    assert not actual["whole"]
+    assert [p["path"].startswith("rows/") for p in actual["problems"]] == [True]
 
 
 def test_an_early_failure_leaves_nothing_behind(tmp_path, model_dir, corpus_file):
@@ -342,8 +342,8 @@ def test_the_demo_puts_the_facts_documents_on_top(tmp_path):
     assert "Try next" in done.stdout
     client = Client(tmp_path / "demo/index.wherefrom")
     for prompt, completion in QUERIES:
-        found = client.query(prompt=prompt, completion=completion, k=3).proponents
-        assert all(prompt + completion in a.text for a in found), [a.id for a in found]
+        actual = client.query(prompt=prompt, completion=completion, k=3).proponents
+        assert all(prompt + completion in a.text for a in actual), [a.id for a in actual]
         assert prompt in done.stdout
     again = wherefrom("demo", "--out", tmp_path / "demo")
     assert again.exit_code == 0

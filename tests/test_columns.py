@@ -60,14 +60,14 @@ def matched(index, expression):
 OPERATORS = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">": "__gt__", ">=": "__ge__"}
 
 
-def truth(own, sign, constant):
-    """What Python says; a number, a text and True are never equal."""
-    if own is None:
+def truth(value, sign, constant):
+    """Compare as Python does; a number, a text and True are never equal."""
+    if value is None:
         return False
-    same = (isinstance(own, bool) == isinstance(constant, bool)) and isinstance(own, str) == isinstance(constant, str)
+    same = (isinstance(value, bool) == isinstance(constant, bool)) and isinstance(value, str) == isinstance(constant, str)
     if not same:
         return sign == "!="
-    return bool(eval(f"a {sign} b", {"a": own, "b": constant}))
+    return bool(eval(f"a {sign} b", {"a": value, "b": constant}))
 
 
 _whole = st.one_of(
@@ -89,15 +89,17 @@ def _literal(value):
 def test_equality_and_membership_are_pythons_whatever_the_shards_hold(tmp_path_factory, data):
     shards = data.draw(st.lists(_shard, min_size=1, max_size=3))
     values = [value for shard in shards for value in shard]
-    known = [value for value in values if value is not None]
-    constant = data.draw(st.sampled_from(known) if known else _scalar)
+    present = [value for value in values if value is not None]
+    constant = data.draw(st.sampled_from(present) if present else _scalar)
     index = columns(tmp_path_factory.mktemp("c"), *shards)
     for sign in ("==", "!="):
         assert matched(index, f"x {sign} {_literal(constant)}") == [i for i, v in enumerate(values) if truth(v, sign, constant)]
-    others = data.draw(st.lists(st.sampled_from(known), max_size=3)) if known else []
-    for sign, found in (("in", True), ("not in", False)):
-        members = [i for i, v in enumerate(values) if v is not None and any(truth(v, "==", c) for c in [constant, *others]) == found]
-        assert matched(index, f"x {sign} [{', '.join(map(_literal, [constant, *others]))}]") == members
+    further_constants = data.draw(st.lists(st.sampled_from(present), max_size=3)) if present else []
+    for sign, is_member in (("in", True), ("not in", False)):
+        members = [
+            i for i, v in enumerate(values) if v is not None and any(truth(v, "==", c) for c in [constant, *further_constants]) == is_member
+        ]
+        assert matched(index, f"x {sign} [{', '.join(map(_literal, [constant, *further_constants]))}]") == members
     assert matched(index, "x == None") == [i for i, v in enumerate(values) if v is None]
 
 
@@ -165,8 +167,8 @@ def test_typed_columns_compare_exactly(tmp_path, kind):
             assert matched(index, f"x {sign} {literal}") == expected, (sign, constant)
             if sign == "==":
                 assert matched(index, f"x in [{literal}]") == expected
-    codes, found = index.distinct("x", 100)
-    assert [found[code] for code in codes] == [*values, None]
+    codes, actual = index.distinct("x", 100)
+    assert [actual[code] for code in codes] == [*values, None]
 
 
 def test_times_with_a_zone_are_compared_as_moments(tmp_path):
@@ -247,11 +249,11 @@ def test_columns_may_have_any_name_and_those_of_examples_win(tmp_path):
     rows = [{name: (i, f"{name}{i}")[i % 2] if name == "label" else 10 * i for name in NAMES} for i in range(3)]
     index = Columns(tmp_path, [rows])
     for name in NAMES:
-        own = name in ("id", "document", "chunk", "text", "source")
-        asked = f"metadata.{name}" if own else name
+        is_of_example = name in ("id", "document", "chunk", "text", "source")
+        column = f"metadata.{name}" if is_of_example else name
         if name != "label":
-            assert matched(index, f"column({asked!r}) == 10") == [1], name
-            assert index.distinct(asked, 10)[1] == [0, 10, 20, None]
+            assert matched(index, f"column({column!r}) == 10") == [1], name
+            assert index.distinct(column, 10)[1] == [0, 10, 20, None]
         assert index.documents(index.shards[0])[1].metadata[name] == rows[1][name]
     assert matched(index, 'label == "label1"') == [1]
     assert matched(index, "metadata.chunk >= 10 and chunk == 0 and id != 'e2' and document == id") == [1]
@@ -302,10 +304,10 @@ def test_ten_thousand_ids_are_found_in_a_moment(tmp_path):
         entries.append(SimpleNamespace(id=str(first), first=first, rows=rows))
     index._columns_by_shard = lambda: ((entry, parts[entry.id]) for entry in entries)
     started = clock.perf_counter()
-    found, unknown = index.rows_of([f"document-{i}" for i in range(0, count, 100)] + ["nobody", "nobody"])
+    actual, unknown = index.rows_of([f"document-{i}" for i in range(0, count, 100)] + ["nobody", "nobody"])
     assert clock.perf_counter() - started < 20
     assert unknown == ["nobody"]
-    assert np.flatnonzero(found).tolist() == list(range(0, count, 100))
+    assert np.flatnonzero(actual).tolist() == list(range(0, count, 100))
 
 
 # --- what is read
@@ -331,13 +333,13 @@ def test_csv_columns_come_back_with_their_types(tmp_path_factory, data):
         writer = csv.writer(file)
         writer.writerow(["text", *(f"c{i}" for i in range(len(kinds)))])
         writer.writerows(["7", *("" if v is None else _TYPES[k][1](v) for k, v in zip(kinds, row, strict=True))] for row in rows)
-    found = list(read_corpus([str(path)]))
-    assert [d.text for d in found] == ["7"] * len(rows)
+    actual = list(read_corpus([str(path)]))
+    assert [d.text for d in actual] == ["7"] * len(rows)
     for i, kind in enumerate(kinds):
         given = [row[i] for row in rows]
         if kind == "number" and all(v is None or (v.is_integer() and "." not in repr(v) and "e" not in repr(v)) for v in given):
             continue
-        read = [d.metadata.get(f"c{i}") for d in found]
+        read = [d.metadata.get(f"c{i}") for d in actual]
         assert read == given
         assert {type(v) for v in read} == {type(v) for v in given}
 
@@ -406,17 +408,23 @@ def test_parquet_of_any_types_is_read_stored_and_filtered_as_python_would(tmp_pa
     index = Columns(here, [read[:cut], read[cut:]])
     stored = [index.documents(s)[i].metadata.get("x") for s in index.shards for i in range(s.rows)]
     assert stored == column
-    known = [v for v in column if v is not None]
-    if not known or pa.types.is_nested(kind):
-        assert matched(index, "x == None") == [i for i, v in enumerate(column) if v is None] if known else True
+    present = [v for v in column if v is not None]
+    if not present or pa.types.is_nested(kind):
+        assert matched(index, "x == None") == [i for i, v in enumerate(column) if v is None] if present else True
         return
-    at = data.draw(st.sampled_from(known))
-    literal = {date: str, datetime: datetime.isoformat}.get(type(at))
+    threshold = data.draw(st.sampled_from(present))
+    literal = {date: str, datetime: datetime.isoformat}.get(type(threshold))
     constant = repr(
-        literal(at) if literal else float(at.total_seconds()) if isinstance(at, timedelta) else float(at) if isinstance(at, Decimal) else at
+        literal(threshold)
+        if literal
+        else float(threshold.total_seconds())
+        if isinstance(threshold, timedelta)
+        else float(threshold)
+        if isinstance(threshold, Decimal)
+        else threshold
     )
     for sign in OPERATORS:
-        expected = [i for i, v in enumerate(column) if v is not None and eval(f"a {sign} b", {"a": v, "b": at})]
+        expected = [i for i, v in enumerate(column) if v is not None and eval(f"a {sign} b", {"a": v, "b": threshold})]
         assert matched(index, f"x {sign} {constant}") == expected
 
 

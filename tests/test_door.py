@@ -214,8 +214,8 @@ def test_answers_and_explanations_are_html_that_escapes_what_is_stored(tmp_path,
 
 
 def test_checks_take_an_open_index_or_its_directory(index):
-    found = wherefrom.evaluate.recall(index, index.path, [wherefrom.Query(row=3)], k=2)
-    assert found == wherefrom.evaluate.recall(index.path, index, [wherefrom.Query(row=3)], k=2)
+    actual = wherefrom.evaluate.recall(index, index.path, [wherefrom.Query(row=3)], k=2)
+    assert actual == wherefrom.evaluate.recall(index.path, index, [wherefrom.Query(row=3)], k=2)
     with pytest.raises(wherefrom.WherefromError, match="column"):
         wherefrom.evaluate.labels(index, "source")
 

@@ -54,14 +54,14 @@ def test_lds_is_the_mean_of_scipys_spearman(subsets, examples, queries, seeds, s
     scores, masks, losses = some_truth(subsets, examples, queries, seeds, 3.0, seed)
     if ties:
         scores, losses = scores.round(), losses.round()
-    found = lds(scores, masks, losses)
+    correlation = lds(scores, masks, losses)
     for q in range(queries):
         predicted = [-sum(scores[i, q] for i in range(examples) if masks[s, i]) for s in range(subsets)]
         actual = [losses[s, :, q].mean() for s in range(subsets)]
         if len(set(actual)) == 1:
-            assert np.isnan(found[q])
+            assert np.isnan(correlation[q])
         elif len({round(p, 9) for p in predicted}) == len(predicted) or len({round(p, 12) for p in predicted}) == len(set(predicted)):
-            assert found[q] == pytest.approx(0.0 if len(set(predicted)) == 1 else spearmanr(predicted, actual).statistic, abs=1e-12)
+            assert correlation[q] == pytest.approx(0.0 if len(set(predicted)) == 1 else spearmanr(predicted, actual).statistic, abs=1e-12)
 
 
 def test_true_sums_score_one_and_shuffled_masks_nothing():
@@ -76,8 +76,8 @@ def test_true_sums_score_one_and_shuffled_masks_nothing():
 def test_a_query_that_never_changes_is_left_out_and_scores_that_never_change_are_worth_nothing():
     scores, masks, losses = some_truth(queries=3)
     losses[:, :, 1] = 7.0
-    found = lds(scores, masks, losses)
-    assert np.isnan(found[1])
+    actual = lds(scores, masks, losses)
+    assert np.isnan(actual[1])
     assert estimate(scores, masks, losses).value == pytest.approx(1.0)
     assert lds(np.zeros_like(scores), masks, losses)[0] == 0.0
 
@@ -186,17 +186,17 @@ def test_a_pack_holds_what_the_models_trained_on_its_subsets_lose(pack, model_di
     assert (read.masks.sum(axis=1) == 12).all()
     assert read.losses.shape == (6, 2, 5)
     tokenizer = CausalLM().converter(_source(model_dir), 12, "truncate")
-    examples, asked = (list(tokenizer.documents(documents)) for documents in (read.train, read.queries))
+    examples, query_examples = (list(tokenizer.documents(documents)) for documents in (read.train, read.queries))
     assert max(len(e.token_ids) for e in examples) == 12
     for subset, seed in ((0, 0), (3, 1)):
-        chosen = [e for e, inside in zip(examples, read.masks[subset], strict=True) if inside]
-        trained = training.train(chosen, str(model_dir), 1 + subset * 2 + seed).eval()
-        for query, loss in zip(asked, read.losses[subset, seed], strict=True):
+        subset_examples = [e for e, inside in zip(examples, read.masks[subset], strict=True) if inside]
+        trained = training.train(subset_examples, str(model_dir), 1 + subset * 2 + seed).eval()
+        for query, loss in zip(query_examples, read.losses[subset, seed], strict=True):
             log_p = trained(torch.tensor(query.token_ids[None].astype(int))).logits[0].log_softmax(-1)
             expected = -sum(log_p[t - 1, query.token_ids[t]].detach() for t in range(1, len(query.token_ids)))
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
-    whole = training.train(examples, str(model_dir), 0).eval()
-    np.testing.assert_allclose(truth["full_losses"], compute_losses(CausalLM(), whole, asked), rtol=1e-4)
+    full_model = training.train(examples, str(model_dir), 0).eval()
+    np.testing.assert_allclose(truth["full_losses"], compute_losses(CausalLM(), full_model, query_examples), rtol=1e-4)
 
 
 def _source(model_dir):
@@ -249,9 +249,9 @@ def test_judging_a_pack_prints_a_table_and_an_object(pack):
     assert (content["queries"], content["subsets"], content["seeds"]) == (5, 6, 2)
     assert set(content["baselines"]) == {"random", "tfidf", "chars", "bm25", "norm", "dot", "cosine", "hidden"}
     assert all({"lds", "low", "high", "lead", "lead_low", "lead_high"} == set(c) for c in content["baselines"].values())
-    kept = pack.parent / "kept.wherefrom"
-    assert run("evaluate", "lds", pack, *options, "--out", kept, "--json").exit_code == 0
-    assert json.loads(run("evaluate", "lds", pack, "--index", kept, "--json").stdout)["lds"] == content["lds"]
+    index_path = pack.parent / "kept.wherefrom"
+    assert run("evaluate", "lds", pack, *options, "--out", index_path, "--json").exit_code == 0
+    assert json.loads(run("evaluate", "lds", pack, "--index", index_path, "--json").stdout)["lds"] == content["lds"]
     odd = json.loads(run("evaluate", "lds", pack, *options, "--queries", "odd", "--json").stdout)
     assert odd["queries"] == 2
 
@@ -324,8 +324,8 @@ def _losses(pack, change):
         return change(arrays["losses"].copy())
 
 
-def _set(array, at, value):
-    array[at] = value
+def _set(array, position, value):
+    array[position] = value
     return array
 
 
@@ -502,7 +502,7 @@ def test_word_baselines_find_shared_rare_words():
 
 def test_the_hidden_baseline_is_the_cosine_of_mean_last_states():
     model, examples = make_model(), make_examples(6)
-    found = hidden_baseline(CausalLM(), model, examples[:4], examples[4:], 64)
+    actual = hidden_baseline(CausalLM(), model, examples[:4], examples[4:], 64)
     states = []
     for e in examples:
         out = model(torch.tensor(e.token_ids[None, :-1].astype(int)), output_hidden_states=True)
@@ -510,7 +510,7 @@ def test_the_hidden_baseline_is_the_cosine_of_mean_last_states():
     for i in range(4):
         for j in range(2):
             a, b = states[i], states[4 + j]
-            assert found[i, j] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+            assert actual[i, j] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
 
 
 # --- checks
@@ -555,11 +555,13 @@ def test_a_step_on_a_proponent_lowers_the_loss_by_what_its_gradient_says(planted
         loss = task.loss(model, batch).sum() / ((batch.targets >= 0).sum() if mean else 1)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
 
-    (asked,) = client.query_examples([query])
+    (query_example,) = client.query_examples([query])
     model.requires_grad_(False)
     answer = client.query(prompt=query.prompt, completion=query.completion, k=5)
     model.requires_grad_(True)
-    expected = np.mean([1e-5 * float(gradient(asked, False) @ gradient(client.index.example(a.row), True)) for a in answer.proponents])
+    expected = np.mean(
+        [1e-5 * float(gradient(query_example, False) @ gradient(client.index.example(a.row), True)) for a in answer.proponents]
+    )
     model.requires_grad_(False)
     fall = report.figures["proponents: loss falls by (nats)"].value
     assert fall == pytest.approx(expected, rel=0.05)
@@ -615,20 +617,20 @@ def test_recall_of_an_index_in_itself_is_whole_and_of_int8_nearly(planted, index
     same = recall(str(here / "full"), str(here / "full"), k=5)
     assert {e.value for e in same.figures.values()} == {1.0}
     ours, rows = Client(here / "small").index, [3, 20, 41]
-    found = recall(str(here / "small"), str(here / "full"), [Query(row=r) for r in rows], k=3)
+    actual = recall(str(here / "small"), str(here / "full"), [Query(row=r) for r in rows], k=3)
     scores = [score_matrix(Client(here / n).index, Client(here / n).encode([Query(row=r) for r in rows])).T for n in ("small", "full")]
     for kind, sign in (("proponents", -1), ("opponents", 1)):
         shares = []
         for q, row in enumerate(rows):
             tops = [set(sorted((i for i in range(len(ours)) if i != row), key=lambda i, s=s, q=q: sign * s[i, q])[:3]) for s in scores]
             shares.append(len(tops[0] & tops[1]) / 3)
-        assert found.figures[f"top 3 {kind} found again"].value == pytest.approx(np.mean(shares))
+        assert actual.figures[f"top 3 {kind} found again"].value == pytest.approx(np.mean(shares))
     small = recall(str(here / "small"), str(here / "full"), k=5)
     assert 0.9 < small.figures["top 5 proponents found again"].value <= 1.0
     assert small.figures["rank correlation of all scores"].value > 0.99
-    asked = json.loads(run("evaluate", "recall", here / "small", here / "full", "--file", queries, "--json").stdout)
-    assert asked["queries"] == 1
-    assert asked["bytes_per_example"] < asked["reference_bytes_per_example"] / 2
+    report = json.loads(run("evaluate", "recall", here / "small", here / "full", "--file", queries, "--json").stdout)
+    assert report["queries"] == 1
+    assert report["bytes_per_example"] < report["reference_bytes_per_example"] / 2
     assert "do not hold the same examples" in run("evaluate", "recall", here / "small", index_dir).stderr
     with pytest.raises(WherefromError, match="below the indexes' 60 rows"):
         recall(str(here / "small"), str(here / "full"), k=61)

@@ -66,10 +66,10 @@ def test_parts_add_up_to_the_score(paths, name, metric):
             with pytest.raises(UsageError):
                 client.explain([3], query, **options)
             continue
-        found = client.explain([3, 70], query, tokens=False, **options)
-        for e, own in zip(found, expected, strict=True):
+        explanations = client.explain([3, 70], query, tokens=False, **options)
+        for e, expected_score in zip(explanations, expected, strict=True):
             summed = sum(abs(p.score) for p in (*e.layers, *e.components))
-            assert_close(e.score, own, 1e-4, summed)
+            assert_close(e.score, expected_score, 1e-4, summed)
             assert_close(sum(p.score for p in e.components), e.score, 1e-5, summed)
             dense = {s.name for s in components if s.kind == "dense" and not client.index.reduction(s).mixes}
             for component in e.components:
@@ -105,14 +105,14 @@ def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, nam
     client = Client(paths[name])
     query = QUERIES[kind]
     (asking,) = client.query_examples([query if kind != "against" else Query(prompt="w1 w2 w3", completion=" w4")])
-    asked = client.encoder.rows([asking]) if kind == "row" else client.encode([query])
+    query_rows = client.encoder.rows([asking]) if kind == "row" else client.encode([query])
     for e in client.explain([3, 70], query):
-        own, total = client.encoder.rows([client.index.example(e.row)]), 0.0
+        example_rows, total = client.encoder.rows([client.index.example(e.row)]), 0.0
         for component in client.index.manifest.components:
-            a, b = asked[component.name], own[component.name]
+            a, b = query_rows[component.name], example_rows[component.name]
             if component.kind == "dense":
-                kept = client.index.reduction(component).kept
-                total += component.weight * float((a.values[0] * b.values[0])[slice(None) if kept is None else kept].sum())
+                selection = client.index.reduction(component).selection
+                total += component.weight * float((a.values[0] * b.values[0])[slice(None) if selection is None else selection].sum())
             else:
                 products = a.vectors.astype(float) @ b.vectors.T.astype(float)
                 total += component.weight * products[a.keys[:, None] == b.keys[None]].sum()
@@ -280,11 +280,11 @@ def test_bars_and_names_tell_parts_apart(capsys):
 def test_blocks_are_the_sums_of_their_layers(paths):
     client = Client(paths["all"])
     query = QUERIES["completion"]
-    (found,) = client.explain([7], query, tokens=False)
-    assert_adds_up([p.score for p in found.blocks], found.score, 1e-5)
-    own = {p.name: p.score for p in found.blocks}
-    assert own.keys() == {"transformer.h.0", "transformer.h.1", "lm_head", "transformer.wte"}
+    (explanation,) = client.explain([7], query, tokens=False)
+    assert_adds_up([p.score for p in explanation.blocks], explanation.score, 1e-5)
+    block_scores = {p.name: p.score for p in explanation.blocks}
+    assert block_scores.keys() == {"transformer.h.0", "transformer.h.1", "lm_head", "transformer.wte"}
     for number in "01":
         alone = scores(client, query, {"layers": (f"*.h.{number}.*",)})
-        assert_close(own[f"transformer.h.{number}"], alone[7], 1e-5, np.abs(alone).max())
-    assert Explanation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+        assert_close(block_scores[f"transformer.h.{number}"], alone[7], 1e-5, np.abs(alone).max())
+    assert Explanation.from_dict(json.loads(json.dumps(explanation.to_dict()))) == explanation

@@ -42,8 +42,8 @@ def server(tmp_path_factory):
     server = Server([here / "small.wherefrom"], {"XDG_RUNTIME_DIR": str(here)})
     server.client = Client(here / "small.wherefrom")
     yield server
-    _, said = server.stop()
-    assert "Traceback" not in said
+    _, output = server.stop()
+    assert "Traceback" not in output
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_ask_and_the_right_document_is_on_top_with_its_heat_map(page, server):
     assert page.locator("#layers-chart svg rect").count() > 2
     assert "exact" in page.inner_text("#certificate")
     shown = [float(s) for s in page.locator("#proponents .score").all_inner_texts()]
-    own = server.client.query(text=words(*range(1, 12)), mode="cosine")
-    assert shown == pytest.approx([a.score for a in own.proponents], rel=2e-3)
+    cosine_answer = server.client.query(text=words(*range(1, 12)), mode="cosine")
+    assert shown == pytest.approx([a.score for a in cosine_answer.proponents], rel=2e-3)
     assert [float(s) for s in page.locator("#opponents .score").all_inner_texts()] == pytest.approx(
-        [a.score for a in own.opponents], rel=2e-3
+        [a.score for a in cosine_answer.opponents], rel=2e-3
     )
 
 
@@ -117,8 +117,8 @@ def test_filters_damping_groups_and_baselines_rank_again_at_once(page, server):
     page.fill("#where", 'color == "red"')
     page.press("#where", "Enter")
     settled(page)
-    own = server.client.query(prompt="w1 w2 w3", completion=" w4 w5", where='color == "red"')
-    assert [int(c.get_attribute("data-row")) for c in page.locator("#proponents .card").all()] == [a.row for a in own.proponents]
+    red_answer = server.client.query(prompt="w1 w2 w3", completion=" w4 w5", where='color == "red"')
+    assert [int(c.get_attribute("data-row")) for c in page.locator("#proponents .card").all()] == [a.row for a in red_answer.proponents]
     page.fill("#where", "")
     page.fill("#damping", "30")
     page.press("#damping", "Enter")
@@ -336,8 +336,8 @@ def test_axe_finds_nothing_wrong(page, server, scheme, width):
     from axe_playwright_python.sync_playwright import Axe
 
     def violations():
-        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-        return [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in found]
+        violations = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        return [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in violations]
 
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
@@ -415,8 +415,8 @@ def test_a_page_on_another_port_cannot_ask(browser, server, tmp_path):
     before = answered()
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{other.server_port}/")
-    asked = f"{server.url}/v1/query?q=%7B%22row%22%3A1%7D"
-    page.evaluate("url => fetch(url, {mode: 'no-cors'}).then(() => 'done', () => 'refused')", asked)
+    url = f"{server.url}/v1/query?q=%7B%22row%22%3A1%7D"
+    page.evaluate("url => fetch(url, {mode: 'no-cors'}).then(() => 'done', () => 'refused')", url)
     page.wait_for_timeout(300)
     page.close()
     other.shutdown()

@@ -1,4 +1,4 @@
-"""FAISS indexes beside the rows, and rows and queries that are exported: against exact scans and plain FAISS."""
+"""FAISS indexes next to the rows, and rows and queries that are exported: against exact scans and plain FAISS."""
 
 import json
 import shutil
@@ -66,9 +66,9 @@ def test_a_faiss_index_finds_what_a_scan_finds_and_says_how_much_it_misses(copy,
     rows = client.index.manifest.rows
     generator = np.random.default_rng(1)
     queries = [Query(row=int(row)) for row in generator.choice(np.arange(200, rows), 10, replace=False)]
-    scanned, found = client.query_many(queries, k=5), client.query_many(queries, k=5, engine="faiss")
+    scanned, actual = client.query_many(queries, k=5), client.query_many(queries, k=5, engine="faiss")
     shared = []
-    for a, b in zip(scanned, found, strict=True):
+    for a, b in zip(scanned, actual, strict=True):
         assert b.search.method == "by FAISS"
         assert b.search.recall is None
         assert (b.search.faiss.factory, b.search.faiss.proponents) == (factory, record.proponents)
@@ -92,8 +92,8 @@ def test_filters_damping_and_opponents_work_as_in_a_scan(tmp_path, model_dir, co
     client = Client(out)
     queries = [Query(text=text) for text in random_texts(4, seed=3)]
     for options in ({}, {"damping": 2.0}, {"layers": ("h.0.*",)}, {"where": "year >= 1960"}, {"opponents": False}, {"curvature": False}):
-        scanned, found = client.query_many(queries, k=5, **options), client.query_many(queries, k=5, engine="faiss", **options)
-        for a, b in zip(scanned, found, strict=True):
+        scanned, actual = client.query_many(queries, k=5, **options), client.query_many(queries, k=5, engine="faiss", **options)
+        for a, b in zip(scanned, actual, strict=True):
             assert [[x[0] for x in side] for side in best(a)] == [[x[0] for x in side] for side in best(b)]
             for mine, theirs in zip(best(a), best(b), strict=True):
                 assert_close(np.array([x[1] for x in theirs]), np.array([x[1] for x in mine]), 1e-5)
@@ -108,7 +108,7 @@ def test_the_recall_that_is_stated_is_that_of_rows_which_were_not_trained_on(tmp
     trained, copy = [], tmp_path / "i"
     dense_index(copy, index_dir, np.random.default_rng(0).normal(size=(3000, 32)))
     delete(copy, [f"r{i}" for i in range(100, 120)])
-    monkeypatch.setattr(module, "_gather", lambda *a, own=module._gather: trained.append(a[2]) or own(*a))
+    monkeypatch.setattr(module, "_gather", lambda *a, gather=module._gather: trained.append(a[2]) or gather(*a))
     record = make_faiss(Index(copy), "PQ2x4", "", None, Silent())
     held_out, sample = trained
     assert not set(held_out) & set(sample)
@@ -120,15 +120,15 @@ def test_the_recall_that_is_stated_is_that_of_rows_which_were_not_trained_on(tmp
     engine = faiss.read_index(str(copy / record.file.path))
     shares = []
     for sign in (1, -1):
-        own = []
+        row_shares = []
         for row in held_out:
             scores = sign * rows @ rows[row]
             scores[list(range(100, 120))] = -np.inf
             right = [r for r in np.argsort(-scores, kind="stable")[:12] if r != row][:10]
             ids = engine.search(sign * rows[row][None], 400)[1][0]  # of which those that are deleted are removed
-            found = [r for r in ids if not 100 <= r < 120]
-            own.append(len(set(right) & set(found)) / 10)
-        shares.append(np.mean(own))
+            rows_of_engine = [r for r in ids if not 100 <= r < 120]
+            row_shares.append(len(set(right) & set(rows_of_engine)) / 10)
+        shares.append(np.mean(row_shares))
     assert [record.proponents, record.opponents] == pytest.approx(shares, abs=0.02)  # equal codes may change places
     assert record.proponents < 0.95
     assert Client(copy).query(row=200, engine="faiss").search.faiss.proponents == record.proponents
@@ -195,7 +195,7 @@ def test_an_index_of_other_rows_or_damaged_is_not_used(copy, tmp_path, model_dir
     for damaged in (raw[:-1], raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:]):
         module._engine.cache_clear()
         file.write_bytes(damaged)
-        refused(IntegrityError, "make it anew with wherefrom reindex --faiss")
+        refused(IntegrityError, "run wherefrom reindex --faiss")
     file.write_bytes(raw)
     for change in ({"file": {**content["file"], "path": "../x.faiss"}}, {"file": {**content["file"], "path": "rows/x"}}, {"rows": "x"}):
         record.write_text(json.dumps({**content, **change}))
@@ -210,7 +210,7 @@ def test_an_index_of_other_rows_or_damaged_is_not_used(copy, tmp_path, model_dir
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"id": "new", "text": "w1 w2 w3"}])
     add(small, (str(more),), {}, (), Silent())
-    with pytest.raises(IncompatibleError, match="is of other rows than the index has now; make it anew"):
+    with pytest.raises(IncompatibleError, match="is of other rows than the index has now; run wherefrom reindex"):
         Client(small).query(row=0, engine="faiss")
     make_faiss(Index(small), "Flat", "", None, Silent())
     assert len(list(small.glob("faiss/*.faiss"))) == 1
@@ -239,13 +239,13 @@ def queries(tmp_path, both):
 
 
 def test_exported_rows_and_queries_give_the_same_answers_in_plain_faiss(both, queries, tmp_path):
-    file, asked = queries
+    file, query_list = queries
     options = ["--damping", "0.5", "--weights", "head=0"]
     assert run("encode", both, "--file", file, "--out", tmp_path / "q.npz", *options).exit_code == 0
     client = Client(both)
     arrays = np.load(tmp_path / "q.npz")
-    assert arrays["ids"].tolist() == [query.id for query in asked]
-    expected = client.query_many(asked, k=6, damping=0.5, weights={"head": 0})
+    assert arrays["ids"].tolist() == [query.id for query in query_list]
+    expected = client.query_many(query_list, k=6, damping=0.5, weights={"head": 0})
     for kind in ("faiss", "numpy", "parquet"):
         out = tmp_path / kind
         assert run("export", both, kind, "--component", "blocks", "--out", out).exit_code == 0
@@ -267,15 +267,15 @@ def test_exported_rows_and_queries_give_the_same_answers_in_plain_faiss(both, qu
             engine = faiss.IndexFlatIP(vectors.shape[1])
             engine.add(vectors)
         for sign, side in ((1, "proponents"), (-1, "opponents")):
-            scores, found = engine.search(sign * arrays["blocks/vectors"], 6)
-            for answer, own_scores, own in zip(expected, scores, found, strict=True):
-                assert [hit.row for hit in getattr(answer, side)] == rows[own].tolist()
+            scores, numbers = engine.search(sign * arrays["blocks/vectors"], 6)
+            for answer, own_scores, own_numbers in zip(expected, scores, numbers, strict=True):
+                assert [hit.row for hit in getattr(answer, side)] == rows[own_numbers].tolist()
                 assert_close(sign * own_scores, np.array([hit.score for hit in getattr(answer, side)]), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "parquet"])
 def test_exported_sparse_rows_give_the_scores_by_their_formula(both, queries, tmp_path, kind):
-    file, asked = queries
+    file, query_list = queries
     assert run("encode", both, "--file", file, "--out", tmp_path / "q.npz", "--weights", "blocks=0").exit_code == 0
     assert run("export", both, kind, "--component", "head", "--out", tmp_path / "rows").exit_code == 0
     arrays, rows = np.load(tmp_path / "q.npz"), np.load(tmp_path / "rows/rows.npy")
@@ -289,11 +289,11 @@ def test_exported_sparse_rows_give_the_scores_by_their_formula(both, queries, tm
             (np.array(t), np.frombuffer(b"".join(c), np.uint8).reshape(len(c), -1), np.array(f, np.float32))
             for t, c, f in zip(table["tokens"].to_pylist(), table["codes"].to_pylist(), table["factors"].to_pylist(), strict=True)
         ]
-    expected = Client(both).scores(asked, weights={"blocks": 0})[:, rows]
+    expected = Client(both).scores(query_list, weights={"blocks": 0})[:, rows]
     bits = arrays["head/vectors"].shape[1]
-    for query in range(len(asked)):
-        own = arrays["head/queries"] == query
-        vectors = dict(zip(arrays["head/tokens"][own].tolist(), arrays["head/vectors"][own].astype(float), strict=True))
+    for query in range(len(query_list)):
+        is_of_query = arrays["head/queries"] == query
+        vectors = dict(zip(arrays["head/tokens"][is_of_query].tolist(), arrays["head/vectors"][is_of_query].astype(float), strict=True))
         scores = [
             sum(f * float((np.unpackbits(c, count=bits) * 2.0 - 1) @ vectors[t]) for t, c, f in zip(*entry, strict=True) if t in vectors)
             for entry in entries

@@ -1,6 +1,6 @@
 """An index of format version 2, written once: later code must read it and answer alike.
 
-`python tests/test_golden.py` writes it anew, which only a new format version may do.
+`python tests/test_golden.py` writes it again, which only a new format version may do.
 """
 
 import json
@@ -25,9 +25,9 @@ QUERIES = {
 
 
 def answers(client):
-    found = {name: client.query(**query) for name, query in QUERIES.items()}
+    actual = {name: client.query(**query) for name, query in QUERIES.items()}
     sides = "proponents", "opponents"
-    return {name: {side: [[a.id, a.score] for a in getattr(answer, side)] for side in sides} for name, answer in found.items()}
+    return {name: {side: [[a.id, a.score] for a in getattr(answer, side)] for side in sides} for name, answer in actual.items()}
 
 
 @pytest.fixture

@@ -114,25 +114,27 @@ def test_fisher_influence_equals_the_dense_inverse(damping):
     examples, queries = make_examples(40), make_examples(3, seed=1)
     encoder = fit(model, settings, examples)
     influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
-    train, asked = whole_gradients(model, settings, examples), whole_gradients(model, settings, queries)
+    train, query_gradients = whole_gradients(model, settings, examples), whole_gradients(model, settings, queries)
     expected = 0
     for layer in settings.components[0].layers:
         g = train[layer.name]
         H = g.T @ g / len(examples)
         a = damping * np.trace(H) / len(H)
-        expected = expected + asked[layer.name] @ np.linalg.solve(H + a * np.eye(len(H)), g.T)
+        expected = expected + query_gradients[layer.name] @ np.linalg.solve(H + a * np.eye(len(H)), g.T)
     assert_close(influence, expected, 1e-6)
 
 
 def token_pairs(model, settings, examples, maps=None):
     """For each layer and example the inputs [tokens, in] and output gradients [tokens, out] of the real tokens."""
-    found = {layer.name: [] for layer in settings.components[0].layers}
+    statistics = {layer.name: [] for layer in settings.components[0].layers}
     for example in examples:
         for _, batch in TASK.batches((model,), [example], 64):
             maps = maps or {layer.name: (None, None) for layer in settings.components[0].layers}
-            pair = Visit(settings.components[0].layers, maps, lambda layer, x, d: found[layer.name].append((x[0].numpy(), d[0].numpy())))
+            pair = Visit(
+                settings.components[0].layers, maps, lambda layer, x, d: statistics[layer.name].append((x[0].numpy(), d[0].numpy()))
+            )
             backward(TASK, model, batch, [pair])
-    return found
+    return statistics
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
@@ -146,7 +148,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
     influence = encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T
     plain = Encoder(TASK, (model,), make_plan(model, rank=rank, curvature="identity", patterns=patterns), {})
     pairs = token_pairs(model, settings, examples, plain.component_encoders["blocks"].maps)
-    train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
+    train, query_rows = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     expected = 0
     for layer in settings.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
@@ -159,7 +161,7 @@ def test_kronecker_influence_equals_explicit_kronecker_products(curvature, rank)
             basis = np.kron(np.linalg.eigh(S)[1], np.linalg.eigh(A)[1])
             H = basis @ np.diag(((train[:, block] @ basis) ** 2).mean(axis=0)) @ basis.T
         a = 0.1 * np.trace(H) / len(H)
-        expected = expected + asked[:, block] @ np.linalg.solve(H + a * np.eye(len(H)), train[:, block].T)
+        expected = expected + query_rows[:, block] @ np.linalg.solve(H + a * np.eye(len(H)), train[:, block].T)
     assert_close(influence, expected, 1e-6)
 
 
@@ -167,13 +169,13 @@ def test_diagonal_and_identity_influence():
     model = make_model()
     examples, queries = make_examples(30), make_examples(3, seed=1)
     plain = Encoder(TASK, (model,), make_plan(model, curvature="identity"), {})
-    train, asked = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
+    train, query_rows = plain.rows(examples)["blocks"].values, plain.rows(queries)["blocks"].values
     encoder = fit(model, make_plan(model, curvature="diagonal"), examples)
     expected = 0
     for layer in encoder.settings.components[0].layers:
         block = slice(layer.offset, layer.offset + layer.size)
         square = (train[:, block] ** 2).mean(axis=0)
-        expected = expected + (asked[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
+        expected = expected + (query_rows[:, block] / (square + 0.1 * square.mean())) @ train[:, block].T
     assert_close(encoder.rows(queries)["blocks"].values @ encoder.rows(examples)["blocks"].values.T, expected, 1e-6)
     assert fit(model, make_plan(model, curvature="identity"), examples).arrays == {}
 
@@ -184,10 +186,10 @@ def test_a_fit_merged_over_any_split_is_the_fit_of_the_whole(curvature, projecti
     model = make_model("llama")
     settings = make_plan(model, curvature=curvature, projection=projection)
     examples = make_examples(24)
-    whole = fit(model, settings, examples).rows(examples)["blocks"].values
+    all_rows = fit(model, settings, examples).rows(examples)["blocks"].values
     for parts in (2, 3, 7):
         merged = fit(model, settings, examples, parts).rows(examples)["blocks"].values
-        assert_close(merged @ merged.T, whole @ whole.T, 1e-8)
+        assert_close(merged @ merged.T, all_rows @ all_rows.T, 1e-8)
 
 
 def test_strategies_side_by_side_in_one_input_group_do_not_touch_each_other():
@@ -225,26 +227,26 @@ def test_principal_components_of_a_sketch_are_those_of_the_second_moments(spectr
     covariance = basis * values @ basis.T
     matrix = random_projection("layer", "input sketch", 2 * rank, size, 0)
     eigenvalues, components = principal_components(covariance @ matrix.T.astype(np.float64), matrix, rank)
-    whole = np.linalg.eigvalsh(covariance)[::-1][:rank]
+    largest = np.linalg.eigvalsh(covariance)[::-1][:rank]
     assert_close(components @ components.T, np.eye(rank), 1e-9, 1)
     if spectrum == "of low rank":
-        assert_close(eigenvalues, whole, 1e-6)
+        assert_close(eigenvalues, largest, 1e-6)
         assert_close(components, principal_projection(covariance, rank), 1e-5, 1)
     else:
-        assert np.trace(components @ covariance @ components.T) > 0.999 * whole.sum()
-        assert (eigenvalues <= whole * (1 + 1e-6)).all()
+        assert np.trace(components @ covariance @ components.T) > 0.999 * largest.sum()
+        assert (eigenvalues <= largest * (1 + 1e-6)).all()
 
 
 def test_sketched_second_moments_give_the_fit_of_whole_ones(monkeypatch):
     model, examples = make_model("qwen2"), make_examples(2)
     examples = [replace(e, token_ids=e.token_ids[:5], loss_mask=e.loss_mask[:5]) for e in examples]  # 8 inputs: the sketch has as many
     settings = make_plan(model, rank=4, curvature="kfac", projection="pca", patterns=("*.down_proj",))
-    whole = fit(model, settings, examples, parts=2)
+    in_parts = fit(model, settings, examples, parts=2)
     monkeypatch.setattr(projection, "_SUMMED_WHOLE", 8)
     sketched = fit(model, settings, examples, parts=2)
     layer = settings.components[0].layers[0]
     assert projection.sketch_matrix(layer.name, "input", layer.input_rank, layer.inputs, 7) is not None
-    rows, expected = (encoder.rows(examples)["blocks"].values for encoder in (sketched, whole))
+    rows, expected = (encoder.rows(examples)["blocks"].values for encoder in (sketched, in_parts))
     assert_close(rows @ rows.T, expected @ expected.T, 1e-5)
 
 
@@ -282,10 +284,10 @@ def test_sums_of_any_split_add_up():
     settings = make_plan(model, curvature="fisher")
     examples = make_examples(15)
     encoder = Encoder(TASK, (model,), settings, {})
-    whole = Fit(settings).sum_statistics(encoder, 0, examples)
+    all_sums = Fit(settings).sum_statistics(encoder, 0, examples)
     halves = [Fit(settings).sum_statistics(encoder, 0, part) for part in (examples[:4], examples[4:])]
-    assert whole.keys() == halves[0].keys()
-    for name, value in whole.items():
+    assert all_sums.keys() == halves[0].keys()
+    for name, value in all_sums.items():
         assert_close(halves[0][name] + halves[1][name], value, 1e-11)
 
 
@@ -500,8 +502,8 @@ def test_ekfac_with_sampled_labels_samples_in_both_passes():
 def test_losses_of_a_bfloat16_model_are_float32_sums():
     model, batch = make_model(dtype="bfloat16"), TASK.collate(make_examples(4), torch.device("cpu"))
     log_p = model(input_ids=batch.inputs).logits.float().log_softmax(-1)
-    kept = batch.targets != -100
-    expected = -(log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * kept).sum(1)
+    has_target = batch.targets != -100
+    expected = -(log_p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0] * has_target).sum(1)
     losses = TASK.loss(model, batch)
     assert losses.dtype == torch.float32
     assert_close(losses, expected, 1e-5)
@@ -564,8 +566,8 @@ def test_sampled_labels_follow_the_model_and_not_the_batch():
     p = log_p[0, 0].exp().numpy()
     observed = np.bincount(drawn, minlength=len(p)) / len(copies)
     assert np.abs(observed - p).max() < 4 * np.sqrt(p.max() / len(copies))
-    others = TASK.collate(copies[5:10], torch.device("cpu"))
-    again = sample_targets(log_p[:5], others.targets, draw_uniform(others, 0))[:, 0].numpy()
+    later = TASK.collate(copies[5:10], torch.device("cpu"))
+    again = sample_targets(log_p[:5], later.targets, draw_uniform(later, 0))[:, 0].numpy()
     assert np.array_equal(again, drawn[5:10])
     assert not np.array_equal(sample_targets(log_p, batch.targets, draw_uniform(batch, 1))[:, 0].numpy(), drawn)
 

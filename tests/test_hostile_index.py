@@ -159,8 +159,8 @@ def test_add_runs_no_code_that_an_index_names(tmp_path, index, model_dir, corpus
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, asked):
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, allowed):
     from wherefrom.indexer.models import ModelSource, load_causal_lm
     from wherefrom.store.errors import IncompatibleError
 
@@ -168,9 +168,9 @@ def test_code_of_a_model_runs_only_when_the_caller_asks(tmp_path, asked):
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(IncompatibleError, match="cannot be loaded" if asked else "custom code"):
-        load_causal_lm(ModelSource(str(model), trust_remote_code=asked))
-    assert (tmp_path / "ran").exists() == asked
+    with pytest.raises(IncompatibleError, match="cannot be loaded" if allowed else "custom code"):
+        load_causal_lm(ModelSource(str(model), trust_remote_code=allowed))
+    assert (tmp_path / "ran").exists() == allowed
 
 
 # Links
@@ -250,11 +250,11 @@ def test_pipes_and_devices_in_the_place_of_files_end_in_a_sentence(tmp_path, ind
     for file in files:
         parts = file.relative_to(index_800).parts
         kinds.setdefault((parts[0], *(p for p in parts[2:] if len(p) < 20)), file)
-    for at in kinds.values():
+    for original in kinds.values():
         copy_ = tmp_path / "copy.wherefrom"
         shutil.rmtree(copy_, ignore_errors=True)
         shutil.copytree(index_800, copy_)
-        path = copy_ / at.relative_to(index_800)
+        path = copy_ / original.relative_to(index_800)
         path.unlink()
         if kind == "fifo":
             os.mkfifo(path)
@@ -590,9 +590,9 @@ def test_an_arrow_file_with_one_changed_offset_is_refused(index):
     data = path.read_bytes()
     assert data.count(offsets) == 1
     last = int.from_bytes(offsets[4 * batch.num_rows : 4 * batch.num_rows + 4], "little")
-    at = data.index(offsets) + 4 * batch.num_rows
+    offset = data.index(offsets) + 4 * batch.num_rows
     for value in (last + 10**6, last + 1, 2**31 - 1):
-        path.write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
+        path.write_bytes(data[:offset] + value.to_bytes(4, "little") + data[offset + 4 :])
         with pytest.raises(IntegrityError, match="not a whole Arrow file"):
             Documents(path, rows).check()
 
@@ -637,11 +637,11 @@ LEAVES = st.one_of(
 )
 
 
-def places(content, at=()):
-    yield at
+def places(content, path=()):
+    yield path
     items = content.items() if isinstance(content, dict) else enumerate(content[:4]) if isinstance(content, list) else ()
     for name, value in items:
-        yield from places(value, (*at, name))
+        yield from places(value, (*path, name))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -651,20 +651,20 @@ def test_no_changed_manifest_ends_in_a_traceback(index_800, tmp_path_factory, da
     content = json.loads(source.read_text())
     content.pop("checksum")
     changed = copy.deepcopy(content)
-    paths = [at for at in places(content) if at]
-    at = paths[data.draw(st.integers(0, len(paths) - 1))]
+    paths = [path_to_value for path_to_value in places(content) if path_to_value]
+    path_to_value = paths[data.draw(st.integers(0, len(paths) - 1))]
     holder = changed
-    for name in at[:-1]:
+    for name in path_to_value[:-1]:
         holder = holder[name]
     action = data.draw(st.sampled_from(["replace", "remove", "copy"]))
     if action == "replace":
-        holder[at[-1]] = data.draw(LEAVES)
+        holder[path_to_value[-1]] = data.draw(LEAVES)
     elif action == "remove":
-        del holder[at[-1]]
+        del holder[path_to_value[-1]]
     elif isinstance(holder, list):
-        holder.append(copy.deepcopy(holder[at[-1]]))
+        holder.append(copy.deepcopy(holder[path_to_value[-1]]))
     else:
-        holder[str(at[-1]) + "x"] = holder[at[-1]]
+        holder[str(path_to_value[-1]) + "x"] = holder[path_to_value[-1]]
     place = tmp_path_factory.mktemp("fuzz") / "i.wherefrom"
     place.mkdir()
     for name in ("rows", "documents", "encoder", "search"):
@@ -825,17 +825,17 @@ def test_examples_that_nobody_writes_are_damage(tmp_path, kind):
     values = changes[kind]
     if kind in ("negative token", "first token", "one token", "chunk"):
         name = {"first token": "loss_mask", "chunk": "chunk"}.get(kind, "token_ids")
-        at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(at), values)
+        column_number = table.schema.get_field_index(name)
+        table = table.set_column(column_number, table.schema.field(column_number), values)
         if kind == "one token":
-            at = table.schema.get_field_index("loss_mask")
-            table = table.set_column(at, table.schema.field(at), pa.array([[False]] * 2))
+            column_number = table.schema.get_field_index("loss_mask")
+            table = table.set_column(column_number, table.schema.field(column_number), pa.array([[False]] * 2))
     else:
         encoded = {b"wherefrom:encoding": b"json"} if "json" in kind else None
         field = pa.field("m", values.type, metadata=encoded)
-        at = table.schema.get_field_index("metadata")
+        column_number = table.schema.get_field_index("metadata")
         struct = pa.StructArray.from_arrays([values], fields=[field])
-        table = table.set_column(at, pa.field("metadata", struct.type, nullable=False), struct)
+        table = table.set_column(column_number, pa.field("metadata", struct.type, nullable=False), struct)
     with pa.ipc.new_file(str(path), table.schema) as sink:
         sink.write_table(table)
     with pytest.raises(IntegrityError):

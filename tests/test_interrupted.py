@@ -103,7 +103,7 @@ def test_search_files_that_cannot_be_written_are_a_note_and_are_made_by_the_next
     }
     with monkeypatch.context() as patched:
         patched.setattr(Index, "reindex", full)
-        with pytest.warns(UserWarning, match="could not be written .No space left on device.; make them with wherefrom reindex"):
+        with pytest.warns(UserWarning, match="could not be written .No space left on device.; run wherefrom reindex"):
             calls[writer]()
     after = [a.id for a in Client(index).query(row=3, k=6).proponents if a.id.startswith("d")]  # without the added documents
     assert after[:3] == [a.id for a in before.proponents]
@@ -175,9 +175,9 @@ def test_additions_and_compactions_killed_at_any_moment_go_on(tmp_path, index, m
             _, errors = again.communicate()
             assert again.returncode == 0, (command, errors)
             assert "Traceback" not in errors
-        found = Index(place)
-        assert not [problem for _, problem in found.verify() if problem]
-        assert found.column("id").to_pylist() == right.column("id").to_pylist()
+        resumed = Index(place)
+        assert not [problem for _, problem in resumed.verify() if problem]
+        assert resumed.column("id").to_pylist() == right.column("id").to_pylist()
         assert not (place / "staging").exists()
-        for shard, other in zip(found.shards, right.shards, strict=True):
+        for shard, other in zip(resumed.shards, right.shards, strict=True):
             assert (shard.sha256, shard.documents_sha256) == (other.sha256, other.documents_sha256)

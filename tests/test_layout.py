@@ -100,9 +100,9 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 def test_the_public_names():
     answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
-    others = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
+    further = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
     functions = ["build", "connect", "evaluate", "replay", "save_moments"]
-    assert wherefrom.__all__ == [*answers, *others, *functions]
+    assert wherefrom.__all__ == [*answers, *further, *functions]
     assert all(getattr(wherefrom, name) for name in wherefrom.__all__)
     assert {"Client", "build"} <= set(dir(wherefrom))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
@@ -221,8 +221,8 @@ def help_page():
     for words in commands(main):
         result = CliRunner().invoke(main, [*words, "--help"], prog_name="wherefrom", terminal_width=100)
         parts.append(f"## {' '.join(['wherefrom', *words])}\n\n```\n{result.stdout.strip()}\n```\n")
-    others = main.commands["build"].other_options()
-    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in others.items()]
+    other_options = main.commands["build"].other_options()
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in other_options.items()]
     return HEADER + "\n".join(parts) + OTHERS + "".join(rows)
 
 
@@ -278,6 +278,15 @@ def test_constraints_pin_what_pyproject_asks_for():
     wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {re.split(r"[><=\[]", d)[0].lower() for d in wanted} - {"wherefrom"} <= pinned
+
+
+def test_docstrings_are_statements():
+    questions = {"What", "Which", "Whether", "How", "Where", "Who", "When", "Why"}
+    for path in TREE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = re.match(r"\s*(\w+)", ast.get_docstring(node) or "")
+                assert first is None or first[1] not in questions, f"{path}: {ast.get_docstring(node)}"
 
 
 def test_public_functions_say_what_they_do():

@@ -12,7 +12,7 @@ from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit
 from wherefrom.indexer.shares import token_shares
 from wherefrom.indexer.tasks import CausalLM
-from wherefrom.store.vectors import cut
+from wherefrom.store.vectors import slice_rows
 
 TASK = CausalLM()
 
@@ -40,25 +40,25 @@ def test_pieces_give_what_all_logits_give(architecture, tokens, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double() if self.dtype == torch.float64 else self.to(torch.float32))
     model, examples = make_model(architecture), make_examples(9)
     examples[2].loss_mask[3:5] = False
-    found = {}
+    results = {}
     for way in ("whole", "pieces"):
         with monkeypatch.context() as patched:
             all_at_once(patched) if way == "whole" else small_pieces(patched, tokens)
             encoder = fitted(model, plan(model), examples)
             batches = list(encoder.batches(examples))
-            shares = token_shares(encoder, examples[0], [cut(batches[0].exact, 0, 1)])
-            found[way] = encoder.arrays, batches, shares
+            shares = token_shares(encoder, examples[0], [slice_rows(batches[0].exact, 0, 1)])
+            results[way] = encoder.arrays, batches, shares
     assert logits.Head.of(model, TASK.probe) == logits.Head(None if architecture == "gemma2" else TASK.sparse_head(model).name)
-    for (name, whole), piece in zip(found["whole"][0].items(), found["pieces"][0].values(), strict=True):
+    for (name, array), piece in zip(results["whole"][0].items(), results["pieces"][0].values(), strict=True):
         if not name.endswith(("basis", "rotation", "projection")):  # eigenvectors of one eigenvalue are not determined
-            assert_close(piece, whole, 1e-8)
-    for whole, piece in zip(found["whole"][1], found["pieces"][1], strict=True):
-        assert_close(piece.losses, whole.losses, 1e-6)
-        assert_close(piece.hidden, whole.hidden, 1e-6)
-        for name in whole.exact:
-            products = [b.exact[name].as_float32().inner_products(b.exact[name].as_float32()) for b in (piece, whole)]
+            assert_close(piece, array, 1e-8)
+    for batch, piece in zip(results["whole"][1], results["pieces"][1], strict=True):
+        assert_close(piece.losses, batch.losses, 1e-6)
+        assert_close(piece.hidden, batch.hidden, 1e-6)
+        for name in batch.exact:
+            products = [b.exact[name].as_float32().inner_products(b.exact[name].as_float32()) for b in (piece, batch)]
             assert_close(products[0], products[1], 1e-5)
-    assert_close(found["pieces"][2], found["whole"][2], 1e-5)
+    assert_close(results["pieces"][2], results["whole"][2], 1e-5)
 
 
 def test_extra_tokens_are_selected_over_all_positions(monkeypatch):
@@ -67,9 +67,9 @@ def test_extra_tokens_are_selected_over_all_positions(monkeypatch):
     encoder = fitted(model, settings, examples)
     expected = encoder.rows(examples)["head"]
     small_pieces(monkeypatch, 1)
-    found = encoder.rows(examples)["head"]
-    assert np.array_equal(found.keys, expected.keys)
-    assert_close(found.vectors, expected.vectors, 1e-6)
+    actual = encoder.rows(examples)["head"]
+    assert np.array_equal(actual.keys, expected.keys)
+    assert_close(actual.vectors, expected.vectors, 1e-6)
 
 
 def test_a_subclass_with_another_measurement_is_differentiated_as_it_says():
@@ -104,12 +104,14 @@ def test_principal_components_and_kronecker_factors_come_from_one_pass(rank):
     assert len(Fit(settings).steps) == 2
     arrays = fitted(model, settings, examples).arrays
     plain = make_plan(model, rank=10_000, curvature="kfac")
-    for layer, whole in zip(settings.components[0].layers, plain.components[0].layers, strict=True):
-        values = fitted(model, plain, examples).arrays[f"blocks/{whole.name}/eigenvalues"].reshape(whole.outputs, whole.inputs)
+    for layer, plain_layer in zip(settings.components[0].layers, plain.components[0].layers, strict=True):
+        values = (
+            fitted(model, plain, examples).arrays[f"blocks/{plain_layer.name}/eigenvalues"].reshape(plain_layer.outputs, plain_layer.inputs)
+        )
         projection = arrays.get(f"blocks/{layer.input_group}/input_projection", np.eye(layer.inputs))
         rotation = arrays[f"blocks/{layer.input_group}/input_rotation"]
-        kept = np.sort(np.abs(np.diag(rotation.T @ projection @ projection.T @ rotation)))
-        assert_close(kept, np.ones(layer.input_rank), 1e-6)
+        cosines = np.sort(np.abs(np.diag(rotation.T @ projection @ projection.T @ rotation)))
+        assert_close(cosines, np.ones(layer.input_rank), 1e-6)
         assert values.max() > 0
 
 
@@ -117,11 +119,11 @@ def test_principal_components_and_kronecker_factors_come_from_one_pass(rank):
 @pytest.mark.parametrize("seed", [None, 5])
 def test_losses_without_gradients_are_computed_in_pieces(architecture, seed, monkeypatch):
     model, batch = make_model(architecture), TASK.collate(make_examples(5), torch.device("cpu"))
-    whole = TASK.loss(model, batch, seed).detach()
+    all_losses = TASK.loss(model, batch, seed).detach()
     small_pieces(monkeypatch, 2)
     sizes = []
     softmax = torch.log_softmax
     monkeypatch.setattr(torch, "log_softmax", lambda x, **options: (sizes.append(x.shape[1]), softmax(x, **options))[1])
     with torch.no_grad():
-        assert_close(TASK.loss(model, batch, seed), whole, 1e-6)
+        assert_close(TASK.loss(model, batch, seed), all_losses, 1e-6)
     assert sizes == [1] * batch.inputs.shape[1]

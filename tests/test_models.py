@@ -105,9 +105,9 @@ class Averages(torch.nn.Module):
         return self.inner.get_input_embeddings()
 
     def forward(self, input_ids, use_cache=False):
-        found = self.inner(input_ids=input_ids)
-        found.logits = found.logits * (1 + self.change * input_ids.shape[1])
-        return found
+        actual = self.inner(input_ids=input_ids)
+        actual.logits = actual.logits * (1 + self.change * input_ids.shape[1])
+        return actual
 
 
 def test_a_model_that_sees_the_padding_gets_batches_of_one_length():
@@ -144,9 +144,9 @@ def test_a_model_of_which_little_is_measured_says_so_everywhere(tmp_path, corpus
     assert "they do not measure model.layers.*.mlp.experts.gate_up_proj" in done.stderr
     client = Client(tmp_path / "i")
     (tracked,) = client.index.manifest.build.tracked
-    whole = sum(p.numel() for p in model.parameters())
+    parameter_count = sum(p.numel() for p in model.parameters())
     measured = sum(layer.outputs * layer.inputs for layer in client.index.manifest.components[0].layers)
-    assert (tracked.parameters, tracked.of) == (measured, whole)
+    assert (tracked.parameters, tracked.of) == (measured, parameter_count)
     assert tracked.share < 0.5
     answer = client.query(row=1, k=1)
     assert answer.index["measured"] == [round(tracked.share, 4)]

@@ -80,9 +80,9 @@ def made(out, model_dir, data, **options):
 
 def without_path(answer):
     """The record of an answer, without the path of its index."""
-    own = record(answer)
-    own["index"].pop("path")
-    return own
+    answer_record = record(answer)
+    answer_record["index"].pop("path")
+    return answer_record
 
 
 def content(index):
@@ -103,12 +103,12 @@ OPTIONS = [{}, {"mode": "cosine", "group_by": "year"}, {"recall": 0.99999}, {"wh
 def test_an_index_in_a_store_is_that_on_a_disk(prefix, model_dir, corpus_file, tmp_path, machine):
     """Built from a corpus in a store, into the store, and asked from another machine, by the command line, too."""
     local_or_store(prefix).place[0].put("corpus/corpus.jsonl", corpus_file)
-    there = made(f"{prefix}/i", model_dir, f"{prefix}/corpus")
+    stored_index = made(f"{prefix}/i", model_dir, f"{prefix}/corpus")
     here = made(str(tmp_path / "i"), model_dir, str(corpus_file))
     machine()
-    far, near = Client(there), Client(here)
+    far, near = Client(stored_index), Client(here)
     assert isinstance(far.index.path, StorePath)
-    assert str(far.index.path) == there
+    assert str(far.index.path) == stored_index
     for options in OPTIONS:
         assert list(map(without_path, far.query_many(QUERIES, **options))) == list(map(without_path, near.query_many(QUERIES, **options)))
     text = Query(text=random_texts(1, seed=5)[0])
@@ -116,13 +116,13 @@ def test_an_index_in_a_store_is_that_on_a_disk(prefix, model_dir, corpus_file, t
     np.testing.assert_array_equal(far.scores(QUERIES), near.scores(QUERIES))
     assert [e.to_dict() for e in far.explain([5], QUERIES[0])] == [e.to_dict() for e in near.explain([5], QUERIES[0])]
     machine()
-    shown = CliRunner().invoke(main, ["info", there, "--json"])
+    shown = CliRunner().invoke(main, ["info", stored_index, "--json"])
     assert shown.exit_code == 0
-    assert json.loads(shown.stdout)["path"] == there
+    assert json.loads(shown.stdout)["path"] == stored_index
     for arguments in (
-        ["verify", there],
-        ["query", there, "--row", "3"],
-        ["scores", there, "--file", "-", "--out", str(tmp_path / "s.zarr")],
+        ["verify", stored_index],
+        ["query", stored_index, "--row", "3"],
+        ["scores", stored_index, "--file", "-", "--out", str(tmp_path / "s.zarr")],
     ):
         done = CliRunner().invoke(main, arguments, input='{"row": 3}')
         assert done.exit_code == 0, done.output
@@ -134,11 +134,11 @@ def test_an_index_in_a_store_is_that_on_a_disk(prefix, model_dir, corpus_file, t
 
 
 def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corpus_file, tmp_path, machine):
-    there, here = made(f"{prefix}/i", model_dir, str(corpus_file)), made(str(tmp_path / "i"), model_dir, str(corpus_file))
-    assert content(Index(there)) == content(Index(here))
+    remote, local = made(f"{prefix}/i", model_dir, str(corpus_file)), made(str(tmp_path / "i"), model_dir, str(corpus_file))
+    assert content(Index(remote)) == content(Index(local))
     more = tmp_path / "more.jsonl"
     write_jsonl(more, [{"id": f"new{i}", "text": text} for i, text in enumerate(random_texts(5, seed=7))])
-    answer = without_path(Client(there).query(row=3))
+    answer = without_path(Client(remote).query(row=3))
     removed = tmp_path / "ids.txt"
     removed.write_text("\n".join(a["id"] for a in answer["proponents"][1:3]))
     for arguments in (
@@ -150,13 +150,13 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
         ("fit", "--examples", 20),
     ):
         command, *rest = map(str, arguments)
-        for place in (there, here):
+        for place in (remote, local):
             machine()  # every command on another machine
             done = CliRunner().invoke(main, [command, place, *rest])
             assert done.exit_code == 0, done.output
-        assert content(Index(there)) == content(Index(here)), command
+        assert content(Index(remote)) == content(Index(local)), command
     machine()
-    far, near = Client(there), Client(here)
+    far, near = Client(remote), Client(local)
     assert len(far.index) == len(near.index) == 123
     for options in (*OPTIONS, {"engine": "faiss"}, {"rerank": 4}):
         assert list(map(without_path, far.query_many(QUERIES[:1], **options))) == list(
@@ -165,7 +165,7 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
     assert {p.name for p in far.index.path.iterdir()} == {"documents", "encoder", "faiss", "manifests", "rerank", "rows", "search"}
     assert not list((far.index.path / "staging").iterdir())
     delete(far.index.path, ["new1"])
-    far._looked = 0.0
+    far._last_refresh = 0.0
     assert far.refreshed().index.manifest.number == far.index.manifest.number + 1
 
 
@@ -204,9 +204,9 @@ def test_a_part_of_a_corpus_fetches_its_range(prefix, tmp_path, machine, monkeyp
 def test_a_query_fetches_what_it_touches(prefix, tmp_path, machine):
     """Of 20,000 sparse rows: the posting lists of the query's tokens, and the documents of the answer."""
     index = grown_sparse(tmp_path / "i")
-    there = local_or_store(f"{prefix}/i")
+    place = local_or_store(f"{prefix}/i")
     for path in sorted(p for p in index.path.rglob("*") if p.is_file()):
-        there.place[0].put(path.relative_to(index.path).as_posix(), path)
+        place.place[0].put(path.relative_to(index.path).as_posix(), path)
     total = TRAFFIC.put
     machine()
     answer = Client(f"{prefix}/i").query(row=11, k=3)
@@ -267,28 +267,28 @@ def test_a_store_with_troubles_is_asked_again(prefix, model_dir, corpus_file, tm
     proxy.trouble = lambda method, path, number: what if number % (25 if what == "slow" else 5) == 0 else None
     machine(proxy.port)
     few = {"shard_rows": 40, "group_rows": 80}
-    there = made(f"{prefix}/i", model_dir, str(corpus_file), **few)
+    stored_index = made(f"{prefix}/i", model_dir, str(corpus_file), **few)
     here = made(str(tmp_path / "i"), model_dir, str(corpus_file), **few)
     machine(proxy.port)
-    assert list(map(without_path, Client(there).query_many(QUERIES))) == list(map(without_path, Client(here).query_many(QUERIES)))
-    assert content(Index(there)) == content(Index(here))
+    assert list(map(without_path, Client(stored_index).query_many(QUERIES))) == list(map(without_path, Client(here).query_many(QUERIES)))
+    assert content(Index(stored_index)) == content(Index(here))
     assert len(proxy.requests) > 40
 
 
 def test_a_store_that_does_not_answer_is_one_sentence(prefix, model_dir, corpus_file, machine, proxy, monkeypatch):
-    there = made(f"{prefix}/i", model_dir, str(corpus_file))
+    stored_index = made(f"{prefix}/i", model_dir, str(corpus_file))
     monkeypatch.setattr(objects, "_MOST_RETRIES", 1)
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     machine(proxy.port)
-    index = Index(there)
+    index = Index(stored_index)
     proxy.trouble = lambda *_: "refuse"
-    for call in (lambda: Client(index).query(row=3), lambda: Index(there), lambda: delete(local_or_store(there), ["x"])):
+    for call in (lambda: Client(index).query(row=3), lambda: Index(stored_index), lambda: delete(local_or_store(stored_index), ["x"])):
         with pytest.raises(StorageError, match=r"s3://.* cannot be (used|read or written): .*; try again|cannot use s3://"):
             call()
     machine(1)
     with pytest.raises(StorageError, match="s3://"):
-        Index(there)
-    done = CliRunner().invoke(main, ["query", there, "--row", "3", "--local"])
+        Index(stored_index)
+    done = CliRunner().invoke(main, ["query", stored_index, "--row", "3", "--local"])
     assert done.exit_code == 1
     assert "Traceback" not in done.output
     assert done.stderr.startswith("Error: ")
@@ -392,34 +392,34 @@ def test_a_build_that_was_killed_is_continued_by_another_machine(prefix, model_d
 
 
 def test_a_changed_object_is_an_error_and_the_mirror_keeps_to_its_size(prefix, model_dir, corpus_file, tmp_path, machine, monkeypatch):
-    there = made(f"{prefix}/i", model_dir, str(corpus_file))
+    stored_index = made(f"{prefix}/i", model_dir, str(corpus_file))
     machine()
-    index = Index(there)
+    index = Index(stored_index)
     mirror, _ = index.path.place
     path = next((index.path / "rows").iterdir())
     raw = path.read_bytes()
     mirror.put(f"rows/{path.name}", raw[:2000] + bytes([raw[2000] ^ 1]) + raw[2001:])
     machine()
     with pytest.raises(IntegrityError):
-        [without_path(a) for a in Client(there).query_many([Query(row=row) for row in range(0, 120, 7)], k=50)]
-    assert CliRunner().invoke(main, ["verify", there]).exit_code == 4
+        [without_path(a) for a in Client(stored_index).query_many([Query(row=row) for row in range(0, 120, 7)], k=50)]
+    assert CliRunner().invoke(main, ["verify", stored_index]).exit_code == 4
     mirror.put(f"rows/{path.name}", raw[:-100])
     machine()
     with pytest.raises(IntegrityError, match=r"has [\d,]+ bytes where [\d,]+ belong"):
-        Client(there).query(row=3)
+        Client(stored_index).query(row=3)
     mirror.put(f"rows/{path.name}", raw)
     monkeypatch.setenv("WHEREFROM_CACHE_BYTES", "200000")
     monkeypatch.setattr(objects, "_EVICT_EVERY", 0)
     sizes = []
     for _ in range(3):
         objects._MIRRORS.clear()
-        Client(there).query_many(QUERIES)
+        Client(stored_index).query_many(QUERIES)
         files = [os.stat(os.path.join(f, n)).st_blocks * 512 for f, _, names in os.walk(objects.cache_folder()) for n in names]
         sizes.append(sum(files))
-    assert list(Client(there).query(row=3).proponents)
+    assert list(Client(stored_index).query(row=3).proponents)
     assert sizes[-1] < 2 * sizes[0] + 200_000
     shutil.rmtree(objects.cache_folder())  # while a process reads it
-    assert Client(there).query(row=17).proponents
+    assert Client(stored_index).query(row=17).proponents
 
 
 def test_addresses_that_are_none_and_a_missing_library_are_refused(monkeypatch):

@@ -20,21 +20,21 @@ class Apart:
 
     def __init__(self, index, groups, away=()):
         self.index, self.away, self.methods = index, set(away), []
-        self.own = [Part(index, own, threads=1) for own in groups]
-        self.firsts = tuple(index.groups[own.start].first for own in groups)
+        self.parts = [Part(index, group_range, threads=1) for group_range in groups]
+        self.firsts = tuple(index.groups[group_range.start].first for group_range in groups)
 
     def call(self, method, search, arguments, partial=False):
         assert partial or not self.away
         self.methods.append((method, tuple(arguments)))
         shared = () if search is None else (search,)
-        there = {number: own for number, own in arguments.items() if number not in self.away}
-        return {number: getattr(self.own[number], method)(*shared, *own) for number, own in there.items()}
+        present = {number: part_arguments for number, part_arguments in arguments.items() if number not in self.away}
+        return {number: getattr(self.parts[number], method)(*shared, *part_arguments) for number, part_arguments in present.items()}
 
     def scorer(self, search):
-        return self.own[0].scorer(search)
+        return self.parts[0].scorer(search)
 
     def stream(self, search):
-        for part in self.own:
+        for part in self.parts:
             yield from part.scores(search)
 
 
@@ -64,17 +64,17 @@ def test_answers_in_parts_are_those_of_the_whole_to_the_bit(indexes, name):
     index = Index(indexes[name])
     assert len(index.groups) >= 3
     queries = [Query(row=3), *(Query(text=text) for text in random_texts(9, seed=8))]
-    whole = Client(index)
-    rows = whole.encode(queries)
+    client = Client(index)
+    rows = client.encode(queries)
     everywhere = [split_groups(index.groups, count) for count in (1, 2, len(index.groups))]
     uneven = [range(1), range(1, len(index.groups))]
     for groups in (*everywhere, uneven):
         apart = Client(index, parts=Apart(index, groups))
-        apart.__dict__["recorded"] = whole.recorded
+        apart.__dict__["recorded"] = client.recorded
         for options in OPTIONS:
-            assert list(map(record, apart.answer(queries, rows, **options))) == list(map(record, whole.answer(queries, rows, **options)))
-        np.testing.assert_array_equal(apart.scores(queries, "year > 1920"), whole.scores(queries, "year > 1920"))
-        assert apart.histogram(queries[0], 20) == whole.histogram(queries[0], 20)
+            assert list(map(record, apart.answer(queries, rows, **options))) == list(map(record, client.answer(queries, rows, **options)))
+        np.testing.assert_array_equal(apart.scores(queries, "year > 1920"), client.scores(queries, "year > 1920"))
+        assert apart.histogram(queries[0], 20) == client.histogram(queries[0], 20)
 
 
 def test_a_histogram_counts_the_scores(indexes):
@@ -93,11 +93,11 @@ def test_an_answer_without_a_part_is_that_of_the_others_and_says_so(indexes, nam
     away = index.groups[groups[1].start].first, index.groups[groups[1].stop - 1]
     lost = range(away[0], away[1].first + away[1].rows)
     client = Client(index, parts=Apart(index, groups, away={1}))
-    others = Client(index).scores([Query(row=0)])[0]
-    others[lost.start : lost.stop] = -np.inf
+    expected = Client(index).scores([Query(row=0)])[0]
+    expected[lost.start : lost.stop] = -np.inf
     for recall in (1.0, 0.99999):
         answer = client.query(row=0, k=5, partial=True, recall=recall)
-        assert [p.row for p in answer.proponents] == np.argsort(-others, kind="stable")[:5].tolist()
+        assert [p.row for p in answer.proponents] == np.argsort(-expected, kind="stable")[:5].tolist()
         assert (answer.search.missing, answer.search.rows) == (len(lost), len(index) - len(lost))
     nothing = Client(index, parts=Apart(index, groups, away={0, 1, 2}))
     for recall in (1.0, 0.9):
@@ -144,9 +144,9 @@ def test_sums_by_group_do_not_depend_on_the_parts(data):
         codes, scores = generator.integers(0, 5, rows), generator.standard_cauchy((2, rows)).astype(np.float32)
         searched = generator.random(rows) < 0.8
         blocks.append((codes, scores, searched, Sums.of(codes, values, scores, searched, number * 30)))
-    whole = SumTree("x")
+    tree_of_all = SumTree("x")
     for number, (*_, sums) in enumerate(blocks):
-        whole.add(0, number, sums)
+        tree_of_all.add(0, number, sums)
     cuts = sorted({0, count, *data.draw(st.lists(st.integers(0, count), max_size=4))})
     trees = []
     for first, last in pairwise(cuts):
@@ -156,16 +156,18 @@ def test_sums_by_group_do_not_depend_on_the_parts(data):
     joined = SumTree("x")
     for tree in data.draw(st.permutations(trees)):
         joined.update(tree)
-    one, other = whole.total(), joined.total()
+    one, other = tree_of_all.total(), joined.total()
     assert one.values == other.values
     for name in ("rows", "signs", "totals", "draws"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
     for place, value in enumerate(one.values):
         code = next(i for i, v in enumerate(values) if v is value or (type(v) is type(value) and v == value))
-        own = np.concatenate([scores[:, searched & (codes == code)] for codes, scores, searched, _ in blocks], axis=1).astype(float)
-        assert one.rows[place] == own.shape[1]
-        np.testing.assert_allclose(one.totals[:, 0, place], own.sum(1), atol=1e-9 * np.abs(own).sum())
-        assert (one.signs[:, :, place] == np.stack([(own > 0).sum(1), (own < 0).sum(1)], 1)).all()
+        scores_of_value = np.concatenate([scores[:, searched & (codes == code)] for codes, scores, searched, _ in blocks], axis=1).astype(
+            float
+        )
+        assert one.rows[place] == scores_of_value.shape[1]
+        np.testing.assert_allclose(one.totals[:, 0, place], scores_of_value.sum(1), atol=1e-9 * np.abs(scores_of_value).sum())
+        assert (one.signs[:, :, place] == np.stack([(scores_of_value > 0).sum(1), (scores_of_value < 0).sum(1)], 1)).all()
 
 
 def test_too_many_values_over_all_parts_are_refused(monkeypatch):

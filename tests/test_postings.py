@@ -1,4 +1,4 @@
-"""Posting lists: scores are plain sums over shared tokens, by either loop to the bit; what lies on disk is right, or made anew."""
+"""Posting lists: scores are plain sums over shared tokens, by either loop to the bit; what is on disk is right, or made again."""
 
 import shutil
 
@@ -34,33 +34,33 @@ def random_rows(rows, vocabulary, width, seed):
 @given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([8, 12, 20, 64]), st.integers(0, 10**6), st.integers(1, 4))
 def test_scores_are_sums_over_shared_tokens_by_both_loops(tmp_path_factory, rows, vocabulary, bits, seed, queries):
     path = tmp_path_factory.mktemp("postings")
-    known, asked = random_rows(rows, vocabulary, bits, seed), random_rows(queries, vocabulary, bits, seed + 1)
-    read = sparse_rows(path, known, vocabulary, bits, 5)
+    example_rows, query_rows = random_rows(rows, vocabulary, bits, seed), random_rows(queries, vocabulary, bits, seed + 1)
+    read = sparse_rows(path, example_rows, vocabulary, bits, 5)
     keys, codes, factors = read.entries(0, rows)
-    rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(queries), np.diff(asked.indptr))
+    rotated, owners = rotate(query_rows.vectors, bits, 5), np.repeat(np.arange(queries), np.diff(query_rows.indptr))
     expected, size = np.zeros((2, queries, rows))
     for i in range(rows):
         for e in range(read.indptr[i], read.indptr[i + 1]):
-            for j in np.flatnonzero(asked.keys == keys[e]):
+            for j in np.flatnonzero(query_rows.keys == keys[e]):
                 terms = factors[e] * signs_of(codes[e : e + 1], bits)[0].astype(float) * rotated[j]
                 expected[owners[j], i] += terms.sum()
                 size[owners[j], i] += np.abs(terms).sum()
     lists = Postings.of([read], sparse_component(vocabulary, bits, bits, 5))
     assert (np.diff(lists.tokens.astype(int)) > 0).all()
-    found = np.zeros((2, queries, rows), np.float32)
-    lists.add_scores(asked.keys, owners, byte_tables(rotated), found[0])
-    assert_close(found[0], expected, 1e-5, size)
+    actual = np.zeros((2, queries, rows), np.float32)
+    lists.add_scores(query_rows.keys, owners, byte_tables(rotated), actual[0])
+    assert_close(actual[0], expected, 1e-5, size)
     write_cache(path / "c.zarr.zip", "source", {"head": lists.arrays()}, path / "staging")
     back = Postings.read(read_cache(path / "c.zarr.zip", "source"), sparse_component(vocabulary, bits, bits), rows)
-    back.add_scores(asked.keys, owners, byte_tables(rotated), found[1])
-    assert np.array_equal(*found)
+    back.add_scores(query_rows.keys, owners, byte_tables(rotated), actual[1])
+    assert np.array_equal(*actual)
     assert read_cache(path / "c.zarr.zip", "another") is None
     if len(lists.tokens):
-        at = np.arange(len(lists.tokens))
-        tables = byte_tables(np.random.default_rng(seed).standard_normal((len(at), bits)).astype(np.float32))
+        list_numbers = np.arange(len(lists.tokens))
+        tables = byte_tables(np.random.default_rng(seed).standard_normal((len(list_numbers), bits)).astype(np.float32))
         both = [np.zeros(rows, np.float32) for _ in range(2)]
         for loop, scores in zip((add_lists, add_lists_plainly), both, strict=True):
-            loop(at, at % 3 != 1, tables, lists.starts, lists.rows, lists.codes, lists.factors, scores)
+            loop(list_numbers, list_numbers % 3 != 1, tables, lists.starts, lists.rows, lists.codes, lists.factors, scores)
         assert np.array_equal(*both)
 
 
@@ -82,7 +82,7 @@ def files(path):
     return sorted(p for p in (path / "search").rglob("*") if p.is_file())
 
 
-def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatch):
+def test_lists_that_are_missing_stale_or_damaged_are_made_again(index, monkeypatch):
     before = scores(index)
     made = []
 
@@ -112,7 +112,7 @@ def test_lists_that_are_missing_stale_or_damaged_are_made_anew(index, monkeypatc
         if "starts" in name or "tokens" in name:  # read whole when the file is opened
             assert np.array_equal(scores(index), before)
         else:
-            with pytest.raises(IntegrityError, match="checksum; make it anew with wherefrom reindex"):
+            with pytest.raises(IntegrityError, match="checksum; run wherefrom reindex"):
                 scores(index)
         assert CliRunner().invoke(main, ["reindex", str(index)]).exit_code == 0
         assert path.read_bytes() == raw
@@ -156,7 +156,7 @@ def test_lists_that_would_lead_the_loops_astray_are_not_read(index, name):
     arrays = {**head.arrays, array: change(np.array(head.arrays[array]))}
     write_cache(opened._cache_path(group), group.source, {**groups, "head": ArrayGroup(arrays, paged=head.paged)}, index / "staging")
     if name in ("rows beyond", "factors that are not numbers"):
-        with pytest.raises(IntegrityError, match="make it anew with wherefrom reindex"):
+        with pytest.raises(IntegrityError, match="run wherefrom reindex"):
             scores(index)
     else:
         assert np.array_equal(scores(index), before)

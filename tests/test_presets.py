@@ -85,15 +85,15 @@ def moments(model, optimizer, name):
 def projections(layer, seed=0):
     """The random projections of a layer's outputs and inputs."""
     sides = (layer.name, "output", layer.output_rank, layer.outputs, seed), (layer.name, "input", layer.input_rank, layer.inputs, seed)
-    found = [random_projection(*side) for side in sides]
-    return [np.eye(side[3]) if projection is None else projection for projection, side in zip(found, sides, strict=True)]
+    matrices = [random_projection(*side) for side in sides]
+    return [np.eye(side[3]) if projection is None else projection for projection, side in zip(matrices, sides, strict=True)]
 
 
 def trackstar(client, model, optimizer, queries, share=None):
     """TrackStar's scores [queries, examples] by its equations, from whole gradients, with one matrix a layer."""
     component = client.index.manifest.components[0]
     corpus = plain(client, model, [client.index.example(i) for i in range(len(client.index))])
-    asked = plain(client, model, queries)
+    query_gradients = plain(client, model, queries)
     rows = {"corpus": [], "asked": []}
     for number, layer in enumerate(component.layers):
         if isinstance(optimizer, torch.optim.AdamW):
@@ -104,17 +104,19 @@ def trackstar(client, model, optimizer, queries, share=None):
             r, c = state["exp_avg_sq_col"].double().numpy(), state["exp_avg_sq_row"].double().numpy()
         v = np.outer(r, c) / r.mean()
         out, into = projections(layer)
-        for kind, gradients in (("corpus", corpus), ("asked", asked)):
+        for kind, gradients in (("corpus", corpus), ("asked", query_gradients)):
             rows[kind].append(np.stack([(out @ (g[number] / np.sqrt(v)) @ into.T).ravel() for g in gradients]))
     spectra = {kind: [r.T @ r / len(r) for r in parts] for kind, parts in rows.items()}
     if share is None:
-        own, other = (np.sort(np.concatenate([np.linalg.eigvalsh(m) for m in spectra[kind]]))[::-1] for kind in ("asked", "corpus"))
+        query_eigenvalues, other = (
+            np.sort(np.concatenate([np.linalg.eigvalsh(m) for m in spectra[kind]]))[::-1] for kind in ("asked", "corpus")
+        )
         k = max(1, round(component.dim * 1000 / 65536)) - 1
-        share = other[k] / (own[k] + other[k])
+        share = other[k] / (query_eigenvalues[k] + other[k])
     damping = component.curvature.damping
     products, lengths = 0.0, {"corpus": 0.0, "asked": 0.0}
-    for number, own in enumerate(spectra["corpus"]):
-        damped = own + damping * np.trace(own) / len(own) * np.eye(len(own))
+    for number, moment in enumerate(spectra["corpus"]):
+        damped = moment + damping * np.trace(moment) / len(moment) * np.eye(len(moment))
         inverse = np.linalg.inv(share * spectra["asked"][number] + (1 - share) * damped)
         products = products + rows["asked"][number] @ inverse @ rows["corpus"][number].T
         for kind, value in lengths.items():
@@ -127,21 +129,21 @@ def trackstar(client, model, optimizer, queries, share=None):
 def test_trackstar_is_its_equations(tmp_path, data, optimizer, share, monkeypatch):
     model, steps = trained(tmp_path / "m", optimizer)
     client = indexed(tmp_path / "i", str(tmp_path / "m"), data, preset="trackstar", rank=5)
-    found = client.scores(QUERIES, preset="trackstar", **({} if share is None else {"mix": str(share)}))
+    actual = client.scores(QUERIES, preset="trackstar", **({} if share is None else {"mix": str(share)}))
     expected = trackstar(client, model, steps, client.query_examples(QUERIES), share)
-    assert_close(found, expected, 1e-4, scale=1.0)
+    assert_close(actual, expected, 1e-4, scale=1.0)
     batch = client.query_many(QUERIES, k=60, preset="trackstar", mix="auto" if share is None else str(share))
-    for answer, scores in zip(batch, found, strict=True):
+    for answer, scores in zip(batch, actual, strict=True):
         ranked = [(a.row, a.score) for a in (*answer.proponents, *answer.opponents)]
         assert_close([score for _, score in ranked], scores[[row for row, _ in ranked]], 1e-5, scale=1.0)
     alone = client.scores(QUERIES[:1], preset="trackstar")
-    assert np.abs(alone - found[:1]).max() > 1e-3  # the other queries matter
+    assert np.abs(alone - actual[:1]).max() > 1e-3  # the other queries matter
     file = write_jsonl(tmp_path / "queries.jsonl", [{"id": str(i), "text": q.text} for i, q in enumerate(QUERIES)])
     monkeypatch.setattr(matrix, "_BLOCK_BYTES", 1)  # a query at a time
     command = ["scores", str(tmp_path / "i"), "--file", str(file), "--out", str(tmp_path / "s.zarr"), "--preset", "trackstar"]
     result = CliRunner().invoke(main, command + ([] if share is None else ["--mix", str(share)]))
     assert result.exit_code == 0, result.output
-    assert_close(matrix.read_matrix(tmp_path / "s.zarr")[0], found, 1e-5, scale=1.0)
+    assert_close(matrix.read_matrix(tmp_path / "s.zarr")[0], actual, 1e-5, scale=1.0)
     answers = client.query(QUERIES[0], k=3, preset="trackstar", mix="0.5")
     best = client.scores(QUERIES[:1], preset="trackstar", mix="0.5")[0]
     assert_close([a.score for a in answers.proponents], np.sort(best)[::-1][:3], 1e-5, scale=1.0)
@@ -163,12 +165,12 @@ def test_adams_moments_in_full_and_factored_scales_agree_where_they_are_of_rank_
 def test_the_mixed_share_makes_two_eigenvalues_equal(queries, seed):
     generator = np.random.default_rng(seed)
     sizes = 3, 5
-    own = [generator.normal(size=(queries, size)) for size in sizes]
+    gradients = [generator.normal(size=(queries, size)) for size in sizes]
     corpus = generator.random(sum(sizes)) + 0.1
-    share = mixed_share(corpus, own)
-    eigenvalues = np.sort(np.concatenate([np.linalg.eigvalsh(g.T @ g / queries) for g in own]))[::-1]
+    share = mixed_share(corpus, gradients)
+    eigenvalues = np.sort(np.concatenate([np.linalg.eigvalsh(g.T @ g / queries) for g in gradients]))[::-1]
     assert_close(share * eigenvalues[0], (1 - share) * np.sort(corpus)[-1], 1e-9)
-    assert mixed_share(corpus, [g * 0 for g in own]) == 0
+    assert mixed_share(corpus, [g * 0 for g in gradients]) == 0
 
 
 def less(client, model, optimizer, queries):
@@ -206,10 +208,10 @@ def test_less_is_its_equations_over_checkpoints_by_their_learning_rates(tmp_path
     record["checkpoints"] = [{"step": n + 1, "path": f"checkpoint-{n + 1}", "fingerprint": ""} for n in range(2)]
     (tmp_path / "run" / "wherefrom.json").write_text(json.dumps(record))
     client = indexed(tmp_path / "i", tuple(checkpoints), data, preset="less", rank=rank)
-    asked = client.query_examples(QUERIES)
+    query_examples = client.query_examples(QUERIES)
     for number, (model, optimizer) in enumerate(states):
         single = indexed(tmp_path / f"i{number}", checkpoints[number], data, preset="less", rank=rank, seed=number)
-        scores = less(single, model, optimizer, asked)
+        scores = less(single, model, optimizer, query_examples)
         assert_close(single.scores(QUERIES), scores, 1e-5, scale=1.0)
         expected = expected + rates[number] / rates[0] * scores
     assert_close(client.scores(QUERIES, preset="less"), expected, 1e-5, scale=1.0)
@@ -259,11 +261,11 @@ def trak(client, model, queries):
             lengths.append(tokens)
         return rows, np.array(errors), np.array(lengths)
 
-    (corpus, errors, lengths), (asked, own_errors, own_lengths) = features(examples), features(queries)
+    (corpus, errors, lengths), (query_gradients, own_errors, own_lengths) = features(examples), features(queries)
     scores = 0.0
     for number, layer in enumerate(component.layers):
         out, into = projections(layer)
-        phi, psi = (np.stack([(out @ g[number] @ into.T).ravel() for g in rows]) for rows in (corpus, asked))
+        phi, psi = (np.stack([(out @ g[number] @ into.T).ravel() for g in rows]) for rows in (corpus, query_gradients))
         weighted = phi * lengths[:, None]
         kernel = weighted.T @ weighted / len(phi)
         kernel += component.curvature.damping * np.trace(kernel) / len(kernel) * np.eye(len(kernel))
@@ -274,8 +276,8 @@ def trak(client, model, queries):
 def test_trak_is_its_equation(tmp_path, data):
     model, _ = trained(tmp_path / "m", "adam")
     client = indexed(tmp_path / "i", str(tmp_path / "m"), data, preset="trak", rank=4)
-    found = client.scores(QUERIES, preset="trak")
-    assert_close(found, trak(client, model, client.query_examples(QUERIES)), 1e-4)
+    actual = client.scores(QUERIES, preset="trak")
+    assert_close(actual, trak(client, model, client.query_examples(QUERIES)), 1e-4)
 
 
 def test_a_margin_of_a_certain_example_is_finite():
@@ -533,13 +535,13 @@ def test_the_filter_of_a_training_by_adam_is_that_of_gradient_descent_in_scaled_
     (component,) = client.index.manifest.components
     tokens = component.curvature.tokens / component.curvature.examples
     corpus = plain(client, model, [client.index.example(i) for i in range(len(client.index))])
-    asked = plain(client, model, client.query_examples(QUERIES))
+    query_gradients = plain(client, model, client.query_examples(QUERIES))
     length = 0.4
     expected = 0.0
     for number, layer in enumerate(component.layers):
         second = moments(model, optimizer, layer.name)[1]
         scale = (np.outer(second.mean(1), second.mean(0)) / second.mean()) ** -0.25
-        g, q = (np.stack([(gradients[number] * scale).ravel() for gradients in part]) for part in (corpus, asked))
+        g, q = (np.stack([(gradients[number] * scale).ravel() for gradients in part]) for part in (corpus, query_gradients))
         values, vectors = np.linalg.eigh(g.T @ g / len(g))
         values = np.maximum(values, 0)
         time = length / tokens
@@ -556,10 +558,10 @@ def test_segments_of_a_training_by_adam_are_carried_through_scaled_weights(tmp_p
     client = indexed(tmp_path / "i", tuple(str(tmp_path / f"m{number}") for number in range(2)), data, **options)
     components = client.index.manifest.components
     examples = [client.index.example(i) for i in range(len(client.index))]
-    asked = plain(client, states[-1][0], client.query_examples(QUERIES))
+    query_gradients = plain(client, states[-1][0], client.query_examples(QUERIES))
     expected = 0.0
     for number in range(len(components[0].layers)):
-        carried = np.stack([gradients[number] for gradients in asked])
+        carried = np.stack([gradients[number] for gradients in query_gradients])
         for component, (model, optimizer) in reversed(list(zip(components, states, strict=True))):
             layer = component.layers[number]
             second = moments(model, optimizer, layer.name)[1]

@@ -111,8 +111,8 @@ def test_the_loss_of_a_chat_is_on_the_assistants_turns(client, smollm2):
     predicted = tokenizer.decode(chat.token_ids[chat.loss_mask])
     assert predicted.count("<|im_end|>") == 2
     assert predicted.replace("<|im_end|>", "").replace("\n", "") == "The pressure of the air.Its moisture."
-    whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert tokenizer.decode(chat.token_ids).strip() == whole.strip()
-    asked = client.query_examples([Query(messages=MESSAGES)])[0]
-    assert asked.token_ids.tolist() == chat.token_ids.tolist()
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert tokenizer.decode(chat.token_ids).strip() == rendered.strip()
+    example = client.query_examples([Query(messages=MESSAGES)])[0]
+    assert example.token_ids.tolist() == chat.token_ids.tolist()
     assert client.query(messages=MESSAGES, k=1).proponents[0].id == "chat"

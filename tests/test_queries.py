@@ -1,4 +1,4 @@
-"""What a query may ask for (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
+"""Options of queries (filters, groups, contrasts, spans, means, layers, norms), against brute force or an index built so."""
 
 import dataclasses
 import json
@@ -140,11 +140,11 @@ def test_only_matching_rows_are_ranked(client, mode):
     answer = client.query_many([query], mode=mode, where="year >= 1960 and good == True", k=5)[0]
     assert answer.search.rows == allowed.sum()
     assert answer.query["where"] == "year >= 1960 and good == True"
-    for found, sign in ((answer.proponents, 1), (answer.opponents, -1)):
-        rows, best = [a.row for a in found], sign * np.sort(sign * scores[allowed])[:-6:-1]
+    for hits, sign in ((answer.proponents, 1), (answer.opponents, -1)):
+        rows, best = [a.row for a in hits], sign * np.sort(sign * scores[allowed])[:-6:-1]
         assert len(set(rows)) == 5
         assert allowed[rows].all()
-        assert_close([a.score for a in found], best, 1e-5)
+        assert_close([a.score for a in hits], best, 1e-5)
         assert_close(scores[rows], best, 1e-5)  # rows of nearly one score may change places
     with pytest.raises(UsageError, match="no row matches"):
         client.query(text="w1 w2", where="year > 3000")
@@ -161,12 +161,12 @@ def test_groups_add_up_and_their_intervals_are_those_of_a_bootstrap(client):
     assert {g.value for g in groups} == set(COLORS)
     generator = np.random.default_rng(5)
     for g in groups:
-        own = np.array([r["color"] == g.value for r in RECORDS])
-        assert (g.rows, g.positive, g.negative) == (own.sum(), (scores[own] > 0).sum(), (scores[own] < 0).sum())
-        assert_close(g.total, scores[own].sum(), 1e-4, np.abs(scores[own]).sum())
-        assert g.positive_share == pytest.approx(scores[own & (scores > 0)].sum() / scores[scores > 0].sum(), rel=1e-4)
-        assert g.negative_share == pytest.approx(scores[own & (scores < 0)].sum() / scores[scores < 0].sum(), rel=1e-4)
-        draws = [(scores * own)[generator.integers(0, 120, 120)].sum() for _ in range(4000)]
+        is_of_group = np.array([r["color"] == g.value for r in RECORDS])
+        assert (g.rows, g.positive, g.negative) == (is_of_group.sum(), (scores[is_of_group] > 0).sum(), (scores[is_of_group] < 0).sum())
+        assert_close(g.total, scores[is_of_group].sum(), 1e-4, np.abs(scores[is_of_group]).sum())
+        assert g.positive_share == pytest.approx(scores[is_of_group & (scores > 0)].sum() / scores[scores > 0].sum(), rel=1e-4)
+        assert g.negative_share == pytest.approx(scores[is_of_group & (scores < 0)].sum() / scores[scores < 0].sum(), rel=1e-4)
+        draws = [(scores * is_of_group)[generator.integers(0, 120, 120)].sum() for _ in range(4000)]
         width = np.quantile(draws, 0.975) - np.quantile(draws, 0.025)
         assert g.high - g.low == pytest.approx(width, rel=0.35)
         assert g.low < g.total < g.high
@@ -213,14 +213,14 @@ def test_a_contrast_is_the_gradient_of_the_difference_of_log_probabilities(clien
     maps = client.encoder.component_encoders["blocks"].maps[layer.name]
     projected = (maps[1] @ gradient.T @ maps[0].T).flatten()[None]
     whitened = client.encoder.component_encoders["blocks"].whiten(layer, projected)[0].numpy()
-    found = client.encode([Query(prompt, one, against=other)])["blocks"].values[0][: layer.size]
-    assert_close(found, whitened, 1e-4)
+    actual = client.encode([Query(prompt, one, against=other)])["blocks"].values[0][: layer.size]
+    assert_close(actual, whitened, 1e-4)
 
 
 def test_spans_of_a_completion_add_up_to_the_whole(client):
-    whole = Query("w1 w2", " w3 w4 w5")
+    full_query = Query("w1 w2", " w3 w4 w5")
     parts = [Query("w1 w2", " w3 w4 w5", span=span) for span in ("w3", "w4 w5")]
-    scores = matrix(client, [whole, *parts], Metric(weights={"head": 0}))  # the head's rows hold the tokens that are asked about alone
+    scores = matrix(client, [full_query, *parts], Metric(weights={"head": 0}))  # the head's rows hold the tokens that are asked about alone
     assert_close(scores[0], scores[1] + scores[2], 1e-4, np.abs(scores).max())
     in_text = matrix(client, [Query(text="w1 w2 w3 w4 w5", span="w3"), parts[0]])
     assert_close(in_text[0], in_text[1], 1e-5, np.abs(scores).max())
@@ -243,10 +243,10 @@ def test_a_mean_of_queries_scores_the_mean_of_their_scores(client):
     scores = matrix(client, queries)
     expected = np.array([2.0, 1.0, -0.5, 1.0]) @ scores / 4
     (answer,) = client.query_many(queries, mean=True, k=120)
-    found = np.zeros(120)
+    actual = np.zeros(120)
     for a in (*answer.proponents, *answer.opponents):
-        found[a.row] = a.score
-    assert_close(found, expected, 1e-4, np.abs(scores).max())
+        actual[a.row] = a.score
+    assert_close(actual, expected, 1e-4, np.abs(scores).max())
     assert answer.query["mean_of"] == 4
 
 
@@ -257,8 +257,8 @@ def test_layers_left_out_equal_an_index_without_them(tmp_path, client, model_dir
     scratch, queries = Client(tmp_path / "i"), [Query(text=t) for t in random_texts(3, seed=9)]
     for mode in ("influence", "cosine"):
         few = matrix(client, queries, Metric(mode, layers=options["layers"]))
-        own = matrix(scratch, queries, Metric(mode))
-        assert_close(few / np.abs(few).max(), own / np.abs(own).max(), 1e-4)
+        scratch_scores = matrix(scratch, queries, Metric(mode))
+        assert_close(few / np.abs(few).max(), scratch_scores / np.abs(scratch_scores).max(), 1e-4)
     head = matrix(client, queries, Metric(layers=("lm_head",)))
     assert_close(head, matrix(client, queries, Metric(weights={"blocks": 0})), 1e-5)
     with pytest.raises(UsageError, match="no layer of this index matches"):
@@ -271,9 +271,9 @@ def test_without_curvature_scores_are_those_of_plain_projected_gradients(tmp_pat
     plain, queries = Client(tmp_path / "i"), [Query(text=t) for t in random_texts(3, seed=9)]
     for mode in ("influence", "cosine"):
         metric = Metric(mode, curvature=False, weights={"head": 0})
-        found, expected = matrix(client, queries, metric), matrix(plain, queries, Metric(mode))
+        actual, expected = matrix(client, queries, metric), matrix(plain, queries, Metric(mode))
         scale = 1 if mode == "cosine" else client.index.component("blocks").weight
-        assert_close(found, expected * scale, 1e-3)
+        assert_close(actual, expected * scale, 1e-3)
     assert client.query(row=3, curvature=False).query["curvature"] is False
 
 
@@ -296,26 +296,26 @@ def run(*arguments):
 
 
 def test_the_matrix_of_scores_in_zarr_and_parquet(tmp_path, client, index_path, monkeypatch):
-    asked = [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(7, seed=2))]
-    file = write_jsonl(tmp_path / "q.jsonl", asked)
-    expected = matrix(client, [Query(text=a["text"]) for a in asked])
+    records = [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(7, seed=2))]
+    file = write_jsonl(tmp_path / "q.jsonl", records)
+    expected = matrix(client, [Query(text=a["text"]) for a in records])
     monkeypatch.setattr("wherefrom.query.matrix._BLOCK_BYTES", 4 * 30 * 3)  # three queries at a time
     done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
     assert done.exit_code == 0, done.output
     group = zarr.open_group(tmp_path / "s.zarr", mode="r")
     assert_close(group["scores"][:], expected, 1e-5)
     assert list(group["rows"][:]) == [r["id"] for r in RECORDS]
-    assert list(group["queries"][:]) == [a["id"] for a in asked]
+    assert list(group["queries"][:]) == [a["id"] for a in records]
     done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.parquet", "--mode", "cosine")
     assert done.exit_code == 0, done.output
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["id"].to_pylist() == [r["id"] for r in RECORDS]
-    cosines = matrix(client, [Query(text=a["text"]) for a in asked], Metric("cosine"))
-    assert_close(np.stack([table[a["id"]] for a in asked]), cosines, 1e-5, 1)
+    cosines = matrix(client, [Query(text=a["text"]) for a in records], Metric("cosine"))
+    assert_close(np.stack([table[a["id"]] for a in records]), cosines, 1e-5, 1)
     again = run("scores", index_path, "--file", file, "--out", tmp_path / "s.zarr")
     assert (again.exit_code, "exists" in again.stderr) == (2, True)
     assert run("scores", index_path, "--file", file, "--out", tmp_path / "s.csv").exit_code == 2
-    twice = write_jsonl(tmp_path / "t.jsonl", [asked[0], asked[0]])
+    twice = write_jsonl(tmp_path / "t.jsonl", [records[0], records[0]])
     assert "the same id" in run("scores", index_path, "--file", twice, "--out", tmp_path / "t.parquet").stderr
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".s") or p.name.startswith(".t")]
 
@@ -356,10 +356,10 @@ def test_baselines_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
 
     client = Client(hidden_path)
     texts = [r["text"] for r in RECORDS]
-    asked = [words(5, 9, 11, 5), RECORDS[7]["text"]]
-    queries = [Query(text=asked[0]), Query(row=7)]
+    texts_of_queries = [words(5, 9, 11, 5), RECORDS[7]["text"]]
+    queries = [Query(text=texts_of_queries[0]), Query(row=7)]
     answers = client.query_many(queries, k=6, baselines=True, where="year >= 1905")
-    kept = np.arange(120) >= 5
+    is_searched = np.arange(120) >= 5
     ours = matrix(client, queries)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), make_tokenizer()
 
@@ -372,18 +372,18 @@ def test_baselines_are_bm25_hidden_states_and_norms(hidden_path, model_dir):
     engine = BM25()
     engine.index(tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
     for number, answer in enumerate(answers):
-        own = state(asked[number])
+        query_state = state(texts_of_queries[number])
         expected = {
-            "bm25": engine.get_scores(tokenize([asked[number]], stopwords=None, show_progress=False, return_ids=False)[0]),
-            "hidden": states @ own / np.linalg.norm(states, axis=1) / np.linalg.norm(own),
+            "bm25": engine.get_scores(tokenize([texts_of_queries[number]], stopwords=None, show_progress=False, return_ids=False)[0]),
+            "hidden": states @ query_state / np.linalg.norm(states, axis=1) / np.linalg.norm(query_state),
             "norm": client.index.norms(client.index.manifest.components[0]),
         }
         assert {c.name for c in answer.baselines} == set(expected)
         for baseline in answer.baselines:
             scores = expected[baseline.name]
-            assert_close(baseline.scores, np.sort(scores[kept])[::-1][:6], 2e-3)
-            assert baseline.correlation == pytest.approx(spearmanr(scores[kept], ours[number][kept]).statistic, abs=0.02)
-            assert all(kept[list(baseline.rows)])
+            assert_close(baseline.scores, np.sort(scores[is_searched])[::-1][:6], 2e-3)
+            assert baseline.correlation == pytest.approx(spearmanr(scores[is_searched], ours[number][is_searched]).statistic, abs=0.02)
+            assert all(is_searched[list(baseline.rows)])
             assert baseline.ids == tuple(RECORDS[row]["id"] for row in baseline.rows)
             assert baseline.shared == len(set(baseline.rows) & {a.row for a in answer.proponents})
 
@@ -410,10 +410,10 @@ def test_baselines_of_means_and_contrasts_are_means_and_differences(hidden_path)
 def test_baselines_on_the_command_line_and_without_hidden_states(hidden_path, index_path):
     shown = CliRunner().invoke(main, ["query", str(hidden_path), "--row", "3", "--baselines"])
     assert shown.exit_code == 0, shown.output
-    for name in ("what else would have said", "bm25", "hidden", "norm"):
+    for name in ("baselines", "bm25", "hidden", "norm"):
         assert name in shown.output
-    found = json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--baselines", "--json"]).stdout)
-    assert [c["name"] for c in found["baselines"]] == ["norm", "bm25"]
+    record = json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--baselines", "--json"]).stdout)
+    assert [c["name"] for c in record["baselines"]] == ["norm", "bm25"]
     assert "baselines" not in json.loads(CliRunner().invoke(main, ["query", str(index_path), "--row", "3", "--json"]).stdout)
 
 

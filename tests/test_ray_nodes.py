@@ -130,19 +130,19 @@ def workers(cluster, place, count=2, threads=1, worker=Tasks):
 
 def squares(executor, reporter, count=10, seconds=0.2):
     """The squares come whole, in order and counted."""
-    shared, found = np.full(LARGE, 5), -1
-    for found, values in enumerate(executor.map("square", (shared,), [(n, seconds) for n in range(count)], reporter)):
-        np.testing.assert_array_equal(values, np.full(LARGE, found * found + 5))
-    assert found == count - 1
+    shared, number = np.full(LARGE, 5), -1
+    for number, values in enumerate(executor.map("square", (shared,), [(n, seconds) for n in range(count)], reporter)):
+        np.testing.assert_array_equal(values, np.full(LARGE, number * number + 5))
+    assert number == count - 1
     assert reporter.last == (count, 10 * count)
 
 
 def kill(name):
     """SIGKILL a process of this test's cluster, if there is one of such a name."""
-    found = [p for p in psutil.Process().children(recursive=True) if p.cmdline() and p.cmdline()[0].startswith(f"ray::{name}")]
-    if found:
-        random.choice(found).kill()
-    return bool(found)
+    processes = [p for p in psutil.Process().children(recursive=True) if p.cmdline() and p.cmdline()[0].startswith(f"ray::{name}")]
+    if processes:
+        random.choice(processes).kill()
+    return bool(processes)
 
 
 def test_work_goes_on_while_nodes_die_and_come(cluster, tmp_path):
@@ -230,9 +230,9 @@ def test_what_a_worker_raises_is_raised(cluster, tmp_path, monkeypatch):
 
 def test_a_call_outlives_its_node(cluster, tmp_path):
     def kill_when_called():
-        while not (found := list(tmp_path.glob("describe-*"))):
+        while not (files := list(tmp_path.glob("describe-*"))):
             time.sleep(0.02)
-        (node,) = {node for node in nodes if node.node_id == found[0].name.split("-")[1]}
+        (node,) = {node for node in nodes if node.node_id == files[0].name.split("-")[1]}
         cluster.remove_node(node, allow_graceful=False)
 
     nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
@@ -325,13 +325,13 @@ def test_random_kills_leave_results_whole(cluster, tmp_path):
     """WHEREFROM_KILLS of nodes, workers and ledgers, at random times."""
     seed = int.from_bytes(os.urandom(4), "little")
     generator, kills, nodes = random.Random(seed), [], [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
-    at = time.monotonic() + 2
+    next_kill = time.monotonic() + 2
 
     def kill_at_random():
-        nonlocal at
-        if time.monotonic() < at or len(kills) == KILLS:
+        nonlocal next_kill
+        if time.monotonic() < next_kill or len(kills) == KILLS:
             return
-        at = time.monotonic() + generator.uniform(0.1, 2.0)
+        next_kill = time.monotonic() + generator.uniform(0.1, 2.0)
         what = generator.choice(["node", "node at once", "worker", "worker", "ledger"])
         if len(nodes) == 1:
             nodes.append(cluster.add_node(num_cpus=1))

@@ -31,33 +31,33 @@ def client(shared, tmp_path_factory):
 
 def test_every_training_text_asked_back_finds_itself_first(client):
     rows = range(0, len(client.index), 20)
-    whole = [r for r in rows if client.index.example(r).document == client.index.example(r).id]
-    answers = client.query_many([Query(text=client.index.example(r).text) for r in whole], k=1, mode="cosine")
-    assert len(whole) == 40
-    assert [a.proponents[0].row for a in answers] == whole
+    unsplit_rows = [r for r in rows if client.index.example(r).document == client.index.example(r).id]
+    answers = client.query_many([Query(text=client.index.example(r).text) for r in unsplit_rows], k=1, mode="cosine")
+    assert len(unsplit_rows) == 40
+    assert [a.proponents[0].row for a in answers] == unsplit_rows
     assert min(a.proponents[0].score for a in answers) > 0.999
 
 
 def test_school_problems_find_school_problems(client, shared):
     with open(shared / "data/gsm8k-questions.jsonl") as lines:
-        asked = [json.loads(line) for line in lines]
-    short = [q for q in asked if len(q["prompt"] + q["completion"]) < 500][:20]
+        problems = [json.loads(line) for line in lines]
+    short = [q for q in problems if len(q["prompt"] + q["completion"]) < 500][:20]
     answers = client.query_many([Query(prompt=q["prompt"], completion=q["completion"]) for q in short], k=10)
-    found = [a.source for answer in answers for a in answer.proponents]
+    sources = [a.source for answer in answers for a in answer.proponents]
     # Half of these documents are of that kind; over the whole corpus it is 99.9 % (benchmarks/real_data.py).
-    assert found.count("gsm8k") >= 0.95 * len(found)
+    assert sources.count("gsm8k") >= 0.95 * len(sources)
 
 
 @pytest.mark.parametrize("recall", [0.9, 0.99])
 def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, recall):
     monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
     monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 10**6)
-    asked = client.encode([Query(row=row) for row in range(len(client.index))])
-    whole, read = [], []
-    for exact, hit in zip(search(client.index, asked, 10), search(client.index, asked, 10, recall=recall), strict=True):
+    query_rows = client.encode([Query(row=row) for row in range(len(client.index))])
+    is_complete, read = [], []
+    for exact, hit in zip(search(client.index, query_rows, 10), search(client.index, query_rows, 10, recall=recall), strict=True):
         assert hit.recall == recall
-        whole += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
+        is_complete += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
         read.append(hit.candidates)
-    assert len(whole) > 1500
-    assert np.mean(whole) >= recall - 2.5 * np.sqrt(recall * (1 - recall) / len(whole))
+    assert len(is_complete) > 1500
+    assert np.mean(is_complete) >= recall - 2.5 * np.sqrt(recall * (1 - recall) / len(is_complete))
     assert np.mean(read) < 0.5 * len(client.index)

@@ -96,8 +96,8 @@ def expected_scores(client, matrix, damping):
     def gradient(example):
         return np.concatenate([g.ravel() for g in autograd_gradients(model, component.layers, example)[0]])
 
-    asked = np.stack([gradient(example) for example in client.query_examples(QUERIES)])
-    solved = np.linalg.solve(matrix, asked.T).T
+    query_gradients = np.stack([gradient(example) for example in client.query_examples(QUERIES)])
+    solved = np.linalg.solve(matrix, query_gradients.T).T
     return component.weight * solved @ np.stack([gradient(corpus[row]) for row in ROWS]).T
 
 
@@ -111,8 +111,8 @@ def test_converged_scores_equal_a_dense_solve(tmp_path, model_dirs, data, matrix
         ({"training": "0.02,50"}, lambda means: np.full(len(means), tokens(client))),
     ):
         expected = expected_scores(client, matrix, damping)
-        found = client.scores(QUERIES, refine=iterations, **options)[:, ROWS]
-        assert_close(found, expected, 1e-4)
+        actual = client.scores(QUERIES, refine=iterations, **options)[:, ROWS]
+        assert_close(actual, expected, 1e-4)
         if curvature != "ekfac":
             continue
         assert_close(client.recomputed_scores(QUERIES, ROWS, refine=iterations, **options), expected, 1e-4)
@@ -152,9 +152,9 @@ def test_a_projected_index_holds_the_part_of_the_solution_that_its_rows_see(tmp_
         outputs = client.index.arrays[f"blocks/{layer.name}/output_projection"].astype(float)
         inputs = client.index.arrays[f"blocks/{layer.input_group}/input_projection"].astype(float)
         size = layer.outputs * layer.inputs
-        own = [outputs @ v[first : first + size].reshape(layer.outputs, layer.inputs) @ inputs.T for v in solved]
+        projected = [outputs @ v[first : first + size].reshape(layer.outputs, layer.inputs) @ inputs.T for v in solved]
         seen = [outputs @ g[number] @ inputs.T for g in gradients[len(QUERIES) :]]
-        expected += np.array([[float((a * b).sum()) for b in seen] for a in own])
+        expected += np.array([[float((a * b).sum()) for b in seen] for a in projected])
         first += size
     assert_close(client.scores(QUERIES, refine=CONVERGED)[:, ROWS], component.weight * expected, 1e-4)
 
@@ -195,14 +195,14 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
     sizes = [model.get_submodule(name).weight.numel() for name in weights]
     matrix += np.diag(np.repeat(30.0 * np.array(means), sizes))
     every = [name for role in roles for name in names[role]]
-    asked = [untied_gradients(model, every, example) for example in client.query_examples(QUERIES)]
+    query_gradients = [untied_gradients(model, every, example) for example in client.query_examples(QUERIES)]
     seen = [untied_gradients(model, every, corpus[row]) for row in ROWS]
 
-    def own(gradients, name):
+    def gradient_of(gradients, name):
         both = tied and name in names["embeddings"]
         return gradients[name] + (gradients[names["head"][0]] if both else 0)
 
-    flat = np.stack([np.concatenate([own(q, name).ravel() for name in weights]) for q in asked])
+    flat = np.stack([np.concatenate([gradient_of(q, name).ravel() for name in weights]) for q in query_gradients])
     pieces = np.split(np.linalg.solve(matrix, flat.T).T, np.cumsum(sizes)[:-1], axis=1)
     solved = dict(zip(weights, pieces, strict=True))
     if tied:
@@ -217,9 +217,9 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
                     tokens = np.unique(example.token_ids[1:][example.loss_mask[1:]])
                     gradient[np.setdiff1d(np.arange(len(gradient)), tokens)] = 0
                 expected[role][:, number] += solved[name] @ gradient.ravel()
-    found = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0)
+    actual = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0)
     rtol = 1e-4 if tied else 2e-3  # RMS norms round to float32
-    assert_close(found, sum(expected.values()), rtol)
+    assert_close(actual, sum(expected.values()), rtol)
     doubled = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0, weights={"head": 2.0})
     assert_close(doubled, sum(expected.values()) + expected["head"], rtol)
     report = client.query(QUERIES[0], k=3, refine=2).search.refine
@@ -246,11 +246,11 @@ def test_what_training_did_not_change_stays_as_it_is(tmp_path, data):
         client.scores(QUERIES[:1], refine=2, **head)
     blocks = {"weights": {"head": 0.0}}
     refined = client.recomputed_scores([Query(row=3)], range(12), refine=2)
-    (own,) = client.recomputed_scores([Query(row=3)], [3])
-    assert_close(refined[0, 3], own[0], 1e-4)  # its score with itself stays
+    (self_score,) = client.recomputed_scores([Query(row=3)], [3])
+    assert_close(refined[0, 3], self_score[0], 1e-4)  # its score with itself stays
     alone = client.recomputed_scores([Query(row=3)], range(12), refine=2, **blocks)[0]
-    others = refined[0] - client.recomputed_scores([Query(row=3)], range(12), **head)[0]
-    assert_close(others / others[3], alone / alone[3], 1e-4)
+    head_scores = refined[0] - client.recomputed_scores([Query(row=3)], range(12), **head)[0]
+    assert_close(head_scores / head_scores[3], alone / alone[3], 1e-4)
     assert np.abs(plain).max() > 0
 
 
@@ -275,8 +275,12 @@ def test_whole_layers_are_refined_for_candidates_by_plain_rows(tmp_path, model_d
     assert_close([a.score for a in answer.proponents], again, 1e-4)
     assert answer.search.refine.iterations == 3
     plain_candidates = client.query(QUERIES[0], k=5, rerank=10)
-    found, known = ({a.row: a.stored_score for a in each.proponents} for each in (answer, plain_candidates))
-    assert_close([found[row] for row in sorted(found.keys() & known)], [known[row] for row in sorted(found.keys() & known)], 1e-6)
+    scores, plain_scores = ({a.row: a.stored_score for a in each.proponents} for each in (answer, plain_candidates))
+    assert_close(
+        [scores[row] for row in sorted(scores.keys() & plain_scores)],
+        [plain_scores[row] for row in sorted(scores.keys() & plain_scores)],
+        1e-6,
+    )
     plainly = client.recomputed_scores(QUERIES[:1], ROWS)
     assert np.abs(client.recomputed_scores(QUERIES[:1], ROWS, refine=3) - plainly).max() > 0
     assert len(blocks.layers) == 8
@@ -294,8 +298,8 @@ def test_kept_rows_are_those_of_the_layers_and_the_corpus_that_are_asked(tmp_pat
     delete(client.index.path, ids=["d4"])
     refreshed = client.refreshed()
     assert [key for _, key in refreshed._encoded] == [()]
-    found = refreshed.scores(QUERIES[:1], refine=2)
-    assert_close(np.nan_to_num(found), np.nan_to_num(Client(client.index.path).scores(QUERIES[:1], refine=2)), 1e-6)
+    actual = refreshed.scores(QUERIES[:1], refine=2)
+    assert_close(np.nan_to_num(actual), np.nan_to_num(Client(client.index.path).scores(QUERIES[:1], refine=2)), 1e-6)
 
 
 def test_a_classifier_is_refined(tmp_path):
@@ -332,8 +336,8 @@ def test_a_classifier_is_refined(tmp_path):
     gradients = np.stack([gradient(example) for example in corpus])
     network.requires_grad_(False)
     expected = component.weight * gradients[:2] @ np.linalg.solve(matrix, gradients.T)
-    found = client.scores([Query(row=0), Query(row=1)], refine=2 * CONVERGED)
-    assert_close(found, expected, 1e-4)
+    actual = client.scores([Query(row=0), Query(row=1)], refine=2 * CONVERGED)
+    assert_close(actual, expected, 1e-4)
 
 
 def test_what_cannot_be_refined_is_refused(tmp_path, model_dirs, data):

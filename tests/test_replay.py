@@ -92,11 +92,11 @@ def record(
     with TrainingRecorder(directory, model, optimizer, tokenizer=tokenizer, clip_norm=clip) as recorder:
         for step in range(steps):
             for _ in range(accumulate):
-                chosen = order.sample(range(len(texts)), 4)
-                inputs, labels, mask = batch_of([texts[i] for i in chosen], tokenizer, left)
+                numbers = order.sample(range(len(texts)), 4)
+                inputs, labels, mask = batch_of([texts[i] for i in numbers], tokenizer, left)
                 inputs = inputs.masked_fill(mask == 0, pad)
                 count = float((labels[:, 1:] != -100).sum() * accumulate)
-                recorder.batch(inputs, labels, mask, denominator=count, ids=[f"d{i}" for i in chosen] if ids else None)
+                recorder.batch(inputs, labels, mask, denominator=count, ids=[f"d{i}" for i in numbers] if ids else None)
                 (model(input_ids=inputs, labels=labels, attention_mask=mask).loss / accumulate).backward()
             if clip:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -254,11 +254,11 @@ def test_optimizers_are_those_of_pytorch_and_their_adjoints_those_of_autograd(da
     outputs = differentiable(State(*inputs), last)
     expected = torch.autograd.grad(outputs, [*inputs, last], [part[0] for part in adjoint], allow_unused=True)
     if kind == "sgd":
-        found, of_gradient = sgd_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number)
+        derivatives, of_gradient = sgd_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number)
     else:
-        found, of_gradient = adam_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number, kind == "adamw")
-    for own, true in zip((*found, of_gradient), expected, strict=True):
-        torch.testing.assert_close(own[0], torch.zeros_like(own[0]) if true is None else true, rtol=1e-9, atol=1e-12)
+        derivatives, of_gradient = adam_adjoint(before, gradients[-1], adjoint, ranges, [0.03], number, kind == "adamw")
+    for actual, true in zip((*derivatives, of_gradient), expected, strict=True):
+        torch.testing.assert_close(actual[0], torch.zeros_like(actual[0]) if true is None else true, rtol=1e-9, atol=1e-12)
 
 
 def test_a_parameter_that_never_had_a_gradient_has_a_finite_derivative():
@@ -293,7 +293,7 @@ def run_dir(tmp_path_factory):
 
 def test_groups_of_queries_and_resumption_change_no_bit(run_dir, tmp_path, monkeypatch):
     queries = [Query(text=text, id=f"q{i}") for i, text in enumerate(TEXTS[:5])]
-    whole = replay(run_dir, queries)
+    expected = replay(run_dir, queries)
     monkeypatch.setattr(replay_module, "_LARGEST_PASS", 2)
     monkeypatch.setattr(replay_module, "_SAVE_SECONDS", -1.0)
     calls = []
@@ -315,11 +315,11 @@ def test_groups_of_queries_and_resumption_change_no_bit(run_dir, tmp_path, monke
     before = len(calls)
     resumed = replay(run_dir, queries, out)
     assert len(calls) - before == 3 * 9 - 12
-    np.testing.assert_array_equal(resumed.scores, whole.scores)
+    np.testing.assert_array_equal(resumed.scores, expected.scores)
     assert not (tmp_path / "scores.zarr.work").exists()
     scores, rows, names = read_matrix(out)
-    np.testing.assert_array_equal(scores, whole.scores)
-    assert rows == [example.id for example in whole.examples]
+    np.testing.assert_array_equal(scores, expected.scores)
+    assert rows == [example.id for example in expected.examples]
     assert names == [f"q{i}" for i in range(5)]
 
 

@@ -83,8 +83,8 @@ def expected_scores(client, query, options):
     rows = [exact_row(client, example, False) for example in examples]
 
     def scored(one):
-        asked = exact_row(client, client.query_examples([one])[0], one.row is None)
-        return np.array([product(client, asked, row, options) for row in rows]), product(client, asked, asked, options)
+        query_row = exact_row(client, client.query_examples([one])[0], one.row is None)
+        return np.array([product(client, query_row, row, options) for row in rows]), product(client, query_row, query_row, options)
 
     if query.against is not None:
         other = Query(prompt=query.prompt, completion=query.against)
@@ -107,11 +107,11 @@ def test_scores_are_those_of_rows_computed_one_at_a_time(client, query, metric):
     expected = expected_scores(client, QUERIES[query], options)
     answer = client.query(QUERIES[query], k=7, rerank=len(client.index), **options)
     scale = np.abs(expected).max()
-    for found, sign in ((answer.proponents, 1), (answer.opponents, -1)):
+    for hits, sign in ((answer.proponents, 1), (answer.opponents, -1)):
         best = np.sort(sign * expected)[::-1][:7]
-        assert_close(sign * np.array([a.score for a in found]), best[best > 0], 1e-4, scale)
-        assert_close(np.array([a.score for a in found]), expected[[a.row for a in found]], 1e-4, scale)
-        assert all(a.error is None for a in found)
+        assert_close(sign * np.array([a.score for a in hits]), best[best > 0], 1e-4, scale)
+        assert_close(np.array([a.score for a in hits]), expected[[a.row for a in hits]], 1e-4, scale)
+        assert all(a.error is None for a in hits)
     assert not answer.search.estimates
     assert answer.search.rerank.highest == 0.0
 
@@ -120,8 +120,8 @@ def test_the_cosine_of_a_contrast_has_the_length_of_the_difference(client):
     query = QUERIES["against"]
     plain = client.query(query, k=3, rerank=120)
     cosine = client.query(query, k=120, rerank=120, mode="cosine")
-    whole = client._recomputer._query_rows([query], Metric())
-    squared = product(client, whole, whole, {})
+    query_rows = client._recomputer._query_rows([query], Metric())
+    squared = product(client, query_rows, query_rows, {})
     by_row = {a.row: a.score for a in cosine.proponents}
     for a in plain.proponents:
         row = exact_row(client, client.index.example(a.row), False)
@@ -150,9 +150,9 @@ def test_ranks_and_scores_by_stored_rows_stay_beside_the_new_ones(client):
     report = after.search.rerank
     assert report.candidates == 60
     scores = client.scores([query])[0]
-    others = np.delete(scores, list(stored))
-    assert (others <= report.highest).all()
-    assert (others >= report.lowest).all()
+    other_scores = np.delete(scores, list(stored))
+    assert (other_scores <= report.highest).all()
+    assert (other_scores >= report.lowest).all()
     assert report.highest == before.proponents[-1].score
     exact = expected_scores(client, query, {})
     differences = [exact[row] - score for row, (rank, score) in stored.items() if rank > 15]
@@ -249,12 +249,12 @@ def whole_product(view, a, b, damping=None):
 @pytest.mark.parametrize("query", ["text", "row"])
 def test_whole_layers_are_compared_as_a_formula_of_whole_gradients_says(client, fitted, query, metric):
     options = METRICS[metric]
-    asked = QUERIES[query]
+    asked_query = QUERIES[query]
     view = fitted._recomputer.view
     sparse = {component.name: component.weight for component in view.manifest.components if component.kind == "sparse"}
     rows = [3, 50, 7, 0]
     examples = [fitted.index.example(row) for row in rows]
-    own = fitted.query_examples([asked])[0]
+    query_example = fitted.query_examples([asked_query])[0]
 
     def score(a, b, a_measured):
         """Head and embeddings by rows computed alone, times the weights that the fit gave them, and the blocks by whole gradients."""
@@ -264,13 +264,13 @@ def test_whole_layers_are_compared_as_a_formula_of_whole_gradients_says(client, 
         rest = product(client, one, other, {"weights": weights, **damping})
         return rest + whole_product(view, whole_gradients(client, a), whole_gradients(client, b), options.get("damping"))
 
-    expected = np.array([score(own, example, asked.row is None) for example in examples])
+    expected = np.array([score(query_example, example, asked_query.row is None) for example in examples])
     if metric == "cosine":
         lengths = np.array([score(example, example, False) for example in examples])
-        expected /= np.sqrt(lengths * score(own, own, asked.row is None))
-    found = fitted.recomputed_scores([asked], rows, **options)[0]
-    assert_close(found, expected, 1e-3, np.abs(expected).max())
-    answer = fitted.query(asked, k=120, rerank=120, **options)
+        expected /= np.sqrt(lengths * score(query_example, query_example, asked_query.row is None))
+    actual = fitted.recomputed_scores([asked_query], rows, **options)[0]
+    assert_close(actual, expected, 1e-3, np.abs(expected).max())
+    answer = fitted.query(asked_query, k=120, rerank=120, **options)
     by_row = {a.row: a.score for a in (*answer.proponents, *answer.opponents)}
     assert_close([by_row[row] for row in rows], expected, 1e-3, np.abs(expected).max())
     assert answer.search.rerank.unprojected_layers == 8
@@ -292,11 +292,11 @@ def test_vectors_in_8_bits_err_by_half_a_step_of_their_block(rows, dim, seed):
     generator = np.random.default_rng(seed)
     values = (generator.standard_normal((rows, dim)) * generator.choice([0.0, 1e-20, 1.0, 1e20], dim)).astype(np.float32)
     coded = recompute.CodedVectors.of(DenseVectors(values))
-    others = generator.standard_normal((4, dim)).astype(np.float32)
+    other_vectors = generator.standard_normal((4, dim)).astype(np.float32)
     blocks = [slice(first, first + 4096) for first in range(0, dim, 4096)]
-    largest = sum(np.abs(values[:, b]).max(axis=1)[:, None] / 254 * np.abs(others[:, b]).sum(axis=1) for b in blocks)
-    size = np.abs(values.astype(float)) @ np.abs(others.astype(float)).T
-    errors = np.abs(coded.inner_products(DenseVectors(others)) - values.astype(float) @ others.astype(float).T)
+    largest = sum(np.abs(values[:, b]).max(axis=1)[:, None] / 254 * np.abs(other_vectors[:, b]).sum(axis=1) for b in blocks)
+    size = np.abs(values.astype(float)) @ np.abs(other_vectors.astype(float)).T
+    errors = np.abs(coded.inner_products(DenseVectors(other_vectors)) - values.astype(float) @ other_vectors.astype(float).T)
     assert (errors <= 1.01 * largest + 1e-4 * size).all()
 
 
@@ -369,10 +369,10 @@ def test_a_damaged_fit_is_refused_and_plain_queries_are_not(fitted, tmp_path):
     damaged(edit(file={"path": "../x", "bytes": 1, "sha256": "0" * 64}), IntegrityError, "is damaged")
     damaged(edit(file={"path": "encoder/x", "bytes": 1, "sha256": "0" * 64}), IntegrityError, "not in the folder rerank")
     damaged(lambda record, arrays: (record.unlink(), record.symlink_to("nowhere")), IntegrityError, "cannot be read|is damaged")
-    whole = json.loads((fitted.index.path / "rerank/rerank.json").read_text())["components"]
-    *sparse, dense = whole
+    components = json.loads((fitted.index.path / "rerank/rerank.json").read_text())["components"]
+    *sparse, dense = components
     damaged(edit(components=sparse), IntegrityError, "one for each part")
-    damaged(edit(components=[*whole, dense]), IntegrityError, "one for each part")
+    damaged(edit(components=[*components, dense]), IntegrityError, "one for each part")
     damaged(edit(components=[*sparse, {**dense, "model": 7}]), IntegrityError, "one for each part")
     damaged(edit(components=[*sparse, {**dense, "weight": -1}]), IntegrityError, "one for each part")
     damaged(edit(components=[*sparse, {**dense, "coordinates": 3}]), IntegrityError, "not EK-FAC of whole layers")

@@ -43,11 +43,11 @@ def kinds_of_rows(count, seed=0):
 def queries_for(rows, count, seed):
     """Half are near some row, half are not; sparse ones among both."""
     generator = np.random.default_rng(seed)
-    asked = generator.standard_normal((count, DIM)) * np.linalg.norm(rows, axis=1).mean() / 16
-    asked[::2] += rows[generator.integers(0, len(rows), len(asked[::2]))]
-    asked[::5] *= generator.random((len(asked[::5]), DIM)) < 0.02
-    asked[:, 0] += 1e-3 * np.linalg.norm(rows, axis=1).mean()
-    return {"blocks": DenseVectors(asked.astype(np.float32))}
+    query_vectors = generator.standard_normal((count, DIM)) * np.linalg.norm(rows, axis=1).mean() / 16
+    query_vectors[::2] += rows[generator.integers(0, len(rows), len(query_vectors[::2]))]
+    query_vectors[::5] *= generator.random((len(query_vectors[::5]), DIM)) < 0.02
+    query_vectors[:, 0] += 1e-3 * np.linalg.norm(rows, axis=1).mean()
+    return {"blocks": DenseVectors(query_vectors.astype(np.float32))}
 
 
 @pytest.mark.parametrize(
@@ -101,38 +101,38 @@ def test_several_dense_components_add_their_variances(tmp_path, model_dir, corpu
     rows = client.encode(queries)
     scorer = Scorer.of(client.index, rows, Metric())
     (group,) = client.index.groups
-    whole = scorer.estimates(group).deviations.astype(float) ** 2
+    variances = scorer.estimates(group).deviations.astype(float) ** 2
     parts = []
     for name in ("blocks-1", "blocks-2"):
         other_name = "blocks-2" if name == "blocks-1" else "blocks-1"
         alone = Scorer.of(client.index, rows, Metric(weights={other_name: 0.0}))
         parts.append(alone.estimates(group).deviations.astype(float) ** 2)
-    np.testing.assert_allclose(whole, parts[0] + parts[1], rtol=1e-4)
-    exact, found = (client.answer(queries, rows, k=5, recall=r) for r in (1.0, 0.99999))
-    for x, y in zip(exact, found, strict=True):
+    np.testing.assert_allclose(variances, parts[0] + parts[1], rtol=1e-4)
+    exact, actual = (client.answer(queries, rows, k=5, recall=r) for r in (1.0, 0.99999))
+    for x, y in zip(exact, actual, strict=True):
         assert_same_ranking(y.proponents, x.proponents, 1e-5)
-    assert found[0].search.method == "by quantized scan and rescore"
+    assert actual[0].search.method == "by quantized scan and rescore"
 
 
 def test_a_recall_of_almost_one_and_queries_that_are_no_numbers(index_dir):
     index = Index(index_dir)
-    asked = np.random.default_rng(0).standard_normal((2, index.manifest.components[0].dim)).astype(np.float32)
+    query_vectors = np.random.default_rng(0).standard_normal((2, index.manifest.components[0].dim)).astype(np.float32)
     for recall in (np.nextafter(1, 0), 1 - 1e-15):
-        assert len(search(index, {"blocks": DenseVectors(asked)}, 10, recall=recall)) == 2
-    asked[1, 0] = np.nan
+        assert len(search(index, {"blocks": DenseVectors(query_vectors)}, 10, recall=recall)) == 2
+    query_vectors[1, 0] = np.nan
     with pytest.raises(NumericalError, match="not finite"):
-        search(index, {"blocks": DenseVectors(asked)}, 10, recall=0.9)
+        search(index, {"blocks": DenseVectors(query_vectors)}, 10, recall=0.9)
 
 
 def complete(index, queries, k, recall):
     """The share of scan-and-rescore answers that miss nothing, of proponents and of opponents; and rows read."""
-    whole, rows_read = [], []
+    is_complete, rows_read = [], []
     for exact, hit in zip(search(index, queries, k), search(index, queries, k, recall=recall), strict=True):
         if hit.recall == 1:
             continue
         rows_read.append(hit.candidates)
-        whole += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
-    return np.mean(whole), len(whole), np.mean(rows_read)
+        is_complete += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
+    return np.mean(is_complete), len(is_complete), np.mean(rows_read)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_certificates_are_kept(tmp_path, index_dir, monkeypatch, name, k, recall
     monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 10)
     index = dense_index(tmp_path / "i", index_dir, rows, "int8" if name == "lopsided" else "float32", group_rows=1000)
     assert len(index.groups) == 3
-    share, asked, rows_read = complete(index, queries_for(rows, 300, 5), k, recall)
-    assert asked > 300
-    assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / asked)
+    share, number_of_queries, rows_read = complete(index, queries_for(rows, 300, 5), k, recall)
+    assert number_of_queries > 300
+    assert share >= recall - 2.5 * np.sqrt(recall * (1 - recall) / number_of_queries)
     assert rows_read < len(rows)
     if k == 1:
         assert rows_read < len(rows) / 10
@@ -180,8 +180,8 @@ def test_a_broken_estimator_breaks_certificates(tmp_path, index_dir, monkeypatch
 def test_both_loops_count_alike_and_products_are_those_of_the_rounded_query():
     generator = np.random.default_rng(0)
     for rows, bits, count in ((1, 64, 1), (300, 200, 3), (70, 1024, 2)):
-        vectors, asked = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
-        codes, rounded = to_words(np.packbits(vectors > 0, axis=1), "<u8"), RoundedQueries.of(asked)
+        vectors, query_vectors = generator.standard_normal((rows, bits)), generator.standard_normal((count, bits)).astype(np.float32)
+        codes, rounded = to_words(np.packbits(vectors > 0, axis=1), "<u8"), RoundedQueries.of(query_vectors)
         module._count_differences._work = 0
         plain = rounded.products(codes)
         module._count_differences._work = module._count_differences._least_work
@@ -189,20 +189,20 @@ def test_both_loops_count_alike_and_products_are_those_of_the_rounded_query():
         totals = np.zeros((count, rows), np.uint32)
         count_differences(codes, rounded.planes, totals)
         levels = [[np.unpackbits(plane.view(np.uint8), count=bits) for plane in planes] for planes in rounded.planes]
-        whole = np.array([[2.0 * sum(int(2**p) * plane for p, plane in enumerate(planes)) - 15] for planes in levels])[:, 0]
-        whole *= rounded.half_steps[:, None]
-        assert_close(plain, whole @ np.where(vectors > 0, 1, -1).T, 1e-5, np.abs(whole).sum(1).max())
-        np.testing.assert_allclose(np.linalg.norm(asked - whole, axis=1), rounded.error_lengths, rtol=1e-4)
-        assert (rounded.error_lengths < 0.2 * np.linalg.norm(asked, axis=1)).all()
+        levels_of_query = np.array([[2.0 * sum(int(2**p) * plane for p, plane in enumerate(planes)) - 15] for planes in levels])[:, 0]
+        levels_of_query *= rounded.half_steps[:, None]
+        assert_close(plain, levels_of_query @ np.where(vectors > 0, 1, -1).T, 1e-5, np.abs(levels_of_query).sum(1).max())
+        np.testing.assert_allclose(np.linalg.norm(query_vectors - levels_of_query, axis=1), rounded.error_lengths, rtol=1e-4)
+        assert (rounded.error_lengths < 0.2 * np.linalg.norm(query_vectors, axis=1)).all()
     assert not RoundedQueries.of(np.zeros((1, 64), np.float32)).products(codes[:1, :1]).any()
 
 
 def test_int8_products_are_numpys():
     generator = np.random.default_rng(0)
-    codes, asked = generator.integers(-127, 128, (50, 333), dtype=np.int8), generator.standard_normal((3, 333)).astype(np.float32)
-    found = np.zeros((3, 50), np.float32)
-    multiply_int8(codes, asked, found)
-    assert_close(found, asked.astype(float) @ codes.T, 1e-6, (np.abs(asked).astype(float) @ np.abs(codes).T).max())
+    codes, query_vectors = generator.integers(-127, 128, (50, 333), dtype=np.int8), generator.standard_normal((3, 333)).astype(np.float32)
+    actual = np.zeros((3, 50), np.float32)
+    multiply_int8(codes, query_vectors, actual)
+    assert_close(actual, query_vectors.astype(float) @ codes.T, 1e-6, (np.abs(query_vectors).astype(float) @ np.abs(codes).T).max())
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +227,8 @@ def test_answers_are_those_of_the_exact_search(indexes, name, mode):
     queries = [Query(row=3), *(Query(text=t) for t in random_texts(9, seed=8))]
     for options in ({}, {"where": "year >= 1960"}, {"weights": {"blocks": 2.0} if name != "head" else {}}):
         exact = client.query_many(queries, k=5, mode=mode, **options)
-        found = client.query_many(queries, k=5, mode=mode, recall=0.99999, **options)
-        for a, b in zip(exact, found, strict=True):
+        answers = client.query_many(queries, k=5, mode=mode, recall=0.99999, **options)
+        for a, b in zip(exact, answers, strict=True):
             assert b.search.method == ("exact" if name == "head" else "by quantized scan and rescore"), b.search.note
             assert b.search.recall == (1.0 if name == "head" else 0.99999)
             assert b.search.candidates <= b.search.rows
@@ -251,7 +251,7 @@ def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monk
         with pytest.raises(UsageError, match="recall"):
             Client(path).query(row=1, recall=wrong)
     before = Client(path).query(row=1, recall=0.9)
-    cache, *others = (path / "search").iterdir()
+    cache, *further_caches = (path / "search").iterdir()
     raw = cache.read_bytes()
     for name, (start, size, _) in ArrayFile(cache)._entries.items():
         if not name.startswith("blocks/"):
@@ -266,7 +266,7 @@ def test_what_cannot_be_certified_is_scanned_and_says_so(indexes, tmp_path, monk
     assert "wherefrom reindex" in Client(path).query(row=1, recall=0.9).search.note
     shutil.rmtree(path / "search")
     assert "wherefrom reindex" in Client(path).query(row=1, recall=0.9).search.note
-    assert Index(path).reindex() == 1 + len(others)
+    assert Index(path).reindex() == 1 + len(further_caches)
     assert Client(path).query(row=1, recall=0.9).proponents == before.proponents
 
 

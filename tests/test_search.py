@@ -16,7 +16,7 @@ from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.kernels import best_of
-from wherefrom.store.vectors import DenseVectors, join
+from wherefrom.store.vectors import DenseVectors, concatenate
 
 
 def dense_rows(index):
@@ -34,20 +34,20 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
     index = Index(index_dir)
     rows, queries = dense_rows(index), random_queries(index, 300)
     against = rows / np.linalg.norm(rows, axis=1, keepdims=True) if mode == "cosine" else rows
-    asked = queries["blocks"].values
+    query_values = queries["blocks"].values
     if mode == "cosine":
-        asked = asked / np.linalg.norm(asked, axis=1, keepdims=True)
+        query_values = query_values / np.linalg.norm(query_values, axis=1, keepdims=True)
     hits = search(index, queries, 7, Metric(mode))
-    best, best_rows = faiss.knn(asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
-    worst, worst_rows = faiss.knn(-asked, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
+    best, best_rows = faiss.knn(query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
+    worst, worst_rows = faiss.knn(-query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
     for i, hit in enumerate(hits):
         largest = max(best[i].max(), worst[i].max())
         assert_close(hit.proponent_scores, best[i], 1e-5, largest)
         assert_close(hit.opponent_scores, -worst[i], 1e-5, largest)
-        whole = against @ asked[i]
-        for its_rows, others in ((hit.proponents, best_rows[i]), (hit.opponents, worst_rows[i])):
+        scores = against @ query_values[i]
+        for its_rows, expected_rows in ((hit.proponents, best_rows[i]), (hit.opponents, worst_rows[i])):
             assert len(set(its_rows)) == 7
-            assert_close(whole[its_rows], whole[others], 1e-5, largest)  # rows of nearly one score may change places
+            assert_close(scores[its_rows], scores[expected_rows], 1e-5, largest)  # rows of nearly one score may change places
         assert (hit.proponent_scores > 0).all()
         assert (np.diff(hit.proponent_scores) <= 0).all()
         assert (hit.opponent_scores < 0).all()
@@ -57,9 +57,9 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
 def test_all_scores_are_all_inner_products(index_dir):
     index = Index(index_dir)
     queries = random_queries(index, 3)
-    found = score_matrix(index, queries)
-    rows, asked = dense_rows(index).astype(float), queries["blocks"].values.astype(float)
-    assert_close(found, asked @ rows.T, 1e-6, np.outer(np.linalg.norm(asked, axis=1), np.linalg.norm(rows, axis=1)))
+    actual = score_matrix(index, queries)
+    rows, query_values = dense_rows(index).astype(float), queries["blocks"].values.astype(float)
+    assert_close(actual, query_values @ rows.T, 1e-6, np.outer(np.linalg.norm(query_values, axis=1), np.linalg.norm(rows, axis=1)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,10 +81,10 @@ def test_merging_blocks_is_sorting_the_whole(scores, k, block, sign):
                 best.add(*late.pop())
     for candidates in late:
         best.add(*candidates)
-    found = best.ranked()
+    actual = best.ranked()
     order = [i for i in sorted(range(len(scores)), key=lambda i: (-sign * scores[i], i)) if sign * scores[i] > 0][:k]
-    assert found[0].tolist() == order
-    assert found[1].tolist() == scores[order].tolist()
+    assert actual[0].tolist() == order
+    assert actual[1].tolist() == scores[order].tolist()
 
 
 def built(tmp_path, model_dir, corpus_file, name, **options):
@@ -100,9 +100,9 @@ def test_query_time_damping_equals_an_index_built_with_it(tmp_path, model_dir, c
     high = Client(built(tmp_path, model_dir, corpus_file, "high", curvature=curvature, damping=2.0))
     queries = [Query(text=t) for t in random_texts(3, seed=9)]
     rows_low, rows_high = low.encode(queries), high.encode(queries)
-    there = score_matrix(low.index, rows_low, Metric(mode, 2.0))
+    low_scores = score_matrix(low.index, rows_low, Metric(mode, 2.0))
     scratch = score_matrix(high.index, rows_high, Metric(mode))
-    assert_close(there, scratch, 2e-4)
+    assert_close(low_scores, scratch, 2e-4)
     plain = score_matrix(low.index, rows_low, Metric(mode))
     assert np.abs(plain - scratch).max() > 1e-2 * np.abs(scratch).max()
     same = score_matrix(low.index, rows_low, Metric(mode, 0.05))
@@ -114,13 +114,13 @@ def test_smaller_rows_keep_the_scores(tmp_path, model_dir, corpus_file, index_di
     small = Index(built(tmp_path, model_dir, corpus_file, dtype, row_dtype=dtype))
     queries = random_queries(small, 5)
     exact = score_matrix(Index(index_dir), queries)
-    found = score_matrix(small, queries)
-    assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
+    actual = score_matrix(small, queries)
+    assert np.abs(actual - exact).max() < tolerance * np.abs(exact).max()
     for metric in (Metric("cosine"), Metric("cosine", 1.0)):
         exact = score_matrix(Index(index_dir), queries, metric)
-        found = score_matrix(small, queries, metric)
-        assert np.abs(found - exact).max() < tolerance * np.abs(exact).max()
-        assert np.abs(found).max() <= 1 + 1e-5
+        actual = score_matrix(small, queries, metric)
+        assert np.abs(actual - exact).max() < tolerance * np.abs(exact).max()
+        assert np.abs(actual).max() <= 1 + 1e-5
 
 
 def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
@@ -128,8 +128,8 @@ def test_every_row_finds_itself_first_in_cosine_mode(index_dir):
     answers = client.query_many([Query(row=i) for i in range(len(client.index))], k=1, mode="cosine")
     for i, answer in enumerate(answers):
         assert answer.proponents[0].score == pytest.approx(1, abs=1e-5)
-        found = client.index.example(answer.proponents[0].row)
-        assert answer.proponents[0].row == i or found.text == client.index.example(i).text
+        first_example = client.index.example(answer.proponents[0].row)
+        assert answer.proponents[0].row == i or first_example.text == client.index.example(i).text
 
 
 def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_norm(tmp_path, model_dir, corpus_file):
@@ -137,12 +137,12 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
     (component,) = client.index.manifest.components
     for i in (0, 17, 119):
         example = client.index.example(i)
-        asked = client.encode([Query(text=example.text)])["blocks"]
+        query_rows = client.encode([Query(text=example.text)])["blocks"]
         stored = client.index.vectors(i, component)
-        assert_close(asked.values, stored.values, 1e-4)
+        assert_close(query_rows.values, stored.values, 1e-4)
         answer = client.query(text=example.text, k=120)
-        (own,) = [a for a in answer.proponents if a.row == i]
-        assert own.score == pytest.approx(float(np.linalg.norm(stored.values)) ** 2, rel=1e-3)
+        (self_hit,) = [a for a in answer.proponents if a.row == i]
+        assert self_hit.score == pytest.approx(float(np.linalg.norm(stored.values)) ** 2, rel=1e-3)
 
 
 def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
@@ -182,11 +182,11 @@ def test_many_queries_answer_like_each_alone(index_dir):
 @pytest.mark.parametrize("recall", [1.0, 0.9])
 def test_more_answers_than_rows_are_all_rows(index_dir, recall):
     client = Client(index_dir)
-    whole = client.query(row=1, k=120, recall=recall)
-    assert 100 < len(whole.proponents) + len(whole.opponents) <= 120
+    answer = client.query(row=1, k=120, recall=recall)
+    assert 100 < len(answer.proponents) + len(answer.opponents) <= 120
     for k in (121, 5 * 10**9):
         more = client.query(row=1, k=k, recall=recall)
-        assert (more.proponents, more.opponents) == (whole.proponents, whole.opponents)
+        assert (more.proponents, more.opponents) == (answer.proponents, answer.opponents)
     few = client.query(row=1, k=121, where='id in ["d1", "d2"]')
     assert {a.id for a in (*few.proponents, *few.opponents)} == {"d1", "d2"}
 
@@ -222,12 +222,13 @@ def test_copies_of_an_index_answer_alike_wherever_they_lie(index_dir, tmp_path):
 @pytest.mark.parametrize("mode", ["influence", "cosine"])
 def test_undoing_the_curvature_equals_an_index_without(tmp_path, model_dir, corpus_file, curvature, mode):
     whitened, plain = (Client(built(tmp_path, model_dir, corpus_file, name, curvature=name)) for name in (curvature, "identity"))
-    rows, asked = (
-        join([{"blocks": client.index.vectors(row, client.index.component("blocks"))} for row in (3, 50)]) for client in (whitened, plain)
+    rows, query_rows = (
+        concatenate([{"blocks": client.index.vectors(row, client.index.component("blocks"))} for row in (3, 50)])
+        for client in (whitened, plain)
     )
-    found = score_matrix(whitened.index, rows, Metric(mode, curvature=False))
-    expected = score_matrix(plain.index, asked, Metric(mode))
-    assert_close(found, expected, 2e-4)
+    actual = score_matrix(whitened.index, rows, Metric(mode, curvature=False))
+    expected = score_matrix(plain.index, query_rows, Metric(mode))
+    assert_close(actual, expected, 2e-4)
 
 
 @pytest.mark.parametrize("mode", ["influence", "cosine", "loss-normalized"])
@@ -239,28 +240,28 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
     components = client.index.manifest.components
     examples = [client.index.example(i) for i in range(120)]
     rows, queries = client.encoder.rows(examples), [Query(text=t) for t in random_texts(40, seed=77, shortest=12)]
-    asked = client.encode(queries)
+    query_rows = client.encode(queries)
     exact, squared = 0, 0
     for s in components:
-        exact = exact + s.weight * asked[s.name].inner_products(rows[s.name])
+        exact = exact + s.weight * query_rows[s.name].inner_products(rows[s.name])
         squared = squared + s.weight * rows[s.name].squared_norms
-        norms = s.weight * asked[s.name].squared_norms + (0 if s is components[0] else norms)
+        norms = s.weight * query_rows[s.name].squared_norms + (0 if s is components[0] else norms)
     if mode == "cosine":
         exact = exact / np.sqrt(norms[:, None] * squared[None])
     if mode == "loss-normalized":
         exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     metric = Metric(mode)
-    scorer = Scorer.of(client.index, asked, metric)
-    found = score_matrix(client.index, asked, metric)
+    scorer = Scorer.of(client.index, query_rows, metric)
+    actual = score_matrix(client.index, query_rows, metric)
     errors = np.stack([scorer.standard_errors(query, np.arange(120)) for query in range(40)])
-    z = ((found - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the query the stated error is too large
+    z = ((actual - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the query the stated error is too large
     assert 0.8 < z.std() < 1.1
     assert np.mean(np.abs(z) > 3) < 0.01
     answer = client.query(text=examples[3].text, mode=mode, k=4)
     assert all(a.error > 0 for a in answer.proponents)
-    own = client.query(row=3, mode=mode, k=4).proponents[0]
-    assert own.error is None
-    assert mode != "cosine" or (own.row == 3 and own.score <= 1)
+    first_hit = client.query(row=3, mode=mode, k=4).proponents[0]
+    assert first_hit.error is None
+    assert mode != "cosine" or (first_hit.row == 3 and first_hit.score <= 1)
 
 
 def test_float_rows_have_no_error_of_their_own(index_dir):

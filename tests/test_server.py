@@ -91,9 +91,9 @@ def raw(port, method, path, body=None, headers=None, host=None):
         connection.putheader("Content-Length", str(len(body)))
     connection.endheaders(body)
     response = connection.getresponse()
-    found = response.read()
+    content = response.read()
     connection.close()
-    return response.status, found, dict(response.getheaders())
+    return response.status, content, dict(response.getheaders())
 
 
 def without_numbers(said, numbers):
@@ -103,10 +103,10 @@ def without_numbers(said, numbers):
     return json.loads(to_json(content), parse_float=lambda text: numbers.append(float(text)))
 
 
-def assert_alike(found, expected):
+def assert_alike(actual, expected):
     """Two answers or explanations are equal but for the last digits of numbers: two processes computed them."""
     ours, theirs = [], []
-    assert without_numbers(found, ours) == without_numbers(expected, theirs)
+    assert without_numbers(actual, ours) == without_numbers(expected, theirs)
     assert_close(ours, theirs, 1e-5)
 
 
@@ -128,49 +128,49 @@ OPTIONS = [
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_both_clients_answer_alike(server, paths, name):
-    here, there = Client(str(paths[name])), connect(server.url, index="head" if name == "sparse" else "dense")
-    assert isinstance(there, RemoteClient)
+    local, remote = Client(str(paths[name])), connect(server.url, index="head" if name == "sparse" else "dense")
+    assert isinstance(remote, RemoteClient)
     for options in OPTIONS:
-        for a, b in zip(here.query_many(QUERIES, **options), there.query_many(QUERIES, **options), strict=True):
+        for a, b in zip(local.query_many(QUERIES, **options), remote.query_many(QUERIES, **options), strict=True):
             assert_alike(b, a)
             assert isinstance(b, Answer)
-    assert_alike(there.query(prompt="w1 w2", completion=" w3", k=2), here.query(prompt="w1 w2", completion=" w3", k=2))
-    (mean,) = there.query_many(QUERIES[:3], mean=True)
-    (own,) = here.query_many(QUERIES[:3], mean=True)
-    assert_same_ranking(mean.proponents, own.proponents, 1e-5)
-    for a, b in zip(here.explain([3, 70], QUERIES[0]), there.explain([3, 70], QUERIES[0]), strict=True):
+    assert_alike(remote.query(prompt="w1 w2", completion=" w3", k=2), local.query(prompt="w1 w2", completion=" w3", k=2))
+    (mean,) = remote.query_many(QUERIES[:3], mean=True)
+    (mean_answer,) = local.query_many(QUERIES[:3], mean=True)
+    assert_same_ranking(mean.proponents, mean_answer.proponents, 1e-5)
+    for a, b in zip(local.explain([3, 70], QUERIES[0]), remote.explain([3, 70], QUERIES[0]), strict=True):
         assert_alike(b, a)
-    assert there.complete("w1 w2", 3) == here.complete("w1 w2", 3)
+    assert remote.complete("w1 w2", 3) == local.complete("w1 w2", 3)
     for options in ({}, {"where": "year > 1950", "mode": "cosine", "damping": 2.0} if name == "dense" else {"where": "year > 1950"}):
-        scores = here.scores(QUERIES, **options)
+        scores = local.scores(QUERIES, **options)
         assert scores.shape == (len(QUERIES), 120)
         assert np.isnan(scores).any() == ("where" in options)
-        assert_close(np.nan_to_num(there.scores(QUERIES, **options)), np.nan_to_num(scores), 1e-5)
-    ours, theirs = here.encode(QUERIES), there.encode(QUERIES)
+        assert_close(np.nan_to_num(remote.scores(QUERIES, **options)), np.nan_to_num(scores), 1e-5)
+    ours, theirs = local.encode(QUERIES), remote.encode(QUERIES)
     assert ours.keys() == theirs.keys()
     for component, vectors in ours.items():
         for field in (field for field in fields(vectors) if getattr(vectors, field.name) is not None):
             assert_close(getattr(theirs[component], field.name), getattr(vectors, field.name), 1e-5)
     with pytest.raises(UsageError, match="nothing is not an option"):
-        there.encode(QUERIES, nothing=1)
-    ranked = [p.row for p in here.query(QUERIES[0], k=5).proponents]
-    assert np.argsort(-here.scores(QUERIES[:1])[0], kind="stable")[:5].tolist() == ranked
+        remote.encode(QUERIES, nothing=1)
+    ranked = [p.row for p in local.query(QUERIES[0], k=5).proponents]
+    assert np.argsort(-local.scores(QUERIES[:1])[0], kind="stable")[:5].tolist() == ranked
 
 
 def test_a_server_refines_no_longer_than_it_should(server):
-    there = connect(server.url, index="dense")
+    remote = connect(server.url, index="dense")
     for ask in (
-        lambda: there.query(prompt="w1", completion=" w2", refine=100),
-        lambda: there.scores(QUERIES[:1], refine=100),
-        lambda: there.explain([3], QUERIES[0], refine=100),
-        lambda: there.encode(QUERIES[:1], refine=100),
+        lambda: remote.query(prompt="w1", completion=" w2", refine=100),
+        lambda: remote.scores(QUERIES[:1], refine=100),
+        lambda: remote.explain([3], QUERIES[0], refine=100),
+        lambda: remote.encode(QUERIES[:1], refine=100),
     ):
         with pytest.raises(UsageError, match="a server takes at most 10,000 for a request"):
             ask()
     with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
-        there.query(prompt="w1", completion=" w2", refine=1)
+        remote.query(prompt="w1", completion=" w2", refine=1)
     with pytest.raises(UsageError, match="are a random projection, which has no inverse"):
-        there.encode(QUERIES[:1], refine=1)
+        remote.encode(QUERIES[:1], refine=1)
 
 
 def test_the_command_line_asks_a_running_server_and_prints_the_same(server, paths, environment):
@@ -181,14 +181,14 @@ def test_the_command_line_asks_a_running_server_and_prints_the_same(server, path
         return done.exit_code, done.output
 
     arguments = ("query", index, "--prompt", "w1 w2", "--completion", " w3", "-k", "4", "--group-by", "source", "--json")
-    (code, there), (local_code, here) = run(*arguments), run(*arguments, "--local")
-    assert (code, local_code) == (0, 0), there + here
-    assert_alike(json.loads(there), json.loads(here))
-    shown, local = run(*arguments[:-1])[1], run(*arguments[:-1], "--local")[1]
-    assert shown.splitlines()[:20] == local.splitlines()[:20]
+    (code, remote), (local_code, in_process) = run(*arguments), run(*arguments, "--local")
+    assert (code, local_code) == (0, 0), remote + in_process
+    assert_alike(json.loads(remote), json.loads(in_process))
+    shown, local_table = run(*arguments[:-1])[1], run(*arguments[:-1], "--local")[1]
+    assert shown.splitlines()[:20] == local_table.splitlines()[:20]
     for wrong in (("--where", "nothing == 1"), ("-k", "0"), ("--damping", "-3")):
-        there, here = run(*arguments, *wrong), run(*arguments, *wrong, "--local")
-        assert there[0] == here[0] != 0
+        remote, in_process = run(*arguments, *wrong), run(*arguments, *wrong, "--local")
+        assert remote[0] == in_process[0] != 0
     assert run("query", index, "--row", "999999", "--json")[0] == 2
     explained = run("explain", index, "--example", "3", "--prompt", "w1 w2", "--completion", " w3", "--json")
     assert json.loads(explained[1])["row"] == 3
@@ -212,10 +212,10 @@ def test_asking_a_server_loads_nothing_heavy(server, paths, environment):
 
 def test_what_the_pages_say(server, paths):
     def get(path):
-        status, found, headers = raw(server.port, "GET", path)
-        assert status == 200, found
+        status, content, headers = raw(server.port, "GET", path)
+        assert status == 200, content
         assert headers["x-content-type-options"] == "nosniff"
-        return found
+        return content
 
     assert json.loads(get("/healthz"))["status"] == "ok"
     assert json.loads(get("/readyz"))["status"] == "ok"
@@ -236,7 +236,12 @@ def test_what_the_pages_say(server, paths):
     best = Client(paths["dense"]).query(row=7, k=1).proponents[0]
     assert (int(np.argmax(numbers)), pytest.approx(best.score, rel=1e-5)) == (best.row, float(numbers.max()))
     metrics = get("/metrics").decode()
-    for name in ("wherefrom_stage_seconds_bucket", "wherefrom_candidates_total", "wherefrom_remembered_total", "wherefrom_responses_total"):
+    for name in (
+        "wherefrom_stage_seconds_bucket",
+        "wherefrom_candidates_total",
+        "wherefrom_cached_queries_total",
+        "wherefrom_responses_total",
+    ):
         assert name in metrics
     for page in ("/", "/docs", "/static/app.js", "/static/style.css", "/static/docs.js", "/static/icon.svg"):
         assert get(page)
@@ -285,10 +290,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_requests_get_one_sentence(server, name):
     body, expected, word = BAD[name]
-    status, found, headers = raw(server.port, "POST", "/v1/query", body)
-    assert status in (expected if isinstance(expected, tuple) else (expected,)), found
+    status, content, headers = raw(server.port, "POST", "/v1/query", body)
+    assert status in (expected if isinstance(expected, tuple) else (expected,)), content
     assert headers["content-type"] == "application/problem+json"
-    problem = json.loads(found)
+    problem = json.loads(content)
     assert problem["status"] == status
     assert word in problem["detail"]
     assert "Traceback" not in problem["detail"]
@@ -303,9 +308,9 @@ def test_both_clients_give_all_rows_where_more_are_asked_for(server, paths):
 
 def test_a_body_that_is_not_said_to_be_json_is_refused(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        status, found, _ = raw(server.port, "POST", "/v1/query", b'{"index": "dense", "row": 1}', headers={"Content-Type": kind})
+        status, content, _ = raw(server.port, "POST", "/v1/query", b'{"index": "dense", "row": 1}', headers={"Content-Type": kind})
         assert status == 415
-        assert "Content-Type: application/json" in json.loads(found)["detail"]
+        assert "Content-Type: application/json" in json.loads(content)["detail"]
 
 
 def test_both_clients_refuse_what_is_no_option(server, paths):
@@ -324,16 +329,16 @@ def test_hostile_paths_sizes_hosts_and_clients(server):
         "/v1/indexes/%2e%2e",
         "/nothing",
     ):
-        status, found, _ = raw(server.port, "GET", path)
+        status, content, _ = raw(server.port, "GET", path)
         assert status == 404, path
-        assert b"import" not in found
+        assert b"import" not in content
     assert raw(server.port, "POST", "/v1/query", b"x" * (1 << 20 | 1))[0] == 413
     assert raw(server.port, "POST", "/v1/query", b"{}", {"Content-Length": "99999999"})[0] == 413
-    status, found, _ = raw(server.port, "POST", "/healthz", b"")
-    assert (status, json.loads(found)["detail"]) == (405, "/healthz does not take POST; /docs lists what it takes")
+    status, content, _ = raw(server.port, "POST", "/healthz", b"")
+    assert (status, json.loads(content)["detail"]) == (405, "/healthz does not take POST; /docs lists what it takes")
     assert json.loads(raw(server.port, "GET", "/nothing")[1])["detail"] == "there is no /nothing; /docs lists what there is"
-    status, found, headers = raw(server.port, "GET", "/v1/indexes", host="evil.example:80")
-    assert (status, found, headers["x-content-type-options"]) == (400, b"Invalid host header", "nosniff")
+    status, content, headers = raw(server.port, "GET", "/v1/indexes", host="evil.example:80")
+    assert (status, content, headers["x-content-type-options"]) == (400, b"Invalid host header", "nosniff")
     for name in ("localhost", "LOCALHOST", "[::1]"):
         assert raw(server.port, "GET", "/v1/indexes", host=f"{name}:{server.port}")[0] == 200
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:  # half a request, then gone
@@ -347,12 +352,12 @@ def test_hostile_paths_sizes_hosts_and_clients(server):
 def test_many_at_once_get_their_own_answers(server, paths):
     queries = [Query(text=t) for t in random_texts(24, seed=31)] + [Query(row=r) for r in range(8)]
     expected = Client(paths["dense"]).query_many(queries, k=3)
-    found, errors = [None] * len(queries), []
+    answers, errors = [None] * len(queries), []
 
     def ask(number):
         client = RemoteClient(server.url, index="dense")
         query = queries[number]
-        found[number] = client.query(text=query.text, row=query.row, k=3)
+        answers[number] = client.query(text=query.text, row=query.row, k=3)
         try:
             client.query(row=10**6)
         except UsageError as error:
@@ -364,7 +369,7 @@ def test_many_at_once_get_their_own_answers(server, paths):
     for thread in threads:
         thread.join()
     assert len(errors) == len(queries)
-    for a, b in zip(found, expected, strict=True):  # batches change the last bits of a model's output
+    for a, b in zip(answers, expected, strict=True):  # batches change the last bits of a model's output
         assert_same_ranking(a.proponents, b.proponents, 1e-5)
 
 
@@ -467,7 +472,7 @@ def test_servers_that_were_killed_are_forgotten(tmp_path, monkeypatch):
 
 
 def test_a_full_queue_refuses_and_a_body_that_does_not_end_is_not_waited_for(paths):
-    """In process, where the queue can be made small and patience short."""
+    """In process, where the queue can be made small and the body timeout short."""
     from wherefrom.server.engine import Engine, Metrics
 
     async def scenario():
@@ -485,7 +490,7 @@ def test_a_full_queue_refuses_and_a_body_that_does_not_end_is_not_waited_for(pat
         await engine.stop()
 
         sent = []
-        app = create_app({"i": client}, patience=0.05)
+        app = create_app({"i": client}, body_timeout=0.05)
 
         async def send(message):
             sent.append(message)
@@ -600,7 +605,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
     assert raw(server.port, "GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link to the explorer
 
 
-def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
+def test_requests_that_outlast_the_servers_grace_period_get_503():
     """uvicorn cancels them when its time of grace is over."""
     from wherefrom.server.guard import Guard
 
@@ -622,10 +627,10 @@ def test_requests_that_outlast_the_servers_patience_at_its_end_get_503():
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": headers}
-        asked = asyncio.create_task(Guard(never_answers, None, patience=15)(scope, receive, send))
+        request_task = asyncio.create_task(Guard(never_answers, None, body_timeout=15)(scope, receive, send))
         await begun.wait()
-        asked.cancel()
-        await asked
+        request_task.cancel()
+        await request_task
         assert sent[0]["status"] == 503
         assert "the server is stopping" in json.loads(sent[1]["body"])["detail"]
 
@@ -653,7 +658,7 @@ def test_work_for_a_client_that_is_gone_is_cancelled():
             raise AssertionError(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": [(b"content-type", b"application/json")]}
-        await asyncio.wait_for(Guard(never_answers, None, patience=15)(scope, receive, send), 5)
+        await asyncio.wait_for(Guard(never_answers, None, body_timeout=15)(scope, receive, send), 5)
         assert ended == [{"type": "http.disconnect"}]
 
     asyncio.run(scenario())

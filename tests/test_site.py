@@ -51,7 +51,7 @@ def site(tmp_path_factory):
 
 
 def built(site, page):
-    """Where the site has a page of the repository."""
+    """Address of a page of the repository on the site."""
     path = page.relative_to(ROOT)
     return site / ("index.html" if path == Path("README.md") else path.with_suffix(".html"))
 

@@ -110,17 +110,17 @@ def test_scores_of_dense_rows_equal_matrix_exponentials(tmp_path, checkpoints, d
     sizes = {"rank": 6, "projection": "pca"} if projected else {"rank": 10**6}
     client = built(tmp_path / "i", checkpoints[-count:], data, curvature=curvature, layers=LAYERS, **sizes)
     queries = [Query(text=TEXT), Query(row=3)]
-    asked = client.query_examples(queries)
+    query_examples = client.query_examples(queries)
     (component, *_) = client.index.manifest.components
     mean = np.mean([client.index.arrays[f"{component.name}/{name}/eigenvalues"].mean() for name in component.layer_names])
     tokens = component.curvature.tokens / component.curvature.examples
     for relative in (0.03, 3.0):  # a training that hardly moved, and one that arrived along the largest eigenvalues
         time = relative / mean * tokens * count
         options = {"training": f"{time / 50},50"}
-        found = client.scores(queries, **options)[:, ROWS]
+        actual = client.scores(queries, **options)[:, ROWS]
         matrices = {}
-        expected = np.array([dense_scores(client, client.index.example(row), asked, time, matrices) for row in ROWS]).T
-        assert_close(found, expected, 1e-4)
+        expected = np.array([dense_scores(client, client.index.example(row), query_examples, time, matrices) for row in ROWS]).T
+        assert_close(actual, expected, 1e-4)
         assert_close(client.recomputed_scores(queries, ROWS, **options), expected, 1e-4)
         answer = client.query(queries[0], k=40, **options)
         assert answer.query["training"] == options["training"]
@@ -133,26 +133,26 @@ def test_scores_of_dense_rows_equal_matrix_exponentials(tmp_path, checkpoints, d
 def test_scores_of_sparse_rows_equal_matrix_exponentials_token_by_token(tmp_path, checkpoints, data, role):
     client = built(tmp_path / "i", checkpoints, data, components=(role,))
     time = 40.0
-    (asked,) = client.query_examples([Query(text=TEXT)])
+    (query_example,) = client.query_examples([Query(text=TEXT)])
     shared = (lambda e: set(e.token_ids[e.loss_mask].tolist())) if role == "head" else (lambda e: set(e.token_ids.tolist()))
-    found = client.recomputed_scores([Query(text=TEXT)], ROWS, training=f"{time / 8},8")[0]
+    actual = client.recomputed_scores([Query(text=TEXT)], ROWS, training=f"{time / 8},8")[0]
     expected = []
     for row in ROWS:
         example = client.index.example(row)
         total = 0.0
-        for token in shared(asked) & shared(example):
-            carried = token_gradient(client.encoder.models[-1], asked, token, role)
+        for token in shared(query_example) & shared(example):
+            carried = token_gradient(client.encoder.models[-1], query_example, token, role)
             for component in reversed(client.index.manifest.components):
                 arrays = {
                     name: client.index.arrays[f"{component.name}/{name}"].astype(float) for name in ("basis", "eigenvalues", "vocabulary")
                 }
                 matrix = arrays["vocabulary"][token] * (arrays["basis"] * arrays["eigenvalues"]) @ arrays["basis"].T
-                own = time / 3 / (component.curvature.tokens / component.curvature.examples)
+                time_per_token = time / 3 / (component.curvature.tokens / component.curvature.examples)
                 gradient = token_gradient(client.encoder.models[component.model], example, token, role)
-                total += client.index.manifest.components[-1].weight * carried @ integral(matrix, own) @ gradient
-                carried = carried @ expm(-own * matrix)
+                total += client.index.manifest.components[-1].weight * carried @ integral(matrix, time_per_token) @ gradient
+                carried = carried @ expm(-time_per_token * matrix)
         expected.append(total)
-    assert_close(found, expected, 1e-4)
+    assert_close(actual, expected, 1e-4)
 
 
 def token_gradient(model, example, token, role):
@@ -229,20 +229,22 @@ def test_whole_layers_are_filtered_too(tmp_path, checkpoints, data):
     view = client._recomputer.view
     weights = {c.name: 0.0 for c in view.manifest.components if c.role != "blocks"}
     (blocks,) = (c for c in view.manifest.components if c.role == "blocks")
-    (asked,) = client.query_examples([Query(text=TEXT)])
-    found = client.recomputed_scores([Query(text=TEXT)], ROWS, training="1.5,20", weights=weights)[0]
+    (query_example,) = client.query_examples([Query(text=TEXT)])
+    actual = client.recomputed_scores([Query(text=TEXT)], ROWS, training="1.5,20", weights=weights)[0]
     tokens = blocks.curvature.tokens / blocks.curvature.examples
     model = client.encoder.models[-1]
-    own = autograd_gradients(model, blocks.layers, asked)[0]
+    gradients = autograd_gradients(model, blocks.layers, query_example)[0]
     expected = []
     for row in ROWS:
         total = 0.0
-        for layer, a, b in zip(blocks.layers, own, autograd_gradients(model, blocks.layers, client.index.example(row))[0], strict=True):
+        for layer, a, b in zip(
+            blocks.layers, gradients, autograd_gradients(model, blocks.layers, client.index.example(row))[0], strict=True
+        ):
             outputs, inputs = view.arrays[f"blocks/{layer.name}/output_rotation"], view.arrays[f"blocks/{layer.input_group}/input_rotation"]
             values = view.arrays[f"blocks/{layer.name}/eigenvalues"].reshape(layer.outputs, layer.inputs).astype(float)
             total += float(((outputs.T @ a @ inputs) * (outputs.T @ b @ inputs) * added(values, 30.0 / tokens)).sum())
         expected.append(blocks.weight * total)
-    assert_close(found, expected, 1e-3)
+    assert_close(actual, expected, 1e-3)
 
 
 class Summed(WherefromCallback):

@@ -21,7 +21,7 @@ from wherefrom.store.errors import IntegrityError, UsageError
 from wherefrom.store.manifest import Curvature, SparseComponent
 from wherefrom.store.postings import Postings, byte_tables
 from wherefrom.store.shard import rows_path
-from wherefrom.store.sparse import SparseRows, code, join
+from wherefrom.store.sparse import SparseRows, code, concatenate
 from wherefrom.store.vectors import SparseVectors
 
 TASK = CausalLM()
@@ -69,10 +69,10 @@ def dense_head_gradient(model, example):
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
     hook.remove()
     log_p = logits.log_softmax(-1)
-    at = [t for t in range(1, ids.shape[1]) if example.loss_mask[t]]
-    (gradient,) = torch.autograd.grad(-sum(log_p[t - 1, ids[0, t]] for t in at), weight)
+    positions = [t for t in range(1, ids.shape[1]) if example.loss_mask[t]]
+    (gradient,) = torch.autograd.grad(-sum(log_p[t - 1, ids[0, t]] for t in positions), weight)
     head.weight = tied
-    rows = [t - 1 for t in at]
+    rows = [t - 1 for t in positions]
     return gradient.numpy(), seen[0][0, rows].detach().numpy(), log_p[rows].exp().detach().numpy()
 
 
@@ -123,10 +123,10 @@ def dense_embedding_gradients(model, example, labels):
     batch = TASK.collate([example], torch.device("cpu"))
     loss = TASK.loss(model, batch, sample_seed=3 if labels == "sampled" else None).sum()
     hook.remove()
-    whole, positions = torch.autograd.grad(loss, [embeddings.weight, seen[0]])
+    gradient_of_all, positions = torch.autograd.grad(loss, [embeddings.weight, seen[0]])
     embeddings.weight = tied
     # Some models multiply what they read with a constant; whitening takes any constant out, so the gradient is that of the product.
-    return whole.numpy() / float(getattr(embeddings, "embed_scale", 1.0)), positions[0].numpy()
+    return gradient_of_all.numpy() / float(getattr(embeddings, "embed_scale", 1.0)), positions[0].numpy()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -209,15 +209,15 @@ def test_nothing_of_the_size_of_vocabulary_times_width_is_ever_formed(role):
 
 def test_fits_of_any_split_and_any_batching_agree():
     model, examples = make_model(), make_examples(14)
-    whole = fitted(model, head_plan(model), examples)
+    encoder = fitted(model, head_plan(model), examples)
     split = fitted(model, head_plan(model, batch_tokens=17), examples, parts=3)
     for name in ("head/vocabulary", "head/eigenvalues"):
-        assert_close(split.arrays[name], whole.arrays[name], 1e-9)
-    other = Encoder(TASK, (model,), head_plan(model, batch_tokens=5), whole.arrays)
+        assert_close(split.arrays[name], encoder.arrays[name], 1e-9)
+    other = Encoder(TASK, (model,), head_plan(model, batch_tokens=5), encoder.arrays)
     order = np.random.default_rng(0).permutation(14).tolist()
-    a, b = whole.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
-    for at, i in enumerate(order):
-        assert_close(b.cut(at, at + 1).vectors, a.cut(i, i + 1).vectors, 1e-4)
+    a, b = encoder.rows(examples)["head"], other.rows([examples[i] for i in order])["head"]
+    for position, i in enumerate(order):
+        assert_close(b.slice(position, position + 1).vectors, a.slice(i, i + 1).vectors, 1e-4)
 
 
 def test_only_the_largest_keys_are_kept_when_asked():
@@ -226,9 +226,9 @@ def test_only_the_largest_keys_are_kept_when_asked():
     few = Encoder(TASK, (model,), head_plan(model, max_tokens=2), encoder.arrays).rows(examples)["head"]
     every = encoder.rows(examples)["head"]
     for i in range(6):
-        whole = every.cut(i, i + 1)
-        largest = np.sort(whole.keys[np.argsort(-np.linalg.norm(whole.vectors, axis=1))[:2]])
-        assert few.cut(i, i + 1).keys.tolist() == largest.tolist()
+        every_row = every.slice(i, i + 1)
+        largest = np.sort(every_row.keys[np.argsort(-np.linalg.norm(every_row.vectors, axis=1))[:2]])
+        assert few.slice(i, i + 1).keys.tolist() == largest.tolist()
 
 
 @pytest.mark.parametrize("role", ["head", "embeddings"])
@@ -253,7 +253,7 @@ def test_rows_that_are_rotated_before_they_are_copied_have_the_codes_of_whole_on
         expected, coded = code(vectors, bits, 3), code(rotated[positions], bits, 3)
         assert np.array_equal(coded.counts, expected.counts)
         assert np.array_equal(coded.keys, expected.keys)
-        for name in ("factors", "norms", "whole"):
+        for name in ("factors", "norms", "squared_lengths"):
             assert_close(getattr(coded, name), getattr(expected, name), 1e-5)
         sizes = np.abs(rotate(vectors.vectors, bits, 3))
         differ = np.unpackbits(coded.codes ^ expected.codes, axis=1, count=bits).astype(bool)
@@ -268,13 +268,13 @@ def test_the_most_probable_other_tokens_are_added_when_asked(monkeypatch):
     for i, example in enumerate(examples):
         gradient, _, p = dense_head_gradient(model, example)
         targets = {int(t) for t, m in zip(example.token_ids, example.loss_mask, strict=True) if m}
-        others = [int(v) for v in np.argsort(-p.sum(0)) if int(v) not in targets][:3]
-        assert more.cut(i, i + 1).keys.tolist() == sorted(targets | set(others))
-        whole = every.cut(i, i + 1)
-        assert whole.keys.tolist() == list(range(len(gradient)))
-        assert set(more.cut(i, i + 1).keys) <= set(whole.keys)
-        found = more.cut(i, i + 1)
-        assert_close(found.vectors, whole.vectors[found.keys], 1e-6)
+        probable = [int(v) for v in np.argsort(-p.sum(0)) if int(v) not in targets][:3]
+        assert more.slice(i, i + 1).keys.tolist() == sorted(targets | set(probable))
+        every_row = every.slice(i, i + 1)
+        assert every_row.keys.tolist() == list(range(len(gradient)))
+        assert set(more.slice(i, i + 1).keys) <= set(every_row.keys)
+        row_of_more = more.slice(i, i + 1)
+        assert_close(row_of_more.vectors, every_row.vectors[row_of_more.keys], 1e-6)
 
 
 # --- codes
@@ -319,33 +319,35 @@ def test_shards_are_what_zarr_reads_and_their_scores_are_plain_sums(tmp_path, vo
     assert np.array_equal(group["codes"][:], np.packbits(rotate(rows.vectors, bits, 5) > 0, axis=1))
     factors = group["factors"][:].astype(float) * group.attrs["factor_scale"]
     np.testing.assert_allclose(read.norms, np.sqrt(rows.squared_norms), rtol=1e-6)
-    asked = random_rows(4, vocabulary if vocabulary == 40 else 40, 12, seed=9)
-    asked = SparseVectors(asked.indptr, np.where(np.isin(asked.keys, rows.keys), asked.keys, rows.keys[asked.keys]), asked.vectors)
-    rotated, owners = rotate(asked.vectors, bits, 5), np.repeat(np.arange(4), np.diff(asked.indptr))
+    query_rows = random_rows(4, vocabulary if vocabulary == 40 else 40, 12, seed=9)
+    query_rows = SparseVectors(
+        query_rows.indptr, np.where(np.isin(query_rows.keys, rows.keys), query_rows.keys, rows.keys[query_rows.keys]), query_rows.vectors
+    )
+    rotated, owners = rotate(query_rows.vectors, bits, 5), np.repeat(np.arange(4), np.diff(query_rows.indptr))
     expected = np.zeros((4, 30))
     for i in range(30):
         for e in range(rows.indptr[i], rows.indptr[i + 1]):
             signs = np.where(rotate(rows.vectors[e : e + 1], bits, 5)[0] > 0, 1.0, -1.0)
-            for j in np.flatnonzero(asked.keys == rows.keys[e]):
+            for j in np.flatnonzero(query_rows.keys == rows.keys[e]):
                 expected[owners[j], i] += factors[e] * (signs @ rotated[j])
-    found = np.zeros((4, 30), np.float32)
-    Postings.of([read], sparse_component(vocabulary, 12, bits, 5)).add_scores(asked.keys, owners, byte_tables(rotated), found)
-    assert_close(found, expected, 1e-5, np.sqrt(np.outer(asked.squared_norms, rows.squared_norms)))
+    actual = np.zeros((4, 30), np.float32)
+    Postings.of([read], sparse_component(vocabulary, 12, bits, 5)).add_scores(query_rows.keys, owners, byte_tables(rotated), actual)
+    assert_close(actual, expected, 1e-5, np.sqrt(np.outer(query_rows.squared_norms, rows.squared_norms)))
 
 
 def test_a_row_read_back_scores_its_own_squared_length(tmp_path):
     for width, bits in ((16, 16), (32, 8), (12, 20)):
         rows = random_rows(20, 30, width)
         read = sparse_rows(tmp_path / str(bits), rows, 30, bits, 5)
-        own = []
+        row_keys = []
         for i in range(20):
             row = read.vectors(i, {})
             tables = byte_tables(rotate(row.vectors, bits, 5))
             scores = np.zeros((1, 20), np.float32)
             Postings.of([read], sparse_component(30, width, bits, 5)).add_scores(row.keys, row.owners, tables, scores)
-            own.append(scores[0, i] / read.norms[i] ** 2)
+            row_keys.append(scores[0, i] / read.norms[i] ** 2)
         if padded_width(width, bits) == width:  # else what the padding held is lost
-            assert np.mean(own) == pytest.approx(1.0, abs=0.4 if bits < width else 0.1)
+            assert np.mean(row_keys) == pytest.approx(1.0, abs=0.4 if bits < width else 0.1)
 
 
 def test_batches_are_joined_in_the_rows_order():
@@ -353,13 +355,13 @@ def test_batches_are_joined_in_the_rows_order():
     parts = [[5, 0, 7], [1], [2, 8, 3, 4, 6]]
     blocks = []
     for part in parts:
-        pieces = [rows.cut(i, i + 1) for i in part]
+        pieces = [rows.slice(i, i + 1) for i in part]
         indptr = np.concatenate([[0], np.cumsum([len(p.keys) for p in pieces])])
         merged = SparseVectors(indptr, np.concatenate([p.keys for p in pieces]), np.concatenate([p.vectors for p in pieces]))
         blocks.append((part, code(merged, 8, 1)))
-    joined, whole = join(blocks), code(rows, 8, 1)
+    joined, coded = concatenate(blocks), code(rows, 8, 1)
     for name in ("counts", "keys", "codes", "factors", "norms"):
-        assert np.array_equal(getattr(joined, name), getattr(whole, name)), name
+        assert np.array_equal(getattr(joined, name), getattr(coded, name)), name
 
 
 @pytest.mark.parametrize("array", ["indptr", "keys", "codes", "factors", "norms"])
@@ -367,11 +369,11 @@ def test_a_flipped_byte_or_a_missing_end_is_an_error(tmp_path, array):
     sparse_rows(tmp_path, random_rows(12, 40, 8), 40, 8)
     path = rows_path(tmp_path, "0")
     (start,) = [start for name, (start, _, _) in ArrayFile(path)._entries.items() if name.startswith(f"head/{array}/c/")]
-    whole = path.read_bytes()
-    path.write_bytes(whole[:start] + bytes([whole[start] ^ 4]) + whole[start + 1 :])
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + bytes([content[start] ^ 4]) + content[start + 1 :])
     with pytest.raises(IntegrityError):
         SparseRows(ArrayFile(path), sparse_component(40, 8, 8), 12).check()
-    path.write_bytes(whole[:-1])
+    path.write_bytes(content[:-1])
     with pytest.raises(IntegrityError):
         SparseRows(ArrayFile(path), sparse_component(40, 8, 8), 12)
 
@@ -400,17 +402,17 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
     rows = client.encode_examples([example])
     from wherefrom.query.scoring import score_matrix
 
-    found = score_matrix(client.index, rows)[0]
-    asked = rows["head"]
-    rotated = rotate(asked.vectors, head.bits, head.seed)
+    actual = score_matrix(client.index, rows)[0]
+    query_rows = rows["head"]
+    rotated = rotate(query_rows.vectors, head.bits, head.seed)
     for i in (0, 7, 60, 119):
-        shard, at = client.index.locate(i)
+        shard, offset = client.index.locate(i)
         sparse = client.index.rows(shard, head)
         score = blocks.weight * float(rows["blocks"].inner_products(client.index.vectors(i, blocks))[0, 0])
-        for key, code_, factor in zip(*sparse.entries(at, at + 1), strict=True):
+        for key, code_, factor in zip(*sparse.entries(offset, offset + 1), strict=True):
             signs = np.unpackbits(code_, count=head.bits).astype(float) * 2 - 1
-            score += sum(factor * (signs @ rotated[j]) for j in np.flatnonzero(asked.keys == key))
-        assert_close(found[i], score, 1e-4, np.abs(found).max())
+            score += sum(factor * (signs @ rotated[j]) for j in np.flatnonzero(query_rows.keys == key))
+        assert_close(actual[i], score, 1e-4, np.abs(actual).max())
 
 
 def test_weights_of_a_query_multiply_those_of_the_index(head_index):

@@ -39,14 +39,14 @@ def place(request, tmp_path_factory):
     return directory
 
 
-def whole(place, corpus_file, out, rows, **options):
+def indexed(place, corpus_file, out, rows, **options):
     """An index of the first documents: its rows, and answers with their explanation."""
     config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", shard_rows=50, **ROWS[rows], **options)
     build(config)
     client = Client(out, task=options.get("task"))
     dense = [s for s in client.index.manifest.components if s.kind == "dense"]
     stored = [np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)]) for s in dense]
-    answers = [client.query(k=5, **asked) for asked in ASKED]
+    answers = [client.query(k=5, **fields) for fields in ASKED]
     scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
     (explained,) = client.explain([answers[0].proponents[0].row], Query(**ASKED[0]))
     shares = np.concatenate([explained.example.scores, explained.query.scores])
@@ -55,14 +55,14 @@ def whole(place, corpus_file, out, rows, **options):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_an_index_of_a_spread_model_is_that_of_the_model(place, corpus_file, tmp_path, rows):
-    plain, stored, scores, shares = whole(place, corpus_file, tmp_path / "plain", rows)
+    plain, stored, scores, shares = indexed(place, corpus_file, tmp_path / "plain", rows)
     with Devices():
-        spread, same, others, parts = whole(place, corpus_file, tmp_path / "spread", rows, task="devices:Spread")
+        spread, same, other_answers, parts = indexed(place, corpus_file, tmp_path / "spread", rows, task="devices:Spread")
         assert {p.device for p in spread.encoder.model.parameters()} == {FIRST, SECOND}
     assert spread.index.manifest.models[0].fingerprint == plain.index.manifest.models[0].fingerprint
     for a, b in zip(stored, same, strict=True):
         assert_close(b, a, 1e-5)
-    assert_close(scores, others, 1e-4)
+    assert_close(scores, other_answers, 1e-4)
     assert_close(parts, shares, 1e-4)
 
 
@@ -123,16 +123,16 @@ def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch)
     from transformers import AutoModelForCausalLM
 
     def loaded(*arguments, **options):
-        asked.append(options.get("device_map"))
+        device_maps.append(options.get("device_map"))
         model = make_model("llama", "float32")
         model.hf_device_map = {"model": 0, "lm_head": "cpu"}
         return model, {}
 
-    asked = []
+    device_maps = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(UsageError, match="lm_head is offloaded to the cpu"):
         load_causal_lm(ModelSource(str(place), device="map"))
-    assert asked == ["auto"]
+    assert device_maps == ["auto"]
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UsageError, match=re.escape("device map needs the extra training: pip install 'wherefrom[training]'")):
         load_causal_lm(ModelSource(str(place), device="map"))

@@ -112,11 +112,11 @@ def test_documents_come_back_whatever_their_text_and_metadata(tmp_path_factory, 
     documents = Documents(path, len(examples))
     assert documents.ids() == [e.id for e in examples]
     for i, expected in enumerate(examples):
-        found = documents[i]
-        assert (found.id, found.text, found.source, found.document, found.chunk) == (expected.id, expected.text, "s", f"d{i}", i)
-        assert np.array_equal(found.token_ids, expected.token_ids)
-        assert np.array_equal(found.loss_mask, expected.loss_mask)
-        assert found.metadata == {k: v for k, v in expected.metadata.items() if v is not None}
+        example = documents[i]
+        assert (example.id, example.text, example.source, example.document, example.chunk) == (expected.id, expected.text, "s", f"d{i}", i)
+        assert np.array_equal(example.token_ids, expected.token_ids)
+        assert np.array_equal(example.loss_mask, expected.loss_mask)
+        assert example.metadata == {k: v for k, v in expected.metadata.items() if v is not None}
 
 
 def test_an_index_reads_with_plain_zarr_arrow_and_safetensors(index_dir):
@@ -196,9 +196,9 @@ def test_verify_finds_damage_in_every_single_file(index_dir, tmp_path, damage):
             file.write_bytes(original[:-1])
         else:
             file.unlink()
-        found = {p: problem for p, problem in Index(path).verify() if problem}
+        problems = {p: problem for p, problem in Index(path).verify() if problem}
         if file.parent.name != "search" or damage != "remove":
-            assert str(file) in found[file.relative_to(path).as_posix()]
+            assert str(file) in problems[file.relative_to(path).as_posix()]
         file.write_bytes(original)
 
 

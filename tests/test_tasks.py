@@ -57,12 +57,12 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     client = Client(tmp_path / "p.wherefrom", task=task)
     model, records = client.encoder.model, vectors(20, 36, 3)
     rows = np.stack([autograd(model, client.recorded.task.loss, r) for r in records])
-    asked = np.stack([autograd(model, client.recorded.task.measurement, r) for r in records[:4]])
+    query_gradients = np.stack([autograd(model, client.recorded.task.measurement, r) for r in records[:4]])
     expected = 0
     for layer in client.index.component("blocks").layers:
         block = slice(layer.offset, layer.offset + layer.size)
         H = rows[:, block].T @ rows[:, block] / len(rows)
-        expected = expected + asked[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
+        expected = expected + query_gradients[:, block] @ np.linalg.solve(H + 0.3 * np.trace(H) / len(H) * np.eye(len(H)), rows[:, block].T)
     queries = client.encode_examples(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"].values
     stored = np.concatenate([client.index.vectors(i, client.index.component("blocks")).values for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
@@ -98,14 +98,14 @@ def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_pa
     assert len(fit.steps) == 1
     arrays = fit.finish(0, {}, fit.sum_statistics(Encoder(MLP(), worker.models, settings, {}), 0, examples))
     model = worker.models[0].requires_grad_(True)
-    for at in (0, 2):
+    for row in (0, 2):
         expected = 0
         for record in records:
             log_p = model(torch.tensor([record["features"]], dtype=torch.float64)).log_softmax(-1)[0]
             for label in range(3):
-                (g,) = torch.autograd.grad(-log_p[label], model[at].weight, retain_graph=True)
+                (g,) = torch.autograd.grad(-log_p[label], model[row].weight, retain_graph=True)
                 expected = expected + log_p[label].exp().item() * g.square().flatten() / len(records)
-        assert_close(arrays[f"blocks/{at}/eigenvalues"], expected, 1e-6)
+        assert_close(arrays[f"blocks/{row}/eigenvalues"], expected, 1e-6)
 
 
 def training_fields():
@@ -151,8 +151,8 @@ def test_kfac_of_a_convolution_counts_its_places(tmp_path):
         d = d[0].flatten(1).T.numpy()
         A, S = A + patches.T @ patches / 25, S + d.T @ d
     expected = np.sort(np.kron(np.linalg.eigvalsh(S / 30), np.linalg.eigvalsh(A / 30)))
-    found = np.sort(client.index.arrays["blocks/a/eigenvalues"])
-    assert_close(found, expected, 1e-7)
+    eigenvalues = np.sort(client.index.arrays["blocks/a/eigenvalues"])
+    assert_close(eigenvalues, expected, 1e-7)
 
 
 def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):

@@ -1,4 +1,4 @@
-"""Which layers training changed: by the base, the training run's record, and the parameters of a model in memory that require gradients."""
+"""Layers that training changed: by the base, the training run's record, and the parameters of a model in memory that require gradients."""
 
 import json
 
@@ -71,8 +71,8 @@ def test_whether_the_head_was_trained_is_known_from_the_base(places, trained, ki
     assert known_training(manifest.components, manifest.models[0]) == kind
     guessed = build(places / "other", places / "corpus.jsonl", places / "j", components=roles, rank=4, progress=False).manifest
     assert known_training(guessed.components, guessed.models[0]) == "unknown"
-    weights, others = ({c.name: c.weight for c in m.components} for m in (manifest, guessed))
-    ratio = weights["embeddings"] / others["embeddings"]  # of the shares 0.7 and 0.25, where the guess is another
+    weights, guessed_weights = ({c.name: c.weight for c in m.components} for m in (manifest, guessed))
+    ratio = weights["embeddings"] / guessed_weights["embeddings"]  # of the shares 0.7 and 0.25, where the guess is another
     assert min(abs(ratio - expected) for expected in ((1, 2.8) if kind == "frozen head" else (1, 1 / 2.8))) < 1e-6
 
 
@@ -110,7 +110,7 @@ def test_the_record_of_a_run_with_frozen_layers_is_read(tmp_path):
                 model.get_submodule(name).requires_grad_(True)
 
     out = tmp_path / "run.wherefrom"
-    data, _ = train(tmp_path, WherefromCallback(data=(str(tmp_path / "train.jsonl"),), out=str(out)), others=[Freeze()])
+    data, _ = train(tmp_path, WherefromCallback(data=(str(tmp_path / "train.jsonl"),), out=str(out)), more_callbacks=[Freeze()])
     assert set(json.loads((tmp_path / "run/wherefrom.json").read_text())["trained"]) == TRAINED
     assert set(Client(out).index.manifest.models[0].trained) == TRAINED
     (tmp_path / "run/wherefrom.json").write_text('{"checkpoints": 3, "trained": ["x"]}')

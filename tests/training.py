@@ -81,8 +81,8 @@ class Pictures(VectorTask):
 
     def measurement(self, model, batch):
         logits = model(batch.inputs.double())
-        own = logits.gather(1, batch.targets)
-        return (logits.scatter(1, batch.targets, -torch.inf).amax(1, keepdim=True) - own)[:, 0]
+        own_logits = logits.gather(1, batch.targets)
+        return (logits.scatter(1, batch.targets, -torch.inf).amax(1, keepdim=True) - own_logits)[:, 0]
 
 
 class NotATask:

@@ -62,7 +62,7 @@ def table(known):
 
 
 def _has_cost(method, line):
-    """Whether a method's seconds are of queries."""
+    """True if a method's seconds are of queries."""
     return bool(line["seconds"]) and not method.startswith(("baseline", "random"))
 
 

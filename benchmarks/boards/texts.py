@@ -111,7 +111,7 @@ class Board:
         operands = Scorer.of(view, rows, metric).operands
         asked = {o.component.name: o.scaled(view, rows[o.component.name], stored=False) for o in operands}
         scores = np.zeros((len(self.train), len(self.queries)))
-        for batch in encoder.batches(self.train, tolerant=True):
+        for batch in encoder.batches(self.train, skip_nonfinite=True):
             for name, vectors in asked.items():
                 scores[batch.positions] += vectors.inner_products(batch.exact[name].as_float32()).T
         return scores

@@ -18,7 +18,7 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
-function drawn(name, attributes, ...children) {
+function svg(name, attributes, ...children) {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children);
@@ -196,9 +196,9 @@ function clip(text) {
   text.classList.add("clipped");
   const all = element("button", { type: "button", class: "all", "aria-expanded": "false" }, "Show all");
   all.addEventListener("click", () => {
-    const whole = text.classList.toggle("whole");
-    all.textContent = whole ? "Show less" : "Show all";
-    all.setAttribute("aria-expanded", whole);
+    const isWhole = text.classList.toggle("whole");
+    all.textContent = isWhole ? "Show less" : "Show all";
+    all.setAttribute("aria-expanded", isWhole);
   });
   text.after(all);
 }
@@ -241,10 +241,10 @@ function renderBaselines() {
 
 // --- what explains it
 
-function whole(e) {
+function scoreBadge(e) {
   const turned = Math.sign(e.recomputed) !== Math.sign(e.score);
-  const said = `exact row ${short(e.recomputed)}${turned ? ": of the other sign, doubtful" : ""}`;
-  return element("span", { class: turned ? "turned" : "", title: "The score of the exact row, which the stored one estimates; the tokens' shares add up to it" }, said);
+  const label = `exact row ${short(e.recomputed)}${turned ? ": of the other sign, doubtful" : ""}`;
+  return element("span", { class: turned ? "turned" : "", title: "The score of the exact row, which the stored one estimates; the tokens' shares add up to it" }, label);
 }
 
 const MOST_BARS = 14; // layers, or else their blocks
@@ -272,7 +272,7 @@ async function explain(own, now) {
     for (const e of found) {
       const place = document.querySelector(`ol [data-row="${e.row}"]`);
       if (place && e.example) place.querySelector(".text").replaceChildren(...heat(e.example));
-      if (place && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top button").before(whole(e));
+      if (place && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top button").before(scoreBadge(e));
       if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers.length > MOST_BARS ? e.blocks : e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
     }
     drawLayers([...sums].map(([name, score]) => ({ name, score })));
@@ -304,15 +304,15 @@ function drawHistogram({ edges, counts, rows }) {
   const [width, height] = [480, 84];
   const x = (score) => 1 + ((score - edges[0]) / (edges[edges.length - 1] - edges[0] || 1)) * (width - 2);
   const y = (count) => (Math.log1p(count) / Math.log1p(Math.max(...counts))) * (height - 20);
-  const picture = drawn("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
-  counts.forEach((count, i) => picture.append(drawn("rect", { x: x(edges[i]), y: height - y(count), width: Math.max(1, x(edges[i + 1]) - x(edges[i]) - 0.5), height: y(count), class: "bar-plain" })));
-  for (const a of [...answer.proponents, ...answer.opponents]) picture.append(drawn("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: `mark ${a.score > 0 ? "for" : "against"}` }));
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height + 14}`, role: "img", "aria-label": `Histogram of ${rows} scores from ${short(edges[0])} to ${short(edges[edges.length - 1])}, counts on a logarithmic scale` });
+  counts.forEach((count, i) => picture.append(svg("rect", { x: x(edges[i]), y: height - y(count), width: Math.max(1, x(edges[i + 1]) - x(edges[i]) - 0.5), height: y(count), class: "bar-plain" })));
+  for (const a of [...answer.proponents, ...answer.opponents]) picture.append(svg("line", { x1: x(a.score), x2: x(a.score), y1: 2, y2: height, class: `mark ${a.score > 0 ? "for" : "against"}` }));
   if (edges[0] < 0 && edges[edges.length - 1] > 0) {
-    picture.append(drawn("line", { x1: x(0), x2: x(0), y1: 0, y2: height, class: "zero" }));
+    picture.append(svg("line", { x1: x(0), x2: x(0), y1: 0, y2: height, class: "zero" }));
     const clear = x(0) > width / 8 && x(0) < (7 / 8) * width; // of the labels of the ends
-    if (clear) picture.append(drawn("text", { x: x(0), y: height + 12, "text-anchor": "middle" }, "0"));
+    if (clear) picture.append(svg("text", { x: x(0), y: height + 12, "text-anchor": "middle" }, "0"));
   }
-  picture.append(drawn("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), drawn("text", { x: 0, y: height + 12 }, short(edges[0])), drawn("text", { x: width, y: height + 12, "text-anchor": "end" }, short(edges[edges.length - 1])));
+  picture.append(svg("line", { x1: 0, x2: width, y1: height, y2: height, class: "axis" }), svg("text", { x: 0, y: height + 12 }, short(edges[0])), svg("text", { x: width, y: height + 12, "text-anchor": "end" }, short(edges[edges.length - 1])));
   $("histogram").replaceChildren(picture);
 }
 
@@ -324,11 +324,11 @@ function drawLayers(parts) {
   }
   const [width, line] = [480, 16];
   const most = Math.max(...shown.map((part) => Math.abs(part.score)), 1e-30);
-  const picture = drawn("svg", { viewBox: `0 0 ${width} ${shown.length * line + 4}`, role: "img", "aria-label": `Layers by their part in the score: ${shown.slice(0, 3).map((p) => p.name).join(", ")} first` });
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${shown.length * line + 4}`, role: "img", "aria-label": `Layers by their part in the score: ${shown.slice(0, 3).map((p) => p.name).join(", ")} first` });
   shown.forEach((part, i) => picture.append(
-    drawn("text", { x: 0, y: i * line + 12 }, part.name.length > 34 ? `…${part.name.slice(-33)}` : part.name),
-    drawn("rect", { x: 215, y: i * line + 3, width: Math.max(1, (Math.abs(part.score) / most) * (width - 290)), height: line - 5, class: part.score > 0 ? "bar-for" : "bar-against" }),
-    drawn("text", { x: width, y: i * line + 12, "text-anchor": "end" }, short(part.score))));
+    svg("text", { x: 0, y: i * line + 12 }, part.name.length > 34 ? `…${part.name.slice(-33)}` : part.name),
+    svg("rect", { x: 215, y: i * line + 3, width: Math.max(1, (Math.abs(part.score) / most) * (width - 290)), height: line - 5, class: part.score > 0 ? "bar-for" : "bar-against" }),
+    svg("text", { x: width, y: i * line + 12, "text-anchor": "end" }, short(part.score))));
   $("layers-chart").replaceChildren(picture);
 }
 
@@ -354,10 +354,10 @@ function exportAs(form) {
     const names = ["kind", "rank", "row", "id", "score", "source", "document", "text"];
     save("answer.csv", [names, ...all.map((a) => names.map((name) => a[name]))].map((line) => `${line.map(cell).join(",")}\r\n`).join(""), "text/csv");
   }
-  if (form === "link") (navigator.clipboard ? navigator.clipboard.writeText(location.href) : Promise.reject()).then(() => said("The link is copied."), () => said(location.href));
+  if (form === "link") (navigator.clipboard ? navigator.clipboard.writeText(location.href) : Promise.reject()).then(() => toast("The link is copied."), () => toast(location.href));
 }
 
-function said(text) {
+function toast(text) {
   $("state").textContent = text;
   setTimeout(() => $("state").textContent === text && ($("state").textContent = ""), 6000);
 }
