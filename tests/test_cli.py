@@ -9,7 +9,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
+from wherefrom import Client
 from wherefrom.cli import main
+from wherefrom.query.options import Options, ScoreOptions, option_fields
 from wherefrom.store.arrays import ArrayFile
 from wherefrom.store.manifest import latest_manifest, seal
 
@@ -359,3 +361,53 @@ def test_texts_with_markup_are_shown_as_they_are(tmp_path, model_dir):
     assert done.exit_code == 0, done.output
     assert "[bold]0" in done.stdout
     assert "[/nonsense]" in done.stdout
+
+
+SAMPLES = {
+    "training": "0.1,5",
+    "mix": "auto",
+    "weights": "blocks=0.5",
+    "layers": "h.0.*",
+    "where": "year > 1950",
+    "group_by": "year",
+}
+
+
+class _ReachedError(Exception):
+    """A method of the client was called; its options."""
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "extra", "definition"),
+    [
+        ("query", "query_many", (), Options),
+        ("explain", "explain", ("--example", "1", "--no-tokens"), ScoreOptions),
+        ("scores", "score_blocks", ("--out", "s.zarr"), ScoreOptions),
+        ("encode", "scorer", ("--out", "q.npz"), ScoreOptions),
+    ],
+)
+def test_every_option_of_a_query_reaches_the_client(command, method, extra, definition, index_dir, tmp_path, monkeypatch):
+    """Each flag that a definition has, with a value that is not the default, alone."""
+    monkeypatch.chdir(tmp_path)
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"row": 3}])
+
+    def reach(self, *arguments, **options):
+        raise _ReachedError([*arguments, options])
+
+    monkeypatch.setattr(Client, method, reach)
+    asking = ["--row", "3"] if command == "explain" else ["--file", str(queries)]
+    flags = {parameter.name: parameter for parameter in main.commands[command].params}
+    for name, field in option_fields(definition).items():
+        if name not in flags or name == "preset":  # a preset must be that of the index
+            continue
+        option = field.option
+        if field.kind is bool:
+            value, arguments = not option.default, [field.flags[0].split("/")[1 if option.default else 0]]
+        else:
+            text = SAMPLES.get(name) or (field.choices[-1] if field.choices else "7" if field.kind is int else "0.75")
+            value, arguments = field.kind(text) if field.kind in (int, float) else text, [field.flags[0], text]
+        done = CliRunner().invoke(main, [command, str(index_dir), *asking, *extra, *arguments])
+        assert isinstance(done.exception, _ReachedError), (name, done.output)
+        actual = done.exception.args[0][-1][name]
+        expected = {"weights": {"blocks": 0.5}, "layers": ("h.0.*",)}.get(name, value)
+        assert (tuple(actual) if name == "layers" else actual) == expected, name
