@@ -344,7 +344,8 @@ def fit(index: str, examples: int, damping: float | None, model: tuple[str, ...]
 @click.option("--faiss", metavar="FACTORY", help="Also make a FAISS index of dense rows, such as HNSW32 or IVF4096_HNSW32,RaBitQ.")
 @click.option("--faiss-parameters", default="", help="Of its searches, such as nprobe=64 or efSearch=128.")
 @click.option("--component", help="The dense component, where there are several.")
-def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str | None) -> None:
+@_json_option
+def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str | None, as_json: bool) -> None:
     """Recompute posting lists and scan codes, and write those that are missing, damaged or not of the rows.
 
     \b
@@ -358,6 +359,7 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 
     if faiss is None and (faiss_parameters or component):
         raise UsageError("--faiss-parameters and --component are of a FAISS index; give them with --faiss")
+    record = None
     with changing(_place(index)) as opened:
         written = opened.reindex(compare=True)
         if faiss is not None:
@@ -366,9 +368,13 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 
             with Console() as reporter:
                 record = make_faiss(opened, faiss, faiss_parameters, component, reporter)
-            shares = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
-            say(f"a FAISS index {record.factory} of {record.rows:,} rows was made ({record.file.bytes:,} bytes)")
-            say(f"it finds {shares} for {record.queries:,} held-out rows")
+    if as_json:
+        _print_json({"index": index, "written": written, "faiss": record and record.model_dump(mode="json")})
+        return
+    if record is not None:
+        shares = f"{record.proponents:.1%} of the best and {record.opponents:.1%} of the worst {record.k} rows"
+        say(f"a FAISS index {record.factory} of {record.rows:,} rows was made ({record.file.bytes:,} bytes)")
+        say(f"it finds {shares} for {record.queries:,} held-out rows")
     say(f"{written:,} sets of posting lists and one-bit codes were made" if written else "all there, and of these rows")
 
 
@@ -519,7 +525,8 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
 @click.option("--recompute", is_flag=True, help="Compute all rows again with the model, as query --rerank does for the best.")
 @query_options("Scores", ScoreOptions)
 @_model_options
-def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> None:
+@_json_option
+def scores(index: str, file: str, out: str, recompute: bool, as_json: bool, **values: Any) -> None:
     """Write every row's score for every query: a matrix.
 
     \b
@@ -541,7 +548,10 @@ def scores(index: str, file: str, out: str, recompute: bool, **values: Any) -> N
         blocks = partial(client.score_blocks, mixings=client.mixings(queries, **options))
     with Console() as reporter:
         shape = write_scores(client.index, lambda part: blocks(part, **options), queries, Path(out), reporter)
-    say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
+    if as_json:
+        _print_json({"out": out, "queries": shape[0], "rows": shape[1]})
+    else:
+        say(f"{out} holds the scores of {shape[1]:,} rows for {shape[0]:,} queries")
 
 
 @main.command(section=_ASK)
@@ -926,7 +936,8 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the subsets.")
 @_worker_options
 @_device_option
-def pack(**options: Any) -> None:
+@_json_option
+def pack(as_json: bool, **options: Any) -> None:
     """Make ground truth for your own model: retrain on random subsets and measure.
 
     \b
@@ -942,7 +953,10 @@ def pack(**options: Any) -> None:
 
     with Console() as reporter:
         directory = make_pack(PackConfig(**options), reporter)
-    say(f"judge an index on it:  wherefrom evaluate lds {directory}")
+    if as_json:
+        _print_json({"pack": str(directory)})
+    else:
+        say(f"judge an index on it:  wherefrom evaluate lds {directory}")
 
 
 @main.command(section=_LOOK)

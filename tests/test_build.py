@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -271,30 +272,51 @@ def slow_corpus(tmp_path, count=400):
 
 
 BUILDER = """
-import sys
+import os, sys
 from wherefrom import BuildConfig
 from wherefrom.ray_jobs.build import build
 import wherefrom.ray_jobs.build, transformers.models.gpt2.modeling_gpt2
-print("ready", flush=True)
-build(BuildConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[3], rank=4, shard_rows=24, fit_examples=64))
-print("done", flush=True)
+model, corpus = sys.argv[1:]
+for out in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        build(BuildConfig(model=model, data=(corpus,), out=out.strip(), rank=4, shard_rows=24, fit_examples=64))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def start_builder(*arguments):
-    process = subprocess.Popen([sys.executable, "-c", BUILDER, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
+@contextmanager
+def builder(model, corpus):
+    """A process that has imported all, and forks for each build; give a function that starts one, and returns its number."""
+    command = [sys.executable, "-c", BUILDER, str(model), str(corpus)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def start(out):
+            process.stdin.write(f"{out}\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        def wait():
+            return int(process.stdout.readline())
+
+        yield start, wait
+        process.stdin.close()
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_path):
     model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
-    started = time.monotonic()
-    undisturbed = start_builder(model, corpus, tmp_path / "undisturbed")
-    assert undisturbed.wait() == 0
-    duration = time.monotonic() - started
+    with builder(model, corpus) as (start, wait):
+        start(tmp_path / "undisturbed")
+        started = time.monotonic()
+        assert wait() == 0
+        _kill_at_random_points(tmp_path, model, corpus, start, wait, time.monotonic() - started)
+
+
+def _kill_at_random_points(tmp_path, model, corpus, start, wait, duration):
     expected = checksums(tmp_path / "undisturbed")
     seed = int.from_bytes(os.urandom(4), "little")
     print("seed", seed)  # shown when the test fails
@@ -302,10 +324,11 @@ def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_
     reached = []
     for trial in range(int(os.environ.get("WHEREFROM_KILLS", "10"))):
         out = tmp_path / f"killed-{trial}"
-        process = start_builder(model, corpus, out)
-        time.sleep(generator.uniform(0.02, 0.6) * duration)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = start(out)
+        time.sleep(generator.uniform(0.02, 0.9) * duration)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, signal.SIGKILL)
+        wait()
         reached.append((len(list(out.glob("documents/*"))), len(list(out.glob("rows/*"))), (out / "manifests").exists()))
         build(config(model, corpus, out, shard_rows=24, fit_examples=64))
         assert checksums(out) == expected, (seed, trial)

@@ -154,9 +154,10 @@ def pack(tmp_path_factory, model_dir):
     here = tmp_path_factory.mktemp("pack")
     train = write_jsonl(here / "t.jsonl", [{"id": f"t{i}", "text": t} for i, t in enumerate(random_texts(24, seed=1, shortest=5))])
     queries = write_jsonl(here / "q.jsonl", [{"id": f"q{i}", "text": t} for i, t in enumerate(random_texts(5, seed=2, shortest=5))])
-    result = run(*pack_command(model_dir, train, queries, here / "pack"))
+    result = run(*pack_command(model_dir, train, queries, here / "pack", "--json"))
     assert result.exit_code == 0, result.output
-    assert "wherefrom evaluate lds" in result.stdout
+    assert json.loads(result.stdout) == {"pack": str(here / "pack")}
+    assert "wherefrom evaluate lds" in run(*pack_command(model_dir, train, queries, here / "pack")).stdout  # finished already
     return here / "pack"
 
 

@@ -89,6 +89,8 @@ def test_filters_damping_and_opponents_work_as_in_a_scan(tmp_path, model_dir, co
     done = run("reindex", out, "--faiss", "HNSW8", "--faiss-parameters", "efSearch=200")
     assert done.exit_code == 0
     assert "it finds 100.0% of the best" in done.stdout
+    printed = json.loads(run("reindex", out, "--faiss", "HNSW8", "--faiss-parameters", "efSearch=200", "--json").stdout)
+    assert (printed["written"], printed["faiss"]["factory"], printed["faiss"]["proponents"]) == (0, "HNSW8", 1.0)
     client = Client(out)
     queries = [Query(text=text) for text in random_texts(4, seed=3)]
     for options in ({}, {"damping": 2.0}, {"layers": ("h.0.*",)}, {"where": "year >= 1960"}, {"opponents": False}, {"curvature": False}):

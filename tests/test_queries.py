@@ -306,8 +306,8 @@ def test_the_matrix_of_scores_in_zarr_and_parquet(tmp_path, client, index_path, 
     assert_close(group["scores"][:], expected, 1e-5)
     assert list(group["rows"][:]) == [r["id"] for r in RECORDS]
     assert list(group["queries"][:]) == [a["id"] for a in records]
-    done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.parquet", "--mode", "cosine")
-    assert done.exit_code == 0, done.output
+    done = run("scores", index_path, "--file", file, "--out", tmp_path / "s.parquet", "--mode", "cosine", "--json")
+    assert json.loads(done.stdout) == {"out": str(tmp_path / "s.parquet"), "queries": 7, "rows": len(RECORDS)}
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["id"].to_pylist() == [r["id"] for r in RECORDS]
     cosines = matrix(client, [Query(text=a["text"]) for a in records], Metric("cosine"))
