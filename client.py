@@ -253,8 +253,9 @@ class Client(BaseClient):
         return rows
 
     def prepare(self) -> None:
-        """Load models and tokenizer now instead of at the first query."""
+        """Load models, tokenizer and compiled loops now instead of at the first queries."""
         from .indexer.models import configure_memory
+        from .store import kernels  # noqa: F401
 
         configure_memory()
         if self.index.manifest.tokenizer is not None:

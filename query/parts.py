@@ -26,7 +26,7 @@ from .scoring import Scorer, by_group
 _CACHED_SEARCHES = 4  # prepared searches, and masks
 _MOST_INSERTED = 128  # best rows that the compiled loop keeps in order
 _MOST_ADDED = 1 << 16  # candidates that are kept before the best of them are chosen
-_best_of = Compiled("best_of", least_work=1 << 19)
+_best_of = Compiled("best_of", least_work=1 << 24)
 Ranked = tuple[Int64[np.ndarray, " _ranked"], Float32[np.ndarray, " _ranked"]]
 """Rows and their scores, the best or the worst first; of equal scores, the lower row first."""
 

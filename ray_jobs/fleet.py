@@ -62,7 +62,8 @@ class _Actor:
         self._states: OrderedDict[State, Part | None] = OrderedDict()
 
     def ping(self) -> None:
-        """Return when the actor runs."""
+        """Return when the actor runs, with its compiled loops."""
+        from ..store import kernels  # noqa: F401
 
     def open(self, state: State) -> None:
         """Open a state of the index, before it is asked for."""

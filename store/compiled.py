@@ -1,11 +1,12 @@
 """Loading of compiled loops on demand, since it takes 0.4 s, more than a whole query of a small index."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 
 class Compiled:
-    """A loop of `kernels.py` that is loaded once a process has done enough work without it to repay the loading.
+    """A loop of `kernels.py` that is loaded once a process has done enough work without it to repay the loading, or has loaded another.
 
     Args:
         name: the name of the loop.
@@ -22,9 +23,9 @@ class Compiled:
         self.loop: Callable[..., Any] | None = None
 
     def if_worth(self, work: int) -> Callable[..., Any] | None:
-        """Add to the process's work, and return the loop; None while the work is less than `least_work`."""
+        """Add to the process's work, and return the loop; None while the work is less than `least_work` and no loop is loaded."""
         self._work += work
-        if self._work <= self._least_work:
+        if self._work <= self._least_work and f"{__package__}.kernels" not in sys.modules:
             return None
         from . import kernels
 
