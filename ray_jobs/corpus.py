@@ -1,7 +1,7 @@
 """The first stage of a build: conversion of the corpus to shards of tokenized examples on disk, with a check that ids are unique.
 
-The corpus is divided into parts, by its files alone, so that any number of workers writes the same shards. A worker reads, tokenizes and
-writes a part. A file that only this machine has is read here. A part's record is written last, so a resumed build goes on with the parts
+The corpus is divided into pieces, by its files alone, so that any number of workers writes the same shards. A worker reads, tokenizes and
+writes a piece. A file that only this machine has is read here. A piece's record is written last, so a resumed build goes on with the pieces
 that are not finished.
 """
 
@@ -31,9 +31,9 @@ from .progress import Reporter, Silent
 
 _REPORTED = 20
 _SHARD_BYTES = 1 << 28
-_PARTS = 64
-_LEAST_PART = 1 << 18
-_LARGEST_PART = 1 << 26
+_PIECES = 64
+_LEAST_PIECE = 1 << 18
+_LARGEST_PIECE = 1 << 26
 _ID_BYTES = 8  # of an id's hash
 
 
@@ -41,7 +41,7 @@ class WrittenShard(BaseModel):
     """A shard whose rows are to be built.
 
     Attributes:
-        first: number of its first row in the index; in the record of a part, in the part.
+        first: number of its first row in the index; in the record of a piece, in the piece.
         tokens: number of input tokens.
     """
 
@@ -54,8 +54,8 @@ class WrittenShard(BaseModel):
     documents_sha256: str
 
 
-class WrittenPart(BaseModel):
-    """The shards of a part of the corpus, and a record of its documents.
+class WrittenPiece(BaseModel):
+    """The shards of a piece of the corpus, and a record of its documents.
 
     Attributes:
         documents, split, truncated, skipped, skipped_first, left_out_columns: see `WrittenCorpus`.
@@ -119,12 +119,12 @@ def corpus_fields(config: BuildConfig) -> Fields:
 
 @dataclass(frozen=True)
 class CorpusWriter:
-    """Settings that all parts of a corpus are written with.
+    """Settings that all pieces of a corpus are written with.
 
     Attributes:
         out: directory of the index.
         fingerprint: of the build, by which shards are named.
-        shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`, and at the end of a part.
+        shard_rows: examples in a shard; fewer if their text and metadata would be larger than `_SHARD_BYTES`, and at the end of a piece.
         max_tokens: tokens of the longest example.
         vocabulary: number of tokens that the model embeds; an example with another token cannot be used.
     """
@@ -137,13 +137,13 @@ class CorpusWriter:
 
     def write(
         self, config: BuildConfig, converter: DocumentConverter, number: int, slices: Sequence[Slice], progress: Progress
-    ) -> WrittenPart:
-        """Read, tokenize, split and write the documents of a part, or return the record of an earlier run.
+    ) -> WrittenPiece:
+        """Read, tokenize, split and write the documents of a piece, or return the record of an earlier run.
 
         Raises:
             DataError: a document cannot be used (with `bad_documents` error).
         """
-        record_file = self.out / "staging" / f"part-{number}.json"
+        record_file = self.out / "staging" / f"piece-{number}.json"
         earlier = self._read_written(record_file)
         if earlier is not None:
             progress(sum(shard.rows for shard in earlier.shards), sum(shard.tokens for shard in earlier.shards))
@@ -171,11 +171,12 @@ class CorpusWriter:
             if len(pending) == self.shard_rows or pending_bytes > _SHARD_BYTES:
                 shards.append(self._write_shard(number, shards, pending))
                 progress(shards[-1].rows, shards[-1].tokens)
-                pending, pending_bytes = [], 0
+                pending = []
+                pending_bytes = 0
         if pending:
             shards.append(self._write_shard(number, shards, pending))
             progress(shards[-1].rows, shards[-1].tokens)
-        written = WrittenPart(
+        written = WrittenPiece(
             shards=tuple(shards),
             **counts,
             skipped=skipped_count,
@@ -187,9 +188,9 @@ class CorpusWriter:
         write_whole(record_file, written.model_dump_json().encode())
         return written
 
-    def _write_shard(self, part: int, shards: Sequence[WrittenShard], examples: Sequence[Example]) -> WrittenShard:
-        """Write the shard that follows some of the same part."""
-        id = derived_id(f"{self.fingerprint}:{part}", len(shards))
+    def _write_shard(self, piece: int, shards: Sequence[WrittenShard], examples: Sequence[Example]) -> WrittenShard:
+        """Write the shard that follows some of the same piece."""
+        id = derived_id(f"{self.fingerprint}:{piece}", len(shards))
         staged = self.out / "staging" / f"{id}.arrow"
         write_documents(staged, examples)
         digest = sha256(staged)
@@ -199,12 +200,12 @@ class CorpusWriter:
         first = shards[-1].first + shards[-1].rows if shards else 0
         return WrittenShard(id=id, first=first, rows=len(examples), tokens=sum(e.tokens for e in examples), documents_sha256=digest)
 
-    def _read_written(self, record_file: Path) -> WrittenPart | None:
-        """Read the record of a part that an earlier run wrote; None if there is none, or one of its shards is missing or differs."""
+    def _read_written(self, record_file: Path) -> WrittenPiece | None:
+        """Read the record of a piece that an earlier run wrote; None if there is none, or one of its shards is missing or differs."""
         if not record_file.is_file():
             return None
         try:
-            written = WrittenPart.model_validate_json(read_bytes(record_file))
+            written = WrittenPiece.model_validate_json(read_bytes(record_file))
         except ValidationError:
             return None
         paths = [documents_path(self.out, shard.id) for shard in written.shards]
@@ -218,28 +219,28 @@ def write_corpus(
     """Write the corpus on the workers, without what an earlier run wrote.
 
     Args:
-        converter: returns the converter, for parts with files that workers do not see.
+        converter: returns the converter, for pieces with files that workers do not see.
 
     Raises:
         DataError: there is no usable document, a document cannot be used (with `bad_documents` error), or an id is not unique.
     """
     corpus = Corpus(config.sources, corpus_fields(config))
-    parts = corpus.divide(min(_LARGEST_PART, max(_LEAST_PART, corpus.bytes // _PARTS)))
+    pieces = corpus.divide(min(_LARGEST_PIECE, max(_LEAST_PIECE, corpus.bytes // _PIECES)))
     if config.address is not None:
-        parts = [tuple(slice.with_checksum() for slice in part) for part in parts]
-    parts = _with_line_numbers(parts, executor)
+        pieces = [tuple(slice.with_checksum() for slice in piece) for piece in pieces]
+    pieces = _with_line_numbers(pieces, executor)
     reporter.stage("reading the corpus", None)
-    written: list[WrittenPart] = []
+    written: list[WrittenPiece] = []
     columns: set[str] = set()
     own_converter = cache(converter)
-    for number, result in enumerate(executor.map("write_documents", (writer,), list(enumerate(parts)), reporter)):
-        written.append(result or writer.write(config, own_converter(), number, parts[number], ignore_progress))
+    for number, result in enumerate(executor.map("write_documents", (writer,), list(enumerate(pieces)), reporter)):
+        written.append(result or writer.write(config, own_converter(), number, pieces[number], ignore_progress))
         columns.update(written[-1].columns)
-        check_columns(columns, parts[number][-1].name)
-    skipped = [error for part in written for error in part.skipped_first][:_REPORTED]
-    skipped_count = sum(part.skipped for part in written)
+        check_columns(columns, pieces[number][-1].name)
+    skipped = [error for piece in written for error in piece.skipped_first][:_REPORTED]
+    skipped_count = sum(piece.skipped for piece in written)
     shards: list[WrittenShard] = []
-    for shard in (shard for part in written for shard in part.shards):
+    for shard in (shard for piece in written for shard in piece.shards):
         first = shards[-1].first + shards[-1].rows if shards else 0
         shards.append(shard.model_copy(update={"first": first}))
     if not shards:
@@ -247,15 +248,15 @@ def write_corpus(
             f"there is no usable document in {', '.join(config.sources)}; "
             + (f"fix them, the first of {skipped_count}: {skipped[0]}" if skipped else "check `data`")
         )
-    _refuse_repeated_ids(writer.out, shards, np.frombuffer(b"".join(part.id_hashes for part in written), "<u8"))
+    _refuse_repeated_ids(writer.out, shards, np.frombuffer(b"".join(piece.id_hashes for piece in written), "<u8"))
     left_out: dict[str, str] = {}
-    for part in written:
-        left_out |= part.left_out_columns
+    for piece in written:
+        left_out |= piece.left_out_columns
     return WrittenCorpus(
         shards=tuple(shards),
-        documents=sum(part.documents for part in written),
-        split=sum(part.split for part in written),
-        truncated=sum(part.truncated for part in written),
+        documents=sum(piece.documents for piece in written),
+        split=sum(piece.split for piece in written),
+        truncated=sum(piece.truncated for piece in written),
         skipped=skipped_count,
         skipped_first=tuple(skipped),
         unread=UnreadFiles(files=len(corpus.unread), first=tuple(map(str, corpus.unread[:_REPORTED]))),
@@ -263,9 +264,9 @@ def write_corpus(
     )
 
 
-def _with_line_numbers(parts: Sequence[tuple[Slice, ...]], executor: Executor) -> list[tuple[Slice, ...]]:
-    """Return parts whose ranges of lines have the number of their first line."""
-    ranges = [slice for part in parts for slice in part if slice.range is not None and slice.source.has_lines]
+def _with_line_numbers(pieces: Sequence[tuple[Slice, ...]], executor: Executor) -> list[tuple[Slice, ...]]:
+    """Return pieces whose ranges of lines have the number of their first line."""
+    ranges = [slice for piece in pieces for slice in piece if slice.range is not None and slice.source.has_lines]
     numbered: dict[tuple[str, int], Slice] = {}
     lines_before: dict[str, int] = {}
     counts = executor.map("count_lines", (), [(slice,) for slice in ranges], Silent())
@@ -274,7 +275,7 @@ def _with_line_numbers(parts: Sequence[tuple[Slice, ...]], executor: Executor) -
         first = lines_before.get(slice.name, 0)
         numbered[slice.name, slice.range.start] = replace(slice, range=slice.range._replace(first=first))
         lines_before[slice.name] = first + (slice.count_lines() if count is None else count)
-    return [tuple(s if s.range is None else numbered.get((s.name, s.range.start), s) for s in part) for part in parts]
+    return [tuple(s if s.range is None else numbered.get((s.name, s.range.start), s) for s in piece) for piece in pieces]
 
 
 def _count(counts: dict[str, int], example: Example) -> None:

@@ -39,7 +39,7 @@ from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
-from .corpus import CorpusWriter, WrittenPart, WrittenShard
+from .corpus import CorpusWriter, WrittenPiece, WrittenShard
 from .notes import ModelFacts
 from .schema import candidate_components, component_name, unprojected_blocks, with_rates
 
@@ -123,8 +123,8 @@ class Worker:
 
     def write_documents(
         self, writer: CorpusWriter, number: int, slices: Sequence[Slice], progress: Progress = ignore_progress
-    ) -> WrittenPart | None:
-        """Write a part of the corpus (see `CorpusWriter.write`); return None if this machine does not have its files."""
+    ) -> WrittenPiece | None:
+        """Write a piece of the corpus (see `CorpusWriter.write`); return None if this machine does not have its files."""
         if not all(slice.is_here for slice in slices):
             return None
         if self._converter is None:

@@ -119,43 +119,44 @@ class Corpus:
         return corpus
 
     def divide(self, size: int) -> list[tuple["Slice", ...]]:
-        """Divide the corpus into parts of about so many bytes, which can be read apart: neighbouring sources, or ranges of a large one.
+        """Divide the corpus into pieces of about so many bytes, which can be read apart: neighbouring sources, or ranges of a large one.
 
         Ranges of lines have no numbers yet (`Range.first`); see `count_lines`.
         """
-        parts: list[tuple[Slice, ...]] = []
+        pieces: list[tuple[Slice, ...]] = []
         pending: list[Slice] = []
         pending_bytes = 0
         for whole in self.slices:
             total = whole.source.bytes
             ranges = whole.source.ranges(size) if total > size else []
-            slices = [replace(whole, range=part) for part in ranges] if len(ranges) > 1 else [whole]
-            for part in slices:
+            slices = [replace(whole, range=selection) for selection in ranges] if len(ranges) > 1 else [whole]
+            for slice in slices:
                 if pending and pending_bytes + total / len(slices) > size:
-                    parts.append(tuple(pending))
-                    pending, pending_bytes = [], 0
-                pending.append(part)
+                    pieces.append(tuple(pending))
+                    pending = []
+                    pending_bytes = 0
+                pending.append(slice)
                 pending_bytes += total // len(slices)
-        return [*parts, tuple(pending)] if pending else parts
+        return [*pieces, tuple(pending)] if pending else pieces
 
     @property
     def bytes(self) -> int:
         """Size of all files, in bytes."""
-        return sum(part.source.bytes for part in self.slices)
+        return sum(whole.source.bytes for whole in self.slices)
 
     def __iter__(self) -> Iterator[Document | DataError]:
         fields = self._fields
         content = {getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id", "source")}
         content |= {fields.features} if fields.form == "vector" else set()
         reading = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
-        for part in self.slices:
-            for where, id, record in part.source.records(part.name, reading, part.range):
+        for slice in self.slices:
+            for where, id, record in slice.source.records(slice.name, reading, slice.range):
                 if isinstance(record, DataError):
                     yield record
                     continue
                 self.columns.update(record)
                 check_columns(self.columns, where)
-                yield _document(record, part.name, where, id, fields, self.left_out)
+                yield _document(record, slice.name, where, id, fields, self.left_out)
 
 
 def check_columns(columns: Collection[str], where: str) -> None:

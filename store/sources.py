@@ -110,7 +110,7 @@ class Source:
         """Size of the files; 0 if there are none on this machine."""
         return sum(file.stat().st_size for file in files_in(self.place)) if self.place is not None and self.place.exists() else 0
 
-    def checksum(self, part: Range | None) -> int | None:
+    def checksum(self, selection: Range | None) -> int | None:
         """Return the CRC-32C of the files, or of a range of lines, as this machine has them; None if it has none.
 
         Objects of a store are the same for all machines: 0.
@@ -119,17 +119,17 @@ class Source:
             return None
         if isinstance(self.place, StorePath):
             return 0
-        return _checksum(self.place, part if self.has_lines else None)
+        return _checksum(self.place, selection if self.has_lines else None)
 
 
 @lru_cache(4096)
-def _checksum(place: Path, part: Range | None) -> int:
+def _checksum(place: Path, selection: Range | None) -> int:
     import google_crc32c
 
     value = 0
     for path in files_in(place):
-        left = path.stat().st_size if part is None else part.stop - part.start
-        with open_from(path, part.start if part else 0) as file:
+        left = path.stat().st_size if selection is None else selection.stop - selection.start
+        with open_from(path, selection.start if selection else 0) as file:
             while left > 0 and (content := file.read(min(left, _COUNTED_BYTES))):
                 value = google_crc32c.extend(value, content)
                 left -= len(content)
@@ -184,7 +184,7 @@ def standard_input() -> Source:
     """Return a source of JSON lines from standard input."""
     import sys
 
-    return Source("-", "stdin", (), lambda name, reading, part: json_lines(sys.stdin.buffer, name))
+    return Source("-", "stdin", (), lambda name, reading, selection: json_lines(sys.stdin.buffer, name))
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -297,11 +297,11 @@ def _row_group_ranges(path: Path, size: int) -> list[Range]:
     return [Range(start, min(start + together, len(rows)), sum(rows[:start])) for start in range(0, len(rows), together)]
 
 
-def count_lines(path: Path, part: Range) -> int:
+def count_lines(path: Path, selection: Range) -> int:
     """Count the lines of a file that begin in a range of its bytes."""
-    count = int(part.start == 0)
-    start = max(part.start - 1, 0)
-    left = part.stop - 1 - start
+    count = int(selection.start == 0)
+    start = max(selection.start - 1, 0)
+    left = selection.stop - 1 - start
     with open_from(path, start) as file:
         while left > 0 and (content := file.read(min(left, _COUNTED_BYTES))):
             count += content.count(b"\n")
@@ -309,23 +309,23 @@ def count_lines(path: Path, part: Range) -> int:
     return count
 
 
-def _file_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
+def _file_records(path: Path, name: str, reading: Reading, selection: Range | None = None) -> Iterator[Record]:
     from .tables import csv_records, parquet_records
 
     kind, compression = _kind(path)
-    if part is not None and kind != ".parquet":
-        with open_from(path, max(part.start - 1, 0)) as file:
-            start = part.start - 1 + _line_rest(file) if part.start else 0
-            yield from json_lines(file, name, part.first, part.stop - start)
+    if selection is not None and kind != ".parquet":
+        with open_from(path, max(selection.start - 1, 0)) as file:
+            start = selection.start - 1 + _line_rest(file) if selection.start else 0
+            yield from json_lines(file, name, selection.first, selection.stop - start)
         return
-    if part is None:
+    if selection is None:
         path = fetched(path)
     if path.stat().st_size == 0:
         yield name, name, DataError(f"{path} is empty; give a file with documents")
         return
     try:
         if kind == ".parquet":
-            yield from parquet_records(path, name, reading, part)
+            yield from parquet_records(path, name, reading, selection)
         elif kind in (".csv", ".tsv"):
             yield from csv_records(partial(_open, path, compression), name, "\t" if kind == ".tsv" else ",", reading)
         else:
@@ -510,15 +510,15 @@ def _row_ranges(path: Path, size: int) -> list[Range]:
     return [Range(start, min(start + together, rows), start) for start in range(0, rows, together)]
 
 
-def _saved_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
+def _saved_records(path: Path, name: str, reading: Reading, selection: Range | None = None) -> Iterator[Record]:
     from .tables import table_records
 
     datasets = require("datasets", "hub")
     try:
         dataset = datasets.load_from_disk(str(path)).with_format("arrow")
-        if part is not None:
-            dataset = dataset.select(range(part.start, part.stop))
-        yield from table_records(_validated(dataset), name, reading, part.first if part else 0)
+        if selection is not None:
+            dataset = dataset.select(range(selection.start, selection.stop))
+        yield from table_records(_validated(dataset), name, reading, selection.first if selection else 0)
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds of error for damaged files
@@ -533,7 +533,7 @@ def _validated(dataset: Any) -> Iterator[Any]:
             yield batch
 
 
-def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading, part: None = None) -> Iterator[Record]:
+def _hub_dataset(dataset: str, config: str | None, split: str, name: str, reading: Reading, selection: None = None) -> Iterator[Record]:
     datasets = require("datasets", "hub")
     try:
         stream = datasets.load_dataset(dataset, config, split=split, streaming=True)

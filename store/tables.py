@@ -145,7 +145,7 @@ def _seekable(path: Path) -> Any:
     return open_from(path, 0) if isinstance(path, StorePath) else path
 
 
-def parquet_records(path: Path, name: str, reading: Reading, part: Range | None = None) -> Iterator[Record]:
+def parquet_records(path: Path, name: str, reading: Reading, selection: Range | None = None) -> Iterator[Record]:
     """Yield the records of a Parquet file, or of a range of its row groups."""
     try:
         with pq.ParquetFile(_seekable(path)) as file:
@@ -158,13 +158,13 @@ def parquet_records(path: Path, name: str, reading: Reading, part: Range | None 
             indices = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in {c.split(".")[0] for c in columns}]
             nested = {leaves[i].path for i in indices if leaves[i].max_repetition_level}
             row_group_bounds = []
-            numbers = range(metadata.num_row_groups) if part is None else range(part.start, part.stop)
+            numbers = range(metadata.num_row_groups) if selection is None else range(selection.start, selection.stop)
             for number in numbers:
                 # Reading no rows raises errors in the columns' metadata; accessing these first would abort the process.
                 next(file.reader.iter_batches(0, row_groups=[number], column_indices=indices, use_threads=False), None)
                 chunks = [metadata.row_group(number).column(i) for i in indices]
                 row_group_bounds.append(_bounds(chunks, nested, f"{name}: row group {number + 1} of {metadata.num_row_groups}"))
-        first = 0 if part is None else part.first
+        first = 0 if selection is None else selection.first
         for number, (rows, shared) in zip(numbers, row_group_bounds, strict=True):
             with pq.ParquetFile(_seekable(path), read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20) as file:
                 yield from table_records(file.iter_batches(rows, [number], columns), name, reading, first)

@@ -22,7 +22,7 @@ import pytest
 import wherefrom
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from wherefrom import BuildConfig, Client
-from wherefrom.ray_jobs import corpus as corpus_parts
+from wherefrom.ray_jobs import corpus as corpus_pieces
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.progress import Console
 from wherefrom.store.corpus import Slice
@@ -96,7 +96,7 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
 @pytest.mark.slow
 def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
     """Also of a corpus that is read in parts."""
-    monkeypatch.setattr(corpus_parts, "_LEAST_PART", corpus_file.stat().st_size // 5)
+    monkeypatch.setattr(corpus_pieces, "_LEAST_PIECE", corpus_file.stat().st_size // 5)
     one, two = tmp_path / "one.wherefrom", tmp_path / "two.wherefrom"
     build(config(model_dir, corpus_file, one))
     build(config(model_dir, corpus_file, two, workers=2))
@@ -110,9 +110,9 @@ def test_a_corpus_in_parts_goes_on_with_the_parts_that_are_not_finished(tmp_path
     """On workers that have the files, and by the driver where they do not."""
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in random_texts(120, seed=3)])  # with default ids
     build(config(model_dir, corpus, tmp_path / "whole"))
-    monkeypatch.setattr(corpus_parts, "_LEAST_PART", corpus.stat().st_size // 5)
+    monkeypatch.setattr(corpus_pieces, "_LEAST_PIECE", corpus.stat().st_size // 5)
     monkeypatch.setattr(Slice, "is_here", is_here)
-    write = corpus_parts.CorpusWriter._write_shard
+    write = corpus_pieces.CorpusWriter._write_shard
     written = []
 
     def stop_at_the_third(self, part, shards, examples):
@@ -121,10 +121,10 @@ def test_a_corpus_in_parts_goes_on_with_the_parts_that_are_not_finished(tmp_path
             raise KeyboardInterrupt
         return write(self, part, shards, examples)
 
-    monkeypatch.setattr(corpus_parts.CorpusWriter, "_write_shard", stop_at_the_third)
+    monkeypatch.setattr(corpus_pieces.CorpusWriter, "_write_shard", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         build(config(model_dir, corpus, tmp_path / "i"))
-    damaged = json.loads((tmp_path / "i" / "staging" / "part-0.json").read_text())["shards"][0]["id"]
+    damaged = json.loads((tmp_path / "i" / "staging" / "piece-0.json").read_text())["shards"][0]["id"]
     (tmp_path / "i" / "documents" / f"{damaged}.arrow").write_bytes(b"")
     build(config(model_dir, corpus, tmp_path / "i"))
     assert written == [0, 1, 2, 0, 2, 3, 4, 5][: len(written)]
@@ -143,7 +143,7 @@ def test_counts_and_errors_of_parts_are_those_of_the_corpus(tmp_path, model_dir,
     options = {"max_tokens": 16, "bad_documents": "skip"}
     records = []
     for name, size in (("whole", 1 << 20), ("parts", 1000)):
-        monkeypatch.setattr(corpus_parts, "_LEAST_PART", size)
+        monkeypatch.setattr(corpus_pieces, "_LEAST_PIECE", size)
         records.append(build(config(model_dir, corpus, tmp_path / name, **options)).build)
     whole, parts = [{name: getattr(record, name) for name in COUNTED} for record in records]
     assert parts == whole
