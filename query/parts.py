@@ -10,7 +10,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -415,6 +415,7 @@ class Part:
         return value
 
 
+@runtime_checkable
 class Parts(Protocol):
     """All parts of an index.
 

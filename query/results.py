@@ -12,6 +12,7 @@ from ..store.files import storage_errors
 
 
 @runtime_checkable
+@runtime_checkable
 class Reporter(Protocol):
     """Hears of the stages of long work (see ray_jobs/progress.py)."""
 

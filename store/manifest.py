@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -190,7 +190,7 @@ class DenseComponent(_Component):
         return (self.coordinates or self.dim) if self.one_bit else min(self.coordinates or self.dim, self.dim)
 
     @model_validator(mode="after")
-    def _check_layers(self) -> Self:
+    def _check_layers(self) -> "DenseComponent":
         """Refuse layers that contradict one another."""
         offset = 0
         names = set[str]()

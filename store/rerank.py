@@ -9,7 +9,7 @@ The file can be made again from the index and its model (`wherefrom fit`), so no
 import copy
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,7 +42,7 @@ class RerankRecord(BaseModel):
     file: FileRecord
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "RerankRecord":
         """Refuse components that cannot be those of recomputed rows."""
         dense = [component for component in self.components if component.role == "blocks"]
         names = {component.name for component in self.components}

@@ -37,6 +37,12 @@ class Apart:
         for part in self.parts:
             yield from part.scores(search)
 
+    def up(self):
+        return [int(number not in self.away) for number in range(len(self.parts))]
+
+    def moved_to(self, index):
+        return Apart(index, [range(len(index.groups))])
+
 
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory, model_dir, corpus_file):
