@@ -54,13 +54,13 @@ class WrittenShard(BaseModel):
     documents_sha256: str
 
 
-class WrittenPiece(BaseModel):
-    """The shards of a piece of the corpus, and a record of its documents.
+class _Written(BaseModel):
+    """Shards, and a record of their documents.
 
     Attributes:
-        documents, split, truncated, skipped, skipped_first, left_out_columns: see `WrittenCorpus`.
-        columns: names of the columns.
-        id_hashes: 64-bit hashes of the examples' ids, in order.
+        documents: number of usable documents; `split` and `truncated` are those that were longer than the longest example.
+        skipped: number of documents that could not be used, and in `skipped_first` the errors of the first ones.
+        left_out_columns: the columns that an index cannot hold, each with a description of its content.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_bytes="base64", val_json_bytes="base64")
@@ -71,31 +71,29 @@ class WrittenPiece(BaseModel):
     truncated: int
     skipped: int
     skipped_first: tuple[str, ...]
-    columns: tuple[str, ...]
     left_out_columns: dict[str, str]
+
+
+class WrittenPiece(_Written):
+    """The shards of a piece of the corpus, and a record of its documents.
+
+    Attributes:
+        columns: names of the columns.
+        id_hashes: 64-bit hashes of the examples' ids, in order.
+    """
+
+    columns: tuple[str, ...]
     id_hashes: bytes
 
 
-class WrittenCorpus(BaseModel):
+class WrittenCorpus(_Written):
     """All shards of a corpus, and a record of its documents.
 
     Attributes:
-        documents: number of usable documents; `split` and `truncated` are those that were longer than the longest example.
-        skipped: number of documents that could not be used, and in `skipped_first` the errors of the first ones.
         unread: the files in the corpus's folders that are not read.
-        left_out_columns: the columns that an index cannot hold, each with a description of its content.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    shards: tuple[WrittenShard, ...]
-    documents: int
-    split: int
-    truncated: int
-    skipped: int
-    skipped_first: tuple[str, ...]
     unread: UnreadFiles
-    left_out_columns: dict[str, str]
 
     def omissions(self) -> dict[str, Any]:
         """Return the files and columns of the corpus that the index does not hold, for its record."""

@@ -1,14 +1,24 @@
 """Bergson: a build of projected gradients, and queries. See README.md."""
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from bergson import Attributor, GradientProcessor, collect_gradients
 from bergson.config import IndexConfig
-from common import batches, folder_bytes, load_model, loss_of, median_seconds, padded, peak_mib, plain_seconds, read_examples, tokens_of
+from common import (
+    batches,
+    folder_bytes,
+    load_model,
+    loss_of,
+    median_seconds,
+    padded,
+    plain_seconds,
+    read_arguments,
+    read_examples,
+    report,
+    tokens_of,
+)
 from datasets import Dataset
 
 RANK = 16
@@ -16,12 +26,7 @@ RANK = 16
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("examples")
-    parser.add_argument("queries")
-    parser.add_argument("out")
-    args = parser.parse_args()
+    args = read_arguments()
     model, examples, queries = load_model(args.model), read_examples(args.examples), read_examples(args.queries)
     groups = batches(examples)
     plain = plain_seconds(model, examples, groups)
@@ -43,14 +48,12 @@ def main():
             loss_of(model, *padded([query], [0])).backward()
 
     seconds = median_seconds(ask, queries)
-    result = {
-        "tokens_per_cpu_second": tokens_of(examples, groups) / built,
-        "over_plain": plain / built,
-        "bytes_per_example": folder_bytes(config.partial_run_path) / len(examples),
-        "query_seconds": seconds,
-        "peak_mib": peak_mib(),
-    }
-    print(json.dumps(result))
+    report(
+        tokens_per_cpu_second=tokens_of(examples, groups) / built,
+        over_plain=plain / built,
+        bytes_per_example=folder_bytes(config.partial_run_path) / len(examples),
+        query_seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

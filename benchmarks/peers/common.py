@@ -1,5 +1,6 @@
 """Model, batches and measurements that all runners share; needs torch and transformers alone."""
 
+import argparse
 import json
 import resource
 import statistics
@@ -88,11 +89,19 @@ def median_seconds(function, arguments):
     return statistics.median(times)
 
 
+def read_arguments(*more):
+    """Model, examples, queries and folder that a runner is given, and what follows them."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "examples", "queries", "out", *more):
+        parser.add_argument(name)
+    return parser.parse_args()
+
+
+def report(**figures):
+    """Print a runner's figures, and the largest memory of this process."""
+    print(json.dumps({**figures, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))
+
+
 def folder_bytes(folder):
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
-def peak_mib():
-    """Largest memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

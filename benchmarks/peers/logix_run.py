@@ -1,7 +1,5 @@
 """LogIX: a log of LoGra's projected gradients, and queries. See README.md."""
 
-import argparse
-import json
 import os
 import time
 
@@ -9,7 +7,19 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
 
 import torch
 import yaml
-from common import batches, folder_bytes, load_model, loss_of, median_seconds, padded, peak_mib, plain_seconds, read_examples, tokens_of
+from common import (
+    batches,
+    folder_bytes,
+    load_model,
+    loss_of,
+    median_seconds,
+    padded,
+    plain_seconds,
+    read_arguments,
+    read_examples,
+    report,
+    tokens_of,
+)
 from logix import LogIX
 
 RANK = 16
@@ -17,12 +27,7 @@ RANK = 16
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("examples")
-    parser.add_argument("queries")
-    parser.add_argument("out")
-    args = parser.parse_args()
+    args = read_arguments()
     model, examples, queries = load_model(args.model), read_examples(args.examples), read_examples(args.queries)
     groups = batches(examples)
     plain = plain_seconds(model, examples, groups)
@@ -56,14 +61,12 @@ def main():
         return torch.as_tensor(scores).flatten().topk(10).indices
 
     seconds = median_seconds(ask, queries)
-    result = {
-        "tokens_per_cpu_second": tokens_of(examples, groups) / built,
-        "over_plain": plain / built,
-        "bytes_per_example": folder_bytes(args.out) / len(examples),
-        "query_seconds": seconds,
-        "peak_mib": peak_mib(),
-    }
-    print(json.dumps(result))
+    report(
+        tokens_per_cpu_second=tokens_of(examples, groups) / built,
+        over_plain=plain / built,
+        bytes_per_example=folder_bytes(args.out) / len(examples),
+        query_seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

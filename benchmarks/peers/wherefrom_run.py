@@ -1,13 +1,12 @@
 """Wherefrom: a build with one worker and one thread, and queries. See README.md."""
 
-import argparse
 import json
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from common import batches, load_model, median_seconds, peak_mib, plain_seconds, read_examples, tokens_of
+from common import batches, load_model, median_seconds, plain_seconds, read_arguments, read_examples, report, tokens_of
 from transformers import AutoTokenizer
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.ray_jobs.build import build
@@ -32,13 +31,7 @@ class Stages(Silent):
 
 def main():
     """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("examples")
-    parser.add_argument("queries")
-    parser.add_argument("out")
-    parser.add_argument("method", choices=METHODS)
-    args = parser.parse_args()
+    args = read_arguments("method")
     model, examples, queries = load_model(args.model), read_examples(args.examples), read_examples(args.queries)
     groups = batches(examples)
     plain = plain_seconds(model, examples, groups)
@@ -59,16 +52,14 @@ def main():
     seconds = median_seconds(lambda query: client.query(query, k=10, opponents=False), texts)
     search = median_seconds(lambda row: client.query(row=row, k=10, opponents=False), list(range(len(queries))))
     plain_rate = tokens_of(examples, groups) / plain
-    result = {
-        "tokens_per_cpu_second": tokens / (ended - rows_began),
-        "over_plain": tokens / (ended - rows_began) / plain_rate,
-        "with_fit_over_plain": tokens / (ended - (first_fit or rows_began)) / plain_rate,
-        "bytes_per_example": client.index.summary()["bytes_per_example"],
-        "query_seconds": seconds,
-        "search_seconds": search,
-        "peak_mib": peak_mib(),
-    }
-    print(json.dumps(result))
+    report(
+        tokens_per_cpu_second=tokens / (ended - rows_began),
+        over_plain=tokens / (ended - rows_began) / plain_rate,
+        with_fit_over_plain=tokens / (ended - (first_fit or rows_began)) / plain_rate,
+        bytes_per_example=client.index.summary()["bytes_per_example"],
+        query_seconds=seconds,
+        search_seconds=search,
+    )
 
 
 if __name__ == "__main__":
