@@ -1,14 +1,16 @@
-"""Speed of the search of dense rows, exact and by quantized scan and rescore, compared with FAISS, on rows grown from real ones.
+"""Speed of the search of dense rows: exact, by quantized scan and rescore, and by FAISS indexes of the same rows, on rows grown from real ones.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom -o rank=16
-    python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl [--rows 1000000] [--compare 100000]
+    python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl --rows 1000000
+    python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl --rows 1000000 --coordinates 512 \\
+        --faiss SQ8 --faiss "HNSW32_SQ8 efSearch=64 efSearch=256" --faiss "IVF4096_HNSW32,SQ8 nprobe=16 nprobe=64"
 
-Real rows are searched as they are. For more, real rows and queries are folded to 4,096 coordinates; a grown row's direction is nine parts
+Real rows are searched as they are. For more, real rows and queries are folded to `--coordinates`; a grown row's direction is nine parts
 of one real row's and four of another's, its length the first one's, stored in int8; quantiles of the queries' cosines with real and with
 grown rows stand side by side in the output. Each search runs in a process of its own: queries one at a time, top 10 proponents and
 opponents, all cores; wall time, how many of the exact scan's top 10 are found, rows read, and memory (that of this process alone, and that
-of the files that it maps). FAISS (top 10 of inner products, one query at a time) searches the first `--compare` of the same rows, and so
-do we beside it: flat, SQ8, RaBitQ, HNSW and IVF-PQ, each timed with the settings that it prints.
+of the files that it maps). FAISS finds candidates as `query --engine faiss` does, opponents by the negated query, and they are scored
+again from the stored rows; each index is searched with each of the parameters that follow its factory.
 """
 
 import argparse
@@ -26,8 +28,10 @@ from wherefrom import Client
 from wherefrom.indexer.models import configure_memory
 from wherefrom.query.files import read_queries
 from wherefrom.query.metric import Metric
+from wherefrom.query.faiss_index import make_faiss
 from wherefrom.query.parts import Search, WholeIndex
-from wherefrom.query.search import find
+from wherefrom.query.search import find, find_by_faiss
+from wherefrom.ray_jobs.progress import Silent
 from wherefrom.store.bits import fold
 from wherefrom.store.dense import encode_dense, row_bytes
 from wherefrom.store.errors import UsageError
@@ -35,25 +39,25 @@ from wherefrom.store.index import Index
 from wherefrom.store.manifest import Layer
 from wherefrom.store.vectors import DenseVectors
 
-_DIM, _SHARD_ROWS, _K = 4096, 8192, 10
+_K = 10
 _RECALLS = (1.0, 0.9, 0.99, 0.999)
 
 
-def folded(rows):
-    """Rows in 4,096 coordinates."""
-    return fold(rows.astype(np.float32), _DIM, 0)
+def folded(rows, coordinates):
+    """Rows in so many coordinates."""
+    return fold(rows.astype(np.float32), coordinates, 0)
 
 
-def grow(index, rows, out):
+def grow(index, rows, coordinates, out):
     """An index of so many rows like those of `index`, at `out`."""
     (component,) = index.manifest.components
     real = []
     for shard in index.shards:
         stored = index.rows(shard, component)
-        real += [folded(stored.values(codes) * stored.factors()[first : first + len(codes), None]) for first, codes in stored.blocks()]
+        real += [folded(stored.values(codes) * stored.factors()[first : first + len(codes), None], coordinates) for first, codes in stored.blocks()]
     real = np.concatenate(real)
     norms = index.norms(component)
-    sizes = dict(outputs=1, inputs=_DIM, output_rank=1, input_rank=_DIM, input_group="all", offset=0, curvature="identity")
+    sizes = dict(outputs=1, inputs=coordinates, output_rank=1, input_rank=coordinates, input_group="all", offset=0, curvature="identity")
     grown = component.model_copy(update={"layers": (Layer(name="all", **sizes),), "dtype": "int8"})
 
     def sample(generator, count):
@@ -127,54 +131,40 @@ def _values(rows):
     return np.concatenate([rows.values(codes) for _, codes in rows.blocks()]) * (rows.factors() * rows.norms)[:, None]
 
 
-def compare(place, queries):
-    """FAISS on an index's rows: a line of JSON for each of its indexes."""
-    import faiss
-
+def compare(place, queries, factory, settings):
+    """Make a FAISS index and search with each setting: a line of JSON for each."""
+    configure_memory()
     index, asked = Index(place), np.load(queries)
     (component,) = index.manifest.components
-    exact = np.load(queries.with_name(f"{place.name}-exact.npy"))[:, :_K]
+    exact = np.load(queries.with_name(f"{place.name}-exact.npy"))
     certified = json.loads(queries.with_name(f"{place.name}-times.json").read_text())["0.99"]
-    rows = np.concatenate([_values(index.rows(shard, component)) for shard in index.shards])
-    product = faiss.METRIC_INNER_PRODUCT
-    makers = {
-        "Flat": lambda: faiss.IndexFlatIP(_DIM),
-        "SQ8": lambda: faiss.IndexScalarQuantizer(_DIM, faiss.ScalarQuantizer.QT_8bit, product),
-        "RaBitQ": lambda: faiss.IndexRaBitQ(_DIM, product),
-        "IVF256,PQ512x4fs": lambda: faiss.index_factory(_DIM, "IVF256,PQ512x4fs", product),
-        "HNSW32": lambda: faiss.IndexHNSWFlat(_DIM, 32, product),
-    }
-    for name, make in makers.items():
-        engine, started = make(), time.perf_counter()
-        if not engine.is_trained:
-            engine.train(rows[:20_000])
-        engine.add(rows)
-        built = time.perf_counter() - started
-        settings = {"IVF256,PQ512x4fs": ("nprobe", (16, 64, 256)), "HNSW32": ("efSearch", (64, 256, 1024)), "RaBitQ": ("qb", (4, 8))}
-        option, values = settings.get(name, ("", (0,)))
-        for value in values:
-            if option:
-                setattr(engine.hnsw if option == "efSearch" else engine, option, value)
-            found, seconds = [], []
-            for row in asked[:2]:
-                engine.search(row[None], _K)
-            for row in asked:
-                started = time.perf_counter()
-                found.append(engine.search(row[None], _K)[1][0])
-                seconds.append(time.perf_counter() - started)
-            right = [len(set(a) & set(b)) / _K for a, b in zip(exact.tolist(), np.array(found).tolist(), strict=True)]
-            size = len(faiss.serialize_index(engine)) if name != "Flat" else rows.nbytes
-            setting = f"{name}{f' {option} {value}' if option else ''}"
-            ratio = round(float(np.median(seconds)) / certified, 2)
-            about = {
-                "takes_times_recall_0.99": ratio,
-                "faiss": setting,
-                "rows": len(rows),
-                "recall_found": round(float(np.mean(right)), 4),
-                **milliseconds(seconds),
-            }
-            print(json.dumps({**about, "bytes_a_row": round(size / len(rows)), "build_seconds": round(built, 1)}), flush=True)
-        del engine
+    parts = [{component.name: DenseVectors(row[None])} for row in asked]
+    started = time.perf_counter()
+    record = make_faiss(index, factory, "", component.name, Silent())
+    built = time.perf_counter() - started
+    whole = WholeIndex(index)
+    for setting in settings or [""]:
+        used = record.model_copy(update={"parameters": setting})
+        (place / "faiss" / f"{component.name}.json").write_text(used.model_dump_json())
+        find_by_faiss(whole, Search(parts[0], Metric(), {}), _K)
+        hits, seconds = [], []
+        for part in parts:
+            started = time.perf_counter()
+            hits += find_by_faiss(whole, Search(part, Metric(), {}), _K).hits
+            seconds.append(time.perf_counter() - started)
+        shares = {"proponents_found": [], "opponents_found": []}
+        for right, hit in zip(exact.tolist(), hits, strict=True):
+            shares["proponents_found"].append(len(set(right[:_K]) & set(hit.proponents.tolist())) / _K)
+            shares["opponents_found"].append(len(set(right[_K:]) & set(hit.opponents.tolist())) / _K)
+        about = {
+            "faiss": f"{factory} {setting}".strip(),
+            "rows": len(index),
+            "takes_times_recall_0.99": round(float(np.median(seconds)) / certified, 2),
+            **{name: round(float(np.mean(values)), 3) for name, values in shares.items()},
+            **milliseconds(seconds),
+        }
+        size = record.file.bytes / len(index)
+        print(json.dumps({**about, "bytes_a_row": round(size), "build_seconds": round(built), **memory()}), flush=True)
 
 
 def main():
@@ -183,7 +173,8 @@ def main():
     parser.add_argument("--index", type=Path)
     parser.add_argument("--queries", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--compare", type=int, default=100_000)
+    parser.add_argument("--coordinates", type=int, default=4096)
+    parser.add_argument("--faiss", action="append", default=[], help="a factory string, and parameters of its searches to try")
     parser.add_argument("--count", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="where rows are grown, and found again the next time")
@@ -192,7 +183,8 @@ def main():
     args = parser.parse_args()
     if args.measure:
         if args.recall is None:
-            compare(args.measure, args.queries)
+            factory, *settings = args.faiss[0].split()
+            compare(args.measure, args.queries, factory, settings)
         else:
             print(json.dumps(measure(args.measure, args.queries, args.recall, args.repeats)), flush=True)
         return
@@ -206,7 +198,7 @@ def main():
             continue
     scratch = args.scratch or Path(tempfile.mkdtemp(dir=args.index.parent))
     (component,) = client.index.manifest.components
-    asked = folded(client.encode(queries[: args.count])[component.name].values)
+    asked = folded(client.encode(queries[: args.count])[component.name].values, args.coordinates)
     scratch.mkdir(exist_ok=True)
     np.save(scratch / "queries.npy", asked)
     np.save(scratch / "whole.npy", client.encode(queries[: args.count])[component.name].values)
@@ -215,16 +207,15 @@ def main():
     for recall in _RECALLS:
         subprocess.run([*again, str(scratch / "whole.npy"), "--measure", str(args.index), "--recall", str(recall)], check=True)
     again.append(str(scratch / "queries.npy"))
-    for rows in (args.compare, args.rows):
-        place = scratch / str(rows)
-        if not place.exists():
-            grown, real = grow(client.index, rows, place)
-            first = _values(grown.rows(grown.shards[0], grown.manifest.components[0]))
-            print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, first)}), flush=True)
-        for recall in _RECALLS:
-            subprocess.run([*again, "--measure", str(place), "--recall", str(recall)], check=True)
-        if rows == args.compare:
-            subprocess.run([*again, "--measure", str(place)], check=True)
+    place = scratch / str(args.rows)
+    if not place.exists():
+        grown, real = grow(client.index, args.rows, args.coordinates, place)
+        first = _values(grown.rows(grown.shards[0], grown.manifest.components[0]))
+        print(json.dumps({"real": cosines(asked, real), "grown": cosines(asked, first)}), flush=True)
+    for recall in _RECALLS:
+        subprocess.run([*again, "--measure", str(place), "--recall", str(recall)], check=True)
+    for factory in args.faiss:
+        subprocess.run([*again, "--measure", str(place), "--faiss", factory], check=True)
     if args.scratch is None:
         shutil.rmtree(scratch)
 

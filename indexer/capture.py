@@ -11,6 +11,7 @@ hooks), reading weight gradients of batches of one (no batching).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from ..store.errors import UsageError
 from ..store.manifest import Layer
 from ..store.shapes import Float, Int
 from .batches import Batch
+from .experts import RoutedLinear
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
@@ -103,16 +105,16 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
         layers: the tracked layers; a layer that runs several times in a pass (shared weights) is visited each time.
         maps: layer name -> (input map, output map), on the layer's device; None is the identity. Layers that share an input and hold
             the same map object project it once.
-        batch: its layers may see examples and tokens as one list, or with dimensions of size one between.
+        batch: its layers may see other tokens than those of the batch, if the examples follow each other (see `arrange`).
         visit: gets projected inputs [batch, tokens, in_rank] and output gradients in float32 (float64 for a float64 model), both on the
             layer's device; padding tokens have zero output gradients. Embeddings have token ids as inputs. `chunk` is the part of the
-            batch whose tokens these are.
+            batch whose tokens these are; its mask is that of the layer's tokens.
 
     Yields:
         The window of the tokens that the model computes.
 
     Raises:
-        UsageError: a tracked layer sees something that is not one vector for each token of each example.
+        UsageError: a tracked layer sees something that is not vectors of one example after the other.
     """
     modules = dict(model.named_modules())
     recent: list[tuple[Tensor, int, Map, Geometry, Tensor]] = []
@@ -133,30 +135,29 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
         recent[:] = [(x, x._version, map_, kernel, projected.clone() if map_ is None else projected)]  # the model may write into x
         return recent[0][4]
 
-    def by_example(module: nn.Module, value: Tensor, layer: Layer) -> Tensor:
-        if isinstance(module, nn.Conv2d):
-            return value
-        shape = window.chunk.valid.shape
-        leading = [size for size in value.shape[:-1] if size != 1]
-        if leading == [size for size in shape if size != 1] or leading == [shape[0] * shape[1]]:
-            return value.reshape(*shape, value.shape[-1])
-        raise UsageError(
-            f"layer {layer.name} sees a tensor of shape {tuple(value.shape)} for {shape[0]} examples of {shape[1]} tokens, not a vector "
-            "for each token (a routed expert?); leave it out of layers"
-        )
+    def by_example(value: Tensor, layer: Layer, tokens: Tensor | None) -> Tensor:
+        arranged = arrange(value, window.chunk, tokens)
+        if arranged is None:
+            shape = window.chunk.valid.shape
+            raise UsageError(
+                f"layer {layer.name} sees a tensor of shape {tuple(value.shape)} for {shape[0]} examples of {shape[1]} tokens, not vectors "
+                "of one example after the other; leave it out of layers"
+            )
+        return arranged
 
     def hook(layer: Layer, input_map: Map, output_map: Map) -> Callable[..., Tensor]:
         device = next(modules[layer.name].parameters()).device
 
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0] if isinstance(module, nn.Embedding) else by_example(module, project_input(module, args[0], input_map), layer)
+            tokens = routed_tokens(module)
+            x = args[0] if isinstance(module, nn.Embedding) else by_example(project_input(module, args[0], input_map), layer, tokens)
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True).clone()  # a copy, since models may write into it
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d
-                gradient = OutputGradient(widened(by_example(module, project(d, output_map), layer), device))
-                visit(layer, widened(x, device), gradient, window.chunk)
+                gradient = OutputGradient(widened(by_example(project(d, output_map), layer, tokens), device))
+                visit(layer, widened(x, device), gradient, _part_of(window.chunk, x.shape[1], tokens))
 
             output.register_hook(backward)
             return output
@@ -174,6 +175,39 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def routed_tokens(module: nn.Module) -> Int[Tensor, " routed"] | None:
+    """Return the positions, among all tokens of the batch, of those that a layer sees; None if it sees all."""
+    return module.tokens if isinstance(module, RoutedLinear) else None
+
+
+def arrange(value: Float[Tensor, "*leading size"], batch: Batch, tokens: Int[Tensor, " routed"] | None) -> Tensor | None:
+    """Return what a layer sees or computes as [examples, tokens of an example, size]; None if its shape is not that of whole examples.
+
+    The first dimension is that of the examples, or counts equal parts of them, one example after the other: sequences, windows of an image,
+    or tokens. Dimensions of size one are left out.
+
+    Args:
+        tokens: of a routed layer, the positions of the rows; the other tokens become zeros.
+    """
+    examples, count = batch.valid.shape
+    if tokens is not None:
+        return value.new_zeros(examples * count, value.shape[-1]).index_copy(0, tokens, value).unflatten(0, (examples, count))
+    leading = [size for size in value.shape[:-1] if size != 1]
+    if leading == [size for size in (examples, count) if size != 1] or leading == [examples * count]:
+        return value.reshape(examples, count, value.shape[-1])
+    if value.dim() > 1 and value.shape[0] and value.shape[0] % examples == 0:
+        return value.reshape(examples, -1, value.shape[-1])
+    return None
+
+
+def _part_of(chunk: Batch, count: int, tokens: Int[Tensor, " routed"] | None) -> Batch:
+    """Return a part of a batch with the mask of the tokens that a layer sees: so many of each example, or those that are routed to it."""
+    if tokens is not None:
+        routed = torch.zeros_like(chunk.valid).flatten().index_fill(0, tokens.to(chunk.valid.device), True).view_as(chunk.valid)
+        return replace(chunk, valid=chunk.valid & routed)
+    return chunk if count == chunk.valid.shape[1] else replace(chunk, valid=chunk.valid_of(count))
 
 
 def geometry(module: nn.Module) -> Geometry:

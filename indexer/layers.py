@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..store.errors import UsageError
 from ..store.manifest import CurvatureKind, Layer
-from .capture import geometry
+from .batches import Batch
+from .capture import arrange, geometry, routed_tokens
 from .curvature import choose_curvature
 from .models import differ, layer_sizes, loaded
 from .tasks import Task
@@ -70,8 +71,8 @@ def describe_layers(
         names: from `find_layers`.
         rank: coordinates of inputs and outputs each, capped by the layer's sizes.
         curvature: a strategy's name, or "auto" to select by size and by the number of `examples` of the fit.
-        explicit: whether the user named the layers; one that does not run, or that does not see one vector for each token of each
-            text (routers, some experts), is then an error, else it is left out.
+        explicit: whether the user named the layers; one that does not run, or whose inputs are not those of one example after the other,
+            is then an error, else it is left out.
 
     Raises:
         IncompatibleError: the model does not fit the task.
@@ -79,32 +80,19 @@ def describe_layers(
     """
     task.check(model)
     probe = task.probe(model, next(model.parameters()).device)
-    shape = (probe.valid.shape[0], probe.valid.shape[1])
     modules = dict(model.named_modules())
-    inputs: dict[str, tuple[Tensor, int]] = {}  # with its version, since the model may write into it later
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and (isinstance(module, nn.Conv2d) or _sees_each_token(args[0], shape)):
-                inputs.setdefault(name, (args[0], args[0]._version))
-
-        return hook
-
-    handles = [modules[name].register_forward_hook(remember(name)) for name in names]
-    try:
-        with torch.no_grad():
-            task.loss(model, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    inputs = _inputs(task, model, names, probe)
+    swapped = _inputs(task, model, list(inputs), probe.swapped())
+    for name in [name for name in inputs if not _belongs_to_examples(modules[name], inputs[name], swapped[name], probe)]:
+        del inputs[name]
     unused = [n for n in names if n not in inputs]
     if unused and (explicit or len(unused) == len(names)):
-        raise UsageError(f"layer {unused[0]} does not see a vector for each token when the model reads text; leave it out of layers")
+        raise UsageError(f"layer {unused[0]} does not run, or does not see one example after the other; leave it out of layers")
     groups: dict[tuple[object, ...], str] = {}
     layers: list[Layer] = []
     for name in names:
         if name in inputs:
-            x, version = inputs[name]
+            x, version, _ = inputs[name]
             outputs, width = layer_sizes(modules[name]) or (0, 0)
             output_rank = min(rank, outputs)
             input_rank = min(rank, width)
@@ -123,10 +111,34 @@ def describe_layers(
     return tuple(layers)
 
 
-def _sees_each_token(x: Tensor, shape: tuple[int, int]) -> bool:
-    """Check that a layer's input is one vector for each token of each of the probe's two examples, example by example."""
-    leading = [size for size in x.shape[:-1] if size != 1]
-    if shape[1] > 1 and leading == [shape[0] * shape[1]]:  # all tokens but the last are equal in both
-        by_example = x.reshape(*shape, x.shape[-1])
-        return not differ(by_example[0, :-1], by_example[1, :-1], x.dtype)
-    return leading == [size for size in shape if size != 1]
+_Seen = tuple[Tensor, int, Tensor | None]  # a layer's input, its version (the model may write into it later), and the tokens routed to it
+
+
+def _inputs(task: Task, model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, _Seen]:
+    """Run a batch through a model, and return what its layers see first, by name; layers that do not run are missing."""
+    modules = dict(model.named_modules())
+    inputs: dict[str, _Seen] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                inputs.setdefault(name, (args[0], args[0]._version, routed_tokens(module)))
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(remember(name)) for name in names]
+    try:
+        with torch.no_grad():
+            task.loss(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _belongs_to_examples(module: nn.Module, seen: _Seen, seen_swapped: _Seen, probe: Batch) -> bool:
+    """Check that a layer's input can be told apart by example: with two examples swapped, so are its parts."""
+    if isinstance(module, nn.Conv2d):
+        return True
+    first, second = (arrange(x, probe, tokens) for x, _, tokens in (seen, seen_swapped))
+    return first is not None and second is not None and first.shape == second.shape and not differ(first.flip(0), second, first.dtype)

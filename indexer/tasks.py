@@ -32,6 +32,7 @@ from . import models
 from .batches import IGNORED, Batch, batches_by_length
 from .budget import LARGE
 from .capture import Window
+from .experts import is_fused, unfuse
 from .examples import DocumentConverter, TextConverter, VectorConverter
 from .logits import Accept, Head, cross_entropies, draw_uniform
 
@@ -472,9 +473,26 @@ def find_task(name: str) -> Task:
 
 def load_model(task: Task, source: models.ModelSource) -> nn.Module:
     """Load a task's model and freeze it; of a model in memory, take a frozen copy that shares its weights."""
-    if source.loaded is not None:
-        return models.frozen_copy(source, source.loaded)
-    return task.load(source).requires_grad_(False)
+    model = models.frozen_copy(source, source.loaded) if source.loaded is not None else task.load(source).requires_grad_(False)
+    if is_fused(model):
+        _unfuse(task, model)
+    return model
+
+
+@torch.no_grad()
+def _unfuse(task: Task, model: nn.Module) -> None:
+    """Make linear layers of a model's fused experts and routers, if its losses stay the same; see experts.py."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # of what stays fused; others do not know all dtypes
+    probe = task.probe(model, next(model.parameters()).device)
+    before = task.loss(model, probe)
+    restore = unfuse(model)
+    try:
+        is_same = not models.differ(before, task.loss(model, probe), next(model.parameters()).dtype)
+    except (RuntimeError, TypeError, AttributeError):  # experts of another form after all
+        is_same = False
+    if not is_same:
+        restore()
 
 
 def import_object(path: str, kind: str) -> Any:

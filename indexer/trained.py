@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..store.errors import IncompatibleError, UsageError
+from .experts import with_unfused
 from .models import ModelSource, loaded, set_trained
 from .tasks import Task, load_model
 
@@ -39,7 +40,7 @@ def find_trained(task: Task, model: nn.Module, source: ModelSource, base: str | 
     elif trained_layers is None:
         trained_layers = _recorded(Path(source.id))
     if trained_layers is not None and trained_layers & {name for name, _ in model.named_modules()}:
-        set_trained(model, trained_layers)
+        set_trained(model, with_unfused(model, trained_layers))
 
 
 def layers_with_gradients(model: nn.Module) -> frozenset[str] | None:

@@ -437,14 +437,14 @@ def test_odd_habits_of_a_model_do_not_change_its_gradients(habit, rank):
 
 
 @pytest.mark.parametrize("habit", ["tokens first", "tokens first, flat", "pools"])
-def test_a_layer_that_does_not_see_examples_token_by_token_is_refused(habit):
-    with pytest.raises(UsageError, match=r"layer h\.0 does not see a vector for each token"):
+def test_a_layer_that_does_not_see_one_example_after_the_other_is_refused(habit):
+    with pytest.raises(UsageError, match=r"layer h\.0 does not run, or does not see one example after the other"):
         make_plan(Odd(habit), patterns=("h.0",))
     model = Odd("")
     encoder = Encoder(TASK, (model,), make_plan(model, curvature="identity", patterns=("h.0",)), {})
     model.habit = "pools"  # after it was planned
     with pytest.raises(UsageError, match=r"h\.0 sees a tensor of shape"):
-        encoder.rows(make_examples(3))
+        encoder.rows(make_examples(1) * 2)
 
 
 def test_kfac_of_a_layer_that_runs_twice_counts_its_tokens_twice():
