@@ -678,6 +678,8 @@ def _queries(file: str | None, values: dict[str, Any]) -> list[Query]:
             from .query.files import read_chat
 
             fields |= read_chat(fields["messages"])
+        if "image" in fields:
+            fields["image"] = Path(fields["image"])
         return [Query(**fields)]
     if any(fields.values()):
         raise UsageError(f"--file has its own queries; give it without --{min(fields)}")

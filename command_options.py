@@ -228,7 +228,7 @@ def _toml(file: str) -> dict[str, Any]:
 
 def _query_option(field: OptionField) -> Callable[..., Any]:
     option = field.option
-    text = ("JSON file: " if option.file else "") + option.help
+    text = (f"{option.file}: " if option.file else "") + option.help
     if option.default is not None and field.kind is not bool:
         text += f"  [default: {option.default}]"
     if field.kind is bool:

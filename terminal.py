@@ -56,26 +56,38 @@ def _how_searched(s: SearchReport) -> str:
     return searched + (" by one-bit codes, whose scores are estimates," if s.estimates else "")
 
 
+def _query_text(q: Mapping[str, Any]) -> Text:
+    """Return a query as text, with what its loss is on in bold."""
+    text = Text()
+    if "completion" in q or "chosen" in q:
+        text.append(_printable(q["prompt"]))
+        text.append(_printable(q.get("completion") or q["chosen"]).plain, style="bold underline")
+        other = q.get("against") or q.get("rejected")
+        if other:
+            text.append(" rather than ", style="dim")
+            text.append(_printable(other.lstrip(" ")).plain, style="underline")
+    elif "texts" in q:
+        text.append(_printable(q["texts"][0]))
+        text.append(" is like ", style="dim")
+        text.append(_printable(q["texts"][1]).plain, style="bold underline")
+    elif "image" in q or "features" in q:
+        text.append("an image" if "image" in q else "a vector")
+    elif "row" in q or "mean_of" in q:
+        text.append(f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} queries")
+    else:
+        messages = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
+        text.append(_printable(q.get("text") or "\n".join(messages)))
+    if "label" in q:
+        text.append(f"\n(label {q['label']})", style="dim")
+    if "span" in q:
+        text.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
+    return text
+
+
 def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType]:
     """The parts of an answer, from top to bottom; on a narrow terminal without the ids."""
     q = answer.query
-    query_text = Text()
-    if "completion" in q:
-        query_text.append(_printable(q["prompt"]))
-        query_text.append(_printable(q["completion"]).plain, style="bold underline")
-        if "against" in q:
-            query_text.append(" rather than ", style="dim")
-            query_text.append(_printable(q["against"].lstrip(" ")).plain, style="underline")
-    else:
-        messages = [f"{m['role']}: {m.get('content')}" for m in q.get("messages", ())]
-        query_text.append(
-            _printable(
-                q.get("text") or "\n".join(messages) or (f"row {q['row']}" if "row" in q else f"the mean of {q['mean_of']:,} queries")
-            )
-        )
-    if "span" in q:
-        query_text.append(f"\n(the tokens of {_printable(q['span']).plain!r})", style="dim")
-    yield Text("\n") + query_text
+    yield Text("\n") + _query_text(q)
     for title, attributions, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
         if attributions:
             yield _attributions(title, attributions, colour, answer.search.rerank is not None, narrow)

@@ -1,4 +1,4 @@
-"""Speed of the search of dense rows: exact, by quantized scan and rescore, and by FAISS indexes of the same rows, on rows grown from real ones.
+"""Speed of the search of dense rows grown from real ones: exact, by quantized scan and rescore, and by FAISS indexes of the same rows.
 
     wherefrom build --model MODEL_DIR --data corpus.jsonl --out dense.wherefrom -o rank=16
     python benchmarks/dense_search.py --index dense.wherefrom --queries queries.jsonl --rows 1000000
@@ -26,9 +26,9 @@ import numpy as np
 from growing import grow as grow_index
 from wherefrom import Client
 from wherefrom.indexer.models import configure_memory
+from wherefrom.query.faiss_index import make_faiss
 from wherefrom.query.files import read_queries
 from wherefrom.query.metric import Metric
-from wherefrom.query.faiss_index import make_faiss
 from wherefrom.query.parts import Search, WholeIndex
 from wherefrom.query.search import find, find_by_faiss
 from wherefrom.ray_jobs.progress import Silent
@@ -54,7 +54,10 @@ def grow(index, rows, coordinates, out):
     real = []
     for shard in index.shards:
         stored = index.rows(shard, component)
-        real += [folded(stored.values(codes) * stored.factors()[first : first + len(codes), None], coordinates) for first, codes in stored.blocks()]
+        real += [
+            folded(stored.values(codes) * stored.factors()[first : first + len(codes), None], coordinates)
+            for first, codes in stored.blocks()
+        ]
     real = np.concatenate(real)
     norms = index.norms(component)
     sizes = dict(outputs=1, inputs=coordinates, output_rank=1, input_rank=coordinates, input_group="all", offset=0, curvature="identity")

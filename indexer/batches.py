@@ -21,6 +21,7 @@ class Batch:
         targets: the class (for text, the token) that each position predicts, -100 where it is not in the loss.
         valid: False on padding.
         first: of some columns, the number of the first in the batch that they are of.
+        sequences: the number of sequences of each example, whose tokens stand side by side.
         other_valid: the masks of layers that see another number of tokens, such as those of an encoder beside a decoder.
     """
 
@@ -29,6 +30,7 @@ class Batch:
     targets: Int[Tensor, "batch tokens"]
     valid: Bool[Tensor, "batch tokens"]
     first: int = 0
+    sequences: int = 1
     other_valid: tuple[Bool[Tensor, "batch _"], ...] = ()
 
     def valid_of(self, tokens: int) -> Bool[Tensor, "batch tokens"]:
@@ -37,6 +39,10 @@ class Batch:
             if mask.shape[1] == tokens:
                 return mask & self.valid.any(dim=1, keepdim=True)  # of an example that was dropped, none is
         return self.valid.any(dim=1, keepdim=True).expand(-1, tokens)
+
+    def stacked(self, values: Tensor) -> Tensor:
+        """Return values of all tokens, [batch, tokens], with one sequence a row."""
+        return values.reshape(len(self.ids) * self.sequences, -1)
 
     def swapped(self) -> "Batch":
         """Return the examples in the opposite order, a few of them."""

@@ -150,7 +150,11 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
 
         def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             tokens = routed_tokens(module)
-            x = args[0] if isinstance(module, nn.Embedding) else by_example(project_input(module, args[0], input_map), layer, tokens)
+            x = (
+                args[0].reshape(len(batch.ids), -1)
+                if isinstance(module, nn.Embedding)
+                else by_example(project_input(module, args[0], input_map), layer, tokens)
+            )
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True).clone()  # a copy, since models may write into it
 

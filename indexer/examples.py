@@ -25,11 +25,11 @@ from .models import tokenizer_fingerprint
 
 _TOKENIZE_BATCH = 256
 _MOST_PENDING = 48  # tokens that may wait for the end of a character; each is decoded with those before it
-_Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
+Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # token ids, loss mask, character offsets [tokens, 2]
 
 
 @dataclass(frozen=True)
-class _Rendered:
+class Rendered:
     """The text of a document, with its loss spans (start and end in characters).
 
     Attributes:
@@ -133,7 +133,7 @@ class TextConverter:
         stream = iter(documents)
         while batch := list(islice(stream, _TOKENIZE_BATCH)):
             rendered = [self._try_render(d) for d in batch]
-            tokens = iter(self._tokenize([r for r in rendered if isinstance(r, _Rendered)]))
+            tokens = iter(self._tokenize([r for r in rendered if isinstance(r, Rendered)]))
             for document, result in zip(batch, rendered, strict=True):
                 if isinstance(result, DataError):
                     yield result
@@ -152,7 +152,7 @@ class TextConverter:
         if isinstance(rendered, DataError):
             raise UsageError(str(rendered))
         if span is not None:
-            rendered = replace(rendered, spans=(_occurrence(rendered, span, where),))
+            rendered = replace(rendered, spans=(occurrence(rendered, span, where),))
         ids, mask, offsets = self._tokenize([rendered])[0]
         if document.text is not None and span is None:
             ids, mask, _ = self._end(document, rendered, ids, mask, offsets)
@@ -162,7 +162,7 @@ class TextConverter:
             raise UsageError(f"{where} has no token to predict (nothing precedes a single token); give a prompt or more text")
         return Example(id="query", text=rendered.text, source="query", token_ids=ids, loss_mask=mask)
 
-    def _try_render(self, document: Document | DataError) -> _Rendered | DataError:
+    def _try_render(self, document: Document | DataError) -> Rendered | DataError:
         if isinstance(document, DataError):
             return document
         try:
@@ -170,19 +170,19 @@ class TextConverter:
         except DataError as error:
             return DataError(f"{document.where}: {error}")
 
-    def _render(self, document: Document) -> _Rendered:
+    def _render(self, document: Document) -> Rendered:
         if document.messages is not None:
             chat = Conversation(self.tokenizer, document.messages, document.template)
             spans = chat.after(document.prompt_messages) if document.prompt_messages else chat.assistant_spans()
-            return _Rendered(chat.text, tuple(spans), add_special_tokens=False)
+            return Rendered(chat.text, tuple(spans), add_special_tokens=False)
         if document.completion is not None:
             if not document.completion:
                 raise DataError("the completion is empty; there is nothing to predict")
             text = document.prompt + document.completion
-            return _Rendered(text, ((len(document.prompt), len(text)),), not self._has_bos(text))
+            return Rendered(text, ((len(document.prompt), len(text)),), not self._has_bos(text))
         if not document.text or not document.text.strip():
             raise DataError("the text is empty; there is nothing to predict")
-        return _Rendered(document.text, ((0, len(document.text)),), not self._has_bos(document.text))
+        return Rendered(document.text, ((0, len(document.text)),), not self._has_bos(document.text))
 
     def _has_bos(self, text: str) -> bool:
         """True if a text already starts with the token that the tokenizer would prepend."""
@@ -193,9 +193,13 @@ class TextConverter:
     def _adds_bos(self) -> bool:
         return self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
 
-    def _tokenize(self, rendered: Sequence[_Rendered]) -> list[_Tokens]:
-        """Tokenize texts; a character span of a text becomes its loss mask."""
-        results: dict[int, _Tokens] = {}
+    def _tokenize(self, rendered: Sequence[Rendered], truncation: bool = False) -> list[Tokens]:
+        """Tokenize texts; a character span of a text becomes its loss mask.
+
+        Args:
+            truncation: cut each to `max_tokens`, special tokens included.
+        """
+        results: dict[int, Tokens] = {}
         for special in (True, False):
             indices = [i for i, r in enumerate(rendered) if r.add_special_tokens == special]
             if not indices:
@@ -206,7 +210,8 @@ class TextConverter:
                 return_offsets_mapping=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
-                truncation=False,
+                truncation=truncation,
+                max_length=self.max_tokens if truncation else None,
                 verbose=False,
             )
             for i, ids, pairs in zip(indices, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -218,7 +223,7 @@ class TextConverter:
                 results[i] = (np.array(ids, np.int32), mask, offsets)
         return [results[i] for i in range(len(rendered))]
 
-    def _end(self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray) -> _Tokens:
+    def _end(self, document: Document, rendered: Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray) -> Tokens:
         """Append the end-of-text token to a document's tokens, where `append_eos` applies. It is in the loss if a token precedes it."""
         eos = self.tokenizer.eos_token_id
         if not self.append_eos or document.messages is not None or eos is None:
@@ -231,7 +236,7 @@ class TextConverter:
         return np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([offsets, [[end, end]]])
 
     def _cut(
-        self, document: Document, rendered: _Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray
+        self, document: Document, rendered: Rendered, ids: np.ndarray, mask: np.ndarray, offsets: np.ndarray
     ) -> Iterator[Example | DataError]:
         """Yield a document's examples: one, or the chunks of a document longer than `max_tokens` that have a loss token, numbered from 0.
 
@@ -267,7 +272,73 @@ class TextConverter:
             )
 
 
-def _occurrence(rendered: _Rendered, span: str, where: str) -> tuple[int, int]:
+class WholeTextConverter(TextConverter):
+    """Conversion of documents whose texts are never split: each side of a document becomes one sequence, cut at `max_tokens`.
+
+    A document has one side, unless a subclass says otherwise (see `_sides`).
+    """
+
+    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
+        """See `DocumentConverter`."""
+        for document in documents:
+            if isinstance(document, DataError):
+                yield document
+                continue
+            try:
+                yield self._example(document)
+            except DataError as error:
+                yield DataError(f"{document.where}: {error}")
+
+    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
+        """See `DocumentConverter`."""
+        if document.features is not None or document.image is not None:
+            raise UsageError("the index holds texts; ask it with one")
+        whole = replace(self, max_tokens=context or self.max_tokens)
+        try:
+            example = whole._example(document, span)
+        except DataError as error:
+            raise UsageError(f"{document.where}: {error}") from error
+        if example.truncated:
+            raise UsageError(f"{document.where} is longer than the model's context of {whole.max_tokens} tokens; shorten it")
+        return replace(example, id="query", document="", source="query")
+
+    def _sides(self, document: Document) -> Sequence[Document]:
+        """Return the documents that become the sequences of an example."""
+        return (document,)
+
+    def _shown(self, rendered: Sequence[Rendered]) -> str:
+        """Return the text that an answer shows."""
+        return rendered[0].text
+
+    def _example(self, document: Document, span: str | None = None) -> Example:
+        """Convert a document.
+
+        Raises:
+            DataError: it cannot be used.
+            UsageError: examples of this kind have no spans.
+        """
+        if span is not None:
+            raise UsageError("a span is a part of what a language model predicts; ask with the text alone")
+        rendered = [self._render(side) for side in self._sides(document)]
+        tokens = self._tokenize(rendered, truncation=True)
+        truncated = any(len(whole[0]) > len(cut[0]) for whole, cut in zip(self._tokenize(rendered), tokens, strict=True))
+        if not all(len(ids) for ids, _, _ in tokens):
+            raise DataError("the text has no tokens; leave it out")
+        return Example(
+            id=document.id,
+            text=self._shown(rendered),
+            source=document.source,
+            token_ids=np.concatenate([ids for ids, _, _ in tokens]),
+            loss_mask=np.concatenate([mask for _, mask, _ in tokens]),
+            document=document.id,
+            metadata=document.metadata,
+            truncated=truncated,
+            label=document.label,
+            lengths=tuple(len(ids) for ids, _, _ in tokens) if len(tokens) > 1 else (),
+        )
+
+
+def occurrence(rendered: Rendered, span: str, where: str) -> tuple[int, int]:
     """Return the start and end, in characters, of the only occurrence of a span in the loss spans of a query; refuse any other span."""
     if not span:
         raise UsageError(f"{where}: the span is empty; give a part of the queried text")

@@ -37,7 +37,7 @@ class RoutedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
 
 def unfuse(model: nn.Module) -> Callable[[], None]:
@@ -76,7 +76,9 @@ def is_fused(model: nn.Module) -> bool:
 def _is_fused(module: nn.Module) -> bool:
     """Return True for the experts of transformers' common interface (see its integrations/moe.py)."""
     parameters = [getattr(module, name, None) for name in ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")]
-    has_interface = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and not getattr(module, "has_post_expert_norm", False)
+    has_interface = (
+        hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and not getattr(module, "has_post_expert_norm", False)
+    )
     return has_interface and all(isinstance(p, nn.Parameter) and p.dim() == _FUSED and p.is_floating_point() for p in parameters)
 
 
@@ -129,7 +131,7 @@ class _RouterProduct(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.bias = None
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), bias)

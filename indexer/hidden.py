@@ -27,13 +27,15 @@ def hidden_means(task: Task, model: nn.Module) -> Iterator[Callable[[Batch], Cal
         states.append(state.detach())
 
     def means(batch: Batch) -> Callable[[], Float32[np.ndarray, "batch width"]]:
-        valid = batch.valid.to(states[0].device)
+        count = batch.valid.shape[1]
         pieces: list[Tensor] = []
-        while sum(piece.shape[1] for piece in pieces) < valid.shape[1]:  # the logits may be computed in pieces
+        while states and sum(piece.shape[1] for piece in pieces) < count:  # the logits may be computed in pieces
             state = states.pop()
-            pieces.insert(0, state.reshape(len(valid), -1, state.shape[-1]))
+            pieces.insert(0, state.reshape(len(batch.ids), -1, state.shape[-1]))
         states.clear()
-        valid_states = torch.cat(pieces, dim=1).float() * valid[..., None]
+        joined = torch.cat(pieces, dim=1).float()
+        valid = batch.valid_of(joined.shape[1]).to(joined.device)
+        valid_states = joined * valid[..., None]
         copied = start_copy(valid_states.sum(1) / valid.sum(1, keepdim=True))
         return lambda: copied().numpy()
 

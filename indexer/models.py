@@ -37,7 +37,12 @@ _MERGED = {torch.bfloat16: 5e-2, torch.float64: 1e-9}  # relative tolerance of a
 _PROBED = 32
 _DEEPEST = 10_000
 _ZERO = 1e-20
-_FILES = {"configuration": "config.json", "tokenizer": "tokenizer.json or tokenizer_config.json", "model": "config.json"}
+_FILES = {
+    "configuration": "config.json",
+    "tokenizer": "tokenizer.json or tokenizer_config.json",
+    "model": "config.json",
+    "image processor": "preprocessor_config.json",
+}
 _SENTENCE = 240
 _LFS_POINTER = b"version https://git-lfs"
 _LARGEST_POINTER = 64
@@ -61,6 +66,7 @@ _OTHER_KINDS = {
     "ForMaskedLM": "a masked language model",
     "ForImageClassification": "a classifier of images",
 }
+TASK_NAMES = ("causal-lm", "classification", "reward", "dpo", "masked-lm", "seq2seq", "embedding", "image-classification", "mlp")
 IN_MEMORY = "in-memory"  # the id of a model that was loaded from nowhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -268,29 +274,41 @@ def load_mlp(source: ModelSource) -> nn.Module:
     return onto_device(model.to(DTYPES[source.dtype]), device)
 
 
-def load_causal_lm(source: ModelSource, merged: bool = False) -> nn.Module:
-    """Load a causal language model in evaluation mode, in its dtype and on its device; an adapter (such as LoRA) with its base.
+def load_causal_lm(source: ModelSource) -> nn.Module:
+    """Load a causal language model; see `load_pretrained`."""
+    return load_pretrained(source, "AutoModelForCausalLM")
+
+
+def load_pretrained(source: ModelSource, auto_class: str, merged: bool = False) -> nn.Module:
+    """Load a model in evaluation mode, in its dtype and on its device; an adapter (such as LoRA) of a language model with its base.
 
     On the device "map" the layers are spread over all GPUs by Accelerate (`device_map="auto"`), which also carries activations from one
     to the next; without GPUs that is the CPU.
 
+    Args:
+        auto_class: the class of transformers that loads it, such as "AutoModelForCausalLM".
+        merged: merge all of an adapter into its base.
+
     Raises:
         NotFoundError: there is no such model.
-        IncompatibleError: not a causal language model, or its weights are not safetensors.
+        IncompatibleError: it is a model of another kind, or its weights are not safetensors.
         UsageError: it does not fit on the device.
     """
     device = None if source.device == SPREAD else resolve_device(source.device)
     adapter = find_adapter(source)
-    if adapter is not None:
-        return onto_device(_adapt(load_causal_lm(adapter.base, merged=True), adapter, merged), device)
-    return onto_device(_load_base(source, device), device)
+    if adapter is None:
+        return onto_device(_load_base(source, auto_class, device), device)
+    if auto_class != "AutoModelForCausalLM":
+        raise UsageError(f"{source.id} is an adapter of a model that is no causal language model; merge it (merge_and_unload) and save it")
+    return onto_device(_adapt(load_pretrained(adapter.base, auto_class, merged=True), adapter, merged), device)
 
 
-def _load_base(source: ModelSource, device: torch.device | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_base(source: ModelSource, auto_class: str, device: torch.device | None) -> nn.Module:
+    import transformers
 
-    config = _load(AutoConfig, source, "configuration")
-    _check_suitable(config, source)
+    config = _load(transformers.AutoConfig, source, "configuration")
+    if auto_class == "AutoModelForCausalLM":
+        _check_suitable(config, source)
     _check_weights(source)
     config.return_dict = True
     config.output_hidden_states = False
@@ -301,7 +319,7 @@ def _load_base(source: ModelSource, device: torch.device | None) -> nn.Module:
     if device is None:
         require("accelerate", "training")
         options["device_map"] = "auto"
-    model, loading = _load(AutoModelForCausalLM, source, "model", **options)
+    model, loading = _load(getattr(transformers, auto_class), source, "model", **options)
     missing, mismatched, unexpected = (
         sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
@@ -335,8 +353,8 @@ def _check_suitable(config: Any, source: ModelSource) -> None:
     kind = other_kind(config, architectures)
     if kind is not None:
         raise IncompatibleError(
-            f"{source.id} is {kind} ({', '.join(architectures) or config.model_type}), not a causal language model; give one, or a "
-            "custom task (docs/evaluation.md)"
+            f"{source.id} is {kind} ({', '.join(architectures) or config.model_type}), not a causal language model; give one, or "
+            f"the task of this kind ({', '.join(TASK_NAMES)}; see docs/tasks.md)"
         )
 
 
@@ -779,6 +797,31 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def load_processor(source: ModelSource) -> Any:
+    """Load a model's image processor, which computes by Pillow and numpy on every machine.
+
+    Raises:
+        NotFoundError, IncompatibleError: it cannot be loaded.
+    """
+    require("PIL", "images")
+    from transformers import AutoImageProcessor
+
+    if source.loaded is not None and source.loaded.tokenizer is not None:
+        return source.loaded.tokenizer
+    if source.loaded is not None:
+        raise UsageError("an image model in memory needs its image processor; give it as `tokenizer`")
+    return _load(AutoImageProcessor, source, "image processor", backend="pil")
+
+
+def class_names(source: ModelSource) -> dict[int, str]:
+    """Return the names of a classifier's classes by their numbers, where its configuration has names; {} without."""
+    from transformers import AutoConfig
+
+    config = getattr(source.loaded.model, "config", None) if source.loaded is not None else _load(AutoConfig, source, "configuration")
+    names = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
+    return {number: name for number, name in names.items() if name != f"LABEL_{number}"}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

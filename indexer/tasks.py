@@ -11,9 +11,10 @@ from the left, so that padding cannot change a row. The last token is only predi
 """
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,13 +28,13 @@ from torch.utils.hooks import RemovableHandle
 from ..store.documents import Example
 from ..store.errors import DataError, IncompatibleError, NotFoundError, UsageError
 from ..store.fields import Form
-from ..store.shapes import Float
+from ..store.shapes import Float, Int
 from . import models
 from .batches import IGNORED, Batch, batches_by_length
 from .budget import LARGE
 from .capture import Window
-from .experts import is_fused, unfuse
 from .examples import DocumentConverter, TextConverter, VectorConverter
+from .experts import is_fused, unfuse
 from .logits import Accept, Head, cross_entropies, draw_uniform
 
 _PADDED = 16
@@ -88,11 +89,15 @@ class Task(ABC):
         form: the form of its documents; "auto" accepts text, prompt and completion, or chat messages.
         within_blocks: track only layers inside the model's blocks (its outermost ModuleLists) by default.
         batch_tokens: padded tokens in a batch by default, by kind of device; see `default_batch_tokens`.
+        features: names of what a reader of the index must know of its examples (see `FEATURES` in store/manifest.py).
+        auto_class: the class of transformers that loads the model; see `load`.
     """
 
     form: Form
     within_blocks: bool = False
     batch_tokens: dict[str, int]
+    features: frozenset[str] = frozenset()
+    auto_class: str = ""
 
     def default_batch_tokens(self, models: Sequence[nn.Module]) -> int:
         """Padded tokens in a batch by default; on a CPU half for `LARGE` models, for which they are as fast and take less memory."""
@@ -101,9 +106,18 @@ class Task(ABC):
         is_large = max(sum(p.numel() for p in model.parameters()) for model in models) >= LARGE
         return tokens // 2 if device == "cpu" and is_large else tokens
 
-    @abstractmethod
     def load(self, source: models.ModelSource) -> nn.Module:
-        """Load the model, in evaluation mode, in its dtype and on its device; the caller freezes it."""
+        """Load the model, in evaluation mode, in its dtype and on its device; the caller freezes it. By default, `auto_class` loads it.
+
+        Raises:
+            UsageError: the task does not say how, so that its model must be in memory.
+        """
+        if not self.auto_class:
+            raise UsageError(f"the task {type(self).__name__} loads no model; give it a model in memory, or set auto_class")
+        return models.load_pretrained(source, self.auto_class)
+
+    def attach(self, model: nn.Module, source: models.ModelSource) -> None:  # noqa: B027
+        """Attach to a loaded model what the task needs beside it, such as a reference model; nothing by default."""
 
     @abstractmethod
     def converter(
@@ -198,6 +212,10 @@ class Task(ABC):
         """The longest input, in tokens; None if unbounded."""
         return None
 
+    def vocabulary(self, model: nn.Module) -> int | None:
+        """Number of tokens that the model embeds; None if its inputs are not tokens."""
+        return None
+
     def classes(self, model: nn.Module) -> int | None:
         """Number of classes of a model with one label per example; None for texts, which predict many tokens."""
         return None
@@ -216,16 +234,48 @@ class Task(ABC):
         return None
 
 
-class CausalLM(Task):
-    """A `transformers` causal language model; loss and measurement are the *sum* over loss tokens of the cross-entropy."""
+class TextTask(Task):
+    """A `transformers` model of texts. The inputs of a batch are token ids [examples, tokens], those of several sequences side by side."""
 
     form: Form = "auto"
-    within_blocks = True
     batch_tokens = {"cpu": 512, "cuda": 16384}  # noqa: RUF012
 
-    def load(self, source: models.ModelSource) -> nn.Module:
+    def context(self, model: nn.Module) -> int | None:
         """See `Task`."""
-        return models.load_causal_lm(source)
+        return models.context_length(model)
+
+    def vocabulary(self, model: nn.Module) -> int:
+        """See `Task`."""
+        return models.vocabulary_size(model)
+
+    def check_tokens(self, model: nn.Module, batch: Batch, tokens: Int[Tensor, "batch tokens"]) -> None:
+        """Refuse a batch with a token that the model does not embed.
+
+        Raises:
+            DataError: names the example.
+        """
+        vocabulary = models.vocabulary_size(model)
+        largest = tokens.amax(1)
+        if int(largest.max()) >= vocabulary:
+            id = batch.ids[int(largest.argmax())]
+            raise DataError(
+                f"example {id!r} has token {int(largest.max())}, the model embeds only {vocabulary}; tokenizer and model do not fit"
+            )
+
+    def sparse_embeddings(self, model: nn.Module) -> VocabularyLayer | None:
+        """See `Task`."""
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        names = [name for name, module in model.named_modules() if module is embeddings]
+        if not names or not isinstance(embeddings, nn.Embedding):
+            return None
+        return VocabularyLayer(names[0], embeddings.num_embeddings, embeddings.embedding_dim)
+
+
+class CausalLM(TextTask):
+    """A `transformers` causal language model; loss and measurement are the *sum* over loss tokens of the cross-entropy."""
+
+    auto_class = "AutoModelForCausalLM"
+    within_blocks = True
 
     def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
@@ -248,8 +298,8 @@ class CausalLM(Task):
 
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
-        self._check_tokens(model, batch)
-        head = None if torch.is_grad_enabled() else Head.of(model, self.probe)
+        self.check_tokens(model, batch, torch.maximum(batch.inputs, batch.targets))
+        head = None if torch.is_grad_enabled() else Head.of(model, self.text_probe)
         if head is not None:  # in pieces, as nothing is differentiated
             return head.differentiate(model, Window(batch, lambda *call: None), sample_seed, lambda values: None)
         uniform = None if sample_seed is None else draw_uniform(batch, sample_seed)
@@ -261,33 +311,29 @@ class CausalLM(Task):
         logits: Tensor = functional_call(model, dict(weights), kwargs=arguments, tie_weights=False).logits
         return logits
 
-    def _check_tokens(self, model: nn.Module, batch: Batch) -> None:
-        tokens = torch.maximum(batch.inputs, batch.targets).amax(1)
-        largest = int(tokens.max())
-        vocabulary = models.vocabulary_size(model)
-        if largest >= vocabulary:
-            id = batch.ids[int(tokens.argmax())]
-            raise DataError(f"example {id!r} has token {largest}, the model embeds only {vocabulary}; tokenizer and model do not fit")
-
     def prepare(self, model: nn.Module) -> None:
         """See `Task`."""
-        Head.of(model, self.probe)
+        Head.of(model, self.text_probe)
 
     def differentiate(self, model: nn.Module, objective: Objective, window: Window, accept: Accept) -> Float[Tensor, " batch"]:
         """See `Task`; the logits are computed in pieces (see logits.py), unless a subclass has another loss or measurement."""
         head = None
         overridden = type(self).loss is not CausalLM.loss or type(self).measurement is not Task.measurement
         if not overridden and not objective.undivided and objective.label is None and not objective.margin:
-            head = Head.of(model, self.probe)
+            head = Head.of(model, self.text_probe)
         if head is None:
             return super().differentiate(model, objective, window, accept)
-        self._check_tokens(model, window.batch)
+        self.check_tokens(model, window.batch, torch.maximum(window.batch.inputs, window.batch.targets))
         values = head.differentiate(model, window, objective.label_seed, accept)
         accept(values[:, None])
         return values
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """See `Task`."""
+        return self.text_probe(model, device)
+
+    def text_probe(self, model: nn.Module, device: torch.device) -> Batch:
+        """Return two short texts that differ in their last tokens."""
         texts = torch.tensor([[0, 1, 2], [0, 1, 3]]).to(device)
         return Batch(("probe", "probe"), texts, texts, torch.ones_like(texts, dtype=torch.bool))
 
@@ -298,7 +344,7 @@ class CausalLM(Task):
         Raises:
             IncompatibleError: it does.
         """
-        probe = self.probe(model, next(model.parameters()).device)
+        probe = self.text_probe(model, next(model.parameters()).device)
         first, second = models.logits_of(model, probe.inputs)[:, :2].float()
         if models.differ(first, second, next(model.parameters()).dtype):
             raise IncompatibleError(
@@ -318,13 +364,9 @@ class CausalLM(Task):
                 splits += [split] if results[padded] else []
         return range(1, longest) if 0 in splits else splits
 
-    def context(self, model: nn.Module) -> int | None:
-        """See `Task`."""
-        return models.context_length(model)
-
     def watch_hidden(self, model: nn.Module, watch: Callable[[Tensor], None]) -> RemovableHandle:
         """See `Task`."""
-        if Head.of(model, self.probe) is None:
+        if Head.of(model, self.text_probe) is None:
             head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
             return head.register_forward_pre_hook(lambda module, args: watch(args[0]))
         body: nn.Module = model.base_model  # type: ignore[assignment]
@@ -333,27 +375,29 @@ class CausalLM(Task):
     @torch.no_grad()
     def sparse_head(self, model: nn.Module) -> VocabularyLayer | None:
         """See `Task`."""
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        sizes = models.layer_sizes(head) if head is not None else None
-        names = [name for name, module in model.named_modules() if module is head]
-        if sizes is None or not names:
-            return None
-        outputs: list[Tensor] = []
-        handle = head.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
-        try:
-            logits = models.logits_of(model, self.probe(model, next(model.parameters()).device).inputs)
-        finally:
-            handle.remove()
-        postprocessed = len(outputs) != 1 or not torch.equal(outputs[0].to(logits.device), logits)
-        return VocabularyLayer(names[0], *sizes, postprocessed)
+        probe = self.text_probe(model, next(model.parameters()).device)
+        return vocabulary_head(model, lambda: models.logits_of(model, probe.inputs))
 
-    def sparse_embeddings(self, model: nn.Module) -> VocabularyLayer | None:
-        """See `Task`."""
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        names = [name for name, module in model.named_modules() if module is embeddings]
-        if not names or not isinstance(embeddings, nn.Embedding):
-            return None
-        return VocabularyLayer(names[0], embeddings.num_embeddings, embeddings.embedding_dim)
+
+def vocabulary_head(model: nn.Module, run: Callable[[], Tensor]) -> VocabularyLayer | None:
+    """Describe the output head of a model; None if it has none that is a linear layer.
+
+    Args:
+        run: computes logits of a batch.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    sizes = models.layer_sizes(head) if head is not None else None
+    names = [name for name, module in model.named_modules() if module is head]
+    if sizes is None or not names:
+        return None
+    outputs: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+    try:
+        logits = run()
+    finally:
+        handle.remove()
+    postprocessed = len(outputs) != 1 or not torch.equal(outputs[0].reshape(logits.shape).to(logits.device), logits)
+    return VocabularyLayer(names[0], *sizes, postprocessed)
 
 
 class VectorTask(Task):
@@ -363,6 +407,7 @@ class VectorTask(Task):
     """
 
     form: Form = "vector"
+    features = frozenset({"vectors"})
     batch_tokens = {"cpu": 256, "cuda": 4096}  # noqa: RUF012
 
     def converter(
@@ -451,29 +496,68 @@ def _depends_on_padding(model: nn.Module, padded: int, at_switch: bool) -> bool:
     return bool((first - second).abs().max() > torch.maximum(least, 4 * (first - copy).abs().max()))
 
 
-_TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "mlp": MLP}
+_TASKS = {
+    "causal-lm": "tasks:CausalLM",
+    "classification": "text_tasks:Classification",
+    "reward": "pair_tasks:Reward",
+    "dpo": "pair_tasks:DPO",
+    "masked-lm": "text_tasks:MaskedLM",
+    "seq2seq": "text_tasks:Seq2SeqLM",
+    "embedding": "pair_tasks:Embedding",
+    "image-classification": "image_tasks:ImageClassification",
+    "mlp": "tasks:MLP",
+}
+"""Modules of this package, and their classes, by the name of the task."""
+
+_NAME = re.compile(r"(?P<name>[^(]+)(\((?P<options>[^()]*)\))?")
 
 
 def find_task(name: str) -> Task:
-    """Create a task by its name: "causal-lm", "mlp", or `module:Class` for a custom one, whose module is imported (its code runs).
+    """Create a task by its name, such as "causal-lm", or `module:Class` for a custom one, whose module is imported (its code runs).
+
+    The fields of a task that is a dataclass may follow in parentheses: "dpo(beta=0.2)".
 
     Raises:
-        UsageError, NotFoundError: there is no such task.
+        UsageError, NotFoundError: there is no such task, or it has no such field.
     """
-    if name in _TASKS:
-        return _TASKS[name]()
-    cls = import_object(name, "task")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UsageError(f"the task {name!r} is not of the form name, or name(option=value, ...)")
+    if match["name"] in _TASKS:
+        module, _, attribute = _TASKS[match["name"]].partition(":")
+        cls = getattr(importlib.import_module(f".{module}", __package__), attribute)
+    else:
+        cls = import_object(match["name"], "task")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UsageError(f"{name} is not a subclass of wherefrom.Task")
+    options = _task_options(name, cls, match["options"] or "")
     try:
-        return cls()
-    except TypeError as error:  # abstract, or with arguments
+        return cls(**options)
+    except (TypeError, ValueError) as error:  # abstract, with arguments, or out of range
         raise UsageError(f"the task {name} cannot be created: {error}") from error
+
+
+def _task_options(name: str, cls: type[Task], text: str) -> dict[str, Any]:
+    """Read the fields of a task from text."""
+    options: dict[str, Any] = {}
+    known: dict[str, Any] = {field.name: field for field in fields(cls)} if is_dataclass(cls) else {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (item.strip() for item in part.partition("="))
+        if key not in known or not equals:
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise UsageError(f"the task {name} has no option {part!r}; {has}")
+        kind = type(known[key].default)
+        try:
+            options[key] = value if kind not in (int, float) else kind(value)
+        except ValueError as error:
+            raise UsageError(f"the option {key} of the task {name} is {value!r}, not a number") from error
+    return options
 
 
 def load_model(task: Task, source: models.ModelSource) -> nn.Module:
     """Load a task's model and freeze it; of a model in memory, take a frozen copy that shares its weights."""
     model = models.frozen_copy(source, source.loaded) if source.loaded is not None else task.load(source).requires_grad_(False)
+    task.attach(model, source)
     if is_fused(model):
         _unfuse(task, model)
     return model

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 from ..store.errors import UsageError
@@ -55,6 +56,10 @@ class BaseClient(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         features: Sequence[float] | None = None,
         label: int | None = None,
+        chosen: str | None = None,
+        rejected: str | None = None,
+        texts: Sequence[str] | None = None,
+        image: "str | bytes | PathLike[str] | None" = None,
         **options: Unpack[Options],
     ) -> Answer:
         """Find the k strongest proponents and opponents of one query: a `Query`, or its fields (see `Query`).

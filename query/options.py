@@ -4,11 +4,14 @@ Each field and option is annotated with its help, its limits and how it is shown
 here, so that a command that asks a server starts at once.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
@@ -30,7 +33,7 @@ class Option:
         longest: of a text in characters, of a list or mapping in items; in requests to a server.
         flags: on the command line, where it is not "--" and the name.
         default: shown on the command line; the value that an option has when it is not given.
-        file: the command line names a file with it.
+        file: what kind of file the command line names with it; "" if it names none.
         on_command_line: False for a field that only files, Python and requests have.
     """
 
@@ -40,17 +43,20 @@ class Option:
     longest: int | None = None
     flags: tuple[str, ...] = ()
     default: Any = None
-    file: bool = False
+    file: str = ""
     on_command_line: bool = True
 
 
 LONGEST_TEXT = 200_000
+LONGEST_IMAGE = 1 << 25  # characters
 Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query: a completion after a prompt, a text, chat messages, a vector, or a row of the index; exactly one of them.
+    """A query: a completion after a prompt, a text, chat messages, a preference pair, texts, an image, a vector, or a row of the index.
+
+    Exactly one of them. An image may be given as the path of a file, or as its bytes; it is held as base64.
 
     Raises:
         UsageError: not exactly one of them is given, or a field has a value that it cannot have.
@@ -74,7 +80,7 @@ class Query:
     weight: Annotated[float | None, Option("In a mean of queries.", on_command_line=False)] = None
     messages: Annotated[
         Messages | None,
-        Option("Chat messages, rendered by the chat template; the loss is on the assistant's turns.", longest=200, file=True),
+        Option("Chat messages, rendered by the chat template; the loss is on the assistant's turns.", longest=200, file="JSON file"),
     ] = field(default=None, hash=False)
     tools: Annotated[Messages | None, Option("Tools for the chat template.", longest=1000, on_command_line=False)] = field(
         default=None, hash=False
@@ -83,32 +89,49 @@ class Query:
         Sequence[float] | None,
         Option("A vector, for an index of vectors; the loss is on its label.", longest=100_000, on_command_line=False),
     ] = field(default=None, hash=False)
-    label: Annotated[int | None, Option("Label of the vector.", low=0, high=2**31, on_command_line=False)] = None
+    label: Annotated[int | None, Option("Class of the text, image or vector: the loss is on it.", low=0, high=2**31)] = None
+    chosen: Annotated[str | None, Option("Of a preference pair, the preferred completion of the prompt.", longest=LONGEST_TEXT)] = None
+    rejected: Annotated[str | None, Option("Of a preference pair, the other completion.", longest=LONGEST_TEXT)] = None
+    texts: Annotated[
+        Sequence[str] | None,
+        Option("For sentence embeddings: an anchor, a text like it, and texts unlike it.", longest=1000, on_command_line=False),
+    ] = field(default=None, hash=False)
+    image: Annotated[
+        str | None, Option("An image; in requests and files, its file's bytes as base64.", longest=LONGEST_IMAGE, file="Image file")
+    ] = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.image, bytes | PathLike):
+            object.__setattr__(self, "image", encode_image(self.image))
         for name, option in option_fields(Query).items():
             option.check(f"a query's {name}", getattr(self, name))
         if self.row is not None:
             object.__setattr__(self, "row", int(self.row))  # of a numpy integer, too
         if self.features is not None:
             object.__setattr__(self, "features", tuple(map(float, self.features)))
+        if self.texts is not None:
+            object.__setattr__(self, "texts", tuple(self.texts))
         problem = self._problem()
         if problem is not None:
             raise UsageError(problem)
 
     def _problem(self) -> str | None:  # noqa: PLR0911
-        forms = [name for name in ("completion", "text", "messages", "row", "features") if getattr(self, name) is not None]
-        if len(forms) != 1 or (self.prompt and forms != ["completion"]):
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(forms) != 1 or (self.prompt and forms not in (["completion"], ["chosen"])):
             return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
+        if (self.chosen is None) != (self.rejected is None):
+            return "a preference pair has a chosen and a rejected completion; give both"
         if self.tools is not None and self.messages is None:
             return "tools are given to the chat template with messages; give both"
         if self.messages is not None and not _are_messages(self.messages):
             return 'messages must be a list like [{"role": "user", "content": "..."}, ...]'
-        if (self.features is None) != (self.label is None):
-            return "a vector has features and a label; give both"
+        if self.label is None and (self.features is not None or self.image is not None):
+            return f"{'a vector has features' if self.image is None else 'an image has a file'} and a label; give both"
+        if self.label is not None and forms[0] not in ("text", "messages", "features", "image"):
+            return "a label is the class of a text, messages, an image or a vector; give it with one"
         if self.against is not None and self.completion is None:
             return "another completion to hold against needs a completion; give both"
-        if self.span is not None and (self.row is not None or self.features is not None or self.against is not None):
+        if self.span is not None and (forms[0] not in ("completion", "text", "messages") or self.against is not None):
             return "a span is a part of one completion or text; give it without a row and without another completion"
         if self.weight is not None and not (self.weight == 0 or _WEIGHTS[0] <= abs(self.weight) <= _WEIGHTS[1]):
             return f"a query's weight is {self.weight}; it must be 0, or between 1e-6 and 1e6 in size"
@@ -122,11 +145,37 @@ class Query:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, in the order of an answer."""
-        names = ("id", "prompt", "completion", "text", "messages", "tools", "row", "against", "span", "features", "label", "weight")
-        values = {name: getattr(self, name) for name in names}
-        values["prompt"] = None if self.completion is None else self.prompt
+        values = {name: getattr(self, name) for name in _ORDER}
+        values["prompt"] = None if self.completion is None and self.chosen is None else self.prompt
         values["features"] = None if self.features is None else list(self.features)
+        values["texts"] = None if self.texts is None else list(self.texts)
         return {name: value for name, value in values.items() if value is not None}
+
+
+_FORMS = ("completion", "text", "messages", "row", "chosen", "texts", "image", "features")
+_ORDER = (
+    *("id", "prompt", "completion", "text", "messages", "tools", "row", "against", "span"),
+    *("chosen", "rejected", "texts", "image", "features", "label", "weight"),
+)
+
+
+def encode_image(image: "bytes | str | PathLike[str]") -> str:
+    """Return an image file's bytes as base64.
+
+    Args:
+        image: its bytes, or its path.
+
+    Raises:
+        UsageError: there is no such file, or it is too large.
+    """
+    try:
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    except OSError as error:
+        assert not isinstance(image, bytes)
+        raise UsageError(f"the image {image} cannot be read: {error.strerror}") from error
+    if len(content) > LONGEST_IMAGE // 4 * 3:
+        raise UsageError(f"the image has {len(content):,} bytes, more than {LONGEST_IMAGE // 4 * 3:,}; make it smaller")
+    return base64.b64encode(content).decode()
 
 
 def _are_messages(messages: Any) -> bool:

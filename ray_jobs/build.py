@@ -385,9 +385,7 @@ def _publish(
     shards: tuple[Shard, ...],
     executor: Executor,
 ) -> Manifest:
-    features = {feature for component in components for feature in component.features}
-    if find_task(job.config.task).form == "vector":
-        features.add("vectors")
+    features = {feature for component in components for feature in component.features} | find_task(job.config.task).features
     report_not_finite(record.not_finite, record.not_finite_first, job.reporter)
     fields = dict(
         features=tuple(sorted(features)),

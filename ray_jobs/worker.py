@@ -161,8 +161,8 @@ class Worker:
 
     def vocabulary(self) -> int | None:
         """Return the number of tokens that all models embed; None without tokens."""
-        sizes = [models.vocabulary_size(model) for model in self.models if hasattr(model, "get_input_embeddings")]
-        return min(sizes, default=None) if self.task.form != "vector" else None
+        sizes = [size for model in self.models if (size := self.task.vocabulary(model)) is not None]
+        return min(sizes, default=None)
 
     def moments(self) -> Arrays:
         """Return the arrays of the optimizer's moments for the encoder of a build that scales gradients by them; else none.

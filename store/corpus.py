@@ -23,6 +23,7 @@ from .shapes import Float32
 from .sources import MOST_COLUMNS, Range, Reading, Source, count_lines, describe_files, expand, lines, parse_json
 
 _METADATA_BYTES = 1 << 24
+_LARGEST_IMAGE = 1 << 26  # bytes
 _BREAKS_LISTS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _SURROGATE = "holds half of a surrogate pair, which is not a character"
 _Item = TypeVar("_Item")
@@ -31,12 +32,16 @@ _STORABLE = (str, int, float, bool, date, time, timedelta, Decimal, UUID)
 
 @dataclass(frozen=True)
 class Document:
-    """One document before tokenization: a text, a completion with its prompt, messages, or features with a label.
+    """One document before tokenization: a text, a completion with its prompt, messages, a pair, or features or an image with a label.
 
     Attributes:
         where: file and line, for error messages.
         prompt_messages: the number of messages in the prompt; the loss is on all later messages, or if 0 on the assistant's turns.
         template: the inputs of the chat template besides the messages: `tools` and options.
+        rejected: of a pair, whose chosen side the other fields are; its prompt is the same.
+        texts: an anchor, a text like it, and texts unlike it.
+        label: the class of the text, the vector or the image.
+        image: the bytes of an image file.
     """
 
     id: str
@@ -48,7 +53,10 @@ class Document:
     messages: Sequence[Mapping[str, Any]] | None = None
     prompt_messages: int = 0
     template: Mapping[str, Any] = field(default_factory=dict)
+    rejected: "Document | None" = None
+    texts: tuple[str, ...] = ()
     features: Float32[np.ndarray, " size"] | None = None
+    image: bytes | None = None
     label: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +93,16 @@ class Slice:
         return count_lines(self.source.place, self.range)
 
 
-_PREFERENCES = "; for preference pairs, the completion is the field chosen"
+_TEXTS = "text, or prompt and completion, or messages"
+_NAMED = {
+    **dict.fromkeys(("auto", "text", "completion", "chat"), _TEXTS),
+    "label": f"{_TEXTS}, and label",
+    "pair": "chosen and rejected, and prompt",
+    "texts": "anchor, positive and negatives",
+    "image": "image and label",
+    "vector": "features and label",
+}
+_PREFERENCES = "; for preference pairs, give task dpo, or take the field chosen as the completion"
 
 
 class Corpus:
@@ -147,7 +164,7 @@ class Corpus:
     def __iter__(self) -> Iterator[Document | DataError]:
         fields = self._fields
         content = {getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id", "source")}
-        content |= {fields.features} if fields.form == "vector" else set()
+        content |= {"vector": {fields.features}, "image": {fields.image}, "pair": {fields.chosen, fields.rejected}}.get(fields.form, set())
         reading = Reading(fields.text, fields.prompt, fields.split_text, frozenset(content), self.left_out)
         for slice in self.slices:
             for where, id, record in slice.source.records(slice.name, reading, slice.range):
@@ -156,7 +173,9 @@ class Corpus:
                     continue
                 self.columns.update(record)
                 check_columns(self.columns, where)
-                yield _document(record, slice.name, where, id, fields, self.left_out)
+                place = slice.source.place
+                folder = None if place is None else place if place.is_dir() else place.parent
+                yield _document(record, slice.name, where, id, fields, self.left_out, folder)
 
 
 def check_columns(columns: Collection[str], where: str) -> None:
@@ -187,7 +206,9 @@ def usable(items: Iterable[_Item | DataError]) -> Iterator[_Item]:
         yield item
 
 
-def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields: Fields, left_out: dict[str, str]) -> Document | DataError:
+def _document(
+    record: Mapping[str, Any], name: str, where: str, id: str, fields: Fields, left_out: dict[str, str], folder: Path | None
+) -> Document | DataError:
     used = {fields.id, fields.source}
     base: dict[str, Any] = {"where": where}
     try:
@@ -196,32 +217,113 @@ def _document(record: Mapping[str, Any], name: str, where: str, id: str, fields:
             raise ValueError(f"the id {base['id'][:80]!r} holds a control character, which a list of ids cannot contain; fix the id")
         base["source"] = name if _is_missing(record.get(fields.source)) else _as_text(record, fields.source)
         form = fields.form if fields.form != "auto" else _detect(record, fields)
-        if form == "chat":
-            used |= {fields.messages, *_TEMPLATE}
-            content: dict[str, Any] = {"messages": chat_messages(record, fields.messages), "template": template_inputs(record)}
-        elif form == "completion":
-            used |= {fields.prompt, fields.completion}
-            if isinstance(record.get(fields.prompt), list) and isinstance(record.get(fields.completion), list):
-                used |= set(_TEMPLATE)
-                prompt, completion = (chat_messages(record, name) for name in (fields.prompt, fields.completion))
-                content = {"messages": [*prompt, *completion], "prompt_messages": len(prompt), "template": template_inputs(record)}
-            else:
-                content = {"prompt": _as_text(record, fields.prompt), "completion": _as_text(record, fields.completion)}
-        elif form == "vector":
+        if form == "vector":
             used |= {fields.features, fields.label}
-            content = {"features": _vector(record, fields.features), "label": _label(record, fields.label)}
+            content: dict[str, Any] = {"features": _vector(record, fields.features), "label": _label(record, fields.label)}
+        elif form == "image":
+            used |= {fields.image, fields.label}
+            content = {"image": _image(record, fields.image, folder), "label": _label(record, fields.label)}
+        elif form == "pair":
+            content = _pair(record, fields, base, used)
+        elif form == "texts":
+            content = {"texts": _texts(record, fields, used)}
+        elif form == "label":
+            used.add(fields.label)
+            content = {**_text(record, _detect(record, fields), fields, used), "label": _label(record, fields.label)}
         else:
-            used.add(fields.text)
-            content = {"text": _as_text(record, fields.text)}
+            content = _text(record, form, fields, used)
         metadata = _metadata({k: v for k, v in record.items() if k not in used and not _is_missing(v)}, left_out)
     except KeyError as error:
         return DataError(
             f"{where}: there is no field {error.args[0]}, only {', '.join(map(repr, record)) or 'none'}; name yours in "
-            "`fields`: text, or prompt and completion, or messages" + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() else "")
+            f"`fields`: {_NAMED[fields.form]}" + (_PREFERENCES if {"chosen", "rejected"} <= record.keys() and fields.form == "auto" else "")
         )
     except ValueError as error:
         return DataError(f"{where}: {error}")
     return Document(**base, **content, metadata=metadata)
+
+
+def _text(record: Mapping[str, Any], form: Form, fields: Fields, used: set[str]) -> dict[str, Any]:
+    """Return the fields of a document that is a text, and add the columns that they come from to `used`."""
+    if form == "chat":
+        used |= {fields.messages, *_TEMPLATE}
+        return {"messages": chat_messages(record, fields.messages), "template": template_inputs(record)}
+    if form == "completion":
+        used |= {fields.prompt, fields.completion}
+        return _completion(record, fields.prompt, fields.completion, used)
+    used.add(fields.text)
+    return {"text": _as_text(record, fields.text)}
+
+
+def _completion(record: Mapping[str, Any], prompt: str, completion: str, used: set[str]) -> dict[str, Any]:
+    if isinstance(record.get(prompt), list) and isinstance(record.get(completion), list):
+        used |= set(_TEMPLATE)
+        before, after = (chat_messages(record, name) for name in (prompt, completion))
+        return {"messages": [*before, *after], "prompt_messages": len(before), "template": template_inputs(record)}
+    return {"prompt": _as_text(record, prompt), "completion": _as_text(record, completion)}
+
+
+def _pair(record: Mapping[str, Any], fields: Fields, base: Mapping[str, Any], used: set[str]) -> dict[str, Any]:
+    """Return the fields of a preference pair, as TRL's datasets have it: with a prompt, or with one that both sides begin with."""
+    used |= {fields.chosen, fields.rejected, fields.prompt}
+    sides = fields.chosen, fields.rejected
+    if not _is_missing(record.get(fields.prompt)):
+        chosen, rejected = (_completion(record, fields.prompt, side, used) for side in sides)
+    elif all(isinstance(_value(record, side), list) for side in sides):
+        used |= set(_TEMPLATE)
+        conversations = [chat_messages(record, side) for side in sides]
+        shared = next((i for i, (a, b) in enumerate(zip(*conversations, strict=False)) if a != b), min(map(len, conversations)) - 1)
+        chosen, rejected = (
+            {"messages": messages, "prompt_messages": shared, "template": template_inputs(record)} for messages in conversations
+        )
+    else:
+        chosen, rejected = ({"prompt": "", "completion": _as_text(record, side)} for side in sides)
+    if chosen == rejected:
+        raise ValueError("the chosen and the rejected side are the same, so that the pair says nothing; leave it out")
+    return {**chosen, "rejected": Document(**base, **rejected)}
+
+
+def _texts(record: Mapping[str, Any], fields: Fields, used: set[str]) -> tuple[str, ...]:
+    """Return an anchor, a text like it and the texts unlike it: of one column, or of `negative`, `negative_1` and so on."""
+    texts = [_as_text(record, fields.anchor), _as_text(record, fields.positive)]
+    numbered = [name for name in record if re.fullmatch(r"negative(_\d+)?", name) and not _is_missing(record[name])]
+    names = [fields.negatives] if not _is_missing(record.get(fields.negatives)) else numbered
+    if not names:
+        raise ValueError(
+            f"there are no negatives (a field {fields.negatives!r}, or 'negative'); those of a training batch are not known, so name texts "
+            "that the anchor is unlike"
+        )
+    used |= {fields.anchor, fields.positive, *names}
+    for name in names:
+        value = record[name]
+        texts += [_as_text({name: item}, name) for item in value] if isinstance(value, (list, tuple)) else [_as_text(record, name)]
+    return tuple(texts)
+
+
+def _image(record: Mapping[str, Any], key: str, folder: Path | None) -> bytes:
+    """Return the bytes of an image: those in the record, or of the file that it names, in the folder of the corpus."""
+    value = _value(record, key)
+    if isinstance(value, Mapping):  # as datasets store images
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    if not isinstance(value, str) or folder is None:
+        raise ValueError(f"the field {key!r} is neither the bytes of an image nor the path of one, relative to the corpus's file")
+    path = (folder / value).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise ValueError(f"there is no image {value!r:.200} in the folder of the corpus's file")
+    return read_image(path)
+
+
+def read_image(path: Path) -> bytes:
+    """Read an image file.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if path.stat().st_size > _LARGEST_IMAGE:
+        raise ValueError(f"{path} is larger than {_LARGEST_IMAGE >> 20} MiB, which no image of a training set is")
+    return path.read_bytes()
 
 
 def _metadata(columns: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, Any]:

@@ -7,8 +7,11 @@ In an object store, the batches are compressed with Zstandard, by Arrow's own me
 checks the size that a batch says it will have before it is decompressed. On a disk a text is read where it lies, not compressed.
 
 Columns: `id`, `document` (the id of the document that a chunk was cut from; equal to `id` if it was not cut), `chunk` (its number), `text`,
-`source`, `token_ids`, `loss_mask`, for examples that are vectors `features` and `label`, and `metadata`, a struct of all other columns of
-the corpus. A metadata column whose values have no common Arrow type (such as numbers and words) is stored as JSON text, which its field's
+`source`, `token_ids`, `loss_mask`, and `metadata`, a struct of all other columns of the corpus. Where the examples have them, also `label`
+(a class), `lengths` (the numbers of tokens of several sequences that follow each other in `token_ids`), `image` (the bytes of an image
+file) and `features` (a vector).
+
+A metadata column whose values have no common Arrow type (such as numbers and words) is stored as JSON text, which its field's
 metadata records, so that no value is changed.
 
 Filters and groups use the corpus's names of columns; `metadata.` is put before a name that is also a column of the examples.
@@ -44,7 +47,7 @@ _NESTING = 16  # levels of a type that Arrow files support
 _SHORTEST = 2  # tokens of a text: one to predict and one before it
 _MAGIC = b"ARROW1\0\0"
 _JSON = {b"wherefrom:encoding": b"json"}
-_LARGE = ("text", "token_ids", "loss_mask", "features")
+_LARGE = ("text", "token_ids", "loss_mask", "lengths", "image", "features")
 _COLUMNS = ("id", "document", "chunk", "text", "source", "label")
 _FIXED = pa.schema(
     [
@@ -58,7 +61,13 @@ _FIXED = pa.schema(
     ]
 )
 
-_VECTOR = [pa.field("features", pa.list_(pa.float32()), nullable=False), pa.field("label", pa.int64(), nullable=False)]
+_OPTIONAL = {
+    "features": pa.field("features", pa.list_(pa.float32()), nullable=False),
+    "label": pa.field("label", pa.int64(), nullable=False),
+    "lengths": pa.field("lengths", pa.list_(pa.int32()), nullable=False),
+    "image": pa.field("image", pa.binary(), nullable=False),
+}
+"""Columns that the examples of some tasks have."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,11 @@ class Example:
         loss_mask: True for tokens whose prediction is in the loss; False for the first token, which is not predicted.
         document, chunk: the id of the document that a chunk was cut from, and the chunk's number in it.
         truncated: True if the rest of the document was cut off; not stored.
-        features, label: a vector and its class, for an example without token ids.
+        features: a vector, for an example without token ids.
+        image: the bytes of an image file, for an example without token ids.
+        label: the class of the vector, the image or the text.
+        lengths: the numbers of tokens of several sequences that follow each other in `token_ids`, such as the two sides of a pair; empty
+            for a single one.
     """
 
     id: str
@@ -84,23 +97,41 @@ class Example:
     truncated: bool = False
     features: Float32[np.ndarray, " size"] | None = None
     label: int | None = None
+    lengths: tuple[int, ...] = ()
+    image: bytes | None = None
 
     @property
     def tokens(self) -> int:
-        """The number of positions of the model's input: all tokens except the last, which is only predicted; 1 for a vector."""
-        return len(self.token_ids) - 1 if self.features is None else 1
+        """The number of positions of the model's input: all tokens, but for a language model the last, which is only predicted.
+
+        1 for a vector or an image.
+        """
+        if self.features is not None or self.image is not None:
+            return 1
+        return len(self.token_ids) - (self.label is None and not self.lengths)
+
+    def sequences(self) -> list[tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]:
+        """The token ids and the loss mask of each sequence."""
+        ends = np.cumsum(self.lengths or (len(self.token_ids),))[:-1]
+        return list(zip(np.split(self.token_ids, ends), np.split(self.loss_mask, ends), strict=True))
 
 
 def stored_bytes(example: Example) -> int:
     """Estimate the number of bytes of an example in the file."""
     metadata = json.dumps(example.metadata, ensure_ascii=False, default=str) if example.metadata else ""
-    return len(example.text.encode()) + len(metadata.encode()) + 5 * len(example.token_ids)
+    return len(example.text.encode()) + len(metadata.encode()) + 5 * len(example.token_ids) + len(example.image or b"")
+
+
+def _has(example: Example, name: str) -> bool:
+    value = getattr(example, name)
+    return value is not None and len(value) > 0 if name == "lengths" else value is not None
 
 
 def write_documents(path: Path, examples: Sequence[Example]) -> None:
     """Write examples, in order, as one Arrow IPC file; one for an object store is compressed."""
     examples = [e if e.document else replace(e, document=e.id) for e in examples]
-    schema = pa.schema([*_FIXED, *_VECTOR]) if any(e.features is not None for e in examples) else _FIXED
+    optional = [field for name, field in _OPTIONAL.items() if any(_has(e, name) for e in examples)]
+    schema = pa.schema([*_FIXED, *optional])
     columns = [pa.array([getattr(e, f.name) for e in examples], f.type) for f in schema]
     names = sorted({name for e in examples for name in e.metadata})
     if names:
@@ -170,12 +201,12 @@ def _read_schema(content: pa.Buffer) -> pa.Schema:
     """Read the schema of a file of examples; raise a ValueError if it is another."""
     schema = pa.ipc.read_schema(pa.ipc.read_message(pa.BufferReader(content.slice(len(_MAGIC)))))
     for field_ in schema:
-        expected = next((f for f in (*_FIXED, *_VECTOR) if f.name == field_.name), None)
+        expected = next((f for f in (*_FIXED, *_OPTIONAL.values()) if f.name == field_.name), None)
         if expected.type != field_.type if expected else field_.name != "metadata" or not pa.types.is_struct(field_.type):
             raise ValueError(f"the column {field_.name[:80]!r} is not a column of examples")
     metadata = [f.name for f in schema.field("metadata").type] if "metadata" in schema.names else []
-    if len(set(metadata)) < len(metadata) or ("features" in schema.names) != ("label" in schema.names):
-        raise ValueError("metadata columns are duplicates, or features have no label")
+    if len(set(metadata)) < len(metadata) or ({"features", "image"} & {*schema.names} and "label" not in schema.names):
+        raise ValueError("metadata columns are duplicates, or features or images have no label")
     if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
         raise ValueError(f"columns are missing or duplicates: {missing}")
     return schema
@@ -195,17 +226,28 @@ def _read_batch(content: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
         raise ValueError("examples lack a value, or their token ids and loss masks differ in length")
     if (np.frombuffer(batch.column("chunk").buffers()[1], np.int32)[: batch.num_rows] < 0).any():
         raise ValueError("a chunk has a number below 0")
-    if lists and "features" not in schema.names and batch.num_rows:
-        _check_tokens(lists[0], lists[1])
+    if lists and not {"features", "image"} & {*schema.names} and batch.num_rows:
+        _check_tokens(lists[0], lists[1], 1 if {"label", "lengths"} & {*schema.names} else _SHORTEST)
+        if "lengths" in schema.names:
+            _check_lengths(batch.column("lengths"), lists[0])
     return batch
 
 
-def _check_tokens(ids: pa.ListArray, masks: pa.ListArray) -> None:
+def _check_lengths(lengths: pa.ListArray, ids: pa.ListArray) -> None:
+    """Refuse examples whose sequences are empty, or do not have all of their tokens."""
+    starts = _starts(lengths)
+    values = np.frombuffer(lengths.values.buffers()[1], np.int32)[: starts[-1]].astype(np.int64)
+    sums = np.add.reduceat(values, starts[:-1]) if len(values) and (np.diff(starts) > 0).all() else np.zeros(0)
+    if (values < 1).any() or not np.array_equal(sums, np.diff(_starts(ids))):
+        raise ValueError("the lengths of sequences are not those of their tokens")
+
+
+def _check_tokens(ids: pa.ListArray, masks: pa.ListArray, shortest: int) -> None:
     """Refuse texts without a token to predict, with ids below 0, or whose first token is in the loss."""
     starts = _starts(ids)
     values = np.frombuffer(ids.values.buffers()[1], np.int32)[: starts[-1]]
     bits = np.unpackbits(np.frombuffer(masks.values.buffers()[1], np.uint8), bitorder="little")
-    if (np.diff(starts) < _SHORTEST).any() or (values < 0).any() or bits[starts[:-1]].any():
+    if (np.diff(starts) < shortest).any() or (values < 0).any() or bits[starts[:-1]].any():
         raise ValueError("token ids or loss masks are not valid")
 
 
@@ -394,7 +436,7 @@ class Documents:
         """
         number, offset = divmod(row, BATCH_ROWS)
         batch = self._batch(number)
-        arrays = ("token_ids", "loss_mask", "features")
+        arrays = ("token_ids", "loss_mask", "features", "lengths")
         try:
             record = {name: batch.column(name)[offset].as_py() for name in batch.schema.names if name not in arrays}
             record["metadata"] = self._decode(record.get("metadata") or {})
@@ -406,7 +448,8 @@ class Documents:
             **record,
             token_ids=np.array(batch.column("token_ids")[offset].as_py(), np.int32),
             loss_mask=np.array(batch.column("loss_mask")[offset].as_py(), bool),  # not to_numpy, which imports pandas
-            features=np.array(batch.column("features")[offset].as_py(), np.float32) if "label" in record else None,
+            features=np.array(batch.column("features")[offset].as_py(), np.float32) if "features" in batch.schema.names else None,
+            lengths=tuple(batch.column("lengths")[offset].as_py()) if "lengths" in batch.schema.names else (),
         )
 
     @cached_property

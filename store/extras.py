@@ -8,6 +8,7 @@ from .errors import UsageError
 _USES = {
     "adapters": "an adapter",
     "evaluation": "a comparison of rankings",
+    "images": "a classifier of images",
     "hub": "a saved or a hub dataset",
     "object-stores": "an index or corpus in an object store",
     "pandas": "a data frame",

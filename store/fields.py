@@ -5,13 +5,16 @@ from typing import Literal, get_args
 
 from .errors import UsageError
 
-Form = Literal["auto", "text", "completion", "chat", "vector"]
+Form = Literal["auto", "text", "completion", "chat", "label", "pair", "texts", "image", "vector"]
 SplitText = Literal["file", "blank-lines"]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a record's columns; `form` selects those to use, "auto" the first that a record has.
+    """Names of a record's columns; `form` selects those to use, "auto" the first of text, messages, or prompt with completion.
+
+    "label" is a text, messages, or a prompt with a completion, each with a label; "pair" a chosen and a rejected completion; "texts" an
+    anchor, a text like it and one or several unlike it; "image" the path of an image, or its bytes, with a label.
 
     `split_text` defines a document of a text file: the full "file", or the text between "blank-lines".
 
@@ -24,6 +27,12 @@ class Fields:
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str = "messages"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    anchor: str = "anchor"
+    positive: str = "positive"
+    negatives: str = "negatives"
+    image: str = "image"
     features: str = "features"
     label: str = "label"
     id: str = "id"

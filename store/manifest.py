@@ -19,7 +19,7 @@ from .files import create_only, read_bytes, sha256, write_whole
 from .presets import PresetName
 
 FORMAT_VERSION = 2
-FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors", "optimizer", "unit-length"})
+FEATURES = frozenset({"deleted", "dense", "sparse", "reduced", "vectors", "labels", "sequences", "images", "optimizer", "unit-length"})
 _NAME = re.compile(r"(\d{6,18})\.json")
 _LATEST = "latest"
 _MOST_BYTES = 1 << 30
