@@ -106,7 +106,7 @@ class Images:
         """Return the input of a model, on its device and in its dtype."""
         if self._pixels is None:
             images = [open_image(content) for content in self.contents]
-            self._pixels = model.image_processor(images, return_tensors="pt")["pixel_values"]
+            self._pixels = model.image_processor(images, return_tensors="pt")["pixel_values"]  # type: ignore[operator]
         weight = next(model.parameters())
         return self._pixels.to(weight.device, weight.dtype)
 
@@ -128,7 +128,7 @@ class ImageClassification(Task):
 
     def attach(self, model: nn.Module, source: models.ModelSource) -> None:
         """Remember the image processor."""
-        model.image_processor = models.load_processor(source)  # type: ignore[assignment]
+        model.image_processor = models.load_processor(source)
 
     def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
