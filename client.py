@@ -390,7 +390,7 @@ class Client(BaseClient):
         Raises:
             UsageError: a row is not in the index, or tokens have no shares since rows are not linear in the gradient.
         """
-        metric = Metric.of(options)
+        metric = Metric.of_answer(options, self.index.manifest.mode)
         nonlinear = [component.name for component in self.index.manifest.components if not component.linear]
         if tokens and nonlinear:
             raise UsageError(
@@ -404,7 +404,7 @@ class Client(BaseClient):
             example = self.index.example(row)
             score = sum(part.score for part in components)
             explanations.append(Explanation(row, example.id, example.text, score, components, layers, vocabulary, blocks=by_block(layers)))
-        with_tokens = tokens and self.index.manifest.tokenizer is not None and explanations
+        with_tokens = tokens and self.index.manifest.tokenizer is not None and explanations and self.recorded.task.has_token_shares
         return self._with_tokens(explanations, scorer, query, query_rows, metric) if with_tokens else explanations
 
     def _with_tokens(

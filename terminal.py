@@ -103,6 +103,9 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         yield Text(f"the rows measure {measured:.1%} of the trained parameters (wherefrom info names the rest)", style="dim")
     if s.missing:
         yield Text(f"{s.missing:,} rows were not searched: a part of the index does not run at present", style="dark_orange")
+    if s.by_influence is not None:
+        by_influence = f"by influence, which large losses lead (--mode influence), {s.by_influence:.0%} of these are among the best"
+        yield Text(f"ranked per nat of an example's own loss; {by_influence}", style="dim")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
     if s.rerank is not None:

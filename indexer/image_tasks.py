@@ -123,6 +123,7 @@ class ImageClassification(Task):
 
     form: Form = "image"
     features = frozenset({"images", "labels"})
+    mode = "loss-normalized"
     auto_class = "AutoModelForImageClassification"
     batch_tokens = {"cpu": 16, "cuda": 256}  # noqa: RUF012
 

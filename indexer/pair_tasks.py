@@ -100,6 +100,7 @@ class DPO(CausalLM):
 
     form = "pair"
     features = frozenset({"sequences"})
+    has_token_shares = False
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

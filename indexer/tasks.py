@@ -11,11 +11,12 @@ from the left, so that padding cannot change a row. The last token is only predi
 """
 
 import importlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -91,6 +92,9 @@ class Task(ABC):
         batch_tokens: padded tokens in a batch by default, by kind of device; see `default_batch_tokens`.
         features: names of what a reader of the index must know of its examples (see `FEATURES` in store/manifest.py).
         auto_class: the class of transformers that loads the model; see `load`.
+        mode: in which answers are ranked where a query does not say. Classifiers are trained until most losses are near zero, and the few
+            examples that are not fitted have gradients so large that they lead every ranking by influence; so theirs is loss-normalized.
+        has_token_shares: every tracked layer sees the example's tokens, and one sequence, so that scores can be split by token.
     """
 
     form: Form
@@ -98,6 +102,8 @@ class Task(ABC):
     batch_tokens: dict[str, int]
     features: frozenset[str] = frozenset()
     auto_class: str = ""
+    mode: Literal["influence", "loss-normalized"] = "influence"
+    has_token_shares: bool = False
 
     def default_batch_tokens(self, models: Sequence[nn.Module]) -> int:
         """Padded tokens in a batch by default; on a CPU half for `LARGE` models, for which they are as fast and take less memory."""
@@ -276,6 +282,7 @@ class CausalLM(TextTask):
 
     auto_class = "AutoModelForCausalLM"
     within_blocks = True
+    has_token_shares = True
 
     def converter(
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
@@ -400,14 +407,21 @@ def vocabulary_head(model: nn.Module, run: Callable[[], Tensor]) -> VocabularyLa
     return VocabularyLayer(names[0], *sizes, postprocessed)
 
 
+@dataclass(frozen=True)
 class VectorTask(Task):
     """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy.
 
-    A subclass loads its model, and may reshape a batch's vectors (images), or override the loss or the measurement.
+    The model is in memory, or a subclass loads it; a subclass may also override the loss or the measurement.
+
+    Attributes:
+        shape: in which the model takes a vector, such as "3x32x32"; by default as it is.
     """
 
-    form: Form = "vector"
+    shape: str = ""
+
+    form = "vector"
     features = frozenset({"vectors"})
+    mode = "loss-normalized"
     batch_tokens = {"cpu": 256, "cuda": 4096}  # noqa: RUF012
 
     def converter(
@@ -415,6 +429,15 @@ class VectorTask(Task):
     ) -> VectorConverter:
         """See `Task`."""
         return VectorConverter()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(\d+(x\d+)*)?", self.shape):
+            raise ValueError("shape is numbers with x between, such as 3x32x32")
+
+    def inputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch ..."]:
+        """Return the vectors of a batch in the model's dtype, and in `shape`."""
+        vectors = batch.inputs.to(next(model.parameters()).dtype)
+        return vectors.reshape(len(vectors), *map(int, self.shape.split("x"))) if self.shape else vectors
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Stack vectors, in float32."""
@@ -430,7 +453,7 @@ class VectorTask(Task):
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
         try:
-            logits = model(batch.inputs.to(next(model.parameters()).dtype))
+            logits = model(self.inputs(model, batch))
         except RuntimeError as error:
             raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
         wrong = (batch.targets < 0) | (batch.targets >= logits.shape[-1])
@@ -443,30 +466,34 @@ class VectorTask(Task):
 
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
         """See `Task`."""
-        inputs = batch.inputs.to(next(model.parameters()).dtype)
-        logits: Tensor = functional_call(model, dict(weights), (inputs,))
+        logits: Tensor = functional_call(model, dict(weights), (self.inputs(model, batch),))
         return logits[:, None]
 
     @torch.no_grad()
     def classes(self, model: nn.Module) -> int:
         """See `Task`."""
         weight = next(model.parameters())
-        return int(model(self.probe(model, weight.device).inputs.to(weight.dtype)).shape[-1])
+        return int(self.logits(model, {}, self.probe(model, weight.device)).shape[-1])
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """Two vectors of the first layer's input size.
+        """Two vectors of `shape`, else of the first layer's input size.
 
         Raises:
-            UsageError: the first layer is not an nn.Linear, so the task must override this.
+            UsageError: there is no shape, and the first layer is not an nn.Linear.
         """
         first = next((m for m in model.modules() if models.layer_sizes(m)), None)
-        if not isinstance(first, nn.Linear):
-            raise UsageError(f"{type(self).__name__}.probe must be overridden to return two of the model's inputs (see docs/evaluation.md)")
-        size = first.in_features
+        if not self.shape and not isinstance(first, nn.Linear):
+            raise UsageError(
+                "the model's first layer does not say how long its inputs are; give their shape, as in task vectors(shape=3x32x32), or "
+                f"override {type(self).__name__}.probe (docs/tasks.md)"
+            )
+        size = math.prod(map(int, self.shape.split("x"))) if self.shape else int(first.in_features)  # type: ignore[union-attr, arg-type]
+        vectors = torch.linspace(0, 1, 2 * size, device=device).reshape(2, size)
         targets = torch.zeros((2, 1), dtype=torch.int64, device=device)
-        return Batch(("probe", "probe"), torch.zeros((2, size), device=device), targets, torch.ones_like(targets, dtype=torch.bool))
+        return Batch(("probe", "probe"), vectors, targets, torch.ones_like(targets, dtype=torch.bool))
 
 
+@dataclass(frozen=True)
 class MLP(VectorTask):
     """A perceptron with ReLU between its layers, from a safetensors file with the parameter names of a `torch.nn.Sequential`."""
 
@@ -505,6 +532,7 @@ _TASKS = {
     "seq2seq": "text_tasks:Seq2SeqLM",
     "embedding": "pair_tasks:Embedding",
     "image-classification": "image_tasks:ImageClassification",
+    "vectors": "tasks:VectorTask",
     "mlp": "tasks:MLP",
 }
 """Modules of this package, and their classes, by the name of the task."""

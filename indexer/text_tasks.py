@@ -66,6 +66,7 @@ class Classification(TextTask):
 
     form: Form = "label"
     features = frozenset({"labels"})
+    mode = "loss-normalized"
     auto_class = "AutoModelForSequenceClassification"
 
     def converter(

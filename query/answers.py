@@ -124,6 +124,8 @@ class SearchReport:
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
         faiss: the FAISS index that found the candidates; None for a scan.
+        by_influence: of an answer that is ranked in another mode by default, the share of its proponents that are also among the best by
+            influence; else None.
         missing: rows of parts of the index that were not there and were not waited for (`partial`); whether a filter matches them is
             not known.
     """
@@ -139,6 +141,7 @@ class SearchReport:
     faiss: FaissReport | None = None
     rerank: RerankReport | None = None
     refine: RefineReport | None = None
+    by_influence: float | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "SearchReport":

@@ -60,7 +60,7 @@ def answer_queries(
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
     """
     index = parts.index
-    metric = Metric.of(options)
+    metric = Metric.of_answer(options, index.manifest.mode)
     where = options.get("where")
     k = options.get("k")
     k = _DEFAULT_K if k is None else min(int(k), len(index))
@@ -99,6 +99,7 @@ def answer_queries(
             reranked = rerank(numbers, all_hits, baseline_rows, Sizes(k, count, with_opponents), recomputation)
             refined = recomputation.refinement()
             all_hits = [rerank_result.hits for rerank_result in reranked]
+        by_influence = _by_influence(parts, search, k, partial) if metric.mode != options.get("mode", "influence") else None
         for number, (query, hits, rerank_result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
             errors = not query.has_row and rerank_result is None
             stored = {} if rerank_result is None else rerank_result.stored
@@ -113,13 +114,29 @@ def answer_queries(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=replace(_report(index, metric, hits, result, rerank_result), refine=refined),
+                    search=replace(
+                        _report(index, metric, hits, result, rerank_result),
+                        refine=refined,
+                        by_influence=None if by_influence is None else _shared(hits, by_influence[number]),
+                    ),
                     index=describe_index(index),
                     groups=None if groups is None else groups.groups(number),
                     baselines=compared,
                 )
             )
     return answers
+
+
+def _by_influence(parts: Parts, search: Search, k: int, partial: bool) -> list[Hits]:
+    """Find the rows with the highest influence of queries whose answer is ranked in another mode by default."""
+    influence = Search(search.queries, replace(search.metric, mode="influence"), search.mixings, search.where, search.types)
+    return find(parts, influence, len(parts.scorer(influence)), k, 1.0, partial=partial).hits
+
+
+def _shared(hits: Hits, others: Hits) -> float | None:
+    """Return the share of an answer's proponents that are also among others; None without proponents."""
+    rows = hits.proponents[: len(others.proponents)].tolist()
+    return len(set(rows) & set(others.proponents.tolist())) / len(rows) if rows else None
 
 
 def _refuse_nothing(result: Found, where: str | None) -> None:

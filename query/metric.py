@@ -67,6 +67,16 @@ class Metric:
         preset = {} if given["preset"] is None else PRESETS[given["preset"]].query
         return cls(**{**preset, **{name: value for name, value in given.items() if value is not None}})
 
+    @classmethod
+    def of_answer(cls, options: Options | ScoreOptions, mode: Mode) -> "Metric":
+        """Take the metric of an answer or an explanation from options, in the index's mode where they name none.
+
+        By FAISS, under a preset, and where rows or the curvature are changed for the query, the default stays influence.
+        """
+        names = ("mode", "preset", "training", "mix")
+        is_plain = all(options.get(name) is None for name in names) and not options.get("refine") and options.get("engine") != "faiss"
+        return cls.of({**options, "mode": mode}) if is_plain else cls.of(options)
+
     @property
     def changes_curvature(self) -> bool:
         """True if scores use another curvature or damping than the build's."""

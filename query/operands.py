@@ -24,6 +24,9 @@ from .source import added, filter_times
 
 _FEW_QUERIES = 4
 _SEPARATE_ROWS = 1024
+_CODE_BYTES = 16  # of a row's scan code besides its bits: factor, noise, norm and checksum
+_LEAST_RATIO = 6  # of a row's bytes to those of its scan code, below which estimates take longer than the exact scan
+_MANY = 1 << 16  # rows; fewer are searched in no time by either
 _multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
 
 
@@ -201,6 +204,10 @@ class DenseOperand:
             return "lengths under another damping, or of some layers, are known only of rows that are read"
         if self.component.has_search_arrays and any(index.search_arrays(group, self.component) is None for group in groups):
             return "one-bit codes are not stored next to the rows, or are of other rows: run wherefrom reindex"
+        length = row_bytes(self.component.stored, self.component.dtype)
+        codes = scan_bits(self.component.stored) // 8 + _CODE_BYTES
+        if self.component.has_search_arrays and length < _LEAST_RATIO * codes and sum(group.rows for group in groups) >= _MANY:
+            return f"rows of {length:,} bytes are scanned faster than estimated from codes of {codes:,}"
         return None
 
     def read(self, index: Index, rows: Int64[np.ndarray, " rows"], query: int) -> Float32[np.ndarray, " rows"]:

@@ -195,8 +195,8 @@ class ScoreOptions(TypedDict, total=False):
     mode: Annotated[
         Mode,
         Option(
-            "influence (examples with large gradients weigh more), cosine, or loss-normalized (over the example's own loss).",
-            default="influence",
+            "influence (examples with large gradients weigh more), cosine, or loss-normalized (over the example's own loss).  [default: "
+            "influence; for answers of classifiers, loss-normalized]",
         ),
     ]
     damping: Annotated[

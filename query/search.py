@@ -34,6 +34,7 @@ _SCAN_PASS = 8  # queries in one quantized scan
 _READ_FIRST = 256
 _MOST_READ = 16  # at most one row in 16 is read; an exact scan is faster than to read more
 _MOST_READ_OF_FEW = 1024
+_HOPELESS = 4  # where one row in 4 of the first group is a candidate, reading some does not bring that below one in 16
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,9 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
     first = parts.call("first_candidates", search, {start: (k, z, size)}, partial).get(start)
     if first is None:
         first = [((NOTHING, NOTHING), (NO_CANDIDATES, NO_CANDIDATES), NOTHING[0])] * count
+    of_first = counts[start] if len(parts.firsts) > 1 else min(counts[start], parts.index.groups[0].rows)
+    if any(len(best) + len(worst) > max(_MOST_READ_OF_FEW, of_first // _HOPELESS) for _, (best, worst), _ in first):
+        return None  # the other groups will have as many
     sides = [(Best(k, 1, best), Best(k, -1, worst)) for (best, worst), _, _ in first]
     # Thresholds from the first group alone do not depend on the order in which the others are searched.
     thresholds = [(best.threshold, worst.threshold) for best, worst in sides]

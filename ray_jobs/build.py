@@ -393,6 +393,7 @@ def _publish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wherefrom=installed_version(),
         task=job.config.task,
+        mode=find_task(job.config.task).mode,
         models=models,
         tokenizer=Tokenizer(fingerprint=record.inputs.tokenizer) if record.inputs.tokenizer else None,
         components=components,

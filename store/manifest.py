@@ -456,6 +456,7 @@ class Manifest(_Model):
 
     Attributes:
         rows: the number of rows, deleted rows included.
+        mode: in which answers are ranked where a query does not say.
         shards, deleted: the numbers of shards and of deleted rows; the file `table` lists them (see `shard.read_table`).
         group_rows: the largest number of rows that consecutive shards have which are searched together.
     """
@@ -467,6 +468,7 @@ class Manifest(_Model):
     created: str
     wherefrom: str
     task: str
+    mode: Literal["influence", "loss-normalized"] = "influence"
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     tokenizer: Tokenizer | None
     components: Annotated[tuple[Component, ...], Field(min_length=1)]

@@ -308,3 +308,15 @@ def test_codes_that_cannot_be_are_not_read(indexes, tmp_path, name, change):
     groups["blocks"] = ArrayGroup({**blocks.arrays, name: array})
     write_cache(index._cache_path(group), group.source, groups, tmp_path / "staging")
     assert "wherefrom reindex" in Client(tmp_path / "i").query(row=1, recall=0.9).search.note
+
+
+def test_short_rows_of_a_large_index_are_scanned(tmp_path, index_dir, monkeypatch):
+    from wherefrom.query import operands
+
+    rows = np.random.default_rng(0).standard_normal((3000, 96)).astype(np.float32)
+    index = dense_index(tmp_path / "i", index_dir, rows, "int8")
+    query = [{index.manifest.components[0].name: DenseVectors(rows[5:6])}]
+    monkeypatch.setattr(operands, "_MANY", 1 << 11)
+    (hits,) = search(index, query[0], k=5, recall=0.9)
+    assert (hits.candidates, hits.recall) == (3000, 1.0)
+    assert "rows of 96 bytes are scanned faster than estimated from codes of 32" in hits.note

@@ -66,10 +66,12 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     queries = client.encode_examples(client.to_examples(list(read_corpus([str(data)], training_fields())))[:4])["blocks"].values
     stored = np.concatenate([client.index.vectors(i, client.index.component("blocks")).values for i in range(20)])
     assert_close(queries @ stored.T, expected, 1e-4)
-    assert client.query(row=3, k=2).proponents[0].metadata == {"year": 3}
+    assert client.query(row=3, k=2, mode="influence").proponents[0].metadata == {"year": 3}
+    default = client.query(row=3, k=2)
+    assert (default.query["mode"], default.search.by_influence) == ("loss-normalized", 0.5)
     vector = {"features": records[2]["features"], "label": records[2]["label"]}
     assert_close(client.scores([Query(**vector)])[0], expected[2], 1e-4)
-    assert client.query(**vector, k=1).query == {**vector, "mode": "influence", "damping": 0.3}
+    assert client.query(**vector, k=1, mode="influence").query == {**vector, "mode": "influence", "damping": 0.3}
     with pytest.raises(UsageError, match="holds vectors, not texts"):
         client.query(text="w1 w2")
     with pytest.raises(UsageError, match="features and a label; give both"):
@@ -158,7 +160,7 @@ def test_kfac_of_a_convolution_counts_its_places(tmp_path):
 def test_a_model_that_begins_with_a_convolution_needs_a_probe(tmp_path):
     data = write_jsonl(tmp_path / "p.jsonl", vectors(3, 50, 3))
     result = run("build", "--model", tmp_path, "--data", data, "--out", tmp_path / "p", "-o", "task=training:Unprobed")
-    assert (result.exit_code, "Unprobed.probe must be overridden" in result.stderr) == (2, True), result.output
+    assert (result.exit_code, "override Unprobed.probe" in result.stderr) == (2, True), result.output
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
