@@ -3,8 +3,8 @@
     python benchmarks/backdoor.py ../shared/data [--seeds 3]
 
 A convolutional network is trained on 600 digits of MNIST's test set; in 20 of them, of other classes, a white square is drawn into a
-corner, and their label is 0. Test digits with the square, which the network takes for 0, are asked with the label 0: the share of poison among the
-20 best of each is printed, with its range over seeds, for each curvature, mode and damping.
+corner, and their label is 0. Test digits with the square, which the network takes for 0, are asked with the label 0. The share of poison
+among the 20 best of each method is printed, with its range over seeds, for some curvatures, modes and dampings.
 """
 
 import argparse
