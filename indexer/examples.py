@@ -70,7 +70,13 @@ class DocumentConverter(Protocol):
 
 @dataclass(frozen=True)
 class VectorConverter:
-    """Conversion of documents that hold vectors."""
+    """Conversion of documents that hold vectors.
+
+    Attributes:
+        needs_label: a document without a label is an error.
+    """
+
+    needs_label: bool = True
 
     @property
     def fingerprint(self) -> None:
@@ -81,21 +87,34 @@ class VectorConverter:
         for document in documents:
             if isinstance(document, DataError):
                 yield document
-            elif document.features is None:
-                yield DataError(f"{document.where}: a text, but this task needs the fields features and label")
             else:
-                yield self._example(document)
+                try:
+                    yield self.example(document)
+                except DataError as error:
+                    yield DataError(f"{document.where}: {error}")
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
         """See `DocumentConverter`."""
         if document.features is None:
             raise UsageError("the index holds vectors, not texts; ask it by row, or with features and a label")
-        return self._example(document)
+        try:
+            return self.example(document)
+        except DataError as error:
+            raise UsageError(f"{document.where}: {error}") from error
 
-    def _example(self, document: Document) -> Example:
+    def example(self, document: Document) -> Example:
+        """Convert a document.
+
+        Raises:
+            DataError: it has no vector, or no label where one is needed.
+        """
+        if document.features is None:
+            raise DataError("a text, but this task needs the fields features and label")
+        if document.label is None and self.needs_label:
+            raise DataError("there is no label; this task needs the fields features and label")
         return Example(
             id=document.id,
-            text=f"label {document.label}",
+            text=f"{len(document.features):,} numbers" if document.label is None else f"label {document.label}",
             source=document.source,
             token_ids=np.zeros(0, np.int32),
             loss_mask=np.zeros(0, bool),

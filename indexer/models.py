@@ -66,7 +66,19 @@ _OTHER_KINDS = {
     "ForMaskedLM": "a masked language model",
     "ForImageClassification": "a classifier of images",
 }
-TASK_NAMES = ("causal-lm", "classification", "reward", "dpo", "masked-lm", "seq2seq", "embedding", "image-classification", "vectors", "mlp")
+TASK_NAMES = (
+    "causal-lm",
+    "classification",
+    "reward",
+    "dpo",
+    "masked-lm",
+    "seq2seq",
+    "embedding",
+    "image-classification",
+    "diffusion",
+    "vectors",
+    "mlp",
+)
 IN_MEMORY = "in-memory"  # the id of a model that was loaded from nowhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -532,6 +532,7 @@ _TASKS = {
     "seq2seq": "text_tasks:Seq2SeqLM",
     "embedding": "pair_tasks:Embedding",
     "image-classification": "image_tasks:ImageClassification",
+    "diffusion": "diffusion:Diffusion",
     "vectors": "tasks:VectorTask",
     "mlp": "tasks:MLP",
 }

@@ -125,8 +125,6 @@ class Query:
             return "tools are given to the chat template with messages; give both"
         if self.messages is not None and not _are_messages(self.messages):
             return 'messages must be a list like [{"role": "user", "content": "..."}, ...]'
-        if self.label is None and (self.features is not None or self.image is not None):
-            return f"{'a vector has features' if self.image is None else 'an image has a file'} and a label; give both"
         if self.label is not None and forms[0] not in ("text", "messages", "features", "image"):
             return "a label is the class of a text, messages, an image or a vector; give it with one"
         if self.against is not None and self.completion is None:

@@ -219,10 +219,10 @@ def _document(
         form = fields.form if fields.form != "auto" else _detect(record, fields)
         if form == "vector":
             used |= {fields.features, fields.label}
-            content: dict[str, Any] = {"features": _vector(record, fields.features), "label": _label(record, fields.label)}
+            content: dict[str, Any] = {"features": _vector(record, fields.features), "label": _optional_label(record, fields.label)}
         elif form == "image":
             used |= {fields.image, fields.label}
-            content = {"image": _image(record, fields.image, folder), "label": _label(record, fields.label)}
+            content = {"image": _image(record, fields.image, folder), "label": _optional_label(record, fields.label)}
         elif form == "pair":
             content = _pair(record, fields, base, used)
         elif form == "texts":
@@ -426,6 +426,10 @@ def _vector(record: Mapping[str, Any], key: str) -> Float32[np.ndarray, " size"]
     if vector.ndim != 1 or len(vector) == 0 or not np.isfinite(vector).all():
         raise ValueError(f"the field {key!r} is not a list of finite numbers")
     return vector
+
+
+def _optional_label(record: Mapping[str, Any], key: str) -> int | None:
+    return None if _is_missing(record.get(key)) else _label(record, key)
 
 
 def _label(record: Mapping[str, Any], key: str) -> int:

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from .arrays import crc32c
-from .errors import IntegrityError, first_line
+from .errors import DataError, IntegrityError, first_line
 from .files import memory_map, read_ahead, regular_size, storage_errors
 from .objects import StorePath
 from .shapes import Bool, Float32, Int32, Int64, UInt32
@@ -132,6 +132,10 @@ def write_documents(path: Path, examples: Sequence[Example]) -> None:
     examples = [e if e.document else replace(e, document=e.id) for e in examples]
     optional = [field for name, field in _OPTIONAL.items() if any(_has(e, name) for e in examples)]
     schema = pa.schema([*_FIXED, *optional])
+    for name in ("label", "features", "image"):
+        lacking = next((e.id for e in examples if name in schema.names and getattr(e, name) is None), None)
+        if lacking is not None:
+            raise DataError(f"example {lacking!r} has no {name}, which others have; give it one, or leave all others' out")
     columns = [pa.array([getattr(e, f.name) for e in examples], f.type) for f in schema]
     names = sorted({name for e in examples for name in e.metadata})
     if names:
@@ -205,8 +209,8 @@ def _read_schema(content: pa.Buffer) -> pa.Schema:
         if expected.type != field_.type if expected else field_.name != "metadata" or not pa.types.is_struct(field_.type):
             raise ValueError(f"the column {field_.name[:80]!r} is not a column of examples")
     metadata = [f.name for f in schema.field("metadata").type] if "metadata" in schema.names else []
-    if len(set(metadata)) < len(metadata) or ({"features", "image"} & {*schema.names} and "label" not in schema.names):
-        raise ValueError("metadata columns are duplicates, or features or images have no label")
+    if len(set(metadata)) < len(metadata):
+        raise ValueError("metadata columns are duplicates")
     if missing := [name for name in _FIXED.names if name not in schema.names] or len(set(schema.names)) < len(schema.names):
         raise ValueError(f"columns are missing or duplicates: {missing}")
     return schema

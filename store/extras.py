@@ -7,6 +7,7 @@ from .errors import UsageError
 
 _USES = {
     "adapters": "an adapter",
+    "diffusion": "a diffusion model",
     "evaluation": "a comparison of rankings",
     "images": "a classifier of images",
     "hub": "a saved or a hub dataset",

@@ -441,7 +441,7 @@ def test_images_are_built_and_asked_on_the_command_line(tmp_path):
     for arguments, message in (
         (("--image", tmp_path / "none.png", "--label", "1"), "cannot be read"),
         (("--image", tmp_path / "pictures" / "no.png", "--label", "1"), "give a PNG, JPEG or another file"),
-        (("--image", tmp_path / "pictures" / "5.png"), "an image has a file and a label"),
+        (("--image", tmp_path / "pictures" / "5.png"), "this task needs the fields image and label"),
         (("--text", "w1"), "the index holds images"),
     ):
         refused = run("query", tmp_path / "i", *arguments)
@@ -467,3 +467,149 @@ def test_the_names_and_options_of_tasks():
     ):
         with pytest.raises(UsageError, match=message.replace("(", r"\(")):
             find_task(name)
+
+
+class Denoiser(torch.nn.Module):
+    """A denoiser with convolutions, a linear layer of the timestep, and attention's kind of linear layer over places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
+        self.time, self.mix = torch.nn.Linear(2, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        angles = t.to(x.dtype)[:, None] / 20
+        h = torch.tanh(self.first(x) + self.time(torch.cat([angles.sin(), angles.cos()], 1))[:, :, None, None])
+        return self.second(h + torch.tanh(self.mix(h.flatten(2).transpose(1, 2))).transpose(1, 2).reshape(h.shape))
+
+
+def diffusion_records(count=6, size=16):
+    generator = np.random.default_rng(5)
+    return [{"id": f"x{i}", "features": generator.uniform(-1, 1, size).round(3).tolist()} for i in range(count)]
+
+
+def draws_of(task, values, draws):
+    """The timesteps, and the noise, of an example."""
+    from wherefrom.indexer.batches import Batch
+
+    inputs = torch.tensor([values], dtype=torch.float32)
+    mask = torch.ones((1, 1), dtype=torch.bool)
+    return task._draw(Batch(("x",), inputs, torch.zeros((1, 1), dtype=torch.long), mask), draws)
+
+
+@pytest.mark.parametrize(("objective", "schedule"), [("loss", "linear"), ("square", "cosine")])
+def test_rows_of_a_denoiser_equal_autograd(objective, schedule, tmp_path):
+    from wherefrom.indexer.tasks import find_task
+
+    model, records = random_(Denoiser()), diffusion_records()
+    name = f"diffusion(shape=1x4x4, timesteps=50, draws=5, objective={objective}, schedule={schedule})"
+    index = build(model, records, tmp_path / "i", task=name, batch_tokens=4, **WHOLE)
+    assert set(index.component("blocks").layer_names) == {"first", "second", "time", "mix"}
+    task = find_task(name)
+    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 50)) if schedule == "linear" else task.signal
+
+    def loss(row):
+        steps, noise = draws_of(task, records[row]["features"], 5)
+        x, total = torch.tensor(records[row]["features"], dtype=torch.float32).double().view(1, 1, 4, 4), 0
+        assert [int(s * 5 / 50) for s in steps] == [0, 1, 2, 3, 4]  # spread evenly
+        for t, e in zip(steps, noise, strict=True):
+            e = torch.from_numpy(e).view(1, 1, 4, 4)
+            noisy = signal[t] ** 0.5 * x + (1 - signal[t]) ** 0.5 * e
+            target = e if objective == "loss" else torch.zeros_like(e)
+            total = total + (target - model(noisy, torch.tensor([t]))).square().sum() / 2 / 5
+        return total
+
+    check_rows(model, index, loss)
+
+
+def test_measurements_of_a_denoiser_are_their_formulas(tmp_path):
+    from wherefrom.indexer.tasks import find_task
+
+    model = random_(Denoiser())
+    betas = np.linspace(1e-4, 0.02, 30)
+    alphas = np.cumprod(1 - betas)
+
+    def value(measurement, features):
+        task = find_task(f"diffusion(shape=1x4x4, timesteps=30, query_draws=30, measurement_of_queries={measurement})")
+        client_examples = list(task.converter(None).documents([_document(features)]))
+        with torch.no_grad():
+            return task, float(task.measurement(model, task.collate(client_examples, torch.device("cpu")))[0])
+
+    (record,) = diffusion_records(1)
+    task, elbo = value("elbo", record["features"])
+    steps, noise = draws_of(task, record["features"], 30)
+    assert sorted(steps) == list(range(30))
+    x, expected = torch.tensor(record["features"], dtype=torch.float32).double().view(1, 1, 4, 4), 0.0
+    with torch.no_grad():
+        for t, e in zip(steps, noise, strict=True):
+            e = torch.from_numpy(e).view(1, 1, 4, 4)
+            predicted = model(alphas[t] ** 0.5 * x + (1 - alphas[t]) ** 0.5 * e, torch.tensor([t]))
+            variance = betas[t]  # of a step backwards
+            weight = betas[t] ** 2 / (2 * variance * (1 - betas[t]) * (1 - alphas[t]))
+            expected += weight * float((e - predicted).square().sum())
+    assert_close(elbo, expected, 1e-6)
+
+    generator = np.random.default_rng(0)
+    states = generator.standard_normal((31, 16)).astype(np.float32)
+    _, trajectory = value("trajectory", states.ravel().tolist())
+    expected = 0.0
+    with torch.no_grad():
+        for t in range(30):  # from x_(t+1) to x_t
+            before, after = (torch.from_numpy(states[30 - i]).double().view(1, 1, 4, 4) for i in (t + 1, t))
+            mean = (before - betas[t] / (1 - alphas[t]) ** 0.5 * model(before, torch.tensor([t]))) / (1 - betas[t]) ** 0.5
+            normal = torch.distributions.Normal(mean, betas[t] ** 0.5)
+            constant = 16 * (np.log(betas[t]) / 2 + np.log(2 * np.pi) / 2)
+            expected -= float(normal.log_prob(after).sum()) + constant
+    assert_close(trajectory, expected, 1e-5)
+
+
+def _document(features):
+    from wherefrom.store.corpus import Document
+
+    return Document(id="x", source="s", where="here", features=np.array(features, np.float32))
+
+
+def test_labels_that_are_drawn_give_the_gauss_newton_matrix(tmp_path):
+    """The mean of the gradients' second moments, times the number of draws, is J^T J, averaged over draws (Mlodozeniec et al., eq. 7)."""
+    from wherefrom.indexer.tasks import find_task
+
+    model = random_(Denoiser())
+    records = diffusion_records(1)
+    task = find_task("diffusion(shape=1x4x4, timesteps=50, draws=4)")
+    batch = task.collate(list(task.converter(None).documents([_document(records[0]["features"])])), torch.device("cpu"))
+    weight = model.time.weight.requires_grad_(True)
+    total, seeds = 0, 4000
+    for seed in range(seeds):
+        (g,) = torch.autograd.grad(task.loss(model, batch, seed).sum(), weight)
+        total = total + torch.outer(g.flatten(), g.flatten()) / seeds
+    steps, noise = draws_of(task, records[0]["features"], 4)
+    x, expected = batch.inputs.double().view(1, 1, 4, 4), 0
+    for t, e in zip(steps, noise, strict=True):
+        noisy = task.signal[t] ** 0.5 * x + (1 - task.signal[t]) ** 0.5 * torch.from_numpy(e).view(1, 1, 4, 4)
+        output = model(noisy, torch.tensor([t])).flatten()
+        jacobian = torch.stack([torch.autograd.grad(o, weight, retain_graph=True)[0].flatten() for o in output])
+        expected = expected + jacobian.T @ jacobian / 4
+    weight.requires_grad_(False)
+    assert_close(4 * total.numpy(), expected.numpy(), 0.1)
+
+
+def test_a_unet_is_built_from_images_and_asked_on_the_command_line(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4)
+    unet = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, **blocks)
+    unet.save_pretrained(tmp_path / "unet")
+    records = [{k: v for k, v in r.items() if k != "label"} for r in pictures(tmp_path / "pictures")]
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    task = "task=diffusion(shape=1x8x8, source=image, draws=4, query_draws=8)"
+    done = run("build", "--model", tmp_path / "unet", "--data", data, "--out", tmp_path / "i", "-o", task, "-o", "labels=sampled")
+    assert done.exit_code == 0, done.output
+    info = json.loads(run("info", tmp_path / "i", "--json").stdout)
+    assert info["rows"] == 10
+    result = run("query", tmp_path / "i", "--image", tmp_path / "pictures" / "3.png", "--mode", "cosine", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["proponents"][0]["id"] == "i3"
+    refused = run("query", tmp_path / "i", "--text", "w1")
+    assert (refused.exit_code, "an image or features" in refused.stderr) == (2, True)
+    nothing = run("build", "--model", tmp_path / "none", "--data", data, "--out", tmp_path / "j", "-o", task)
+    assert (nothing.exit_code, "there is no UNet2DModel" in nothing.stderr) == (2, True), nothing.output
