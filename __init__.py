@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation.replay import Replayed as Replayed
     from .evaluation.replay import replay as replay
     from .indexer.moments import save_moments as save_moments
+    from .indexer.tasks import ArrayTask as ArrayTask
     from .indexer.tasks import Task as Task
     from .indexer.tasks import VectorTask as VectorTask
     from .query.answers import Answer as Answer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Answer": "query.answers",
+    "ArrayTask": "indexer.tasks",
     "Attribution": "query.answers",
     "BuildConfig": "ray_jobs.config",
     "Client": "client",
@@ -54,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "Answer",
+    "ArrayTask",
     "Attribution",
     "BuildConfig",
     "Client",

@@ -26,7 +26,7 @@ from wherefrom.indexer.tasks import find_task
 from wherefrom.store.corpus import Corpus, usable
 from wherefrom.store.fields import Fields
 
-_TRAIN, _QUERIES, _TOKENS, _REPEATS = 240, 40, 48, 3
+_TRAIN, _QUERIES, _TOKENS, _REPEATS = 240, 40, 100, 3
 _BATCH = 8
 
 
@@ -44,7 +44,7 @@ def cut(text, words=30):
 def problems(shared):
     """School problems with the beginnings of their answers."""
     halves = (text.partition("\nAnswer:")[::2] for text in texts(shared, "gsm8k"))
-    return [(cut(question.removeprefix("Question: "), 25), " " + cut(answer, 12)) for question, answer in halves]
+    return [(cut(question.removeprefix("Question: "), 20), " " + cut(answer, 12)) for question, answer in halves]
 
 
 def labelled(shared):
@@ -62,6 +62,11 @@ def pairs(shared):
 def completions(shared):
     """School problems with their answers."""
     return [{"prompt": q, "completion": a} for q, a in problems(shared)[: _TRAIN + _QUERIES]]
+
+
+def sentences(shared):
+    """Beginnings of texts."""
+    return [{"text": cut(text, 25)} for text in texts(shared, "wikitext")[: _TRAIN + _QUERIES]]
 
 
 def triplets(shared):
@@ -124,7 +129,7 @@ KINDS = {
     ),
     "reward": ("reward", pretrained("AutoModelForSequenceClassification", "gpt2", num_labels=1, **_GPT), pairs, 4, 1e-3),
     "dpo": ("dpo(beta=0.5, reference={reference})", pretrained("AutoModelForCausalLM", "gpt2", **_GPT), pairs, 4, 1e-3),
-    "masked-lm": ("masked-lm", pretrained("AutoModelForMaskedLM", "bert", **_BERT), completions, 6, 2e-3),
+    "masked-lm": ("masked-lm", pretrained("AutoModelForMaskedLM", "bert", **_BERT), sentences, 6, 2e-3),
     "seq2seq": ("seq2seq", pretrained("AutoModelForSeq2SeqLM", "t5", **_T5), completions, 6, 2e-3),
     "embedding": ("embedding(scale=10)", pretrained("AutoModel", "bert", **_BERT), triplets, 4, 1e-3),
     "image-classification": ("image-classification", pretrained("AutoModelForImageClassification", "vit", **_VIT), images, 12, 1e-3),
@@ -252,7 +257,9 @@ def judge(name, shared, subsets):
         records = documents(shared)
         written = write(records, task.form, place)
         files = [str(place / name) for name in ("train.jsonl", "query.jsonl")]
-        known, asked = (list(task.converter(source, _TOKENS).documents(usable(Corpus([file], Fields(form=task.form))))) for file in files)
+        known, asked = (
+            list(task.converter(source, _TOKENS, "truncate").documents(usable(Corpus([file], Fields(form=task.form))))) for file in files
+        )
         model = train(task, start, known, epochs, rate, source)
         masks = np.random.default_rng(1).permuted(np.tile(np.arange(_TRAIN) < _TRAIN // 2, (subsets, 1)), axis=1)
         halves = [[known[i] for i in np.flatnonzero(mask)] for mask in masks]
@@ -260,7 +267,7 @@ def judge(name, shared, subsets):
         queries = [query(record, place) for record in written[_TRAIN:]]
         for label, options in (("800 bytes", {}), ("EK-FAC, rank 32", {"rank": 32, "curvature": "ekfac"})):
             out = place / label
-            index = build(model, files[0], out, tokenizer=helper, task=task_name, max_tokens=_TOKENS, **options)
+            index = build(model, files[0], out, tokenizer=helper, task=task_name, max_tokens=_TOKENS, long="truncate", **options)
             client = Client(out, model=model, tokenizer=helper)
             found = {}
             for mode in dict.fromkeys(("influence", index.manifest.mode)):

@@ -19,8 +19,7 @@ from ..store.shapes import Float
 from . import models
 from .batches import IGNORED, Batch
 from .logits import cross_entropies, draw_uniform
-from .tasks import Task
-from .text_tasks import check_labels
+from .tasks import Task, check_labels
 
 _MOST_PIXELS = 1 << 26
 

@@ -4,13 +4,14 @@ The gradients of a task's *loss*, which training lowered, are the rows; those of
 queries. Both fall as the model improves (nats), so a positive score means that training on the example lowered the query's measurement.
 They are the same unless a task overrides the measurement. A task also loads the model and collates examples to a batch; capture,
 projection and curvature depend on nothing else of it. Wherefrom has a causal language model and a perceptron; any other nn.Module needs a
-subclass of `Task` or `VectorTask`, named as `module:Class`.
+subclass of `Task`, `ArrayTask` or `VectorTask`, named as `module:Class`.
 
 A text batch is right-padded and carries no attention mask: in a causal model nothing to the left can see the padding, and positions count
 from the left, so that padding cannot change a row. The last token is only predicted, so it is not in the input.
 """
 
 import importlib
+import inspect
 import math
 import re
 from abc import ABC, abstractmethod
@@ -175,7 +176,12 @@ class Task(ABC):
             losses = self.loss(model, batch)
             means = losses.detach() / (batch.targets != IGNORED).sum(1).to(losses.device).clamp(min=1)
             return losses / (-torch.expm1(-means)).clamp(min=_LEAST_ERROR)
-        return self.loss(model, batch, objective.label_seed)
+        return self.loss(model, batch) if objective.label_seed is None else self.loss(model, batch, objective.label_seed)
+
+    @property
+    def draws_labels(self) -> bool:
+        """True if the loss can draw labels from the model's distribution."""
+        return "sample_seed" in inspect.signature(self.loss).parameters
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Find out what `differentiate` needs to know of a model; called before a capture is opened."""
@@ -407,76 +413,64 @@ def vocabulary_head(model: nn.Module, run: Callable[[], Tensor]) -> VocabularyLa
     return VocabularyLayer(names[0], *sizes, postprocessed)
 
 
-@dataclass(frozen=True)
-class VectorTask(Task):
-    """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy.
+def check_labels(batch: Batch, classes: int) -> None:
+    """Refuse labels that are not classes of a model.
 
-    The model is in memory, or a subclass loads it; a subclass may also override the loss or the measurement.
+    Raises:
+        DataError: names the first example with one.
+    """
+    wrong = (batch.targets[:, 0] < 0) | (batch.targets[:, 0] >= classes)
+    if bool(wrong.any()):
+        index = int(wrong.int().argmax())
+        raise DataError(f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {classes - 1}")
+
+
+@dataclass(frozen=True)
+class ArrayTask(Task):
+    """A task over arrays of numbers, the `features` of the documents. A subclass has the loss, and may have a measurement.
+
+    The model is in memory, or a subclass loads it. A loss without the argument `sample_seed` draws no labels.
 
     Attributes:
-        shape: in which the model takes a vector, such as "3x32x32"; by default as it is.
+        shape: in which the model takes an array, such as "3x32x32"; by default as it is.
     """
 
     shape: str = ""
 
     form = "vector"
     features = frozenset({"vectors"})
-    mode = "loss-normalized"
     batch_tokens = {"cpu": 256, "cuda": 4096}  # noqa: RUF012
-
-    def converter(
-        self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
-    ) -> VectorConverter:
-        """See `Task`."""
-        return VectorConverter()
+    needs_label = False
+    """True if every document has a `label`; it is the example's target."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+(x\d+)*)?", self.shape):
             raise ValueError("shape is numbers with x between, such as 3x32x32")
 
-    def inputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch ..."]:
-        """Return the vectors of a batch in the model's dtype, and in `shape`."""
-        vectors = batch.inputs.to(next(model.parameters()).dtype)
-        return vectors.reshape(len(vectors), *map(int, self.shape.split("x"))) if self.shape else vectors
+    def converter(
+        self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
+    ) -> VectorConverter:
+        """See `Task`."""
+        return VectorConverter(self.needs_label)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """Stack vectors, in float32."""
+        """Stack arrays, in float32."""
         sizes = {len(e.features) for e in examples if e.features is not None}
         if len(sizes) != 1:
             raise DataError(
                 f"examples of one batch have vectors of {' and '.join(map(str, sorted(sizes))) or 'no'} numbers; make them equally long"
             )
         inputs = torch.from_numpy(np.stack([e.features for e in examples if e.features is not None])).to(device)
-        targets = torch.tensor([[e.label] for e in examples], device=device)
+        targets = torch.tensor([[e.label or 0] for e in examples], device=device)
         return Batch(tuple(e.id for e in examples), inputs, targets, torch.ones_like(targets, dtype=torch.bool))
 
-    def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
-        """See `Task`."""
-        try:
-            logits = model(self.inputs(model, batch))
-        except RuntimeError as error:
-            raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
-        wrong = (batch.targets < 0) | (batch.targets >= logits.shape[-1])
-        if bool(wrong.any()):
-            index = int(wrong[:, 0].int().argmax())
-            raise DataError(
-                f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {logits.shape[-1] - 1}"
-            )
-        return cross_entropies(logits[:, None], batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
-
-    def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
-        """See `Task`."""
-        logits: Tensor = functional_call(model, dict(weights), (self.inputs(model, batch),))
-        return logits[:, None]
-
-    @torch.no_grad()
-    def classes(self, model: nn.Module) -> int:
-        """See `Task`."""
-        weight = next(model.parameters())
-        return int(self.logits(model, {}, self.probe(model, weight.device)).shape[-1])
+    def inputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch ..."]:
+        """Return the arrays of a batch in the model's dtype, and in `shape`."""
+        vectors = batch.inputs.to(next(model.parameters()).dtype)
+        return vectors.reshape(len(vectors), *map(int, self.shape.split("x"))) if self.shape else vectors
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """Two vectors of `shape`, else of the first layer's input size.
+        """Two arrays of `shape`, else of the first layer's input size.
 
         Raises:
             UsageError: there is no shape, and the first layer is not an nn.Linear.
@@ -491,6 +485,34 @@ class VectorTask(Task):
         vectors = torch.linspace(0, 1, 2 * size, device=device).reshape(2, size)
         targets = torch.zeros((2, 1), dtype=torch.int64, device=device)
         return Batch(("probe", "probe"), vectors, targets, torch.ones_like(targets, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class VectorTask(ArrayTask):
+    """A classifier of vectors: documents have `features` and a `label`, the loss is the label's cross-entropy, in nats."""
+
+    mode = "loss-normalized"
+    needs_label = True
+
+    def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
+        """See `Task`."""
+        try:
+            logits = self.logits(model, {}, batch)
+        except RuntimeError as error:
+            raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
+        check_labels(batch, logits.shape[-1])
+        return cross_entropies(logits, batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+
+    def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
+        """See `Task`."""
+        logits: Tensor = functional_call(model, dict(weights), (self.inputs(model, batch),))
+        return logits[:, None]
+
+    @torch.no_grad()
+    def classes(self, model: nn.Module) -> int:
+        """See `Task`."""
+        weight = next(model.parameters())
+        return int(self.logits(model, {}, self.probe(model, weight.device)).shape[-1])
 
 
 @dataclass(frozen=True)

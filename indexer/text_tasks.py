@@ -19,7 +19,7 @@ from . import models
 from .batches import IGNORED, Batch
 from .examples import Rendered, WholeTextConverter, occurrence
 from .logits import cross_entropies, draw_uniform
-from .tasks import TextTask, VocabularyLayer, vocabulary_head
+from .tasks import TextTask, VocabularyLayer, check_labels, vocabulary_head
 
 _PROBE = ((3, 1, 2), (1, 3, 3))
 
@@ -111,18 +111,6 @@ class Classification(TextTask):
     def classes(self, model: nn.Module) -> int:
         """See `Task`."""
         return int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-
-
-def check_labels(batch: Batch, classes: int) -> None:
-    """Refuse labels that are not classes of a model.
-
-    Raises:
-        DataError: names the first example with one.
-    """
-    wrong = (batch.targets[:, 0] < 0) | (batch.targets[:, 0] >= classes)
-    if bool(wrong.any()):
-        index = int(wrong.int().argmax())
-        raise DataError(f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {classes - 1}")
 
 
 class _MaskedConverter(WholeTextConverter):

@@ -116,7 +116,7 @@ def _blocks(config: BuildConfig, task: Task, model: nn.Module, number: int) -> D
     labels: LabelKind = "data"
     kind: CurvatureKind = "auto"
     if by_bytes and task.classes(model) is None:
-        labels = "sampled"
+        labels = "sampled" if task.draws_labels else "data"
         kind = "kfac"
     elif by_bytes:
         labels = "expected"
@@ -175,7 +175,7 @@ def unprojected_blocks(config: BuildConfig, task: Task, model: nn.Module) -> Den
     """Return a component for recomputed rows: all layers inside the blocks, or those that the build named, with EK-FAC, not projected."""
     names = find_layers(model, config.layers, task.within_blocks)
     has_tokens = task.classes(model) is None
-    labels: LabelKind = "sampled" if has_tokens else "expected"
+    labels: LabelKind = "expected" if not has_tokens else "sampled" if task.draws_labels else "data"
     damping = _EKFAC_DAMPING if has_tokens else _EKFAC_DAMPING_CLASSES
     curvature = Curvature(kind="ekfac", labels=labels, examples=0, tokens=0, damping=damping)
     layers = describe_layers(task, model, names, _UNPROJECTED, "ekfac", _FIT_EXAMPLES, explicit=bool(config.layers))
@@ -230,4 +230,6 @@ def _labels(config: BuildConfig, task: Task, model: nn.Module, default: LabelKin
         raise UsageError("`labels` margin is for the blocks alone; give components blocks")
     if labels == "expected" and task.classes(model) is None:
         raise UsageError(f"`labels` expected sums over the classes of an example's one label, which task {config.task} has not")
+    if labels == "sampled" and not task.draws_labels:
+        raise UsageError(f"`labels` sampled draws labels from the model's distribution, and the loss of task {config.task} takes no seed")
     return labels

@@ -512,8 +512,8 @@ def test_rows_of_a_denoiser_equal_autograd(objective, schedule, tmp_path):
         steps, noise = draws_of(task, records[row]["features"], 5)
         x, total = torch.tensor(records[row]["features"], dtype=torch.float32).double().view(1, 1, 4, 4), 0
         assert [int(s * 5 / 50) for s in steps] == [0, 1, 2, 3, 4]  # spread evenly
-        for t, e in zip(steps, noise, strict=True):
-            e = torch.from_numpy(e).view(1, 1, 4, 4)
+        for t, drawn in zip(steps, noise, strict=True):
+            e = torch.from_numpy(drawn).view(1, 1, 4, 4)
             noisy = signal[t] ** 0.5 * x + (1 - signal[t]) ** 0.5 * e
             target = e if objective == "loss" else torch.zeros_like(e)
             total = total + (target - model(noisy, torch.tensor([t]))).square().sum() / 2 / 5
@@ -541,8 +541,8 @@ def test_measurements_of_a_denoiser_are_their_formulas(tmp_path):
     assert sorted(steps) == list(range(30))
     x, expected = torch.tensor(record["features"], dtype=torch.float32).double().view(1, 1, 4, 4), 0.0
     with torch.no_grad():
-        for t, e in zip(steps, noise, strict=True):
-            e = torch.from_numpy(e).view(1, 1, 4, 4)
+        for t, drawn in zip(steps, noise, strict=True):
+            e = torch.from_numpy(drawn).view(1, 1, 4, 4)
             predicted = model(alphas[t] ** 0.5 * x + (1 - alphas[t]) ** 0.5 * e, torch.tensor([t]))
             variance = betas[t]  # of a step backwards
             weight = betas[t] ** 2 / (2 * variance * (1 - betas[t]) * (1 - alphas[t]))
@@ -613,3 +613,26 @@ def test_a_unet_is_built_from_images_and_asked_on_the_command_line(tmp_path):
     assert (refused.exit_code, "an image or features" in refused.stderr) == (2, True)
     nothing = run("build", "--model", tmp_path / "none", "--data", data, "--out", tmp_path / "j", "-o", task)
     assert (nothing.exit_code, "there is no UNet2DModel" in nothing.stderr) == (2, True), nothing.output
+
+
+def test_a_task_of_ones_own_is_two_functions(tmp_path):
+    """A loss and a measurement, over a model in memory; nothing else is said."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(1, 3, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(12, 16)
+    model = random_(torch.nn.Sequential(*layers))
+    records = diffusion_records(8)
+    task = "training:Autoencoder(shape=1x4x4)"
+    index = build(model, records, tmp_path / "i", task=task, **WHOLE)
+
+    def loss(row):
+        x = torch.tensor(records[row]["features"], dtype=torch.float32).double()
+        return (model(x.view(1, 1, 4, 4))[0] - x).square().sum() / 2
+
+    check_rows(model, index, loss)
+    client = Client(index.path, model=model, task=task)
+    query = client.encode([Query(features=records[3]["features"])])["blocks"].values[0]
+    found = gradients(model, lambda: (model(torch.tensor([records[3]["features"]]).double().view(1, 1, 4, 4)) ** 2).sum(), ["0", "3"])
+    assert_close(query, np.concatenate([found[name].reshape(-1).numpy() for name in ("0", "3")]), 1e-5)
+    with pytest.raises(UsageError, match="takes no seed"):
+        build(model, records, tmp_path / "j", task=task, labels="sampled", **WHOLE)
+    assert build(model, records, tmp_path / "k", task=task).manifest.components[0].curvature.labels == "data"

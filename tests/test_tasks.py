@@ -74,8 +74,10 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     assert client.query(**vector, k=1, mode="influence").query == {**vector, "mode": "influence", "damping": 0.3}
     with pytest.raises(UsageError, match="holds vectors, not texts"):
         client.query(text="w1 w2")
-    with pytest.raises(UsageError, match="features and a label; give both"):
-        Query(features=[1.0])
+    with pytest.raises(UsageError, match="there is no label"):
+        client.query(features=[1.0])
+    with pytest.raises(UsageError, match="a label is the class of"):
+        Query(completion="w1", label=1)
 
 
 def test_expected_labels_are_the_fisher_under_the_models_own_distribution(tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 from wherefrom.indexer.batches import Batch
-from wherefrom.indexer.tasks import VectorTask
+from wherefrom.indexer.tasks import ArrayTask, VectorTask
 
 
 def _fit(model, examples, seed):
@@ -130,3 +130,14 @@ class Pooled(Parallel):
                 return self.a(x) + self.pool(x.mean(0, keepdim=True))
 
         return Net().double().eval()
+
+
+class Autoencoder(ArrayTask):
+    """An autoencoder; a query asks for the length of its output."""
+
+    def loss(self, model, batch):
+        x = self.inputs(model, batch)
+        return (model(x).flatten(1) - x.flatten(1)).square().sum(1) / 2
+
+    def measurement(self, model, batch):
+        return model(self.inputs(model, batch)).square().flatten(1).sum(1)
