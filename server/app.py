@@ -263,7 +263,13 @@ def _static(name: str) -> Response:
 
 def _summary(engine: Engine) -> dict[str, Any]:
     index = engine.client.index
-    fields = {"name": engine.name, "manifest": index.manifest.number, "rows": len(index), "deleted": index.manifest.deleted}
+    fields = {
+        "name": engine.name,
+        "manifest": index.manifest.number,
+        "rows": len(index),
+        "deleted": index.manifest.deleted,
+        "mode": index.manifest.mode,
+    }
     components = [
         {"name": c.name, "kind": c.kind, "damping": c.curvature.damping, "layers": len(c.layer_names)} for c in index.manifest.components
     ]

@@ -5,6 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 let answer = null;
 let asked = null;
 let kind = "completion";
+const modes = {}; // in which each index ranks by default
 let serial = 0;
 
 function element(name, attributes = {}, ...children) {
@@ -410,7 +411,10 @@ async function begin() {
     });
   });
   for (const id of ["mode", "group", "baselines", "certified", "damping", "layers", "where", "k"]) $(id).addEventListener("change", () => answer && ask());
-  $("index").addEventListener("change", () => columns().then(() => answer && ask(), fail));
+  $("index").addEventListener("change", () => {
+    $("mode").value = modes[$("index").value];
+    columns().then(() => answer && ask(), fail);
+  });
   addEventListener("resize", () => requestAnimationFrame(clipTexts));
   $("twin").addEventListener("click", async (event) => {
     if (!sessionStorage.getItem("wherefrom-token")) return;
@@ -449,6 +453,8 @@ async function begin() {
   try {
     const indexes = await request("/v1/indexes");
     $("index").replaceChildren(...indexes.map((i) => element("option", { value: i.name }, `${i.name} (${i.rows.toLocaleString()} examples)`)));
+    for (const i of indexes) modes[i.name] = i.mode;
+    $("mode").value = modes[$("index").value];
     const given = new URLSearchParams(location.search).get("q");
     if (given) await restore(JSON.parse(given));
     else await columns();
