@@ -40,7 +40,9 @@ def candidate_components(config: BuildConfig, task: Task, model: nn.Module, numb
     roles: tuple[ComponentRole, ...] = config.components or ("blocks",)
     if config.components is None and config.budget is not None:
         layers: dict[ComponentRole, VocabularyLayer | None] = {"head": task.sparse_head(model), "embeddings": task.sparse_embeddings(model)}
-        roles = (*(role for role, layer in layers.items() if layer is not None), "blocks")
+        # Embeddings alone say less than the blocks with the small head of a classifier: an LDS of 0.17, not 0.41 (benchmarks/kinds.py).
+        with_head = layers["head"] is not None
+        roles = (*(role for role, layer in layers.items() if layer is not None and with_head), "blocks")
     return tuple(
         _blocks(config, task, model, number) if role == "blocks" else _vocabulary_layer(config, task, model, number, role) for role in roles
     )
