@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from helpers import assert_close, make_tokenizer, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from wherefrom import Client, Query, build
 from wherefrom.cli import main
-from wherefrom.store.errors import IncompatibleError, UsageError
+from wherefrom.store.documents import Documents, Example, write_documents
+from wherefrom.store.errors import DataError, IncompatibleError, IntegrityError, UsageError
 
 _SIZES = dict(vocab_size=70, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32)
 
@@ -636,3 +639,48 @@ def test_a_task_of_ones_own_is_two_functions(tmp_path):
     with pytest.raises(UsageError, match="takes no seed"):
         build(model, records, tmp_path / "j", task=task, labels="sampled", **WHOLE)
     assert build(model, records, tmp_path / "k", task=task).manifest.components[0].curvature.labels == "data"
+
+
+def _sequences(lengths):
+    ids = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    return Example(f"e{len(lengths)}-{sum(lengths)}", "text", "s", ids, ids % 3 == 0, lengths=tuple(lengths))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lists=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=5), label=st.none() | st.integers(0, 99))
+def test_sequences_labels_and_images_are_stored_and_read(lists, label, tmp_path):
+    from dataclasses import replace
+
+    examples = [replace(_sequences(lengths), label=label, id=str(i)) for i, lengths in enumerate(lists)]
+    write_documents(tmp_path / "d.arrow", examples)
+    for written, read in zip(examples, Documents(tmp_path / "d.arrow", len(examples)), strict=True):
+        assert (read.lengths, read.label) == (written.lengths, label)
+        parts = read.sequences()
+        assert [len(ids) for ids, _ in parts] == list(written.lengths)
+        assert np.array_equal(np.concatenate([ids for ids, _ in parts]), written.token_ids)
+    none = np.zeros(0, np.int32)
+    image = Example("i", "text", "s", none, none.astype(bool), image=bytes(range(256)), label=label)
+    write_documents(tmp_path / "i.arrow", [image])
+    assert Documents(tmp_path / "i.arrow", 1)[0].image == image.image
+
+
+def test_sequences_that_do_not_fit_their_tokens_are_refused(tmp_path):
+    import pyarrow as pa
+    from wherefrom.store.documents import _FIXED, _OPTIONAL
+
+    for lengths in ([3, 4], [8, 0], [9, -1], []):
+        record = {"id": ["a"], "document": ["a"], "chunk": [0], "text": ["t"], "source": ["s"]}
+        record |= {"token_ids": [list(range(1, 9))], "loss_mask": [[False] * 8], "lengths": [lengths]}
+        schema = pa.schema([*_FIXED, _OPTIONAL["lengths"]])
+        with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(pa.table(record, schema=schema))
+        with pytest.raises(IntegrityError, match="the lengths of sequences"):
+            Documents(tmp_path / "d.arrow", 1)[0]
+
+
+def test_a_label_that_some_examples_lack_is_refused(tmp_path):
+    examples = [
+        Example(str(i), "t", "s", np.array([1, 2], np.int32), np.array([False, True]), label=label) for i, label in enumerate((1, None))
+    ]
+    with pytest.raises(DataError, match="has no label, which others have"):
+        write_documents(tmp_path / "d.arrow", examples)
