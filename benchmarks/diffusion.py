@@ -49,19 +49,29 @@ def network():
     return UNet2DModel(sample_size=_SIDE, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, **blocks)
 
 
-def train(start, x, signal, seed=0):
-    """A denoiser trained on pictures."""
+def train(start, x, signal, numbers, seed=0):
+    """A denoiser trained on pictures, whose timesteps and noise in an epoch are the same in every training, whatever else is trained on.
+
+    Args:
+        numbers: of the pictures.
+    """
     model = copy.deepcopy(start).train()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), _RATE)
-    for _ in range(_EPOCHS):
-        for part in torch.randperm(len(x), generator=generator).split(_BATCH):
-            t = torch.randint(0, _STEPS, (len(part),), generator=generator)
-            noise = torch.randn(x[part].shape, generator=generator)
+    steps = _EPOCHS * -(-len(numbers) // _BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(_EPOCHS):
+        drawn = torch.Generator().manual_seed(1000 * seed + epoch)
+        times = torch.randint(0, _STEPS, (_TRAIN,), generator=drawn)
+        noises = torch.randn(x.shape, generator=drawn)
+        for part in torch.randperm(len(numbers), generator=generator).split(_BATCH):
+            rows = numbers[part]
+            t, noise = times[rows], noises[rows]
             share = signal[t].view(-1, 1, 1, 1)
             optimizer.zero_grad()
-            (predict(model, share.sqrt() * x[part] + (1 - share).sqrt() * noise, t) - noise).square().mean().backward()
+            (predict(model, share.sqrt() * x[rows] + (1 - share).sqrt() * noise, t) - noise).square().mean().backward()
             optimizer.step()
+            schedule.step()
     return model.eval()
 
 
@@ -98,12 +108,13 @@ def main():
     task = find_task(f"{_TASK})")
     signal = torch.from_numpy(task.signal).float()
     x, start = pictures(args.folder), network()
-    model = train(start, x, signal)
+    model = train(start, x, signal, torch.arange(_TRAIN))
     drawn = draw(model, signal, _QUERIES)
     records, asked = ([{"features": v.flatten().tolist()} for v in part] for part in (x, drawn))
     masks = np.random.default_rng(1).permuted(np.tile(np.arange(_TRAIN) < _TRAIN // 2, (args.subsets, 1)), axis=1)
-    truth = np.stack([losses(task, train(start, x[np.flatnonzero(mask)], signal), asked) for mask in masks])
-    again = losses(task, train(start, x[np.flatnonzero(masks[0])], signal, seed=1), asked)
+    halves = [torch.from_numpy(np.flatnonzero(mask)) for mask in masks]
+    truth = np.stack([losses(task, train(start, x, signal, half), asked) for half in halves])
+    again = losses(task, train(start, x, signal, halves[0], seed=1), asked)
     spread = truth.std(axis=0).mean()
     noise = np.abs(again - truth[0]).mean()
     about = {"parameters": sum(p.numel() for p in model.parameters()), "spread_of_losses": float(spread), "another_seed": float(noise)}

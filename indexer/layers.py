@@ -88,6 +88,12 @@ def describe_layers(
     unused = [n for n in names if n not in inputs]
     if unused and (explicit or len(unused) == len(names)):
         raise UsageError(f"layer {unused[0]} does not run, or does not see one example after the other; leave it out of layers")
+    with_gradients = _with_gradients(task, model, list(inputs), probe)
+    silent = [name for name in inputs if name not in with_gradients]
+    if silent and (explicit or len(silent) == len(inputs)):
+        raise UsageError(f"no gradient of the loss reaches the layer {silent[0]}; leave it out of layers")
+    for name in silent:
+        del inputs[name]
     groups: dict[tuple[object, ...], str] = {}
     layers: list[Layer] = []
     for name in names:
@@ -134,6 +140,31 @@ def _inputs(task: Task, model: nn.Module, names: Sequence[str], batch: Batch) ->
         for handle in handles:
             handle.remove()
     return inputs
+
+
+def _with_gradients(task: Task, model: nn.Module, names: Sequence[str], batch: Batch) -> set[str]:
+    """Return the layers whose outputs have gradients when the loss of a batch is differentiated."""
+    reached: set[str] = set()
+
+    def start(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_(True).clone()
+            output.register_hook(lambda gradient: reached.add(name))
+            return output
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(start(name)) for name in names]
+    try:
+        with torch.enable_grad():
+            loss = task.loss(model, batch).sum()
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
 
 
 def _belongs_to_examples(module: nn.Module, seen: _Seen, seen_swapped: _Seen, probe: Batch) -> bool:

@@ -352,6 +352,9 @@ def test_rows_of_sentence_embeddings_equal_autograd(pooling, tmp_path):
         return F.cross_entropy(5 * torch.stack([anchor @ vector(text) for text in others])[None], torch.tensor([0]))
 
     check_rows(model, index, loss)
+    assert "pooler.dense" not in index.component("blocks").layer_names  # which this loss does not read
+    with pytest.raises(UsageError, match=r"no gradient of the loss reaches the layer pooler\.dense"):
+        build(model, records, tmp_path / "j", tokenizer=made, task=task, layers=("pooler.dense",))
     client = Client(index.path, model=model, tokenizer=made)
     texts = [records[2]["anchor"], records[2]["positive"], *records[2]["negatives"]]
     assert client.query(texts=texts, mode="cosine").proponents[0].id == "e2"
