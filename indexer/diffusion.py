@@ -165,6 +165,10 @@ class Diffusion(Task):
         inputs = torch.from_numpy(np.stack(vectors)).to(device)
         return Batch(tuple(e.id for e in examples), inputs, targets, torch.ones_like(targets, dtype=torch.bool))
 
+    def batch_kind(self, example: Example) -> int:
+        """See `Task`; trajectories have batches of their own."""
+        return 0 if example.features is None else len(example.features)
+
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`; with a seed, the noise is drawn around the model's prediction."""
         return self._value(model, batch, self.objective, self.draws, sample_seed)

@@ -45,6 +45,15 @@ class PairConverter(WholeTextConverter):
         (start, _), *_ = rendered[1].spans or ((0, 0),)
         return f"{rendered[0].text}\n\n[rejected] {rendered[1].text[start:]}"
 
+    def _example(self, document: Document, span: str | None = None) -> Example:
+        example = super()._example(document, span)
+        sides = example.sequences()
+        if not all(mask.any() for _, mask in sides):
+            raise DataError(f"no token of a completion is within {self.max_tokens} tokens; shorten the prompt")
+        if len(sides) > 1 and np.array_equal(sides[0][0], sides[1][0]):
+            raise DataError(f"the two sides have the same {len(sides[0][0])} tokens, so that the pair says nothing; leave it out")
+        return example
+
     def _tokenize(self, rendered: Sequence[Rendered], truncation: bool = False) -> Any:
         """See `TextConverter`; the end-of-text token follows a completion where `append_eos` is set, as in TRL's training."""
         results = []
@@ -272,6 +281,10 @@ class Embedding(TextTask):
         logits = self.scale * torch.einsum("bd,bsd->bs", vectors[:, 0], vectors[:, 1:])
         logits = logits.masked_fill(~present.view(len(batch.ids), -1)[:, 1:], -torch.inf)
         return cross_entropies(logits[:, None], batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+
+    def batch_kind(self, example: Example) -> int:
+        """See `Task`; examples with fewer negatives share batches with others."""
+        return 0
 
     def _pooled(self, states: Float[Tensor, "texts tokens width"], mask: Tensor) -> Float[Tensor, "texts width"]:
         if self.pooling == "cls":

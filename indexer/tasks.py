@@ -213,8 +213,18 @@ class Task(ABC):
     def batches(self, models: Sequence[nn.Module], examples: Sequence[Example], token_budget: int) -> Iterator[tuple[list[int], Batch]]:
         """Yield batches of examples of similar length, with the positions of the examples, on the last model's device; see `group`."""
         device = next(models[-1].parameters()).device
-        for positions in self.group(models, [e.tokens for e in examples], token_budget):
-            yield positions, self.collate([examples[i] for i in positions], device)
+        by_kind: dict[int, list[int]] = {}
+        for position, example in enumerate(examples):
+            by_kind.setdefault(self.batch_kind(example), []).append(position)
+        for kind in sorted(by_kind):
+            of_kind = by_kind[kind]
+            for group in self.group(models, [examples[i].tokens for i in of_kind], token_budget):
+                positions = [of_kind[i] for i in group]
+                yield positions, self.collate([examples[i] for i in positions], device)
+
+    def batch_kind(self, example: Example) -> int:
+        """Return a number; only examples with the same one share a batch. By default, that of the example's sequences."""
+        return len(example.lengths)
 
     def splits(self, model: nn.Module, longest: int) -> Sequence[int]:
         """Lengths (tokens) at and below which the model computes differently, as in `batches_by_length`."""

@@ -219,6 +219,10 @@ class MaskedLM(TextTask):
         ids, targets, valid = (x.reshape(len(examples), -1) for x in (ids, targets, valid))
         return Batch(tuple(e.id for e in examples), ids, targets, valid, sequences=self.draws)
 
+    def batch_kind(self, example: Example) -> int:
+        """See `Task`; all examples share batches, whose sequences are draws of masks."""
+        return 0
+
     def _mask(self, example: Example, draw: int) -> Int[np.ndarray, " tokens"]:
         eligible = example.loss_mask
         if not example.lengths:

@@ -208,10 +208,22 @@ def test_pairs_are_asked_as_pairs_and_as_completions_with_head_and_embeddings(tm
     assert plain.proponents
     result = run("query", tmp_path / "i", *(x for name, text in pair.items() for x in (f"--{name}", text)), "--json")
     assert result.exit_code == 0, result.output
+    together = [Query(**pair), Query(prompt=pair["prompt"], completion=pair["chosen"]), Query(text="w1 w2")]  # as a server may batch them
+    assert_close(client.scores(together), np.concatenate([client.scores([query]) for query in together]), 1e-4)
     refused = run("query", tmp_path / "i", "--chosen", "w1 w2")
     assert (refused.exit_code, "give both" in refused.stderr) == (2, True)
     without = run("build", "--model", tmp_path / "m", "--data", data, "--out", tmp_path / "j", "-o", "task=dpo")
     assert (without.exit_code, "dpo(reference=DIRECTORY)" in without.stderr) == (2, True), without.output
+
+
+def test_pairs_whose_completions_are_cut_away_are_refused(tmp_path):
+    long = pairs()[0] | {"prompt": "w1 " * 50}
+    sizes = dict(tokenizer=tokenizer(), task="reward")
+    with pytest.raises(DataError, match="no token of a completion is within 32 tokens"):
+        build(make_classifier(num_labels=1), [*pairs(), long | {"id": "long"}], tmp_path / "i", **sizes)
+    same = long | {"id": "same", "prompt": "w1", "chosen": " w2" * 40, "rejected": " w2" * 50}
+    with pytest.raises(DataError, match="the two sides have the same 32 tokens"):
+        build(make_classifier(num_labels=1), [*pairs(), same], tmp_path / "j", **sizes)
 
 
 def test_pairs_of_conversations_share_their_beginning():
