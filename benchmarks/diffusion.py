@@ -2,18 +2,20 @@
 
     python benchmarks/diffusion.py FOLDER [--subsets 24]
 
-FOLDER has Fashion-MNIST's train-images-idx3-ubyte.gz (Debian's dataset-fashion-mnist). A UNet of diffusers is trained on 600 pictures of
-16 x 16 from fixed first weights, and again on random halves. Queries are pictures that the model drew. The LDS (rank correlation of the
-sums of scores over a half with the queries' losses after training on it, averaged over queries) is printed with its 95 % interval by
-bootstrap over queries: of rows in 800 bytes, of EK-FAC of all layers without projection, with noise drawn around the model's prediction
-(Mlodozeniec et al., arXiv 2410.13850), of TRAK, of D-TRAK (Zheng et al., arXiv 2311.00500) and of pixels' cosines. Dampings are chosen on
-the even queries and judged on the odd ones.
+FOLDER has Fashion-MNIST's train-images-idx3-ubyte.gz (Debian's dataset-fashion-mnist). A UNet of diffusers is trained on 200 pictures of
+16 x 16 from fixed first weights, and again on random halves, twice each with other orders and noise. Queries are pictures that the model
+drew. The LDS (rank correlation of the sums of scores over a half with the queries' mean losses after training on it, averaged over queries)
+is printed with its 95 % interval by bootstrap over queries: of rows in 800 bytes, of EK-FAC of all layers without projection, with noise
+drawn around the model's prediction (Mlodozeniec et al., arXiv 2410.13850), of TRAK, of D-TRAK (Zheng et al., arXiv 2311.00500) and of
+pixels' cosines. Dampings are chosen on the even queries and judged on the odd ones.
 """
 
 import argparse
 import copy
 import gzip
 import json
+import multiprocessing
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,15 +24,16 @@ import torch
 from diffusers import UNet2DModel
 from kinds import interval, lds
 from PIL import Image
+from scipy.stats import spearmanr
 from wherefrom import Client, Query, build
 from wherefrom.indexer.diffusion import predict
 from wherefrom.indexer.tasks import find_task
 from wherefrom.store.corpus import Document
 from wherefrom.store.errors import UsageError
 
-_TRAIN, _QUERIES, _SIDE, _STEPS = 600, 32, 16, 100
-_EPOCHS, _BATCH, _RATE = 40, 32, 1e-3
-_TASK = f"diffusion(shape=1x{_SIDE}x{_SIDE}, timesteps={_STEPS}, schedule=cosine, draws=32, query_draws=128"
+_TRAIN, _QUERIES, _SIDE, _STEPS = 200, 32, 16, 100
+_EPOCHS, _BATCH, _RATE = 100, 32, 2e-3
+_TASK = f"diffusion(shape=1x{_SIDE}x{_SIDE}, timesteps={_STEPS}, schedule=cosine, draws=16, query_draws=64"
 _DAMPINGS = (None, 1e-4, 1e-3, 1e-2, 1.0, 10.0)
 
 
@@ -46,7 +49,7 @@ def network():
     """A UNet of two levels, with attention on the lower one."""
     torch.manual_seed(0)
     blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8)
-    return UNet2DModel(sample_size=_SIDE, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, **blocks)
+    return UNet2DModel(sample_size=_SIDE, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, **blocks)
 
 
 def train(start, x, signal, numbers, seed=0):
@@ -99,11 +102,25 @@ def losses(task, model, records):
     ).numpy()
 
 
+def retrain(job):
+    """Queries' losses after a training on a half."""
+    torch.set_num_threads(1)
+    start, x, signal, half, seed, asked = job
+    return losses(find_task(f"{_TASK})"), train(start, x, signal, half, seed), asked)
+
+
+def lds_of_seeds(by_seed):
+    """The rank correlation, over subsets, of the losses of two seeds: mean over queries, with its interval."""
+    return interval(np.array([spearmanr(*columns).statistic for columns in by_seed[:, :2].transpose(2, 1, 0)]))
+
+
 def main():
     """Retrain, score, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--subsets", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     task = find_task(f"{_TASK})")
     signal = torch.from_numpy(task.signal).float()
@@ -113,11 +130,12 @@ def main():
     records, asked = ([{"features": v.flatten().tolist()} for v in part] for part in (x, drawn))
     masks = np.random.default_rng(1).permuted(np.tile(np.arange(_TRAIN) < _TRAIN // 2, (args.subsets, 1)), axis=1)
     halves = [torch.from_numpy(np.flatnonzero(mask)) for mask in masks]
-    truth = np.stack([losses(task, train(start, x, signal, half), asked) for half in halves])
-    again = losses(task, train(start, x, signal, halves[0], seed=1), asked)
-    spread = truth.std(axis=0).mean()
-    noise = np.abs(again - truth[0]).mean()
-    about = {"parameters": sum(p.numel() for p in model.parameters()), "spread_of_losses": float(spread), "another_seed": float(noise)}
+    jobs = [(start, x, signal, half, seed, asked) for half in halves for seed in range(args.seeds)]
+    with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+        by_seed = np.stack(pool.map(retrain, jobs, chunksize=1)).reshape(args.subsets, args.seeds, len(asked))
+    truth = by_seed.mean(axis=1)
+    agreement = lds_of_seeds(by_seed) if args.seeds > 1 else None
+    about = {"parameters": sum(p.numel() for p in model.parameters()), "one_seed_with_another": agreement}
     print(json.dumps(about), flush=True)
     even, odd = np.arange(0, _QUERIES, 2), np.arange(1, _QUERIES, 2)
     flat = [part.flatten(1).numpy() for part in (drawn, x)]
@@ -148,8 +166,6 @@ def main():
             by_damping = {str(damping): round(float(values.mean()), 3) for damping, values in judged.items()}
             result = {"method": name, "lds": interval(judged[best][odd]), "damping": best, "default": interval(judged[None][odd])}
             print(json.dumps({**result, "by_damping": by_damping}), flush=True)
-            import shutil
-
             shutil.rmtree(out)
 
 

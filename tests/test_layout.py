@@ -99,7 +99,7 @@ def test_importing_the_package_loads_nothing_and_a_row_query_no_torch(index_dir)
 
 
 def test_the_public_names():
-    answers = ["Answer", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
+    answers = ["Answer", "ArrayTask", "Attribution", "BuildConfig", "Client", "Explanation", "Fields", "Index", "Query", "RemoteClient"]
     further = ["Replayed", "Task", "TrainingRecorder", "VectorTask", "WherefromError"]
     functions = ["build", "connect", "evaluate", "replay", "save_moments"]
     assert wherefrom.__all__ == [*answers, *further, *functions]
