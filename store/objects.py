@@ -56,6 +56,8 @@ _LEASE_SECONDS = 30.0  # without a renewal, after which a lock is left over
 _RENEW_SECONDS = 8.0
 _LOCK = ".lock"
 _OBJECTS = "objects"  # folder of a mirror for the files of objects; files that are not published yet lie beside it
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_SERVICE_ACCOUNT_KEY")
+"""Variables that name the server of a store; one that speaks HTTP without TLS is used as it is told."""
 _PASSING = ("manifests", "staging")  # folders in which objects come and go
 _MOST_RETRIES = 8  # of a request, by obstore
 _ATTEMPTS = 3  # to get an answer as a whole
@@ -161,8 +163,8 @@ class Mirror:
     def _open_store(self) -> None:
         from obstore.store import from_url
 
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "") + os.environ.get("AWS_ENDPOINT", "")
-        allow_http = {"allow_http": True} if endpoint.startswith("http://") else {}
+        is_plain = any("http://" in os.environ.get(name, "") for name in _ENDPOINTS)
+        allow_http = {"allow_http": True} if is_plain or os.environ.get("AZURE_STORAGE_USE_EMULATOR") == "true" else {}
         try:
             opened: Any = from_url
             self._store: Any = opened(

@@ -1,4 +1,8 @@
-"""Indexes and corpora in an object store: moto's S3 server on loopback, with a proxy before it that makes trouble."""
+"""Indexes and corpora in an object store: moto's S3 server on loopback, with a proxy before it that makes trouble.
+
+Tests without the proxy also run in a store of another kind, such as Azurite's: WHEREFROM_TEST_STORE=az://container names it, and obstore's
+own variables say how it is reached.
+"""
 
 import json
 import os
@@ -68,7 +72,8 @@ def machine(server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def prefix():
-    return f"s3://{BUCKET}/{next(NUMBERS)}"
+    store = os.environ.get("WHEREFROM_TEST_STORE", f"s3://{BUCKET}")
+    return f"{store}/{os.getpid()}-{next(NUMBERS)}"
 
 
 def made(out, model_dir, data, **options):
