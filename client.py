@@ -29,7 +29,7 @@ from .query.scoring import Scorer, mixed_components
 from .recompute import Recomputer
 from .store.corpus import Document, usable
 from .store.documents import Example
-from .store.errors import UsageError
+from .store.errors import DataError, UsageError
 from .store.index import ColumnType, Index
 from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
@@ -224,7 +224,10 @@ class Client(BaseClient):
         for by_row in (False, True):
             part = [query for query in missing if (query.row is not None) is by_row]
             if part:
-                encoded, refinement = self._encode_with_report(self.query_examples(part), metric, queries=not by_row)
+                try:
+                    encoded, refinement = self._encode_with_report(self.query_examples(part), metric, queries=not by_row)
+                except DataError as error:  # what the model does not take, such as a class that it does not know
+                    raise UsageError(str(error)) from error
                 for number, query in enumerate(part):
                     self._encoded[query, key] = slice_rows(encoded, number, number + 1), refinement
         rows = concatenate([self._query_rows(query, key) for query in queries])
