@@ -374,6 +374,23 @@ def test_rows_of_sentence_embeddings_equal_autograd(pooling, tmp_path):
         client.query(text="w1 w2")
 
 
+def test_texts_are_asked_from_a_file_on_the_command_line(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    made = tokenizer()
+    BertModel(BertConfig(**_SIZES, intermediate_size=24, pad_token_id=made.pad_token_id)).save_pretrained(tmp_path / "m")
+    made.save_pretrained(tmp_path / "m")
+    generator = np.random.default_rng(2)
+    records = [{"id": f"e{i}", **{name: words(generator, 4) for name in ("anchor", "positive", "negative")}} for i in range(8)]
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    assert run("build", "--model", tmp_path / "m", "--data", data, "--out", tmp_path / "i", "-o", "task=embedding").exit_code == 0
+    file = write_jsonl(tmp_path / "q.jsonl", [{"texts": [r["anchor"], r["positive"], r["negative"]]} for r in records[:3]])
+    result = run("query", tmp_path / "i", "--file", file, "--mode", "cosine", "--json")
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["proponents"][0]["id"] for line in result.stdout.splitlines()] == ["e0", "e1", "e2"]
+    assert " is like " in run("query", tmp_path / "i", "--file", file).stdout
+
+
 def test_anchors_without_negatives_are_refused(tmp_path):
     from wherefrom.store.corpus import Corpus
     from wherefrom.store.fields import Fields
