@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 _NAMED = 5
 
 _SHOWN_CHARACTERS = 240
+_FIRST_QUERIES = {
+    "classification": '--text "..." --label 0',
+    "masked-lm": '--text "..."',
+    "embedding": "--file queries.jsonl",
+    "image-classification": "--image FILE --label 0",
+}
+"""Options of a first query, by task, where it is not a completion or a row."""
 _NARROW = 60
 _LITTLE = 0.5
 _SHOWN_GROUPS = 10
@@ -281,7 +288,8 @@ def show_built(index: "Index", existed: bool) -> None:
     _show_not_stored(build)
     if build.truncated:
         say(f"stored only the beginning of {build.truncated:,} documents that are longer than an example may be")
-    say(f"ask it:  wherefrom query {out} " + ('--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"))
+    plain = '--prompt "..." --completion "..."' if manifest.tokenizer else "--row 0"
+    say(f"ask it:  wherefrom query {out} {_FIRST_QUERIES.get(manifest.task.partition('(')[0], plain)}")
 
 
 def show_added(index: str, manifest: "Manifest", refit: Sequence[str], existed: bool) -> None:

@@ -24,6 +24,7 @@ from .tasks import CausalLM, TextTask
 from .text_tasks import fill_padding, padded
 
 _PROBE = ((3, 1, 2), (3, 2, 1), (1, 3, 3), (2, 3, 1))
+_LEAST_TEXTS = 3
 _REFERENCES: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 
 
@@ -222,8 +223,8 @@ class _TextsConverter(WholeTextConverter):
     """Conversion of an anchor, a text like it, and texts unlike it, to sequences."""
 
     def _sides(self, document: Document) -> Sequence[Document]:
-        if not document.texts:
-            raise DataError("there are no texts; give an anchor, a positive text and negative ones")
+        if len(document.texts) < _LEAST_TEXTS:
+            raise DataError(f"there are {len(document.texts)} texts; give an anchor, a positive text and at least one negative, as `texts`")
         return tuple(replace(document, text=text, texts=()) for text in document.texts)
 
     def _shown(self, rendered: Sequence[Rendered]) -> str:

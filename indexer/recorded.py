@@ -55,7 +55,7 @@ class RecordedEncoder:
         """The sources that the models are loaded from."""
         records = self.index.manifest.models
         if not self._models and any(model.id.startswith(IN_MEMORY) for model in records):
-            raise UsageError(f"{self.index.path} was built from a model in memory; give `model` and `tokenizer`, or ask it by row")
+            raise UsageError(f"{self.index.path} was built from a model in memory; give `model` (of texts, `tokenizer` too), or ask by row")
         if not self._models:
             return tuple(ModelSource(model.id, model.revision, model.dtype, *self._options, model.base) for model in records)
         if len(self._models) != len(records):

@@ -13,6 +13,7 @@ from the left, so that padding cannot change a row. The last token is only predi
 import importlib
 import inspect
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -477,7 +478,10 @@ class ArrayTask(Task):
     def inputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch ..."]:
         """Return the arrays of a batch in the model's dtype, and in `shape`."""
         vectors = batch.inputs.to(next(model.parameters()).dtype)
-        return vectors.reshape(len(vectors), *map(int, self.shape.split("x"))) if self.shape else vectors
+        sizes = [int(size) for size in self.shape.split("x") if size]
+        if sizes and vectors.shape[1] != math.prod(sizes):
+            raise DataError(f"examples have vectors of {vectors.shape[1]} numbers, and the shape {self.shape} takes {math.prod(sizes)}")
+        return vectors.reshape(len(vectors), *sizes) if sizes else vectors
 
     def probe(self, model: nn.Module, device: torch.device) -> Batch:
         """Two arrays of `shape`, else of the first layer's input size.
@@ -596,6 +600,16 @@ def find_task(name: str) -> Task:
         return cls(**options)
     except (TypeError, ValueError) as error:  # abstract, with arguments, or out of range
         raise UsageError(f"the task {name} cannot be created: {error}") from error
+
+
+def with_whole_paths(name: str) -> str:
+    """Return a task's name with the directories among its options as absolute paths, so that the index finds them from anywhere."""
+    match = _NAME.fullmatch(name)
+    if match is None or not match["options"]:
+        return name
+    parts = [part.strip().partition("=") for part in match["options"].split(",")]
+    texts = (f"{key}={os.path.abspath(value.strip()) if os.path.isdir(value.strip()) else value}" for key, _, value in parts)
+    return f"{match['name']}({', '.join(texts)})"
 
 
 def _task_options(name: str, cls: type[Task], text: str) -> dict[str, Any]:

@@ -108,7 +108,10 @@ class Query:
         if self.row is not None:
             object.__setattr__(self, "row", int(self.row))  # of a numpy integer, too
         if self.features is not None:
-            object.__setattr__(self, "features", tuple(map(float, self.features)))
+            try:
+                object.__setattr__(self, "features", tuple(map(float, self.features)))
+            except (TypeError, ValueError) as error:
+                raise UsageError("a query's features are not a flat list of numbers") from error
         if self.texts is not None:
             object.__setattr__(self, "texts", tuple(self.texts))
         problem = self._problem()
@@ -118,7 +121,10 @@ class Query:
     def _problem(self) -> str | None:  # noqa: PLR0911
         forms = [name for name in _FORMS if getattr(self, name) is not None]
         if len(forms) != 1 or (self.prompt and forms not in (["completion"], ["chosen"])):
-            return "a query is a prompt with a completion, or a text, or messages, or a row: give exactly one of them"
+            return (
+                "a query is a prompt with a completion, a text, messages, chosen and rejected, texts, an image, features, or a row: give "
+                "exactly one of them"
+            )
         if (self.chosen is None) != (self.rejected is None):
             return "a preference pair has a chosen and a rejected completion; give both"
         if self.tools is not None and self.messages is None:

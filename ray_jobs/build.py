@@ -23,7 +23,7 @@ from ..indexer.curvature import Arrays, add_sums
 from ..indexer.encoder import EncoderSettings
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.models import IN_MEMORY, LoadedModel, ModelSource
-from ..indexer.tasks import find_task
+from ..indexer.tasks import find_task, with_whole_paths
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
@@ -392,7 +392,7 @@ def _publish(
         number=1,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         wherefrom=installed_version(),
-        task=job.config.task,
+        task=with_whole_paths(job.config.task),
         mode=find_task(job.config.task).mode,
         models=models,
         tokenizer=Tokenizer(fingerprint=record.inputs.tokenizer) if record.inputs.tokenizer else None,

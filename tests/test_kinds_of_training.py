@@ -112,7 +112,8 @@ def test_a_classifier_is_asked_with_a_text_and_a_label(tmp_path):
     records = labelled()
     data = write_jsonl(tmp_path / "d.jsonl", records)
     options = "--model", tmp_path / "m", "--data", data, "--out", tmp_path / "i", "-o", "task=classification"
-    assert run("build", *options).exit_code == 0
+    done = run("build", *options)
+    assert (done.exit_code, '--text "..." --label 0' in done.stdout) == (0, True), done.output
     result = run("query", tmp_path / "i", "--text", records[4]["text"], "--label", records[4]["label"], "--mode", "cosine", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -192,7 +193,7 @@ def test_rows_of_preference_pairs_equal_autograd_of_dpo(tmp_path):
     assert index.example(2).text == f"{records[2]['prompt']}{records[2]['chosen']}\n\n[rejected] {records[2]['rejected']}"
 
 
-def test_pairs_are_asked_as_pairs_and_as_completions_with_head_and_embeddings(tmp_path):
+def test_pairs_are_asked_as_pairs_and_as_completions_with_head_and_embeddings(tmp_path, monkeypatch):
     for seed, name in enumerate(("m", "reference")):
         make_lm(seed).save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)
@@ -212,6 +213,11 @@ def test_pairs_are_asked_as_pairs_and_as_completions_with_head_and_embeddings(tm
     assert_close(client.scores(together), np.concatenate([client.scores([query]) for query in together]), 1e-4)
     refused = run("query", tmp_path / "i", "--chosen", "w1 w2")
     assert (refused.exit_code, "give both" in refused.stderr) == (2, True)
+    monkeypatch.chdir(tmp_path)  # a relative reference is found from elsewhere
+    relative = "task=dpo(reference=reference)"
+    assert run("build", "--model", "m", "--data", data, "--out", "r", "-o", relative).exit_code == 0
+    monkeypatch.chdir("/")
+    assert run("query", tmp_path / "r", "--prompt", "w1", "--completion", " w2").exit_code == 0
     without = run("build", "--model", tmp_path / "m", "--data", data, "--out", tmp_path / "j", "-o", "task=dpo")
     assert (without.exit_code, "dpo(reference=DIRECTORY)" in without.stderr) == (2, True), without.output
 
@@ -370,8 +376,10 @@ def test_rows_of_sentence_embeddings_equal_autograd(pooling, tmp_path):
     client = Client(index.path, model=model, tokenizer=made)
     texts = [records[2]["anchor"], records[2]["positive"], *records[2]["negatives"]]
     assert client.query(texts=texts, mode="cosine").proponents[0].id == "e2"
-    with pytest.raises(UsageError, match="there are no texts"):
+    with pytest.raises(UsageError, match="there are 0 texts"):
         client.query(text="w1 w2")
+    with pytest.raises(UsageError, match="there are 2 texts; give an anchor, a positive text and at least one negative"):
+        client.query(texts=texts[:2])  # whose loss would be 0
 
 
 def test_texts_are_asked_from_a_file_on_the_command_line(tmp_path):
@@ -668,6 +676,9 @@ def test_a_task_of_ones_own_is_two_functions(tmp_path):
     query = client.encode([Query(features=records[3]["features"])])["blocks"].values[0]
     found = gradients(model, lambda: (model(torch.tensor([records[3]["features"]]).double().view(1, 1, 4, 4)) ** 2).sum(), ["0", "3"])
     assert_close(query, np.concatenate([found[name].reshape(-1).numpy() for name in ("0", "3")]), 1e-5)
+    for features, message in (([0.0, 0.5], "vectors of 2 numbers, and the shape 1x4x4 takes 16"), ([[0.0, 0.5]], "not a flat list")):
+        with pytest.raises(UsageError, match=message):
+            client.query(features=features)
     with pytest.raises(UsageError, match="takes no seed"):
         build(model, records, tmp_path / "j", task=task, labels="sampled", **WHOLE)
     assert build(model, records, tmp_path / "k", task=task).manifest.components[0].curvature.labels == "data"
