@@ -106,7 +106,8 @@ def ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> float | None:
     single = _agreement(losses, list(combinations(range(seeds), 2)), rest=False) if seeds > 1 else None
     if single is None:
         return None
-    return float(np.sqrt(max(0.0, seeds * single / (1 + (seeds - 1) * single))))
+    single = max(0.0, single)  # below 0, the formula means nothing
+    return float(np.sqrt(seeds * single / (1 + (seeds - 1) * single)))
 
 
 def _agreement(losses: np.ndarray, groups: Sequence[tuple[int, ...]], rest: bool) -> float | None:

@@ -69,7 +69,8 @@ def _diagonal(sums: Sums, examples: int) -> Arrays:
 
 
 def _kronecker(sums: Sums, examples: int) -> Arrays:
-    inputs, input_basis = symmetric_eigen(sums["input_covariance"] / sums["input_tokens"])
+    tokens = np.maximum(sums["input_tokens"], 1)  # none is routed to some experts
+    inputs, input_basis = symmetric_eigen(sums["input_covariance"] / tokens)
     outputs, output_basis = symmetric_eigen(sums["output_covariance"] / examples)
     return {"input_rotation": input_basis, "output_rotation": output_basis, "eigenvalues": np.outer(outputs, inputs).ravel()}
 

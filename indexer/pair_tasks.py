@@ -60,8 +60,8 @@ class PairConverter(WholeTextConverter):
         results = []
         for item, (ids, mask, offsets) in zip(rendered, super()._tokenize(rendered, truncation), strict=True):
             eos = self.tokenizer.eos_token_id
-            is_whole = len(ids) < self.max_tokens and item.add_special_tokens
-            if self.append_eos and is_whole and eos is not None and len(ids) and ids[-1] != eos:
+            takes_eos = self.append_eos and len(ids) < self.max_tokens and item.add_special_tokens
+            if takes_eos and eos is not None and len(ids) and ids[-1] != eos:
                 end = [[len(item.text)] * 2]
                 ids, mask, offsets = np.append(ids, np.int32(eos)), np.append(mask, len(ids) > 0), np.vstack([offsets, end])  # noqa: PLW2901
             results.append((ids, mask, offsets))
@@ -75,13 +75,17 @@ def draw_preferred(probabilities: Float[Tensor, " batch"], batch: Batch, seed: i
 
 
 def preference_loss(margins: Float[Tensor, " batch"], batch: Batch, sample_seed: int | None) -> Float[Tensor, " batch"]:
-    """The negative log probability, in nats, that the chosen side is preferred, by the model of Bradley and Terry."""
+    """The negative log probability, in nats, that the chosen side is preferred, by the model of Bradley and Terry.
+
+    Args:
+        sample_seed: the preferred side is drawn from the model instead.
+    """
     if sample_seed is not None:
         margins = margins * draw_preferred(torch.sigmoid(margins.detach()), batch, sample_seed)
     return -F.logsigmoid(margins)
 
 
-def sequences_of(examples: Sequence[Example]) -> int:
+def sequence_count(examples: Sequence[Example]) -> int:
     """Return the number of sequences of each example.
 
     Raises:
@@ -121,6 +125,7 @@ class DPO(CausalLM):
 
         Raises:
             UsageError: it is not named.
+            IncompatibleError: it has a vocabulary of another size, or cannot be loaded.
         """
         base = self.reference or models.loaded(model).base
         if not base:
@@ -138,7 +143,7 @@ class DPO(CausalLM):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """See `Task`; the two sequences of a pair are side by side."""
-        count = sequences_of(examples)
+        count = sequence_count(examples)
         sequences = [replace(e, token_ids=ids, loss_mask=mask, lengths=()) for e in examples for ids, mask in e.sequences()]
         batch = super().collate(sequences, device)
         inputs, targets, valid = (x.reshape(len(examples), -1) for x in (batch.inputs, batch.targets, batch.valid))
@@ -194,8 +199,8 @@ class Reward(TextTask):
             raise IncompatibleError(f"the model has {outputs} outputs, a reward model has one; for a classifier, give task classification")
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """See `Task`; the two sequences of a pair are side by side. An example has one target, whether the chosen side is preferred."""
-        count = sequences_of(examples)
+        """See `Task`; the two sequences of a pair are side by side. An example has one target, class 0, the chosen side."""
+        count = sequence_count(examples)
         ids, valid = padded([ids for e in examples for ids, _ in e.sequences()], device)
         ids, valid = (x.reshape(len(examples), -1) for x in (ids, valid))
         targets = torch.zeros((len(examples), 1), dtype=torch.long, device=device)

@@ -1,6 +1,7 @@
 """Tasks of single texts and of texts with a target: classifiers, masked language models and encoder-decoders of `transformers`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,7 +115,7 @@ class Classification(TextTask):
 
 
 class _MaskedConverter(WholeTextConverter):
-    """Conversion of texts for a masked language model; a longer text is split into parts with special tokens of their own.
+    """Conversion of texts for a masked language model; a longer text is split into chunks with special tokens of their own.
 
     The loss mask is true for tokens that may be masked, which the first, a special one in all such tokenizers, may not. The lengths of an
     example whose completion or span is masked at once are those of the parts before, within and after it.
@@ -127,12 +128,12 @@ class _MaskedConverter(WholeTextConverter):
                 yield document
                 continue
             try:
-                yield from self._parts(document)
+                yield from self._chunks(document)
             except DataError as error:
                 yield DataError(f"{document.where}: {error}")
 
-    def _parts(self, document: Document) -> Iterator[Example]:
-        """Yield the examples of a document, whose text is split where it is too long."""
+    def _chunks(self, document: Document) -> Iterator[Example]:
+        """Yield the examples of a document, whose text is split where it is too long; chunks without a token to mask are left out."""
         whole = self._example(document)
         if not whole.truncated or self.long == "truncate" or document.text is None:
             yield whole
@@ -147,9 +148,9 @@ class _MaskedConverter(WholeTextConverter):
         )
         for number, offsets in enumerate(encoded["offset_mapping"]):
             ends = [pair for pair in offsets if pair[1] > pair[0]]
-            if ends:
-                part = self._example(replace(document, text=document.text[ends[0][0] : ends[-1][1]]))
-                yield replace(part, id=f"{document.id}#{number}", chunk=number, truncated=False)
+            with suppress(DataError):
+                text = document.text[ends[0][0] : ends[-1][1]] if ends else ""
+                yield replace(self._example(replace(document, text=text)), id=f"{document.id}#{number}", chunk=number)
 
     def _example(self, document: Document, span: str | None = None) -> Example:
         rendered = self._render(document)
@@ -226,8 +227,8 @@ class MaskedLM(TextTask):
     def _mask(self, example: Example, draw: int) -> Int[np.ndarray, " tokens"]:
         eligible = example.loss_mask
         if not example.lengths:
-            draws = np.random.Generator(philox(f"wherefrom mask {draw} {example.token_ids.tolist()}")).random(len(eligible))
-            eligible = eligible & ((draws < self.probability) | (draws == draws[eligible].min()))
+            uniform = np.random.Generator(philox(f"wherefrom mask {draw} {example.token_ids.tolist()}")).random(len(eligible))
+            eligible = eligible & ((uniform < self.probability) | (uniform == uniform[eligible].min()))
         return eligible.astype(np.int64)
 
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
@@ -288,7 +289,7 @@ class Seq2SeqLM(TextTask):
         return _PromptConverter(models.load_tokenizer(source), max_tokens or 1 << 30)
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """See `Task`. Both sides are padded to different lengths, by which their layers' tokens are told apart."""
+        """See `Task`. Both sides are padded to different lengths, so that a layer's number of tokens tells encoder from decoder."""
         read, predicted = ([e.sequences()[side][0] for e in examples] for side in (0, 1))
         targets, valid = padded(predicted, device, IGNORED)
         ids, read_valid = padded(read, device)

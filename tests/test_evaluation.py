@@ -112,6 +112,11 @@ def test_the_ceiling_is_what_one_half_of_the_seeds_says_of_the_other():
     assert ceiling(losses[:, :1]) is None
 
 
+def test_the_ceiling_of_seeds_that_contradict_each_other_is_0():
+    losses = np.random.default_rng(0).standard_normal((12, 1, 5))
+    assert ceiling(np.concatenate([losses, -losses], axis=1)) == 0.0
+
+
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_the_ceiling_is_what_the_truth_itself_scores(seeds):
     scores, masks, losses = some_truth(subsets=200, queries=60, seeds=seeds, noise=4.0)

@@ -115,3 +115,18 @@ def test_experts_alone_are_tracked_if_they_alone_were_trained(corpus_file, tmp_p
     index = build(model, corpus_file, tmp_path / "i", tokenizer=make_tokenizer(), rank=2)
     assert all(".experts.linears." in name for name in index.component("blocks").layer_names)
     assert index.manifest.models[0].trained
+
+
+def test_an_expert_to_which_nothing_is_routed_has_rows_of_zeros(tmp_path, corpus_file):
+    model = make("mixtral", torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()  # the first two experts get all tokens
+    for curvature in ("kfac", "ekfac"):
+        index = build(model, corpus_file, tmp_path / curvature, tokenizer=make_tokenizer(), rank=2, curvature=curvature)
+        rows = np.stack([index.vectors(row, index.component("blocks")).values[0] for row in range(6)])
+        assert np.isfinite(rows).all()
+        for layer in index.component("blocks").layers:
+            if ".linears." in layer.name:
+                is_used = int(layer.name.split(".linears.")[1].split(".")[0]) < 2
+                assert rows[:, layer.offset : layer.offset + layer.size].any() == is_used
