@@ -5,7 +5,7 @@ predicts at x_t = sqrt(a_t) x + sqrt(1 - a_t) e: a Gaussian negative log-likelih
 matrix is the second moment of gradients with noise drawn around the model's own prediction, which is what `labels=sampled` fits.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -26,7 +26,7 @@ from .batches import Batch
 from .capture import accumulation_dtype
 from .examples import VectorConverter
 from .image_tasks import open_image
-from .tasks import Task
+from .tasks import ArrayTask
 
 _MEASUREMENTS = ("loss", "elbo", "trajectory", "square")
 _LEAST, _MOST = 1e-4, 0.02  # of the linear schedule (Ho et al., section 4)
@@ -34,50 +34,34 @@ _OFFSET = 0.008  # of the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672
 
 
 @dataclass(frozen=True)
-class DiffusionConverter:
+class DiffusionConverter(VectorConverter):
     """Conversion of vectors, or of images to vectors of values from -1 to 1, channel after channel.
 
     Attributes:
         shape: channels, height and width of an image.
     """
 
-    shape: tuple[int, ...]
+    needs_label: bool = False
+    shape: tuple[int, ...] = ()
 
-    @property
-    def fingerprint(self) -> None:
-        """None, since there is no tokenizer."""
+    ask = "the index holds images or vectors; ask it by row, or with an image or features"
 
-    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """See `DocumentConverter`."""
-        for document in documents:
-            if isinstance(document, DataError):
-                yield document
-                continue
-            try:
-                yield self._example(document)
-            except DataError as error:
-                yield DataError(f"{document.where}: {error}")
+    def accepts(self, document: Document) -> bool:
+        """See `ArrayConverter`."""
+        return document.image is not None or document.features is not None
 
-    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """See `DocumentConverter`."""
-        if document.image is None and document.features is None:
-            raise UsageError("the index holds images or vectors; ask it by row, or with an image or features")
-        try:
-            return self._example(document)
-        except DataError as error:
-            raise UsageError(f"{document.where}: {error}") from error
-
-    def _example(self, document: Document) -> Example:
+    def example(self, document: Document) -> Example:
+        """See `ArrayConverter`."""
         if document.image is not None:
             channels, height, width = self.shape
             image = open_image(document.image)
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((width, height)), np.float32) / 127.5 - 1
             document = replace(document, image=None, features=pixels.reshape(height, width, channels).transpose(2, 0, 1).ravel())
-        return VectorConverter(needs_label=False).example(document)
+        return super().example(document)
 
 
 @dataclass(frozen=True)
-class Diffusion(Task):
+class Diffusion(ArrayTask):
     """A denoiser: a UNet of diffusers, or any module in memory that predicts the noise from a noisy input and a timestep.
 
     Documents have `features`, of as many numbers as `shape`, or with `source=image` an `image`; a label is kept as a column alone.
@@ -94,7 +78,6 @@ class Diffusion(Task):
         source: "features" or "image".
     """
 
-    shape: str = ""
     timesteps: int = 1000
     schedule: str = "linear"
     draws: int = 8
@@ -104,7 +87,6 @@ class Diffusion(Task):
     source: str = "features"
 
     batch_tokens = {"cpu": 8, "cuda": 128}  # noqa: RUF012
-    features = frozenset({"vectors"})
 
     def __post_init__(self) -> None:
         sizes = self.shape.split("x")
@@ -154,16 +136,7 @@ class Diffusion(Task):
         self, source: models.ModelSource, max_tokens: int | None = None, long: Any = "split", append_eos: bool = True
     ) -> DiffusionConverter:
         """See `Task`."""
-        return DiffusionConverter(self.sizes)
-
-    def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """See `Task`; timesteps and noise are drawn when the loss is computed."""
-        vectors = [e.features for e in examples if e.features is not None]
-        if len({len(vector) for vector in vectors}) != 1:
-            raise DataError("examples of one batch have vectors of different lengths; ask trajectories and single inputs apart")
-        targets = torch.zeros((len(examples), 1), dtype=torch.long, device=device)
-        inputs = torch.from_numpy(np.stack(vectors)).to(device)
-        return Batch(tuple(e.id for e in examples), inputs, targets, torch.ones_like(targets, dtype=torch.bool))
+        return DiffusionConverter(shape=self.sizes)
 
     def batch_kind(self, example: Example) -> int:
         """See `Task`; trajectories have batches of their own."""
@@ -181,7 +154,7 @@ class Diffusion(Task):
         return self._value(model, batch, kind, self.query_draws, None)
 
     def _value(self, model: nn.Module, batch: Batch, kind: str, draws: int, sample_seed: int | None) -> Float[Tensor, " batch"]:
-        inputs = self._shaped(model, batch.inputs)
+        inputs = self.inputs(model, batch)
         steps, noise = self._draw(batch, draws)
         signal = torch.from_numpy(self.signal[steps]).to(inputs).view(-1, *[1] * len(self.sizes))
         noise_tensor = torch.from_numpy(noise).to(inputs).view(-1, *self.sizes)
@@ -208,10 +181,13 @@ class Diffusion(Task):
 
     def _trajectory(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The negative log probability of the steps of a trajectory, but for constants, from some of them, spread evenly."""
-        states = self._shaped(model, batch.inputs)
-        count = len(states) // len(batch.ids)
-        if count != self.timesteps + 1:
-            raise DataError(f"a trajectory has {self.timesteps + 1:,} inputs of {self.shape}, from x_T to x_0; the features have {count:,}")
+        count, rest = divmod(batch.inputs.shape[1], math.prod(self.sizes))
+        if count != self.timesteps + 1 or rest:
+            size = batch.inputs.shape[1]
+            raise DataError(
+                f"a trajectory has {self.timesteps + 1:,} inputs of {self.shape}, from x_T to x_0; the features have {size:,} numbers"
+            )
+        states = batch.inputs.to(next(model.parameters()).dtype)
         states = states.view(len(batch.ids), count, *self.sizes)
         draws = min(self.query_draws, self.timesteps)
         steps = np.unique(np.linspace(0, self.timesteps - 1, draws).round().astype(np.int64))
@@ -227,12 +203,6 @@ class Diffusion(Task):
         errors = ((after - mean).square() / (2 * (1 - alpha))).to(accumulation_dtype(mean.dtype)).flatten(1).sum(1)
         return errors.view(len(batch.ids), -1).mean(1) * self.timesteps
 
-    def _shaped(self, model: nn.Module, vectors: Tensor) -> Tensor:
-        try:
-            return vectors.to(next(model.parameters()).dtype).reshape(-1, *self.sizes)
-        except RuntimeError as error:
-            raise DataError(f"examples have {vectors.shape[1]:,} numbers, which are no whole inputs of {self.shape}") from error
-
     def _draw(self, batch: Batch, draws: int) -> tuple[Int64[np.ndarray, " steps"], Float64[np.ndarray, "steps size"]]:
         """Draw timesteps, spread evenly, and noise for each example; they depend on its numbers alone."""
         steps = []
@@ -242,16 +212,9 @@ class Diffusion(Task):
         return np.concatenate(steps), self._noise(batch, draws, "noise")
 
     def _noise(self, batch: Batch, draws: int, purpose: str) -> Float64[np.ndarray, "steps size"]:
-        size = int(np.prod(self.sizes))
+        size = math.prod(self.sizes)
         vectors = batch.inputs.cpu().numpy()
         return np.concatenate([_generator(vector, purpose).standard_normal((draws, size)) for vector in vectors])
-
-    def probe(self, model: nn.Module, device: torch.device) -> Batch:
-        """See `Task`."""
-        size = int(np.prod(self.sizes))
-        vectors = torch.linspace(-1, 1, 2 * size, device=device).reshape(2, size)
-        targets = torch.zeros((2, 1), dtype=torch.long, device=device)
-        return Batch(("probe", "probe"), vectors, targets, torch.ones_like(targets, dtype=torch.bool))
 
 
 def predict(model: nn.Module, noisy: Tensor, steps: Tensor) -> Tensor:

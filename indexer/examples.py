@@ -8,11 +8,12 @@ Split documents overlap by one token, which is context in the later chunk: every
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -68,8 +69,62 @@ class DocumentConverter(Protocol):
         """
 
 
+def convert_each(
+    documents: Iterable[Document | DataError], convert: Callable[[Document], Iterable[Example]]
+) -> Iterator[Example | DataError]:
+    """Yield the examples of each document, and errors with the document's place, in order."""
+    for document in documents:
+        if isinstance(document, DataError):
+            yield document
+            continue
+        try:
+            yield from convert(document)
+        except DataError as error:
+            yield DataError(f"{document.where}: {error}")
+
+
+class ArrayConverter(ABC):
+    """Conversion of documents that hold no texts, each to one example.
+
+    Attributes:
+        ask: what the index holds, and how it is asked, for the error of a query of another kind.
+    """
+
+    ask: ClassVar[str]
+
+    @property
+    def fingerprint(self) -> None:
+        """None, since there is no tokenizer."""
+        return
+
+    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
+        """See `DocumentConverter`."""
+        return convert_each(documents, lambda document: (self.example(document),))
+
+    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
+        """See `DocumentConverter`."""
+        if not self.accepts(document):
+            raise UsageError(self.ask)
+        try:
+            return self.example(document)
+        except DataError as error:
+            raise UsageError(f"{document.where}: {error}") from error
+
+    @abstractmethod
+    def accepts(self, document: Document) -> bool:
+        """Return True if a document is of the kind that the index holds."""
+
+    @abstractmethod
+    def example(self, document: Document) -> Example:
+        """Convert a document.
+
+        Raises:
+            DataError: it lacks something, or cannot be read.
+        """
+
+
 @dataclass(frozen=True)
-class VectorConverter:
+class VectorConverter(ArrayConverter):
     """Conversion of documents that hold vectors.
 
     Attributes:
@@ -78,36 +133,14 @@ class VectorConverter:
 
     needs_label: bool = True
 
-    @property
-    def fingerprint(self) -> None:
-        """None, since there is no tokenizer."""
+    ask = "the index holds vectors, not texts; ask it by row, or with features and a label"
 
-    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """See `DocumentConverter`."""
-        for document in documents:
-            if isinstance(document, DataError):
-                yield document
-            else:
-                try:
-                    yield self.example(document)
-                except DataError as error:
-                    yield DataError(f"{document.where}: {error}")
-
-    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """See `DocumentConverter`."""
-        if document.features is None:
-            raise UsageError("the index holds vectors, not texts; ask it by row, or with features and a label")
-        try:
-            return self.example(document)
-        except DataError as error:
-            raise UsageError(f"{document.where}: {error}") from error
+    def accepts(self, document: Document) -> bool:
+        """See `ArrayConverter`."""
+        return document.features is not None
 
     def example(self, document: Document) -> Example:
-        """Convert a document.
-
-        Raises:
-            DataError: it has no vector, or no label where one is needed.
-        """
+        """See `ArrayConverter`."""
         if document.features is None:
             raise DataError("a text, but this task needs the fields features and label")
         if document.label is None and self.needs_label:
@@ -299,14 +332,7 @@ class WholeTextConverter(TextConverter):
 
     def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
         """See `DocumentConverter`."""
-        for document in documents:
-            if isinstance(document, DataError):
-                yield document
-                continue
-            try:
-                yield self._example(document)
-            except DataError as error:
-                yield DataError(f"{document.where}: {error}")
+        return convert_each(documents, self._examples)
 
     def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
         """See `DocumentConverter`."""
@@ -320,6 +346,10 @@ class WholeTextConverter(TextConverter):
         if example.truncated:
             raise UsageError(f"{document.where} is longer than the model's context of {whole.max_tokens} tokens; shorten it")
         return replace(example, id="query", document="", source="query")
+
+    def _examples(self, document: Document) -> Iterable[Example]:
+        """Return the examples of a document."""
+        return (self._example(document),)
 
     def _sides(self, document: Document) -> Sequence[Document]:
         """Return the documents that become the sequences of an example."""

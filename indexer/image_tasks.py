@@ -1,7 +1,7 @@
 """Tasks of images: classifiers of `transformers`, and those of timm through it."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +12,20 @@ from torch.func import functional_call
 
 from ..store.corpus import Document
 from ..store.documents import Example
-from ..store.errors import DataError, UsageError
+from ..store.errors import DataError
 from ..store.extras import require
 from ..store.fields import Form
 from ..store.shapes import Float
 from . import models
 from .batches import IGNORED, Batch
-from .logits import cross_entropies, draw_uniform
-from .tasks import Task, check_labels
+from .examples import ArrayConverter
+from .tasks import Task, label_loss
 
 _MOST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
-class ImageConverter:
+class ImageConverter(ArrayConverter):
     """Conversion of image files with labels. The bytes of the file are the example; a batch is made from them by the model's processor.
 
     Attributes:
@@ -34,31 +34,14 @@ class ImageConverter:
 
     names: Mapping[int, str]
 
-    @property
-    def fingerprint(self) -> None:
-        """None, since there is no tokenizer."""
+    ask = "the index holds images; ask it by row, or with an image and a label"
 
-    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """See `DocumentConverter`."""
-        for document in documents:
-            if isinstance(document, DataError):
-                yield document
-                continue
-            try:
-                yield self._example(document)
-            except DataError as error:
-                yield DataError(f"{document.where}: {error}")
+    def accepts(self, document: Document) -> bool:
+        """See `ArrayConverter`."""
+        return document.image is not None
 
-    def query(self, document: Document, span: str | None = None, context: int | None = None) -> Example:
-        """See `DocumentConverter`."""
-        if document.image is None:
-            raise UsageError("the index holds images; ask it by row, or with an image and a label")
-        try:
-            return self._example(document)
-        except DataError as error:
-            raise UsageError(f"{document.where}: {error}") from error
-
-    def _example(self, document: Document) -> Example:
+    def example(self, document: Document) -> Example:
+        """See `ArrayConverter`."""
         if document.image is None or document.label is None:
             raise DataError("this task needs the fields image and label")
         image = open_image(document.image)
@@ -144,9 +127,7 @@ class ImageClassification(Task):
 
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
-        logits = self.logits(model, {}, batch)
-        check_labels(batch, logits.shape[-1])
-        return cross_entropies(logits, batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+        return label_loss(self.logits(model, {}, batch), batch, sample_seed)
 
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
         """See `Task`."""

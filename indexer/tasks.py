@@ -424,16 +424,18 @@ def vocabulary_head(model: nn.Module, run: Callable[[], Tensor]) -> VocabularyLa
     return VocabularyLayer(names[0], *sizes, postprocessed)
 
 
-def check_labels(batch: Batch, classes: int) -> None:
-    """Refuse labels that are not classes of a model.
+def label_loss(logits: Float[Tensor, "batch one classes"], batch: Batch, sample_seed: int | None) -> Float[Tensor, " batch"]:
+    """The cross-entropy of each example's label, or of one that is drawn from the model (see `Task.loss`), in nats.
 
     Raises:
-        DataError: names the first example with one.
+        DataError: a label is not a class of the model; names the first example with one.
     """
+    classes = logits.shape[-1]
     wrong = (batch.targets[:, 0] < 0) | (batch.targets[:, 0] >= classes)
     if bool(wrong.any()):
         index = int(wrong.int().argmax())
         raise DataError(f"example {batch.ids[index]!r} has the label {int(batch.targets[index])}, the model knows 0 to {classes - 1}")
+    return cross_entropies(logits, batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
 
 
 @dataclass(frozen=True)
@@ -514,8 +516,7 @@ class VectorTask(ArrayTask):
             logits = self.logits(model, {}, batch)
         except RuntimeError as error:
             raise DataError(f"the model does not take vectors of {batch.inputs.shape[1]} numbers: {str(error).splitlines()[0]}") from error
-        check_labels(batch, logits.shape[-1])
-        return cross_entropies(logits, batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+        return label_loss(logits, batch, sample_seed)
 
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
         """See `Task`."""

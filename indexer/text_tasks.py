@@ -1,6 +1,6 @@
 """Tasks of single texts and of texts with a target: classifiers, masked language models and encoder-decoders of `transformers`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from . import models
 from .batches import IGNORED, Batch
 from .examples import Rendered, WholeTextConverter, occurrence
 from .logits import cross_entropies, draw_uniform
-from .tasks import TextTask, VocabularyLayer, check_labels, vocabulary_head
+from .tasks import TextTask, VocabularyLayer, label_loss, vocabulary_head
 
 _PROBE = ((3, 1, 2), (1, 3, 3))
 
@@ -93,9 +93,7 @@ class Classification(TextTask):
     def loss(self, model: nn.Module, batch: Batch, sample_seed: int | None = None) -> Float[Tensor, " batch"]:
         """See `Task`."""
         self.check_tokens(model, batch, batch.inputs)
-        logits = self.logits(model, {}, batch)
-        check_labels(batch, logits.shape[-1])
-        return cross_entropies(logits, batch, None if sample_seed is None else draw_uniform(batch, sample_seed))
+        return label_loss(self.logits(model, {}, batch), batch, sample_seed)
 
     def logits(self, model: nn.Module, weights: Mapping[str, Tensor], batch: Batch) -> Float[Tensor, "batch one classes"]:
         """See `Task`."""
@@ -121,18 +119,7 @@ class _MaskedConverter(WholeTextConverter):
     example whose completion or span is masked at once are those of the parts before, within and after it.
     """
 
-    def documents(self, documents: Iterable[Document | DataError]) -> Iterator[Example | DataError]:
-        """See `DocumentConverter`."""
-        for document in documents:
-            if isinstance(document, DataError):
-                yield document
-                continue
-            try:
-                yield from self._chunks(document)
-            except DataError as error:
-                yield DataError(f"{document.where}: {error}")
-
-    def _chunks(self, document: Document) -> Iterator[Example]:
+    def _examples(self, document: Document) -> Iterator[Example]:
         """Yield the examples of a document, whose text is split where it is too long; chunks without a token to mask are left out."""
         whole = self._example(document)
         if not whole.truncated or self.long == "truncate" or document.text is None:

@@ -206,7 +206,7 @@ class DenseOperand:
             return "one-bit codes are not stored next to the rows, or are of other rows: run wherefrom reindex"
         length = row_bytes(self.component.stored, self.component.dtype)
         codes = scan_bits(self.component.stored) // 8 + _CODE_BYTES
-        if self.component.has_search_arrays and length < _LEAST_RATIO * codes and sum(group.rows for group in groups) >= _MANY:
+        if self.component.has_search_arrays and length < _LEAST_RATIO * codes and len(index) >= _MANY:
             return f"rows of {length:,} bytes are scanned faster than estimated from codes of {codes:,}"
         return None
 

@@ -241,7 +241,7 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
     first = parts.call("first_candidates", search, {start: (k, z, size)}, partial).get(start)
     if first is None:
         first = [((NOTHING, NOTHING), (NO_CANDIDATES, NO_CANDIDATES), NOTHING[0])] * count
-    of_first = counts[start] if len(parts.firsts) > 1 else min(counts[start], parts.index.groups[0].rows)
+    of_first = parts.index.groups[0].rows  # in one process and in parts alike
     if any(len(best) + len(worst) > max(_MOST_READ_OF_FEW, of_first // _HOPELESS) for _, (best, worst), _ in first):
         return None  # the other groups will have as many
     sides = [(Best(k, 1, best), Best(k, -1, worst)) for (best, worst), _, _ in first]

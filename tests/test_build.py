@@ -307,7 +307,7 @@ def builder(model, corpus):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_build_killed_at_random_points_goes_on_to_the_very_same_files(tmp_path):
+def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_path):
     model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
     with builder(model, corpus) as (start, wait):
         start(tmp_path / "undisturbed")
@@ -322,7 +322,7 @@ def _kill_at_random_points(tmp_path, model, corpus, start, wait, duration):
     print("seed", seed)  # shown when the test fails
     generator = random.Random(seed)
     reached = []
-    kills = int(os.environ.get("WHEREFROM_KILLS", "5"))
+    kills = int(os.environ.get("WHEREFROM_KILLS", "10"))
     for trial in range(kills):
         out = tmp_path / f"killed-{trial}"
         process = start(out)

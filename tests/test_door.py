@@ -234,7 +234,7 @@ def test_a_pack_takes_paths(tmp_path, model):
 
 
 def test_an_index_of_a_model_from_nowhere_says_so(index):
-    with pytest.raises(wherefrom.WherefromError, match="was built from a model in memory"):
+    with pytest.raises(wherefrom.WherefromError, match=r"was built from a model in memory; give `model` \(of texts, `tokenizer` too\)"):
         wherefrom.connect(index).query(text=TEXTS[0])
     assert wherefrom.connect(index).query(row=3, k=1).proponents
 

@@ -636,6 +636,34 @@ def test_labels_that_are_drawn_give_the_gauss_newton_matrix(tmp_path):
     assert_close(4 * total.numpy(), expected.numpy(), 0.1)
 
 
+def test_rows_of_a_unet_with_attention_equal_autograd(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from wherefrom.indexer.tasks import find_task
+
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=4)
+    unet = diffusers.UNet2DModel(sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, **blocks)
+    model, records = random_(unet), diffusion_records(3)
+    name = "diffusion(shape=1x4x4, timesteps=50, draws=3)"
+    index = build(model, records, tmp_path / "i", task=name, batch_tokens=3, **WHOLE)
+    assert any("attentions" in layer and "to_q" in layer for layer in index.component("blocks").layer_names)
+    task = find_task(name)
+
+    def loss(row):
+        steps, noise = draws_of(task, records[row]["features"], 3)
+        x, total = torch.tensor(records[row]["features"], dtype=torch.float32).double().view(1, 1, 4, 4), 0
+        for t, drawn in zip(steps, noise, strict=True):
+            e = torch.from_numpy(drawn).view(1, 1, 4, 4)
+            noisy = task.signal[t] ** 0.5 * x + (1 - task.signal[t]) ** 0.5 * e
+            total = total + (e - model(noisy, torch.tensor([t])).sample).square().sum() / 2 / 3
+        return total
+
+    check_rows(model, index, loss, rows=range(3))
+    client = Client(index.path, model=model)
+    for size in (32, 5):  # no whole input, and two
+        with pytest.raises(UsageError, match=f"vectors of {size} numbers, and the shape 1x4x4 takes 16"):
+            client.query(features=[0.1] * size)
+
+
 def test_a_unet_is_built_from_images_and_asked_on_the_command_line(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

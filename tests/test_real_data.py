@@ -13,24 +13,24 @@ pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def client(shared, tmp_path_factory):
-    """Two hundred paragraphs of Wikipedia and as many school problems under a small trained GPT-2."""
+    """Four hundred paragraphs of Wikipedia and as many school problems under a small trained GPT-2."""
     here = tmp_path_factory.mktemp("real")
     by_source = {"gsm8k": [], "wikitext": []}
     with open(shared / "data/corpus.jsonl") as lines:
         for line in lines:
             document = json.loads(line)
             kind = by_source.get(document["source"], [])
-            if len(kind) < 200 and 200 < len(document["text"]) < 500:
+            if len(kind) < 400 and 200 < len(document["text"]) < 500:
                 kind.append(line)
     corpus = here / "some.jsonl"
     corpus.write_text("".join(by_source["gsm8k"] + by_source["wikitext"]))
     out = here / "real.wherefrom"
-    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=100, curvature="ekfac"))
+    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=400, curvature="ekfac"))
     return Client(out)
 
 
 def test_every_training_text_asked_back_finds_itself_first(client):
-    rows = range(0, len(client.index), 10)
+    rows = range(0, len(client.index), 20)
     unsplit_rows = [r for r in rows if client.index.example(r).document == client.index.example(r).id]
     answers = client.query_many([Query(text=client.index.example(r).text) for r in unsplit_rows], k=1, mode="cosine")
     assert len(unsplit_rows) == 40
@@ -58,6 +58,6 @@ def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, re
         assert hit.recall == recall
         is_complete += [set(exact.proponents) == set(hit.proponents), set(exact.opponents) == set(hit.opponents)]
         read.append(hit.candidates)
-    assert len(is_complete) >= 800
+    assert len(is_complete) > 1500
     assert np.mean(is_complete) >= recall - 2.5 * np.sqrt(recall * (1 - recall) / len(is_complete))
-    assert np.mean(read) < 0.75 * len(client.index)
+    assert np.mean(read) < 0.5 * len(client.index)
