@@ -83,6 +83,25 @@ def test_answers_in_parts_are_those_of_the_whole_to_the_bit(indexes, name):
         assert apart.histogram(queries[0], 20) == client.histogram(queries[0], 20)
 
 
+@pytest.mark.parametrize("rule", ["short rows", "a hopeless first group"])
+def test_parts_scan_where_the_whole_does(indexes, monkeypatch, rule):
+    index = Index(indexes["int8"])
+    if rule == "short rows":
+        monkeypatch.setattr("wherefrom.query.operands._MANY", len(index))  # no part has so many rows
+        monkeypatch.setattr("wherefrom.query.operands._LEAST_RATIO", 10**6)
+    else:
+        monkeypatch.setattr("wherefrom.query.search._MOST_READ_OF_FEW", 1)
+        monkeypatch.setattr("wherefrom.query.search._READ_FIRST", 1)
+    whole = Client(index)
+    for options in ({"k": 3, "recall": 0.9}, {"k": 3, "recall": 0.9, "where": "year >= 1960"}):
+        expected = [record(whole.query(row=row, **options)) for row in range(12)]
+        for count in (2, len(index.groups)):
+            apart = Client(index, parts=Apart(index, split_groups(index.groups, count)))
+            assert [record(apart.query(row=row, **options)) for row in range(12)] == expected
+        if rule == "short rows":
+            assert all("scanned faster than estimated" in answer["search"]["note"] for answer in expected)
+
+
 def test_a_histogram_counts_the_scores(indexes):
     client = Client(indexes["float32"])
     scores = client.scores([Query(row=3)], "year > 1920")[0]
