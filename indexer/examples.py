@@ -163,12 +163,15 @@ class TextConverter:
     """Conversion of text documents.
 
     Attributes:
+        takes_label: a query may have a label.
         tokenizer: a fast `transformers` tokenizer (character offsets are needed).
         max_tokens: longest example, in tokens.
         long: treatment of a longer document: "split" into chunks, or "truncate".
         append_eos: append the end-of-text token to a document, where it is predicted, as in most pre-training; not to chats, whose
             template writes it, nor to a query's completion.
     """
+
+    takes_label: ClassVar[bool] = False
 
     tokenizer: Any
     max_tokens: int
@@ -199,6 +202,7 @@ class TextConverter:
         """
         if document.features is not None:
             raise UsageError("the index holds texts, not vectors; ask it with a text")
+        self._refuse_label(document)
         where = document.where
         rendered = self._try_render(document)
         if isinstance(rendered, DataError):
@@ -213,6 +217,10 @@ class TextConverter:
         if not mask.any():
             raise UsageError(f"{where} has no token to predict (nothing precedes a single token); give a prompt or more text")
         return Example(id="query", text=rendered.text, source="query", token_ids=ids, loss_mask=mask)
+
+    def _refuse_label(self, document: Document) -> None:
+        if document.label is not None and not self.takes_label:
+            raise UsageError(f"{document.where} has a label, and the texts of this index have none; leave it out")
 
     def _try_render(self, document: Document | DataError) -> Rendered | DataError:
         if isinstance(document, DataError):
@@ -338,6 +346,7 @@ class WholeTextConverter(TextConverter):
         """See `DocumentConverter`."""
         if document.features is not None or document.image is not None:
             raise UsageError("the index holds texts; ask it with one")
+        self._refuse_label(document)
         whole = replace(self, max_tokens=context or self.max_tokens)
         try:
             example = whole._example(document, span)

@@ -51,6 +51,8 @@ def fill_padding(model: Any, ids: Tensor, valid: Tensor) -> Tensor:
 class _LabelConverter(WholeTextConverter):
     """Conversion of texts, or messages, with a label."""
 
+    takes_label = True
+
     def _sides(self, document: Document) -> Sequence[Document]:
         if document.label is None:
             raise DataError("there is no label; a classifier's example is a text with a label")

@@ -518,3 +518,8 @@ def test_clients_indexes_and_answers_show_themselves(client):
     assert "<script>" not in shown
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
     assert "\x1b" not in shown
+
+
+def test_a_label_is_refused_where_texts_have_none(index_dir):
+    with pytest.raises(UsageError, match="has a label, and the texts of this index have none"):
+        Client(index_dir).query(text="w1 w2 w3", label=1)
