@@ -25,19 +25,23 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .indexer.batches import IGNORED
-from .indexer.models import model_fingerprint, other_kind
+from .indexer.models import LoadedModel, ModelSource, model_fingerprint, other_kind
 from .indexer.moments import save_moments, trained_layers
+from .indexer.tasks import find_task
 from .indexer.trained import RECORD, layers_with_gradients
 from .ray_jobs.build import refuse_occupied
 from .ray_jobs.config import BuildConfig
+from .ray_jobs.schema import candidate_components
+from .ray_jobs.worker import document_converter
 from .recording import TrainingRecorder
-from .store.corpus import read_corpus
+from .store.corpus import read_corpus, usable
 from .store.errors import DataError, UsageError
 from .store.files import write_whole
 from .store.manifest import latest_manifest
 
 _ORDER_SETTINGS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 _RUN = "wherefrom-run"
+_MODEL = "wherefrom-model"  # saved at the end of a training that left no checkpoint
 _CALL = {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
 
 
@@ -227,7 +231,10 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
                     warnings.warn(f"the optimizer's moments were not saved: {error}", stacklevel=2)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Build the index from the checkpoints that still exist; an error becomes a warning, since the training succeeded."""
+        """Build the index from the checkpoints that still exist; an error becomes a warning, since the training succeeded.
+
+        Where no checkpoint is left, the model is saved in the output directory, and the index built from it.
+        """
         if not state.is_world_process_zero:
             return
         if self._recorder is not None:
@@ -240,10 +247,19 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
             self._record["learning_times"] = self._times.sums
         try:
             self._write(args)
-            if self._build is not None:
-                self._index(self._build, args)
         except Exception as error:  # must not prevent the Trainer's next steps
-            warnings.warn(f"the index was not built: {error}; build it from the checkpoints with wherefrom build", stacklevel=2)
+            warnings.warn(f"the record of the run was not written: {error}", stacklevel=2)
+        if self._build is None:
+            return
+        models: list[str] = []
+        try:
+            models = self._saved_models(args, kwargs)
+            self._index(self._build.replace(model=tuple(models)))
+        except Exception as error:  # must not prevent the Trainer's next steps
+            flags = " ".join(f"--model {model}" for model in models) or "--model DIR"
+            data = " ".join(f"--data {source}" for source in self._build.sources)
+            command = f"wherefrom build {flags} {data} --out {self._build.out}"
+            warnings.warn(f"the index was not built: {error}; build it with: {command}", stacklevel=2)
 
     def _record_run(self, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]) -> None:
         """Record the batches of the model's forward passes, and the optimizer's steps."""
@@ -285,18 +301,26 @@ class WherefromCallback(TrainerCallback):  # type: ignore[misc]
 
         self._forward_hook = model.register_forward_pre_hook(record, with_kwargs=True)
 
-    def _index(self, config: BuildConfig, args: TrainingArguments) -> None:
-        from .ray_jobs.build import build
-        from .ray_jobs.progress import Console
-
+    def _saved_models(self, args: TrainingArguments, given: Mapping[str, Any]) -> list[str]:
+        """Return the checkpoints of the index, in order; the model as it is, saved now, where none is left."""
         paths = [Path(args.output_dir) / c["path"] for c in self._record["checkpoints"]]
         saved = [str(path) for path in paths if path.is_dir()]
         if not saved:
-            raise UsageError(f"no checkpoint was saved in {args.output_dir}; set save_strategy, or build the index from the model you save")
+            path = Path(args.output_dir) / _MODEL
+            for part in (given["model"], given.get("processing_class")):
+                if part is not None:
+                    part.save_pretrained(path)
+            return [str(path)]
         count = min(self._checkpoints, len(saved))
         models = [saved[-1 - round(i * (len(saved) - 1) / max(1, count - 1)) if count > 1 else -1] for i in range(count)][::-1]
+        return list(dict.fromkeys(models))
+
+    def _index(self, config: BuildConfig) -> None:
+        from .ray_jobs.build import build
+        from .ray_jobs.progress import Console
+
         with Console() as reporter:
-            build(config.replace(model=tuple(dict.fromkeys(models))), reporter)
+            build(config, reporter)
 
     def _write(self, args: TrainingArguments) -> None:
         write_whole(Path(args.output_dir) / RECORD, (json.dumps(self._record, indent=1) + "\n").encode())
@@ -313,8 +337,16 @@ def _check(config: BuildConfig, args: TrainingArguments, tokenizer: Any, model: 
     kind = other_kind(inner.config, [type(inner).__name__]) if config.task == "causal-lm" and hasattr(inner, "config") else None
     if kind is not None:
         raise UsageError(f"the model is {kind} ({type(inner).__name__}), but an index needs a causal language model, or a task for it")
-    if args.save_strategy == "no":
-        raise UsageError("no checkpoint will be saved to build an index from; set save_strategy")
     if config.task == "causal-lm" and tokenizer is None:
         raise UsageError("checkpoints will be saved without a tokenizer; give it to the Trainer as processing_class")
-    next(iter(read_corpus(config.sources, config.fields)), None)
+    if not hasattr(inner, "save_pretrained") and args.save_strategy == "no":
+        raise UsageError(f"no checkpoint will be saved to build an index from, and {type(inner).__name__} cannot be; set save_strategy")
+    if inner is not None and not hasattr(model, "peft_config"):  # an adapter's layers have their names once it is merged
+        candidate_components(config, find_task(config.task), inner, 0)
+    records = read_corpus(config.sources, config.fields)
+    if tokenizer is None or ":" in config.task:
+        next(iter(records), None)
+        return
+    source = ModelSource.of(LoadedModel(inner, tokenizer), config.dtype, config.device, config.trust_remote_code)
+    if next(iter(usable(document_converter(config, (source,)).documents(records))), None) is None:
+        raise UsageError(f"no document of {', '.join(config.sources)} can be used; give the training documents as `data`")

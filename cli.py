@@ -285,6 +285,29 @@ def delete(index: str, ids: str | None, where: str | None, as_json: bool) -> Non
 
 @main.command(section=_BUILD)
 @_INDEX
+@click.option("--ids", type=click.Path(), required=True, help="File with an id a line, as for delete; - is standard input.")
+@_json_option
+def takedown(index: str, ids: str, as_json: bool) -> None:
+    """Take examples out of an index for good, and search all of its bytes for what is left of them.
+
+    \b
+      wherefrom takedown my.wherefrom --ids removed.txt
+
+    The examples are deleted, shards are written again without them, and older states, caches and FAISS indexes are removed. Then every
+    file is searched for their ids, texts, tokens and codes. What other examples hold too is named. Processes that have the index open keep
+    its old files until they end. The model, and statistics of many examples together, still hold what they learned.
+    """
+    from .store.corpus import read_ids
+    from .store.takedown import takedown as run
+
+    report = run(_place(index), read_ids(ids))
+    _result(as_json, report.to_dict(), "show_takedown", report)
+    if not report.is_proven:
+        sys.exit(4)
+
+
+@main.command(section=_BUILD)
+@_INDEX
 @click.option("--prune", is_flag=True, help="Also remove the files of older states; processes that read these lose them.")
 @_json_option
 def compact(index: str, prune: bool, as_json: bool) -> None:
@@ -383,6 +406,8 @@ def reindex(index: str, faiss: str | None, faiss_parameters: str, component: str
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others than loopback need a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8787, show_default=True, help="Port to listen on; 0 takes a free one.")
 @click.option("--token-file", type=click.Path(), help="File with a token that every request must have.")
+@click.option("--grants", type=click.Path(), help="File with a grant a line: a token, and a filter of the rows that its holder may read.")
+@click.option("--audit", type=click.Path(), help="File to which every request is appended, as JSON lines.")
 @click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Queries answered in one pass, at most.")
 @cloup.option_group(
     "Ray",
@@ -398,6 +423,8 @@ def serve(
     host: str,
     port: int,
     token_file: str | None,
+    grants: str | None,
+    audit: str | None,
     batch: int,
     on_ray: bool,
     address: str | None,
@@ -412,20 +439,26 @@ def serve(
       wherefrom serve my.wherefrom                       then open http://127.0.0.1:8787
       wherefrom serve base=a.wherefrom sft=b.wherefrom --port 9000
       wherefrom serve my.wherefrom --host 0.0.0.0 --token-file token.txt
+      wherefrom serve my.wherefrom --host 0.0.0.0 --grants grants.jsonl --audit audit.jsonl
       wherefrom serve my.wherefrom --ray --address 10.0.0.1:6379 --parts 8 --replicas 2 --threads 16
 
     While it runs, wherefrom query asks it and starts at once. An index that changes is picked up without a restart. The interface is
     described at /docs.
+
+    A line of --grants is {"name": "ann", "token": "...", "where": "license == 'open'"}: with that token, only matching rows are in answers,
+    scores, groups and explanations, or can be read by number.
 
     With --ray, every part of an index has --replicas actors, which are started again elsewhere when they die, and the answers are the
     same. Every machine reads the index at the same path. SIGHUP replaces the actors one after the other.
     """
     _quiet_libraries()
     from .client import Client
-    from .server.run import name_indexes, read_token
+    from .server.access import Audit, read_tokens
+    from .server.run import name_indexes
     from .server.run import serve as run
 
-    token = read_token(token_file)
+    tokens = read_tokens(token_file, grants)
+    log = None if audit is None else Audit(Path(audit))
     named = name_indexes(list(indexes))
     if not on_ray:
         source = click.get_current_context().get_parameter_source
@@ -435,7 +468,7 @@ def serve(
         clients = {name: Client(path, **model) for name, path in named.items()}
         for client in clients.values():
             client.prepare()
-        run(clients, host, port, token, batch)
+        run(clients, host, port, tokens, log, batch)
         return
     from .ray_jobs.fleet import close, open_fleets
 
@@ -448,7 +481,7 @@ def serve(
             for fleet_parts in fleets:
                 fleet_parts.fleet.restart()
 
-        run(clients, host, port, token, batch, restart, partial(close, fleets))
+        run(clients, host, port, tokens, log, batch, restart, partial(close, fleets))
 
 
 _answer_options = _together(
@@ -461,10 +494,11 @@ _answer_options = _together(
 @query_options("Query", Query)
 @click.option("--file", type=click.Path(), help="JSON lines of queries instead of one; - reads standard input.")
 @_answer_options
+@click.option("--no-rerank", is_flag=True, help="The same as --rerank 0: faster, and in the order of stored rows.")
 @_model_options
 @_local_option
 @_json_option
-def query(index: str, file: str | None, as_json: bool, **values: Any) -> None:
+def query(index: str, file: str | None, no_rerank: bool, as_json: bool, **values: Any) -> None:
     """Find the training examples that made the model say this.
 
     \b
@@ -485,6 +519,10 @@ def query(index: str, file: str | None, as_json: bool, **values: Any) -> None:
     """
     queries = _queries(file, values)
     options = take_options(values, Options)
+    if no_rerank:
+        if options.get("rerank"):
+            raise UsageError("--rerank and --no-rerank are opposites; give one of them")
+        options["rerank"] = 0
     client = _client(index, values, queries)
     for answer in client.query_many(queries, **options):
         _result(as_json, answer.to_dict(), "show_answer", answer)
@@ -724,9 +762,10 @@ def verify(index: str, as_json: bool) -> None:
     from .query.faiss_index import faiss_problems
     from .store.index import Index
     from .store.rerank import rerank_problems
+    from .store.usual import usual_problems
 
     opened = Index(index)
-    checked = [*opened.verify(), *rerank_problems(opened), *faiss_problems(opened)]
+    checked = [*opened.verify(), *rerank_problems(opened), *faiss_problems(opened), *usual_problems(opened)]
     problems = [{"path": path, "problem": problem} for path, problem in checked if problem]
     if as_json:
         _print_json({"index": index, "files": len(checked), "whole": not problems, "problems": problems})
@@ -919,6 +958,37 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
 
     with Console() as reporter:
         report = agreement(index, run, list(_read_queries(file)), reporter=reporter, **options)
+    _result(as_json, report.to_dict(), "show_report", report)
+
+
+@evaluate.command()
+@_INDEX
+@click.option("--pack", type=click.Path(), help="Ground-truth pack of the index's documents.")
+@click.option("--data", type=click.Path(), help="Directory of an image pack's IDX files.  [default: in the pack, or ../../data from there]")
+@click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The pack's queries to use.")
+@click.option("--run", type=click.Path(), help="Directory of a recorded training run, instead of a pack.")
+@click.option("--file", type=click.Path(), help="With --run: JSON lines of queries.")
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Write the slope into the index.")
+@_device_option
+@_worker_options
+@_json_option
+def slope(index: str, pack: str | None, data: str | None, queries: Any, file: str | None, as_json: bool, **options: Any) -> None:
+    """Measure what a predicted nat is worth, and keep it in the index: answers are then in measured nats.
+
+    \b
+      wherefrom evaluate slope my.wherefrom --pack packs/text-a
+      wherefrom evaluate slope my.wherefrom --run out/wherefrom-run --file queries.jsonl
+    """
+    if (options["run"] is None) != (file is None):
+        raise UsageError("--run is replayed for the queries of a file; give --run and --file together")
+    _quiet_libraries()
+    from .evaluation.slope import slope as run
+    from .ray_jobs.progress import Console
+
+    asked = list(_read_queries(file)) if file else []
+    place = Path(data) if data else None
+    with Console() as reporter:
+        report = run(_place(index), pack, data=place, half=queries, queries=asked, reporter=reporter, **options)
     _result(as_json, report.to_dict(), "show_report", report)
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from .query.answers import Answer, Explanation, RefineReport, TokenShares
 from .query.asking import BaseClient
-from .query.assemble import QueryRecord, answer_queries
+from .query.assemble import DEFAULT_K, QueryRecord, answer_queries
 from .query.baselines import BaselineScores, Words, cosines, row_norms
 from .query.explain import by_block, split_score
 from .query.metric import Metric
@@ -24,6 +24,7 @@ from .query.mixing import Mixing
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.parts import Parts, Search, WholeIndex, call_all, column_types
 from .query.plain import query_document, without_contrasts
+from .query.reliability import QueryEvidence
 from .query.rerank import Recomputation
 from .query.scoring import Scorer, mixed_components
 from .recompute import Recomputer
@@ -35,15 +36,26 @@ from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.objects import StorePath
 from .store.shapes import Float32, Float64
+from .store.usual import HiddenStates, Usual, read_usual
 from .store.vectors import Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
-    from .indexer.encoder import Encoder
+    from .indexer.encoder import EncodedBatch, Encoder
     from .indexer.recorded import RecordedEncoder
 
 _QUERY_BATCH_TOKENS = 2048
 _CACHED_QUERIES = 128
 _REFRESH_SECONDS = 2.0  # between two requests of an object store for a newer state
+_RERANKED = 100  # candidates of each side, where no number is given
+_RERANK_WORK = {"cpu": 5e10, "cuda": 1e13}  # parameters times tokens: at most about two seconds
+
+
+class _EncodedQuery(NamedTuple):
+    """A query's rows, how they were refined, and what else is known of it."""
+
+    rows: Rows
+    refinement: RefineReport | None
+    evidence: QueryEvidence
 
 
 class Client(BaseClient):
@@ -86,7 +98,7 @@ class Client(BaseClient):
         self._models = () if model is None else tuple(model) if isinstance(model, list | tuple) else (model,)
         self._tokenizer = tokenizer
         self._last_refresh = 0.0  # time at which the newest state was requested
-        self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], tuple[Rows, RefineReport | None]] = OrderedDict()
+        self._encoded: OrderedDict[tuple[Query, tuple[Any, ...]], _EncodedQuery] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Client({str(self.index.path)!r}, {len(self.index):,} rows)"
@@ -101,7 +113,30 @@ class Client(BaseClient):
         metric = Metric.of(options)  # an error before the model is loaded
         if options.get("rerank"):  # candidates are found by plain rows
             metric = replace(metric, refine=0)
-        return self.answer(queries, self.encode_queries(queries, metric), **options) if queries else []
+        if not queries:
+            return []
+        rows = self.encode_queries(queries, metric)
+        evidence = [self._evidence(query, self._row_key(metric)) for query in queries]
+        return self._answer(queries, rows, evidence, {**options, "rerank": self._candidates(queries, options)})
+
+    def _candidates(self, queries: Sequence[Query], options: Options) -> int:
+        """Return the number of candidates of each side that are computed again; 0 for none.
+
+        Where no number is given: as many as take about two seconds, at most 100, where stored rows are estimates and the model is at hand.
+        """
+        given = options.get("rerank")
+        if given is not None:
+            return given
+        manifest = self.index.manifest
+        metric = Metric.of_answer(options, manifest.mode)
+        are_estimates = any(c.one_bit or c.reduced or getattr(c, "dtype", None) == "int8" for c in manifest.components)
+        if metric.mix is not None or metric.refine or not are_estimates or any(query.row is not None for query in queries):
+            return 0
+        work = sum(model.parameters for model in manifest.models) * manifest.tokens / manifest.rows
+        device = next(self.encoder.model.parameters()).device.type
+        candidates = min(_RERANKED, int(_RERANK_WORK.get(device, 0.0) / (2 * max(1.0, work))))
+        k = options.get("k")
+        return candidates if candidates >= (DEFAULT_K if k is None else min(int(k), len(self.index))) else 0
 
     def answer(self, queries: Sequence[Query], rows: Rows, **options: Unpack[Options]) -> list[Answer]:
         """Answer queries whose rows are known.
@@ -109,29 +144,52 @@ class Client(BaseClient):
         Args:
             queries: what the answers show.
             rows: of the queries (see `encode`), or of anything else that was encoded.
-            options: see `Options`.
+            options: see `Options`; without `rerank`, nothing is computed again.
         """
-        records = [QueryRecord(query.to_dict(), query.row is not None) for query in queries]
+        return self._answer(queries, rows, [QueryEvidence(by_row=query.row is not None) for query in queries], options)
+
+    def _answer(self, queries: Sequence[Query], rows: Rows, evidence: Sequence[QueryEvidence], options: Options) -> list[Answer]:
+        """Answer queries whose rows, and what else is known of them, are given."""
+        records = [QueryRecord(query.to_dict(), its_evidence) for query, its_evidence in zip(queries, evidence, strict=True)]
         weights: Float64[np.ndarray, "answers queries"] = np.eye(len(queries))
         if options.get("mean"):
             weights = np.array([[1.0 if query.weight is None else query.weight for query in queries]]) / len(queries)
             if not weights.any():
                 raise UsageError("every query of the mean has the weight 0; leave at least one")
             rows = combine(rows, weights)
-            records = [QueryRecord({"mean_of": len(queries)}, any(query.has_row for query in records))]
+            has_row = any(query.evidence.by_row for query in records)
+            records = [QueryRecord({"mean_of": len(queries)}, QueryEvidence(by_row=has_row))]
         baselines = self._baselines(queries, weights) if options.get("baselines") else None
         recomputation = None
         if options.get("rerank"):
-            recompute = partial(self._recomputer.scores, queries, weights, Metric.of(options))
             recomputer = self._recomputer
+            recompute = partial(recomputer.scores, queries, weights, Metric.of_answer(options, self.index.manifest.mode))
             layers = recomputer.unprojected_layers
-            recomputation = Recomputation(recompute, layers, recomputer.query_bits, lambda: recomputer.refinement)
+            recomputation = Recomputation(options["rerank"] or 0, recompute, layers, recomputer.query_bits, lambda: recomputer.refinement)
         plain, _ = without_contrasts(queries)
         key = self._row_key(Metric.of(options))
-        refinement = next((report for _, report in (self._encoded.get((query, key), (None, None)) for query in plain)), None)
+        encoded = (self._encoded.get((query, key)) for query in plain)
+        refinement = next((query.refinement if query else None for query in encoded), None)
         needs_types = options.get("where") is not None or options.get("group_by") is not None
         types = self._column_types if needs_types else None
-        return answer_queries(self.parts, types, records, rows, options, baselines, recomputation, refinement)
+        return answer_queries(self.parts, types, records, rows, options, baselines, recomputation, refinement, self._usual)
+
+    def _evidence(self, query: Query, key: tuple[Any, ...]) -> QueryEvidence:
+        """Return what is known of a query besides its rows."""
+        if query.row is not None:
+            shard, offset = self.index.locate(query.row)
+            loss = float(self.index.losses(shard)[offset]) / self.index.example(query.row).loss_tokens
+            return QueryEvidence(loss if np.isfinite(loss) else None, None, True)
+        encoded = self._encoded.get((query, key))
+        return QueryEvidence() if encoded is None else encoded.evidence
+
+    @cached_property
+    def _usual(self) -> Usual | None:
+        return read_usual(self.index)
+
+    @cached_property
+    def _hidden_states(self) -> HiddenStates:
+        return HiddenStates(self.index)
 
     @cached_property
     def _column_types(self) -> dict[str, ColumnType]:
@@ -225,11 +283,11 @@ class Client(BaseClient):
             part = [query for query in missing if (query.row is not None) is by_row]
             if part:
                 try:
-                    encoded, refinement = self._encode_with_report(self.query_examples(part), metric, queries=not by_row)
+                    encoded = self._encode_with_report(self.query_examples(part), metric, queries=not by_row)
                 except DataError as error:  # what the model does not take, such as a class that it does not know
                     raise UsageError(str(error)) from error
-                for number, query in enumerate(part):
-                    self._encoded[query, key] = slice_rows(encoded, number, number + 1), refinement
+                for query, encoded_query in zip(part, encoded, strict=True):
+                    self._encoded[query, key] = encoded_query
         rows = concatenate([self._query_rows(query, key) for query in queries])
         while len(self._encoded) > _CACHED_QUERIES:
             self._encoded.popitem(last=False)
@@ -252,8 +310,7 @@ class Client(BaseClient):
         if query.row is not None and not key:
             return {component.name: self.index.vectors(query.row, component) for component in self.index.manifest.components}
         self._encoded.move_to_end((query, key))
-        rows, _ = self._encoded[query, key]
-        return rows
+        return self._encoded[query, key].rows
 
     def prepare(self) -> None:
         """Load models, tokenizer and compiled loops now instead of at the first queries."""
@@ -345,18 +402,37 @@ class Client(BaseClient):
             metric: see `encode`.
             queries: False for the loss of training examples.
         """
-        rows, _ = self._encode_with_report(examples, metric, queries)
-        return rows
+        return concatenate([query.rows for query in self._encode_with_report(examples, metric, queries)])
 
-    def _encode_with_report(self, examples: Sequence[Example], metric: Metric, queries: bool) -> tuple[Rows, RefineReport | None]:
-        """Compute rows, and the report of their refinement."""
-        if not self._row_key(metric):
-            rows = self.encoder.rows(examples, queries=queries)
-            return {name: vectors.as_float32() for name, vectors in rows.items()}, None
-        from .query_rows import query_rows
+    def _encode_with_report(self, examples: Sequence[Example], metric: Metric, queries: bool) -> list[_EncodedQuery]:
+        """Compute the rows of examples, with reports of their refinement."""
+        refinement = None
+        evidence = [QueryEvidence()] * len(examples)
+        if self._row_key(metric):
+            from .query_rows import query_rows
 
-        exact, refinement = query_rows(self.index, self.encoder, metric, examples, queries)
-        return {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}, refinement
+            exact, refinement = query_rows(self.index, self.encoder, metric, examples, queries)
+            rows = {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}
+        else:
+            encoded = list(self.encoder.batches(examples, queries=queries))
+            rows = {name: vectors.as_float32() for name, vectors in self.encoder.joined(encoded).items()}
+            evidence = self._evidence_of(examples, encoded)
+        return [_EncodedQuery(slice_rows(rows, i, i + 1), refinement, evidence[i]) for i in range(len(examples))]
+
+    def _evidence_of(self, examples: Sequence[Example], encoded: Sequence["EncodedBatch"]) -> list[QueryEvidence]:
+        """Return what encoded batches say of examples besides their rows."""
+        losses = np.zeros(len(examples))
+        for batch in encoded:
+            losses[batch.positions] = batch.losses
+        densities: list[float | None] = [None] * len(examples)
+        if self._usual is not None and self._usual.densities is not None:
+            for batch in encoded:
+                assert batch.hidden is not None
+                distances = self._hidden_states.squared_distances(batch.hidden)
+                for position, value in zip(batch.positions, HiddenStates.log_densities(distances, self._usual.bandwidth), strict=True):
+                    densities[position] = float(value)
+        tokens = [example.loss_tokens for example in examples]
+        return [QueryEvidence(float(losses[i]) / tokens[i], densities[i]) for i in range(len(examples))]
 
     @cached_property
     def _recomputer(self) -> Recomputer:

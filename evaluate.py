@@ -10,12 +10,13 @@ from .evaluation.checks import brittleness, labels, recall, tailpatch
 from .evaluation.judge import Judgement, judge_index, judge_scores
 from .evaluation.packs import Half
 from .evaluation.retrain import PackConfig, make_pack
+from .evaluation.slope import slope
 from .query.options import ScoreOptions
 from .ray_jobs.progress import default_reporter
 from .store.errors import UsageError
 from .store.index import Index
 
-__all__ = ["brittleness", "labels", "lds", "pack", "recall", "replay", "tailpatch"]
+__all__ = ["brittleness", "labels", "lds", "pack", "recall", "replay", "slope", "tailpatch"]
 
 
 def lds(

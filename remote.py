@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .store.vectors import Rows
 
 MOST_QUERIES = 256  # in a request
-MOST_COSTLY = 16  # queries with groups or baselines, in a request
+MOST_COSTLY = 16  # queries with groups, baselines or a rerank, in a request
 MOST_ANSWERS = 20_000
 MOST_EXPLAINED = 20
 _MOST_BYTES = 900_000
@@ -161,7 +161,8 @@ class RemoteClient(BaseClient):
 
     def _requests(self, queries: Sequence[Query], options: Mapping[str, Any]) -> Iterator[Sequence[Query]]:
         """Split queries into parts that a server accepts in one request."""
-        most = MOST_COSTLY if options.get("group_by") or options.get("baselines") else MOST_QUERIES
+        is_costly = options.get("group_by") or options.get("baselines") or options.get("rerank") != 0
+        most = MOST_COSTLY if is_costly else MOST_QUERIES
         most = max(1, min(most, MOST_ANSWERS // (options.get("k") or 10)))
         first = size = 0
         for position, query in enumerate(queries):

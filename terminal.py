@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .ray_jobs.plan import Cost
     from .store.index import Index
     from .store.manifest import Addition, Build, Manifest
+    from .store.takedown import Takedown
 
 _NAMED = 5
 
@@ -63,6 +64,17 @@ def _how_searched(s: SearchReport) -> str:
     return searched + (" by one-bit codes, whose scores are estimates," if s.estimates else "")
 
 
+def _unit(s: SearchReport) -> str:
+    """Describe the unit of an answer's scores in one line."""
+    if s.unit is None:
+        return "scores without a unit; of all: an example's part of the sum of all scores of its sign"
+    per = " per nat of the example's own loss" if s.unit == "nats per nat" else ""
+    predicted = f"nats{per} that the loss is predicted to rise by without the example; of all: its part of the sum of its sign"
+    if s.slope is None:
+        return f"{predicted}; the size was not measured (wherefrom evaluate slope), the order counts"
+    return f"{predicted}; measured slope {s.slope['value']:.3g} ({s.slope['low']:.3g} to {s.slope['high']:.3g}) by {s.slope['measured_by']}"
+
+
 def _query_text(q: Mapping[str, Any]) -> Text:
     """Return a query as text, with what its loss is on in bold."""
     text = Text()
@@ -97,7 +109,7 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
     yield Text("\n") + _query_text(q)
     for title, attributions, colour in (("proponents", answer.proponents, "blue"), ("opponents", answer.opponents, "dark_orange")):
         if attributions:
-            yield _attributions(title, attributions, colour, answer.search.rerank is not None, narrow)
+            yield _attributions(title, attributions, colour, answer.search, narrow)
     if answer.groups is not None:
         yield _groups(answer.groups)
     if answer.baselines is not None:
@@ -110,9 +122,9 @@ def renderables(answer: Answer, narrow: bool = False) -> Iterator[RenderableType
         yield Text(f"the rows measure {measured:.1%} of the trained parameters (wherefrom info names the rest)", style="dim")
     if s.missing:
         yield Text(f"{s.missing:,} rows were not searched: a part of the index does not run at present", style="dark_orange")
-    if s.by_influence is not None:
-        by_influence = f"by influence, which large losses lead (--mode influence), {s.by_influence:.0%} of these are among the best"
-        yield Text(f"ranked per nat of an example's own loss; {by_influence}", style="dim")
+    for warning in answer.reliability.warnings:
+        yield Text(f"! {warning}", style="dark_orange")
+    yield Text(_unit(s), style="dim")
     if s.note:
         yield Text(f"all rows were read: {s.note}", style="dim")
     if s.rerank is not None:
@@ -148,21 +160,24 @@ def _curvature(q: Mapping[str, Any]) -> str:
     return how
 
 
-def _attributions(title: str, attributions: Sequence[Attribution], colour: str, reranked: bool, narrow: bool) -> Table:
+def _attributions(title: str, attributions: Sequence[Attribution], colour: str, search: SearchReport, narrow: bool) -> Table:
+    reranked = search.rerank is not None
     table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("row", justify="right", style="dim", no_wrap=True)
-    table.add_column("score", justify="right", style=colour, no_wrap=True)
+    table.add_column(search.unit or "score", justify="right", style=colour, no_wrap=True)
     if reranked:
         table.add_column("stored", justify="right", style="dim", no_wrap=True)
     if not narrow:
+        table.add_column("of all", justify="right", style="dim", no_wrap=True)
         table.add_column("id", no_wrap=True, max_width=28)
     table.add_column("text", ratio=1, overflow="fold")
     for a in attributions:
         cells = [str(a.rank), str(a.row), f"{a.score:.4g}" + (f" ± {a.error:.3g}" if a.error else "")]
         if reranked:
             cells.append("" if a.stored_score is None else f"{a.stored_score:.4g} (#{a.stored_rank})")
-        table.add_row(*cells, *(() if narrow else (_printable(a.id),)), _printable(shortened(a.text)))
+        share = "" if a.share is None else f"{a.share:.1%}"
+        table.add_row(*cells, *(() if narrow else (share, _printable(a.id))), _printable(shortened(a.text)))
     return table
 
 
@@ -314,6 +329,16 @@ def _show_not_stored(record: "Build | Addition") -> None:
         say(f"not read: {unread}")
     if record.left_out_columns:
         say(f"left out columns: {_columns(record.left_out_columns)}")
+
+
+def show_takedown(report: "Takedown") -> None:
+    """Print the report of a takedown."""
+    say(f"{len(report.ids):,} examples were taken down; {report.rows:,} rows remain")
+    searched = f"{report.contents:,} ids, texts, token lists and codes of theirs were searched for in {report.files:,} files"
+    say(f"{searched} ({report.bytes:,} bytes): {len(report.found) or 'none'} found")
+    for found in report.found:
+        others = f"which {', '.join(found.others[:_NAMED])} holds, too" if found.others else "which nothing explains"
+        say(f"  {found.content} of {found.id} in {found.file}, {others}")
 
 
 def show_cost(cost: "Cost") -> None:

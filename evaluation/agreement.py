@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..store.training import read_training
 from .baselines import content_baselines, require_libraries
 from .checks import Report, mean_figure
 from .lds import columns_correlation
-from .replay import match_rows, replay_examples
+from .replay import Replayed, match_rows, replay_examples
 
 _BEST = 10
 _SUBSETS = 100
@@ -52,6 +52,53 @@ def agreement(
     """
     require_libraries()
     client = index if isinstance(index, Client) else Client(index, model=model, device=resources.get("device", "auto"))
+    with reporting(reporter) as current:
+        scores, exact, compared = exact_scores(client, run, queries, mode, current, **resources)
+    matched = [client.index.example(row) for row in compared.rows]
+    baselines = content_baselines(matched, client.query_examples(queries))
+    methods = {"the index": scores, **{name: baselines[name] for name in ("chars", "bm25", "random")}}
+    figures = {}
+    subsets = np.random.default_rng(0).random((_SUBSETS, len(matched))) < 0.5
+    for name, matrix in methods.items():
+        figures[f"{name}: rank correlation of sums over random halves"] = mean_figure(
+            columns_correlation(subsets @ matrix, subsets @ exact).tolist()
+        )
+        figures[f"{name}: rank correlation over examples"] = mean_figure(columns_correlation(matrix, exact).tolist())
+        figures[f"{name}: share of the {_BEST} best"] = mean_figure(_shared_best(matrix, exact))
+    about = {
+        "queries": len(queries),
+        "examples_compared": len(matched),
+        "examples_of_the_index_that_the_run_did_not_see": len(client.index) - len(matched),
+        "examples_of_the_run_without_a_row": compared.without_row,
+        "steps": compared.replayed.steps,
+        "difference": round(compared.replayed.difference, 6),
+        "mode": mode,
+    }
+    explained = "Compared with the derivatives of the queries' losses through the whole recorded training."
+    return Report("replay", figures, about, explained)
+
+
+class Compared(NamedTuple):
+    """The examples of an index that a recorded run has.
+
+    Attributes:
+        rows: of these examples.
+        without_row: number of the run's examples that the index lacks.
+    """
+
+    rows: list[int]
+    without_row: int
+    replayed: Replayed
+
+
+def exact_scores(
+    client: Client, run: str | Path, queries: Sequence[Query], mode: Mode, reporter: Reporter, **resources: Any
+) -> tuple[Float64[np.ndarray, "examples queries"], Float64[np.ndarray, "examples queries"], Compared]:
+    """Compute an index's scores, and exact influence by a replay, of the examples that both have.
+
+    Raises:
+        DataError, IncompatibleError: see `agreement`.
+    """
     examples = client.query_examples(queries)
     rows = [client.index.example(row) for row in range(len(client.index))]
     recorded = read_training(Path(run).resolve())
@@ -68,34 +115,13 @@ def agreement(
             f"only {len(pairs):,} of the index's {len(rows):,} examples are in the recorded run, with the same tokens and loss mask; build "
             "the index from what was trained on, with the same max_tokens and end-of-text token"
         )
-    with reporting(reporter) as current:
-        replayed = replay_examples(run, examples, current, **resources)
+    replayed = replay_examples(run, examples, reporter, **resources)
     matched_rows = [pair[0] for pair in pairs]
     numbers = [pair[1] for pair in pairs]
     shared = np.bincount(numbers, minlength=len(recorded.examples))[numbers]  # equal rows share an example's derivative
     exact = replayed.scores[:, numbers].T.astype(np.float64) / shared[:, None]
     scores = score_matrix(client.index, client.encode(queries), Metric(mode)).T[matched_rows].astype(np.float64)
-    baselines = content_baselines([rows[row] for row in matched_rows], examples)
-    methods = {"the index": scores, **{name: baselines[name] for name in ("chars", "bm25", "random")}}
-    figures = {}
-    subsets = np.random.default_rng(0).random((_SUBSETS, len(matched_rows))) < 0.5
-    for name, matrix in methods.items():
-        figures[f"{name}: rank correlation of sums over random halves"] = mean_figure(
-            columns_correlation(subsets @ matrix, subsets @ exact).tolist()
-        )
-        figures[f"{name}: rank correlation over examples"] = mean_figure(columns_correlation(matrix, exact).tolist())
-        figures[f"{name}: share of the {_BEST} best"] = mean_figure(_shared_best(matrix, exact))
-    about = {
-        "queries": len(examples),
-        "examples_compared": len(matched_rows),
-        "examples_of_the_index_that_the_run_did_not_see": len(rows) - len(matched_rows),
-        "examples_of_the_run_without_a_row": len(recorded.examples) - len({pair[1] for pair in pairs}),
-        "steps": replayed.steps,
-        "difference": round(replayed.difference, 6),
-        "mode": mode,
-    }
-    explained = "Compared with the derivatives of the queries' losses through the whole recorded training."
-    return Report("replay", figures, about, explained)
+    return scores, exact, Compared(matched_rows, len(recorded.examples) - len(set(numbers)), replayed)
 
 
 def _shared_best(scores: Float64[np.ndarray, "examples queries"], exact: Float64[np.ndarray, "examples queries"]) -> list[float]:

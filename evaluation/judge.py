@@ -154,10 +154,7 @@ def judge_index(
         if index is None:
             build(config, reporter)
         client = Client(index or config.out, device=config.device, trust_remote_code=config.trust_remote_code, task=config.task)
-        train = [client.index.example(row) for row in range(len(client.index))]
-        if [e.id for e in train] != [d.id for d in pack.train]:
-            raise IntegrityError(f"{directory}: its {len(pack.train)} documents gave {len(train)} examples that differ; each must give one")
-        query_examples = client.to_examples(pack.queries)
+        train, query_examples = pack_examples(client, pack, directory)
         if options.get("model") is None:
             _check_model(pack, client.recorded.task, client.encoder.model, query_examples)
         metric = Metric.of({**(scoring or {}), "preset": client.index.manifest.build.inputs.options.preset})
@@ -177,6 +174,18 @@ def judge_index(
         components = {c["name"]: {k: v for k, v in c.items() if k in shown} for c in summary["components"]}
         sizes = {"bytes_per_example": summary["bytes_per_example"], "encoder_bytes": summary["encoder_bytes"]}
         return replace(judgement, **sizes, method={**metric.settings(), **components, **method})
+
+
+def pack_examples(client: Client, pack: Pack, directory: Path) -> tuple[list[Example], list[Example]]:
+    """Return the training examples of an index, which must be those of a pack, and the pack's queries as examples.
+
+    Raises:
+        IntegrityError: the index has other examples.
+    """
+    train = [client.index.example(row) for row in range(len(client.index))]
+    if [e.id for e in train] != [d.id for d in pack.train]:
+        raise IntegrityError(f"{directory}: its {len(pack.train)} documents gave {len(train)} examples that differ; each must give one")
+    return train, client.to_examples(pack.queries)
 
 
 def _images_file(pack: Pack, scratch: Path, out: Path | None) -> Path:

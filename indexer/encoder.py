@@ -250,7 +250,10 @@ class Encoder:
         Args:
             exact: before rows are cut to the tokens an index stores.
         """
-        encoded = list(self.batches(examples, progress, queries, skip_nonfinite))
+        return self.joined(list(self.batches(examples, progress, queries, skip_nonfinite)), exact)
+
+    def joined(self, encoded: Sequence[EncodedBatch], exact: bool = False) -> dict[str, Any]:
+        """Join the rows of all batches of some examples, by component, in the examples' order; see `rows`."""
         rows = {}
         for component in self.settings.components:
             blocks = [(batch.positions, (batch.exact if exact else batch.rows)[component.name]) for batch in encoded]

@@ -98,7 +98,8 @@ class RecordedEncoder:
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder that computed the rows of the index."""
-        settings = EncoderSettings(self.index.manifest.components, _QUERY_BATCH_TOKENS)
+        has_hidden = self.index.hidden(self.index.shards[0]) is not None
+        settings = EncoderSettings(self.index.manifest.components, _QUERY_BATCH_TOKENS, has_hidden)
         return Encoder(self.task, self.models, settings, self.index.arrays)
 
     def check_models(self, fingerprints: Sequence[str]) -> None:

@@ -28,11 +28,14 @@ class Attribution:
     Attributes:
         rank: from 1, within proponents or opponents.
         row, id: where it stands in the index, and its stable id.
-        score: positive for a proponent (training on it lowered the query's loss), negative for an opponent. Under
-            "influence" in nats per unit of example weight, up to the damped curvature's scale; under "cosine" from -1 to 1.
+        score: positive for a proponent (training on it lowered the query's loss), negative for an opponent. In the unit of the search's
+            report: nats that the query's loss is predicted to rise by without the example; as cosines from -1 to 1.
         document: the id of the document that the example was cut from; its own id when it is whole.
         error: the score's standard error, from one-bit codes (see `Scorer.standard_errors`); None where the query is itself such a row,
             and of a recomputed score.
+        percentile: percentage of the searched rows that score below it.
+        share: its part of the sum of all scores of its sign; None where not all rows were scored.
+        uncertain: the score lies within two standard errors of zero.
         stored_rank, stored_score: of a recomputed score, rank and score by stored rows; None where a baseline alone found the example.
     """
 
@@ -45,6 +48,9 @@ class Attribution:
     document: str
     metadata: Mapping[str, Any]
     error: float | None
+    percentile: float
+    share: float | None
+    uncertain: bool
     stored_rank: int | None = None
     stored_score: float | None = None
 
@@ -124,8 +130,10 @@ class SearchReport:
         note: why all rows were scanned although a lower recall was asked for.
         seconds: wall time of the pass.
         faiss: the FAISS index that found the candidates; None for a scan.
-        by_influence: of an answer that is ranked in another mode by default, the share of its proponents that are also among the best by
-            influence; else None.
+        unit: of the scores: "nats", "nats per nat" of the example's own loss, or None (see query/units.py).
+        slope: the measured change of losses for each nat, which the scores hold, with its interval and what measured it; None where it was
+            not measured.
+        positive, negative: sums of all scores above 0, and below, by stored rows; None where not all rows were scored.
         missing: rows of parts of the index that were not there and were not waited for (`partial`); whether a filter matches them is
             not known.
     """
@@ -141,7 +149,10 @@ class SearchReport:
     faiss: FaissReport | None = None
     rerank: RerankReport | None = None
     refine: RefineReport | None = None
-    by_influence: float | None = None
+    unit: str | None = None
+    slope: Mapping[str, Any] | None = None
+    positive: float | None = None
+    negative: float | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "SearchReport":
@@ -149,6 +160,33 @@ class SearchReport:
         kinds = {"rerank": RerankReport, "refine": RefineReport, "faiss": FaissReport}
         reports = {name: kind(**record[name]) for name, kind in kinds.items() if record.get(name) is not None}
         return cls(**{**record, **reports})
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Reliability of an answer: what speaks for and against it (see query/reliability.py).
+
+    Attributes:
+        warnings: what speaks against it, a sentence each; empty where nothing does.
+        loss: of the query, nats for each token that its loss is on; None where that is not known.
+        loss_percentile: percentage of sampled training examples whose loss is lower; likewise `similarity_percentile`, and
+            `density_percentile` of the density of hidden states at the query's.
+        similarity: the highest cosine of the query's row with another's; None where no cosines were computed.
+        agreement: by other mode, the share of the proponents by stored rows that are also among its best.
+        uncertain_proponents, uncertain_opponents: how many lie within two standard errors of zero.
+        unmatched: number of searched rows that score exactly 0, since they share no token with the query; None where not all were scored.
+    """
+
+    warnings: tuple[str, ...]
+    loss: float | None
+    loss_percentile: float | None
+    similarity: float | None
+    similarity_percentile: float | None
+    density_percentile: float | None
+    agreement: Mapping[str, float]
+    uncertain_proponents: int
+    uncertain_opponents: int
+    unmatched: int | None
 
 
 @dataclass(frozen=True)
@@ -204,6 +242,7 @@ class Answer:
     proponents: tuple[Attribution, ...]
     opponents: tuple[Attribution, ...]
     search: SearchReport
+    reliability: Reliability
     index: Mapping[str, Any]
     groups: tuple[Group, ...] | None = None
     baselines: tuple[Baseline, ...] | None = None
@@ -216,8 +255,9 @@ class Answer:
         """Tables of proponents and opponents, and of groups and baselines where there are some, for notebooks."""
         parts = []
         for title, attributions in (("Proponents", self.proponents), ("Opponents", self.opponents)):
-            rows = [(a.rank, a.score, a.id, a.text[:_SHOWN_TEXT]) for a in attributions]
-            parts.append(html_table(title, ("", "score", "id", "text"), rows))
+            rows = [(a.rank, a.score, a.percentile, a.id, a.text[:_SHOWN_TEXT]) for a in attributions]
+            parts.append(html_table(title, ("", self.search.unit or "score", "percentile", "id", "text"), rows))
+        parts += [f"<p>{escape(printable(warning))}</p>" for warning in self.reliability.warnings]
         if self.groups is not None:
             columns = ("value", "rows", "total", "low", "high", "share for", "share against")
             groups = [(g.value, g.rows, g.total, g.low, g.high, g.positive_share, g.negative_share) for g in self.groups]
@@ -236,6 +276,7 @@ class Answer:
             **({"groups": [asdict(g) for g in self.groups]} if self.groups is not None else {}),
             **({"baselines": [asdict(c) for c in self.baselines]} if self.baselines is not None else {}),
             "search": asdict(self.search),
+            "reliability": asdict(self.reliability),
             "index": dict(self.index),
         }
 
@@ -247,6 +288,7 @@ class Answer:
             proponents=tuple(Attribution(**a) for a in record["proponents"]),
             opponents=tuple(Attribution(**a) for a in record["opponents"]),
             search=SearchReport.from_dict(record["search"]),
+            reliability=Reliability(**{**record["reliability"], "warnings": tuple(record["reliability"]["warnings"])}),
             index=record["index"],
             groups=tuple(Group(**g) for g in record["groups"]) if "groups" in record else None,
             baselines=tuple(map(_baseline, record["baselines"])) if "baselines" in record else None,

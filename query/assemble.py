@@ -4,21 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..store.errors import BusyError, UsageError
 from ..store.index import ColumnType, Index
+from ..store.usual import Usual
 from ..store.vectors import Rows, slice_rows
 from .answers import Answer, Attribution, RefineReport, SearchReport
 from .baselines import BaselineScores, compare
 from .metric import Metric
 from .options import Options
 from .parts import Parts, Search
+from .reliability import QueryEvidence, assess, compared_modes, is_uncertain
 from .rerank import Place, Recomputation, Reranked, Sizes, baseline_candidates, rerank
 from .scoring import Scorer, mixed_components
 from .search import Found, Hits, find, find_by_faiss, pass_size
 
-_DEFAULT_K = 10
+DEFAULT_K = 10
 _MATRIX_BYTES = 256 << 20
 _PASS_SCORES = 1 << 22  # of a thread in one pass: queries times rows of a group
 _NO_PLACE = Place(None, None)
@@ -30,11 +30,11 @@ class QueryRecord:
 
     Attributes:
         fields: of the query.
-        has_row: the query is a row of the index, or a mean with one. Its scores have no standard errors, since that row is coded too.
+        evidence: of it. Scores of a query by row, or of a mean with one, have no standard errors, since that row is coded too.
     """
 
     fields: Mapping[str, Any]
-    has_row: bool
+    evidence: QueryEvidence
 
 
 def answer_queries(
@@ -46,6 +46,7 @@ def answer_queries(
     baselines: BaselineScores | None = None,
     recomputation: Recomputation | None = None,
     refinement: RefineReport | None = None,
+    usual: Usual | None = None,
 ) -> list[Answer]:
     """Answer encoded queries.
 
@@ -55,6 +56,7 @@ def answer_queries(
         baselines: scores of baselines, by name; None for answers without baselines.
         recomputation: for the option `rerank`.
         refinement: of the queries' rows.
+        usual: of training examples, for the answers' reliability; None where that is not known.
 
     Raises:
         UsageError: an option is out of range or not possible with the index, or there are no rows to search.
@@ -63,17 +65,16 @@ def answer_queries(
     metric = Metric.of_answer(options, index.manifest.mode)
     where = options.get("where")
     k = options.get("k")
-    k = _DEFAULT_K if k is None else min(int(k), len(index))
+    k = DEFAULT_K if k is None else min(int(k), len(index))
     recall = options.get("recall", 1.0)
-    count = min(max(k, options.get("rerank") or 0), len(index))  # candidates of each side
+    count = min(max(k, 0 if recomputation is None else recomputation.candidates), len(index))  # of each side
     with_opponents = options.get("opponents", True)
     column = options.get("group_by")
     if options.get("engine") == "faiss" and (column is not None or baselines is not None or recall < 1):
         raise UsageError("groups, baselines and a certified recall need a scan; leave them out, or `engine` faiss")
     size = pass_size(recall, column is not None)
     size = max(1, min(size, _PASS_SCORES // max(group.rows for group in index.groups)))
-    if baselines is not None:
-        size = max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
+    size = size if baselines is None else max(1, min(size, _MATRIX_BYTES // (4 * len(index))))
     mixings = mixed_components(index, rows, metric)
     settings = _settings(index, metric, where, {name: mixing.share for name, mixing in mixings.items()})
     answers = []
@@ -85,9 +86,11 @@ def answer_queries(
         if options.get("engine") == "faiss":
             result = find_by_faiss(parts, search, count, partial)
         else:
-            result = find(parts, search, len(scorer), count, recall, column, baselines is not None, partial)
+            others = compared_modes(metric)
+            result = find(parts, search, len(scorer), count, recall, column, baselines is not None, partial, others)
         _refuse_nothing(result, where)
         all_hits = result.hits
+        stored_hits = all_hits
         groups = None if result.sums is None else result.sums.total()
         if not with_opponents:
             all_hits = [hits.without_opponents() for hits in all_hits]
@@ -99,12 +102,11 @@ def answer_queries(
             reranked = rerank(numbers, all_hits, baseline_rows, Sizes(k, count, with_opponents), recomputation)
             refined = recomputation.refinement()
             all_hits = [rerank_result.hits for rerank_result in reranked]
-        by_influence = _by_influence(parts, search, k, partial) if metric.mode != options.get("mode", "influence") else None
         for number, (query, hits, rerank_result) in enumerate(zip(queries[first : first + size], all_hits, reranked, strict=True)):
-            errors = not query.has_row and rerank_result is None
-            stored = {} if rerank_result is None else rerank_result.stored
-            proponents = _attributions(scorer, number, hits.proponents, hits.proponent_scores, errors, stored)
-            opponents = _attributions(scorer, number, hits.opponents, hits.opponent_scores, errors, stored)
+            report = _report(index, metric, scorer, hits, result, rerank_result)
+            with_errors = not query.evidence.by_row and rerank_result is None
+            places = {} if rerank_result is None else rerank_result.stored
+            proponents, opponents = (_attributions(scorer, number, hits, sign, report, with_errors, places) for sign in (1, -1))
             compared = None
             if baselines is not None and result.scores is not None and result.mask is not None:
                 scores = {name: columns[:, first + number] for name, columns in baselines.items()}
@@ -114,29 +116,14 @@ def answer_queries(
                     query={**query.fields, **settings},
                     proponents=proponents,
                     opponents=opponents,
-                    search=replace(
-                        _report(index, metric, hits, result, rerank_result),
-                        refine=refined,
-                        by_influence=None if by_influence is None else _shared(hits, by_influence[number]),
-                    ),
+                    search=replace(report, refine=refined),
+                    reliability=assess(query.evidence, usual, metric, stored_hits[number], proponents, opponents, result.searched),
                     index=describe_index(index),
                     groups=None if groups is None else groups.groups(number),
                     baselines=compared,
                 )
             )
     return answers
-
-
-def _by_influence(parts: Parts, search: Search, k: int, partial: bool) -> list[Hits]:
-    """Find the rows with the highest influence of queries whose answer is ranked in another mode by default."""
-    influence = Search(search.queries, replace(search.metric, mode="influence"), search.mixings, search.where, search.types)
-    return find(parts, influence, len(parts.scorer(influence)), k, 1.0, partial=partial).hits
-
-
-def _shared(hits: Hits, others: Hits) -> float | None:
-    """Return the share of an answer's proponents that are also among others; None without proponents."""
-    rows = hits.proponents[: len(others.proponents)].tolist()
-    return len(set(rows) & set(others.proponents.tolist())) / len(rows) if rows else None
 
 
 def _refuse_nothing(result: Found, where: str | None) -> None:
@@ -168,8 +155,10 @@ def _settings(index: Index, metric: Metric, where: str | None, shares: Mapping[s
     return settings
 
 
-def _report(index: Index, metric: Metric, hits: Hits, result: Found, reranked: Reranked | None) -> SearchReport:
+def _report(index: Index, metric: Metric, scorer: Scorer, hits: Hits, result: Found, reranked: Reranked | None) -> SearchReport:
     components = index.manifest.components
+    is_other_scale = reranked is not None and reranked.report.unprojected_layers > 0  # components with other weights
+    slope = None if is_other_scale else scorer.unit.slope
     return SearchReport(
         method="by FAISS" if result.faiss else "exact" if hits.recall == 1 else "by quantized scan and rescore",
         rows=result.searched,
@@ -181,6 +170,10 @@ def _report(index: Index, metric: Metric, hits: Hits, result: Found, reranked: R
         missing=result.missing,
         faiss=result.faiss,
         rerank=None if reranked is None else reranked.report,
+        unit=scorer.unit.name,
+        slope=None if slope is None else slope.model_dump(),
+        positive=None if is_other_scale else hits.positive,
+        negative=None if is_other_scale else hits.negative,
     )
 
 
@@ -199,16 +192,27 @@ def describe_index(index: Index) -> dict[str, Any]:
 
 
 def _attributions(
-    scorer: Scorer, query: int, rows: np.ndarray, scores: np.ndarray, with_errors: bool, stored: Mapping[int, Place]
+    scorer: Scorer, query: int, hits: Hits, sign: int, report: SearchReport, with_errors: bool, places: Mapping[int, Place]
 ) -> tuple[Attribution, ...]:
+    """Describe proponents (sign 1) or opponents (sign -1) of a query.
+
+    Args:
+        with_errors: the scores have standard errors.
+        places: of reranked examples by stored rows.
+    """
+    index = scorer.index
+    rows, scores = (hits.proponents, hits.proponent_scores) if sign > 0 else (hits.opponents, hits.opponent_scores)
+    total = report.positive if sign > 0 else report.negative
     errors = scorer.standard_errors(query, rows).tolist() if with_errors else [None] * len(rows)
     attributions = []
-    examples = scorer.index.examples(rows.tolist())
-    for rank, (row, score, error, example) in enumerate(zip(rows.tolist(), scores.tolist(), errors, examples, strict=True), 1):
-        place = stored.get(row, _NO_PLACE)
+    for number, (row, score, error, example) in enumerate(
+        zip(rows.tolist(), scores.tolist(), errors, index.examples(rows.tolist()), strict=True)
+    ):
+        place = places.get(row, _NO_PLACE)
+        below = report.rows - number - 1 if sign > 0 else number
         attributions.append(
             Attribution(
-                rank=rank,
+                rank=number + 1,
                 row=row,
                 id=example.id,
                 score=score,
@@ -217,6 +221,9 @@ def _attributions(
                 document=example.document,
                 metadata=example.metadata,
                 error=error,
+                percentile=100 * below / report.rows,
+                share=score / total if total else None,
+                uncertain=is_uncertain(score, error),
                 stored_rank=place.rank,
                 stored_score=place.score,
             )

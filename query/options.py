@@ -268,7 +268,10 @@ class Options(ScoreOptions, total=False):
     rerank: Annotated[
         int | None,
         Option(
-            "Compute the rows of so many of the best and of the worst again, without codes, and rank them by the result.", low=1, high=1000
+            "Compute the rows of so many of the best and of the worst again, without codes, and rank them by the result; 0 computes none.  "
+            "[default: as many as take about two seconds, at most 100; 0 for queries by row]",
+            low=0,
+            high=1000,
         ),
     ]
     baselines: Annotated[bool, Option("Beside the answer: what BM25, mean hidden states and the norm alone find.")]

@@ -10,17 +10,18 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..store.compiled import Compiled
 from ..store.index import ColumnType, Index, ShardGroup, merge_column_types
-from ..store.shapes import Bool, Float32, Int64
+from ..store.shapes import Bool, Float32, Float64, Int64
 from ..store.vectors import Rows
 from .groups import MOST_VALUES, Sums, SumTree
 from .metric import Metric
 from .mixing import Mixing
+from .options import Mode
 from .scoring import Scorer, by_group
 
 _CACHED_SEARCHES = 4  # prepared searches, and masks
@@ -60,6 +61,8 @@ class Scan:
     Attributes:
         best, worst: for each query.
         searched: number of the rows that were searched.
+        signed: of each group of shards and query, sums of the scores above 0 and of those below, and how many are not 0.
+        best_otherwise: for each query, the best rows in other modes, by mode.
         sums: by group, if a column was named.
         mask, scores: the mask of the searched rows, and their scores, if these were asked for.
     """
@@ -67,6 +70,8 @@ class Scan:
     best: list[Ranked]
     worst: list[Ranked]
     searched: int
+    signed: Float64[np.ndarray, "groups queries 3"]
+    best_otherwise: dict[Mode, list[Ranked]]
     sums: SumTree | None
     mask: Bool[np.ndarray, " rows"] | None
     scores: Float32[np.ndarray, "queries searched"] | None
@@ -203,6 +208,27 @@ class Mask:
         return self.count == len(self.rows)
 
 
+class _GroupScan(NamedTuple):
+    """The result of an exact scan of one group of shards.
+
+    Attributes:
+        candidates: for each query and side.
+        signed: see `Scan`.
+    """
+
+    candidates: list[list[Ranked]]
+    signed: Float64[np.ndarray, "queries 3"]
+    sums: Sums | None
+    scores: Float32[np.ndarray, "queries searched"] | None
+
+
+def _signed_sums(scores: Float32[np.ndarray, "queries searched"]) -> Float64[np.ndarray, "queries 3"]:
+    """Return the sums of the scores above 0 and of those below, and how many are not 0."""
+    total = scores.sum(axis=1, dtype=np.float64)
+    sizes = np.array([np.abs(row).sum(dtype=np.float64) for row in scores])
+    return np.stack([(sizes + total) / 2, (total - sizes) / 2, np.count_nonzero(scores, axis=1)], axis=1)
+
+
 class Part:
     """Consecutive groups of shards of an index, and what is computed of them for a search.
 
@@ -236,48 +262,58 @@ class Part:
         """Return the number of the rows that are searched."""
         return sum(mask.count for mask in self._mask(search))
 
-    def scan(self, search: Search, k: int, column: str | None = None, with_scores: bool = False) -> Scan:
+    def scan(self, search: Search, k: int, column: str | None = None, with_scores: bool = False, others: Sequence[Mode] = ()) -> Scan:
         """Score all searched rows.
 
         Args:
             column: also sum the scores by the values of this column.
             with_scores: also return all scores.
+            others: modes in which to find the best rows, too.
         """
         scorer = self.scorer(search)
         masks = self._mask_by_group(search)
         numbers = {group.first: number for number, group in zip(self._numbers, self.groups, strict=True)}
-        ranked = [(Best(k, 1), Best(k, -1)) for _ in range(len(scorer))]
+        ranked = [(Best(k, 1), Best(k, -1), *(Best(k, 1) for _ in others)) for _ in range(len(scorer))]
         sums = None if column is None else SumTree(column)
         blocks = []
+        signed = []
 
-        def score(group: ShardGroup) -> tuple[list[list[Ranked]], Sums | None, Float32[np.ndarray, "queries searched"] | None]:
+        def score(group: ShardGroup) -> _GroupScan:
             mask = masks[group.first]
-            scores = scorer.scores(group)
+            scores_by_mode = scorer.scores_by_mode(group, (scorer.mode, *others))
+            scores = scores_by_mode[scorer.mode]
             group_sums = None
             if column is not None:
                 codes, values = self.index.distinct(column, MOST_VALUES, [group], search.types)
                 group_sums = Sums.of(codes, values, scores, mask.rows, group.first)
             if not mask.is_complete:
-                scores = scores[:, mask.rows]
+                scores_by_mode = {mode: block[:, mask.rows] for mode, block in scores_by_mode.items()}
             offsets = None if mask.is_complete else np.flatnonzero(mask.rows)
+            blocks_of_sides = [scores_by_mode[mode] for mode in (scorer.mode, scorer.mode, *others)]
             candidates = [
-                [side.candidates(group.first, offsets, query_scores) for side in sides]
-                for query_scores, sides in zip(scores, ranked, strict=True)
+                [side.candidates(group.first, offsets, block[q]) for side, block in zip(sides, blocks_of_sides, strict=True)]
+                for q, sides in enumerate(ranked)
             ]
-            return candidates, group_sums, scores if with_scores else None
+            scores = scores_by_mode[scorer.mode]
+            return _GroupScan(candidates, _signed_sums(scores), group_sums, scores if with_scores else None)
 
-        for group, (group_candidates, group_sums, scores) in by_group(self.groups, score, self._threads, small=not with_scores):
-            for sides, query_candidates in zip(ranked, group_candidates, strict=True):
+        for group, scan in by_group(self.groups, score, self._threads, small=not with_scores):
+            for sides, query_candidates in zip(ranked, scan.candidates, strict=True):
                 for side, candidates in zip(sides, query_candidates, strict=True):
                     side.add(*candidates)
-            if sums is not None and group_sums is not None:
-                sums.add(0, numbers[group.first], group_sums)
-            if scores is not None:
-                blocks.append(scores)
+            signed.append(scan.signed)
+            if sums is not None and scan.sums is not None:
+                sums.add(0, numbers[group.first], scan.sums)
+            if scan.scores is not None:
+                blocks.append(scan.scores)
+        sides_of_queries = [[side.ranked() for side in sides] for sides in ranked]
+        best, worst, *best_otherwise = ([sides[side] for sides in sides_of_queries] for side in range(2 + len(others)))
         return Scan(
-            [best.ranked() for best, _ in ranked],
-            [worst.ranked() for _, worst in ranked],
+            best,
+            worst,
             self.count(search),
+            np.stack(signed),
+            dict(zip(others, best_otherwise, strict=True)),
             sums,
             self.searched(search) if with_scores else None,
             np.concatenate(blocks, axis=1) if with_scores else None,

@@ -23,12 +23,14 @@ class Recomputation(NamedTuple):
     """The computation of candidates' scores.
 
     Attributes:
+        candidates: number of them, of the best and of the worst rows.
         scores: function from rows and the numbers of consecutive queries to the scores of these rows for these queries.
         unprojected_layers: number of layers whose gradients are not projected; 0 for rows as those of the index.
         query_bits: function from a number of queries to the bits of a coordinate of their vectors.
         refinement: function that returns how the queries of the last computation were refined; None where they were not.
     """
 
+    candidates: int
     scores: Callable[[Int64[np.ndarray, " rows"], range], Float64[np.ndarray, "queries rows"]]
     unprojected_layers: int
     query_bits: Callable[[int], int]

@@ -31,6 +31,7 @@ from .metric import Metric, matched
 from .mixing import Mixing
 from .operands import OPERANDS, Estimates, Operand
 from .options import Mode
+from .units import Unit
 
 _PIECES = 4  # of a thread's groups in a search
 _SHORTEST = 1e-37  # smallest length whose inverse is a float32
@@ -60,12 +61,14 @@ class Scorer:
     Attributes:
         operands: the queries of each component with a weight other than 0.
         norms: the queries' lengths under the metric.
+        unit: of the scores.
     """
 
     index: Index
     operands: Sequence[Operand]
     norms: Float64[np.ndarray, " queries"]
     mode: Mode
+    unit: Unit
 
     @classmethod
     def of(cls, index: Index, queries: Rows, metric: Metric, mixings: Mapping[str, Mixing] | None = None) -> "Scorer":
@@ -80,15 +83,16 @@ class Scorer:
         _check_preset(index, metric)
         operands: list[Operand] = []
         weights = _weights(index, metric)
+        unit = Unit.of(index, metric)
         mixings = mixed_components(index, queries, metric) if mixings is None else mixings
         for component in index.manifest.components:
             weight = weights[component.name]
             if weight:
                 mixing = mixings.get(component.name)
                 rows: Any = queries[component.name]
-                operands.append(OPERANDS[component.kind].of(index, component, rows, metric, weight, mixing))  # type: ignore[arg-type]
+                operands.append(OPERANDS[component.kind].of(index, component, rows, metric, weight * unit.factor, mixing))  # type: ignore[arg-type]
         norms = np.sqrt(sum((operand.weight * operand.squared_norms for operand in operands), np.zeros(count(queries))))
-        return cls(index, operands, norms, metric.mode)
+        return cls(index, operands, norms, metric.mode, unit)
 
     def __len__(self) -> int:
         """Return the number of queries."""
@@ -96,23 +100,29 @@ class Scorer:
 
     def scores(self, group: ShardGroup) -> Float32[np.ndarray, "queries rows"]:
         """Compute the scores of a group's rows."""
-        scores = np.zeros((len(self), group.rows), np.float32)
-        squared = self._squared(group)
+        return self.scores_by_mode(group, (self.mode,))[self.mode]
+
+    def scores_by_mode(self, group: ShardGroup, modes: Sequence[Mode]) -> dict[Mode, Float32[np.ndarray, "queries rows"]]:
+        """Compute the scores of a group's rows in several modes, from one computation of their products."""
+        products = np.zeros((len(self), group.rows), np.float32)
+        squared = np.zeros(group.rows) if "cosine" in modes else None
         for operand in self.operands:
-            operand.add(self.index, group, scores, squared)
-        scores = scores if self.mode == "influence" else scores * self._scale(group, squared)
-        _check_finite(scores)
+            operand.add(self.index, group, products, squared)
+        _check_finite(products)
+        scores = {mode: products if mode == "influence" else products * self._scale(group, squared, mode) for mode in modes}
+        _check_finite(*scores.values())
         return scores
 
     def estimates(self, group: ShardGroup) -> EstimatedScores:
         """Estimate the scores of a group's rows; possible if `refusal` returns None."""
         shape = len(self), group.rows
-        sums = Estimates(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape), self._squared(group))
+        squared = np.zeros(group.rows) if self.mode == "cosine" else None
+        sums = Estimates(np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape), squared)
         for operand in self.operands:
             operand.estimate(self.index, group, sums)
         _check_finite(sums.exact, sums.estimate, sums.variances)
         deviations = np.sqrt(sums.variances).astype(np.float32)
-        return EstimatedScores(sums.exact, sums.estimate, deviations, self._scale(group, sums.squared))
+        return EstimatedScores(sums.exact, sums.estimate, deviations, self._scale(group, sums.squared, self.mode))
 
     def refusal(self, groups: Sequence[ShardGroup]) -> str | None:
         """Return the reason why a quantized scan of groups of shards is not possible or not useful; None if it is both."""
@@ -163,15 +173,11 @@ class Scorer:
             total += float(operand.scaled(self.index, row, stored).inner_products(row).sum(dtype=np.float64))
         return total
 
-    def _squared(self, group: ShardGroup) -> Float64[np.ndarray, " rows"] | None:
-        """Return zeros for the rows' squared lengths, if the mode needs them."""
-        return np.zeros(group.rows) if self.mode == "cosine" else None
-
-    def _scale(self, group: ShardGroup, squared: Float64[np.ndarray, " rows"] | None) -> Float32[np.ndarray, "queries rows"]:
+    def _scale(self, group: ShardGroup, squared: Float64[np.ndarray, " rows"] | None, mode: Mode) -> Float32[np.ndarray, "queries rows"]:
         """Return the factors that turn sums of products into scores."""
-        if squared is not None:
+        if mode == "cosine" and squared is not None:
             lengths = self.norms[:, None] * np.sqrt(squared)[None]
-        elif self.mode == "loss-normalized":
+        elif mode == "loss-normalized":
             lengths = np.tile(np.concatenate([self.index.losses(shard) for shard in group.shards]), (len(self), 1)).astype(np.float64)
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))

@@ -14,9 +14,10 @@ and likewise none of the k worst. That holds for any rows and any query; only th
 large, an exact scan is made instead, since it is faster.
 """
 
+import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..store.errors import UsageError
 from ..store.shapes import Bool, Float32, Int64
 from .answers import FaissReport
 from .groups import SumTree
+from .options import Mode
 from .parts import NO_CANDIDATES, NOTHING, Best, Candidates, Pair, Parts, Ranked, Scan, Search, call_all
 
 _EXACT_PASS = 64  # queries in one exact scan
@@ -48,6 +50,9 @@ class Hits:
         candidates: number of rows that were read; for an exact scan, of all searched rows.
         recall: probability that none of the best k is missing, at least; likewise of the worst. 1 after an exact scan; None by FAISS.
         note: reason for an exact scan where a recall below 1 was requested.
+        positive, negative: sums of the scores of all searched rows above 0, and below; None where not all rows were scored.
+        nonzero: number of searched rows whose score is not 0; None where not all were scored.
+        best_otherwise: the best rows in other modes with their scores, by mode, where these were asked for.
     """
 
     proponents: Int64[np.ndarray, " p"]
@@ -58,6 +63,15 @@ class Hits:
     candidates: int
     recall: float | None = 1.0
     note: str | None = None
+    positive: float | None = None
+    negative: float | None = None
+    nonzero: int | None = None
+    best_otherwise: Mapping[Mode, Ranked] = field(default_factory=dict)
+
+    def completed(self, bound: float, seconds: float, recall: float, note: str | None) -> "Hits":
+        """Return the hits with what is known after a search, and scores clipped to plus and minus a bound."""
+        scores = {name: getattr(self, name).clip(-bound, bound) for name in ("proponent_scores", "opponent_scores")}
+        return replace(self, **scores, seconds=seconds, recall=recall, note=note)
 
     def without_opponents(self) -> "Hits":
         """Leave the opponents out."""
@@ -100,6 +114,7 @@ def find(
     column: str | None = None,
     with_scores: bool = False,
     partial: bool = False,
+    others: Sequence[Mode] = (),
 ) -> Found:
     """Find the best and the worst rows for queries, in one pass.
 
@@ -111,11 +126,12 @@ def find(
         column: also sum the scores by the values of this column, which needs an exact scan.
         with_scores: also return the scores of all searched rows, which needs one, too.
         partial: leave out parts of the index that are not there at present, instead of waiting for them.
+        others: modes in which an exact scan finds the best rows, too.
     """
     k = min(k, len(parts.index))
     started = time.perf_counter()
     note = None
-    ranked: list[_Result] | None = None
+    hits: list[Hits] | None = None
     result = Found([], 0, 0)
     if recall < 1 and (with_scores or column is not None):
         note = "groups and baselines need the scores of all rows"
@@ -127,22 +143,14 @@ def find(
             if rescored is None:
                 note = "more rows could be among the best than an exact scan takes time for"
             else:
-                ranked, result = rescored
-    if ranked is None:
+                hits, result = rescored
+    if hits is None:
         recall = 1.0
-        ranked, result = _scan(parts, search, count, k, column, with_scores, partial)
+        hits, result = _scan(parts, search, count, k, column, with_scores, partial, others)
     seconds = time.perf_counter() - started
     # Cosines from one-bit codes may exceed 1; they are ranked before they are clipped.
     bound = 1.0 if search.metric.mode == "cosine" else np.inf
-    hits = []
-    for (best, best_scores), (worst, worst_scores), candidates in ranked:
-        best_scores = best_scores.clip(-bound, bound)  # noqa: PLW2901
-        worst_scores = worst_scores.clip(-bound, bound)  # noqa: PLW2901
-        hits.append(Hits(best, best_scores, worst, worst_scores, seconds, candidates, recall, note))
-    return replace(result, hits=hits)
-
-
-_Result = tuple[Ranked, Ranked, int]
+    return replace(result, hits=[its_hits.completed(bound, seconds, recall, note) for its_hits in hits])
 
 
 def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -> Found:
@@ -166,7 +174,8 @@ def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -
     mask = np.zeros(len(parts.index), bool)
     for number, part_mask in masks.items():
         mask[parts.firsts[number] : parts.firsts[number] + len(part_mask)] = part_mask
-    rows, record = find_candidates(parts.index, operand.component, operand.queries, k, mask)
+    queries = (operand.queries / scorer.unit.factor).astype(np.float32)  # as long as rows: an index may shift queries before a product
+    rows, record = find_candidates(parts.index, operand.component, queries, k, mask)
     hits = []
     for rows_of_query, scores in zip(rows, _read(parts, search, rows, partial), strict=True):
         is_read = np.isfinite(scores)
@@ -180,29 +189,41 @@ def find_by_faiss(parts: Parts, search: Search, k: int, partial: bool = False) -
 
 
 def _scan(
-    parts: Parts, search: Search, count: int, k: int, column: str | None, with_scores: bool, partial: bool
-) -> tuple[list[_Result], Found]:
+    parts: Parts, search: Search, count: int, k: int, column: str | None, with_scores: bool, partial: bool, others: Sequence[Mode]
+) -> tuple[list[Hits], Found]:
     """Score all searched rows, and put the parts' results together."""
-    scans: dict[int, Scan] = call_all(parts, "scan", search, k, column, with_scores, partial=partial)
+    scans: dict[int, Scan] = call_all(parts, "scan", search, k, column, with_scores, others, partial=partial)
     sides = [(Best(k, 1), Best(k, -1)) for _ in range(count)]
+    otherwise = {mode: [Best(k, 1) for _ in range(count)] for mode in others}
     searched = sum(scan.searched for scan in scans.values())
     sums = None if column is None else SumTree(column)
     for scan in scans.values():
         for (best, worst), own_best, own_worst in zip(sides, scan.best, scan.worst, strict=True):
             best.add(*own_best)
             worst.add(*own_worst)
+        for mode, bests in otherwise.items():
+            for best, own_best in zip(bests, scan.best_otherwise[mode], strict=True):
+                best.add(*own_best)
         if sums is not None and scan.sums is not None:
             sums.update(scan.sums)
-    ranked = [(best.ranked(), worst.ranked(), searched) for best, worst in sides]
+    signed = np.concatenate([np.zeros((0, count, 3)), *(scan.signed for scan in scans.values())])
+    hits = []
+    for q, (best, worst) in enumerate(sides):
+        positive, negative = (math.fsum(signed[:, q, side]) for side in range(2))  # the same bits, however the rows are in parts
+        nonzero = int(signed[:, q, 2].sum())
+        best_otherwise = {mode: bests[q].ranked() for mode, bests in otherwise.items()}
+        ranked = *best.ranked(), *worst.ranked()
+        scanned = Hits(*ranked, 0.0, searched, positive=positive, negative=negative, nonzero=nonzero, best_otherwise=best_otherwise)
+        hits.append(scanned)
     result = Found([], searched, _missing(parts, scans.keys()), sums)
     if not with_scores:
-        return ranked, result
+        return hits, result
     mask = np.zeros(len(parts.index), bool)
     for number, scan in scans.items():
         if scan.mask is not None:
             mask[parts.firsts[number] : parts.firsts[number] + len(scan.mask)] = scan.mask
     scores = np.concatenate([scan.scores for scan in scans.values() if scan.scores is not None], axis=1)
-    return ranked, replace(result, mask=mask, scores=scores)
+    return hits, replace(result, mask=mask, scores=scores)
 
 
 def _missing(parts: Parts, answered: Collection[int]) -> int:
@@ -230,12 +251,12 @@ class _Queue:
         return candidates
 
 
-def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float, partial: bool) -> tuple[list[_Result], Found] | None:
+def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float, partial: bool) -> tuple[list[Hits], Found] | None:
     """Search by quantized scan and rescore (see above); return None if too many rows would have to be read."""
     size = max(k, _READ_FIRST)
     counts: dict[int, int] = call_all(parts, "count", search, partial=partial)
     if not counts:
-        return [(NOTHING, NOTHING, 0)] * count, Found([], 0, _missing(parts, ()))
+        return [Hits(*NOTHING, *NOTHING, 0.0, 0)] * count, Found([], 0, _missing(parts, ()))
     most = max(_MOST_READ_OF_FEW, sum(counts.values()) // _MOST_READ)
     start = min(counts)
     first = parts.call("first_candidates", search, {start: (k, z, size)}, partial).get(start)
@@ -271,12 +292,12 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
                 side.add(batch.rows[is_read], ((batch.exact + batch_products) * batch.scale)[is_read])
                 offset += len(batch)
         limit = most
-    ranked = [
-        (best.ranked(), worst.ranked(), len(np.unique(np.concatenate(rows_of_query))))
+    hits = [
+        Hits(*best.ranked(), *worst.ranked(), 0.0, len(np.unique(np.concatenate(rows_of_query))))
         for (best, worst), rows_of_query in zip(sides, rows_read, strict=True)
     ]
     answered = candidates_of_parts.keys() & counts.keys()
-    return ranked, Found([], sum(counts[number] for number in answered), _missing(parts, answered))
+    return hits, Found([], sum(counts[number] for number in answered), _missing(parts, answered))
 
 
 def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]], partial: bool) -> list[Float32[np.ndarray, " rows"]]:

@@ -128,7 +128,8 @@ def _add(
     report_not_finite(invalid["not_finite"], invalid["not_finite_first"], reporter)
     counts = {name: getattr(build, name) + value for name, value in {**corpus.counts(), **invalid}.items() if not name.endswith("_first")}
     record = build.model_copy(update={**counts, "added": (*build.added, addition)})
-    manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record}
+    training_rows = max(manifest.training_rows, manifest.rows) + corpus.rows
+    manifest_fields = {**dict(manifest), "number": manifest.number + 1, "build": record, "training_rows": training_rows}
     new_manifest = publish_index(out, (*index.shards, *added), index.deleted, manifest_fields)
     discard_inputs(out)
     refresh_search(out, reporter, executor)

@@ -27,7 +27,7 @@ from ..indexer.tasks import find_task, with_whole_paths
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
-from ..store.errors import BusyError, IntegrityError, StorageError, UsageError, WorkerError
+from ..store.errors import BusyError, IntegrityError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, remove_tree, write_tensors, write_whole
 from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
@@ -46,12 +46,14 @@ from ..store.manifest import (
 from ..store.objects import StorePath, fetched, local_or_store
 from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
+from ..store.usual import read_usual
 from .config import BuildConfig
 from .corpus import CorpusWriter, WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import fit_examples, known_training, preset_note, select_components, unused_options, weight_notes
+from .usual import EXAMPLES, measure_usual
 from .worker import Part, Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
@@ -131,6 +133,7 @@ def build(
             job = _Job(config, out, sources, digest(known.encode()).hexdigest(), reporter)
             manifest = _finished_manifest(job, inputs)
             if manifest is not None:
+                _measure_usual(job, executor, settings)
                 return manifest
             _claim(job, inputs)
             corpus = _write_corpus(job, models, settings, executor)
@@ -161,7 +164,9 @@ def build(
                 **not_finite(out, shards),
                 notes=(*notes, *silent),
             )
-            return _publish(job, record, models, components, file, shards, executor)
+            manifest = _publish(job, record, models, components, file, shards, executor)
+            _measure_usual(job, executor, settings)
+            return manifest
     except BaseException as error:
         resumable = isinstance(error, (StorageError, WorkerError, BusyError)) or not isinstance(error, Exception)
         has_rows = bool(list(out.glob("rows/*")))
@@ -405,6 +410,25 @@ def _publish(
     discard_inputs(job.out)
     refresh_search(job.out, job.reporter, executor)
     return manifest
+
+
+def _measure_usual(job: _Job, executor: Executor, settings: EncoderSettings) -> None:
+    """Measure what is usual for training examples (see store/usual.py), unless that is known."""
+    index = Index(job.out)
+    if read_usual(index) is not None:
+        return
+    rows = np.flatnonzero(index.alive)
+    count = min(EXAMPLES, len(rows))
+    parts = draw_sample(index.shards, rows, count, job.config.seed)
+    firsts = {shard.id: shard.first for shard in index.shards}
+    sampled = [firsts[id] + position for part in parts for id, _, positions in part for position in positions]
+    job.reporter.stage("asking with training examples", count)
+    settings = replace(settings, components=index.manifest.components)
+    try:
+        asked = executor.map("ask_examples", (settings, index.arrays), [(part,) for part in parts], job.reporter)
+        measure_usual(index, np.array(sampled), asked)
+    except (UsageError, NumericalError) as error:
+        job.reporter.note(f"what is usual for training examples was not measured: {error}")
 
 
 def installed_version() -> str:

@@ -5,7 +5,7 @@ the interface, `/docs` shows the description.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any
@@ -20,12 +20,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp
 
 from ..client import Client
+from ..query.answers import Answer
 from ..query.options import Options, ScoreOptions
 from ..remote import MOST_ANSWERS, MOST_COSTLY
 from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageError, WherefromError
 from ..store.printable import to_json
 from ..store.vectors import to_bytes
-from .bodies import CompleteBody, EncodeBody, ExplainBody, IndexName, QueryBody, QueryFields, ScoresBody
+from .access import Access, Audit, Tokens, asked
+from .bodies import CompleteBody, EncodeBody, ExplainBody, ExportBody, IndexName, QueryBody, QueryFields, ScoresBody
 from .engine import Engine, Metrics
 from .guard import Guard, problem
 
@@ -43,7 +45,8 @@ _STATUS: tuple[tuple[type[WherefromError], int], ...] = (
 def create_app(
     clients: Mapping[str, Client],
     *,
-    token: str | None = None,
+    tokens: Tokens = Tokens({}),
+    audit: Audit | None = None,
     hosts: frozenset[str] | None = None,
     batch: int = 16,
     queue: int = 256,
@@ -52,7 +55,8 @@ def create_app(
     """Create the application over some open indexes, by name.
 
     Args:
-        token: the required bearer token.
+        tokens: bearer tokens, with what each may read.
+        audit: log of the requests.
         hosts: accepted host names of the server; None accepts any.
         batch: most queries in one pass over the model and the rows.
         queue: most requests that wait for an index.
@@ -74,10 +78,11 @@ def create_app(
     _state_routes(app, engines, metrics)
     _index_routes(app, engines)
     _query_routes(app, engines)
+    _model_routes(app, engines)
     _pages(app)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=sorted(hosts))
-    return Guard(app, token, body_timeout)
+    return Guard(app, tokens, audit, body_timeout)
 
 
 def _engine_of(engines: Mapping[str, Engine], name: str | None) -> Engine:
@@ -136,12 +141,14 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
 
     @app.get("/v1/rows/{row}", tags=["indexes"])
-    async def row(row: Annotated[int, Path(ge=0, le=2**53)], index: IndexName | None = None) -> Response:
+    async def row(request: Request, row: Annotated[int, Path(ge=0, le=2**53)], index: IndexName | None = None) -> Response:
         """Read a training example by its row."""
 
         def read(client: Client) -> dict[str, Any]:
+            _access(request).check_rows(client, [row])
             e = client.index.example(row)
             shard, offset = client.index.locate(row)
+            request.scope["wherefrom.asked"] = {"answered": [e.id], "answers": 1}
             fields = {"row": row, "id": e.id, "text": e.text, "source": e.source, "document": e.document, "metadata": e.metadata}
             return {**fields, "tokens": int(e.loss_mask.sum()), "loss": float(client.index.losses(shard)[offset])}
 
@@ -150,10 +157,14 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
 
 def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     @app.post("/v1/query", tags=["queries"])
-    async def query(body: QueryBody) -> Response:
+    async def query(body: QueryBody, request: Request) -> Response:
         """Find the training examples that influenced the model: one answer, or for `queries` a list under `answers`."""
         engine = _engine_of(engines, body.index)
+        access = _access(request)
         options = body.given(Options)
+        where = access.restricted(body.where)
+        if where is not None:
+            options["where"] = where
         _check_refine(engine, options, 1 if body.queries is None else len(body.queries))
         if body.k is not None:
             k = options["k"] = min(body.k, len(engine.client.index))
@@ -162,62 +173,97 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         if body.queries is None:
             if body.mean:
                 raise UsageError("mean is over several queries; give them as queries")
-            return _json((await engine.ask(body.query(), options)).to_dict())
+            access.check_queries(engine.client, [body.query()])
+            answer = await engine.ask(body.query(), options)
+            request.scope["wherefrom.asked"] = asked(body, _ids([answer]))
+            return _json(answer.to_dict())
         queries = [fields.query() for fields in body.queries]
         if any(getattr(body, name) not in (None, "") for name in QueryFields.model_fields):
             raise UsageError("give one query, or queries, not both")
         if len(queries) * (options.get("k") or 10) > MOST_ANSWERS:
             raise UsageError(f"{len(queries)} queries times k are more than {MOST_ANSWERS:,} answers; split the request")
-        if (body.group_by or body.baselines) and len(queries) > MOST_COSTLY and not body.mean:
-            raise UsageError(f"groups and baselines are limited to {MOST_COSTLY} queries at a time; split the request")
+        if (body.group_by or body.baselines or body.rerank != 0) and len(queries) > MOST_COSTLY and not body.mean:
+            raise UsageError(f"groups, baselines and a rerank are limited to {MOST_COSTLY} queries at a time; split it, or give `rerank` 0")
+        access.check_queries(engine.client, queries)
         answers = await engine.call(lambda client: client.query_many(queries, **options))
+        request.scope["wherefrom.asked"] = asked(body, _ids(answers))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
     @app.get("/v1/query", tags=["queries"])
-    async def linked(q: Annotated[str, QueryParameter(max_length=20_000)]) -> Response:
+    async def linked(request: Request, q: Annotated[str, QueryParameter(max_length=20_000)]) -> Response:
         """Answer a query given as a link: `q` is the JSON body of the POST. The explorer's address with it shows the answer."""
         try:
             body = QueryBody.model_validate_json(q)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
-        return await query(body)
+        return await query(body, request)
 
     @app.post("/v1/explain", tags=["queries"])
-    async def explain(body: ExplainBody) -> Response:
+    async def explain(body: ExplainBody, request: Request) -> Response:
         """Explain the scores of some training examples by component, layer, shared token, and token of either text."""
         query = body.query()
-        _check_refine(_engine_of(engines, body.index), body.given(ScoreOptions), 1)
-        explanations = await _engine_of(engines, body.index).call(
+        engine = _engine_of(engines, body.index)
+        _check_refine(engine, body.given(ScoreOptions), 1)
+        _access(request).check_queries(engine.client, [query])
+        _access(request).check_rows(engine.client, body.examples)
+        explanations = await engine.call(
             lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.given(ScoreOptions))
         )
+        request.scope["wherefrom.asked"] = asked(body, [explanation.id for explanation in explanations])
         return _json({"explanations": [explanation.to_dict() for explanation in explanations]})
 
+
+def _model_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     @app.post("/v1/scores", tags=["queries"])
-    async def scores(body: ScoresBody) -> Response:
+    async def scores(body: ScoresBody, request: Request) -> Response:
         """Score all rows: a histogram, or little-endian float32 numbers in the rows' order (NaN for deleted rows)."""
         query = body.query()
         options = body.given(ScoreOptions)
         engine = _engine_of(engines, body.index)
         _check_refine(engine, options, 1)
+        _access(request).check_queries(engine.client, [query])
+        where = _access(request).restricted(body.where)
+        request.scope["wherefrom.asked"] = asked(body)
         if body.format != "float32":
-            return _json(await engine.call(lambda client: client.histogram(query, _BINS, body.where, **options)))
-        matrix = await engine.call(lambda client: client.scores([query], body.where, **options))
+            return _json(await engine.call(lambda client: client.histogram(query, _BINS, where, **options)))
+        matrix = await engine.call(lambda client: client.scores([query], where, **options))
         return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
 
     @app.post("/v1/encode", tags=["queries"])
-    async def encode(body: EncodeBody) -> Response:
+    async def encode(body: EncodeBody, request: Request) -> Response:
         """Encode a query: its whitened rows, as a safetensors file with the arrays of each component."""
         query = body.query()
         options = body.given(ScoreOptions)
         engine = _engine_of(engines, body.index)
         _check_refine(engine, options, 1)
+        _access(request).check_queries(engine.client, [query])
+        request.scope["wherefrom.asked"] = asked(body)
         rows = await engine.call(lambda client: client.encode([query], **options))
         return Response(to_bytes(rows), media_type="application/octet-stream")
 
     @app.post("/v1/complete", tags=["queries"])
-    async def complete(body: CompleteBody) -> Response:
+    async def complete(body: CompleteBody, request: Request) -> Response:
         """Complete a prompt with the model."""
+        request.scope["wherefrom.asked"] = asked(body)
         return _json({"completion": await _engine_of(engines, body.index).call(lambda client: client.complete(body.prompt, body.tokens))})
+
+    @app.post("/v1/exports", tags=["queries"], status_code=204)
+    async def exports(body: ExportBody, request: Request) -> Response:
+        """Record in the server's audit log that examples were taken away, as a file or a list; the explorer calls this."""
+        _engine_of(engines, body.index)
+        request.scope["wherefrom.asked"] = asked(body, body.ids)
+        return Response(status_code=204)
+
+
+def _access(request: Request) -> Access:
+    """Return what a request may read."""
+    access: Access = request.scope["wherefrom.access"]
+    return access
+
+
+def _ids(answers: Sequence[Answer]) -> list[str]:
+    """Return the ids of the examples of some answers."""
+    return [a.id for answer in answers for a in (*answer.proponents, *answer.opponents)]
 
 
 def _check_refine(engine: Engine, options: Mapping[str, Any], queries: int) -> None:

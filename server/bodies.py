@@ -76,3 +76,10 @@ class CompleteBody(_IndexBody):
 
     prompt: Annotated[str, Field(max_length=200_000)]
     tokens: int = Field(16, ge=1, le=128)
+
+
+class ExportBody(_IndexBody):
+    """Examples that were taken away."""
+
+    kind: Annotated[str, Field(max_length=40)]
+    ids: list[Annotated[str, Field(max_length=4096)]] = Field(max_length=10_000)

@@ -5,7 +5,6 @@ This is plain ASGI, so that a body is only read after the checks of the headers.
 
 import asyncio
 import contextlib
-import hmac
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -18,6 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .access import Audit, Tokens
+
 _MOST_BYTES = 1 << 20
 _LONGEST_DETAIL = 600
 _OPEN = ("/", "/docs", "/healthz", "/readyz", "/favicon.ico")
@@ -29,6 +30,11 @@ _HEADERS = {
     "cache-control": "no-store",
 }
 _bearer = HTTPBearer(auto_error=False)
+
+
+def _is_open(path: str) -> bool:
+    """Return True for a path that needs no token."""
+    return path in _OPEN or path.startswith("/static/")
 
 
 def problem(status: int, detail: str, kind: str = "UsageError", headers: Mapping[str, str] | None = None) -> Response:
@@ -48,13 +54,15 @@ class Guard:
     """ASGI wrapper of the application.
 
     Args:
-        token: bearer token, required except for the explorer's files and the health checks; None requires none.
+        tokens: bearer tokens, one of which is required except for the explorer's files and the health checks, if there are any.
+        audit: log of the requests for which a token would be required; None for no log.
         body_timeout: time limit (seconds) for receiving a body.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, body_timeout: float) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, audit: Audit | None, body_timeout: float) -> None:
         self._app = app
-        self._token = token
+        self._tokens = tokens
+        self._audit = audit
         self._body_timeout = body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,6 +76,9 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if self._audit is not None and not _is_open(scope["path"]):
+                    details = scope.get("wherefrom.asked", {})
+                    self._audit.add(scope.get("wherefrom.access"), scope["method"], scope["path"], message["status"], details)
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
@@ -83,8 +94,7 @@ class Guard:
                 await problem(503, "the server is stopping; ask again later", "BusyError")(scope, receive, secured)
 
     async def _check(self, request: Request) -> None:
-        path = request.scope["path"]
-        is_open = path in _OPEN or path.startswith("/static/")
+        is_open = _is_open(request.scope["path"])
         # A page of another origin could send a query and learn from the response time.
         if not is_open and request.headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site"):
             raise HTTPException(403, "a page of another address cannot use this server; use the explorer, or a program")
@@ -93,9 +103,11 @@ class Guard:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != "application/json":
             raise HTTPException(415, "the body must be JSON, with the header Content-Type: application/json")
-        if self._token is not None and not is_open:
-            given = await _bearer(request)
-            if given is None or not hmac.compare_digest(given.credentials.encode(), self._token.encode()):
+        given = await _bearer(request)
+        access = self._tokens.access(None if given is None else given.credentials)
+        if not is_open:
+            request.scope["wherefrom.access"] = access
+            if access is None:
                 raise HTTPException(401, "a bearer token is required: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
 
     async def _body(self, request: Request) -> bytes:

@@ -13,8 +13,9 @@ import uvicorn
 
 from ..client import Client
 from ..remote import announce
-from ..store.errors import NotFoundError, UsageError
+from ..store.errors import UsageError
 from ..store.objects import local_or_store
+from .access import Audit, Tokens
 from .app import create_app
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
@@ -42,28 +43,12 @@ def name_indexes(arguments: list[str]) -> dict[str, Path]:
     return indexes
 
 
-def read_token(file: str | None) -> str | None:
-    """Read the token in a file.
-
-    Raises:
-        NotFoundError: there is no such file.
-        UsageError: it does not contain one token of at least 16 visible ASCII characters.
-    """
-    if file is None:
-        return None
-    if not Path(file).is_file():
-        raise NotFoundError(f"there is no token file {file}; create it with a token of at least 16 visible ASCII characters")
-    token = Path(file).read_text(encoding="utf-8", errors="replace").strip()
-    if len(token) < 16 or not all(33 <= ord(c) < 127 for c in token):
-        raise UsageError(f"{file} must contain one token of at least 16 visible ASCII characters")
-    return token
-
-
 def serve(
     clients: Mapping[str, Client],
     host: str,
     port: int,
-    token: str | None,
+    tokens: Tokens,
+    audit: Audit | None,
     batch: int,
     restart: Callable[[], None] | None = None,
     stop: Callable[[], None] | None = None,
@@ -71,17 +56,19 @@ def serve(
     """Serve indexes until a signal stops the server.
 
     Args:
+        tokens: with what each may read; other machines can only reach a server that requires one.
+        audit: log of the requests.
         restart: called in a thread of its own at SIGHUP.
         stop: called before the process exits.
 
     Raises:
         UsageError: the address is not available, or other machines can reach it and there is no token.
     """
-    if host not in _LOOPBACK and token is None:
+    if host not in _LOOPBACK and not tokens:
         raise UsageError(f"other machines can reach `host` {host}; give a `token_file`, or use 127.0.0.1")
     hosts = _LOOPBACK if host in _LOOPBACK else None
     config = uvicorn.Config(
-        create_app(clients, token=token, hosts=hosts, batch=batch),
+        create_app(clients, tokens=tokens, audit=audit, hosts=hosts, batch=batch),
         host=host,
         port=port,
         log_level="error",
@@ -102,7 +89,7 @@ def serve(
     indexes = {name: str(client.index.path.resolve()) for name, client in clients.items()}
     discovery_file: Path | None = None
     try:
-        discovery_file = announce(url, token, indexes, os.getpid())
+        discovery_file = announce(url, tokens.unrestricted, indexes, os.getpid())
     except OSError as error:
         sys.stderr.write(f"the discovery file could not be written ({error}); set WHEREFROM_URL so that commands use this server\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")

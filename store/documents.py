@@ -110,6 +110,11 @@ class Example:
             return 1
         return len(self.token_ids) - (self.label is None and not self.lengths)
 
+    @property
+    def loss_tokens(self) -> int:
+        """The number of tokens that the loss is on; 1 where it is on none, as that of a label."""
+        return max(1, int(self.loss_mask.sum()))
+
     def sequences(self) -> list[tuple[Int32[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]]]:
         """The token ids and the loss mask of each sequence."""
         ends = np.cumsum(self.lengths or (len(self.token_ids),))[:-1]

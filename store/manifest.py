@@ -451,14 +451,33 @@ class Build(_Model):
     added: tuple[Addition, ...] = ()
 
 
+class Slope(_Model):
+    """The measured change of queries' losses for each nat that scores predicted, with its 95 % interval.
+
+    Attributes:
+        measured_by: what measured it, for readers of answers.
+        trainings, queries: the numbers that it rests on.
+    """
+
+    value: Annotated[float, Field(gt=0)]
+    low: float
+    high: float
+    measured_by: str
+    trainings: Size
+    queries: Size
+
+
 class Manifest(_Model):
     """The description of an index; see docs/format.md for the meaning of every field.
 
     Attributes:
         rows: the number of rows, deleted rows included.
+        training_rows: the number of rows of the build and its additions, also of those that `compact` dropped: the size of the training
+            set, by which scores in nats are divided.
         mode: in which answers are ranked where a query does not say.
         shards, deleted: the numbers of shards and of deleted rows; the file `table` lists them (see `shard.read_table`).
         group_rows: the largest number of rows that consecutive shards have which are searched together.
+        slope: of scores by stored rows under the build's curvature; None where it was not measured.
     """
 
     format: Literal["wherefrom"] = "wherefrom"
@@ -474,10 +493,12 @@ class Manifest(_Model):
     components: Annotated[tuple[Component, ...], Field(min_length=1)]
     encoder: FileRecord
     rows: Size
+    training_rows: Count = 0
     tokens: Count
     shards: Size
     deleted: Count
     group_rows: Size = 1 << 16
+    slope: Slope | None = None
     table: FileRecord
     build: Build
 

@@ -157,6 +157,6 @@ def rerank_view(index: Index) -> Index | None:
     sparse_names = {component.name for component in record.components if component.role != "blocks"}
     sparse_arrays = {name: array for name, array in index.arrays.items() if name.split("/", 1)[0] in sparse_names}
     view = copy.copy(index)
-    view.manifest = index.manifest.model_copy(update={"components": record.components})
+    view.manifest = index.manifest.model_copy(update={"components": record.components, "slope": None})
     view.__dict__["arrays"] = sparse_arrays | dense
     return view

@@ -291,6 +291,7 @@ def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarra
     table = index / "manifests" / f"{uuid.uuid5(uuid.NAMESPACE_OID, sha256(staged))}.zarr.zip"
     publish(staged, table)
     counts = {"rows": sum(s.rows for s in shards), "tokens": sum(s.tokens for s in shards), "shards": len(shards)}
+    counts["training_rows"] = max(fields.get("training_rows", 0), counts["rows"])
     features = sorted({*fields["features"]} - {"deleted"} | ({"deleted"} if len(deleted) else set()))
     manifest = Manifest(**{**fields, **counts, "deleted": len(deleted), "table": FileRecord.of(index, table), "features": tuple(features)})
     publish_manifest(index, manifest)

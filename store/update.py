@@ -15,7 +15,7 @@ import numpy as np
 from .errors import UsageError
 from .files import discard_inputs
 from .index import changing, write_search_caches
-from .manifest import manifest_path
+from .manifest import Slope, manifest_path
 from .shard import derived_id, has_id, publish_index
 
 _PATTERNS = ("rows/*.zarr.zip", "documents/*.arrow", "encoder/*.safetensors", "manifests/*.json", "manifests/*.zarr.zip")
@@ -48,6 +48,13 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
         if deleted.any():
             publish_index(out, index.shards, np.flatnonzero(~remaining), {**dict(manifest), "number": manifest.number + 1})
     return int(deleted.sum())
+
+
+def record_slope(out: Path, slope: Slope) -> None:
+    """Record the measured slope of an index's scores, in place of an earlier one."""
+    with changing(out) as index:
+        manifest = index.manifest
+        publish_index(out, index.shards, index.deleted, {**dict(manifest), "number": manifest.number + 1, "slope": slope})
 
 
 def compact(out: Path) -> int:

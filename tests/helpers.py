@@ -62,6 +62,11 @@ def build_kinds(directory, model, corpus, kinds, **common):
     return made
 
 
+def in_nats(index, products):
+    """Products of rows as nats: over the number of training examples."""
+    return products / len(index)
+
+
 def record(answer):
     """The record of an answer, without the times that its search took."""
     actual = answer.to_dict()

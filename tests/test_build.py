@@ -61,7 +61,7 @@ def files(directory):
 def test_a_finished_build_leaves_only_what_the_manifest_names(index_dir):
     named = [path for path, _, _ in checksums(index_dir)]
     caches = [f"search/{group.id}.zarr.zip" for group in Index(index_dir).groups]  # which no manifest names
-    assert files(index_dir) == sorted([".lock", "manifests/000001.json", "manifests/latest", *named, *caches])
+    assert files(index_dir) == sorted([".lock", "manifests/000001.json", "manifests/latest", "usual.json", *named, *caches])
 
 
 def test_a_corpus_may_be_one_plain_path(tmp_path, model_dir, corpus_file, index_dir):
@@ -547,7 +547,8 @@ def test_progress_is_a_bar_with_rates_on_a_terminal_and_lines_elsewhere(tmp_path
     with Console(sys.stderr) as reporter:
         build(config(model_dir, corpus_file, tmp_path / "j"), reporter)
     lines = [line for line in capsys.readouterr().err.splitlines() if "examples/s" in line]
-    assert [line.split(":")[0] for line in lines] == ["reading the corpus", "fitting, pass 1 of 1", "building rows"]
+    stages = ["reading the corpus", "fitting, pass 1 of 1", "building rows", "asking with training examples"]
+    assert [line.split(":")[0] for line in lines] == stages
 
 
 def test_a_bar_shows_the_whole_count_beside_high_rates(monkeypatch):

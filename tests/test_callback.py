@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from wherefrom import Client
 from wherefrom.callback import WherefromCallback
 from wherefrom.indexer.models import ModelSource, load_causal_lm, model_fingerprint
-from wherefrom.store.errors import NotFoundError, UsageError
+from wherefrom.store.errors import DataError, NotFoundError, UsageError
 
 
 class Listening(DataCollatorForLanguageModeling):
@@ -77,13 +77,15 @@ def test_checkpoints_that_are_gone_are_left_out_and_none_is_an_error(tmp_path):
 
 
 def test_what_could_not_be_built_is_said_before_training(tmp_path):
-    def refused(match, kind=UsageError, data=None, resume=None, **arguments):
-        callback = WherefromCallback(data=data or str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
+    def refused(match, kind=UsageError, data=None, options=None, **arguments):
+        callback = WherefromCallback(data=data or str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"), **(options or {}))
         with pytest.raises(kind, match=match):
             train(tmp_path, callback, **arguments)
         assert not (tmp_path / "run/wherefrom.json").exists()
 
-    refused("save_strategy", save_strategy="no")
+    refused("no tracked layer|no layer", options={"layers": ("nothing.*",), "components": ("blocks",)})
+    write_jsonl(tmp_path / "other.jsonl", [{"id": "a", "question": "w1 w2"}])
+    refused("other.jsonl", DataError, data=(str(tmp_path / "other.jsonl"),))
     refused("there is no file or folder", NotFoundError, data=("nothere.jsonl",))
     refused("processing_class", tokenizer=False)
     (tmp_path / "j").mkdir()
@@ -108,6 +110,15 @@ def test_what_could_not_be_built_is_said_before_training(tmp_path):
         WherefromCallback(out="x", data="y", rank=0)
 
 
+def test_a_training_that_saves_no_checkpoint_is_indexed_from_the_model_itself(tmp_path):
+    out = tmp_path / "j"
+    train(tmp_path, WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(out)), save_strategy="no")
+    client = Client(out)
+    assert [model.id for model in client.index.manifest.models] == [str(tmp_path / "run/wherefrom-model")]
+    text = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[7])["text"]
+    assert client.query(text=text, mode="cosine", k=1).proponents[0].id == "d7"
+
+
 def test_a_build_that_fails_never_ends_a_training_that_is_over(tmp_path, monkeypatch):
     import wherefrom.ray_jobs.build as module
     from wherefrom.store.errors import StorageError
@@ -117,7 +128,8 @@ def test_a_build_that_fails_never_ends_a_training_that_is_over(tmp_path, monkeyp
 
     monkeypatch.setattr(module, "build", full)
     callback = WherefromCallback(data=str(tmp_path / "train.jsonl"), out=str(tmp_path / "j"))
-    with pytest.warns(UserWarning, match="the index was not built: no space left on the disk of here; build it from the checkpoints"):
+    said = "the index was not built: no space left on the disk of here; build it with: wherefrom build --model .*checkpoint-20 --data"
+    with pytest.warns(UserWarning, match=said):
         train(tmp_path, callback)
     assert len(json.loads((tmp_path / "run/wherefrom.json").read_text())["checkpoints"]) == 4
 

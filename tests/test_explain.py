@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import METRICS, assert_close, example_queries, make_tokenizer
+from helpers import METRICS, assert_close, example_queries, in_nats, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +15,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer.examples import token_name, token_texts
 from wherefrom.indexer.shares import token_shares
-from wherefrom.query.answers import Answer, Attribution, Explanation, ScorePart, SearchReport, TokenShares
+from wherefrom.query.answers import Answer, Attribution, Explanation, Reliability, ScorePart, SearchReport, TokenShares
 from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import all_scores
 from wherefrom.ray_jobs.build import build
@@ -116,6 +116,7 @@ def test_token_shares_of_coded_rows_add_up_to_the_score_of_whole_rows(paths, nam
             else:
                 products = a.vectors.astype(float) @ b.vectors.T.astype(float)
                 total += component.weight * products[a.keys[:, None] == b.keys[None]].sum()
+        total = in_nats(client.index, total)
         assert_adds_up(e.example.scores, e.recomputed, 1e-6)
         assert_adds_up(e.example.scores, total, 1e-4)
         if e.query:
@@ -257,12 +258,15 @@ def test_a_character_of_several_tokens_stands_at_its_last_and_alone_a_token_has_
 
 
 def test_answers_are_printed_with_rows_and_texts_of_any_script(capsys):
-    attribution = Attribution(1, 4711, "a", 1528.0, "山上有一座庙" * 60, "s", "a", {}, 310.4)
-    report = SearchReport("exact", 9, 9, 1.0, True, None, 0.1)
-    show_answer(Answer({"row": 3, "mode": "influence", "damping": 1.0}, (attribution,), (), report, {}))
+    attribution = Attribution(1, 4711, "a", 1528.0, "山上有一座庙" * 60, "s", "a", {}, 310.4, 99.0, 0.5, False)
+    report = SearchReport("exact", 9, 9, 1.0, True, None, 0.1, unit="nats")
+    reliability = Reliability(("one thing",), 1.0, None, None, None, None, {}, 0, 0, None)
+    show_answer(Answer({"row": 3, "mode": "influence", "damping": 1.0}, (attribution,), (), report, reliability, {}))
     shown = capsys.readouterr().out
     assert "4711" in shown
     assert "1528 ± 310" in shown
+    assert "50.0%" in shown
+    assert "! one thing" in shown
     assert sum(shown.count(c) for c in "山上有一座庙") == 238
     assert shortened("a  b\nc") == "a b c"
     assert len(shortened("庙" * 999)) == 240

@@ -247,7 +247,7 @@ def test_exported_rows_and_queries_give_the_same_answers_in_plain_faiss(both, qu
     client = Client(both)
     arrays = np.load(tmp_path / "q.npz")
     assert arrays["ids"].tolist() == [query.id for query in query_list]
-    expected = client.query_many(query_list, k=6, damping=0.5, weights={"head": 0})
+    expected = client.query_many(query_list, k=6, damping=0.5, weights={"head": 0}, rerank=0)
     for kind in ("faiss", "numpy", "parquet"):
         out = tmp_path / kind
         assert run("export", both, kind, "--component", "blocks", "--out", out).exit_code == 0

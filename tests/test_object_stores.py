@@ -167,7 +167,16 @@ def test_an_index_in_a_store_is_changed_as_one_on_a_disk(prefix, model_dir, corp
         assert list(map(without_path, far.query_many(QUERIES[:1], **options))) == list(
             map(without_path, near.query_many(QUERIES[:1], **options))
         )
-    assert {p.name for p in far.index.path.iterdir()} == {"documents", "encoder", "faiss", "manifests", "rerank", "rows", "search"}
+    assert {p.name for p in far.index.path.iterdir()} == {
+        "documents",
+        "encoder",
+        "faiss",
+        "manifests",
+        "rerank",
+        "rows",
+        "search",
+        "usual.json",
+    }
     assert not list((far.index.path / "staging").iterdir())
     delete(far.index.path, ["new1"])
     far._last_refresh = 0.0

@@ -137,7 +137,7 @@ def test_only_matching_rows_are_ranked(client, mode):
     query = Query(text=words(3, 9, 27, 41))
     scores = matrix(client, [query], Metric(mode))[0]
     allowed = np.array([r["year"] >= 1960 and r["good"] for r in RECORDS])
-    answer = client.query_many([query], mode=mode, where="year >= 1960 and good == True", k=5)[0]
+    answer = client.query_many([query], mode=mode, where="year >= 1960 and good == True", k=5, rerank=0)[0]
     assert answer.search.rows == allowed.sum()
     assert answer.query["where"] == "year >= 1960 and good == True"
     for hits, sign in ((answer.proponents, 1), (answer.opponents, -1)):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import CONFIGS, assert_close, make_examples, make_model, make_plan, make_tokenizer, random_texts, write_jsonl
+from helpers import CONFIGS, assert_close, in_nats, make_examples, make_model, make_plan, make_tokenizer, random_texts, write_jsonl
 from test_gradients import HUGE, autograd_gradients
 from test_source import LAYERS, TEXT, built, saved_checkpoints
 from torch.func import functional_call
@@ -98,7 +98,7 @@ def expected_scores(client, matrix, damping):
 
     query_gradients = np.stack([gradient(example) for example in client.query_examples(QUERIES)])
     solved = np.linalg.solve(matrix, query_gradients.T).T
-    return component.weight * solved @ np.stack([gradient(corpus[row]) for row in ROWS]).T
+    return in_nats(client.index, component.weight * solved @ np.stack([gradient(corpus[row]) for row in ROWS]).T)
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "fisher", "diagonal"])
@@ -156,7 +156,7 @@ def test_a_projected_index_holds_the_part_of_the_solution_that_its_rows_see(tmp_
         seen = [outputs @ g[number] @ inputs.T for g in gradients[len(QUERIES) :]]
         expected += np.array([[float((a * b).sum()) for b in seen] for a in projected])
         first += size
-    assert_close(client.scores(QUERIES, refine=CONVERGED)[:, ROWS], component.weight * expected, 1e-4)
+    assert_close(client.scores(QUERIES, refine=CONVERGED)[:, ROWS], in_nats(client.index, component.weight * expected), 1e-4)
 
 
 def untied_gradients(model, names, example):
@@ -216,7 +216,7 @@ def test_head_embeddings_and_blocks_are_refined_together(tmp_path, data, archite
                     example = corpus[ROWS[number]]
                     tokens = np.unique(example.token_ids[1:][example.loss_mask[1:]])
                     gradient[np.setdiff1d(np.arange(len(gradient)), tokens)] = 0
-                expected[role][:, number] += solved[name] @ gradient.ravel()
+                expected[role][:, number] += in_nats(client.index, solved[name] @ gradient.ravel())
     actual = client.recomputed_scores(QUERIES, ROWS, refine=12, damping=30.0)
     rtol = 1e-4 if tied else 2e-3  # RMS norms round to float32
     assert_close(actual, sum(expected.values()), rtol)
@@ -335,7 +335,7 @@ def test_a_classifier_is_refined(tmp_path):
 
     gradients = np.stack([gradient(example) for example in corpus])
     network.requires_grad_(False)
-    expected = component.weight * gradients[:2] @ np.linalg.solve(matrix, gradients.T)
+    expected = in_nats(client.index, component.weight * gradients[:2] @ np.linalg.solve(matrix, gradients.T))
     actual = client.scores([Query(row=0), Query(row=1)], refine=2 * CONVERGED)
     assert_close(actual, expected, 1e-4)
 

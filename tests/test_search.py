@@ -5,7 +5,7 @@ import shutil
 import faiss
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_ranking, random_texts, search, words
+from helpers import assert_close, assert_same_ranking, in_nats, random_texts, search, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
@@ -37,6 +37,8 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
     query_values = queries["blocks"].values
     if mode == "cosine":
         query_values = query_values / np.linalg.norm(query_values, axis=1, keepdims=True)
+    else:
+        query_values = in_nats(index, query_values)
     hits = search(index, queries, 7, Metric(mode))
     best, best_rows = faiss.knn(query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
     worst, worst_rows = faiss.knn(-query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
@@ -58,7 +60,7 @@ def test_all_scores_are_all_inner_products(index_dir):
     index = Index(index_dir)
     queries = random_queries(index, 3)
     actual = score_matrix(index, queries)
-    rows, query_values = dense_rows(index).astype(float), queries["blocks"].values.astype(float)
+    rows, query_values = dense_rows(index).astype(float), in_nats(index, queries["blocks"].values.astype(float))
     assert_close(actual, query_values @ rows.T, 1e-6, np.outer(np.linalg.norm(query_values, axis=1), np.linalg.norm(rows, axis=1)))
 
 
@@ -142,7 +144,7 @@ def test_asking_a_training_text_finds_it_and_the_self_influence_is_the_squared_n
         assert_close(query_rows.values, stored.values, 1e-4)
         answer = client.query(text=example.text, k=120)
         (self_hit,) = [a for a in answer.proponents if a.row == i]
-        assert self_hit.score == pytest.approx(float(np.linalg.norm(stored.values)) ** 2, rel=1e-3)
+        assert self_hit.score == pytest.approx(in_nats(client.index, float(np.linalg.norm(stored.values)) ** 2), rel=1e-3)
 
 
 def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
@@ -157,7 +159,7 @@ def test_a_query_by_row_loads_no_model(index_dir, monkeypatch):
 def test_answers_as_dictionaries_and_tables(index_dir):
     answer = Client(index_dir).query(prompt="w1 w2", completion=" w3", k=4)
     content = answer.to_dict()
-    assert list(content) == ["query", "proponents", "opponents", "search", "index"]
+    assert list(content) == ["query", "proponents", "opponents", "search", "reliability", "index"]
     assert content["query"] == {"prompt": "w1 w2", "completion": " w3", "mode": "influence", "damping": 0.1}
     assert {"rank", "row", "id", "score", "text", "source", "metadata"} <= content["proponents"][0].keys()
     assert [p["rank"] for p in content["proponents"]] == [1, 2, 3, 4]
@@ -246,8 +248,7 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
         exact = exact + s.weight * query_rows[s.name].inner_products(rows[s.name])
         squared = squared + s.weight * rows[s.name].squared_norms
         norms = s.weight * query_rows[s.name].squared_norms + (0 if s is components[0] else norms)
-    if mode == "cosine":
-        exact = exact / np.sqrt(norms[:, None] * squared[None])
+    exact = exact / np.sqrt(norms[:, None] * squared[None]) if mode == "cosine" else in_nats(client.index, exact)
     if mode == "loss-normalized":
         exact = exact / np.concatenate([client.index.losses(shard) for shard in client.index.shards])
     metric = Metric(mode)
@@ -257,7 +258,7 @@ def test_one_bit_scores_err_by_their_standard_error(tmp_path, model_dir, corpus_
     z = ((actual - exact) / errors)[exact < np.quantile(exact, 0.9)]  # for rows that agree with the query the stated error is too large
     assert 0.8 < z.std() < 1.1
     assert np.mean(np.abs(z) > 3) < 0.01
-    answer = client.query(text=examples[3].text, mode=mode, k=4)
+    answer = client.query(text=examples[3].text, mode=mode, k=4, rerank=0)
     assert all(a.error > 0 for a in answer.proponents)
     first_hit = client.query(row=3, mode=mode, k=4).proponents[0]
     assert first_hit.error is None

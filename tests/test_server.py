@@ -99,7 +99,9 @@ def raw(port, method, path, body=None, headers=None, host=None):
 def without_numbers(said, numbers):
     """An answer or explanation as JSON says it, without its time; its numbers are appended to a list instead."""
     content = said if isinstance(said, dict) else said.to_dict()
-    content = content | {"search": content.get("search", {}) | {"seconds": None}}
+    search = content.get("search", {}) | {"seconds": None}
+    search["rerank"] = search.get("rerank") and search["rerank"] | {"seconds": None}
+    content = content | {"search": search}
     return json.loads(to_json(content), parse_float=lambda text: numbers.append(float(text)))
 
 
@@ -607,6 +609,7 @@ def test_pages_of_other_addresses_learn_nothing(server):
 
 def test_requests_that_outlast_the_servers_grace_period_get_503():
     """uvicorn cancels them when its time of grace is over."""
+    from wherefrom.server.access import Tokens
     from wherefrom.server.guard import Guard
 
     async def scenario():
@@ -627,7 +630,7 @@ def test_requests_that_outlast_the_servers_grace_period_get_503():
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": headers}
-        request_task = asyncio.create_task(Guard(never_answers, None, body_timeout=15)(scope, receive, send))
+        request_task = asyncio.create_task(Guard(never_answers, Tokens({}), None, body_timeout=15)(scope, receive, send))
         await begun.wait()
         request_task.cancel()
         await request_task
@@ -638,6 +641,7 @@ def test_requests_that_outlast_the_servers_grace_period_get_503():
 
 
 def test_work_for_a_client_that_is_gone_is_cancelled():
+    from wherefrom.server.access import Tokens
     from wherefrom.server.guard import Guard
 
     async def scenario():
@@ -658,7 +662,7 @@ def test_work_for_a_client_that_is_gone_is_cancelled():
             raise AssertionError(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/query", "headers": [(b"content-type", b"application/json")]}
-        await asyncio.wait_for(Guard(never_answers, None, body_timeout=15)(scope, receive, send), 5)
+        await asyncio.wait_for(Guard(never_answers, Tokens({}), None, body_timeout=15)(scope, receive, send), 5)
         assert ended == [{"type": "http.disconnect"}]
 
     asyncio.run(scenario())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, example_queries, make_model, make_tokenizer, random_texts, write_jsonl
+from helpers import assert_close, example_queries, in_nats, make_model, make_tokenizer, random_texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import expm
@@ -101,7 +101,7 @@ def dense_scores(client, example, queries, time, matrices):
             gradient = autograd_gradients(models[component.model], component.layers, example)[0][number].ravel()
             scores += components[-1].weight * (carried @ (integrated @ gradient))
             carried = carried @ filtered
-    return scores
+    return in_nats(client.index, scores)
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "fisher", "diagonal"])
@@ -151,7 +151,7 @@ def test_scores_of_sparse_rows_equal_matrix_exponentials_token_by_token(tmp_path
                 gradient = token_gradient(client.encoder.models[component.model], example, token, role)
                 total += client.index.manifest.components[-1].weight * carried @ integral(matrix, time_per_token) @ gradient
                 carried = carried @ expm(-time_per_token * matrix)
-        expected.append(total)
+        expected.append(in_nats(client.index, total))
     assert_close(actual, expected, 1e-4)
 
 
@@ -172,7 +172,7 @@ def test_one_segment_lies_between_plain_gradients_and_no_damping(tmp_path, check
     tokens = component.curvature.tokens / component.curvature.examples
     query = [Query(text=TEXT)]
     plain = client.scores(query, curvature=False)
-    assert_close(client.scores(query, training="1e-9,1") * tokens / 1e-9, plain, 1e-4)
+    assert_close(client.scores(query, training="1e-9,1") * tokens / 1e-9, in_nats(client.index, plain), 1e-4)
     eigenvalues = client.index.arrays["blocks/transformer.h.0.attn.c_proj/eigenvalues"]
     assert eigenvalues.min() > 0
     assert_close(client.scores(query, training="1e12,1"), client.scores(query, damping=1e-6), 0.02)
@@ -208,7 +208,7 @@ def test_every_command_of_a_client_takes_it(tmp_path, checkpoints, data):
     queries = {name: query for name, query in example_queries().items() if name != "row"}
     for name, query in queries.items():
         scores = client.scores([query], training="0.01,100")[0]
-        answer = client.query(query, training="0.01,100", k=5)
+        answer = client.query(query, training="0.01,100", k=5, rerank=0)
         assert_close([a.score for a in answer.proponents], np.sort(scores)[::-1][:5], 1e-4)
         if name != "against":
             (explanation,) = client.explain([2], query, training="0.01,100")
@@ -243,7 +243,7 @@ def test_whole_layers_are_filtered_too(tmp_path, checkpoints, data):
             outputs, inputs = view.arrays[f"blocks/{layer.name}/output_rotation"], view.arrays[f"blocks/{layer.input_group}/input_rotation"]
             values = view.arrays[f"blocks/{layer.name}/eigenvalues"].reshape(layer.outputs, layer.inputs).astype(float)
             total += float(((outputs.T @ a @ inputs) * (outputs.T @ b @ inputs) * added(values, 30.0 / tokens)).sum())
-        expected.append(blocks.weight * total)
+        expected.append(in_nats(client.index, blocks.weight * total))
     assert_close(actual, expected, 1e-3)
 
 

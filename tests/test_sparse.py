@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import assert_close, make_examples, make_model, make_plan, open_zarr, sparse_component, sparse_rows, words
+from helpers import assert_close, in_nats, make_examples, make_model, make_plan, open_zarr, sparse_component, sparse_rows, words
 from wherefrom import BuildConfig, Client
 from wherefrom.cli import main
 from wherefrom.indexer import sparse
@@ -412,7 +412,7 @@ def test_scores_of_an_index_are_weighted_sums_over_components_and_shared_tokens(
         for key, code_, factor in zip(*sparse.entries(offset, offset + 1), strict=True):
             signs = np.unpackbits(code_, count=head.bits).astype(float) * 2 - 1
             score += sum(factor * (signs @ rotated[j]) for j in np.flatnonzero(query_rows.keys == key))
-        assert_close(actual[i], score, 1e-4, np.abs(actual).max())
+        assert_close(actual[i], in_nats(client.index, score), 1e-4, np.abs(actual).max())
 
 
 def test_weights_of_a_query_multiply_those_of_the_index(head_index):

@@ -46,7 +46,7 @@ def indexed(place, corpus_file, out, rows, **options):
     client = Client(out, task=options.get("task"))
     dense = [s for s in client.index.manifest.components if s.kind == "dense"]
     stored = [np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)]) for s in dense]
-    answers = [client.query(k=5, **fields) for fields in ASKED]
+    answers = [client.query(k=5, rerank=0, **fields) for fields in ASKED]
     scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
     (explained,) = client.explain([answers[0].proponents[0].row], Query(**ASKED[0]))
     shares = np.concatenate([explained.example.scores, explained.query.scores])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import training
 from click.testing import CliRunner
-from helpers import assert_close, write_jsonl
+from helpers import assert_close, in_nats, write_jsonl
 from safetensors.torch import save_file
 from wherefrom import Client, Query
 from wherefrom.cli import main
@@ -68,9 +68,9 @@ def test_convolutions_and_a_measurement_of_ones_own_equal_autograd(pictures, tmp
     assert_close(queries @ stored.T, expected, 1e-4)
     assert client.query(row=3, k=2, mode="influence").proponents[0].metadata == {"year": 3}
     default = client.query(row=3, k=2)
-    assert (default.query["mode"], default.search.by_influence) == ("loss-normalized", 0.5)
+    assert (default.query["mode"], default.reliability.agreement["influence"]) == ("loss-normalized", 0.5)
     vector = {"features": records[2]["features"], "label": records[2]["label"]}
-    assert_close(client.scores([Query(**vector)])[0], expected[2], 1e-4)
+    assert_close(client.scores([Query(**vector)])[0], in_nats(client.index, expected[2]), 1e-4)
     assert client.query(**vector, k=1, mode="influence").query == {**vector, "mode": "influence", "damping": 0.3}
     with pytest.raises(UsageError, match="holds vectors, not texts"):
         client.query(text="w1 w2")

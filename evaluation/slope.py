@@ -1,0 +1,108 @@
+"""Slope of measured on predicted changes of losses: the worth of a nat that an index predicts.
+
+Predicted changes are sums of scores (query/units.py) over the examples that a training lacks; measured ones come from retraining on a
+pack's subsets, or from the derivatives of a replayed training. Both are taken from their mean over the subsets, for each query. With
+p and m these changes, the slope is sum p m / sum p^2: the factor after which predictions have the least squared error. A noisy prediction
+has a smaller slope than an exact one, as it must.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..client import Client
+from ..query.metric import Metric
+from ..query.options import Query
+from ..query.scoring import score_matrix
+from ..query.units import Unit
+from ..ray_jobs.progress import Reporter, reporting
+from ..store.errors import NumericalError, UsageError
+from ..store.manifest import Slope
+from ..store.shapes import Float64
+from ..store.update import record_slope
+from .agreement import exact_scores
+from .checks import Figure, Report
+from .judge import pack_examples
+from .lds import interval
+from .packs import Half, read_pack
+
+_SUBSETS = 100
+_METRIC = Metric("influence")
+
+
+def slope(
+    index: str | Path | Client,
+    pack: str | Path | None = None,
+    *,
+    data: Path | None = None,
+    half: Half = "all",
+    run: str | Path | None = None,
+    queries: Sequence[Query] = (),
+    keep: bool = True,
+    reporter: Reporter | None = None,
+    **resources: Any,
+) -> Report:
+    """Measure the slope of an index's scores, and keep it in the index, so that its answers are in measured nats.
+
+    Args:
+        index: of the pack's training documents, or of the run's.
+        pack: its directory; the changes are those of retraining on its subsets.
+        data: directory of an image pack's IDX files.
+        half: the pack's queries to use.
+        run: directory of a recorded training, instead of a pack; the changes are those of `queries`, by a replay.
+        keep: write the slope into the index.
+        resources: of a replay: device, workers, threads, address.
+
+    Raises:
+        UsageError: not exactly one of pack and run, or scores of the index have no unit.
+        NumericalError: measured changes do not rise with predicted ones, so that no slope above 0 fits.
+    """
+    if (pack is None) == (run is None):
+        raise UsageError("a slope is measured by a `pack` or by the `run` of a recorded training; give one of them")
+    client = index if isinstance(index, Client) else Client(index, device=resources.get("device", "auto"))
+    unit = Unit.of(client.index, _METRIC)
+    if unit.name is None:
+        raise UsageError(f"scores of {client.index.path} have no unit (see docs/how-it-works.md), so that no slope can be measured")
+    if pack is not None:
+        ground_truth = read_pack(Path(pack), data).half(half)
+        _, examples = pack_examples(client, ground_truth, Path(pack))
+        scores = score_matrix(client.index, client.encode_examples(examples, _METRIC), _METRIC).T.astype(np.float64)
+        masks = ground_truth.masks.astype(np.float64)
+        measured = ground_truth.losses.mean(axis=1, dtype=np.float64)
+        by = f"retraining on {len(masks)} subsets (pack {ground_truth.name})"
+    else:
+        assert run is not None
+        with reporting(reporter) as current:
+            scores, exact, _ = exact_scores(client, run, queries, "influence", current, **resources)
+        masks = (np.random.default_rng(0).random((_SUBSETS, len(scores))) < 0.5).astype(np.float64)
+        measured = -(masks @ exact)
+        by = f"a replay of the training ({len(queries)} queries)"
+    kept = 1.0 if unit.slope is None else unit.slope.value
+    predicted = -(masks @ scores) / kept
+    value = fitted_slope(predicted, measured)
+
+    def resampled(rows: np.ndarray, columns: np.ndarray) -> float:
+        cells = np.ix_(rows, columns)
+        return fitted_slope(predicted[cells], measured[cells])
+
+    low, high = interval(resampled, (len(masks), predicted.shape[1]))
+    if not value > 0:
+        raise NumericalError(f"the slope is {value:.3g}: measured changes do not rise with predicted ones; these scores should not be used")
+    result = Slope(value=value, low=low, high=high, measured_by=by, trainings=len(masks), queries=predicted.shape[1])
+    if keep:
+        record_slope(client.index.path, result)
+    figures = {"measured change for each nat predicted without a slope": Figure(value, low, high)}
+    if unit.slope is not None:
+        figures["for each nat predicted with the slope that the index had"] = Figure(value / kept, low / kept, high / kept)
+    about = {"measured_by": by, "queries": predicted.shape[1], "subsets": len(masks), "kept": keep}
+    return Report("slope", figures, about, "The factor after which predicted changes of losses have the least squared error.")
+
+
+def fitted_slope(predicted: Float64[np.ndarray, "subsets queries"], measured: Float64[np.ndarray, "subsets queries"]) -> float:
+    """The slope of measured changes on predicted ones, each from its query's mean; NaN without predicted changes."""
+    p = predicted - predicted.mean(axis=0)
+    m = measured - measured.mean(axis=0)
+    total = float((p * p).sum())
+    return float((p * m).sum()) / total if total > 0 else float("nan")

@@ -1,0 +1,60 @@
+"""Measurement of what is usual for training examples of an index, asked as queries, done at the end of a build (see store/usual.py)."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..query.metric import Metric
+from ..query.scoring import all_scores
+from ..store.errors import UsageError
+from ..store.index import Index
+from ..store.shapes import Float32, Float64, Int64
+from ..store.usual import HiddenStates, Usual, write_usual
+from ..store.vectors import Rows, concatenate
+
+EXAMPLES = 128
+Asked = tuple[Rows, Float64[np.ndarray, " rows"], Float32[np.ndarray, "rows width"] | None]
+
+
+def measure_usual(index: Index, rows: Int64[np.ndarray, " rows"], parts: Iterable[Asked]) -> None:
+    """Write what is usual for some examples; nothing where no loss is finite.
+
+    Args:
+        rows: of the examples.
+        parts: the examples as queries, in order (see `Worker.ask_examples`).
+    """
+    asked = list(parts)
+    losses = np.concatenate([losses for _, losses, _ in asked])
+    finite = np.isfinite(losses)
+    if not finite.any():
+        return
+    similarities = _similarities(index, rows, concatenate([part for part, _, _ in asked]))
+    usual = Usual(
+        losses=_ascending(losses[finite]),
+        similarities=None if similarities is None else _ascending(similarities[finite]),
+    )
+    if all(hidden is not None for _, _, hidden in asked) and len(index) > 1:
+        states = np.concatenate([hidden for _, _, hidden in asked if hidden is not None])[finite]
+        distances = HiddenStates(index).squared_distances(states, rows[finite].tolist())
+        bandwidth = HiddenStates.bandwidth(distances)
+        if 0 < bandwidth < np.inf:
+            densities = _ascending(HiddenStates.log_densities(distances, bandwidth))
+            usual = usual.model_copy(update={"densities": densities, "bandwidth": bandwidth})
+    write_usual(index, usual)
+
+
+def _similarities(index: Index, rows: Int64[np.ndarray, " rows"], asked: Rows) -> Float64[np.ndarray, " rows"] | None:
+    """Return each example's highest cosine with another's row; None where rows have no cosines."""
+    highest = np.zeros(len(rows))
+    try:
+        for first, scores in all_scores(index, asked, Metric("cosine")):
+            own = np.flatnonzero((rows >= first) & (rows < first + scores.shape[1]))
+            scores[own, rows[own] - first] = 0.0
+            highest = np.maximum(highest, scores.max(axis=1, initial=0.0))
+    except UsageError:
+        return None
+    return highest
+
+
+def _ascending(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(np.sort(values.astype(np.float64)).tolist())
