@@ -34,11 +34,8 @@ def test_exact_search_equals_faiss_flat_both_ways(index_dir, mode):
     index = Index(index_dir)
     rows, queries = dense_rows(index), random_queries(index, 300)
     against = rows / np.linalg.norm(rows, axis=1, keepdims=True) if mode == "cosine" else rows
-    query_values = queries["blocks"].values
-    if mode == "cosine":
-        query_values = query_values / np.linalg.norm(query_values, axis=1, keepdims=True)
-    else:
-        query_values = in_nats(index, query_values)
+    values = queries["blocks"].values
+    query_values = values / np.linalg.norm(values, axis=1, keepdims=True) if mode == "cosine" else in_nats(index, values)
     hits = search(index, queries, 7, Metric(mode))
     best, best_rows = faiss.knn(query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
     worst, worst_rows = faiss.knn(-query_values, against, 7, metric=faiss.METRIC_INNER_PRODUCT)
