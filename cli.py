@@ -106,13 +106,14 @@ def _result(as_json: bool, record: Any, show: str, *shown: Any) -> None:
 
 _BUILD = cloup.Section("Build an index")
 _ASK = cloup.Section("Ask it")
+_ACT = cloup.Section("Act on its answers")
 _JUDGE = cloup.Section("Judge its answers")
 _LOOK = cloup.Section("Look and check")
 
 
 @cloup.group(
     cls=_Group,
-    sections=[_BUILD, _ASK, _JUDGE, _LOOK],
+    sections=[_BUILD, _ASK, _ACT, _JUDGE, _LOOK],
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "WHEREFROM"},
 )
 @click.version_option(package_name="wherefrom")
@@ -556,6 +557,200 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
         _result(as_json, explanation.to_dict(), "show_explanation", explanation)
 
 
+@main.command(section=_ACT)
+@_INDEX
+@click.option("--for", "targets", type=click.Path(), required=True, help="JSON lines of targets: queries whose loss should fall.")
+@click.option("--budget", type=click.IntRange(1), required=True, help="Examples to choose, at most.")
+@click.option("--method", type=click.Choice(["sum", "max", "cover"]), default="sum", show_default=True, help="How targets count together.")
+@click.option(
+    "--by",
+    type=click.Choice(["cosine", "influence", "loss-normalized", "bm25", "random"]),
+    default="cosine",
+    show_default=True,
+    help="What examples are compared by.",
+)
+@click.option("--at-most", metavar="COLUMN=N", help="At most so many examples of each value of a column, such as source=50.")
+@click.option("--distinct", type=float, help="No two chosen rows have a cosine above this.")
+@click.option("--where", help="Choose only rows that match a filter.")
+@click.option("--out", type=click.Path(), help="Write the chosen examples as JSON lines, with their texts, to train on.")
+@_model_options
+@_json_option
+def select(index: str, targets: str, at_most: str | None, distinct: float | None, out: str | None, as_json: bool, **values: Any) -> None:
+    """Choose training examples for targets, within a budget.
+
+    \b
+      wherefrom select my.wherefrom --for targets.jsonl --budget 200 --out chosen.jsonl
+      wherefrom select my.wherefrom --for targets.jsonl --budget 200 --method cover --at-most source=50 --distinct 0.9
+      wherefrom select my.wherefrom --for targets.jsonl --budget 200 --by bm25 --out by-words.jsonl
+
+    sum takes the mean score over targets, max the highest for any, cover chooses so that every target has an example (facility location).
+    """
+    from .query.results import refuse_existing, write_lines
+    from .query.select import Limits
+
+    column, _, number = (at_most or "").rpartition("=")
+    if at_most is not None and not (column and number.isdigit()):
+        raise UsageError(f"--at-most is {at_most!r}; write it as COLUMN=N, such as source=50")
+    limits = Limits(column or None, int(number) if column else None, distinct)
+    if out is not None:
+        refuse_existing(Path(out))
+    queries = list(_read_queries(targets))
+    model = {name: values.pop(name) for name in ("model", "device", "trust_remote_code", "task")}
+    client = _local_client(index, model, queries)
+    selection = client.select(queries, limits=limits, **values)
+    if out is not None:
+        write_lines(Path(out), selection.to_dict()["examples"])
+    _result(as_json, selection.to_dict(), "show_selection", selection, out)
+
+
+@main.command(section=_JUDGE)
+@_INDEX
+@click.option(
+    "--queries", type=click.Path(), required=True, help="JSON lines of queries, each with a group, and perhaps answers and steps."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(option_fields(ScoreOptions)["mode"].choices),
+    default="loss-normalized",
+    show_default=True,
+    help="Of scores.",
+)
+@click.option("--column", default="source", show_default=True, help="Whose values are over- or under-represented.")
+@click.option("--out", type=click.Path(), help="Name of the report: OUT.json and OUT.html.")
+@_model_options
+@_json_option
+def study(index: str, queries: str, mode: Any, column: str, out: str | None, as_json: bool, **model: Any) -> None:
+    """Tell groups of queries apart: do they draw on the same examples, on many or few, and on which sources?
+
+    \b
+      wherefrom study my.wherefrom --queries groups.jsonl --out study
+
+    A line of the file is a query with a group, such as {"prompt": "3 + 4 =", "completion": " 7", "group": "sums", "answers": ["= 7"]}.
+    """
+    _quiet_libraries()
+    from .evaluation.study import read_study
+    from .evaluation.study import study as run
+    from .ray_jobs.progress import Console
+
+    with Console() as reporter:
+        report = run(index, read_study(queries), mode=mode, column=column, out=out, reporter=reporter, **model)
+    _result(as_json, report.to_dict(), "show_study", report, out)
+
+
+@main.command(section=_ACT)
+@_INDEX
+@click.option("-k", type=click.IntRange(1, 10_000), default=20, show_default=True, help="Examples of each kind.")
+@click.option("--similar", type=float, default=0.95, show_default=True, help="Cosine above which rows are near-duplicates.")
+@click.option("--where", help="Look only at rows that match a filter.")
+@_json_option
+def outliers(index: str, k: int, similar: float, where: str | None, as_json: bool) -> None:
+    """Find training examples to look at: the most self-influential, doubtful labels, near-duplicates. Needs no model.
+
+    \b
+      wherefrom outliers my.wherefrom
+      wherefrom outliers my.wherefrom --where 'source == "web"' -k 100 --json > outliers.json
+    """
+    from .query.outliers import find_outliers
+    from .ray_jobs.progress import Console
+    from .store.index import Index
+
+    with Console() as reporter:
+        found = find_outliers(Index(_place(index)), reporter, k=k, similar=similar, where=where)
+    _result(as_json, found.to_dict(), "show_outliers", found)
+
+
+@main.command(section=_ACT)
+@_INDEX
+@click.option("--file", type=click.Path(), help="JSON lines of queries whose best proponents are listed.")
+@click.option("--top", type=click.IntRange(1), default=50, show_default=True, help="Examples in all, of all queries.")
+@click.option("--opponents", is_flag=True, help="List the worst opponents instead.")
+@click.option("--outliers", "from_outliers", is_flag=True, help="List doubtful labels and near-duplicates (wherefrom outliers).")
+@click.option("--ids", type=click.Path(), help="List these ids, chosen by hand, as for delete; - is standard input.")
+@click.option("--reason", default="chosen by hand", show_default=True, help="Of the ids that were chosen by hand.")
+@click.option("--out", type=click.Path(), required=True, help="The removal list, JSON lines.")
+@query_options("Scores", ScoreOptions)
+@_model_options
+@_json_option
+def removal(
+    index: str,
+    file: str | None,
+    top: int,
+    opponents: bool,
+    from_outliers: bool,
+    ids: str | None,
+    reason: str,
+    out: str,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Write a removal list: examples with the reasons why, for delete, takedown and act.
+
+    \b
+      wherefrom removal my.wherefrom --file poisoned.jsonl --top 50 --out removed.jsonl
+      wherefrom removal my.wherefrom --outliers --out duplicates.jsonl
+      wherefrom removal my.wherefrom --ids mine.txt --reason 'wrong licence' --out removed.jsonl
+    """
+    from .query import removal as lists
+    from .ray_jobs.progress import Console
+    from .store.corpus import read_ids
+    from .store.index import Index
+
+    if [file is not None, from_outliers, ids is not None].count(True) != 1:
+        raise UsageError("name what is to be removed: --file of queries, --outliers, or --ids; one of them")
+    opened = Index(_place(index))
+    if file is not None:
+        queries = list(_read_queries(file))
+        options: Any = take_options(values, ScoreOptions)
+        answers = _local_client(index, values, queries).query_many(queries, **options, k=min(top, len(opened)))
+        chosen = lists.of_answers(answers, top, opponents)
+    elif from_outliers:
+        from .query.outliers import find_outliers, reasons
+
+        with Console() as reporter:
+            found = find_outliers(opened, reporter, k=top)
+        chosen = [lists.Removal(id, why, {}) for id, why in dict(reversed(reasons(found))).items()][::-1][:top]
+    else:
+        chosen = lists.of_ids(read_ids(str(ids)), reason)
+    rows = lists.write_removal(opened, chosen, Path(out))
+    if as_json:
+        _print_json({"out": out, "rows": rows})
+    else:
+        say(f"{out} names {rows:,} rows; try it:  wherefrom act {index} --remove {out} ...  or:  wherefrom delete {index} --ids {out}")
+
+
+@main.command(section=_ACT)
+@_INDEX
+@click.option("--remove", type=click.Path(), required=True, help="Removal list, or a file with an id a line.")
+@click.option("--train", required=True, help="Your training function, module:function (as for wherefrom pack).")
+@click.option("--base", type=click.Path(), required=True, help="The model that training starts from, which has not seen the examples.")
+@_queries_option
+@click.option("--held-out", type=click.Path(), help="JSON lines of queries that should not change.")
+@click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Random choices to compare with.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings with each choice.")
+@click.option("--out", type=click.Path(), required=True, help="Name of the report: OUT.json and OUT.html.")
+@click.option("--key", type=click.Path(), help="Private Ed25519 key (PEM) that signs the report; wherefrom verify checks it.")
+@_moved_model_option
+@_device_option
+@_worker_options
+@_json_option
+def act(index: str, remove: str, file: str, held_out: str | None, as_json: bool, **options: Any) -> None:
+    """Train again without some examples, and compare what the index predicted with what happened.
+
+    \b
+      wherefrom act my.wherefrom --remove removed.jsonl --train mytraining:train --base ./base --file queries.jsonl \\
+        --held-out others.jsonl --out report --key key.pem
+    """
+    _quiet_libraries()
+    from .evaluation.act import act as run
+    from .ray_jobs.progress import Console
+    from .store.corpus import read_ids
+
+    others = list(_read_queries(held_out)) if held_out else []
+    with Console() as reporter:
+        report = run(index, read_ids(remove), list(_read_queries(file)), held_out=others, reporter=reporter, **options)
+    _result(as_json, report.to_dict(), "show_act", report, options["out"])
+
+
 @main.command(section=_ASK)
 @_INDEX
 @_queries_option
@@ -754,11 +949,21 @@ def info(index: str, as_json: bool) -> None:
 @_INDEX
 @_json_option
 def verify(index: str, as_json: bool) -> None:
-    """Read every byte of an index and compare it with its checksums.
+    """Read every byte of an index and compare it with its checksums; or check the signature of a report.
 
     \b
       wherefrom verify my.wherefrom && echo whole
+      wherefrom verify report.html
     """
+    if Path(index).suffix in (".json", ".html") and Path(index).is_file():
+        from .evaluation.pages import verify_report
+
+        key = verify_report(Path(index))
+        if as_json:
+            _print_json({"report": index, "whole": True, "public_key": key})
+        else:
+            say(f"{index} is as it was signed with the key {key}")
+        return
     from .query.faiss_index import faiss_problems
     from .store.index import Index
     from .store.rerank import rerank_problems

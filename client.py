@@ -27,6 +27,7 @@ from .query.plain import query_document, without_contrasts
 from .query.reliability import QueryEvidence
 from .query.rerank import Recomputation
 from .query.scoring import Scorer, mixed_components
+from .query.select import Limits, Method, Selection, select
 from .recompute import Recomputer
 from .store.corpus import Document, usable
 from .store.documents import Example
@@ -458,6 +459,42 @@ class Client(BaseClient):
         scores[:, self.index.deleted] = np.nan
         for group in self.index.groups:
             yield group.first, scores[:, group.first : group.first + group.rows]
+
+    def select(
+        self,
+        targets: Sequence[Query],
+        budget: int,
+        *,
+        by: str = "cosine",
+        method: Method = "sum",
+        limits: Limits = Limits(),
+        where: str | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Selection:
+        """Choose training examples for targets, within a budget (see query/select.py).
+
+        Args:
+            by: a mode of scores, or "bm25" or "random" for a choice to compare with.
+            method: "sum", "max" or "cover".
+            limits: what may be chosen together.
+            where: choose only rows that match a filter.
+
+        Raises:
+            UsageError: an option is out of range, or there is nothing to choose.
+        """
+        check_queries(targets)
+        names = [query.id or str(number) for number, query in enumerate(targets)]
+        weights = np.array([1.0 if query.weight is None else query.weight for query in targets])
+        if by in ("bm25", "random"):
+            mask = self.index.alive if where is None else self.index.alive & self.index.matching(where)
+            scores = np.random.default_rng(0).random((len(targets), len(self.index)))
+            if by == "bm25":
+                scores = self._words.scores([example.text for example in self.query_examples(targets)]).T
+            blocks: Any = iter([(0, np.where(mask, scores, np.nan).astype(np.float32))])
+        else:
+            mode: Any = by  # checked with the other options
+            blocks = self.score_blocks(targets, where=where, **{**options, "mode": mode})
+        return select(self.index, blocks, names, weights, budget, method=method, by=by, limits=limits)
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.

@@ -15,9 +15,13 @@ from .query.answers import Answer, Attribution, Explanation, Group, ScorePart, S
 from .store.printable import printable, printable_line, say
 
 if TYPE_CHECKING:
+    from .evaluation.act import ActReport
     from .evaluation.checks import Report
     from .evaluation.judge import Judgement
     from .evaluation.replay import Replayed
+    from .evaluation.study import Study
+    from .query.outliers import Outliers
+    from .query.select import Selection
     from .ray_jobs.plan import Cost
     from .store.index import Index
     from .store.manifest import Addition, Build, Manifest
@@ -36,6 +40,7 @@ _FIRST_QUERIES = {
 _NARROW = 60
 _LITTLE = 0.5
 _SHOWN_GROUPS = 10
+_SHOWN_CHOSEN = 20
 _SHOWN_IDS = 5
 _FOR = (5, 80, 160)
 _AGAINST = (235, 140, 20)
@@ -329,6 +334,83 @@ def _show_not_stored(record: "Build | Addition") -> None:
         say(f"not read: {unread}")
     if record.left_out_columns:
         say(f"left out columns: {_columns(record.left_out_columns)}")
+
+
+def show_selection(selection: "Selection", out: str | None) -> None:
+    """Print the first chosen examples, and what the choice left out."""
+    table = Table(title=f"chosen by {selection.by} ({selection.method})", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in ("#", "row", "value", "target", "id", "text"):
+        table.add_column(name, justify="left" if name in ("id", "text", "target") else "right", overflow="fold")
+    for e in selection.examples[:_SHOWN_CHOSEN]:
+        cells = _printable(e.target), _printable(e.id), _printable(shortened(e.text)[:80])
+        table.add_row(str(e.rank), str(e.row), f"{e.value:.4g}", *cells)
+    console = Console()
+    console.print(table)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in selection.left_out.items()) or "none"
+    covered = f"{selection.covered:.0%} of the targets have one of their ten best among them"
+    say(f"{len(selection.examples):,} of {selection.rows:,} examples; {covered}; better ones left out: {left_out}")
+    if out is not None:
+        say(f"they are in {out}")
+
+
+def show_outliers(found: "Outliers") -> None:
+    """Print outliers of each kind."""
+    console = Console()
+    kinds = (("self-influence", found.self_influence), ("label contrast", found.label_contrast or ()))
+    for title, outliers in kinds:
+        if not outliers:
+            continue
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for name in ("row", found.unit or "value" if title == "self-influence" else "against", "label", "id", "text"):
+            table.add_column(name, justify="left" if name in ("id", "text") else "right", overflow="fold")
+        for o in outliers:
+            label = "" if o.label is None else str(o.label)
+            table.add_row(str(o.row), f"{o.value:.4g}", label, _printable(o.id), _printable(shortened(o.text)[:80]))
+        console.print(table)
+    say(f"{len(found.duplicates):,} groups of near-duplicates (cosine above {found.similar:g}) among {found.rows:,} rows")
+    for group in found.duplicates[:_SHOWN_GROUPS]:
+        more = f" and {len(group) - _NAMED:,} more" if len(group) > _NAMED else ""
+        say(f"  {', '.join(group[:_NAMED])}{more}")
+
+
+def show_study(report: "Study", out: str | None) -> None:
+    """Print the figures of a study."""
+    console = Console()
+    for part, groups in report.by_part.items():
+        title = "all components" if part == "all" else f"{part} alone"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        shares = list(groups[0].concentration)
+        for name in ("group", "queries", "within", "across", *(f"best {share}" for share in shares), "answer", "steps"):
+            table.add_column(name, justify="left" if name == "group" else "right")
+        for g in groups:
+            figures = (g.within, g.across, *g.concentration.values(), g.answers, g.steps)
+            table.add_row(_printable(g.group), str(g.queries), *("-" if f is None else f"{f.value:.2f}" for f in figures))
+        console.print(table)
+    for warning in report.warnings:
+        console.print(Text(f"! {warning}", style="dark_orange"))
+    explained = (
+        "within, across: correlation of influence between queries; best: part of all influence that the best examples hold; answer, "
+    )
+    explained += f"steps: how often they occur in the best {report.best:,} examples"
+    console.print(explained, style="dim", highlight=False)
+    if out is not None:
+        say(f"the report is in {out}.html and {out}.json")
+
+
+def show_act(report: "ActReport", out: str) -> None:
+    """Print the report of a removal."""
+    page = report.page()
+    for line in page["summary"]:
+        say(line)
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("query", "predicted", "measured", "by chance"):
+        table.add_column(name, justify="left" if name == "query" else "right")
+    for e in report.effects:
+        predicted = "" if e.predicted is None else f"{e.predicted:.4g}"
+        chance = f"{e.by_chance:.4g} ± {e.chance_deviation:.2g}"
+        table.add_row(_printable(shortened(e.text)[:60]), predicted, f"{e.measured:.4g}", chance, style="dim" if e.held_out else "")
+    Console().print(table)
+    say(f"the report is in {out}.html and {out}.json")
 
 
 def show_takedown(report: "Takedown") -> None:

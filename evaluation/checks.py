@@ -263,6 +263,7 @@ class Remover:
         self._client = Client(index, model=model, device=device)
         self._device = device
         self._base = base
+        self._asked = queries
         self._queries = self._client.query_examples(queries)
         self._examples = [self._client.index.example(row) for row in range(len(self._client.index))]
 

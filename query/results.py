@@ -1,17 +1,17 @@
 """Files that a command writes as its result: whom they tell of progress, and how they are complete or not there."""
 
+import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from ..store.errors import UsageError
 from ..store.files import storage_errors
 
 
-@runtime_checkable
 @runtime_checkable
 class Reporter(Protocol):
     """Hears of the stages of long work (see ray_jobs/progress.py)."""
@@ -50,3 +50,16 @@ def complete_or_nothing(out: Path) -> Iterator[Path]:
         if staged.is_dir():
             shutil.rmtree(staged)
         staged.unlink(missing_ok=True)
+
+
+def write_lines(out: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON lines, complete or not at all.
+
+    Raises:
+        UsageError: the file exists.
+        StorageError: it cannot be written.
+    """
+    refuse_existing(out)
+    with complete_or_nothing(out) as staged, staged.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
