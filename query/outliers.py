@@ -1,8 +1,9 @@
 """Training examples to look at: of largest self-influence, with labels that others contradict, and near-duplicates; all from the rows.
 
 self-influence     the score of an example with itself (Koh and Liang, arXiv 1703.04730, section 5.4)
-label contrast     the part of the influence on an example's own loss that speaks against it: the negative scores over all scores, of the
-                   examples nearest to it. Others that share its inputs and not its label have gradients that oppose its own.
+label contrast     among the examples nearest to one by the cosine of their rows, of either sign: the part of the cosines that oppose it.
+                   Others that share its inputs and not its label have gradients that oppose its own. Cosines count them alike; by
+                   influence, a few other examples with wrong labels, whose gradients are large, would lead.
 near-duplicates    groups of examples whose rows have cosines above a limit. Pairs are found by signs of random projections of the rows
                    (SimHash; Charikar, 2002), in bands, and checked by their cosines.
 """
@@ -29,7 +30,7 @@ _SIGNS = 256
 _BAND = 16
 _MOST_IN_BAND = 200  # rows with the same signs of a band; more of them are compared with the first alone
 _ASKED = 64  # rows in one pass
-_NEAREST = 20  # neighbors whose scores count in a label contrast, of each sign
+_NEAREST = 20  # examples whose cosines count in a label contrast
 _MOST_ASKED = 20_000
 _TEXT = 400
 
@@ -126,29 +127,24 @@ def _largest(index: Index, rows: Int64[np.ndarray, " rows"], values: Float64[np.
 
 
 def label_contrast(index: Index, rows: Int64[np.ndarray, " rows"], reporter: Reporter) -> Float64[np.ndarray, " rows"]:
-    """Compute the label contrast of some rows: the sum of the lowest scores over that of the lowest and highest, its own left out."""
+    """Compute the label contrast of some rows: the negative part of the largest cosines with other rows, from 0 to 1."""
     contrast = np.zeros(len(rows))
     for first in range(0, len(rows), _ASKED):
         part = rows[first : first + _ASKED]
-        high: Float32[np.ndarray, "asked kept"] = np.zeros((len(part), 0), np.float32)
-        low = high
-        for start, scores in all_scores(index, stored_rows(index, part), Metric()):
+        nearest: Float32[np.ndarray, "asked kept"] = np.zeros((len(part), 0), np.float32)
+        for start, scores in all_scores(index, stored_rows(index, part), Metric("cosine")):
             own = np.flatnonzero((part >= start) & (part < start + scores.shape[1]))
             scores[own, part[own] - start] = 0.0
             scores[:, ~index.alive_between(start, start + scores.shape[1])] = 0.0
-            size = min(_NEAREST, scores.shape[1])
-            high = _extreme(np.concatenate([high, -np.partition(-scores, size - 1, axis=1)[:, :size]], axis=1), -1)
-            low = _extreme(np.concatenate([low, np.partition(scores, size - 1, axis=1)[:, :size]], axis=1), 1)
-        against = -np.minimum(low, 0).sum(axis=1, dtype=np.float64)
-        total = against + np.maximum(high, 0).sum(axis=1, dtype=np.float64)
+            together = np.concatenate([nearest, scores], axis=1)
+            size = min(_NEAREST, together.shape[1])
+            order = np.argpartition(-np.abs(together), size - 1, axis=1)[:, :size]
+            nearest = np.take_along_axis(together, order, axis=1)
+        against = -np.minimum(nearest, 0).sum(axis=1, dtype=np.float64)
+        total = np.abs(nearest).sum(axis=1, dtype=np.float64)
         contrast[first : first + len(part)] = np.divide(against, total, out=np.zeros(len(part)), where=total > 0)
         reporter.update(len(part), 0)
     return contrast
-
-
-def _extreme(values: Float32[np.ndarray, "asked kept"], sign: int) -> Float32[np.ndarray, "asked few"]:
-    """Return the lowest (sign 1) or highest values of each row."""
-    return (sign * np.sort(sign * values, axis=1))[:, :_NEAREST]
 
 
 def stored_rows(index: Index, rows: Int64[np.ndarray, " rows"]) -> Rows:

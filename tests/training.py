@@ -141,3 +141,34 @@ class Autoencoder(ArrayTask):
 
     def measurement(self, model, batch):
         return model(self.inputs(model, batch)).square().flatten(1).sum(1)
+
+
+def fresh_model(seed):
+    """A small model that knows nothing, with room for a few facts."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=62, n_embd=48, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+def teach(examples, model, seed, steps=120):
+    """Steps on random batches, which teach the examples by heart."""
+    from transformers import AutoModelForCausalLM
+    from wherefrom.indexer.tasks import CausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(model).train().requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    task, optimizer = CausalLM(), torch.optim.AdamW(trained.parameters(), lr=3e-3)
+    for _ in range(steps):
+        chosen = torch.randint(len(examples), (32,), generator=generator).tolist()
+        batch = task.collate([examples[i] for i in chosen], torch.device("cpu"))
+        optimizer.zero_grad()
+        (task.loss(trained, batch).sum() / (batch.targets >= 0).sum()).backward()
+        optimizer.step()
+    return trained
+
+
+def teach_little(examples, model, seed):
+    """As many steps as make the model say what is taught often, and not by heart."""
+    return teach(examples, model, seed, steps=30)
