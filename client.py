@@ -37,7 +37,7 @@ from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.objects import StorePath
 from .store.shapes import Float32, Float64
-from .store.usual import HiddenStates, Usual, read_usual
+from .store.usual import HiddenStates, Usual, read_usual, share_below
 from .store.vectors import Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
@@ -183,6 +183,17 @@ class Client(BaseClient):
             return QueryEvidence(loss if np.isfinite(loss) else None, None, True)
         encoded = self._encoded.get((query, key))
         return QueryEvidence() if encoded is None else encoded.evidence
+
+    def density_percentiles(self, rows: Sequence[int]) -> list[float | None]:
+        """Return, for rows, the percentage of sampled training examples around which hidden states lie less densely; None if unknown."""
+        usual = self._usual
+        if usual is None or usual.densities is None or not rows:
+            return [None] * len(rows)
+        places = [self.index.locate(row) for row in rows]
+        blocks = [self.index.hidden(shard) for shard, _ in places]
+        states = np.stack([block[offset] for block, (_, offset) in zip(blocks, places, strict=True) if block is not None])
+        distances = self._hidden_states.squared_distances(states.astype(np.float32), list(rows))
+        return [100 * share_below(usual.densities, value) for value in HiddenStates.log_densities(distances, usual.bandwidth).tolist()]
 
     @cached_property
     def _usual(self) -> Usual | None:

@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py --shared ../shared --work /tmp/selection
 
-A small model learns from half of the corpus: the base, which has not seen the other half. The base is trained further on the other half, the
-pool, and indexed with it. Targets are held-out problems; half of them are what examples are chosen for, the other half what is measured.
-Then the base is trained on each selection, with three seeds, and as many steps for all.
+A small model learns from half of the texts and a few problems: the base, which has not seen the rest. The base is trained further on a part
+of the rest, the pool, and indexed with it. Targets are held-out problems; half of them are what examples are chosen for, the other half is
+measured. Then the base is trained on each selection, with three seeds, and as many steps for all.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _BATCH = 16
 def train(model, tokenizer, texts, steps, seed, rate=1e-3):
     """Train a model on random batches of texts."""
     generator = torch.Generator().manual_seed(seed)
-    encoded = [tokenizer(text, truncation=True, max_length=_LENGTH - 1).input_ids + [0] for text in texts]
+    encoded = [[*tokenizer(text, truncation=True, max_length=_LENGTH - 1).input_ids, 0] for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20) * (1 - step / steps))
     model.train()
@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(arguments.shared / "models/mini-lm")
-    documents = [json.loads(line) for line in (arguments.shared / "data/corpus.jsonl").read_text().splitlines()]
+    documents = [json.loads(line) for line in (arguments.shared / "data/corpus.jsonl").read_text().strip().split("\n")]
     order = np.random.default_rng(0).permutation(len(documents)).tolist()
     others = [documents[i] for i in order if documents[i]["source"] != "gsm8k"]
     problems = [documents[i] for i in order if documents[i]["source"] == "gsm8k"]
@@ -103,7 +103,7 @@ def main() -> None:
     data = arguments.work / "pool.jsonl"
     data.write_text("".join(json.dumps(d) + "\n" for d in pool))
     build(BuildConfig(model=str(model_folder), data=(str(data),), out=str(arguments.work / "index"), max_tokens=_LENGTH))
-    targets = [json.loads(line) for line in (arguments.shared / "data/gsm8k-questions.jsonl").read_text().splitlines()]
+    targets = [json.loads(line) for line in (arguments.shared / "data/gsm8k-questions.jsonl").read_text().strip().split("\n")]
     client = Client(arguments.work / "index")
     queries = [
         Query(prompt=t["prompt"], completion=t["completion"])

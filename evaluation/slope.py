@@ -25,7 +25,7 @@ from ..store.update import record_slope
 from .agreement import exact_scores
 from .checks import Figure, Report
 from .judge import pack_examples
-from .lds import interval
+from .lds import estimate, interval
 from .packs import Half, read_pack
 
 _SUBSETS = 100
@@ -90,12 +90,15 @@ def slope(
     low, high = interval(resampled, (len(masks), predicted.shape[1]))
     if not value > 0:
         raise NumericalError(f"the slope is {value:.3g}: measured changes do not rise with predicted ones; these scores should not be used")
-    result = Slope(value=value, low=low, high=high, measured_by=by, trainings=len(masks), queries=predicted.shape[1])
+    ranks = estimate(scores, masks > 0, measured[:, None])
+    correlation = {"lds": ranks.value, "lds_low": ranks.low, "lds_high": ranks.high}
+    result = Slope(value=value, low=low, high=high, measured_by=by, trainings=len(masks), queries=predicted.shape[1], **correlation)
     if keep:
         record_slope(client.index.path, result)
     figures = {"measured change for each nat predicted without a slope": Figure(value, low, high)}
     if unit.slope is not None:
         figures["for each nat predicted with the slope that the index had"] = Figure(value / kept, low / kept, high / kept)
+    figures["rank correlation with the measured changes (LDS)"] = Figure(ranks.value, ranks.low, ranks.high)
     about = {"measured_by": by, "queries": predicted.shape[1], "subsets": len(masks), "kept": keep}
     return Report("slope", figures, about, "The factor after which predicted changes of losses have the least squared error.")
 

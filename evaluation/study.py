@@ -184,7 +184,7 @@ def read_study(file: str) -> list[StudyQuery]:
     """
     check_exists(file)
     queries = list(read_queries(file))
-    lines = [line for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     result = []
     for number, (line, query) in enumerate(zip(lines, queries, strict=True), 1):
         record = parse_json(line)

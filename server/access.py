@@ -121,7 +121,7 @@ def read_tokens(token_file: str | None, grants_file: str | None) -> Tokens:
     access: dict[str, Access] = {}
     if token_file is not None:
         access[_valid_token(_read(token_file, "token").strip(), token_file)] = ALL_ROWS
-    lines = [] if grants_file is None else _read(grants_file, "grants").splitlines()
+    lines = [] if grants_file is None else _read(grants_file, "grants").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -136,7 +136,7 @@ def read_tokens(token_file: str | None, grants_file: str | None) -> Tokens:
         if token in access:
             raise UsageError(f"{where} has the token of another grant; give each its own")
         access[token] = Access(grant.name, grant.where)
-    if grants_file is not None and not lines:
+    if grants_file is not None and not any(line.strip() for line in lines):
         raise UsageError(f"{grants_file} has no grants; write one a line")
     return Tokens(access)
 

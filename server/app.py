@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi import Query as QueryParameter
@@ -27,9 +27,11 @@ from ..store.errors import BusyError, IncompatibleError, NotFoundError, UsageErr
 from ..store.printable import to_json
 from ..store.vectors import to_bytes
 from .access import Access, Audit, Tokens, asked
-from .bodies import CompleteBody, EncodeBody, ExplainBody, ExportBody, IndexName, QueryBody, QueryFields, ScoresBody
+from .bodies import CompleteBody, EncodeBody, ExplainBody, ExportBody, IndexName, QueryBody, QueryFields, SavedBody, ScoresBody
+from .browse import browse
 from .engine import Engine, Metrics
 from .guard import Guard, problem
+from .saved import SavedQueries
 
 _BINS = 60
 _LARGEST_K = 10_000
@@ -77,6 +79,7 @@ def create_app(
     _handle_errors(app)
     _state_routes(app, engines, metrics)
     _index_routes(app, engines)
+    _saved_routes(app, engines)
     _query_routes(app, engines)
     _model_routes(app, engines)
     _pages(app)
@@ -136,9 +139,25 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
 
     @app.get("/v1/indexes/{name}", tags=["indexes"])
     async def index(name: str) -> Response:
-        """Describe an index."""
+        """Describe an index: its columns, what its rows measure, how it was built, and what was measured of it."""
         engine = _engine_of(engines, name)
-        return _json(_summary(engine) | await engine.call(lambda client: {"columns": {n: str(t) for n, t in client.index.columns.items()}}))
+        return _json(_summary(engine) | await engine.call(_described))
+
+    @app.get("/v1/rows", tags=["indexes"])
+    async def rows(
+        request: Request,
+        index: IndexName | None = None,
+        first: Annotated[int, QueryParameter(ge=0, le=2**53)] = 0,
+        count: Annotated[int, QueryParameter(ge=1, le=100)] = 20,
+        where: Annotated[str | None, QueryParameter(max_length=4000)] = None,
+        sort: Literal["row", "self-influence", "loss"] = "row",
+    ) -> Response:
+        """List training examples, a page at a time, with their losses, self-influence and the density of hidden states around them."""
+        engine = _engine_of(engines, index)
+        restricted = _access(request).restricted(where)
+        page = await engine.call(lambda client: browse(client, restricted, first, count, sort))
+        request.scope["wherefrom.asked"] = {"where": where, "answered": [row["id"] for row in page["rows"]], "answers": len(page["rows"])}
+        return _json(page)
 
     @app.get("/v1/rows/{row}", tags=["indexes"])
     async def row(request: Request, row: Annotated[int, Path(ge=0, le=2**53)], index: IndexName | None = None) -> Response:
@@ -153,6 +172,28 @@ def _index_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
             return {**fields, "tokens": int(e.loss_mask.sum()), "loss": float(client.index.losses(shard)[offset])}
 
         return _json(await _engine_of(engines, index).call(read))
+
+
+def _saved_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
+    saved = {name: SavedQueries(engine.client.index.path) for name, engine in engines.items()}
+
+    @app.get("/v1/saved", tags=["saved queries"])
+    async def list_saved(index: IndexName | None = None) -> Response:
+        """List the saved queries of an index, the newest first."""
+        return _json({"saved": saved[_engine_of(engines, index).name].read()})
+
+    @app.post("/v1/saved", tags=["saved queries"])
+    async def save(body: SavedBody, request: Request) -> Response:
+        """Save a query with a name and a note, in a file beside the index."""
+        query = body.query.model_dump(exclude_none=True, exclude_defaults=True)
+        request.scope["wherefrom.asked"] = asked(body)
+        return _json(saved[_engine_of(engines, body.index).name].add(body.name, body.note, query, _access(request).name))
+
+    @app.delete("/v1/saved/{id}", tags=["saved queries"], status_code=204)
+    async def remove(id: Annotated[str, Path(max_length=64)], index: IndexName | None = None) -> Response:
+        """Remove a saved query."""
+        saved[_engine_of(engines, index).name].remove(id)
+        return Response(status_code=204)
 
 
 def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
@@ -322,6 +363,25 @@ def _summary(engine: Engine) -> dict[str, Any]:
     models = [model.id for model in index.manifest.models]
     texts = index.manifest.tokenizer is not None
     return {**fields, "path": str(index.path.resolve()), "models": models, "texts": texts, "components": components}
+
+
+def _described(client: Client) -> dict[str, Any]:
+    """What the page about an index shows."""
+    index = client.index
+    summary = index.summary()
+    shown = ("created", "wherefrom", "documents", "split", "truncated", "skipped", "not_finite", "tokens", "bytes_per_example", "bytes")
+    slope = index.manifest.slope
+    return {
+        "columns": {name: str(kind) for name, kind in index.columns.items()},
+        "about": {name: summary[name] for name in shown},
+        "described": summary["components"],
+        "model_details": summary["models"],
+        "tracked": [{**part.model_dump(), "share": part.share} for part in index.manifest.build.tracked],
+        "trained": [None if model.trained is None else len(model.trained) for model in index.manifest.models],
+        "notes": list(index.manifest.build.notes),
+        "slope": None if slope is None else slope.model_dump(),
+        "task": index.manifest.task,
+    }
 
 
 def _json(value: Any, status: int = 200) -> Response:

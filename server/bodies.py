@@ -83,3 +83,11 @@ class ExportBody(_IndexBody):
 
     kind: Annotated[str, Field(max_length=40)]
     ids: list[Annotated[str, Field(max_length=4096)]] = Field(max_length=10_000)
+
+
+class SavedBody(_IndexBody):
+    """A query to save: the fields of a request to /v1/query."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    note: Annotated[str, Field(max_length=4000)] = ""
+    query: QueryBody

@@ -457,6 +457,7 @@ class Slope(_Model):
     Attributes:
         measured_by: what measured it, for readers of answers.
         trainings, queries: the numbers that it rests on.
+        lds: the linear datamodeling score on the same changes, with its interval; None where it was not computed.
     """
 
     value: Annotated[float, Field(gt=0)]
@@ -465,6 +466,9 @@ class Slope(_Model):
     measured_by: str
     trainings: Size
     queries: Size
+    lds: float | None = None
+    lds_low: float | None = None
+    lds_high: float | None = None
 
 
 class Manifest(_Model):

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from test_server import Server
-from wherefrom import BuildConfig, Client
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.ray_jobs.build import build
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -146,7 +146,7 @@ def test_filters_damping_groups_and_baselines_rank_again_at_once(page, server):
 
 def test_reranked_scores_stand_beside_stored_ones_with_the_bound_on_other_rows(page, server):
     page.click("#tab-text")
-    ask(page, text=words(*range(1, 12)))
+    ask(page, text=words(*range(1, 12)), rerank="0")
     assert "computed again" not in page.inner_text("#certificate")
     page.fill("#rerank", "20")
     page.press("#rerank", "Enter")
@@ -193,7 +193,7 @@ def test_a_link_shows_the_same_view_and_back_goes_back(page, server, browser):
         ("{}", "Write what the model said"),
         ("[]", "no query"),
         ("null", "no query"),
-        ('{"text":"w1 w2","span":"w2"}', "span"),
+        ('{"text":"w1 w2","mix":"auto"}', "mix"),
         ('{"text":"w1 w2","index":"retired"}', "retired"),
         ('{"text":"w1 w2","group_by":"nothing"}', "nothing"),
     ],
@@ -211,8 +211,8 @@ def test_numbers_that_are_none_and_other_indexes(page):
     page.fill("#completion", " w3")
     page.click("#go")
     assert "is a number" in page.inner_text("#error")
-    ask(page, prompt="w1 w2", damping="0,5")
-    assert "exact row" in page.inner_text("#proponents")  # one-bit codes estimate it
+    ask(page, prompt="w1 w2", damping="0,5", rerank="0")
+    assert "computed again" in page.inner_text("#proponents")  # one-bit codes estimate it
     page.fill("#k", "20")
     page.press("#k", "Tab")
     page.wait_for_function("document.querySelectorAll('#opponents .heat-for, #opponents .heat-against').length > 30")
@@ -223,15 +223,29 @@ def test_numbers_that_are_none_and_other_indexes(page):
 def test_exports(page):
     ask(page, prompt="w1 w2", completion=" w3", k="3")
     files = {}
-    for form in ("csv", "jsonl", "ids"):
+    page.check("#proponents .card >> nth=1 >> input")
+    page.check("#opponents .card >> nth=0 >> input")
+    page.click("[data-view=corpus]")
+    page.fill("#browse-where", "year == 1917")
+    page.click("#browse button[type=submit]")
+    page.check("#browse-list .card input")
+    for form, button in (("csv", "[data-export=csv]"), ("jsonl", "[data-export=jsonl]"), ("ids", "#tray-save")):
+        page.click("[data-view=ask]")
         with page.expect_download() as download:
-            page.click(f"[data-export={form}]")
+            page.click(button)
         files[form] = download.value.path().read_text()
-    cards = page.locator("ol .card").count()
+    cards = page.locator("#proponents .card, #opponents .card").count()
     assert len(files["jsonl"].splitlines()) == cards
     assert files["csv"].splitlines()[0] == "kind,rank,row,id,score,source,document,text"
     shown = [json.loads(line) for line in files["jsonl"].splitlines()]
-    assert [json.loads(line) for line in files["ids"].splitlines()] == [a["id"] for a in shown if a["kind"] == "proponent"]
+    removed = [json.loads(line) for line in files["ids"].splitlines()]
+    chosen = [next(a for a in shown if (a["kind"], a["rank"]) == place) for place in (("proponent", 2), ("opponent", 1))]
+    assert [line["id"] for line in removed] == [*(a["id"] for a in chosen), "d17"]
+    assert [line["reason"] for line in removed] == ["proponent of rank 2", "opponent of rank 1", "chosen in the corpus"]
+    assert (removed[0]["score"], removed[0]["unit"], removed[0]["query"]["completion"]) == (chosen[0]["score"], "nats", " w3")
+    page.click("#tray-clear")
+    assert not page.is_visible("#tray")
+    assert page.locator(".pick input:checked").count() == 0
 
 
 def test_the_model_completes_and_stored_text_runs_nothing(page, server):
@@ -352,6 +366,12 @@ def test_axe_finds_nothing_wrong(page, server, scheme, width):
     ask(page, row="21")
     assert page.locator("button.all").count() > 0
     assert violations() == []  # long texts
+    for view, shown in (("corpus", "#view-corpus"), ("saved", "#view-saved"), ("about", "#about h2")):
+        page.click(f"[data-view={view}]")
+        page.wait_for_selector(shown)
+        assert violations() == [], view
+    page.click("[data-view=ask]")
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
     page.fill("#where", "colour ==")
     page.click("#go")
     page.wait_for_selector("#error:not([hidden])")
@@ -370,6 +390,166 @@ def test_a_phone_shows_all_of_it(page):
         box = page.locator(selector).first.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 375
+    assert 0 <= page.locator("#proponents .card").first.bounding_box()["y"] < 740  # it is seen without scrolling
+
+
+def test_a_click_on_a_word_asks_about_it_alone(page, server):
+    ask(page, prompt="w1 w2", completion=" w3 w4 w5 w4")
+    tokens = page.locator("#query-heat button.token")
+    assert [text.strip() for text in tokens.all_inner_texts()] == ["w3", "w4", "w5", "w4"]
+    tokens.nth(2).click()
+    page.wait_for_function("document.querySelector('#span').value.trim() === 'w5'")
+    settled(page)
+    span = page.input_value("#span")
+    expected = server.client.query(prompt="w1 w2", completion=" w3 w4 w5 w4", span=span)
+    assert [c.get_attribute("data-row") for c in page.locator("#proponents .card").all()] == [str(a.row) for a in expected.proponents]
+    page.fill("#span", "")
+    ask(page)
+    tokens.nth(0).click()
+    page.wait_for_function("document.querySelector('#span').value.trim() === 'w3'")
+    settled(page)
+    tokens.nth(2).click(modifiers=["Shift"])
+    page.wait_for_function("document.querySelector('#span').value.trim() === 'w3 w4 w5'")
+    settled(page)
+    tokens.nth(1).click()  # it occurs twice, so a neighbor joins it
+    page.wait_for_function("document.querySelector('#span').value.includes('w3 w4')")
+    settled(page)
+
+
+def test_words_that_both_have_are_marked_and_counted(page, server):
+    page.click("#tab-text")
+    ask(page, text="w60 w3 w4 w5 w6 w61", k="100")  # d17 has w1 to w11
+    card = page.locator('ol .card[data-row="17"]')
+    assert "4 words verbatim" in card.inner_text()
+    assert "".join(card.locator("mark.same").all_inner_texts()).split() == ["w3", "w4", "w5", "w6"]
+    assert "verbatim" not in page.locator("#opponents .card").last.inner_text()
+
+
+def test_scores_say_their_unit_share_and_percentile_and_warnings_come_first(page, server):
+    ask(page, prompt="w1 w2", completion=" w3", rerank="0", k="40")
+    answer = server.client.query(prompt="w1 w2", completion=" w3", rerank=0, k=40)
+    first = page.locator("#proponents .card").first.inner_text()
+    assert " nats" in first
+    assert f"{100 * answer.proponents[0].share:.1f} % of all for" in first
+    assert page.locator("#warnings li").all_inner_texts() == list(answer.reliability.warnings)
+    assert "nats that the loss is predicted to rise by" in page.inner_text("#unit")
+
+
+def test_the_corpus_is_paged_filtered_and_ordered(page, server):
+    page.click("[data-view=corpus]")
+    page.wait_for_selector("#browse-list .card")
+    assert page.inner_text("#browse-place") == "1 to 20 of 150"
+    assert page.is_disabled("#browse-back")
+    page.click("#browse-next")
+    page.wait_for_function("document.querySelector('#browse-place').textContent.startsWith('21')")
+    assert page.locator("#browse-list .card").first.get_attribute("data-row") == "20"
+    page.fill("#browse-where", "year < 1905")
+    page.click("#browse button[type=submit]")
+    page.wait_for_function("document.querySelector('#browse-place').textContent === '1 to 5 of 5'")
+    page.fill("#browse-where", "")
+    page.select_option("#browse-sort", "self-influence")
+    page.wait_for_function("document.querySelector('#browse-place').textContent === '1 to 20 of 150'")
+    from wherefrom.query.baselines import row_norms
+
+    strongest = str(int(row_norms(server.client.index).argmax()))
+    page.wait_for_function(f"document.querySelector('#browse-list .card').dataset.row === '{strongest}'")
+    assert "nats a token" in page.locator("#browse-list .card").first.inner_text()
+    assert "denser place" in page.locator("#browse-list .card").first.inner_text()
+    page.fill("#browse-where", "nothing ==")
+    page.click("#browse button[type=submit]")
+    page.wait_for_function("document.querySelector('#browse-state').textContent.length > 5")
+    page.fill("#browse-where", "")
+    page.click("#browse button[type=submit]")
+    page.wait_for_selector(f'#browse-list .card[data-row="{strongest}"] button')
+    page.click(f'#browse-list .card[data-row="{strongest}"] button')
+    settled(page)
+    assert top(page) == strongest
+
+
+def test_queries_are_saved_beside_the_index_and_asked_again(page, server):
+    ask(page, prompt="w1 w2", completion=" w7", k="4")
+    page.click("#keep")
+    page.fill("#keep-name", "sevens <b>")
+    page.fill("#keep-note", "look again")
+    page.click("#keep-form button[value=save]")
+    page.wait_for_function("document.querySelector('#state').textContent.includes('saved')")
+    path = server.client.index.path
+    (line,) = path.with_name(f"{path.name}.queries.jsonl").read_text().splitlines()
+    assert json.loads(line)["query"]["completion"] == " w7"
+    ask(page, prompt="w1 w2", completion=" w8")
+    page.click("[data-view=saved]")
+    page.wait_for_selector("#saved-list .card")
+    assert "sevens <b>" in page.inner_text("#saved-list")
+    assert "look again" in page.inner_text("#saved-list")
+    page.click("#saved-list button >> nth=0")
+    settled(page)
+    assert (page.input_value("#completion"), page.input_value("#k")) == (" w7", "4")
+    page.click("[data-view=saved]")
+    page.click("#saved-list button >> nth=1")
+    page.wait_for_function("!document.querySelector('#saved-list').children.length")
+    assert path.with_name(f"{path.name}.queries.jsonl").read_text() == ""
+
+
+def test_two_answers_stand_side_by_side(page, server):
+    ask(page, prompt="w1 w2", completion=" w3", k="5")
+    before = [c.get_attribute("aria-label").split(",")[0] for c in page.locator("#proponents .card").all()]
+    page.click("#pin")
+    ask(page, prompt="w1 w2 w9", completion=" w3")
+    now = [c.get_attribute("aria-label").split(",")[0] for c in page.locator("#proponents .card").all()]
+    assert page.inner_text("#pinned-shared") == f"{len(set(before) & set(now))} of 5 proponents are the same."
+    rows = page.locator("#pinned tbody tr").all_inner_texts()
+    assert [row.split(":")[0] for row in rows] == before
+    assert "w3" in page.inner_text("#pinned-title")
+    page.click("#pin")
+    assert not page.is_visible("#pinned")
+
+
+def test_a_file_of_queries_is_answered_one_by_one_or_as_their_mean(page, server, tmp_path):
+    queries = [{"prompt": "w1 w2", "completion": " w3", "id": "first"}, {"text": words(5, 6, 7), "id": "second"}]
+    file = write_jsonl(tmp_path / "q.jsonl", queries)
+    page.click("#tab-file")
+    page.set_input_files("#file", str(file))
+    page.wait_for_function("document.querySelector('#lines').value.includes('second')")
+    page.select_option("#group", "color")
+    page.click("#go")
+    settled(page)
+    assert [text.split("\n")[0] for text in page.locator("#several-list .card").all_inner_texts()] == ["first", "second"]
+    page.locator("#several-list button").nth(1).click()
+    assert top(page) == str(server.client.query(text=words(5, 6, 7)).proponents[0].row)
+    assert page.is_visible("#groups")
+    page.check("#mean")
+    page.click("#go")
+    settled(page)
+    (mean,) = server.client.query_many([Query(**query) for query in queries], mean=True)
+    assert top(page) == str(mean.proponents[0].row)
+    page.fill("#lines", "{")
+    page.click("#go")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "Line 1 of the queries is not JSON" in page.inner_text("#error")
+
+
+def test_an_empty_page_suggests_queries_and_about_says_what_is_measured(page, server):
+    page.wait_for_selector("#suggestions button")
+    page.click("#suggestions button >> nth=0")
+    settled(page)
+    assert page.locator("#proponents .card").count() > 0
+    page.click("[data-view=about]")
+    page.wait_for_selector("#about h2")
+    said = page.inner_text("#about")
+    (tracked,) = server.client.index.manifest.build.tracked
+    assert f"{tracked.parameters:,} of {tracked.of:,}" in said
+    assert "nothing was measured" in said
+    assert "Component head" in said
+    assert "150" in said
+
+
+def test_baselines_show_their_texts(page, server):
+    pytest.importorskip("bm25s")
+    page.check("#baselines")
+    ask(page, prompt="w1 w2", completion=" w3")
+    (bm25,) = [b for b in server.client.query(prompt="w1 w2", completion=" w3", baselines=True).baselines if b.name == "bm25"]
+    text = server.client.index.example(bm25.rows[0]).text
+    page.wait_for_function(f"document.querySelector('#baselines-list').textContent.includes({json.dumps(text[:40])})")
 
 
 def test_the_interface_page_lists_every_path(page, server):

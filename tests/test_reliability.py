@@ -98,7 +98,8 @@ def test_a_measured_slope_scales_the_scores_it_was_measured_for_alone(tmp_path, 
     factor = {"plain": 0.25, "damped": 1.0, "cosine": 1.0}
     for name, answer in after.items():
         assert_close([a.score for a in answer.proponents], [a.score * factor[name] for a in before[name].proponents], 1e-5)
-    assert after["plain"].search.slope == {"value": 0.25, "low": 0.2, "high": 0.3, "measured_by": "a test", "trainings": 3, "queries": 4}
+    kept = {"value": 0.25, "low": 0.2, "high": 0.3, "measured_by": "a test", "trainings": 3, "queries": 4}
+    assert {name: after["plain"].search.slope[name] for name in kept} == kept
     assert after["damped"].search.slope is None
     said = CliRunner().invoke(main, ["query", str(path), "--row", "5", "--local"]).output
     assert "measured slope 0.25" in " ".join(said.split())
