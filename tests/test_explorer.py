@@ -226,8 +226,9 @@ def test_exports(page):
     page.check("#proponents .card >> nth=1 >> input")
     page.check("#opponents .card >> nth=0 >> input")
     page.click("[data-view=corpus]")
-    page.fill("#browse-where", "year == 1917")
+    page.fill("#browse-where", "year == 1940")
     page.click("#browse button[type=submit]")
+    page.wait_for_function("document.querySelector('#browse-place').textContent === '1 to 1 of 1'")
     page.check("#browse-list .card input")
     for form, button in (("csv", "[data-export=csv]"), ("jsonl", "[data-export=jsonl]"), ("ids", "#tray-save")):
         page.click("[data-view=ask]")
@@ -240,7 +241,7 @@ def test_exports(page):
     shown = [json.loads(line) for line in files["jsonl"].splitlines()]
     removed = [json.loads(line) for line in files["ids"].splitlines()]
     chosen = [next(a for a in shown if (a["kind"], a["rank"]) == place) for place in (("proponent", 2), ("opponent", 1))]
-    assert [line["id"] for line in removed] == [*(a["id"] for a in chosen), "d17"]
+    assert [line["id"] for line in removed] == [*(a["id"] for a in chosen), "d40"]
     assert [line["reason"] for line in removed] == ["proponent of rank 2", "opponent of rank 1", "chosen in the corpus"]
     assert (removed[0]["score"], removed[0]["unit"], removed[0]["query"]["completion"]) == (chosen[0]["score"], "nats", " w3")
     page.click("#tray-clear")
