@@ -9,7 +9,7 @@ import json
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import IntegrityError
 from .files import read_bytes, write_whole
@@ -20,6 +20,7 @@ _NAME = "usual.json"
 _FORMAT = "wherefrom usual 1"
 _MOST_ROWS = 100_000  # hidden states among which densities are computed
 _NEIGHBORS = 10
+_LEAST_BANDWIDTH = 1e-12
 Values = Annotated[tuple[float, ...], Field(min_length=1, max_length=4096)]
 
 
@@ -40,6 +41,12 @@ class Usual(BaseModel):
     similarities: Values | None = None
     densities: Values | None = None
     bandwidth: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "Usual":
+        if self.densities is not None and self.bandwidth < _LEAST_BANDWIDTH:
+            raise ValueError("densities without the width of their kernel")
+        return self
 
 
 def write_usual(index: Index, usual: Usual) -> None:
