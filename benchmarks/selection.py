@@ -87,7 +87,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(documents)).tolist()
     others = [documents[i] for i in order if documents[i]["source"] != "gsm8k"]
     problems = [documents[i] for i in order if documents[i]["source"] == "gsm8k"]
-    seen = others[: len(others) // 2] + problems[:200]
+    seen = others[len(others) // 2 :] + problems[-200:]
     pool = [d for d in (documents[i] for i in order) if d["id"] not in {s["id"] for s in seen}][: arguments.pool]
     base_folder, model_folder = arguments.work / "base", arguments.work / "model"
     if not model_folder.exists():
