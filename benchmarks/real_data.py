@@ -28,7 +28,7 @@ def main():
     args = parser.parse_args()
     client = Client(args.index)
     rows = np.sort(np.random.default_rng(0).choice(len(client.index), args.sample, replace=False)).tolist()
-    answers = client.query_many([Query(text=client.index.example(r).text) for r in rows], k=1, mode="cosine")
+    answers = client.query_many([Query(text=client.index.example(r).text) for r in rows], k=1, mode="cosine", rerank=0)
     first = [(client.index.example(r), a.proponents[0]) for r, a in zip(rows, answers, strict=True)]
     missed = [e.id for e, found in first if found.text != e.text]
     copies = [e.id for e, found in first if found.text == e.text and found.id != e.id]
@@ -40,7 +40,7 @@ def main():
             if asked == args.count:
                 break
             try:
-                found += [a.source for a in client.query(query, k=10, mode=mode).proponents]
+                found += [a.source for a in client.query(query, k=10, mode=mode, rerank=0).proponents]
                 asked += 1
             except UsageError:  # longer than the model's context
                 too_long += 1

@@ -83,7 +83,7 @@ def by_rows(path, count, rounds):
                 part.scan(search, 10)
                 seconds["1 thread" if threads == 1 else "2 threads"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            client.query_many([query], k=10)
+            client.query_many([query], k=10, rerank=0)
             seconds["answers"].append(time.perf_counter() - started)
         if number == 0:
             seconds = {name: [] for name in seconds}

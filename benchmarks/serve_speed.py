@@ -61,7 +61,7 @@ def processes(index, query, environment, rounds):
     """Whole processes that ask the same query over and over, with another completion each time."""
     found = {"json": [], "table": [], "python -c pass": []}
     for number in range(rounds):
-        asked = ["query", str(index), "--prompt", query.prompt, "--completion", f"{query.completion} {number}"]
+        asked = ["query", str(index), "--prompt", query.prompt, "--completion", f"{query.completion} {number}", "--no-rerank"]
         for kind, command in {
             "json": [*_MAIN, *asked, "--json"],
             "table": [*_MAIN, *asked],
@@ -83,7 +83,7 @@ def together(url, queries, clients, each):
         for i in range(each):
             query = queries[(number * each + i) % len(queries)]
             started = time.perf_counter()
-            client.query(prompt=query.prompt, completion=f"{query.completion} {number} {i}")
+            client.query(prompt=query.prompt, completion=f"{query.completion} {number} {i}", rerank=0)
             own.append(time.perf_counter() - started)
         with lock:
             seconds.extend(own)

@@ -44,7 +44,7 @@ _PLAIN = "; ".join(
     )
 )
 _QUERY_ROUNDS = 5
-_QUERY_COMMANDS = {"query": [], "explain": ["--example", "0"]}
+_QUERY_COMMANDS = {"query": ["--no-rerank"], "explain": ["--example", "0"]}
 
 
 def command(*arguments):
