@@ -1173,6 +1173,7 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
 @click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The pack's queries to use.")
 @click.option("--run", type=click.Path(), help="Directory of a recorded training run, instead of a pack.")
 @click.option("--file", type=click.Path(), help="With --run: JSON lines of queries.")
+@click.option("--report", type=click.Path(), help="JSON report of wherefrom act, instead of either.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Write the slope into the index.")
 @_device_option
 @_worker_options
@@ -1183,6 +1184,7 @@ def slope(index: str, pack: str | None, data: str | None, queries: Any, file: st
     \b
       wherefrom evaluate slope my.wherefrom --pack packs/text-a
       wherefrom evaluate slope my.wherefrom --run out/wherefrom-run --file queries.jsonl
+      wherefrom evaluate slope my.wherefrom --report report.json
     """
     if (options["run"] is None) != (file is None):
         raise UsageError("--run is replayed for the queries of a file; give --run and --file together")

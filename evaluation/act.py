@@ -64,7 +64,8 @@ class ActReport:
     Attributes:
         removed: ids of the examples that were left out.
         rows: of the index; `trained_on` are those that were left.
-        unit: of the predictions; `slope` is the measured change for each predicted one, with its interval over queries.
+        unit: of the predictions; `kept_slope` is the one that the index had measured and they hold, 1 without one; `slope` is the measured
+            change for each predicted one, with its interval over queries.
         collateral: mean change of the held-out queries' losses, beyond that of random removals; None without such queries.
     """
 
@@ -76,6 +77,7 @@ class ActReport:
     train: str
     base: str
     unit: str | None
+    kept_slope: float
     slope: Figure | None
     removal: Figure
     chance: Figure
@@ -220,6 +222,7 @@ def act(
         train=train,
         base=str(base),
         unit=unit.name,
+        kept_slope=1.0 if unit.slope is None else unit.slope.value,
         slope=None if unit.name is None else _slope(predicted[asked], (measured - chance.mean(axis=0))[asked]),
         removal=mean_figure(measured[asked].tolist()),
         chance=mean_figure(chance.mean(axis=0)[asked].tolist()),

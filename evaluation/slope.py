@@ -6,7 +6,8 @@ p and m these changes, the slope is sum p m / sum p^2: the factor after which pr
 has a smaller slope than an exact one, as it must.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..query.options import Query
 from ..query.scoring import score_matrix
 from ..query.units import Unit
 from ..ray_jobs.progress import Reporter, reporting
-from ..store.errors import NumericalError, UsageError
+from ..store.errors import IntegrityError, NotFoundError, NumericalError, UsageError
 from ..store.manifest import Slope
 from ..store.shapes import Float64
 from ..store.update import record_slope
@@ -40,6 +41,7 @@ def slope(
     half: Half = "all",
     run: str | Path | None = None,
     queries: Sequence[Query] = (),
+    report: str | Path | None = None,
     keep: bool = True,
     reporter: Reporter | None = None,
     **resources: Any,
@@ -52,19 +54,25 @@ def slope(
         data: directory of an image pack's IDX files.
         half: the pack's queries to use.
         run: directory of a recorded training, instead of a pack; the changes are those of `queries`, by a replay.
+        report: JSON report of `act`, instead of either; the changes are those of its trainings.
         keep: write the slope into the index.
         resources: of a replay: device, workers, threads, address.
 
     Raises:
-        UsageError: not exactly one of pack and run, or scores of the index have no unit.
+        UsageError: not exactly one of pack, run and report, or scores of the index have no unit.
         NumericalError: measured changes do not rise with predicted ones, so that no slope above 0 fits.
     """
-    if (pack is None) == (run is None):
-        raise UsageError("a slope is measured by a `pack` or by the `run` of a recorded training; give one of them")
+    if [pack, run, report].count(None) != 2:
+        raise UsageError("a slope is measured by a `pack`, by the `run` of a recorded training or by a `report` of act; give one of them")
     client = index if isinstance(index, Client) else Client(index, device=resources.get("device", "auto"))
     unit = Unit.of(client.index, _METRIC)
     if unit.name is None:
         raise UsageError(f"scores of {client.index.path} have no unit (see docs/how-it-works.md), so that no slope can be measured")
+    if report is not None:
+        result = _of_report(Path(report), client)
+        if keep:
+            record_slope(client.index.path, result)
+        return _report(result, {}, keep)
     if pack is not None:
         ground_truth = read_pack(Path(pack), data).half(half)
         _, examples = pack_examples(client, ground_truth, Path(pack))
@@ -95,12 +103,55 @@ def slope(
     result = Slope(value=value, low=low, high=high, measured_by=by, trainings=len(masks), queries=predicted.shape[1], **correlation)
     if keep:
         record_slope(client.index.path, result)
-    figures = {"measured change for each nat predicted without a slope": Figure(value, low, high)}
+    figures: dict[str, Figure] = {}
     if unit.slope is not None:
         figures["for each nat predicted with the slope that the index had"] = Figure(value / kept, low / kept, high / kept)
     figures["rank correlation with the measured changes (LDS)"] = Figure(ranks.value, ranks.low, ranks.high)
-    about = {"measured_by": by, "queries": predicted.shape[1], "subsets": len(masks), "kept": keep}
-    return Report("slope", figures, about, "The factor after which predicted changes of losses have the least squared error.")
+    return _report(result, figures, keep)
+
+
+def _report(slope: Slope, figures: Mapping[str, Figure], keep: bool) -> Report:
+    measured = {"measured change for each nat predicted without a slope": Figure(slope.value, slope.low, slope.high)}
+    about = {"measured_by": slope.measured_by, "queries": slope.queries, "trainings": slope.trainings, "kept": keep}
+    return Report(
+        "slope", {**measured, **figures}, about, "The factor after which predicted changes of losses have the least squared error."
+    )
+
+
+def _of_report(path: Path, client: Client) -> Slope:
+    """Take the slope of a report of `act`, over its queries.
+
+    Raises:
+        NotFoundError, IntegrityError: there is no such file, or it is not such a report.
+        UsageError: it is of another index, or of one query alone, which gives no interval.
+        NumericalError: losses do not change as predicted.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"there is no report {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        effects = [e for e in content["effects"] if not e["held_out"] and e["predicted"] is not None]
+        predicted = np.array([e["predicted"] for e in effects], np.float64) / float(content["kept_slope"])
+        measured = np.array([e["measured"] - e["by_chance"] for e in effects], np.float64)
+        index, trainings = str(content["index"]), int(content["seeds"]) * (2 + int(content["draws"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(f"{path} is not a report of wherefrom act ({type(error).__name__}); write it again") from error
+    if index != str(client.index.path.resolve()):
+        raise UsageError(f"{path} is of {index}, and not of {client.index.path}")
+    if len(predicted) < 2:
+        raise UsageError(f"{path} has the changes of {len(predicted)} queries; a slope and its interval need at least two")
+
+    def through_zero(rows: np.ndarray, _: np.ndarray) -> float:
+        total = float((predicted[rows] ** 2).sum())
+        return float((predicted[rows] * measured[rows]).sum()) / total if total > 0 else float("nan")
+
+    value = through_zero(np.arange(len(predicted)), np.zeros(0))
+    low, high = interval(through_zero, (len(predicted), 1))
+    if not value > 0:
+        raise NumericalError(f"the slope is {value:.3g}: losses do not change as predicted; these scores should not be used")
+    return Slope(
+        value=value, low=low, high=high, measured_by="trainings without some examples", trainings=trainings, queries=len(predicted)
+    )
 
 
 def fitted_slope(predicted: Float64[np.ndarray, "subsets queries"], measured: Float64[np.ndarray, "subsets queries"]) -> float:

@@ -7,6 +7,7 @@ answers occur in the texts of the best examples; and which sources are over-repr
 Everything is also computed for each component alone, since a head's rows see shared tokens, and blocks' rows what layers do.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -24,6 +25,7 @@ from ..ray_jobs.progress import Reporter, reporting
 from ..store.corpus import check_exists
 from ..store.errors import DataError, UsageError
 from ..store.extras import require
+from ..store.index import Index
 from ..store.shapes import Float32, Float64
 from ..store.sources import parse_json
 from .checks import Figure, mean_figure
@@ -36,7 +38,7 @@ _SHARES = (0.001, 0.01, 0.1)
 _MOST_CELLS = 1 << 28  # queries times rows of scores in memory
 _AGREEMENT = 0.3
 _MOST_SOURCES = 20
-_RESAMPLED = 400
+_MOST_BLOCKS = 24
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Study:
     """Report of a study.
 
     Attributes:
-        by_part: the groups' figures by part of the scores: "all", and each component.
+        by_part: the groups' figures by part of the scores: "all", each component, and each block of layers.
         agreement: by pair of components, the mean correlation of their scores of a query over all examples.
         best: number of the best examples that answers and sources were looked for in.
         warnings: what limits the conclusions.
@@ -230,17 +232,15 @@ def study(
     encoded = client.encode([q.query for q in queries], mode=mode)
     alive = np.flatnonzero(opened.alive)
     names = [component.name for component in opened.manifest.components]
-    parts: dict[str, Mapping[str, float]] = {"all": {}}
-    if len(names) > 1:
-        parts |= {name: {other: 0.0 for other in names if other != name} for name in names}
+    parts = _parts(opened, mode)
     best = max(_LEAST_TOP, int(_TOP * len(alive)))
     figures: dict[str, tuple[GroupFigures, ...]] = {}
     scores: dict[str, Float32[np.ndarray, "queries rows"]] = {}
     losses = [evidence_loss(client, q.query) for q in queries]
     with reporting(reporter) as current:
         current.stage("studying", len(parts) * len(queries))
-        for part, weights in parts.items():
-            scores[part] = score_matrix(opened, encoded, Metric(mode, weights=weights))[:, alive]
+        for part, metric in parts.items():
+            scores[part] = score_matrix(opened, encoded, metric)[:, alive]
             figures[part] = tuple(_group_figures(client, queries, scores[part], alive, best, losses))
             current.update(len(queries), 0)
     agreement = {
@@ -264,6 +264,21 @@ def study(
     if out is not None:
         write_report(Path(out), report.to_dict(), report.page())
     return report
+
+
+def _parts(index: Index, mode: Mode) -> dict[str, Metric]:
+    """Return the metrics of all components together, of each alone, and of each block of a dense component's layers."""
+    components = index.manifest.components
+    parts = {"all": Metric(mode)}
+    if len(components) > 1:
+        for one in components:
+            parts[one.name] = Metric(mode, weights={other.name: 0.0 for other in components if other is not one})
+    names = [name for component in components if component.has_wide_rows for name in component.layer_names]
+    blocks = dict.fromkeys(match[1] for name in names if (match := re.match(r"(.*?\.\d+)\.", name)))
+    if 1 < len(blocks) <= _MOST_BLOCKS and mode != "cosine":
+        sparse = {component.name: 0.0 for component in components if not component.has_wide_rows}
+        parts |= {f"layers {block}": Metric(mode, weights=sparse, layers=(f"{block}.*",)) for block in blocks}
+    return parts
 
 
 def evidence_loss(client: Client, query: Query) -> float | None:

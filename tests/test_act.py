@@ -429,7 +429,7 @@ def test_a_study_tells_facts_from_a_procedure(planted, tmp_path):
     over = {(r.group, r.value): r.ratio.value for r in report.sources}
     assert over["facts", "facts"] > 1 > over["comparisons", "facts"]
     assert over["comparisons", "comparisons"] > 1
-    assert set(report.by_part) == {"all", "head", "blocks"}
+    assert set(report.by_part) == {"all", "head", "blocks", "layers transformer.h.0", "layers transformer.h.1"}
     assert json.loads((tmp_path / "study.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert (tmp_path / "study.html").read_text().count("<svg") >= 3
 
