@@ -86,6 +86,10 @@ def judge(folder, seed):
         for name, options in _BUILDS.items():
             index = build(model, records, Path(place) / name, task="vectors(shape=1x28x28)", **options)
             client = Client(index.path, model=model)
+            for mode in ("influence", "cosine", "loss-normalized"):  # is it said that kinds of score disagree?
+                answers = client.query_many(queries, mode=mode, rerank=0, opponents=False)
+                said = [any("choice of the score decides" in warning for warning in a.reliability.warnings) for a in answers]
+                results[f"{name}, {mode}: answers that say that the choice of the score decides"] = float(np.mean(said))
             for mode in ("influence", "cosine", "loss-normalized"):
                 for damping in (None, 0.01, 10.0):
                     try:

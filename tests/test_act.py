@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -15,6 +16,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.evaluation.act import act
 from wherefrom.evaluation.pages import sign, verify_report, write_report
+from wherefrom.evaluation.slope import slope
 from wherefrom.evaluation.study import StudyQuery, read_study, study
 from wherefrom.indexer.models import ModelSource
 from wherefrom.indexer.tasks import CausalLM
@@ -337,6 +339,26 @@ def test_a_removal_is_put_to_the_test(taught, tmp_path):
     changed = (tmp_path / "report.json").read_text().replace('"rows": 80', '"rows": 81')
     (tmp_path / "changed.json").write_text(changed)
     assert CliRunner().invoke(main, ["verify", str(tmp_path / "changed.json")]).exit_code == 4
+
+
+def test_a_report_of_act_gives_the_slope_of_an_index(taught, tmp_path):
+    index = tmp_path / "i"
+    shutil.copytree(taught / "i", index)
+    queries = [Query(prompt="w1 w2 w3 w4", completion=" w50"), Query(prompt="w1 w2", completion=" w3 w4 w50")]
+    act(index, [f"fact{i}" for i in range(4)], queries, "training:teach_little", taught / "base", draws=1, out=tmp_path / "r")
+    content = json.loads((tmp_path / "r.json").read_text())
+    p = np.array([e["predicted"] for e in content["effects"]])
+    m = np.array([e["measured"] - e["by_chance"] for e in content["effects"]])
+    slope(index, report=tmp_path / "r.json")
+    kept = Index(index).manifest.slope
+    assert kept.value == pytest.approx((p @ m) / (p @ p), rel=1e-6)
+    assert kept.low <= kept.value <= kept.high
+    assert (kept.trainings, kept.queries) == (3, 2)
+    with pytest.raises(UsageError, match="and not of"):
+        slope(taught / "i", report=tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="not a report of wherefrom act"):
+        slope(index, report=tmp_path / "r.json")
 
 
 def test_what_cannot_be_acted_on_is_refused_before_any_training(taught):
