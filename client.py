@@ -36,6 +36,7 @@ from .store.index import ColumnType, Index
 from .store.kinds import KINDS
 from .store.manifest import identity, latest_manifest
 from .store.objects import StorePath
+from .store.presets import mixes
 from .store.shapes import Float32, Float64
 from .store.usual import HiddenStates, Usual, read_usual, share_below
 from .store.vectors import Rows, combine, concatenate, slice_rows
@@ -116,6 +117,13 @@ class Client(BaseClient):
             metric = replace(metric, refine=0)
         if not queries:
             return []
+        by_row = [query.row is not None for query in queries]
+        if options.get("rerank") is None and not options.get("mean") and not mixes(options) and 0 < sum(by_row) < len(queries):
+            answers: dict[int, Answer] = {}  # whether candidates are computed again does not depend on the queries beside one
+            for kind in (False, True):
+                numbers = [number for number, is_row in enumerate(by_row) if is_row is kind]
+                answers |= dict(zip(numbers, self.query_many([queries[number] for number in numbers], **options), strict=True))
+            return [answers[number] for number in range(len(queries))]
         rows = self.encode_queries(queries, metric)
         evidence = [self._evidence(query, self._row_key(metric)) for query in queries]
         return self._answer(queries, rows, evidence, {**options, "rerank": self._candidates(queries, options)})

@@ -303,6 +303,16 @@ def test_estimates_are_computed_again_where_the_model_is_at_hand_and_it_is_small
     assert clients["bits"].query(query).search.rerank is None  # it would take long
 
 
+def test_a_query_is_answered_alike_beside_others(clients):
+    queries = [Query(row=3), Query(text=words(5, 6, 7)), Query(row=9), Query(text=words(1, 2, 40))]
+    together = clients["bits"].query_many(queries, k=5)
+    for query, answer in zip(queries, together, strict=True):
+        alone = clients["bits"].query(query, k=5)
+        assert (answer.search.rerank is None) == (alone.search.rerank is None) == (query.row is not None)
+        assert [a.row for a in answer.proponents] == [a.row for a in alone.proponents]
+        assert_close([a.score for a in answer.proponents], [a.score for a in alone.proponents], 1e-5)
+
+
 def test_rerank_and_no_rerank_are_not_given_together(paths):
     done = CliRunner().invoke(main, ["query", str(paths["bits"]), "--row", "1", "--rerank", "5", "--no-rerank"])
     assert (done.exit_code, "opposites" in done.output) == (2, True)
