@@ -1168,6 +1168,28 @@ def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: A
 
 @evaluate.command()
 @_INDEX
+@_queries_option
+@_model_options
+@_json_option
+def usual(index: str, file: str, as_json: bool, **model: Any) -> None:
+    """Measure what is usual for held-out texts, so that answers doubt queries that are unlike these.
+
+    \b
+      wherefrom evaluate usual my.wherefrom --file held-out.jsonl
+
+    A build measures it on training examples, which a model may know by heart. Give 50 texts or more that training has not seen.
+    """
+    queries = list(_read_queries(file))
+    measured = _local_client(index, model, queries).measure_usual(queries)
+    record = {} if measured is None else measured.model_dump(exclude={"format"})
+    if as_json:
+        _print_json(record)
+    else:
+        say(f"what is usual for {len(queries):,} held-out texts is kept in {index}")
+
+
+@evaluate.command()
+@_INDEX
 @click.option("--pack", type=click.Path(), help="Ground-truth pack of the index's documents.")
 @click.option("--data", type=click.Path(), help="Directory of an image pack's IDX files.  [default: in the pack, or ../../data from there]")
 @click.option("--queries", type=click.Choice(["all", "even", "odd"]), default="all", show_default=True, help="The pack's queries to use.")

@@ -24,7 +24,7 @@ from .query.mixing import Mixing
 from .query.options import Options, Query, ScoreOptions, check_queries
 from .query.parts import Parts, Search, WholeIndex, call_all, column_types
 from .query.plain import query_document, without_contrasts
-from .query.reliability import QueryEvidence
+from .query.reliability import FEW, QueryEvidence
 from .query.rerank import Recomputation
 from .query.scoring import Scorer, mixed_components
 from .query.select import Limits, Method, Selection, select
@@ -38,7 +38,7 @@ from .store.manifest import identity, latest_manifest
 from .store.objects import StorePath
 from .store.presets import mixes
 from .store.shapes import Float32, Float64
-from .store.usual import HiddenStates, Usual, read_usual, share_below
+from .store.usual import MOST_VALUES, HiddenStates, Usual, read_usual, share_below
 from .store.vectors import Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
@@ -191,6 +191,32 @@ class Client(BaseClient):
             return QueryEvidence(loss if np.isfinite(loss) else None, None, True)
         encoded = self._encoded.get((query, key))
         return QueryEvidence() if encoded is None else encoded.evidence
+
+    def measure_usual(self, queries: Sequence[Query]) -> Usual | None:
+        """Measure what is usual for held-out texts like those that will be asked, in place of training examples, and keep it in the index.
+
+        A model that learned its training examples by heart expects others less, and would be doubted too often.
+
+        Raises:
+            UsageError: there are fewer than 50 queries, or more than 4,096.
+        """
+        from .ray_jobs.usual import measure_usual
+
+        if not FEW <= len(queries) <= MOST_VALUES:
+            raise UsageError(f"{len(queries):,} queries are too few or too many to say what is usual; give {FEW} to {MOST_VALUES:,}")
+        examples = self.query_examples(queries)
+        encoded = list(self.encoder.batches(examples, queries=True))
+        losses = np.zeros(len(examples))
+        hidden: np.ndarray | None = None
+        for batch in encoded:
+            losses[batch.positions] = [loss / examples[i].loss_tokens for i, loss in zip(batch.positions, batch.losses, strict=True)]
+            if batch.hidden is not None:
+                hidden = np.zeros((len(examples), batch.hidden.shape[1]), np.float32) if hidden is None else hidden
+                hidden[batch.positions] = batch.hidden
+        rows = {name: vectors.as_float32() for name, vectors in self.encoder.joined(encoded).items()}
+        usual = measure_usual(self.index, None, [(rows, losses, hidden)])
+        self.__dict__.pop("_usual", None)
+        return usual
 
     def density_percentiles(self, rows: Sequence[int]) -> list[float | None]:
         """Return, for rows, the percentage of sampled training examples around which hidden states lie less densely; None if unknown."""

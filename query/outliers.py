@@ -18,7 +18,7 @@ import numpy as np
 from ..store.errors import UsageError
 from ..store.index import Index
 from ..store.shapes import Bool, Float32, Float64, Int64
-from ..store.vectors import Rows, SparseVectors, concatenate
+from ..store.vectors import Rows, concatenate
 from .baselines import row_norms
 from .metric import Metric
 from .results import Reporter
@@ -205,24 +205,8 @@ def _pairs(buckets: Iterator[list[int]] | Any) -> Iterator[tuple[int, list[int]]
 
 def _projected(index: Index, rows: Rows) -> Float64[np.ndarray, "rows signs"]:
     """Project rows to `_SIGNS` random directions, the same for all rows."""
-    total: Any = 0
-    for component in index.manifest.components:
-        vectors: Any = rows[component.name]
-        factor = np.sqrt(component.weight)
-        if isinstance(vectors, SparseVectors):
-            width = vectors.width
-            projected = np.zeros((len(vectors), _SIGNS))
-            directions = _directions(component.seed, 0, width)
-            signs = np.random.default_rng([component.seed, 1]).integers(0, 2, (component.vocabulary, _SIGNS))  # type: ignore[union-attr]
-            np.add.at(projected, vectors.owners, (vectors.vectors @ directions) * (2.0 * signs[vectors.keys] - 1))
-        else:
-            projected = vectors.values.astype(np.float64) @ _directions(component.seed, 2, vectors.width)
-        total = total + factor * projected
-    return np.asarray(total)
-
-
-def _directions(seed: int, part: int, width: int) -> Float64[np.ndarray, "width signs"]:
-    return np.random.default_rng([seed, part, width]).normal(size=(width, _SIGNS))
+    components = index.manifest.components
+    return np.sum([np.sqrt(c.weight) * rows[c.name].projected(c.seed, _SIGNS) for c in components], axis=0, dtype=np.float64)
 
 
 def reasons(outliers: Outliers) -> Sequence[tuple[str, str]]:

@@ -16,7 +16,7 @@ _CERTAIN = 0.01  # nats a token: a probability of 0.99
 _LITTLE = 0.2  # share of the proponents that another mode finds
 _MOSTLY = 0.9  # of the rows
 _ERRORS = 2.0  # standard errors
-_FEW = 50  # examples of a sample, below which nothing is said about the rarest of them
+FEW = 50  # examples of a sample, below which nothing is said about the rarest of them
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def _of_query(evidence: QueryEvidence, usual: Usual | None, similarity: float | 
     loss = evidence.loss
     if loss is not None and loss < _CERTAIN:
         warnings.append(f"the model is nearly certain of this ({loss:.2g} nats a token), so its gradient is small and scores say little")
-    if usual is None or len(usual.losses) < _FEW:
+    if usual is None or len(usual.losses) < FEW:
         return warnings
     if loss is not None and share_below(usual.losses, loss) > 1 - _RARE:
         share = share_below(usual.losses, loss)
-        warnings.append(f"the model does not expect this: {loss:.2g} nats a token, more than {share:.0%} of sampled training examples")
+        warnings.append(f"the model does not expect this: {loss:.2g} nats a token, more than {share:.0%} of sampled {usual.of}")
     if usual.similarities is not None and similarity is not None and share_below(usual.similarities, similarity) < _RARE:
-        warnings.append("no searched example is as like this as training examples are like one another; the corpus may hold nothing of it")
+        warnings.append(f"no searched example is as like this as {usual.of} are like some other; the corpus may hold nothing of it")
     if usual.densities is not None and evidence.density is not None and share_below(usual.densities, evidence.density) < _RARE:
         warnings.append("this is unlike what the model was trained on: hardly any training example has a hidden state near its own")
     return warnings

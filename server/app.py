@@ -366,7 +366,7 @@ def _summary(engine: Engine) -> dict[str, Any]:
 
 
 def _described(client: Client) -> dict[str, Any]:
-    """What the page about an index shows."""
+    """Describe an index for the page about it."""
     index = client.index
     summary = index.summary()
     shown = ("created", "wherefrom", "documents", "split", "truncated", "skipped", "not_finite", "tokens", "bytes_per_example", "bytes")

@@ -20,14 +20,16 @@ _NAME = "usual.json"
 _FORMAT = "wherefrom usual 1"
 _MOST_ROWS = 100_000  # hidden states among which densities are computed
 _NEIGHBORS = 10
-_LEAST_BANDWIDTH = 1e-12
-Values = Annotated[tuple[float, ...], Field(min_length=1, max_length=4096)]
+LEAST_BANDWIDTH = 1e-12
+MOST_VALUES = 4096
+Values = Annotated[tuple[float, ...], Field(min_length=1, max_length=MOST_VALUES)]
 
 
 class Usual(BaseModel):
-    """Ascending numbers of some training examples.
+    """Ascending numbers of some examples.
 
     Attributes:
+        of: "training examples", or "held-out texts" that somebody named.
         losses: nats for each token that the loss is on.
         similarities: the highest cosine with another row; None where rows have no cosines.
         densities: logarithm of the kernel density of hidden states at the example's, without its own; None where the index stores none.
@@ -37,6 +39,7 @@ class Usual(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format: Literal["wherefrom usual 1"] = _FORMAT  # type: ignore[assignment]
+    of: Literal["training examples", "held-out texts"] = "training examples"
     losses: Values
     similarities: Values | None = None
     densities: Values | None = None
@@ -44,7 +47,7 @@ class Usual(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Usual":
-        if self.densities is not None and self.bandwidth < _LEAST_BANDWIDTH:
+        if self.densities is not None and self.bandwidth < LEAST_BANDWIDTH:
             raise ValueError("densities without the width of their kernel")
         return self
 

@@ -4,6 +4,7 @@ sparse one. Both kinds have the same methods.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,6 +44,9 @@ class Vectors(Protocol):
 
     def inner_products(self, other: Any) -> Float[np.ndarray, "rows others"]:
         """Compute exact inner products with other rows."""
+
+    def projected(self, seed: int, count: int) -> Float64[np.ndarray, "rows count"]:
+        """Project rows to random directions, which are the same for all rows and a seed; products are kept on average."""
 
     def as_float32(self) -> "Vectors":
         """Convert to float32."""
@@ -101,6 +105,10 @@ class DenseVectors:
     def inner_products(self, other: "DenseVectors") -> Float[np.ndarray, "rows others"]:
         """See `Vectors`."""
         return self.values @ other.values.T
+
+    def projected(self, seed: int, count: int) -> Float64[np.ndarray, "rows count"]:
+        """See `Vectors`."""
+        return self.values.astype(np.float64) @ _directions(seed, self.width, count)
 
     def as_float32(self) -> "DenseVectors":
         """See `Vectors`."""
@@ -207,6 +215,14 @@ class SparseVectors:
             scores[np.ix_(self.owners[entries], other.owners[other_entries])] += self.vectors[entries] @ other.vectors[other_entries].T
         return scores
 
+    def projected(self, seed: int, count: int) -> Float64[np.ndarray, "rows count"]:
+        """See `Vectors`. A token's vector is projected, and the result has random signs of the token."""
+        projected = np.zeros((len(self), count))
+        if len(self.keys):
+            signs = _signs(seed, 1 << int(self.keys.max()).bit_length(), count)
+            np.add.at(projected, self.owners, (self.vectors @ _directions(seed, self.width, count)) * signs[self.keys])
+        return projected
+
     @property
     def squared_lengths(self) -> Float64[np.ndarray, " entries"]:
         """Each entry's squared length."""
@@ -245,6 +261,18 @@ class SparseVectors:
     def sums_by_row(self, values: Float64[np.ndarray, " entries"]) -> Float64[np.ndarray, " rows"]:
         """Sum a value of each entry, row by row."""
         return np.bincount(self.owners, values, len(self)).astype(np.float64, copy=False)  # without entries, integers
+
+
+@lru_cache(maxsize=8)
+def _directions(seed: int, width: int, count: int) -> Float64[np.ndarray, "width count"]:
+    """Return random directions, as columns."""
+    return np.random.default_rng([seed, width]).normal(size=(width, count))
+
+
+@lru_cache(maxsize=8)
+def _signs(seed: int, tokens: int, count: int) -> Int64[np.ndarray, "tokens count"]:
+    """Return random signs of tokens, -1 or 1; those of a token do not depend on the number of tokens."""
+    return 2 * np.random.default_rng([seed]).integers(0, 2, (tokens, count)) - 1
 
 
 def to_bytes(rows: Rows) -> bytes:

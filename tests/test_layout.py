@@ -77,8 +77,8 @@ def test_the_explorer_asks_with_fields_that_are_defined():
     script = (ROOT / "server" / "static" / "app.js").read_text()
     page = (ROOT / "server" / "static" / "index.html").read_text()
     names = json.loads(re.search(r"const SHOWN = (\[.*?\]);", script)[1])
-    assert set(names) <= {"index", *option_fields(Query), *option_fields(Options)}
-    controls = {"group_by": "group", "recall": "certified"}
+    assert set(names) <= {"index", "queries", *option_fields(Query), *option_fields(Options)}
+    controls = {"group_by": "group", "recall": "certified", "queries": "lines"}
     assert all(f'id="{controls.get(name, name)}"' in page for name in names)
     written = re.findall(r"(?:query|options|search)\.(\w+) = ", script) + re.findall(r"[{,] (\w+): \$\(", script)
     assert set(written) <= set(names)
@@ -143,6 +143,7 @@ def test_the_wheel_ships_the_package_and_nothing_else(tmp_path):
     expected |= {
         "wherefrom/py.typed",
         "wherefrom/demo/corpus.jsonl",
+        "wherefrom/evaluation/report.html.jinja",
     }
     expected |= {f"wherefrom/{n}" for n in tracked if n.startswith("server/static/")}
     assert shipped == expected

@@ -61,3 +61,21 @@ def test_certificates_hold_on_real_rows_and_few_are_read(client, monkeypatch, re
     assert len(is_complete) > 1500
     assert np.mean(is_complete) >= recall - 2.5 * np.sqrt(recall * (1 - recall) / len(is_complete))
     assert np.mean(read) < 0.5 * len(client.index)
+
+
+def test_unlike_queries_are_told_from_held_out_ones(client, shared):
+    """Held-out problems are seldom doubted; other languages, code and noise nearly always are."""
+    problems = [json.loads(line) for line in (shared / "data/gsm8k-questions.jsonl").read_text().strip().split("\n")]
+    held_out = [Query(prompt=q["prompt"], completion=q["completion"]) for q in problems if len(q["prompt"] + q["completion"]) < 500][:40]
+    generator = np.random.default_rng(0)
+    texts = ["".join(map(chr, generator.integers(33, 126, 60))) for _ in range(8)]
+    texts += ["Der schnelle braune Fuchs springt über den faulen Hund.", "Bitte senden Sie mir die Unterlagen bis Freitag."]
+    texts += ["def f(x):\n    return [y**2 for y in range(x) if y % 2]", "for (int i=0;i<n;i++){ sum += a[i]*b[i]; }"]
+
+    def doubted(queries):
+        answers = client.query_many(queries, rerank=0)
+        signs = ("does not expect", "as like this", "hidden state near")
+        return np.mean([any(sign in warning for warning in a.reliability.warnings for sign in signs) for a in answers])
+
+    assert doubted(held_out) <= 0.15
+    assert doubted([Query(text=text) for text in texts]) >= 0.9

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import SHARED, assert_close, build_kinds, in_nats, random_texts, words, write_jsonl
+from helpers import assert_close, build_kinds, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import Client, Query
@@ -118,10 +118,9 @@ def test_the_slope_of_a_multiple_is_its_factor_and_least_squares_gives_it(subset
     assert fitted_slope(predicted, noisy) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["text-a", "mnist-a"])
-def test_a_slope_from_half_of_a_packs_queries_holds_for_the_other_half(tmp_path, shared, name):
+def test_a_slope_from_half_of_a_packs_queries_holds_for_the_other_half(tmp_path, shared):
     pytest.importorskip("scipy")
-    pack = shared / "lds" / name
+    pack = shared / "lds/mnist-a"
     from wherefrom.evaluation.judge import judge_index
 
     index = tmp_path / "i"
@@ -241,6 +240,24 @@ def test_a_damaged_record_is_named_and_one_that_is_gone_is_measured_again(tmp_pa
     assert (path / "usual.json").read_bytes() == record
 
 
+def test_what_is_usual_can_be_that_of_held_out_texts(tmp_path, model_dir, corpus_file):
+    path = build_kinds(tmp_path, model_dir, corpus_file, {"i": {"rank": 4, "hidden": True}})["i"]
+    client = Client(path)
+    before = read_usual(client.index)
+    texts = random_texts(60, seed=55, shortest=6)
+    file = write_jsonl(tmp_path / "q.jsonl", [{"text": text} for text in texts])
+    done = CliRunner().invoke(main, ["evaluate", "usual", str(path), "--file", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    after = read_usual(Client(path).index)
+    assert (before.of, after.of) == ("training examples", "held-out texts")
+    queries = [Query(text=text) for text in texts]
+    assert_close(after.similarities, np.sort(client.scores(queries, mode="cosine").astype(float).max(axis=1)), 1e-5)
+    assert_close(after.losses, np.sort([answer.reliability.loss for answer in client.query_many(queries, rerank=0)]), 1e-5)
+    assert len(after.densities) == 60
+    with pytest.raises(UsageError, match="too few"):
+        client.measure_usual(queries[:20])
+
+
 # --- what an answer says against itself
 
 
@@ -316,28 +333,3 @@ def test_a_query_is_answered_alike_beside_others(clients):
 def test_rerank_and_no_rerank_are_not_given_together(paths):
     done = CliRunner().invoke(main, ["query", str(paths["bits"]), "--row", "1", "--rerank", "5", "--no-rerank"])
     assert (done.exit_code, "opposites" in done.output) == (2, True)
-
-
-@pytest.mark.skipif(not (SHARED / "lds/text-a").is_dir(), reason="the shared packs are not there")
-def test_unlike_queries_are_told_from_held_out_ones(tmp_path):
-    """The packs' held-out queries are seldom doubted; other languages, code and noise nearly always are."""
-    from wherefrom.evaluation.judge import judge_index
-    from wherefrom.evaluation.packs import read_pack
-
-    pack = SHARED / "lds/text-a"
-    judge_index(pack, {"hidden": True}, out=tmp_path / "i", baselines=False)
-    client = Client(tmp_path / "i")
-
-    def doubted(texts):
-        answers = client.query_many([Query(text=text) for text in texts], rerank=0)
-        words = ("does not expect", "as like this", "hidden state near")
-        return np.mean([any(word in warning for warning in a.reliability.warnings for word in words) for a in answers])
-
-    held_out = [document.text[:400] for document in read_pack(pack).queries[::3]]
-    generator = np.random.default_rng(0)
-    noise = ["".join(map(chr, generator.integers(33, 126, 60))) for _ in range(8)]
-    german = ["Der schnelle braune Fuchs springt über den faulen Hund und rennt davon.", "Bitte senden Sie mir die Unterlagen bis Freitag."]
-    code = ["def f(x):\n    return [y**2 for y in range(x) if y % 2]", "for (int i=0;i<n;i++){ sum += a[i]*b[i]; }"]
-    assert doubted(held_out) <= 0.15
-    assert doubted([*noise, *german, *code]) >= 0.9
-    assert in_nats(client.index, 1.0) == 1e-3
