@@ -206,7 +206,8 @@ def _pairs(buckets: Iterator[list[int]] | Any) -> Iterator[tuple[int, list[int]]
 def _projected(index: Index, rows: Rows) -> Float64[np.ndarray, "rows signs"]:
     """Project rows to `_SIGNS` random directions, the same for all rows."""
     components = index.manifest.components
-    return np.sum([np.sqrt(c.weight) * rows[c.name].projected(c.seed, _SIGNS) for c in components], axis=0, dtype=np.float64)
+    projected = [np.sqrt(c.weight) * rows[c.name].projected(c.seed, _SIGNS) for c in components]
+    return np.stack(projected).sum(axis=0)
 
 
 def reasons(outliers: Outliers) -> Sequence[tuple[str, str]]:
