@@ -321,7 +321,7 @@ async function explain(own, now) {
     for (const e of found) {
       const place = document.querySelector(`ol [data-row="${e.row}"]`);
       if (place && e.example) place.querySelector(".text").replaceChildren(...heat(e.example, overlaps(askedText(), e.example.tokens.join(""))));
-      if (place && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top .overlap").before(scoreBadge(e));
+      if (place && !answer.search.rerank && e.recomputed !== null && Math.abs(e.recomputed - e.score) > 0.01 * Math.abs(e.score)) place.querySelector(".top .overlap").before(scoreBadge(e));
       if (answer.proponents.some((a) => a.row === e.row)) for (const part of e.layers.length > MOST_BARS ? e.blocks : e.layers) sums.set(part.name, (sums.get(part.name) || 0) + part.score);
     }
     drawLayers([...sums].map(([name, score]) => ({ name, score })));
