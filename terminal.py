@@ -447,6 +447,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         "left_out_columns": lambda columns: [_columns(columns) or "nothing"],
         "models": lambda models: [f"{m['id']}, {m['architecture']}, {m['parameters']:,} parameters, {m['dtype']}" for m in models],
         "components": lambda components: [],
+        "slope": lambda slope: [_slope(slope)],
         "rerank": lambda rerank: [_rerank(rerank)],
     }
     titles = {"tracked": "measured", "notes": "note", "unread": "not read", "models": "model"}
@@ -471,6 +472,14 @@ def _tracked(part: Mapping[str, Any], most: int | None = 4) -> str:
     left_out = part["left_out"]
     rest = f"; not {', '.join(left_out[:most])}{' ...' if len(left_out[:most]) < len(left_out) else ''}" if left_out else ""
     return f"{part['parameters']:,} of {part['of']:,} parameters ({part['share']:.1%}){rest}"
+
+
+def _slope(slope: Mapping[str, Any] | None) -> str:
+    """Describe what was measured of an index's scores."""
+    if slope is None:
+        return "not measured; wherefrom evaluate slope measures what a predicted nat is worth"
+    lds = "" if slope["lds"] is None else f", LDS {slope['lds']:.3g} ({slope['lds_low']:.3g} to {slope['lds_high']:.3g})"
+    return f"{slope['value']:.3g} ({slope['low']:.3g} to {slope['high']:.3g}){lds}, by {slope['measured_by']}"
 
 
 def _rerank(rerank: Mapping[str, Any] | None) -> str:

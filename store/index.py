@@ -550,6 +550,7 @@ class Index:
             **{name: getattr(m.build, name) for name in ("documents", "split", "truncated", "skipped", "not_finite")},
             "shards": m.shards,
             "bytes": row_bytes + documents_bytes + m.encoder.bytes,
+            "slope": None if m.slope is None else m.slope.model_dump(),
             "bytes_per_example": round(self.bytes_per_example, 1),
             "encoder_bytes": m.encoder.bytes,
             "components": [

@@ -9,13 +9,15 @@ from click.testing import CliRunner
 from helpers import assert_close, build_kinds, random_texts, words, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wherefrom import Client, Query
+from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
+from wherefrom.evaluation.packs import read_pack, write_documents_file
 from wherefrom.evaluation.slope import fitted_slope, slope
 from wherefrom.query.metric import Metric
 from wherefrom.query.parts import _signed_sums
 from wherefrom.query.units import Unit
 from wherefrom.ray_jobs.add import add
+from wherefrom.ray_jobs.build import build
 from wherefrom.store.errors import IntegrityError, UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.manifest import Slope
@@ -101,6 +103,7 @@ def test_a_measured_slope_scales_the_scores_it_was_measured_for_alone(tmp_path, 
     kept = {"value": 0.25, "low": 0.2, "high": 0.3, "measured_by": "a test", "trainings": 3, "queries": 4}
     assert {name: after["plain"].search.slope[name] for name in kept} == kept
     assert after["damped"].search.slope is None
+    assert "0.25 (0.2 to 0.3), by a test" in CliRunner().invoke(main, ["info", str(path)]).output
     said = CliRunner().invoke(main, ["query", str(path), "--row", "5", "--local"]).output
     assert "measured slope 0.25" in " ".join(said.split())
 
@@ -120,13 +123,13 @@ def test_the_slope_of_a_multiple_is_its_factor_and_least_squares_gives_it(subset
 
 def test_a_slope_from_half_of_a_packs_queries_holds_for_the_other_half(tmp_path, shared):
     pytest.importorskip("scipy")
-    pack = shared / "lds/mnist-a"
-    from wherefrom.evaluation.judge import judge_index
-
-    index = tmp_path / "i"
-    judge_index(pack, {}, data=shared / "data", out=index, baselines=False)
-    slope(index, pack, data=shared / "data", half="even")
-    report = slope(index, pack, data=shared / "data", half="odd", keep=False)
+    data = shared / "data"
+    pack = read_pack(shared / "lds/mnist-a", data)
+    write_documents_file(pack.train, tmp_path / "train.jsonl")
+    options = {"model": str(pack.model), "task": pack.task, "data": (str(tmp_path / "train.jsonl"),), **pack.build}
+    build(BuildConfig(out=str(tmp_path / "i"), **options))
+    slope(tmp_path / "i", shared / "lds/mnist-a", data=data, half="even")
+    report = slope(tmp_path / "i", shared / "lds/mnist-a", data=data, half="odd", keep=False)
     (ratio,) = [figure for name, figure in report.figures.items() if "the slope that the index had" in name]
     assert 0.8 < ratio.value < 1.2
     assert ratio.low < 1 < ratio.high
@@ -222,9 +225,6 @@ def test_shares_below():
 
 
 def test_a_damaged_record_is_named_and_one_that_is_gone_is_measured_again(tmp_path, model_dir, corpus_file):
-    from wherefrom import BuildConfig
-    from wherefrom.ray_jobs.build import build
-
     path = tmp_path / "i"
     config = BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(path), rank=4)
     build(config)
