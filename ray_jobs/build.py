@@ -24,6 +24,7 @@ from ..indexer.encoder import EncoderSettings
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.models import IN_MEMORY, LoadedModel, ModelSource
 from ..indexer.tasks import find_task, with_whole_paths
+from ..query.reliability import FEW
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
@@ -413,11 +414,11 @@ def _publish(
 
 
 def _measure_usual(job: _Job, executor: Executor, settings: EncoderSettings) -> None:
-    """Measure what is usual for training examples (see store/usual.py), unless that is known."""
+    """Measure what is usual for training examples (see store/usual.py), unless that is known or they are few."""
     index = Index(job.out)
-    if read_usual(index) is not None:
-        return
     rows = np.flatnonzero(index.alive)
+    if read_usual(index) is not None or len(rows) < FEW:
+        return
     count = min(EXAMPLES, len(rows))
     parts = draw_sample(index.shards, rows, count, job.config.seed)
     firsts = {shard.id: shard.first for shard in index.shards}
