@@ -26,7 +26,7 @@ from ..ray_jobs.progress import Reporter, reporting
 from ..ray_jobs.worker import absolute
 from ..store.errors import UsageError
 from .checks import Figure, Remover, mean_figure
-from .pages import bars, points, write_report
+from .pages import bars, check_report, points, write_report
 from .retrain import compute_losses, trained
 
 _SAID_TOKENS = 24
@@ -167,9 +167,13 @@ def act(
         UsageError: an id is not in the index, nothing or everything would be left out, or there are no queries.
     """
     import_object(train, "training function")
+    if out is not None:
+        check_report(Path(out), None if key is None else Path(key))
     resolve_device(device)
     client = Client(index, model=model, device=device)
     rows = len(client.index)
+    if client.index.manifest.deleted:
+        raise UsageError(f"{client.index.path} has deleted examples, which cannot be trained on; run wherefrom compact first")
     mask, unknown = client.index.rows_of(remove)
     if unknown:
         raise UsageError(f"{len(unknown)} of the ids are not in {client.index.path}, such as {min(unknown)!r}; fix the ids")

@@ -61,6 +61,19 @@ def points(values: Sequence[tuple[float, float, str]], x_label: str, y_label: st
     return {"points": placed, "zero_x": x(0), "zero_y": y(0), "x_label": x_label, "y_label": y_label, **ends}
 
 
+def check_report(out: Path, key: Path | None) -> tuple[Path, Path]:
+    """Check before long work that a report can be written and signed; returns the paths of its JSON and its page.
+
+    Raises:
+        UsageError, NotFoundError: see `write_report`.
+    """
+    paths = (out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.html"))
+    for path in paths:
+        refuse_existing(path)
+    sign({}, key)
+    return paths
+
+
 def write_report(out: Path, content: Mapping[str, Any], page: Mapping[str, Any], key: Path | None = None) -> tuple[Path, Path]:
     """Write a report as `<out>.json` and `<out>.html`.
 
@@ -72,9 +85,7 @@ def write_report(out: Path, content: Mapping[str, Any], page: Mapping[str, Any],
     Raises:
         UsageError: a file exists, or the key is not such.
     """
-    paths = (out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.html"))
-    for path in paths:
-        refuse_existing(path)
+    paths = check_report(out, None)
     signed = sign(content, key)
     environment = require("jinja2", "evaluation").Environment(autoescape=True, trim_blocks=True)
     embedded = json.dumps(signed, ensure_ascii=False).replace("<", "\\u003c")  # no text ends the script

@@ -30,7 +30,7 @@ from ..store.shapes import Float32, Float64
 from ..store.sources import parse_json
 from .checks import Figure, mean_figure
 from .lds import interval
-from .pages import bars, write_report
+from .pages import bars, check_report, write_report
 
 _TOP = 0.01  # share of the examples that answers and sources are looked for in; at least `_LEAST_TOP`
 _LEAST_TOP = 20
@@ -222,6 +222,8 @@ def study(
         UsageError: there are fewer than two queries, or too many for the index's rows.
     """
     require("scipy", "evaluation")
+    if out is not None:
+        check_report(Path(out), None)
     client = index if isinstance(index, Client) else Client(index, **options)
     opened = client.index
     if len(queries) < 2:

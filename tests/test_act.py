@@ -376,6 +376,21 @@ def test_what_cannot_be_acted_on_is_refused_before_any_training(taught):
             act(taught / "i", *arguments, "training:teach_little", taught / "base", **options)
 
 
+def test_what_would_fail_after_the_trainings_is_said_before(taught, tmp_path):
+    query, index = Query(text="w1 w2"), tmp_path / "i"
+    (tmp_path / "r.html").write_text("")
+    for options, kind, match in (
+        ({"out": tmp_path / "r"}, UsageError, "exists"),
+        ({"out": tmp_path / "s", "key": tmp_path / "nothing.pem"}, NotFoundError, "openssl"),
+    ):
+        with pytest.raises(kind, match=match):
+            act(taught / "i", ["fact1"], [query], "training:leave", taught / "base", **options)  # which would end the process
+    shutil.copytree(taught / "i", index)
+    assert CliRunner().invoke(main, ["delete", str(index), "--ids", "-"], input="d3").exit_code == 0
+    with pytest.raises(UsageError, match="run wherefrom compact first"):
+        act(index, ["fact1"], [query], "training:leave", taught / "base")
+
+
 def test_signatures_cover_every_field_and_texts_do_not_leave_the_script(tmp_path):
     key = tmp_path / "key.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(key)], check=True, capture_output=True)
