@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="Of each training on a selection.")
     parser.add_argument("--base-steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", help="Some of them, by name.  [default: all]")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(arguments.shared / "models/mini-lm")
@@ -116,8 +117,12 @@ def main() -> None:
     texts = {d["id"]: d["text"] for d in pool}
     choices = {"all of the pool": list(texts)}
     for name, options in _METHODS.items():
+        if arguments.methods and name not in arguments.methods:
+            continue
         selection = client.select(queries, arguments.budget, **options)
         choices[name] = list(dict.fromkeys(e.document for e in selection.examples))
+    if arguments.methods and "all of the pool" not in arguments.methods:
+        choices.pop("all of the pool")
     by_source = {d["id"]: d["source"] for d in pool}
     for name, ids in choices.items():
         losses = []
