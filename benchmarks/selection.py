@@ -70,6 +70,31 @@ def loss(model, tokenizer, problems):
     return total / count
 
 
+def split(shared: Path, size: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Documents that the base learns from, and the pool that it has not seen."""
+    documents = [json.loads(line) for line in (shared / "data/corpus.jsonl").read_text().strip().split("\n")]
+    order = np.random.default_rng(0).permutation(len(documents)).tolist()
+    others = [documents[i] for i in order if documents[i]["source"] != "gsm8k"]
+    problems = [documents[i] for i in order if documents[i]["source"] == "gsm8k"]
+    seen = others[len(others) // 2 :] + problems[-200:]
+    ids = {document["id"] for document in seen}
+    return seen, [documents[i] for i in order if documents[i]["id"] not in ids][:size]
+
+
+def make_models(work: Path, tokenizer, seen, pool, steps: int) -> None:
+    """Train the base, and the model that is indexed, unless they are there."""
+    if (work / "model").exists():
+        return
+    torch.manual_seed(0)
+    sizes = dict(n_embd=128, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes))
+    train(model, tokenizer, [document["text"] for document in seen], steps, 0, 2e-3)
+    model.save_pretrained(work / "base")
+    train(model, tokenizer, [document["text"] for document in pool], steps // 2, 1)
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+
+
 def main() -> None:
     """Build the base, the index and the selections, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,53 +109,31 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(arguments.shared / "models/mini-lm")
-    documents = [json.loads(line) for line in (arguments.shared / "data/corpus.jsonl").read_text().strip().split("\n")]
-    order = np.random.default_rng(0).permutation(len(documents)).tolist()
-    others = [documents[i] for i in order if documents[i]["source"] != "gsm8k"]
-    problems = [documents[i] for i in order if documents[i]["source"] == "gsm8k"]
-    seen = others[len(others) // 2 :] + problems[-200:]
-    pool = [d for d in (documents[i] for i in order) if d["id"] not in {s["id"] for s in seen}][: arguments.pool]
-    base_folder, model_folder = arguments.work / "base", arguments.work / "model"
-    if not model_folder.exists():
-        torch.manual_seed(0)
-        sizes = dict(n_embd=128, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes))
-        train(base, tokenizer, [d["text"] for d in seen], arguments.base_steps, 0, 2e-3)
-        base.save_pretrained(base_folder)
-        tokenizer.save_pretrained(base_folder)
-        train(base, tokenizer, [d["text"] for d in pool], arguments.base_steps // 2, 1)
-        base.save_pretrained(model_folder)
-        tokenizer.save_pretrained(model_folder)
+    seen, pool = split(arguments.shared, arguments.pool)
+    make_models(arguments.work, tokenizer, seen, pool, arguments.base_steps)
     data = arguments.work / "pool.jsonl"
-    data.write_text("".join(json.dumps(d) + "\n" for d in pool))
-    build(BuildConfig(model=str(model_folder), data=(str(data),), out=str(arguments.work / "index"), max_tokens=_LENGTH))
-    targets = [json.loads(line) for line in (arguments.shared / "data/gsm8k-questions.jsonl").read_text().strip().split("\n")]
+    data.write_text("".join(json.dumps(document) + "\n" for document in pool))
+    options = {"model": str(arguments.work / "model"), "data": (str(data),), "max_tokens": _LENGTH}
+    build(BuildConfig(out=str(arguments.work / "index"), **options))
     client = Client(arguments.work / "index")
-    queries = [
-        Query(prompt=t["prompt"], completion=t["completion"])
-        for t in targets[:60]
-        if len(tokenizer(t["prompt"] + t["completion"]).input_ids) < 250
-    ]
+    targets = [json.loads(line) for line in (arguments.shared / "data/gsm8k-questions.jsonl").read_text().strip().split("\n")]
+    short = [t for t in targets[:60] if len(tokenizer(t["prompt"] + t["completion"]).input_ids) < 250]
+    queries = [Query(prompt=t["prompt"], completion=t["completion"]) for t in short]
     measured = targets[150:250]
-    base = GPT2LMHeadModel.from_pretrained(base_folder)
-    print(f"base: {loss(base, tokenizer, measured):.3f} nats a token", flush=True)
-    texts = {d["id"]: d["text"] for d in pool}
-    choices = {"all of the pool": list(texts)}
-    for name, options in _METHODS.items():
+    print(f"base: {loss(GPT2LMHeadModel.from_pretrained(arguments.work / 'base'), tokenizer, measured):.3f} nats a token", flush=True)
+    documents = {document["id"]: document for document in pool}
+    for name, method in {"all of the pool": None, **_METHODS}.items():
         if arguments.methods and name not in arguments.methods:
             continue
-        selection = client.select(queries, arguments.budget, **options)
-        choices[name] = list(dict.fromkeys(e.document for e in selection.examples))
-    if arguments.methods and "all of the pool" not in arguments.methods:
-        choices.pop("all of the pool")
-    by_source = {d["id"]: d["source"] for d in pool}
-    for name, ids in choices.items():
+        ids = list(documents)
+        if method is not None:
+            ids = list(dict.fromkeys(e.document for e in client.select(queries, arguments.budget, **method).examples))
         losses = []
         for seed in range(arguments.seeds):
-            model = GPT2LMHeadModel.from_pretrained(base_folder)
-            train(model, tokenizer, [texts[id] for id in ids], arguments.steps, 10 + seed)
+            model = GPT2LMHeadModel.from_pretrained(arguments.work / "base")
+            train(model, tokenizer, [documents[id]["text"] for id in ids], arguments.steps, 10 + seed)
             losses.append(loss(model, tokenizer, measured))
-        part = np.mean([by_source[id] == "gsm8k" for id in ids])
+        part = np.mean([documents[id]["source"] == "gsm8k" for id in ids])
         print(f"| {name} | {len(ids):,} | {part:.0%} | {np.mean(losses):.3f} | {min(losses):.3f} to {max(losses):.3f} |", flush=True)
 
 
