@@ -511,7 +511,7 @@ class Client(BaseClient):
         budget: int,
         *,
         by: str = "cosine",
-        method: Method = "sum",
+        method: Method = "cover",
         limits: Limits = Limits(),
         where: str | None = None,
         **options: Unpack[ScoreOptions],

@@ -133,7 +133,7 @@ def select(
     weights: Float64[np.ndarray, " targets"],
     budget: int,
     *,
-    method: Method = "sum",
+    method: Method = "cover",
     by: str = "cosine",
     limits: Limits = Limits(),
 ) -> Selection:
