@@ -561,7 +561,7 @@ def explain(index: str, examples: tuple[int, ...], tokens: bool, as_json: bool, 
 @_INDEX
 @click.option("--for", "targets", type=click.Path(), required=True, help="JSON lines of targets: queries whose loss should fall.")
 @click.option("--budget", type=click.IntRange(1), required=True, help="Examples to choose, at most.")
-@click.option("--method", type=click.Choice(["sum", "max", "cover"]), default="cover", show_default=True, help="How targets count together.")
+@click.option("--method", type=click.Choice(["sum", "max", "cover"]), default="cover", show_default=True, help="How targets count.")
 @click.option(
     "--by",
     type=click.Choice(["cosine", "influence", "loss-normalized", "bm25", "random"]),
@@ -583,7 +583,7 @@ def select(index: str, targets: str, at_most: str | None, distinct: float | None
       wherefrom select my.wherefrom --for targets.jsonl --budget 200 --at-most source=50 --distinct 0.9
       wherefrom select my.wherefrom --for targets.jsonl --budget 200 --by bm25 --out by-words.jsonl
 
-    cover chooses so that every target has an example (facility location), sum takes the mean score over targets, max the highest for any.
+    cover chooses so that every target has an example (facility location), sum by the mean score over targets, max by the highest for any.
     """
     from .query.results import refuse_existing, write_lines
     from .query.select import Limits
