@@ -708,7 +708,7 @@ def removal(
 
         with Console() as reporter:
             found = find_outliers(opened, reporter, k=top)
-        chosen = [lists.Removal(id, why, {}) for id, why in dict(reversed(reasons(found))).items()][::-1][:top]
+        chosen = [lists.Removal(id, why, {}) for id, why in reasons(found).items()][:top]
     else:
         chosen = lists.of_ids(read_ids(str(ids)), reason)
     rows = lists.write_removal(opened, chosen, Path(out))

@@ -42,7 +42,7 @@ from .store.usual import MOST_VALUES, HiddenStates, Usual, read_usual, share_bel
 from .store.vectors import Rows, combine, concatenate, slice_rows
 
 if TYPE_CHECKING:
-    from .indexer.encoder import EncodedBatch, Encoder
+    from .indexer.encoder import Encoder
     from .indexer.recorded import RecordedEncoder
 
 _QUERY_BATCH_TOKENS = 2048
@@ -183,6 +183,11 @@ class Client(BaseClient):
         types = self._column_types if needs_types else None
         return answer_queries(self.parts, types, records, rows, options, baselines, recomputation, refinement, self._usual)
 
+    def losses(self, queries: Sequence[Query]) -> list[float | None]:
+        """Return the losses of queries, in nats for each token that the loss is on; None of a contrast."""
+        self.encode_queries(queries, Metric())
+        return [self._evidence(query, ()).loss for query in queries]
+
     def _evidence(self, query: Query, key: tuple[Any, ...]) -> QueryEvidence:
         """Return what is known of a query besides its rows."""
         if query.row is not None:
@@ -204,17 +209,7 @@ class Client(BaseClient):
 
         if not FEW <= len(queries) <= MOST_VALUES:
             raise UsageError(f"{len(queries):,} queries are too few or too many to say what is usual; give {FEW} to {MOST_VALUES:,}")
-        examples = self.query_examples(queries)
-        encoded = list(self.encoder.batches(examples, queries=True))
-        losses = np.zeros(len(examples))
-        hidden: np.ndarray | None = None
-        for batch in encoded:
-            losses[batch.positions] = [loss / examples[i].loss_tokens for i, loss in zip(batch.positions, batch.losses, strict=True)]
-            if batch.hidden is not None:
-                hidden = np.zeros((len(examples), batch.hidden.shape[1]), np.float32) if hidden is None else hidden
-                hidden[batch.positions] = batch.hidden
-        rows = {name: vectors.as_float32() for name, vectors in self.encoder.joined(encoded).items()}
-        usual = measure_usual(self.index, None, [(rows, losses, hidden)])
+        usual = measure_usual(self.index, None, [self.encoder.ask(self.query_examples(queries))])
         self.__dict__.pop("_usual", None)
         return usual
 
@@ -460,25 +455,14 @@ class Client(BaseClient):
             exact, refinement = query_rows(self.index, self.encoder, metric, examples, queries)
             rows = {c.name: KINDS[c.kind].stored(exact[c.name], c).as_float32() for c in self.index.manifest.components}
         else:
-            encoded = list(self.encoder.batches(examples, queries=queries))
-            rows = {name: vectors.as_float32() for name, vectors in self.encoder.joined(encoded).items()}
-            evidence = self._evidence_of(examples, encoded)
+            asked = self.encoder.ask(examples, queries)
+            rows = asked.rows
+            densities: list[float | None] = [None] * len(examples)
+            if asked.hidden is not None and self._usual is not None and self._usual.densities is not None:
+                distances = self._hidden_states.squared_distances(asked.hidden)
+                densities = HiddenStates.log_densities(distances, self._usual.bandwidth).tolist()
+            evidence = [QueryEvidence(loss, density) for loss, density in zip(asked.losses.tolist(), densities, strict=True)]
         return [_EncodedQuery(slice_rows(rows, i, i + 1), refinement, evidence[i]) for i in range(len(examples))]
-
-    def _evidence_of(self, examples: Sequence[Example], encoded: Sequence["EncodedBatch"]) -> list[QueryEvidence]:
-        """Return what encoded batches say of examples besides their rows."""
-        losses = np.zeros(len(examples))
-        for batch in encoded:
-            losses[batch.positions] = batch.losses
-        densities: list[float | None] = [None] * len(examples)
-        if self._usual is not None and self._usual.densities is not None:
-            for batch in encoded:
-                assert batch.hidden is not None
-                distances = self._hidden_states.squared_distances(batch.hidden)
-                for position, value in zip(batch.positions, HiddenStates.log_densities(distances, self._usual.bandwidth), strict=True):
-                    densities[position] = float(value)
-        tokens = [example.loss_tokens for example in examples]
-        return [QueryEvidence(float(losses[i]) / tokens[i], densities[i]) for i in range(len(examples))]
 
     @cached_property
     def _recomputer(self) -> Recomputer:

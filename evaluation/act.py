@@ -28,6 +28,7 @@ from ..store.errors import UsageError
 from .checks import Figure, Remover, mean_figure
 from .pages import bars, check_report, points, write_report
 from .retrain import compute_losses, trained
+from .slope import slope_over_queries
 
 _SAID_TOKENS = 24
 _SHOWN_IDS = 50
@@ -204,7 +205,7 @@ def act(
         Effect(
             id=query.id or str(number),
             held_out=number >= len(queries),
-            text=(query.prompt + query.completion) if query.completion is not None else query.text or f"row {query.row}",
+            text=example.text,
             predicted=None if unit.name is None else float(predicted[number]),
             measured=float(measured[number]),
             by_chance=float(chance[:, number].mean()),
@@ -214,7 +215,7 @@ def act(
             said_before=said[0][number],
             said_after=said[1][number],
         )
-        for number, query in enumerate(everything)
+        for number, (query, example) in enumerate(zip(everything, client.query_examples(everything), strict=True))
     )
     asked = slice(0, len(queries))
     report = ActReport(
@@ -239,19 +240,11 @@ def act(
 
 
 def _slope(predicted: np.ndarray, measured: np.ndarray) -> Figure | None:
-    """The measured change for each predicted nat, beyond that of random removals, with its interval over queries."""
-    from .lds import interval
-
-    total = float((predicted**2).sum())
-    if not total:
+    """The measured change for each predicted nat, beyond that of random removals; None where nothing was predicted."""
+    if not predicted.any():
         return None
-
-    def through_zero(rows: np.ndarray, _: np.ndarray) -> float:
-        p, m = predicted[rows], measured[rows]
-        return float((p * m).sum() / (p * p).sum()) if (p * p).sum() > 0 else float("nan")
-
-    value = through_zero(np.arange(len(predicted)), np.zeros(0))
-    return Figure(value, *interval(through_zero, (len(predicted), 1))) if len(predicted) > 1 else Figure(value, None, None)
+    value, low, high = slope_over_queries(predicted, measured)
+    return Figure(value, low, high) if len(predicted) > 1 else Figure(value, None, None)
 
 
 class _Trainer(Remover):

@@ -141,17 +141,25 @@ def _of_report(path: Path, client: Client) -> Slope:
     if len(predicted) < 2:
         raise UsageError(f"{path} has the changes of {len(predicted)} queries; a slope and its interval need at least two")
 
-    def through_zero(rows: np.ndarray, _: np.ndarray) -> float:
-        total = float((predicted[rows] ** 2).sum())
-        return float((predicted[rows] * measured[rows]).sum()) / total if total > 0 else float("nan")
-
-    value = through_zero(np.arange(len(predicted)), np.zeros(0))
-    low, high = interval(through_zero, (len(predicted), 1))
+    value, low, high = slope_over_queries(predicted, measured)
     if not value > 0:
         raise NumericalError(f"the slope is {value:.3g}: losses do not change as predicted; these scores should not be used")
     return Slope(
         value=value, low=low, high=high, measured_by="trainings without some examples", trainings=trainings, queries=len(predicted)
     )
+
+
+def slope_over_queries(predicted: Float64[np.ndarray, " queries"], measured: Float64[np.ndarray, " queries"]) -> tuple[float, float, float]:
+    """The slope of one measured change for each query on the predicted one, through zero, with its 95 % interval over queries.
+
+    NaN without predicted changes.
+    """
+
+    def through_zero(rows: np.ndarray, _: np.ndarray) -> float:
+        total = float((predicted[rows] ** 2).sum())
+        return float((predicted[rows] * measured[rows]).sum()) / total if total > 0 else float("nan")
+
+    return through_zero(np.arange(len(predicted)), np.zeros(0)), *interval(through_zero, (len(predicted), 1))
 
 
 def fitted_slope(predicted: Float64[np.ndarray, "subsets queries"], measured: Float64[np.ndarray, "subsets queries"]) -> float:

@@ -238,7 +238,7 @@ def study(
     best = max(_LEAST_TOP, int(_TOP * len(alive)))
     figures: dict[str, tuple[GroupFigures, ...]] = {}
     scores: dict[str, Float32[np.ndarray, "queries rows"]] = {}
-    losses = [evidence_loss(client, q.query) for q in queries]
+    losses = client.losses([q.query for q in queries])
     with reporting(reporter) as current:
         current.stage("studying", len(parts) * len(queries))
         for part, metric in parts.items():
@@ -281,11 +281,6 @@ def _parts(index: Index, mode: Mode) -> dict[str, Metric]:
         sparse = {component.name: 0.0 for component in components if not component.has_wide_rows}
         parts |= {f"layers {block}": Metric(mode, weights=sparse, layers=(f"{block}.*",)) for block in blocks}
     return parts
-
-
-def evidence_loss(client: Client, query: Query) -> float | None:
-    """The loss of a query in nats a token, where it is known."""
-    return client.query(query, k=1, rerank=0, opponents=False).reliability.loss
 
 
 def _group_figures(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..store.documents import Example
 from ..store.errors import IntegrityError, NumericalError
 from ..store.kinds import KINDS
 from ..store.manifest import Component, Layer
-from ..store.shapes import Float, Float32
+from ..store.shapes import Float, Float32, Float64
 from ..store.vectors import Rows
 from .batches import Batch
 from .capture import Inputs, Map, OutputGradient, capture, product_precision
@@ -54,6 +54,20 @@ class EncodedBatch:
     exact: Rows
     losses: Float[np.ndarray, " batch"]
     hidden: Float32[np.ndarray, "batch width"] | None
+
+
+class AskedExamples(NamedTuple):
+    """Examples that were encoded as queries.
+
+    Attributes:
+        rows: by component, cut to the tokens an index stores, float32.
+        losses: nats for each token that the loss is on; NaN where they are not finite.
+        hidden: mean last hidden states; None if the settings leave them out.
+    """
+
+    rows: dict[str, Any]
+    losses: Float64[np.ndarray, " examples"]
+    hidden: Float32[np.ndarray, "examples width"] | None
 
 
 def ignore_progress(examples: int, tokens: int) -> None:
@@ -251,6 +265,20 @@ class Encoder:
             exact: before rows are cut to the tokens an index stores.
         """
         return self.joined(list(self.batches(examples, progress, queries, skip_nonfinite)), exact)
+
+    def ask(
+        self, examples: Sequence[Example], queries: bool = True, progress: Progress = ignore_progress, skip_nonfinite: bool = False
+    ) -> AskedExamples:
+        """Compute the rows of queries, with their losses and hidden states; see `batches`."""
+        encoded = list(self.batches(examples, progress, queries, skip_nonfinite))
+        losses = np.zeros(len(examples))
+        hidden: np.ndarray | None = None
+        for batch in encoded:
+            losses[batch.positions] = [loss / examples[i].loss_tokens for i, loss in zip(batch.positions, batch.losses, strict=True)]
+            if batch.hidden is not None:
+                hidden = np.zeros((len(examples), batch.hidden.shape[1]), np.float32) if hidden is None else hidden
+                hidden[batch.positions] = batch.hidden
+        return AskedExamples({name: vectors.as_float32() for name, vectors in self.joined(encoded).items()}, losses, hidden)
 
     def joined(self, encoded: Sequence[EncodedBatch], exact: bool = False) -> dict[str, Any]:
         """Join the rows of all batches of some examples, by component, in the examples' order; see `rows`."""

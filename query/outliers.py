@@ -9,7 +9,7 @@ near-duplicates    groups of examples whose rows have cosines above a limit. Pai
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .baselines import row_norms
 from .metric import Metric
 from .results import Reporter
 from .scoring import all_scores
-from .select import cosines
+from .select import row_cosines
 from .units import Unit
 
 _SIGNS = 256
@@ -182,7 +182,7 @@ def near_duplicates(index: Index, rows: Int64[np.ndarray, " rows"], similar: flo
             near = [c for c, d in zip(candidates, distance, strict=True) if d <= limit + 3 * np.sqrt(0.25 / _SIGNS)]
             checked.update((one, other) for other in candidates)
             if near:
-                values = cosines(index, stored_rows(index, rows[[one]]), stored_rows(index, rows[near]))[0]
+                values = row_cosines(index, stored_rows(index, rows[[one]]), stored_rows(index, rows[near]))[0]
                 for other, value in zip(near, values, strict=True):
                     if value > similar:
                         low, high = sorted((root(one), root(other)))
@@ -210,8 +210,12 @@ def _projected(index: Index, rows: Rows) -> Float64[np.ndarray, "rows signs"]:
     return np.stack(projected).sum(axis=0)
 
 
-def reasons(outliers: Outliers) -> Sequence[tuple[str, str]]:
-    """Return ids to look at, each with the reason; of near-duplicates, all but the first of a group."""
-    found = [(o.id, f"label contrast {o.value:.3g}") for o in outliers.label_contrast or ()]
-    found += [(id, f"near-duplicate of {group[0]}") for group in outliers.duplicates for id in group[1:]]
+def reasons(outliers: Outliers) -> dict[str, str]:
+    """Return ids to look at, each with the first reason; of near-duplicates, all but the first of a group."""
+    found: dict[str, str] = {}
+    for outlier in outliers.label_contrast or ():
+        found[outlier.id] = f"label contrast {outlier.value:.3g}"
+    for group in outliers.duplicates:
+        for id in group[1:]:
+            found.setdefault(id, f"near-duplicate of {group[0]}")
     return found

@@ -18,9 +18,7 @@ import numpy as np
 from ..store.errors import UsageError
 from ..store.index import Index
 from ..store.shapes import Float32, Float64, Int64
-from ..store.vectors import Rows, concatenate
-from .metric import Metric
-from .scoring import Scorer
+from ..store.vectors import Rows, concatenate, count
 
 Method = Literal["sum", "max", "cover"]
 Blocks = Iterator[tuple[int, Float32[np.ndarray, "targets rows"]]]
@@ -253,7 +251,7 @@ def _alike(index: Index, most: float) -> Callable[[int], bool]:
 
     def is_alike(row: int) -> bool:
         rows = {component.name: index.vectors(row, component).as_float32() for component in index.manifest.components}
-        if chosen and float(cosines(index, rows, concatenate(chosen)).max()) > most:
+        if chosen and float(row_cosines(index, rows, concatenate(chosen)).max()) > most:
             return True
         chosen.append(rows)
         return False
@@ -261,12 +259,12 @@ def _alike(index: Index, most: float) -> Callable[[int], bool]:
     return is_alike
 
 
-def cosines(index: Index, one: Rows, others: Rows) -> Float64[np.ndarray, "rows others"]:
+def row_cosines(index: Index, one: Rows, others: Rows) -> Float64[np.ndarray, "rows others"]:
     """Compute the cosines of rows in memory, over all components with their weights."""
-    scorers = [Scorer.of(index, rows, Metric("cosine")) for rows in (one, others)]
-    products = np.zeros((len(scorers[0]), len(scorers[1])))
-    for operand in scorers[0].operands:
-        name = operand.component.name
-        products += operand.weight * one[name].inner_products(others[name]).astype(np.float64)
-    lengths = scorers[0].norms[:, None] * scorers[1].norms
+    products: Float64[np.ndarray, "rows others"] = np.zeros((count(one), count(others)))
+    for component in index.manifest.components:
+        vectors: Any = one[component.name]
+        products += component.weight * vectors.inner_products(others[component.name]).astype(np.float64)
+    squares = [sum(c.weight * rows[c.name].squared_norms for c in index.manifest.components) for rows in (one, others)]
+    lengths = np.sqrt(np.multiply.outer(*squares))
     return np.divide(products, lengths, out=np.zeros(products.shape), where=lengths > 0)

@@ -4,24 +4,24 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..indexer.encoder import AskedExamples
 from ..query.metric import Metric
 from ..query.scoring import all_scores
 from ..store.errors import UsageError
 from ..store.index import Index
-from ..store.shapes import Float32, Float64, Int64
+from ..store.shapes import Float64, Int64
 from ..store.usual import LEAST_BANDWIDTH, HiddenStates, Usual, write_usual
 from ..store.vectors import Rows, concatenate
 
 EXAMPLES = 128
-Asked = tuple[Rows, Float64[np.ndarray, " rows"], Float32[np.ndarray, "rows width"] | None]
 
 
-def measure_usual(index: Index, rows: Int64[np.ndarray, " rows"] | None, parts: Iterable[Asked]) -> Usual | None:
+def measure_usual(index: Index, rows: Int64[np.ndarray, " rows"] | None, parts: Iterable[AskedExamples]) -> Usual | None:
     """Write what is usual for some examples; nothing where no loss is finite.
 
     Args:
         rows: of training examples, each of which is not its own neighbor; None for held-out texts.
-        parts: the examples as queries, in order (see `Worker.ask_examples`).
+        parts: the examples as queries, in order (see `Encoder.ask`).
     """
     asked = list(parts)
     losses = np.concatenate([losses for _, losses, _ in asked])

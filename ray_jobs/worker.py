@@ -19,7 +19,7 @@ from torch import nn
 from ..indexer import models
 from ..indexer.calibrate import Agreement
 from ..indexer.curvature import Arrays
-from ..indexer.encoder import EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
+from ..indexer.encoder import AskedExamples, EncodedBatch, Encoder, EncoderSettings, Progress, ignore_progress
 from ..indexer.examples import DocumentConverter
 from ..indexer.fit import Fit
 from ..indexer.moments import moment_arrays
@@ -35,7 +35,7 @@ from ..store.index import Index
 from ..store.kinds import KINDS
 from ..store.manifest import Component, DenseComponent, Model
 from ..store.objects import local_or_store
-from ..store.shapes import Float16, Float32, Float64
+from ..store.shapes import Float16, Float32
 from ..store.shard import Shard, documents_path, is_whole, shard_entry, write_shard
 from ..store.vectors import Rows, read_rows, write_rows
 from .config import BuildConfig
@@ -235,26 +235,10 @@ class Worker:
             write_shard(out, shard.id, *rows)
         return shard_entry(out, shard.id, shard.first, shard.rows, shard.tokens, settings.components)
 
-    def ask_examples(
-        self, settings: EncoderSettings, arrays: Arrays, parts: Part, progress: Progress = ignore_progress
-    ) -> tuple[Rows, Float64[np.ndarray, " rows"], Float32[np.ndarray, "rows width"] | None]:
-        """Encode examples as queries.
-
-        Returns:
-            Their rows, losses (nats for each token that the loss is on; NaN where they are not finite), and hidden states if the settings
-            include them.
-        """
+    def ask_examples(self, settings: EncoderSettings, arrays: Arrays, parts: Part, progress: Progress = ignore_progress) -> AskedExamples:
+        """Encode examples as queries."""
         examples = [example for id, rows, positions in parts for example in self._examples(id, rows, positions)]
-        encoder = self._encoder(settings, arrays, "asked")
-        losses = np.zeros(len(examples))
-        hidden: np.ndarray | None = None
-        encoded = list(encoder.batches(examples, progress, queries=True, skip_nonfinite=True))
-        for batch in encoded:
-            losses[batch.positions] = [loss / examples[i].loss_tokens for i, loss in zip(batch.positions, batch.losses, strict=True)]
-            if batch.hidden is not None:
-                hidden = np.zeros((len(examples), batch.hidden.shape[1]), np.float32) if hidden is None else hidden
-                hidden[batch.positions] = batch.hidden
-        return {name: vectors.as_float32() for name, vectors in encoder.joined(encoded).items()}, losses, hidden
+        return self._encoder(settings, arrays, "asked").ask(examples, progress=progress, skip_nonfinite=True)
 
     def write_search_cache(self, number: int, progress: Progress = ignore_progress) -> None:
         """Write the search cache of a group of shards of the published index, unless it is there.

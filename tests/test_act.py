@@ -22,7 +22,7 @@ from wherefrom.indexer.models import ModelSource
 from wherefrom.indexer.tasks import CausalLM
 from wherefrom.query.outliers import find_outliers, label_contrast, near_duplicates, stored_rows
 from wherefrom.query.removal import of_answers, of_ids, write_removal
-from wherefrom.query.select import Limits, cosines, select
+from wherefrom.query.select import Limits, row_cosines, select
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.progress import Silent
 from wherefrom.store.corpus import Document, read_ids
@@ -111,7 +111,7 @@ def test_limits_hold_and_what_they_leave_out_is_counted(client):
     assert len({"d7", "copy0", "copy1", "copy2"} & {e.id for e in distinct.examples}) == 1
     assert distinct.left_out["alike"] == 3
     rows = stored_rows(client.index, np.array([e.row for e in distinct.examples]))
-    alike = cosines(client.index, rows, rows)
+    alike = row_cosines(client.index, rows, rows)
     assert (alike[~np.eye(len(alike), dtype=bool)] <= 0.9).all()
     where = client.select(TARGETS, 5, where='source == "b"')
     assert {e.source for e in where.examples} == {"b"}
@@ -162,7 +162,7 @@ def test_near_duplicates_are_found_and_others_are_not(client):
     groups = near_duplicates(client.index, np.arange(len(client.index)), 0.95, Silent())
     assert groups == [[7, 90, 91, 92]]
     rows = stored_rows(client.index, np.arange(len(client.index)))
-    pairs = np.argwhere(np.triu(cosines(client.index, rows, rows) > 0.95, 1))
+    pairs = np.argwhere(np.triu(row_cosines(client.index, rows, rows) > 0.95, 1))
     assert {tuple(pair) for pair in pairs} == set(itertools.combinations([7, 90, 91, 92], 2))
 
 
@@ -469,6 +469,9 @@ def test_a_study_tells_facts_from_a_procedure(planted, tmp_path):
     assert set(report.by_part) == {"all", "head", "blocks", "layers transformer.h.0", "layers transformer.h.1"}
     assert json.loads((tmp_path / "study.json").read_text()) == json.loads(json.dumps(report.to_dict()))
     assert (tmp_path / "study.html").read_text().count("<svg") >= 3
+    study(Client(client.index.path), read_study(str(file)), out=tmp_path / "again")
+    for ending in ("json", "html"):
+        assert (tmp_path / f"again.{ending}").read_bytes() == (tmp_path / f"study.{ending}").read_bytes()
 
 
 def test_correlations_and_shares_of_a_study_are_those_of_its_scores(planted):

@@ -10,6 +10,8 @@ from helpers import make_model, make_tokenizer, random_texts, words, write_jsonl
 from test_server import Server
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.ray_jobs.build import build
+from wherefrom.store.manifest import Slope
+from wherefrom.store.update import record_slope
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = [
@@ -542,6 +544,45 @@ def test_an_empty_page_suggests_queries_and_about_says_what_is_measured(page, se
     assert "nothing was measured" in said
     assert "Component head" in said
     assert "150" in said
+
+
+def test_two_indexes_stand_side_by_side_and_what_was_measured_of_one_is_shown(page, server, browser, tmp_path):
+    other = tmp_path / "other.wherefrom"
+    shutil.copytree(server.client.index.path, other)
+    record_slope(
+        other, Slope(value=0.5, low=0.4, high=0.6, measured_by="a pack", trainings=9, queries=8, lds=0.61, lds_low=0.5, lds_high=0.7)
+    )
+    both = Server([f"a={server.client.index.path}", f"b={other}"], {"XDG_RUNTIME_DIR": str(tmp_path)})
+    try:
+        page.goto(both.url)
+        page.wait_for_function("document.querySelector('#group').options.length > 1")
+        page.select_option("#index", "a")
+        ask(page, prompt="w1 w2", completion=" w3", k="5")
+        page.click("#pin")
+        page.select_option("#index", "b")
+        page.wait_for_function("document.querySelector('#unit').textContent.includes('measured slope 0.5')")
+        settled(page)
+        assert "(a)" in page.inner_text("#pinned-title")
+        assert page.inner_text("#pinned-shared") == "5 of 5 proponents are the same."
+        page.click("[data-view=about]")
+        page.wait_for_selector("#about h2")
+        assert "0.61 (0.5 to 0.7)" in page.inner_text("#about")
+        assert "a pack" in page.inner_text("#about")
+    finally:
+        both.stop()
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_labels_of_the_charts_never_collide(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    for completion in (" w3", " w9 w8", " w40"):
+        ask(page, prompt="w1 w2", completion=completion)
+        collide = """() => [...document.querySelectorAll('#histogram svg, #layers-chart svg')].flatMap((chart) => {
+          const boxes = [...chart.querySelectorAll('text')].map((text) => [text.textContent, text.getBoundingClientRect()]);
+          return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([, q]) =>
+            p.left < q.right && q.left < p.right && p.top + 2 < q.bottom && q.top + 2 < p.bottom).map(([b]) => `${a} / ${b}`));
+        })"""
+        assert page.evaluate(collide) == []
 
 
 def test_baselines_show_their_texts(page, server):

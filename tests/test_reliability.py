@@ -276,6 +276,16 @@ def test_scores_of_either_sign_are_counted(clients):
     assert recomputed.reliability.uncertain_proponents == recomputed.reliability.uncertain_opponents == 0
 
 
+def test_rows_that_share_no_token_are_counted_and_said(tmp_path, model_dir):
+    texts = [words(1, 2, 3, 4)] * 2 + [words(*range(20 + i % 9, 30)) for i in range(58)]
+    data = write_jsonl(tmp_path / "c.jsonl", [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    path = build_kinds(tmp_path, model_dir, data, {"i": {"components": ("head",), "append_eos": False}})["i"]
+    reliability = Client(path).query(text=words(1, 2, 3, 4), rerank=0).reliability
+    assert reliability.unmatched == 58
+    assert "58 of 60 examples share no token with this and cannot be found by the rows of this index" in reliability.warnings
+    assert "nothing in the searched examples speaks for this" in Client(path).query(text=words(5, 6, 7), rerank=0).reliability.warnings
+
+
 def test_agreement_is_the_share_of_proponents_that_other_modes_find(clients):
     query = Query(text=words(5, 6, 7, 8))
     modes = ("influence", "cosine", "loss-normalized")

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from test_callback import train
 from transformers import AutoModelForCausalLM
-from wherefrom import Query, TrainingRecorder, build
+from wherefrom import Client, Index, Query, TrainingRecorder, build
 from wherefrom.callback import WherefromCallback
 from wherefrom.cli import main
 from wherefrom.evaluation import replay as replay_module
@@ -363,6 +363,21 @@ def test_a_run_of_the_trainer_is_recorded_replayed_and_compared_with_an_index(tm
     agreed = {name: figure["value"] for name, figure in report["figures"].items()}
     assert agreed["the index: rank correlation over examples"] > agreed["random: rank correlation over examples"] + 0.2
     assert "rank correlation" in CliRunner().invoke(main, command).output
+    plain = Client(index.path).scores([Query(text=texts[3]), Query(text=texts[5])])
+    command = ["evaluate", "slope", str(index.path), "--run", str(directory), "--file", str(queries), "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    kept = Index(index.path).manifest.slope
+    assert (kept.queries, kept.measured_by) == (2, "a replay of the training (2 queries)")
+    np.testing.assert_allclose(Client(index.path).scores([Query(text=texts[3]), Query(text=texts[5])]), kept.value * plain, rtol=1e-4)
+    exact, _, ids = read_matrix(out)
+    assert ids == ["q", "r"]
+    by_text = {example.text: number for number, example in enumerate(run.examples)}
+    order = [by_text[Index(index.path).example(row).text] for row in range(40)]
+    masks = np.random.default_rng(0).random((100, 40)) < 0.5
+    p, m = (-(masks @ scores.T.astype(float)) for scores in (plain, exact[:, order]))
+    p, m = p - p.mean(axis=0), m - m.mean(axis=0)
+    assert kept.value == pytest.approx((p * m).sum() / (p * p).sum(), rel=1e-3)
     shown = CliRunner().invoke(main, ["replay", str(directory), "--file", str(queries)])
     assert "through 10 recorded steps" in " ".join(shown.output.split())
     other = build(directory, data, tmp_path / "other.wherefrom", append_eos=True, bytes_per_example=400)
