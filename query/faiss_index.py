@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..store.dense import DenseRows
 from ..store.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError, first_line
-from ..store.files import publish, read_bytes, write_whole
+from ..store.files import publish, read_bytes, staging_folder, write_whole
 from ..store.index import Index, file_problem
 from ..store.manifest import DenseComponent, FileRecord
 from ..store.objects import fetched
@@ -160,7 +160,7 @@ def make_faiss(index: Index, factory: str, parameters: str, component_name: str 
     shares = _estimate_recall(engine, queries, held_out, exact, ~dead)
     folder = index.path / _FOLDER
     path = folder / f"{uuid.uuid4()}.faiss"
-    staged = index.path / "staging" / path.name
+    staged = staging_folder(index.path) / path.name
     staged.parent.mkdir(exist_ok=True)
     try:
         faiss.write_index(engine, os.fspath(staged))

@@ -21,7 +21,7 @@ from ..indexer.recorded import RecordedEncoder
 from ..store.corpus import describe_sources
 from ..store.documents import Documents
 from ..store.errors import DataError
-from ..store.files import INPUTS, discard_inputs, exclusive, read_json, remove_tree, write_whole
+from ..store.files import INPUTS, discard_inputs, exclusive, read_json, remove_tree, staging_folder, write_whole
 from ..store.index import Index
 from ..store.manifest import Addition, Manifest
 from ..store.shard import Shard, documents_path, publish_index
@@ -138,9 +138,9 @@ def _add(
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Record the identity of this call, and discard the files of another call that was interrupted."""
-    record = out / "staging" / INPUTS
+    record = staging_folder(out) / INPUTS
     if not record.is_file() or read_json(record) != identity:
-        remove_tree(out / "staging")
+        remove_tree(staging_folder(out))
     write_whole(record, json.dumps(identity).encode())
 
 

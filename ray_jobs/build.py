@@ -24,12 +24,23 @@ from ..indexer.encoder import EncoderSettings
 from ..indexer.fit import Fit, with_known_sample
 from ..indexer.models import IN_MEMORY, LoadedModel, ModelSource
 from ..indexer.tasks import find_task, with_whole_paths
-from ..query.reliability import FEW
 from ..store.arrays import ArrayFile
 from ..store.corpus import describe_sources
 from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, NumericalError, StorageError, UsageError, WorkerError
-from ..store.files import INPUTS, discard_inputs, exclusive, publish, read_json, regular_size, remove_tree, write_tensors, write_whole
+from ..store.files import (
+    INPUTS,
+    STAGING,
+    discard_inputs,
+    exclusive,
+    publish,
+    read_json,
+    regular_size,
+    remove_tree,
+    staging_folder,
+    write_tensors,
+    write_whole,
+)
 from ..store.index import Index, write_search_caches
 from ..store.kinds import KINDS, open_rows
 from ..store.manifest import (
@@ -54,7 +65,7 @@ from .executor import Executor, Resources, open_executor
 from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import fit_examples, known_training, preset_note, select_components, unused_options, weight_notes
-from .usual import EXAMPLES, measure_usual
+from .usual import measure_usual, sample_size
 from .worker import Part, Worker, absolute, document_converter, model_sources, read_compared
 
 _SHARD_BYTES = 16 << 20
@@ -83,7 +94,7 @@ class _Job:
 
     @property
     def staging(self) -> Path:
-        return self.out / "staging"
+        return staging_folder(self.out)
 
 
 def build(
@@ -192,7 +203,7 @@ def refuse_occupied(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"`out` {out} is a file; choose a directory that does not exist yet")
     names = _names(out) if out.is_dir() else set()
-    if names and not names & {"manifests", "staging"}:
+    if names and not names & {"manifests", STAGING}:
         raise UsageError(f"`out` {out} holds other things and no index; choose a directory that does not exist yet")
 
 
@@ -227,7 +238,7 @@ def _claim(job: _Job, inputs: dict[str, Any]) -> None:
     """Record the inputs of this build, or check that an unfinished build in the directory has the same; one without rows is replaced."""
     record = job.staging / INPUTS
     if record.is_file() and read_json(record) != json.loads(json.dumps(inputs)) and not list(job.out.glob("rows/*")):
-        for folder in ("staging", "documents", "encoder"):
+        for folder in (STAGING, "documents", "encoder"):
             remove_tree(job.out / folder)
     if record.is_file():
         _refuse_other_inputs(job.out, read_json(record), inputs)
@@ -417,9 +428,9 @@ def _measure_usual(job: _Job, executor: Executor, settings: EncoderSettings) -> 
     """Measure what is usual for training examples (see store/usual.py), unless that is known or they are few."""
     index = Index(job.out)
     rows = np.flatnonzero(index.alive)
-    if read_usual(index) is not None or len(rows) < FEW:
+    count = sample_size(len(rows))
+    if read_usual(index) is not None or not count:
         return
-    count = min(EXAMPLES, len(rows))
     parts = draw_sample(index.shards, rows, count, job.config.seed)
     firsts = {shard.id: shard.first for shard in index.shards}
     sampled = [firsts[id] + position for part in parts for id, _, positions in part for position in positions]

@@ -22,7 +22,7 @@ from ..store.corpus import Corpus, Slice, check_columns
 from ..store.documents import Documents, Example, stored_bytes, write_documents
 from ..store.errors import DataError
 from ..store.fields import Fields
-from ..store.files import publish, read_bytes, sha256, write_whole
+from ..store.files import publish, read_bytes, sha256, staging_folder, write_whole
 from ..store.manifest import UnreadFiles
 from ..store.shard import derived_id, documents_path
 from .config import BuildConfig
@@ -141,7 +141,7 @@ class CorpusWriter:
         Raises:
             DataError: a document cannot be used (with `bad_documents` error).
         """
-        record_file = self.out / "staging" / f"piece-{number}.json"
+        record_file = staging_folder(self.out) / f"piece-{number}.json"
         earlier = self._read_written(record_file)
         if earlier is not None:
             progress(sum(shard.rows for shard in earlier.shards), sum(shard.tokens for shard in earlier.shards))
@@ -189,7 +189,7 @@ class CorpusWriter:
     def _write_shard(self, piece: int, shards: Sequence[WrittenShard], examples: Sequence[Example]) -> WrittenShard:
         """Write the shard that follows some of the same piece."""
         id = derived_id(f"{self.fingerprint}:{piece}", len(shards))
-        staged = self.out / "staging" / f"{id}.arrow"
+        staged = staging_folder(self.out) / f"{id}.arrow"
         write_documents(staged, examples)
         digest = sha256(staged)
         path = documents_path(self.out, id)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..indexer.encoder import AskedExamples
 from ..query.metric import Metric
+from ..query.reliability import FEW
 from ..query.scoring import all_scores
 from ..store.errors import UsageError
 from ..store.index import Index
@@ -13,7 +14,13 @@ from ..store.shapes import Float64, Int64
 from ..store.usual import LEAST_BANDWIDTH, HiddenStates, Usual, write_usual
 from ..store.vectors import Rows, concatenate
 
-EXAMPLES = 128
+_MOST = 128  # examples
+_EIGHTH = 8  # of the rows, so that asking them takes little beside the build
+
+
+def sample_size(rows: int) -> int:
+    """Return how many of an index's rows to ask; 0 where they are too few to say what is rare."""
+    return 0 if rows < FEW else max(FEW, min(_MOST, rows // _EIGHTH))
 
 
 def measure_usual(index: Index, rows: Int64[np.ndarray, " rows"] | None, parts: Iterable[AskedExamples]) -> Usual | None:

@@ -30,7 +30,7 @@ from ..store.arrays import ArrayGroup
 from ..store.corpus import Slice
 from ..store.documents import Documents, Example
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
-from ..store.files import publish, read_json, write_whole
+from ..store.files import publish, read_json, staging_folder, write_whole
 from ..store.index import Index
 from ..store.kinds import KINDS
 from ..store.manifest import Component, DenseComponent, Model
@@ -307,7 +307,7 @@ def read_compared(out: Path) -> tuple[Rows, float | None]:
 
 
 def _compared_path(out: Path) -> Path:
-    return out / "staging" / "compared.safetensors"
+    return staging_folder(out) / "compared.safetensors"
 
 
 def encode_rows(

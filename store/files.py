@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BusyError, IntegrityError, StorageError, UsageError
-from .objects import StorePath
+from .objects import STAGING, StorePath
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-FOLDERS = ("documents", "encoder", "faiss", "manifests", "rerank", "rows", "search", "staging")
+FOLDERS = ("documents", "encoder", "faiss", "manifests", "rerank", "rows", "search", STAGING)
 _SMALL_BYTES = 1 << 24
 _REFUSED = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 )
-INPUTS = "inputs.json"  # in staging/: the inputs of the build or addition in progress
+INPUTS = "inputs.json"  # in the staging folder: the inputs of the build or addition in progress
 
 
 @contextlib.contextmanager
@@ -263,14 +263,19 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def staging_folder(directory: Path) -> Path:
+    """Return the folder of an index directory in which files are written before they are published."""
+    return directory / STAGING
+
+
 def discard_inputs(directory: Path) -> None:
     """Remove the record of an interrupted build or addition, so that it is not resumed."""
-    (directory / "staging" / INPUTS).unlink(missing_ok=True)
+    (staging_folder(directory) / INPUTS).unlink(missing_ok=True)
 
 
 def clear_leftovers(directory: Path) -> None:
     """Remove unfinished files of killed writers from `staging/`; all of `staging/` if no build or addition is in progress there."""
-    staging = directory / "staging"
+    staging = staging_folder(directory)
     if not (staging / INPUTS).exists():
         remove_tree(staging)
         return
@@ -313,5 +318,5 @@ def exclusive(directory: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # not empty, or missing
-            (directory / "staging").rmdir()
+            staging_folder(directory).rmdir()
         lock.release()

@@ -20,7 +20,7 @@ from .cache import read_cache, write_cache
 from .dense import Reduction
 from .documents import Columns, Documents, Example
 from .errors import IntegrityError, UsageError, WherefromError
-from .files import clear_leftovers, exclusive, regular_size, sha256, size_problem
+from .files import clear_leftovers, exclusive, regular_size, sha256, size_problem, staging_folder
 from .kinds import KINDS, SearchArrays
 from .manifest import Component, DenseComponent, FileRecord, SparseComponent, identity, manifest_numbers, read_manifest
 from .objects import StorePath, fetched, local_or_store
@@ -214,7 +214,7 @@ class Index:
         self._cache_files.pop(group.id, None)
         if self._cache_problem(group, compare) is None:
             return False
-        write_cache(self._cache_path(group), group.source, self._cache_groups(group), self.path / "staging")
+        write_cache(self._cache_path(group), group.source, self._cache_groups(group), staging_folder(self.path))
         return True
 
     def _cache_problem(self, group: ShardGroup, compare: bool) -> str | None:

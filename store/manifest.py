@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import IncompatibleError, IntegrityError, NotFoundError
-from .files import create_only, read_bytes, sha256, write_whole
+from .files import create_only, read_bytes, sha256, staging_folder, write_whole
 from .presets import PresetName
 
 FORMAT_VERSION = 2
@@ -579,7 +579,7 @@ def read_manifest(directory: Path, number: int | None = None) -> Manifest:
     recorded = _recorded_latest(directory)  # read first, since another process may publish meanwhile
     path = latest_manifest(directory)
     if path is None:
-        unfinished = (directory / "staging").is_dir()
+        unfinished = staging_folder(directory).is_dir()
         raise NotFoundError(
             f"{directory} holds a build that is not finished; run the same build again to continue it"
             if unfinished

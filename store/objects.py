@@ -58,7 +58,8 @@ _LOCK = ".lock"
 _OBJECTS = "objects"  # folder of a mirror for the files of objects; files that are not published yet lie beside it
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_SERVICE_ACCOUNT_KEY")
 """Variables that name the server of a store; one that speaks HTTP without TLS is used as it is told."""
-_PASSING = ("manifests", "staging")  # folders in which objects come and go
+STAGING = "staging"  # folder of unfinished files and of the records of a build in progress
+_PASSING = ("manifests", STAGING)  # folders in which objects come and go
 _MOST_RETRIES = 8  # of a request, by obstore
 _ATTEMPTS = 3  # to get an answer as a whole
 _FIRST_PAUSE = 0.2  # seconds; each later one is twice as long
@@ -543,7 +544,7 @@ class StorePath(type(Path())):  # type: ignore[misc]
     def scratch(self) -> str | None:
         """The path of a local file that is not published yet; None where there is none."""
         _, key = self.place
-        return os.fspath(self) if key.startswith("staging/") and os.path.isfile(os.fspath(self)) else None
+        return os.fspath(self) if key.startswith(f"{STAGING}/") and os.path.isfile(os.fspath(self)) else None
 
     @property
     def entry(self) -> Entry | None:

@@ -17,7 +17,7 @@ import numpy as np
 from .arrays import ArrayFile, ArrayGroup, write_arrays
 from .documents import Documents, batch_checksums, write_documents
 from .errors import IntegrityError
-from .files import publish, sha256, size_problem
+from .files import publish, sha256, size_problem, staging_folder
 from .kinds import Rows, open_rows
 from .manifest import FORMAT_VERSION, Component, FileRecord, Manifest, publish_manifest
 from .shapes import Float16, Float32, Int64, UInt8
@@ -99,7 +99,7 @@ def write_shard(
         arrays["hidden"] = hidden
     about = {"format": FORMAT_VERSION, "shard": shard_id, "rows": len(losses), "documents": f"documents/{shard_id}.arrow"}
     root = ArrayGroup(arrays, {"wherefrom": about})
-    staged = index / "staging" / f"{shard_id}-{uuid.uuid4().hex}.zarr.zip"
+    staged = staging_folder(index) / f"{shard_id}-{uuid.uuid4().hex}.zarr.zip"
     write_arrays(staged, {"": root, **components})
     publish(staged, rows_path(index, shard_id))
 
@@ -173,7 +173,7 @@ class ShardReader:
             The new shard's entry; its first row is 0.
         """
         examples = [self.documents[int(row)] for row in rows]
-        staged = self._index / "staging" / f"{shard_id}.arrow"
+        staged = staging_folder(self._index) / f"{shard_id}.arrow"
         write_documents(staged, examples)
         publish(staged, documents_path(self._index, shard_id))
         components = {name: self.rows(name).select(rows) for name in self._components}
@@ -286,7 +286,7 @@ def publish_index(index: Path, shards: Sequence[Shard], deleted: Int64[np.ndarra
     Raises:
         BusyError: another process published a manifest of that number first.
     """
-    staged = index / "staging" / f"{uuid.uuid4().hex}.zarr.zip"
+    staged = staging_folder(index) / f"{uuid.uuid4().hex}.zarr.zip"
     write_arrays(staged, {"": table_arrays(shards, deleted)})
     table = index / "manifests" / f"{uuid.uuid5(uuid.NAMESPACE_OID, sha256(staged))}.zarr.zip"
     publish(staged, table)

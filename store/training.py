@@ -2,7 +2,7 @@
 
 A recorded run is a directory that holds the trained model as transformers saves it, so an index can be built from it, and next to that:
 
-    training.json          the optimizer with its settings, the numbers of steps and examples; written last
+    training.json          the optimizer with its settings, how many steps and examples there are; written last
     training.arrow         the distinct training examples, as `store/documents.py` writes them
     training.safetensors   the batches in order, the learning rates, and under `initial/` the trained parameters before the first step
 """
@@ -64,7 +64,7 @@ class TrainingSettings(_Strict):
         autocast: dtype of PyTorch's automatic mixed precision; None without it.
         training: the model was in training mode, where dropout draws.
         padding_idx: token whose input embedding gets no gradient; None for none.
-        steps, batches, examples: their numbers; a step has several batches if gradients were accumulated.
+        steps, batches, examples: how many there are; a step has several batches if gradients were accumulated.
         checksums: SHA-256 of the other files of the record, by name.
     """
 
@@ -86,7 +86,7 @@ class TrainingBatch:
     """A batch as the model saw it.
 
     Attributes:
-        examples: numbers of the examples, in the batch's order.
+        examples: positions among the run's distinct examples, in the batch's order.
         width: tokens of the padded batch.
         padding: the token of its padding.
         left_padded: padding stands before the texts.
@@ -156,6 +156,7 @@ def write_training(
 
     Raises:
         StorageError: a file cannot be written.
+        ValueError: only some batches have a generator's state.
     """
     batches = [batch for step in steps for batch in step.batches]
     arrays = {_INITIAL + name: value for name, value in initial.items()}
@@ -168,8 +169,11 @@ def write_training(
     arrays["left_padded"] = np.array([batch.left_padded for batch in batches], np.uint8)
     arrays["predicts_first"] = np.array([batch.predicts_first for batch in batches], np.uint8)
     arrays["denominators"] = np.array([batch.denominator for batch in batches], np.float64)
-    if all(batch.generator is not None for batch in batches):
-        arrays["generators"] = np.stack([batch.generator for batch in batches if batch.generator is not None])
+    generators = [batch.generator for batch in batches if batch.generator is not None]
+    if len(generators) not in (0, len(batches)):
+        raise ValueError("some of the batches have a state of the generator and others have none")
+    if generators:
+        arrays["generators"] = np.stack(generators)
     write_documents(directory / _EXAMPLES, examples)
     write_tensors(directory / _ARRAYS, arrays)
     checksums = {name: sha256(directory / name) for name in (_EXAMPLES, _ARRAYS)}
@@ -216,16 +220,16 @@ def _read_arrays(path: Path, settings: TrainingSettings) -> tuple[tuple[Training
     try:
         arrays = load_file(path)
         _check_shapes(arrays, settings)
-        per_step, per_batch, numbers = (arrays[name].astype(np.int64) for name in ("batches_of_step", "examples_of_batch", "examples"))
+        per_step, per_batch, positions = (arrays[name].astype(np.int64) for name in ("batches_of_step", "examples_of_batch", "examples"))
         widths = arrays["widths"].astype(np.int64)
-        if (per_step < 1).any() or (per_batch < 1).any() or per_step.sum() != settings.batches or per_batch.sum() != len(numbers):
+        if (per_step < 1).any() or (per_batch < 1).any() or per_step.sum() != settings.batches or per_batch.sum() != len(positions):
             raise ValueError("the counts of batches and examples do not add up")
-        if (numbers < 0).any() or (numbers >= settings.examples).any() or (arrays["paddings"] < 0).any():
-            raise ValueError("an example's number or a token is out of range")
+        if (positions < 0).any() or (positions >= settings.examples).any() or (arrays["paddings"] < 0).any():
+            raise ValueError("an example's position or a token is out of range")
         if widths.min() < _SHORTEST or (widths.astype(float) * per_batch).max() > _LARGEST_BATCH:
             raise ValueError("a batch has a width out of range")
         if not (np.isfinite(arrays["rates"]).all() and (arrays["denominators"] > 0).all() and np.isfinite(arrays["denominators"]).all()):
-            raise ValueError("a learning rate or a denominator is not a positive number")
+            raise ValueError("a learning rate is not finite, or a denominator is not a positive number")
         generators = arrays.get("generators")
         initial = {name.removeprefix(_INITIAL): array for name, array in arrays.items() if name.startswith(_INITIAL)}
         expected = [name for group in settings.groups for name in group.names]
@@ -236,7 +240,7 @@ def _read_arrays(path: Path, settings: TrainingSettings) -> tuple[tuple[Training
     starts = np.concatenate([[0], per_batch.cumsum()])
     batches = [
         TrainingBatch(
-            tuple(numbers[starts[i] : starts[i + 1]].tolist()),
+            tuple(positions[starts[i] : starts[i + 1]].tolist()),
             int(widths[i]),
             int(arrays["paddings"][i]),
             bool(arrays["left_padded"][i]),

@@ -256,13 +256,13 @@ def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpu
     assert manifest.table == expected.table
 
 
-def make_slow_model(directory):
+def make_slow_model(directory, width=192):
     """A model that takes some milliseconds a batch, so that there is time to kill its build."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=62, n_embd=192, n_layer=3, n_head=2, n_positions=64, eos_token_id=0)).save_pretrained(directory)
+    GPT2LMHeadModel(GPT2Config(vocab_size=62, n_embd=width, n_layer=3, n_head=2, n_positions=64, eos_token_id=0)).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory
 
@@ -308,7 +308,7 @@ def builder(model, corpus):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_build_killed_at_ten_random_points_goes_on_to_the_very_same_files(tmp_path):
-    model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
+    model, corpus = make_slow_model(tmp_path / "model", 64), slow_corpus(tmp_path)
     with builder(model, corpus) as (start, wait):
         start(tmp_path / "undisturbed")
         started = time.monotonic()
@@ -566,7 +566,7 @@ def test_a_bar_shows_the_whole_count_beside_high_rates(monkeypatch):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
-    model, corpus, out = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path, 1600), tmp_path / "i"
+    model, corpus, out = make_slow_model(tmp_path / "model", 64), slow_corpus(tmp_path, 1600), tmp_path / "i"
     command = ["build", "--model", model, "--data", corpus, "--out", out, "-o", "rank=4", "-o", "shard_rows=24", "-o", "fit_examples=64"]
     run = [sys.executable, "-c", "from wherefrom.cli import main; main()", *map(str, command)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits that it is ignored
@@ -590,7 +590,7 @@ def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
 def test_a_full_disk_is_a_sentence_and_the_build_goes_on_when_there_is_room(tmp_path):
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let tests mount a small disk")
-    model, corpus = make_slow_model(tmp_path / "model"), slow_corpus(tmp_path)
+    model, corpus = make_slow_model(tmp_path / "model", 64), slow_corpus(tmp_path)
     build_command = (
         f"{sys.executable} -c 'from wherefrom.cli import main; main()' build --model {model} --data {corpus} -o rank=4 -o shard_rows=24"
     )
