@@ -30,7 +30,6 @@ from ..store.documents import Documents, Example
 from ..store.errors import BusyError, IntegrityError, NumericalError, StorageError, UsageError, WorkerError
 from ..store.files import (
     INPUTS,
-    STAGING,
     discard_inputs,
     exclusive,
     publish,
@@ -55,7 +54,7 @@ from ..store.manifest import (
     latest_manifest,
     read_manifest,
 )
-from ..store.objects import StorePath, fetched, local_or_store
+from ..store.objects import STAGING, StorePath, fetched, local_or_store
 from ..store.shapes import Int64
 from ..store.shard import Shard, derived_id, documents_path, publish_index, rows_path
 from ..store.usual import read_usual

@@ -181,6 +181,21 @@ def batch_checksums(path: Path) -> tuple[Int64[np.ndarray, " batches_and_one"], 
     return np.array(offsets, np.int64), np.array(checksums, np.uint32)
 
 
+def decompressed_batches(path: Path) -> Iterator[bytes]:
+    """Yield the record batches of a file of examples as Arrow messages that are not compressed.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    try:
+        content = _map(path)
+        schema = _read_schema(content)
+        for begin, end in pairwise(_batch_offsets(content)):
+            yield _read_batch(content.slice(begin, end - begin), schema).serialize().to_pybytes()
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise IntegrityError(f"{path} is not a whole file of examples ({error}); restore the index") from error
+
+
 def _map(path: Path) -> pa.Buffer:
     """Map a file of examples into memory, without keeping it open."""
     if not regular_size(path):

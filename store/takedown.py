@@ -8,16 +8,19 @@ import json
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .documents import decompressed_batches
 from .errors import UsageError
 from .files import remove_tree
 from .index import Index
 from .objects import StorePath
-from .update import compact, delete, prune
+from .update import compact as compact_index
+from .update import delete, prune
 
 _FAISS = "faiss"
 _SHORTEST = 16  # bytes that are searched for; shorter ones occur by chance
@@ -93,7 +96,7 @@ def takedown(out: Path, ids: Iterable[str]) -> Takedown:
     contents = [content for row in removed if row not in deleted for content in _contents(index, row)]
     taken = tuple(dict.fromkeys(id for id, _, _ in contents))
     delete(out, taken)
-    compact(out)
+    compact_index(out)
     remove_tree(out / _FAISS)
     prune(out)
     remaining = Index(out)
@@ -111,18 +114,24 @@ def _contents(index: Index, row: int) -> list[tuple[str, str, bytes]]:
     """Return the id of an example, and the names and bytes of what it holds; of a long content, both ends."""
     example = index.example(row)
     shard, offset = index.locate(row)
-    contents = {
-        "id": json.dumps(example.id, ensure_ascii=False)[1:-1].encode(),
-        "text": example.text.encode(),
-        "tokens": example.token_ids.astype("<i4").tobytes(),
-        "image": example.image or b"",
-        "features": b"" if example.features is None else example.features.astype("<f4").tobytes(),
-    }
+    contents = [
+        *(("id", written) for written in _written(example.id)),
+        *(("text", written) for written in _written(example.text)),
+        ("tokens", example.token_ids.astype("<i4").tobytes()),
+        ("image", example.image or b""),
+        ("features", b"" if example.features is None else example.features.astype("<f4").tobytes()),
+    ]
     for component in index.manifest.components:
         codes = index.rows(shard, component).select(np.array([offset])).arrays["codes"]
-        contents[f"code of {component.name}"] = np.ascontiguousarray(codes).tobytes()
-    parts = [(name, part) for name, content in contents.items() for part in dict.fromkeys((content[:_PART], content[-_PART:]))]
+        contents.append((f"code of {component.name}", np.ascontiguousarray(codes).tobytes()))
+    parts = [(name, part) for name, content in contents for part in dict.fromkeys((content[:_PART], content[-_PART:]))]
     return [(example.id, name, part) for name, part in parts if len(part) >= _SHORTEST]
+
+
+def _written(text: str) -> list[bytes]:
+    """Return the bytes of a text as it is, and as JSON may write it."""
+    quoted = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return list(dict.fromkeys(written.encode() for written in (text, *quoted)))
 
 
 def _occurring(path: Path, contents: list[tuple[str, str, bytes]]) -> Iterator[tuple[str, str, bytes]]:
@@ -130,9 +139,11 @@ def _occurring(path: Path, contents: list[tuple[str, str, bytes]]) -> Iterator[t
     if path.stat().st_size == 0:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for content in contents:
-            if data.find(content[2]) >= 0:
-                yield content
+        occurring = [data.find(needle) >= 0 for _, _, needle in contents]
+    if path.parent.name == "documents":  # in an index from an object store, its batches are compressed
+        for batch in decompressed_batches(path):
+            occurring = [known or needle in batch for known, (_, _, needle) in zip(occurring, contents, strict=True)]
+    yield from compress(contents, occurring)
 
 
 def _holders(index: Index, name: str, needle: bytes) -> Iterator[str]:

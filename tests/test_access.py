@@ -5,6 +5,7 @@ import os
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
@@ -22,7 +23,8 @@ from wherefrom.server.access import Access, Audit, read_tokens
 from wherefrom.server.app import create_app
 from wherefrom.store.errors import NotFoundError, UsageError
 from wherefrom.store.index import Index
-from wherefrom.store.takedown import takedown
+from wherefrom.store.shard import documents_path
+from wherefrom.store.takedown import _contents, _occurring, takedown
 
 ALL, OLD, NONE = (f"token-of-{name}-with-20-letters" for name in ("all", "old", "none"))
 
@@ -248,6 +250,28 @@ def test_what_is_left_in_a_file_of_ones_own_is_found(copy):
     done = CliRunner().invoke(main, ["takedown", str(out), "--ids", "-"], input=records[3]["id"])
     assert done.exit_code == 4
     assert "text of doc-3-with-a-long-name in notes.txt, which nothing explains" in " ".join(done.output.split())
+
+
+def test_what_is_compressed_or_written_as_json_is_found_too(model_dir, tmp_path):
+    """A local copy of an index from an object store has compressed documents."""
+    text = 'w1 "w2" \\ w3 ' + random_texts(1, seed=9, shortest=20)[0]
+    ids = [f'the "é" of number {i:03}' for i in range(40)]
+    records = [{"id": ids[i], "text": text if i in (3, 38) else t} for i, t in enumerate(random_texts(40, seed=5))]
+    out = tmp_path / "i"
+    data = write_jsonl(tmp_path / "c.jsonl", records)
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(out), shard_rows=16, rank=4))
+    index = Index(out)
+    contents = _contents(index, 3)
+    last = documents_path(out, index.shards[-1].id)
+    with pa.ipc.open_file(last) as reader:
+        table = reader.read_all()
+    with pa.ipc.new_file(last, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    assert text.encode() not in last.read_bytes()
+    assert {name for _, name, _ in _occurring(last, contents)} == {"text", "tokens"}
+    for notes in (json.dumps(text), json.dumps(ids[3]), json.dumps(ids[3], ensure_ascii=False), ids[3]):
+        (out / "notes.txt").write_text(notes)
+        assert list(_occurring(out / "notes.txt", contents))
 
 
 def test_deleted_examples_older_states_and_faiss_go_too(copy):
