@@ -28,6 +28,7 @@ _CODE_BYTES = 16  # of a row's scan code besides its bits: factor, noise, norm a
 _LEAST_RATIO = 6  # of a row's bytes to those of its scan code, below which estimates take longer than the exact scan
 _MANY = 1 << 16  # rows; fewer are searched in no time by either
 _multiply_int8 = Compiled("multiply_int8", least_work=1 << 24)
+_add_squares = Compiled("add_squares", least_work=1 << 24)
 
 
 class Split(NamedTuple):
@@ -356,8 +357,12 @@ class SparseOperand:
         """See `Operand`; the products are unbiased estimates from one-bit codes."""
         index.search_arrays(group, self.component).add_scores(self.keys, self.owners, self.tables, scores)
         if squared is not None:
-            norms = np.concatenate([index.rows(shard, self.component).norms for shard in group.shards])
-            squared += self.weight * np.square(norms, dtype=np.float64)
+            norms = index.group_norms(group, self.component)
+            add_squares = _add_squares.if_worth(len(norms))
+            if add_squares is None:
+                squared += self.weight * np.square(norms, dtype=np.float64)
+            else:
+                add_squares(self.weight, norms, squared)
 
     def estimate(self, index: Index, group: ShardGroup, estimates: Estimates) -> None:
         """See `Operand`: posting lists give all that a scan of the rows gives."""

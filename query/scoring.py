@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..store.compiled import Compiled
 from ..store.errors import NumericalError, UsageError
 from ..store.index import Index, ShardGroup
 from ..store.shapes import Float32, Float64, Int64
@@ -34,6 +35,7 @@ from .options import Mode
 from .units import Unit
 
 _PIECES = 4  # of a thread's groups in a search
+_scale_by_lengths = Compiled("scale_by_lengths", least_work=1 << 24)
 _SHORTEST = 1e-37  # smallest length whose inverse is a float32
 
 
@@ -109,7 +111,7 @@ class Scorer:
         for operand in self.operands:
             operand.add(self.index, group, products, squared)
         _check_finite(products)
-        scores = {mode: products if mode == "influence" else products * self._scale(group, squared, mode) for mode in modes}
+        scores = {mode: products if mode == "influence" else self._scaled(products, group, squared, mode) for mode in modes}
         _check_finite(*scores.values())
         return scores
 
@@ -173,12 +175,27 @@ class Scorer:
             total += float(operand.scaled(self.index, row, stored).inner_products(row).sum(dtype=np.float64))
         return total
 
+    def _scaled(
+        self, products: Float32[np.ndarray, "queries rows"], group: ShardGroup, squared: Float64[np.ndarray, " rows"] | None, mode: Mode
+    ) -> Float32[np.ndarray, "queries rows"]:
+        """Turn sums of products into scores."""
+        scale_by_lengths = _scale_by_lengths.if_worth(products.size)
+        if scale_by_lengths is None:
+            return products * self._scale(group, squared, mode)
+        scores = np.empty_like(products)
+        for q in range(len(self)):
+            if mode == "cosine":
+                scale_by_lengths(products[q], squared, self.norms[q], True, _SHORTEST, scores[q])
+            else:
+                scale_by_lengths(products[q], self.index.group_losses(group), 1.0, False, _SHORTEST, scores[q])
+        return scores
+
     def _scale(self, group: ShardGroup, squared: Float64[np.ndarray, " rows"] | None, mode: Mode) -> Float32[np.ndarray, "queries rows"]:
         """Return the factors that turn sums of products into scores."""
         if mode == "cosine" and squared is not None:
             lengths = self.norms[:, None] * np.sqrt(squared)[None]
         elif mode == "loss-normalized":
-            lengths = np.tile(np.concatenate([self.index.losses(shard) for shard in group.shards]), (len(self), 1)).astype(np.float64)
+            lengths = np.tile(self.index.group_losses(group), (len(self), 1)).astype(np.float64)
         else:
             return np.broadcast_to(np.float32(1), (len(self), group.rows))
         return np.divide(1.0, lengths, out=np.zeros(lengths.shape), where=lengths > _SHORTEST).astype(np.float32)

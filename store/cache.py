@@ -1,8 +1,12 @@
 """Search caches: arrays for the search of a group of shards, which are computed from the rows and can be computed again.
 
-`search/<group>.zarr.zip` has a group of arrays for each component (see postings.py, scan_codes.py), and `columns`: for each shard, by its
-number in the group, the columns for filters and groups (an Arrow IPC stream, see documents.py). No manifest lists these files. A file that
-is missing, cannot be read, or was computed from other rows is ignored; a posting list that fails its checksum is an error.
+`search/<group>.zarr.zip` has a group of arrays for each component (see postings.py, scan_codes.py), and
+
+    columns    for each shard, by its number in the group, the columns for filters and groups (an Arrow IPC stream, see documents.py)
+    scales     of all rows of the group, the losses and the lengths in each component, so that no shard is opened for these
+
+No manifest lists these files. A file that is missing, cannot be read, or was computed from other rows is ignored; a posting list that fails
+its checksum is an error.
 """
 
 import uuid
@@ -14,7 +18,7 @@ from .errors import IntegrityError
 from .files import publish
 
 _REMAKE = "run wherefrom reindex"
-_VERSION = 4  # of the arrays; a search cache of another version is ignored
+_VERSION = 5  # of the arrays; a search cache of another version is ignored
 
 
 def write_cache(path: Path, source: str, groups: Mapping[str, ArrayGroup], staging: Path) -> None:

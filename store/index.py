@@ -108,6 +108,7 @@ class Index:
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._cache_files: dict[str, ArrayFile | None] = {}
         self._caches: dict[tuple[str, str], SearchArrays | None] = {}
+        self._scales: dict[tuple[str, str], Float32[np.ndarray, " rows"] | None] = {}
 
     @property
     def threads(self) -> int | None:
@@ -148,6 +149,36 @@ class Index:
     def losses(self, shard: Shard) -> Float32[np.ndarray, " rows"]:
         """Return the losses of a shard's examples under the (last) model, in nats."""
         return self.reader(shard).losses
+
+    def group_losses(self, group: ShardGroup) -> Float32[np.ndarray, " rows"]:
+        """Return the losses of a group's examples; see `losses`."""
+        cached = self._cached_scales(group, "losses")
+        return self._computed_scales(group)["losses"] if cached is None else cached
+
+    def group_norms(self, group: ShardGroup, component: Component) -> Float32[np.ndarray, " rows"]:
+        """Return the lengths of a group's rows in a component."""
+        cached = self._cached_scales(group, component.name)
+        return self._computed_scales(group)[component.name] if cached is None else cached
+
+    def _computed_scales(self, group: ShardGroup) -> dict[str, np.ndarray]:
+        """Return the losses of a group's examples and the lengths of its rows in each component."""
+        losses = np.concatenate([self.losses(shard) for shard in group.shards])
+        components = self.manifest.components
+        return {"losses": losses} | {c.name: np.concatenate([self.rows(s, c).norms for s in group.shards]) for c in components}
+
+    def _scale_names(self) -> list[str]:
+        return ["losses", *(component.name for component in self.manifest.components)]
+
+    def _cached_scales(self, group: ShardGroup, name: str) -> Float32[np.ndarray, " rows"] | None:
+        """Return numbers of a group's rows from its search cache; None if they are missing or damaged."""
+        key = (group.id, name)
+        if key not in self._scales:
+            file = self._cache_file(group)
+            self._scales[key] = None
+            if file is not None:
+                with contextlib.suppress(IntegrityError):
+                    self._scales[key] = file.array(f"scales/{name}", (group.rows,), "float32")
+        return self._scales[key]
 
     def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
         """Return the examples' mean last hidden states under the (last) model; None if the build did not store them."""
@@ -201,6 +232,7 @@ class Index:
                 path.unlink()
         self._cache_files.clear()
         self._caches.clear()
+        self._scales.clear()
         clear_leftovers(self.path)
         return written
 
@@ -212,6 +244,8 @@ class Index:
         """
         group = self.groups[number]
         self._cache_files.pop(group.id, None)
+        for name in self._scale_names():
+            self._scales.pop((group.id, name), None)
         if self._cache_problem(group, compare) is None:
             return False
         write_cache(self._cache_path(group), group.source, self._cache_groups(group), staging_folder(self.path))
@@ -227,6 +261,11 @@ class Index:
                 cached = self._read_cached(group, component)
                 if cached is None or (compare and not _equal(cached, self._computed(group, component))):
                     return "does not match the rows"
+            computed = self._computed_scales(group) if compare else {}
+            for name in self._scale_names():
+                known = self._cached_scales(group, name)
+                if known is None or not np.array_equal(known, computed.get(name, known), equal_nan=True):
+                    return "does not match the rows"
             for number, shard in enumerate(group.shards):
                 if compare and _column_bytes(file, number) != self.documents(shard).columns.to_bytes():
                     return "does not match the documents"
@@ -239,7 +278,7 @@ class Index:
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
         }
-        return {**arrays, "columns": ArrayGroup(columns)}
+        return {**arrays, "columns": ArrayGroup(columns), "scales": ArrayGroup(self._computed_scales(group))}
 
     def _cached_components(self) -> list[Component]:
         """Return the components that have arrays in a search cache."""
@@ -279,7 +318,7 @@ class Index:
 
     def norms(self, component: Component) -> Float32[np.ndarray, " rows"]:
         """Return the lengths of a component's rows."""
-        return np.concatenate([self.rows(shard, component).norms for shard in self.shards])
+        return np.concatenate([self.group_norms(group, component) for group in self.groups])
 
     def vectors(self, row: int, component: Component) -> Vectors:
         """Return one row of a component in the encoder's coordinates, as far as the stored codes give it."""

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-__all__ = ["add_lists", "best_of", "count_differences", "multiply_int8"]
+__all__ = ["add_lists", "add_squares", "best_of", "count_differences", "multiply_int8", "scale_by_lengths"]
 
 
 _RUN = 256  # scores that are compared with the threshold at a time
@@ -140,6 +140,34 @@ def add_lists(
                 _add_list_64(t[4 * w : 4 * w + 8], own_rows, two, own_factors, scores)
             if words % 2:
                 _add_list_32(t[4 * words - 4 :], own_rows, codes[first:last, words - 1].copy(), own_factors, scores)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def add_squares(weight: float, norms: np.ndarray, squared: np.ndarray) -> None:
+    """Add weight * norm^2 to the squared lengths of rows.
+
+    Args:
+        norms: float32 [rows].
+        squared: float64 [rows], changed in place.
+    """
+    for i in range(len(norms)):
+        squared[i] += weight * (np.float64(norms[i]) * np.float64(norms[i]))
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def scale_by_lengths(
+    products: np.ndarray, lengths: np.ndarray, factor: float, are_squared: bool, shortest: float, scores: np.ndarray
+) -> None:
+    """Divide products by factor * length; by a length of at most `shortest`, the result is 0.
+
+    Args:
+        products: float32 [rows].
+        lengths: float32 or float64 [rows]; their squares where `are_squared`.
+        scores: float32 [rows], written.
+    """
+    for i in range(len(products)):
+        length = factor * (np.sqrt(lengths[i]) if are_squared else np.float64(lengths[i]))
+        scores[i] = products[i] * (np.float32(1.0 / length) if length > shortest else np.float32(0.0))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
