@@ -295,8 +295,8 @@ def takedown(index: str, ids: str, as_json: bool) -> None:
       wherefrom takedown my.wherefrom --ids removed.txt
 
     The examples are deleted, shards are written again without them, and older states, caches and FAISS indexes are removed. Then every
-    file is searched for their ids, texts, tokens and codes. What other examples hold too is named. Processes that have the index open keep
-    its old files until they end. The model, and statistics of many examples together, still hold what they learned.
+    file is searched for their ids, texts, metadata, tokens and codes. What other examples hold too is named. Processes that have the index
+    open keep its old files until they end. The model, and statistics of many examples together, still hold what they learned.
     """
     from .store.corpus import read_ids
     from .store.takedown import takedown as run
@@ -589,7 +589,7 @@ def select(index: str, targets: str, at_most: str | None, distinct: float | None
     from .query.select import Limits
 
     column, _, number = (at_most or "").rpartition("=")
-    if at_most is not None and not (column and number.isdigit()):
+    if at_most is not None and not (column and number.isascii() and number.isdigit() and len(number) < 16):
         raise UsageError(f"--at-most is {at_most!r}; write it as COLUMN=N, such as source=50")
     limits = Limits(column or None, int(number) if column else None, distinct)
     if out is not None:
@@ -947,18 +947,19 @@ def info(index: str, as_json: bool) -> None:
 
 @main.command(section=_LOOK)
 @_INDEX
+@click.option("--signed-by", metavar="KEY", help="Public key (base64) that a report must be signed with.  [default: any]")
 @_json_option
-def verify(index: str, as_json: bool) -> None:
+def verify(index: str, signed_by: str | None, as_json: bool) -> None:
     """Read every byte of an index and compare it with its checksums; or check the signature of a report.
 
     \b
       wherefrom verify my.wherefrom && echo whole
-      wherefrom verify report.html
+      wherefrom verify report.html --signed-by 'wMfdKq4b...='
     """
-    if Path(index).suffix in (".json", ".html") and Path(index).is_file():
+    if Path(index).suffix in (".json", ".html"):
         from .evaluation.pages import verify_report
 
-        key = verify_report(Path(index))
+        key = verify_report(Path(index), signed_by)
         if as_json:
             _print_json({"report": index, "whole": True, "public_key": key})
         else:

@@ -519,10 +519,11 @@ class Client(BaseClient):
             scores = np.random.default_rng(0).random((len(targets), len(self.index)))
             if by == "bm25":
                 scores = self._words.scores([example.text for example in self.query_examples(targets)]).T
-            blocks: Any = iter([(0, np.where(mask, scores, np.nan).astype(np.float32))])
+            everything = [(0, np.where(mask, scores, np.nan).astype(np.float32))]
+            blocks: Any = partial(iter, everything)
         else:
             mode: Any = by  # checked with the other options
-            blocks = self.score_blocks(targets, where=where, **{**options, "mode": mode})
+            blocks = partial(self.score_blocks, targets, where=where, **{**options, "mode": mode})
         return select(self.index, blocks, names, weights, budget, method=method, by=by, limits=limits)
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:

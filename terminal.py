@@ -77,7 +77,8 @@ def _unit(s: SearchReport) -> str:
     predicted = f"nats{per} that the loss is predicted to rise by without the example; of all: its part of the sum of its sign"
     if s.slope is None:
         return f"{predicted}; the size was not measured (wherefrom evaluate slope), the order counts"
-    return f"{predicted}; measured slope {s.slope['value']:.3g} ({s.slope['low']:.3g} to {s.slope['high']:.3g}) by {s.slope['measured_by']}"
+    value, low, high = (s.slope[name] for name in ("value", "low", "high"))
+    return f"{predicted}; measured slope {value:.3g} ({low:.3g} to {high:.3g}) by {_printable(s.slope['measured_by'])}"
 
 
 def _query_text(q: Mapping[str, Any]) -> Text:
@@ -416,8 +417,10 @@ def show_act(report: "ActReport", out: str) -> None:
 def show_takedown(report: "Takedown") -> None:
     """Print the report of a takedown."""
     say(f"{len(report.ids):,} examples were taken down; {report.rows:,} rows remain")
-    searched = f"{report.contents:,} ids, texts, token lists and codes of theirs were searched for in {report.files:,} files"
+    searched = f"{report.contents:,} ids, texts, metadata, token lists and codes of theirs were searched for in {report.files:,} files"
     say(f"{searched} ({report.bytes:,} bytes): {len(report.found) or 'none'} found")
+    if report.short:
+        say(f"{report.short:,} of theirs are below 16 bytes: ids and texts were searched for as words in files of text, others not at all")
     for found in report.found:
         others = f"which {', '.join(found.others[:_NAMED])} holds, too" if found.others else "which nothing explains"
         say(f"  {found.content} of {found.id} in {found.file}, {others}")

@@ -25,7 +25,7 @@ from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, reporting
 from ..ray_jobs.worker import absolute
 from ..store.errors import UsageError
-from .checks import Figure, Remover, mean_figure
+from .checks import Figure, Remover, mean_figure, refuse_contrasts
 from .pages import bars, check_report, points, write_report
 from .retrain import compute_losses, trained
 from .slope import slope_over_queries
@@ -40,6 +40,7 @@ class Effect:
 
     Attributes:
         predicted: change of its loss that the index predicts, in the unit of its scores; None where they have none.
+        predicted_by_chance: that without as many random examples, the mean over draws.
         measured: change of its loss (nats), the mean over seeds.
         by_chance: the mean change without as many random examples, and its standard deviation over draws and seeds.
         before, after: its loss; what the model says then, for queries with a prompt.
@@ -49,6 +50,7 @@ class Effect:
     held_out: bool
     text: str
     predicted: float | None
+    predicted_by_chance: float | None
     measured: float
     by_chance: float
     chance_deviation: float
@@ -104,9 +106,14 @@ class ActReport:
             summary.append(f"Held-out queries' losses rise by {_figure(self.collateral)} nats more than without random examples.")
         columns = ["query", "predicted", "measured", "by chance", "loss before", "after"]
         sections = []
-        predicted = [(e.predicted, e.measured, e.id) for e in asked if e.predicted is not None]
-        if predicted:
-            sections.append({"title": "Predicted and measured changes", **points(predicted, "predicted (nats)", "measured (nats)")})
+        compared = [
+            (e.predicted - e.predicted_by_chance, e.measured - e.by_chance, e.id)
+            for e in asked
+            if e.predicted is not None and e.predicted_by_chance is not None
+        ]
+        if compared:
+            title = "Predicted and measured changes, beyond those without random examples"
+            sections.append({"title": title, **points(compared, "predicted (nats)", "measured (nats)")})
         for title, effects in (("Queries", asked), ("Held-out queries", held_out)):
             if effects:
                 chart = bars([(e.id, e.measured - e.by_chance, None, None) for e in effects[:40]])
@@ -175,21 +182,21 @@ def act(
     rows = len(client.index)
     if client.index.manifest.deleted:
         raise UsageError(f"{client.index.path} has deleted examples, which cannot be trained on; run wherefrom compact first")
-    mask, unknown = client.index.rows_of(remove)
-    if unknown:
-        raise UsageError(f"{len(unknown)} of the ids are not in {client.index.path}, such as {min(unknown)!r}; fix the ids")
-    removed = np.flatnonzero(mask).tolist()
+    removed = np.flatnonzero(client.index.known_rows(remove, "fix the ids")).tolist()
     if not removed or len(removed) == rows:
         raise UsageError(f"{len(removed):,} of {rows:,} examples would be left out; name some and not all")
+    refuse_contrasts([*queries, *held_out])
     if not queries:
         raise UsageError("there are no queries; add those whose answers should change")
     if draws < 1 or seeds < 1:
         raise UsageError(f"draws is {draws} and seeds {seeds}; both must be at least 1")
     everything = [*queries, *held_out]
     unit = Unit.of(client.index, Metric())
-    predicted = score_matrix(client.index, client.encode(everything))[:, removed].sum(axis=1, dtype=np.float64)
+    scores = score_matrix(client.index, client.encode(everything))
     generator = np.random.default_rng(0)
     choices = [[], removed, *(sorted(generator.choice(rows, len(removed), replace=False).tolist()) for _ in range(draws))]
+    predicted, *by_draw = (scores[:, choice].sum(axis=1, dtype=np.float64) for choice in choices[1:])
+    predicted_by_chance = np.mean(by_draw, axis=0)
     directory = str(client.index.path.resolve())
     factory = partial(_Trainer, train, absolute(str(base)), directory, tuple(everything), tuple(map(absolute, model)), device, threads)
     tasks = [(choice, seed, number < 2 and seed == 0) for number, choice in enumerate(choices) for seed in range(seeds)]
@@ -207,6 +214,7 @@ def act(
             held_out=number >= len(queries),
             text=example.text,
             predicted=None if unit.name is None else float(predicted[number]),
+            predicted_by_chance=None if unit.name is None else float(predicted_by_chance[number]),
             measured=float(measured[number]),
             by_chance=float(chance[:, number].mean()),
             chance_deviation=float(chance[:, number].std()),
@@ -228,7 +236,7 @@ def act(
         base=str(base),
         unit=unit.name,
         kept_slope=1.0 if unit.slope is None else unit.slope.value,
-        slope=None if unit.name is None else _slope(predicted[asked], (measured - chance.mean(axis=0))[asked]),
+        slope=None if unit.name is None else _slope((predicted - predicted_by_chance)[asked], (measured - chance.mean(axis=0))[asked]),
         removal=mean_figure(measured[asked].tolist()),
         chance=mean_figure(chance.mean(axis=0)[asked].tolist()),
         collateral=mean_figure((measured - chance.mean(axis=0))[len(queries) :].tolist()) if held_out else None,

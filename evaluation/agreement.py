@@ -16,7 +16,7 @@ from ..store.errors import DataError, IncompatibleError
 from ..store.shapes import Float64
 from ..store.training import read_training
 from .baselines import content_baselines, require_libraries
-from .checks import Report, mean_figure
+from .checks import Report, mean_figure, refuse_contrasts
 from .lds import columns_correlation
 from .replay import Replayed, match_rows, replay_examples
 
@@ -99,6 +99,7 @@ def exact_scores(
     Raises:
         DataError, IncompatibleError: see `agreement`.
     """
+    refuse_contrasts(queries)
     examples = client.query_examples(queries)
     rows = [client.index.example(row) for row in range(len(client.index))]
     recorded = read_training(Path(run).resolve())

@@ -126,6 +126,7 @@ def tailpatch(
     if not 0 < rate < np.inf:
         raise UsageError(f"rate is {rate}; it must be a number above 0")
     client = index if isinstance(index, Client) else Client(index)
+    refuse_contrasts(queries)
     generator = np.random.default_rng(0)
     examples = client.query_examples(queries)
     if not 1 <= k <= len(client.index):
@@ -223,6 +224,7 @@ def brittleness(
     resolve_device(device)  # training does not support "map"
     client = Client(index, model=model, device=device)
     rows = len(client.index)
+    refuse_contrasts(queries)
     if not 1 <= k < rows:
         raise UsageError(f"k is {k}; it must leave some of the index's {rows} rows to train on")
     if draws < 1:
@@ -372,6 +374,13 @@ def _truth(value: Any, column: str) -> bool:
 def _auc(bad: np.ndarray, good: np.ndarray) -> float:
     truth = np.repeat([1, 0], [len(bad), len(good)])
     return float(require("sklearn.metrics", "evaluation").roc_auc_score(truth, np.concatenate([bad, good])))
+
+
+def refuse_contrasts(queries: Sequence[Query]) -> None:
+    """Raise a UsageError for a query whose score is a difference of two, since one loss is measured."""
+    number = next((number for number, query in enumerate(queries, 1) if query.against is not None), None)
+    if number is not None:
+        raise UsageError(f"query {number} is a contrast (`against`), and a check measures the loss of one completion; ask for it alone")
 
 
 def mean_figure(values: Sequence[float]) -> Figure:

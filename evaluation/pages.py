@@ -1,10 +1,11 @@
 """Reports as files: JSON, and one HTML page without anything from outside; both can be signed.
 
 A signature is Ed25519 over the JSON of the report, keys sorted and without spaces, without the field `signature` itself. The page holds the
-same JSON, so either can be checked with `verify_report`.
+same JSON, whose field `page` is the SHA-256 of all else in the page. So either can be checked with `verify_report`.
 """
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -18,6 +19,7 @@ from ..store.files import write_whole
 
 _BEGIN = '<script type="application/json" id="report">'
 _END = "</script>"
+_MOST_BYTES = 1 << 28
 
 
 def bars(values: Sequence[tuple[str, float, float | None, float | None]]) -> list[dict[str, Any]]:
@@ -86,15 +88,20 @@ def write_report(out: Path, content: Mapping[str, Any], page: Mapping[str, Any],
         UsageError: a file exists, or the key is not such.
     """
     paths = check_report(out, None)
-    signed = sign(content, key)
     environment = require("jinja2", "evaluation").Environment(autoescape=True, trim_blocks=True)
-    embedded = json.dumps(signed, ensure_ascii=False).replace("<", "\\u003c")  # no text ends the script
     template = (resources.files(__package__) / "report.html.jinja").read_text(encoding="utf-8")
-    markup = require("markupsafe", "evaluation").Markup(embedded)
-    plain = {"summary": [], "warnings": [], "sections": [], "foot": "", **page, "content": markup}
-    write_whole(paths[0], (json.dumps(signed, ensure_ascii=False, indent=1) + "\n").encode())
-    write_whole(paths[1], environment.from_string(template).render(**plain).encode())
+    fields = {"summary": [], "warnings": [], "sections": [], "foot": "", **page}
+    before, _, after = environment.from_string(template).render(**fields).partition(_BEGIN + _END)
+    signed = sign({**content, "page": _page_hash(before, after)}, key)
+    embedded = json.dumps(signed).replace("<", "\\u003c")  # no text ends the script
+    write_whole(paths[0], (json.dumps(signed, indent=1) + "\n").encode())
+    write_whole(paths[1], f"{before}{_BEGIN}{embedded}{_END}{after}".encode(errors="replace"))
     return paths
+
+
+def _page_hash(before: str, after: str) -> str:
+    """Return the SHA-256 of a page without the JSON in it."""
+    return hashlib.sha256((before + after).encode(errors="replace")).hexdigest()
 
 
 def sign(content: Mapping[str, Any], key: Path | None) -> dict[str, Any]:
@@ -133,24 +140,40 @@ def verify_report(file: Path, public_key: str | None = None) -> str:
     """
     if not file.is_file():
         raise NotFoundError(f"there is no report {file}")
-    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.stat().st_size > _MOST_BYTES:
+        raise IntegrityError(f"{file} is larger than any report")
+    text = file.read_bytes().decode("utf-8", "replace")
+    page_hash = None
     if _BEGIN in text:
-        text = text.rpartition(_BEGIN)[2].partition(_END)[0]
+        before, _, rest = text.partition(_BEGIN)
+        text, _, after = rest.partition(_END)
+        page_hash = _page_hash(before, after)
     ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", "evaluation")
     invalid = require("cryptography.exceptions", "evaluation").InvalidSignature
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_distinct)
         signature = content.pop("signature")
         key = ed25519.Ed25519PublicKey.from_public_bytes(base64.b64decode(signature["public_key"], validate=True))
         key.verify(base64.b64decode(signature["value"], validate=True), _canonical(content))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        is_whole = page_hash in (None, content.get("page"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{file} is not a signed report; write it with a key") from error
     except invalid as error:
         raise IntegrityError(f"{file} is not what was signed: it was changed") from error
+    if not is_whole:
+        raise IntegrityError(f"{file} shows something else than what was signed: the page was changed")
     if public_key is not None and public_key != signature["public_key"]:
         raise IntegrityError(f"{file} is signed with another key: {signature['public_key']}")
     return str(signature["public_key"])
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise a ValueError where a name stands twice, of which readers may take either."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands twice")
+    return content
+
+
 def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

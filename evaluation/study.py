@@ -26,7 +26,7 @@ from ..store.corpus import check_exists
 from ..store.errors import DataError, UsageError
 from ..store.extras import require
 from ..store.index import Index
-from ..store.shapes import Float32, Float64
+from ..store.shapes import Float32, Float64, Int64
 from ..store.sources import parse_json
 from .checks import Figure, mean_figure
 from .lds import interval
@@ -185,6 +185,8 @@ def read_study(file: str) -> list[StudyQuery]:
         NotFoundError, DataError: see `read_queries`; a line has no group.
     """
     check_exists(file)
+    if Path(file).suffix != ".jsonl":
+        raise DataError(f"{file} is not a .jsonl file; the queries of a study are JSON lines, which have a group")
     queries = list(read_queries(file))
     lines = [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     result = []
@@ -296,8 +298,7 @@ def _group_figures(
     positive = np.maximum(scores, 0).astype(np.float64)
     totals = positive.sum(axis=1)
     ordered = -np.sort(-positive, axis=1)
-    orders = np.argsort(-scores, axis=1, kind="stable")[:, :best]
-    found = [_occurrences(client, q, alive[order]) for q, order in zip(queries, orders, strict=True)]
+    found = [_occurrences(client, q, alive[_best(row, best)]) for q, row in zip(queries, scores, strict=True)]
     for group in dict.fromkeys(groups.tolist()):
         own = np.flatnonzero(groups == group)
         own_numbers: list[int] = own.tolist()
@@ -322,6 +323,12 @@ def _group_figures(
             steps=mean_figure([step for step in steps if step is not None]) if steps else None,
             loss=mean_figure(known) if known else None,
         )
+
+
+def _best(scores: Float32[np.ndarray, " rows"], count: int) -> Int64[np.ndarray, " best"]:
+    """Return the positions of the highest scores above 0, the highest first."""
+    order = np.argsort(-scores, kind="stable")[:count]
+    return order[scores[order] > 0]
 
 
 def _occurrences(client: Client, query: StudyQuery, rows: np.ndarray) -> tuple[int | None, float | None]:
@@ -374,13 +381,15 @@ def _representation(
     codes = codes[alive]
     counts = np.bincount(codes, minlength=len(values))
     largest = [code for code in np.argsort(-counts, kind="stable")[:_MOST_SOURCES].tolist() if counts[code]]
-    top = [codes[np.argsort(-row, kind="stable")[:best]] for row in scores]
-    parts = np.stack([np.bincount(own, minlength=len(values)) / len(own) for own in top])
+    top = [codes[_best(row, best)] for row in scores]
+    parts = np.stack([np.bincount(own, minlength=len(values)) / max(1, len(own)) for own in top])
+    parts[[number for number, own in enumerate(top) if not len(own)]] = np.nan  # nothing speaks for this query
     for group in dict.fromkeys(q.group for q in queries):
         own = parts[[number for number, q in enumerate(queries) if q.group == group]]
         for code in largest:
             ratios = own[:, code] / (counts[code] / len(codes))
-            yield Representation(group, str(values[code]), int(counts[code]), mean_figure(ratios.tolist()))
+            if not np.isnan(ratios).all():
+                yield Representation(group, str(values[code]), int(counts[code]), mean_figure(ratios.tolist()))
 
 
 def _warnings(client: Client, agreement: Mapping[str, float], groups: Sequence[GroupFigures]) -> Iterator[str]:

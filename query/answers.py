@@ -33,7 +33,7 @@ class Attribution:
         document: the id of the document that the example was cut from; its own id when it is whole.
         error: the score's standard error, from one-bit codes (see `Scorer.standard_errors`); None where the query is itself such a row,
             and of a recomputed score.
-        percentile: percentage of the searched rows that score below it.
+        percentile: percentage of the searched rows that rank below it; of equal scores, the lower row ranks higher.
         share: its part of the sum of all scores of its sign; None where not all rows were scored.
         uncertain: the score lies within two standard errors of zero.
         stored_rank, stored_score: of a recomputed score, rank and score by stored rows; None where a baseline alone found the example.

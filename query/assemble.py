@@ -222,7 +222,7 @@ def _attributions(
                 metadata=example.metadata,
                 error=error,
                 percentile=100 * below / report.rows,
-                share=score / total if total else None,
+                share=max(0.0, (score if place.score is None else place.score) / total) if total else None,
                 uncertain=is_uncertain(score, error),
                 stored_rank=place.rank,
                 stored_score=place.score,

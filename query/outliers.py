@@ -4,12 +4,12 @@ self-influence     the score of an example with itself (Koh and Liang, arXiv 170
 label contrast     among the examples nearest to one by the cosine of their rows, of either sign: the part of the cosines that oppose it.
                    Others that share its inputs and not its label have gradients that oppose its own. Cosines count them alike; by
                    influence, a few other examples with wrong labels, whose gradients are large, would lead.
-near-duplicates    groups of examples whose rows have cosines above a limit. Pairs are found by signs of random projections of the rows
-                   (SimHash; Charikar, 2002), in bands, and checked by their cosines.
+near-duplicates    groups of examples whose rows have cosines above a limit with the first. Pairs are found by signs of random projections
+                   of the rows (SimHash; Charikar, 2002), in bands, and checked by their cosines.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..store.errors import UsageError
 from ..store.index import Index
-from ..store.shapes import Bool, Float32, Float64, Int64
+from ..store.shapes import Float32, Float64, Int64, UInt8
 from ..store.vectors import Rows, concatenate
 from .baselines import row_norms
 from .metric import Metric
@@ -26,9 +26,9 @@ from .scoring import all_scores
 from .select import row_cosines
 from .units import Unit
 
-_SIGNS = 256
-_BAND = 16
-_MOST_IN_BAND = 200  # rows with the same signs of a band; more of them are compared with the first alone
+_SIGNS = 1024
+_FOUND = 0.99  # of the pairs whose cosine is the limit
+_MOST_IN_BUCKET = 5_000  # first rows of groups with the same signs of a band
 _ASKED = 64  # rows in one pass
 _NEAREST = 20  # examples whose cosines count in a label contrast
 _MOST_ASKED = 20_000
@@ -153,54 +153,48 @@ def stored_rows(index: Index, rows: Int64[np.ndarray, " rows"]) -> Rows:
 
 
 def near_duplicates(index: Index, rows: Int64[np.ndarray, " rows"], similar: float, reporter: Reporter) -> list[list[int]]:
-    """Find groups of rows whose cosines are above a limit: connected by pairs, the largest group first, rows ascending."""
+    """Find groups of rows of which each has a cosine above a limit with the first: the largest group first, rows ascending.
+
+    A row joins the first row that it is near to, or else is the first of a group itself. Rows that share the signs of a band are
+    compared, so that a pair just above the limit is found with a probability of at least `_FOUND`.
+    """
     reporter.stage("comparing rows", len(rows))
-    signs: Bool[np.ndarray, "rows signs"] = np.zeros((len(rows), _SIGNS), bool)
-    for first in range(0, len(rows), _ASKED):
-        part = rows[first : first + _ASKED]
-        signs[first : first + len(part)] = _projected(index, stored_rows(index, part)) > 0
+    bits = _band_bits(similar)
+    # Signs differ with the probability angle / pi; three standard deviations of the estimate are allowed for.
+    most = np.arccos(similar) / np.pi + 3 * np.sqrt(0.25 / _SIGNS)
+    packed: UInt8[np.ndarray, "rows bytes"] = np.zeros((len(rows), _SIGNS // 8), np.uint8)
+    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)  # of the first rows of groups
+    groups: dict[int, list[int]] = {}
+    for start in range(0, len(rows), _ASKED):
+        part = rows[start : start + _ASKED]
+        stored = stored_rows(index, part)
+        signs = _projected(index, stored) > 0
+        packed[start : start + len(part)] = np.packbits(signs, axis=1)
+        for offset in range(len(part)):
+            position = start + offset
+            keys = [(band, signs[offset, band : band + bits].tobytes()) for band in range(0, _SIGNS - bits + 1, bits)]
+            near = np.array(sorted({first for key in keys for first in buckets[key]}), np.int64)
+            distances = np.unpackbits(packed[near] ^ packed[position], axis=1).mean(axis=1) if len(near) else np.zeros(0)
+            near = near[distances <= most]
+            if len(near):
+                cosines = row_cosines(index, stored_rows(index, part[[offset]]), stored_rows(index, rows[near]))[0]
+                near = near[cosines > similar]
+            if len(near):
+                groups[int(near[0])].append(position)
+                continue
+            groups[position] = [position]
+            for key in keys:
+                if len(buckets[key]) < _MOST_IN_BUCKET:
+                    buckets[key].append(position)
         reporter.update(len(part), 0)
-    parents = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = parents[parents[i]]
-            i = parents[i]
-        return i
-
-    checked: set[tuple[int, int]] = set()
-    for band in range(0, _SIGNS, _BAND):
-        keys = np.packbits(signs[:, band : band + _BAND], axis=1)
-        by_key: dict[bytes, list[int]] = defaultdict(list)
-        for position, key in enumerate(keys):
-            by_key[key.tobytes()].append(position)
-        for one, others in _pairs(by_key.values()):
-            candidates = [other for other in others if (one, other) not in checked and root(one) != root(other)]
-            distance = (signs[candidates] != signs[one]).mean(axis=1)
-            # Signs differ with the probability angle / pi; three standard deviations of the estimate are allowed for.
-            limit = np.arccos(similar) / np.pi
-            near = [c for c, d in zip(candidates, distance, strict=True) if d <= limit + 3 * np.sqrt(0.25 / _SIGNS)]
-            checked.update((one, other) for other in candidates)
-            if near:
-                values = row_cosines(index, stored_rows(index, rows[[one]]), stored_rows(index, rows[near]))[0]
-                for other, value in zip(near, values, strict=True):
-                    if value > similar:
-                        low, high = sorted((root(one), root(other)))
-                        parents[high] = low
-    groups: dict[int, list[int]] = defaultdict(list)
-    for position in range(len(rows)):
-        groups[root(position)].append(int(rows[position]))
-    return sorted((group for group in groups.values() if len(group) > 1), key=lambda group: (-len(group), group))
+    found = [[int(rows[position]) for position in group] for group in groups.values() if len(group) > 1]
+    return sorted(found, key=lambda group: (-len(group), group))
 
 
-def _pairs(buckets: Iterator[list[int]] | Any) -> Iterator[tuple[int, list[int]]]:
-    """Yield each position of a bucket with those after it; in a large bucket, the first with all others alone."""
-    for bucket in buckets:
-        if len(bucket) > _MOST_IN_BAND:
-            yield bucket[0], bucket[1:]
-            continue
-        for number, position in enumerate(bucket[:-1]):
-            yield position, bucket[number + 1 :]
+def _band_bits(similar: float) -> int:
+    """Return the largest number of signs in a band with which a pair of this cosine shares a band with a probability of `_FOUND`."""
+    same = 1 - np.arccos(similar) / np.pi
+    return next((bits for bits in range(16, 4, -1) if 1 - (1 - same**bits) ** (_SIGNS // bits) >= _FOUND), 4)
 
 
 def _projected(index: Index, rows: Rows) -> Float64[np.ndarray, "rows signs"]:

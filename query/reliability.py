@@ -61,7 +61,7 @@ def assess(
     similarity = None
     if not evidence.by_row:
         cosines = stored.proponent_scores if metric.mode == "cosine" else stored.best_otherwise.get("cosine", (None, np.zeros(0)))[1]
-        similarity = float(cosines[0]) if len(cosines) else 0.0 if stored.best_otherwise or metric.mode == "cosine" else None
+        similarity = min(1.0, float(cosines[0])) if len(cosines) else 0.0 if stored.best_otherwise or metric.mode == "cosine" else None
     uncertain = tuple(sum(a.uncertain for a in side) for side in (proponents, opponents))
     unmatched = None if stored.nonzero is None else searched - stored.nonzero
     warnings = [

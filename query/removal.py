@@ -57,9 +57,9 @@ def write_removal(index: Index, removals: Sequence[Removal], out: Path) -> int:
     if not removals:
         raise UsageError("there is nothing to remove; ask for more, or name ids")
     by_id = {removal.id: removal for removal in removals}
-    mask, unknown = index.rows_of(by_id)
-    if unknown:
-        raise UsageError(f"{len(unknown)} of the ids are not in {index.path}, such as {min(unknown)!r}; fix the ids")
+    mask = index.known_rows(by_id, "fix the ids") & index.alive
+    if not mask.any():
+        raise UsageError(f"all of these ids were deleted from {index.path}")
     about = {"index": str(index.path.resolve()), "manifest": index.manifest.number}
     rows = mask.nonzero()[0].tolist()
 

@@ -5,12 +5,14 @@
     cover   facility location: the sum over targets of the highest score of a chosen example, chosen greedily (Nemhauser et al., 1978); when
             no example adds to it, a new round begins with those that are left
 
-Scores are read block by block. Only a pool of the best rows for each target and for all of them stays in memory.
+Scores are read block by block. Only a pool of the best rows for each target and for all of them stays in memory, and `cover` is greedy in
+that pool. Where limits leave too few of it, a larger one is taken.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +25,7 @@ from ..store.vectors import Rows, concatenate, count
 Method = Literal["sum", "max", "cover"]
 Blocks = Iterator[tuple[int, Float32[np.ndarray, "targets rows"]]]
 _POOL = 20  # times the budget, of candidates by the mean over targets; fewer for each target
+_LARGER = 16  # times as many, where limits left too few of them
 _MOST_POOL = 200_000
 
 
@@ -76,7 +79,7 @@ class Selection:
     Attributes:
         by: what examples were compared by: the mode of the scores, or a baseline.
         rows: number of the rows that were compared.
-        left_out: numbers of better rows that were left out, by reason: "limit", "alike", "not positive".
+        left_out: numbers of better rows that were left out, by reason: "limit", "alike". Only rows with a positive score are chosen.
         covered: share of the targets for which a chosen example is among their ten best.
     """
 
@@ -102,9 +105,8 @@ class _Pool:
     best: list[set[int]]
 
     @classmethod
-    def of(cls, blocks: Blocks, weights: Float64[np.ndarray, " targets"], budget: int) -> "_Pool":
-        """Keep the best rows for each target and for their weighted mean."""
-        for_all = min(_POOL * budget, _MOST_POOL)
+    def of(cls, blocks: Blocks, weights: Float64[np.ndarray, " targets"], for_all: int, method: Method) -> "_Pool":
+        """Keep the best `for_all` rows for the targets together (for `cover`, by what they add alone), and the best for each target."""
         for_each = max(10, -(-2 * for_all // max(1, len(weights))))
         rows: Int64[np.ndarray, " kept"] = np.zeros(0, np.int64)
         kept: Float32[np.ndarray, "targets kept"] = np.zeros((len(weights), 0), np.float32)
@@ -115,7 +117,8 @@ class _Pool:
             rows = np.concatenate([rows, first + np.flatnonzero(is_searched)])
             kept = np.concatenate([kept, block[:, is_searched]], axis=1)
             wanted = np.zeros(len(rows), bool)
-            wanted[_highest(weights @ kept, for_all)] = True
+            together = np.maximum(weights[:, None] * kept, 0).sum(axis=0) if method == "cover" else weights @ kept
+            wanted[_highest(together, for_all)] = True
             for scores in kept:
                 wanted[_highest(scores, for_each)] = True
             rows = rows[wanted]
@@ -126,7 +129,7 @@ class _Pool:
 
 def select(
     index: Index,
-    blocks: Blocks,
+    blocks: Callable[[], Blocks],
     targets: Sequence[str],
     weights: Float64[np.ndarray, " targets"],
     budget: int,
@@ -138,7 +141,7 @@ def select(
     """Choose training examples for targets.
 
     Args:
-        blocks: scores of all rows for the targets, NaN for those that cannot be chosen (see `Client.score_blocks`).
+        blocks: gives the scores of all rows for the targets, NaN for those that cannot be chosen (see `Client.score_blocks`).
         targets: their names.
         weights: of the targets.
         budget: number of examples to choose, at most.
@@ -151,16 +154,17 @@ def select(
         raise UsageError(f"`method` is {method!r}; it can be {', '.join(get_args(Method))}")
     if budget < 1 or not len(targets):
         raise UsageError(f"the budget is {budget} for {len(targets)} targets; both must be at least 1")
-    pool = _Pool.of(blocks, weights / len(weights), budget)
-    if not len(pool.rows):
-        raise UsageError("no row can be chosen; change `where`")
-    allowed = _Allowed(index, pool.rows, limits)
-    order = _covering if method == "cover" else _by_value
-    chosen: list[tuple[int, float]] = []
-    for position, value in order(pool, weights, method, allowed):
-        chosen.append((position, value))
-        if len(chosen) == budget:
+    size = min(_POOL * budget, _MOST_POOL)
+    while True:
+        pool = _Pool.of(blocks(), weights / len(weights), size, method)
+        if not len(pool.rows):
+            raise UsageError("no row can be chosen; change `where`")
+        allowed = _Allowed(index, pool.rows, limits)
+        order = _covering if method == "cover" else _by_value
+        chosen = list(islice(order(pool, weights, method, allowed), budget))
+        if len(chosen) == budget or len(pool.rows) == pool.compared or size == _MOST_POOL:
             break
+        size = min(_LARGER * size, _MOST_POOL)
     examples = []
     for rank, (position, value) in enumerate(chosen, 1):
         row = int(pool.rows[position])
@@ -187,7 +191,6 @@ def _by_value(pool: _Pool, weights: Float64[np.ndarray, " targets"], method: Met
     values = (weights / len(weights)) @ pool.scores if method == "sum" else (weights[:, None] * pool.scores).max(axis=0)
     for position in np.argsort(-values, kind="stable").tolist():
         if values[position] <= 0:
-            allowed.left_out["not positive"] += len(values) - int((values > 0).sum())
             return
         if allowed.take(position):
             yield position, float(values[position])
@@ -212,7 +215,6 @@ def _covering(pool: _Pool, weights: Float64[np.ndarray, " targets"], method: Met
                 added = True
                 yield position, float(gains[position])
         if not added:
-            allowed.left_out["not positive"] += int(left.sum())
             return
 
 

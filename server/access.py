@@ -10,6 +10,7 @@ import json
 import logging
 import logging.handlers
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..client import Client
 from ..query.options import Query
-from ..store.errors import NotFoundError, UsageError
+from ..store.errors import NotFoundError, StorageError, UsageError
 from ..store.filters import parse_filter
 
 _SHORTEST_TOKEN = 16
@@ -51,7 +52,10 @@ class Access:
         if self.where is None or where is None:
             return self.where or where
         # Each is parsed alone, so that no parenthesis or comment of one reaches into the other.
-        return " and ".join(f"({ast.unparse(parse_filter(text))})" for text in (self.where, where))
+        try:
+            return " and ".join(f"({ast.unparse(parse_filter(text))})" for text in (self.where, where))
+        except RecursionError as error:
+            raise UsageError("the filter is nested too deeply; write a shorter one") from error
 
     def check_rows(self, client: Client, rows: Sequence[int]) -> None:
         """Refuse rows that may not be read, in the words for rows that are not there.
@@ -66,9 +70,25 @@ class Access:
             if group is None or not client.index.matching(self.where, [group])[row - group.first]:
                 raise NotFoundError(f"there is no row {row} that this token may read")
 
-    def check_queries(self, client: Client, queries: Sequence[Query]) -> None:
-        """Refuse queries by a row that may not be read."""
-        self.check_rows(client, [query.row for query in queries if query.row is not None])
+    def checked(self, client: Client, queries: Sequence[Query], rows: Sequence[int] = ()) -> Client:
+        """Return the client, if the rows of queries and others may be read; see `check_rows`."""
+        self.check_rows(client, [*(query.row for query in queries if query.row is not None), *rows])
+        return client
+
+    def check_ids(self, client: Client, ids: Sequence[str]) -> None:
+        """Refuse ids of examples that are not there or may not be read.
+
+        Raises:
+            NotFoundError: see above.
+        """
+        mask, unknown = client.index.rows_of(ids)
+        if unknown or (self.where is not None and not client.index.matching(self.where)[mask].all()):
+            raise NotFoundError("one of these ids is of no example that this token may read")
+
+    @property
+    def author(self) -> str | None:
+        """The holder whose saved queries may be read; None for those of all."""
+        return None if self.where is None else self.name
 
 
 ALL_ROWS = Access()
@@ -131,7 +151,10 @@ def read_tokens(token_file: str | None, grants_file: str | None) -> Tokens:
         except ValidationError as error:
             raise UsageError(f'{where} is not a grant such as {{"name": "ann", "token": "...", "where": "open == True"}}') from error
         if grant.where is not None:
-            parse_filter(grant.where)
+            try:
+                parse_filter(grant.where)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from error
         token = _valid_token(grant.token, where)
         if token in access:
             raise UsageError(f"{where} has the token of another grant; give each its own")
@@ -144,13 +167,27 @@ def read_tokens(token_file: str | None, grants_file: str | None) -> Tokens:
 def _read(file: str, kind: str) -> str:
     if not Path(file).is_file():
         raise NotFoundError(f"there is no {kind} file {file}; create it with tokens of at least {_SHORTEST_TOKEN} visible ASCII characters")
-    return Path(file).read_text(encoding="utf-8", errors="replace")
+    return Path(file).read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _valid_token(token: str, where: str) -> str:
     if len(token) < _SHORTEST_TOKEN or not all(33 <= ord(c) < 127 for c in token):
         raise UsageError(f"{where} must hold a token of at least {_SHORTEST_TOKEN} visible ASCII characters")
     return token
+
+
+class _PrivateLog(logging.handlers.RotatingFileHandler):
+    """A rotated log that its owner alone can read, and whose errors are raised."""
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        os.chmod(self.baseFilename, 0o600)
+        return super()._open()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if error is not None:
+            raise error
 
 
 class Audit:
@@ -168,8 +205,7 @@ class Audit:
 
     def __init__(self, path: Path) -> None:
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-            self._handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
+            self._handler = _PrivateLog(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"the audit log {path} cannot be written ({error.strerror}); choose another file") from error
 
@@ -183,7 +219,10 @@ class Audit:
             **details,
         }
         line = json.dumps(fields, ensure_ascii=False)
-        self._handler.emit(logging.LogRecord("wherefrom.audit", logging.INFO, "", 0, line, None, None))
+        try:
+            self._handler.emit(logging.LogRecord("wherefrom.audit", logging.INFO, "", 0, line, None, None))
+        except OSError as error:
+            raise StorageError(f"the audit log cannot be written ({error.strerror}), so nothing is answered; make room for it") from error
 
     def close(self) -> None:
         """Close the file."""

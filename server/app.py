@@ -178,9 +178,9 @@ def _saved_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     saved = {name: SavedQueries(engine.client.index.path) for name, engine in engines.items()}
 
     @app.get("/v1/saved", tags=["saved queries"])
-    async def list_saved(index: IndexName | None = None) -> Response:
-        """List the saved queries of an index, the newest first."""
-        return _json({"saved": saved[_engine_of(engines, index).name].read()})
+    async def list_saved(request: Request, index: IndexName | None = None) -> Response:
+        """List the saved queries of an index, the newest first; a token that may read some rows sees its own."""
+        return _json({"saved": saved[_engine_of(engines, index).name].read(_access(request).author)})
 
     @app.post("/v1/saved", tags=["saved queries"])
     async def save(body: SavedBody, request: Request) -> Response:
@@ -190,9 +190,9 @@ def _saved_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         return _json(saved[_engine_of(engines, body.index).name].add(body.name, body.note, query, _access(request).name))
 
     @app.delete("/v1/saved/{id}", tags=["saved queries"], status_code=204)
-    async def remove(id: Annotated[str, Path(max_length=64)], index: IndexName | None = None) -> Response:
+    async def remove(request: Request, id: Annotated[str, Path(max_length=64)], index: IndexName | None = None) -> Response:
         """Remove a saved query."""
-        saved[_engine_of(engines, index).name].remove(id)
+        saved[_engine_of(engines, index).name].remove(id, _access(request).author)
         return Response(status_code=204)
 
 
@@ -202,6 +202,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         """Find the training examples that influenced the model: one answer, or for `queries` a list under `answers`."""
         engine = _engine_of(engines, body.index)
         access = _access(request)
+        request.scope["wherefrom.asked"] = asked(body)
         options = body.given(Options)
         where = access.restricted(body.where)
         if where is not None:
@@ -214,8 +215,11 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         if body.queries is None:
             if body.mean:
                 raise UsageError("mean is over several queries; give them as queries")
-            access.check_queries(engine.client, [body.query()])
-            answer = await engine.ask(body.query(), options)
+            single = body.query()
+            if access.where is None:
+                answer = await engine.ask(single, options)
+            else:  # the check and the answer are of the same state of the index
+                answer = await engine.call(lambda client: access.checked(client, [single]).query_many([single], **options)[0])
             request.scope["wherefrom.asked"] = asked(body, _ids([answer]))
             return _json(answer.to_dict())
         queries = [fields.query() for fields in body.queries]
@@ -225,8 +229,7 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
             raise UsageError(f"{len(queries)} queries times k are more than {MOST_ANSWERS:,} answers; split the request")
         if (body.group_by or body.baselines or body.rerank != 0) and len(queries) > MOST_COSTLY and not body.mean:
             raise UsageError(f"groups, baselines and a rerank are limited to {MOST_COSTLY} queries at a time; split it, or give `rerank` 0")
-        access.check_queries(engine.client, queries)
-        answers = await engine.call(lambda client: client.query_many(queries, **options))
+        answers = await engine.call(lambda client: access.checked(client, queries).query_many(queries, **options))
         request.scope["wherefrom.asked"] = asked(body, _ids(answers))
         return await asyncio.to_thread(lambda: _json({"answers": [answer.to_dict() for answer in answers]}))
 
@@ -244,11 +247,13 @@ def _query_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         """Explain the scores of some training examples by component, layer, shared token, and token of either text."""
         query = body.query()
         engine = _engine_of(engines, body.index)
+        access = _access(request)
+        request.scope["wherefrom.asked"] = asked(body)
         _check_refine(engine, body.given(ScoreOptions), 1)
-        _access(request).check_queries(engine.client, [query])
-        _access(request).check_rows(engine.client, body.examples)
         explanations = await engine.call(
-            lambda client: client.explain(body.examples, query, tokens=body.tokens, **body.given(ScoreOptions))
+            lambda client: access.checked(client, [query], body.examples).explain(
+                body.examples, query, tokens=body.tokens, **body.given(ScoreOptions)
+            )
         )
         request.scope["wherefrom.asked"] = asked(body, [explanation.id for explanation in explanations])
         return _json({"explanations": [explanation.to_dict() for explanation in explanations]})
@@ -261,13 +266,13 @@ def _model_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         query = body.query()
         options = body.given(ScoreOptions)
         engine = _engine_of(engines, body.index)
-        _check_refine(engine, options, 1)
-        _access(request).check_queries(engine.client, [query])
-        where = _access(request).restricted(body.where)
+        access = _access(request)
         request.scope["wherefrom.asked"] = asked(body)
+        _check_refine(engine, options, 1)
+        where = access.restricted(body.where)
         if body.format != "float32":
-            return _json(await engine.call(lambda client: client.histogram(query, _BINS, where, **options)))
-        matrix = await engine.call(lambda client: client.scores([query], where, **options))
+            return _json(await engine.call(lambda client: access.checked(client, [query]).histogram(query, _BINS, where, **options)))
+        matrix = await engine.call(lambda client: access.checked(client, [query]).scores([query], where, **options))
         return Response(matrix[0].astype("<f4").tobytes(), media_type="application/octet-stream")
 
     @app.post("/v1/encode", tags=["queries"])
@@ -276,10 +281,10 @@ def _model_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
         query = body.query()
         options = body.given(ScoreOptions)
         engine = _engine_of(engines, body.index)
-        _check_refine(engine, options, 1)
-        _access(request).check_queries(engine.client, [query])
+        access = _access(request)
         request.scope["wherefrom.asked"] = asked(body)
-        rows = await engine.call(lambda client: client.encode([query], **options))
+        _check_refine(engine, options, 1)
+        rows = await engine.call(lambda client: access.checked(client, [query]).encode([query], **options))
         return Response(to_bytes(rows), media_type="application/octet-stream")
 
     @app.post("/v1/complete", tags=["queries"])
@@ -291,7 +296,9 @@ def _model_routes(app: FastAPI, engines: Mapping[str, Engine]) -> None:
     @app.post("/v1/exports", tags=["queries"], status_code=204)
     async def exports(body: ExportBody, request: Request) -> Response:
         """Record in the server's audit log that examples were taken away, as a file or a list; the explorer calls this."""
-        _engine_of(engines, body.index)
+        access = _access(request)
+        request.scope["wherefrom.asked"] = asked(body)
+        await _engine_of(engines, body.index).call(lambda client: access.check_ids(client, body.ids))
         request.scope["wherefrom.asked"] = asked(body, body.ids)
         return Response(status_code=204)
 

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..store.errors import StorageError
 from .access import Audit, Tokens
 
 _MOST_BYTES = 1 << 20
@@ -71,16 +72,20 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = False
+        is_withheld = False
 
         async def secured(message: Message) -> None:
-            nonlocal started
+            nonlocal started, is_withheld
             if message["type"] == "http.response.start":
                 started = True
-                if self._audit is not None and not _is_open(scope["path"]):
-                    details = scope.get("wherefrom.asked", {})
-                    self._audit.add(scope.get("wherefrom.access"), scope["method"], scope["path"], message["status"], details)
+                try:
+                    self._log(scope, message["status"])
+                except StorageError as error:
+                    is_withheld = True
+                    await problem(503, str(error), "StorageError")(scope, receive, send)
                 MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
+            if not is_withheld:
+                await send(message)
 
         request = Request(scope, receive)
         try:
@@ -92,6 +97,11 @@ class Guard:
         except asyncio.CancelledError:  # the server's grace period is over
             if not started:
                 await problem(503, "the server is stopping; ask again later", "BusyError")(scope, receive, secured)
+
+    def _log(self, scope: Scope, status: int) -> None:
+        if self._audit is not None and not _is_open(scope["path"]):
+            details = scope.get("wherefrom.asked", {})
+            self._audit.add(scope.get("wherefrom.access"), scope["method"], scope["path"], status, details)
 
     async def _check(self, request: Request) -> None:
         is_open = _is_open(request.scope["path"])

@@ -89,7 +89,8 @@ def serve(
     indexes = {name: str(client.index.path.resolve()) for name, client in clients.items()}
     discovery_file: Path | None = None
     try:
-        discovery_file = announce(url, tokens.unrestricted, indexes, os.getpid())
+        if not tokens or tokens.unrestricted is not None:  # else commands of this user could not ask it
+            discovery_file = announce(url, tokens.unrestricted, indexes, os.getpid())
     except OSError as error:
         sys.stderr.write(f"the discovery file could not be written ({error}); set WHEREFROM_URL so that commands use this server\n")
     sys.stderr.write(f"serving {', '.join(clients)} at {url} (stop with Ctrl-C)\n")

@@ -484,6 +484,20 @@ class Index:
             masks.append(matches)
         return np.concatenate(masks), wanted.filter(pa.array(~is_present)).to_pylist()
 
+    def known_rows(self, ids: Iterable[str], consequence: str) -> Bool[np.ndarray, " rows"]:
+        """Return the mask of `rows_of`.
+
+        Args:
+            consequence: what the error says besides.
+
+        Raises:
+            UsageError: an id is not in the index.
+        """
+        mask, unknown = self.rows_of(ids)
+        if unknown:
+            raise UsageError(f"{len(unknown)} of the ids are not in {self.path}, such as {min(unknown)[:100]!r}; {consequence}")
+        return mask
+
     def first_known_id(self, ids: Iterable[str]) -> str | None:
         """Return one of these ids that an example of the index has, which is not deleted; None if none has."""
         import pyarrow as pa

@@ -460,15 +460,15 @@ class Slope(_Model):
         lds: the linear datamodeling score on the same changes, with its interval; None where it was not computed.
     """
 
-    value: Annotated[float, Field(gt=0)]
-    low: float
-    high: float
-    measured_by: str
+    value: Annotated[float, Field(ge=1e-9, le=1e9)]
+    low: Annotated[float, Field(ge=-1e12, le=1e12)]
+    high: Annotated[float, Field(ge=-1e12, le=1e12)]
+    measured_by: Annotated[str, Field(max_length=200)]
     trainings: Size
     queries: Size
-    lds: float | None = None
-    lds_low: float | None = None
-    lds_high: float | None = None
+    lds: Annotated[float, Field(ge=-1, le=1)] | None = None
+    lds_low: Annotated[float, Field(ge=-1, le=1)] | None = None
+    lds_high: Annotated[float, Field(ge=-1, le=1)] | None = None
 
 
 class Manifest(_Model):

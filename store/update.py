@@ -36,9 +36,7 @@ def delete(out: Path, ids: Iterable[str] = (), where: str | None = None) -> int:
     """
     with changing(out) as index:
         manifest = index.manifest
-        matches, unknown = index.rows_of(ids)
-        if unknown:
-            raise UsageError(f"{len(unknown)} of the ids are not in {out}, such as {min(unknown)!r}; nothing was deleted: fix the ids")
+        matches = index.known_rows(ids, "nothing was deleted: fix the ids")
         if where is not None:
             matches |= index.matching(where)
         deleted = matches & index.alive

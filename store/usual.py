@@ -6,6 +6,7 @@ An answer compares its query with these numbers. An example is never its own nei
 """
 
 import json
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -43,10 +44,13 @@ class Usual(BaseModel):
     losses: Values
     similarities: Values | None = None
     densities: Values | None = None
-    bandwidth: Annotated[float, Field(ge=0)] = 0.0
+    bandwidth: Annotated[float, Field(ge=0, le=1e12)] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> "Usual":
+        for values in (self.losses, self.similarities or (), self.densities or ()):
+            if any(later < earlier for earlier, later in pairwise(values)):
+                raise ValueError("the numbers are not ascending")
         if self.densities is not None and self.bandwidth < LEAST_BANDWIDTH:
             raise ValueError("densities without the width of their kernel")
         return self
@@ -64,7 +68,9 @@ def read_usual(index: Index) -> Usual | None:
         IntegrityError: it is damaged.
     """
     path = index.path / _NAME
-    if not path.exists() and not path.is_symlink():
+    if path.is_symlink():
+        raise IntegrityError(f"{path} is a link; remove it, and give the command of the build again to measure it anew")
+    if not path.exists():
         return None
     try:
         return Usual.model_validate_json(read_bytes(path))
@@ -100,13 +106,16 @@ class HiddenStates:
             hidden = index.hidden(shard)
             assert hidden is not None
             blocks.append(np.asarray(hidden[rows], np.float32))
-        self._states: Float[np.ndarray, "rows width"] = np.concatenate(blocks)
+        states = np.concatenate(blocks)
+        self._center: Float[np.ndarray, " width"] = states.mean(axis=0, dtype=np.float64).astype(np.float32)
+        self._states: Float[np.ndarray, "rows width"] = states - self._center  # so that rounding is that of differences
         self._squares = np.einsum("rd,rd->r", self._states, self._states, dtype=np.float64)
 
     def squared_distances(self, states: Float[np.ndarray, "queries width"], rows: list[int] | None = None) -> Float64[np.ndarray, "q r"]:
         """Compute squared distances of states to those of the rows; those of `rows`, the queries' own, are infinite."""
-        squares = np.einsum("qd,qd->q", states, states, dtype=np.float64)
-        distances = np.maximum(0.0, squares[:, None] + self._squares - 2.0 * (states.astype(np.float32) @ self._states.T))
+        centered = states.astype(np.float32) - self._center
+        squares = np.einsum("qd,qd->q", centered, centered, dtype=np.float64)
+        distances = np.maximum(0.0, squares[:, None] + self._squares - 2.0 * (centered @ self._states.T))
         if rows is not None:
             distances[np.array(rows)[:, None] == self._rows] = np.inf
         return distances
@@ -114,8 +123,8 @@ class HiddenStates:
     @staticmethod
     def bandwidth(distances: Float64[np.ndarray, "q r"]) -> float:
         """The median distance to the tenth neighbor: the scale at which hidden states lie beside one another."""
-        nearest = np.sort(distances, axis=1)[:, : _NEIGHBORS + 1]
-        return float(np.sqrt(np.median(nearest[:, min(_NEIGHBORS, nearest.shape[1] - 1)])))
+        place = min(_NEIGHBORS, distances.shape[1] - 1) - 1
+        return float(np.sqrt(np.median(np.partition(distances, place, axis=1)[:, place])))
 
     @staticmethod
     def log_densities(distances: Float64[np.ndarray, "q r"], bandwidth: float) -> Float64[np.ndarray, " q"]:

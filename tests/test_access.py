@@ -25,6 +25,7 @@ from wherefrom.store.errors import NotFoundError, UsageError
 from wherefrom.store.index import Index
 from wherefrom.store.shard import documents_path
 from wherefrom.store.takedown import _contents, _occurring, takedown
+from wherefrom.store.update import compact, delete
 
 ALL, OLD, NONE = (f"token-of-{name}-with-20-letters" for name in ("all", "old", "none"))
 
@@ -52,9 +53,9 @@ def asking(client, grants, tmp_path):
     app = create_app({"i": client}, tokens=read_tokens(None, str(grants)), audit=audit)
     with TestClient(app) as web:
 
-        def ask(token, path, body=None):
+        def ask(token, path, body=None, method=None):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            response = web.get(path, headers=headers) if body is None else web.post(path, headers=headers, json=body)
+            response = web.request(method or ("GET" if body is None else "POST"), path, headers=headers, json=body)
             return response.status_code, response.json() if response.headers.get("content-type", "").endswith("json") else response.content
 
         ask.log = lambda: [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
@@ -157,8 +158,65 @@ def test_the_log_has_every_request_with_its_query_and_the_ids_of_its_answer(aski
     assert (row["name"], row["answered"]) == ("owner", ["d7"])
     assert (unknown["name"], unknown["status"]) == (None, 401)
     assert (denied["name"], denied["status"]) == ("ann", 404)
+    asking(OLD, "/v1/query", {"row": 60})
+    assert (asking.log()[-1]["status"], asking.log()[-1]["asked"]) == (404, {"row": 60})
     assert (export["asked"]["kind"], export["answered"]) == ("csv", ["d1", "d2"])
     assert not any(token in json.dumps(asking.log()) for token in (ALL, OLD, NONE))
+
+
+def test_a_grant_holds_for_the_state_of_the_index_that_answers(tmp_path, model_dir, corpus_file, grants):
+    """Rows move when an index is compacted; a request is checked and answered on the same state."""
+    path = build_kinds(tmp_path, model_dir, corpus_file, {"i": {"rank": 4}}, shard_rows=50)["i"]
+    app = create_app({"i": Client(path)}, tokens=read_tokens(None, str(grants)))
+    with TestClient(app, base_url="http://127.0.0.1") as server:
+
+        def ask(path, body):
+            return server.post(path, json=body, headers={"Authorization": f"Bearer {OLD}"})
+
+        bodies = {
+            "/v1/query": lambda row: {"row": row, "k": 1},
+            "/v1/explain": lambda row: {**QUERY, "examples": [row]},
+            "/v1/scores": lambda row: {"row": row},
+            "/v1/encode": lambda row: {"row": row},
+        }
+        for number, (route, body) in enumerate(bodies.items()):
+            last = 49 - number  # of 1949
+            assert ask(route, body(last)).status_code == 200
+            delete(path, [f"d{number}"])
+            compact(path)  # now that of 1950
+            assert ask(route, body(last)).status_code == 404
+
+
+def test_holders_of_grants_see_their_own_saved_queries_and_log_ids_that_they_may_read(asking):
+    body = {"name": "mine", "query": QUERY}
+    ids = {token: asking(token, "/v1/saved", body)[1]["id"] for token in (ALL, OLD)}
+
+    def saved(token):
+        return {entry["id"] for entry in asking(token, "/v1/saved")[1]["saved"]}
+
+    assert saved(ALL) == set(ids.values())
+    assert saved(OLD) == {ids[OLD]}
+    assert asking(OLD, f"/v1/saved/{ids[ALL]}", method="DELETE")[0] == 404
+    assert asking(OLD, f"/v1/saved/{ids[OLD]}", method="DELETE")[0] == 204
+    assert saved(ALL) == {ids[ALL]}
+    assert asking(OLD, "/v1/exports", {"kind": "csv", "ids": ["d1", "d60"]})[0] == 404
+    assert asking(ALL, "/v1/exports", {"kind": "csv", "ids": ["d1", "nothing"]})[0] == 404
+    assert [line["answered"] for line in asking.log() if line["request"] == "POST /v1/exports"] == [[], []]
+
+
+def test_a_deep_filter_is_a_sentence(asking):
+    status, said = asking(OLD, "/v1/query", {**QUERY, "where": "not " * 900 + "(year == 1)"})
+    assert (status, "too deep" in said["detail"] or "filter" in said["detail"]) == (422, True)
+
+
+def test_nothing_is_answered_that_cannot_be_logged(asking, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("logging.StreamHandler.flush", full)
+    status, said = asking(OLD, "/v1/rows/7")
+    assert status == 503
+    assert "the audit log cannot be written" in said["detail"]
 
 
 def test_the_log_is_appended_to_rotated_and_readable_by_its_owner_alone(tmp_path, monkeypatch):
@@ -172,6 +230,7 @@ def test_the_log_is_appended_to_rotated_and_readable_by_its_owner_alone(tmp_path
     files = sorted(tmp_path.glob("audit.jsonl*"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert len(files) > 2
+    assert {file.stat().st_mode & 0o077 for file in files} == {0}
     assert len(lines) == 41
     assert {"before": 1} in lines
     Audit(tmp_path / "new.jsonl").close()
@@ -284,6 +343,52 @@ def test_deleted_examples_older_states_and_faiss_go_too(copy):
     assert not occurrences(out, records[5]["text"].encode())
     assert not (out / "faiss").exists()
     assert len(list((out / "manifests").glob("*.json"))) == 1
+
+
+def test_short_examples_are_taken_down_and_what_is_too_short_is_counted(tmp_path, model_dir):
+    records = [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=5))]
+    records[3] = {"id": "doc3", "text": "w3 w4"}
+    data = write_jsonl(tmp_path / "c.jsonl", records)
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(out), components=("head",), head_bits=8))
+    (out / "notes.txt").write_text("look at id=doc3, and at doc30")
+    report = takedown(out, ["doc3"])
+    assert report.ids == ("doc3",)
+    assert "doc3" not in {Index(out).example(row).id for row in range(39)}
+    assert [(found.content, found.file, found.others) for found in report.found] == [("id", "notes.txt", ())]
+    assert report.short > 0
+
+
+def test_metadata_and_the_middle_of_a_text_are_searched_for(tmp_path, model_dir):
+    long = " ".join(random_texts(1200, seed=1))
+    records = [{"id": f"d{i}", "text": t, "author": f"the author number {i:03}"} for i, t in enumerate(random_texts(30, seed=5))]
+    records[4]["text"] = long
+    data = write_jsonl(tmp_path / "c.jsonl", records)
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(model_dir), data=(str(data),), out=str(out), rank=4, long="truncate"))
+    stored = next(e.text for e in map(Index(out).example, range(30)) if e.id == "d4")
+    (out / "part.bin").write_bytes(stored[: len(stored) // 2].encode())
+    (out / "authors.bin").write_bytes(b"by the author number 004.")
+    report = takedown(out, ["d4"])
+    assert {found.file for found in report.found if not found.others} >= {"authors.bin"}
+    assert ("part.bin" in {found.file for found in report.found}) == (len(stored) > 8192)
+
+
+@pytest.mark.parametrize("then", [(), ("compact",)])
+def test_what_was_deleted_before_is_searched_for_and_removed(copy, then):
+    """As after a takedown that was killed."""
+    out, records = copy
+    text = records[3]["text"].encode()
+    assert CliRunner().invoke(main, ["delete", str(out), "--ids", "-"], input=records[3]["id"]).exit_code == 0
+    for command in then:
+        assert CliRunner().invoke(main, [command, str(out)]).exit_code == 0
+    assert occurrences(out, text)
+    (out / "stray.txt").write_bytes(text)
+    report = takedown(out, [records[3]["id"], records[20]["id"]])
+    assert set(report.ids) == {records[3]["id"], records[20]["id"]}
+    assert not report.is_proven
+    assert {found.file for found in report.found} == {"stray.txt"}
+    assert occurrences(out, text) == [out / "stray.txt"]
 
 
 def test_unknown_ids_take_nothing_down(copy):

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.evaluation.act import act
 from wherefrom.evaluation.pages import sign, verify_report, write_report
+from wherefrom.evaluation.retrain import compute_losses
 from wherefrom.evaluation.slope import slope
 from wherefrom.evaluation.study import StudyQuery, read_study, study
 from wherefrom.indexer.models import ModelSource
@@ -26,7 +28,7 @@ from wherefrom.query.select import Limits, row_cosines, select
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.progress import Silent
 from wherefrom.store.corpus import Document, read_ids
-from wherefrom.store.errors import DataError, IntegrityError, NotFoundError, UsageError
+from wherefrom.store.errors import DataError, IntegrityError, NotFoundError, NumericalError, UsageError
 from wherefrom.store.index import Index
 
 
@@ -70,7 +72,7 @@ def test_cover_is_greedy_facility_location_and_is_never_far_from_the_best(client
     scores[:] = np.nan
     scores[:, :rows] = np.random.default_rng(seed).normal(size=(targets, rows)).astype(np.float32)
     names = [str(number) for number in range(targets)]
-    selection = select(client.index, as_blocks(scores, size), names, np.ones(targets), budget, method="cover")
+    selection = select(client.index, partial(as_blocks, scores, size), names, np.ones(targets), budget, method="cover")
     chosen = [e.row for e in selection.examples]
     assert len(chosen) == len(set(chosen)) <= budget
     positive = np.maximum(scores[:, :rows], 0).astype(float)
@@ -95,15 +97,28 @@ def test_cover_is_greedy_facility_location_and_is_never_far_from_the_best(client
 def test_a_selection_does_not_depend_on_how_scores_come(client, size, budget):
     scores = client.scores(TARGETS, mode="cosine")
     names = [query.id for query in TARGETS]
-    whole = select(client.index, iter([(0, scores)]), names, np.ones(3), budget)
-    assert select(client.index, as_blocks(scores, size), names, np.ones(3), budget) == whole
+    whole = select(client.index, lambda: iter([(0, scores)]), names, np.ones(3), budget)
+    assert select(client.index, partial(as_blocks, scores, size), names, np.ones(3), budget) == whole
 
 
 def test_limits_hold_and_what_they_leave_out_is_counted(client):
     limited = client.select(TARGETS, 12, limits=Limits("source", 2))
     counts = {source: [e.source for e in limited.examples].count(source) for source in "abc"}
     assert max(counts.values()) == 2
-    assert limited.left_out["limit"] > 0
+    by_sum = client.select(TARGETS, 6, limits=Limits("source", 2), method="sum")
+    scores = client.scores(TARGETS, mode="cosine").astype(float)
+    taken, left_out = [], 0
+    for row in np.argsort(-scores.mean(axis=0), kind="stable").tolist():
+        if [client.index.example(other).source for other in taken].count(client.index.example(row).source) == 2:
+            left_out += 1
+        else:
+            taken.append(row)
+        if len(taken) == 6:
+            break
+    assert [e.row for e in by_sum.examples] == taken
+    assert by_sum.left_out["limit"] == left_out > 0
+    best = [set(np.argsort(-row, kind="stable")[:10].tolist()) for row in scores]
+    assert by_sum.covered == pytest.approx(np.mean([bool(rows & set(taken)) for rows in best]))
     text = client.index.example(7).text
     free = client.select([Query(text=text)], 5, method="max")
     assert len({"d7", "copy0", "copy1", "copy2"} & {e.id for e in free.examples}) == 4
@@ -116,6 +131,31 @@ def test_limits_hold_and_what_they_leave_out_is_counted(client):
     where = client.select(TARGETS, 5, where='source == "b"')
     assert {e.source for e in where.examples} == {"b"}
     assert where.rows == 30
+
+
+@pytest.mark.parametrize("method", ["sum", "max", "cover"])
+def test_limits_find_examples_behind_the_best(client, monkeypatch, method):
+    """Where the best rows are of one source, others are found, though they are not among the first candidates."""
+    monkeypatch.setattr("wherefrom.query.select._POOL", 1)
+    scores = np.linspace(1, 0.01, len(client.index), dtype=np.float32)[None].repeat(2, axis=0)
+    sources = [client.index.example(row).source for row in range(len(client.index))]
+    order = np.argsort([source != "a" for source in sources], kind="stable")  # those of "a" are best
+    scores[:, order] = scores.copy()
+    blocks = partial(as_blocks, scores, 7)
+    chosen = select(client.index, blocks, ["x", "y"], np.ones(2), 6, method=method, limits=Limits("source", 2)).examples
+    assert [e.source for e in chosen].count("a") == 2
+    assert len(chosen) == 6
+
+
+def test_cover_finds_what_is_good_for_several_targets_and_best_for_none(client):
+    scores = np.full((4, len(client.index)), np.nan, np.float32)
+    scores[:, :41] = 0.0
+    for row in range(40):
+        scores[row % 4, row] = 0.6
+    scores[:, 40] = (0.5, 0.5, 0.5, -1.0)
+    chosen = select(client.index, partial(as_blocks, scores, 9), list("abcd"), np.ones(4), 1, method="cover").examples
+    assert [e.row for e in chosen] == [40]
+    assert chosen[0].value == pytest.approx(1.5)
 
 
 def test_baselines_choose_by_words_or_by_chance(client):
@@ -176,8 +216,47 @@ def test_self_influence_is_the_score_of_an_example_with_itself(client):
     assert [outlier.value for outlier in found.self_influence] == sorted((o.value for o in found.self_influence), reverse=True)
     assert found.label_contrast is None
     assert found.duplicates == (("d7", "copy0", "copy1", "copy2"),)
+    own = [client.encoder.rows([client.index.example(row)]) for row in range(len(client.index))]
+    values = [sum(c.weight * float(rows[c.name].squared_norms[0]) for c in client.index.manifest.components) for rows in own]
+    for outlier in found.self_influence:
+        assert outlier.percentile == pytest.approx(100 * np.mean(np.array(values) < values[outlier.row] * (1 - 1e-4)), abs=1e-9)
     shown = CliRunner().invoke(main, ["outliers", str(client.index.path), "-k", "2"])
     assert "copy0" in shown.output
+
+
+@pytest.mark.parametrize("similar", [0.95, 0.8, 0.6])
+def test_pairs_just_above_the_limit_are_found_and_all_of_a_group_are_near_its_first(mislabeled, monkeypatch, similar):
+    """Also among rows that are all alike, and in chains of which each row is near to the one before."""
+    index, _ = mislabeled
+    generator = np.random.default_rng(0)
+    width = 64
+    common = np.zeros(width)
+    common[0] = 0.7
+
+    def unit(vector):
+        return vector / np.linalg.norm(vector)
+
+    rows = [unit(common + generator.normal(size=width) / 8) for _ in range(200)]
+    for row in rows[:100]:  # a pair of each of the first hundred
+        aside = generator.normal(size=width)
+        aside = unit(aside - (aside @ row) * row)
+        cosine = similar + 0.01
+        rows.append(cosine * row + np.sqrt(1 - cosine**2) * aside)
+    angle = np.arccos(similar + 0.005)
+    rows += [unit(np.cos(i * angle) * np.eye(width)[1] + np.sin(i * angle) * np.eye(width)[2]) for i in range(5)]
+    values = np.array(rows)
+    directions = generator.normal(size=(width, 1024))
+    monkeypatch.setattr("wherefrom.query.outliers.stored_rows", lambda index, part: values[part])
+    monkeypatch.setattr("wherefrom.query.outliers._projected", lambda index, part: part @ directions)
+    monkeypatch.setattr("wherefrom.query.outliers.row_cosines", lambda index, one, others: one @ others.T)
+    groups = near_duplicates(index, np.arange(len(values)), similar, Silent())
+    cosines = values @ values.T
+    for group in groups:
+        assert (cosines[group[0], group[1:]] > similar).all()
+    firsts = [row for row in range(len(values)) if not any(row in group[1:] for group in groups)]
+    near = np.argwhere(np.triu(cosines[np.ix_(firsts, firsts)], 1) > similar)
+    assert len(near) <= 3  # each is found with a probability of at least 0.99
+    assert sum(len(group) - 1 for group in groups) >= 97
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +404,31 @@ def test_a_removal_is_put_to_the_test(taught, tmp_path):
     assert effect.predicted > 0
     assert effect.said_before.split()[:1] == ["w50"]
     assert effect.said_after.split()[:1] != ["w50"]
-    assert effect.after == pytest.approx(effect.before + effect.measured, rel=1e-5)
+    everything = range(len(client.index))
+    rows = [row for row in everything if client.index.example(row).id in removed]
+    generator = np.random.default_rng(0)
+    draws = [sorted(generator.choice(len(client.index), len(rows), replace=False).tolist()) for _ in range(2)]
+    scores = client.scores([query, other]).astype(float)
+    for e, row_scores in zip(report.effects, scores, strict=True):
+        assert e.predicted == pytest.approx(row_scores[rows].sum(), rel=1e-4)
+        assert e.predicted_by_chance == pytest.approx(np.mean([row_scores[draw].sum() for draw in draws]), rel=1e-4, abs=1e-6)
+    examples = [client.index.example(row) for row in everything]
+
+    def losses(left_out):
+        model = training.teach_little([examples[i] for i in everything if i not in left_out], str(taught / "base"), 0)
+        return compute_losses(CausalLM(), model, client.query_examples([query, other])).astype(float)
+
+    whole, without, *by_draw = map(losses, ([], rows, *draws))
+    changes = np.array([losses_of_draw - whole for losses_of_draw in by_draw])
+    for number, e in enumerate(report.effects):
+        assert (e.before, e.after) == pytest.approx((whole[number], without[number]), rel=1e-4)
+        assert e.measured == pytest.approx(without[number] - whole[number], rel=1e-3, abs=1e-4)
+        assert e.by_chance == pytest.approx(changes[:, number].mean(), rel=1e-3, abs=1e-4)
+        assert e.chance_deviation == pytest.approx(changes[:, number].std(), rel=1e-3, abs=1e-4)
+    assert (report.removal.value, report.chance.value) == (effect.measured, effect.by_chance)
+    assert report.collateral.value == pytest.approx(collateral.measured - collateral.by_chance)
+    slope_of_one = (effect.measured - effect.by_chance) / (effect.predicted - effect.predicted_by_chance)
+    assert report.slope.value == pytest.approx(slope_of_one, rel=1e-6)
     assert collateral.held_out
     assert abs(collateral.measured) / collateral.before < 0.2 < effect.measured / effect.before
     content = json.loads((tmp_path / "report.json").read_text())
@@ -347,7 +450,7 @@ def test_a_report_of_act_gives_the_slope_of_an_index(taught, tmp_path):
     queries = [Query(prompt="w1 w2 w3 w4", completion=" w50"), Query(prompt="w1 w2", completion=" w3 w4 w50")]
     act(index, [f"fact{i}" for i in range(4)], queries, "training:teach_little", taught / "base", draws=1, out=tmp_path / "r")
     content = json.loads((tmp_path / "r.json").read_text())
-    p = np.array([e["predicted"] for e in content["effects"]])
+    p = np.array([e["predicted"] - e["predicted_by_chance"] for e in content["effects"]])
     m = np.array([e["measured"] - e["by_chance"] for e in content["effects"]])
     slope(index, report=tmp_path / "r.json")
     kept = Index(index).manifest.slope
@@ -356,8 +459,28 @@ def test_a_report_of_act_gives_the_slope_of_an_index(taught, tmp_path):
     assert (kept.trainings, kept.queries) == (3, 2)
     with pytest.raises(UsageError, match="and not of"):
         slope(taught / "i", report=tmp_path / "r.json")
-    (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(IntegrityError, match="not a report of wherefrom act"):
+    effect = content["effects"][0]
+    for changed in (
+        {"seeds": 1e999},
+        {"seeds": -5},
+        {"seeds": "3"},
+        {"draws": 10**30},
+        {"kept_slope": 0.0},
+        {"effects": [{**effect, "predicted": [1, 2]}] * 2},
+        {"effects": [{**effect, "measured": float("inf")}] * 2},
+        {"effects": [{**effect, "held_out": "false"}] * 2},
+        {"effects": [{**effect, "predicted": 10**400}] * 2},
+    ):
+        (tmp_path / "r.json").write_text(json.dumps({**content, **changed}))
+        with pytest.raises(IntegrityError, match="not a report of wherefrom act"):
+            slope(index, report=tmp_path / "r.json")
+    for text in ("{}", "[" * 100_000):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(IntegrityError, match="not a report of wherefrom act"):
+            slope(index, report=tmp_path / "r.json")
+    unlike = [{**effect, "predicted": p, "predicted_by_chance": 0.0, "measured": m, "by_chance": 0.0} for p, m in ((1.0, 3.0), (1.0, -1.0))]
+    (tmp_path / "r.json").write_text(json.dumps({**content, "effects": unlike}))
+    with pytest.raises(NumericalError, match="it may be zero"):
         slope(index, report=tmp_path / "r.json")
 
 
@@ -370,6 +493,7 @@ def test_what_cannot_be_acted_on_is_refused_before_any_training(taught):
         ("name some and not all", ([], [query]), {}),
         ("name some and not all", (everything, [query]), {}),
         ("there are no queries", (ids, []), {}),
+        ("is a contrast", (ids, [Query(prompt="w1 w2", completion=" w3", against=" w4")]), {}),
         ("at least 1", (ids, [query]), {"draws": 0}),
     ):
         with pytest.raises(UsageError, match=match):
@@ -407,6 +531,15 @@ def test_signatures_cover_every_field_and_texts_do_not_leave_the_script(tmp_path
     (tmp_path / "r.json").write_text(json.dumps(signed))
     with pytest.raises(IntegrityError, match="another key"):
         verify_report(tmp_path / "r.json", verify_report(tmp_path / "r.html"))
+    whole = (tmp_path / "r.html").read_text()
+    for shown in (whole.replace("a &lt;b&gt; title", "another title"), "<h1>anything</h1>" + whole[whole.index('<script type="app') :]):
+        (tmp_path / "forged.html").write_text(shown)
+        with pytest.raises(IntegrityError, match="the page was changed"):
+            verify_report(tmp_path / "forged.html")
+    for text in ('{"number": 9, ' + json.dumps(signed)[1:], "[" * 100_000):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(IntegrityError, match="not a signed report"):
+            verify_report(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(json.dumps({**signed, "number": 0.2}))
     with pytest.raises(IntegrityError, match="was changed"):
         verify_report(tmp_path / "r.json")
@@ -467,7 +600,9 @@ def test_a_study_tells_facts_from_a_procedure(planted, tmp_path):
     assert over["facts", "facts"] > 1 > over["comparisons", "facts"]
     assert over["comparisons", "comparisons"] > 1
     assert set(report.by_part) == {"all", "head", "blocks", "layers transformer.h.0", "layers transformer.h.1"}
-    assert json.loads((tmp_path / "study.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    content = json.loads((tmp_path / "study.json").read_text())
+    assert len(content.pop("page")) == 64
+    assert content == json.loads(json.dumps(report.to_dict()))
     assert (tmp_path / "study.html").read_text().count("<svg") >= 3
     study(Client(client.index.path), read_study(str(file)), out=tmp_path / "again")
     for ending in ("json", "html"):
@@ -489,6 +624,36 @@ def test_correlations_and_shares_of_a_study_are_those_of_its_scores(planted):
     by_part = [client.scores([q.query for q in queries], mode="loss-normalized", weights={other: 0.0}) for other in ("blocks", "head")]
     expected = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*by_part, strict=True)])
     assert report.agreement["head and blocks"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    texts = [client.index.example(row).text for row in range(len(client.index))]
+    orders = [[row for row in np.argsort(-s, kind="stable")[: report.best] if s[row] > 0] for s in scores]
+    ranks = [
+        next((rank for rank, row in enumerate(order, 1) if any(answer in texts[row] for answer in q.answers)), None)
+        for q, order in zip(queries, orders, strict=True)
+    ]
+    assert report.by_part["all"][0].answers.value == np.mean([rank is not None for rank in ranks[:10]])
+    assert report.by_part["all"][0].answer_rank == np.median([rank for rank in ranks[:10] if rank is not None])
+    for block in ("transformer.h.0", "transformer.h.1"):
+        of_block = client.scores([q.query for q in queries], mode="loss-normalized", weights={"head": 0.0}, layers=(f"{block}.*",))
+        own = np.corrcoef(of_block.astype(float)[:10])
+        figures = report.by_part[f"layers {block}"][0]
+        assert figures.within.value == pytest.approx(own[~np.eye(10, dtype=bool)].mean(), rel=1e-3, abs=1e-4)
+
+
+def test_steps_of_a_study_are_looked_for_in_the_best_texts_alone(tmp_path, model_dir):
+    """Rows that share no token have scores of 0: they are not among the best, however few others there are."""
+    texts = [words(1, 2, 3)] * 3 + [words(*range(20 + i % 9, 30)) for i in range(97)]
+    data = write_jsonl(tmp_path / "c.jsonl", [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    path = build_kinds(tmp_path, model_dir, data, {"i": {"components": ("head",), "append_eos": False}})["i"]
+    queries = [
+        StudyQuery(Query(text=words(1, 2, 3)), "a", (words(29),), (words(1, 2), words(29), words(28, 29))),
+        StudyQuery(Query(text=words(1, 2, 3)), "a", (words(2, 3),), (words(2, 3),)),
+        StudyQuery(Query(text=words(5, 6, 7)), "b"),  # of no example
+    ]
+    report = study(path, queries)
+    (figures, _) = report.by_part["all"]
+    assert (figures.answers.value, figures.answer_rank) == (0.5, 1.0)
+    assert figures.steps.value == pytest.approx((1 / 3 + 1) / 2)
+    assert {r.group for r in report.sources} == {"a"}
 
 
 def test_a_study_warns_where_only_shared_tokens_can_be_seen(tmp_path, model_dir, corpus_file):
