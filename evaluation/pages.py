@@ -69,6 +69,8 @@ def check_report(out: Path, key: Path | None) -> tuple[Path, Path]:
     Raises:
         UsageError, NotFoundError: see `write_report`.
     """
+    if not out.name or not out.absolute().parent.is_dir():
+        raise UsageError(f"`out` {out} is not a name in a folder that exists; make the folder, and give a name such as report")
     paths = (out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.html"))
     for path in paths:
         refuse_existing(path)

@@ -27,8 +27,10 @@ def refuse_existing(out: Path) -> None:
     """Refuse the name of a result that exists.
 
     Raises:
-        UsageError: it exists.
+        UsageError: it exists, or is not the name of a file.
     """
+    if not out.name:
+        raise UsageError(f"`out` {out} is a folder; give the name of a file")
     if out.exists() or out.is_symlink():
         raise UsageError(f"`out` {out} exists; choose another name, or remove it first")
 

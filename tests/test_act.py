@@ -105,15 +105,15 @@ def test_limits_hold_and_what_they_leave_out_is_counted(client):
     limited = client.select(TARGETS, 12, limits=Limits("source", 2))
     counts = {source: [e.source for e in limited.examples].count(source) for source in "abc"}
     assert max(counts.values()) == 2
-    by_sum = client.select(TARGETS, 6, limits=Limits("source", 2), method="sum")
+    by_sum = client.select(TARGETS, 12, limits=Limits("source", 4), method="sum")
     scores = client.scores(TARGETS, mode="cosine").astype(float)
     taken, left_out = [], 0
     for row in np.argsort(-scores.mean(axis=0), kind="stable").tolist():
-        if [client.index.example(other).source for other in taken].count(client.index.example(row).source) == 2:
+        if [client.index.example(other).source for other in taken].count(client.index.example(row).source) == 4:
             left_out += 1
         else:
             taken.append(row)
-        if len(taken) == 6:
+        if len(taken) == 12:
             break
     assert [e.row for e in by_sum.examples] == taken
     assert by_sum.left_out["limit"] == left_out > 0
@@ -135,7 +135,7 @@ def test_limits_hold_and_what_they_leave_out_is_counted(client):
 
 @pytest.mark.parametrize("method", ["sum", "max", "cover"])
 def test_limits_find_examples_behind_the_best(client, monkeypatch, method):
-    """Where the best rows are of one source, others are found, though they are not among the first candidates."""
+    """The best rows are of one source, and others are not among the first candidates."""
     monkeypatch.setattr("wherefrom.query.select._POOL", 1)
     scores = np.linspace(1, 0.01, len(client.index), dtype=np.float32)[None].repeat(2, axis=0)
     sources = [client.index.example(row).source for row in range(len(client.index))]
