@@ -562,21 +562,21 @@ class Client(BaseClient):
 
         (query_example,) = self.query_examples([replace(query, against=None)])
         examples = [self.index.example(explanation.row) for explanation in explanations]
-        example_rows = self.encoder.rows(examples)
+        example_rows = self.encoder.rows(examples, exact=True)
         is_plain = not self._row_key(metric)
         if query.row is not None and is_plain:  # the full row, and not what the index stores of it
-            query_rows = self.encoder.rows([query_example])
+            query_rows = self.encoder.rows([query_example], exact=True)
         operands = {operand.component.name: operand for operand in scorer.operands}
         scaled_queries: list[Rows] = []
         scaled_examples: list[Rows] = []
         scales = []
         for number, explanation in enumerate(explanations):
             row = slice_rows(example_rows, number, number + 1)
-            scaled_queries.append({n: o.scaled(self.index, query_rows[n].shared_with(row[n])) for n, o in operands.items()})
-            scaled_examples.append({n: o.scaled(self.index, row[n].shared_with(query_rows[n])) for n, o in operands.items()})
+            scaled_queries.append({n: o.scaled(self.index, query_rows[n].shared_with(row[n]), stored=False) for n, o in operands.items()})
+            scaled_examples.append({n: o.scaled(self.index, row[n].shared_with(query_rows[n]), stored=False) for n, o in operands.items()})
             scales.append(scorer.scale(0, explanation.row))
             if scorer.mode == "cosine":  # of full rows, as the shares are
-                squared = scorer.squared_length(query_rows, stored=query.row is not None) * scorer.squared_length(row, stored=True)
+                squared = scorer.squared_length(query_rows, stored=False) * scorer.squared_length(row, stored=False)
                 scales[-1] = float(squared**-0.5) if squared > 0 else 0.0
         query_shares = None
         if query.against is None and is_plain:

@@ -1,4 +1,4 @@
-"""Loading of compiled loops on demand, since it takes 0.4 s, more than a whole query of a small index."""
+"""Loading of compiled loops on demand, since it takes about a second of CPU time, more than a whole query of a small index."""
 
 import sys
 from collections.abc import Callable

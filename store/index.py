@@ -177,7 +177,7 @@ class Index:
             self._scales[key] = None
             if file is not None:
                 with contextlib.suppress(IntegrityError):
-                    self._scales[key] = file.array(f"scales/{name}", (group.rows,), "float32")
+                    self._scales[key] = file.paged(f"scales/{name}", (group.rows,), "float32").whole()
         return self._scales[key]
 
     def hidden(self, shard: Shard) -> Float16[np.ndarray, "rows width"] | None:
@@ -278,7 +278,8 @@ class Index:
         columns = {
             str(number): np.frombuffer(self.documents(shard).columns.to_bytes(), np.uint8) for number, shard in enumerate(group.shards)
         }
-        return {**arrays, "columns": ArrayGroup(columns), "scales": ArrayGroup(self._computed_scales(group))}
+        scales = self._computed_scales(group)
+        return {**arrays, "columns": ArrayGroup(columns), "scales": ArrayGroup(scales, paged=frozenset(scales))}
 
     def _cached_components(self) -> list[Component]:
         """Return the components that have arrays in a search cache."""
