@@ -33,7 +33,7 @@ from .manifest import SparseComponent
 from .shapes import Bool, Float32, Int64, UInt32
 from .sparse import SparseRows, unsigned_dtype
 
-_add_lists = Compiled("add_lists", least_work=1 << 24)
+_add_lists = Compiled("add_lists", least_work=1 << 22)
 _BYTE_SIGNS = signs_of(np.arange(256, dtype=np.uint8)[:, None], 8)
 
 
