@@ -22,6 +22,7 @@ from .query.explain import by_block, split_score
 from .query.metric import Metric
 from .query.mixing import Mixing
 from .query.options import Options, Query, ScoreOptions, check_queries
+from .query.outliers import Outliers, find_outliers
 from .query.parts import Parts, Search, WholeIndex, call_all, column_types
 from .query.plain import query_document, without_contrasts
 from .query.reliability import FEW, QueryEvidence
@@ -525,6 +526,22 @@ class Client(BaseClient):
             mode: Any = by  # checked with the other options
             blocks = partial(self.score_blocks, targets, where=where, **{**options, "mode": mode})
         return select(self.index, blocks, names, weights, budget, method=method, by=by, limits=limits)
+
+    def outliers(self, *, k: int = 20, similar: float = 0.95, where: str | None = None) -> Outliers:
+        """Find training examples to look at: of largest self-influence, with contradicted labels, and near-duplicates (query/outliers.py).
+
+        Args:
+            k: examples of each kind.
+            similar: cosine above which rows are near-duplicates.
+            where: a filter of the rows.
+
+        Raises:
+            UsageError: an option is out of range, or no row matches.
+        """
+        from .ray_jobs.progress import default_reporter
+
+        with default_reporter() as reporter:
+            return find_outliers(self.index, reporter, k=k, similar=similar, where=where)
 
     def explain(self, examples: Sequence[int], query: Query, *, tokens: bool = True, **options: Unpack[ScoreOptions]) -> list[Explanation]:
         """Split the scores of training examples with one query by component, layer, shared token, and token of either text.

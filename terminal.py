@@ -362,12 +362,15 @@ def show_outliers(found: "Outliers") -> None:
         if not outliers:
             continue
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        for name in ("row", found.unit or "value" if title == "self-influence" else "against", "label", "id", "text"):
+        labels = ("label",) if any(o.label is not None for o in outliers) else ()
+        for name in ("row", found.unit or "value" if title == "self-influence" else "against", *labels, "id", "text"):
             table.add_column(name, justify="left" if name in ("id", "text") else "right", overflow="fold")
         for o in outliers:
-            label = "" if o.label is None else str(o.label)
-            table.add_row(str(o.row), f"{o.value:.4g}", label, _printable(o.id), _printable(shortened(o.text)[:80]))
+            cells = (str(o.label),) if labels else ()
+            table.add_row(str(o.row), f"{o.value:.4g}", *cells, _printable(o.id), _printable(shortened(o.text)[:80]))
         console.print(table)
+    if found.label_contrast is None:
+        say("the examples have no labels, so that there is no label contrast")
     say(f"{len(found.duplicates):,} groups of near-duplicates (cosine above {found.similar:g}) among {found.rows:,} rows")
     for group in found.duplicates[:_SHOWN_GROUPS]:
         more = f" and {len(group) - _NAMED:,} more" if len(group) > _NAMED else ""
@@ -416,7 +419,7 @@ def show_act(report: "ActReport", out: str) -> None:
 
 def show_takedown(report: "Takedown") -> None:
     """Print the report of a takedown."""
-    say(f"{len(report.ids):,} examples were taken down; {report.rows:,} rows remain")
+    say(f"{len(report.ids):,} examples were taken down; {report.rows:,} rows remain, and those behind them have other row numbers now")
     searched = f"{report.contents:,} ids, texts, metadata, token lists and codes of theirs were searched for in {report.files:,} files"
     say(f"{searched} ({report.bytes:,} bytes): {len(report.found) or 'none'} found")
     if report.short:

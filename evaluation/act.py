@@ -24,7 +24,7 @@ from ..query.units import Unit
 from ..ray_jobs.executor import Resources, open_executor
 from ..ray_jobs.progress import Reporter, reporting
 from ..ray_jobs.worker import absolute
-from ..store.errors import UsageError
+from ..store.errors import NotFoundError, UsageError
 from .checks import Figure, Remover, mean_figure, refuse_contrasts
 from .pages import bars, check_report, points, write_report
 from .retrain import compute_losses, trained
@@ -101,7 +101,7 @@ class ActReport:
             f"Without them, the queries' losses rise by {_figure(self.removal)} nats; without random ones, by {_figure(self.chance)}.",
         ]
         if self.slope is not None:
-            summary.append(f"For each nat that the index predicted, {_figure(self.slope)} were measured.")
+            summary.append(f"For each nat that the index predicted by its stored rows, {_figure(self.slope)} were measured.")
         if self.collateral is not None:
             summary.append(f"Held-out queries' losses rise by {_figure(self.collateral)} nats more than without random examples.")
         columns = ["query", "predicted", "measured", "by chance", "loss before", "after"]
@@ -175,6 +175,8 @@ def act(
         UsageError: an id is not in the index, nothing or everything would be left out, or there are no queries.
     """
     import_object(train, "training function")
+    if str(base).startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise NotFoundError(f"there is no folder {base}; name the model that training starts from")
     if out is not None:
         check_report(Path(out), None if key is None else Path(key))
     resolve_device(device)

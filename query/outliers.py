@@ -82,7 +82,7 @@ class Outliers:
 
 
 def find_outliers(index: Index, reporter: Reporter, *, k: int = 20, similar: float = 0.95, where: str | None = None) -> Outliers:
-    """Find the outliers of an index.
+    """Find the outliers of an index; see `Client.outliers`.
 
     Args:
         k: examples of each kind.

@@ -14,6 +14,7 @@ from .search import Hits
 _RARE = 0.02  # share of training examples that are as far from the others
 _CERTAIN = 0.01  # nats a token: a probability of 0.99
 _LITTLE = 0.2  # share of the proponents that another mode finds
+_LEAST_COMPARED = 5  # proponents
 _MOSTLY = 0.9  # of the rows
 _ERRORS = 2.0  # standard errors
 FEW = 50  # examples of a sample, below which nothing is said about the rarest of them
@@ -99,10 +100,15 @@ def _of_query(evidence: QueryEvidence, usual: Usual | None, similarity: float | 
     if loss is not None and loss < _CERTAIN:
         warnings.append(f"the model is nearly certain of this ({loss:.2g} nats a token), so its gradient is small and scores say little")
     if usual is None or len(usual.losses) < FEW:
+        if not evidence.by_row:
+            warnings.append(
+                f"whether this is like {FEW} or more training examples was not measured, so its loss and likeness are not judged"
+            )
         return warnings
     if loss is not None and share_below(usual.losses, loss) > 1 - _RARE:
         share = share_below(usual.losses, loss)
-        warnings.append(f"the model does not expect this: {loss:.2g} nats a token, more than {share:.0%} of sampled {usual.of}")
+        others = "all" if share == 1 else f"{share:.0%} of"
+        warnings.append(f"the model does not expect this: {loss:.2g} nats a token, more than {others} sampled {usual.of}")
     if usual.similarities is not None and similarity is not None and share_below(usual.similarities, similarity) < _RARE:
         warnings.append(f"no searched example is as like this as {usual.of} are like some other; the corpus may hold nothing of it")
     if usual.densities is not None and evidence.density is not None and share_below(usual.densities, evidence.density) < _RARE:
@@ -127,7 +133,7 @@ def _of_scores(proponents: Sequence[Attribution], opponents: Sequence[Attributio
 def _of_modes(metric: Metric, agreement: Mapping[str, float], shown: int) -> list[str]:
     named = {"influence": "cosine", "loss-normalized": "influence", "cosine": "influence"}[metric.mode]
     share = agreement.get(named, 1.0)
-    if shown == 0 or share > _LITTLE:
+    if shown < _LEAST_COMPARED or share > _LITTLE:
         return []
     return [f"the choice of the score decides: by {named}, {round(share * shown)} of the {shown} proponents are among the best"]
 

@@ -48,12 +48,17 @@ def of_ids(ids: Iterable[str], reason: str) -> list[Removal]:
     return [Removal(id, reason, {}) for id in dict.fromkeys(ids)]
 
 
-def write_removal(index: Index, removals: Sequence[Removal], out: Path) -> int:
+def write_removal(index: Index | str | Path, removals: Sequence[Removal], out: str | Path) -> int:
     """Write a removal list; returns the number of rows that it names.
+
+    Args:
+        index: an open index, or its path.
+        removals: of `of_answers`, `of_ids` or your own.
 
     Raises:
         UsageError: `out` exists, the list is empty, or an id is not in the index.
     """
+    index = index if isinstance(index, Index) else Index(index)
     if not removals:
         raise UsageError("there is nothing to remove; ask for more, or name ids")
     by_id = {removal.id: removal for removal in removals}
@@ -69,5 +74,5 @@ def write_removal(index: Index, removals: Sequence[Removal], out: Path) -> int:
         fields = {"id": e.id, "row": row, "document": e.document, "source": e.source, "reason": removal.reason}
         return {**fields, **removal.details, **about}
 
-    write_lines(out, map(line, rows))
+    write_lines(Path(out), map(line, rows))
     return len(rows)

@@ -105,6 +105,10 @@ class Guard:
 
     async def _check(self, request: Request) -> None:
         is_open = _is_open(request.scope["path"])
+        given = await _bearer(request)
+        access = self._tokens.access(None if given is None else given.credentials)
+        if not is_open:
+            request.scope["wherefrom.access"] = access
         # A page of another origin could send a query and learn from the response time.
         if not is_open and request.headers.get("sec-fetch-site", "").lower() in ("cross-site", "same-site"):
             raise HTTPException(403, "a page of another address cannot use this server; use the explorer, or a program")
@@ -113,12 +117,8 @@ class Guard:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != "application/json":
             raise HTTPException(415, "the body must be JSON, with the header Content-Type: application/json")
-        given = await _bearer(request)
-        access = self._tokens.access(None if given is None else given.credentials)
-        if not is_open:
-            request.scope["wherefrom.access"] = access
-            if access is None:
-                raise HTTPException(401, "a bearer token is required: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        if not is_open and access is None:
+            raise HTTPException(401, "a bearer token is required: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()

@@ -21,7 +21,7 @@ from .errors import BusyError, IncompatibleError, IntegrityError, UsageError
 from .files import remove_tree
 from .index import Index
 from .manifest import manifest_numbers
-from .objects import StorePath
+from .objects import StorePath, local_or_store
 from .update import compact as compact_index
 from .update import delete, prune
 
@@ -99,10 +99,11 @@ class Takedown:
         return {**asdict(self), "proven": self.is_proven}
 
 
-def takedown(out: Path, ids: Iterable[str]) -> Takedown:
-    """Take examples down, and search the index for what is left of them.
+def takedown(index: str | Path, ids: Iterable[str]) -> Takedown:
+    """Take examples down, and search the index, and the queries that were saved beside it, for what is left of them.
 
     Args:
+        index: its path.
         ids: of examples, or of documents with all their chunks.
 
     Raises:
@@ -110,12 +111,13 @@ def takedown(out: Path, ids: Iterable[str]) -> Takedown:
         UsageError: an id is in no state of the index, every row would be deleted, or the index is in an object store, whose versions and
             logs a reader does not see.
     """
+    out = index if isinstance(index, Path) else local_or_store(index)
     if isinstance(out, StorePath):
         raise UsageError(f"{out} is in an object store, which may keep versions that no search sees; take examples down in a local copy")
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         raise UsageError("there are no ids; name the examples to take down")
-    index = Index(out)
+    newest = Index(out)
     parts: list[_Needle] = []
     alive: list[str] = []
     try:
@@ -123,12 +125,12 @@ def takedown(out: Path, ids: Iterable[str]) -> Takedown:
             rows, wanted = state.rows_of(wanted)
             removed = np.flatnonzero(rows).tolist()
             parts += [part for row in removed for part in _contents(state, row)]
-            if state.manifest.number == index.manifest.number:
-                alive = [index.example(row).id for row in removed if index.alive[row]]
+            if state.manifest.number == newest.manifest.number:
+                alive = [newest.example(row).id for row in removed if newest.alive[row]]
             if not wanted:
                 break
     except IntegrityError as error:
-        if Index(out).manifest.number == index.manifest.number:
+        if Index(out).manifest.number == newest.manifest.number:
             raise
         raise BusyError(f"another command changed {out} meanwhile; run this one again") from error
     if wanted:
@@ -143,11 +145,12 @@ def takedown(out: Path, ids: Iterable[str]) -> Takedown:
     prune(out)
     remaining = Index(out)
     found = []
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and not path.is_symlink()]
+    beside = out.with_name(f"{out.name}.queries.jsonl")
+    files = [path for path in [*sorted(out.rglob("*")), beside] if path.is_file() and not path.is_symlink()]
     for path in files:
         for needle in _occurring(path, needles):
             others = tuple(_holders(remaining, needle))
-            found.append(Found(needle.id, needle.content, path.relative_to(out).as_posix(), others))
+            found.append(Found(needle.id, needle.content, path.relative_to(path.parent if path == beside else out).as_posix(), others))
     size = sum(path.stat().st_size for path in files)
     short = sum(len(needle.value) < _SHORTEST for needle in parts)
     return Takedown(taken, len(remaining), len(files), size, len(needles), short, tuple(dict.fromkeys(found)))
