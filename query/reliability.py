@@ -102,7 +102,7 @@ def _of_query(evidence: QueryEvidence, usual: Usual | None, similarity: float | 
     if usual is None or len(usual.losses) < FEW:
         if not evidence.by_row:
             warnings.append(
-                f"whether this is like {FEW} or more training examples was not measured, so its loss and likeness are not judged"
+                f"what is usual for training examples is not known (it takes {FEW} of them), so loss and likeness are not judged"
             )
         return warnings
     if loss is not None and share_below(usual.losses, loss) > 1 - _RARE:
