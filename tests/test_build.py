@@ -92,19 +92,6 @@ def test_the_manifest_says_how_the_index_was_built(index_dir, model_dir, corpus_
     assert manifest.tokens == sum(len(Index(index_dir).example(i).token_ids) - 1 for i in range(120))
 
 
-@pytest.mark.processes
-@pytest.mark.slow
-def test_two_ray_workers_make_the_very_same_files_as_one(tmp_path, model_dir, corpus_file, index_dir, monkeypatch):
-    """Also of a corpus that is read in parts."""
-    monkeypatch.setattr(corpus_pieces, "_LEAST_PIECE", corpus_file.stat().st_size // 5)
-    one, two = tmp_path / "one.wherefrom", tmp_path / "two.wherefrom"
-    build(config(model_dir, corpus_file, one))
-    build(config(model_dir, corpus_file, two, workers=2))
-    assert checksums(two) == checksums(one)
-    assert len(Index(one).shards) > len(Index(index_dir).shards)
-    assert texts(one) == texts(index_dir)
-
-
 @pytest.mark.parametrize("is_here", [True, False])
 def test_a_corpus_in_parts_goes_on_with_the_parts_that_are_not_finished(tmp_path, model_dir, monkeypatch, is_here):
     """On workers that have the files, and by the driver where they do not."""
@@ -226,13 +213,15 @@ def test_a_ray_cluster_at_an_address_makes_them_too(tmp_path, model_dir, corpus_
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpus_file):
+def test_two_ray_workers_of_which_one_dies_make_the_very_same_files_as_one(tmp_path, monkeypatch):
+    """Also of a corpus that is read in parts."""
     import threading
 
     import psutil
 
     model = make_slow_model(tmp_path / "model")
     corpus = slow_corpus(tmp_path)
+    monkeypatch.setattr(corpus_pieces, "_LEAST_PIECE", corpus.stat().st_size // 5)
     alone, out = tmp_path / "alone", tmp_path / "out"
     expected = build(config(model, corpus, alone, shard_rows=24, fit_examples=64))
     killed = []
@@ -254,6 +243,9 @@ def test_a_ray_worker_that_dies_is_replaced_and_its_shard_redone(tmp_path, corpu
     watcher.join()
     assert killed
     assert manifest.table == expected.table
+    assert checksums(out) == checksums(alone)
+    assert len(Index(out).shards) > -(-400 // 24)
+    assert [text for _, text in texts(out)] == [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
 
 
 def make_slow_model(directory, width=192):

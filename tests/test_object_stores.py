@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 import zipfile
+from contextlib import suppress
 from itertools import count
 
 import numpy as np
@@ -403,6 +404,72 @@ def test_a_build_that_was_killed_is_continued_by_another_machine(prefix, model_d
     assert len(after) == 8
     assert {name: after[name] for name in before} == before
     assert content(Index(f"{prefix}/i")) == content(Index(tmp_path / "i"))
+
+
+FORKING = """
+import json, os, sys, warnings
+from wherefrom import BuildConfig
+from wherefrom.ray_jobs.build import build
+import transformers.models.gpt2.modeling_gpt2
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    variables, config = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(variables)
+        build(BuildConfig(**config))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_builds_killed_at_any_upload_are_continued_by_another_machine(
+    prefix, model_dir, corpus_file, tmp_path, machine, proxy, monkeypatch
+):
+    """WHEREFROM_KILLS builds, each killed by SIGKILL at another request that writes; the index is that of an undisturbed build."""
+    kills = int(os.environ.get("WHEREFROM_KILLS", "2"))
+    options = {"model": str(model_dir), "data": (str(corpus_file),), "rank": 4, "shard_rows": 16, "group_rows": 32}
+    expected = content(Index(made(str(tmp_path / "i"), model_dir, str(corpus_file))))
+    monkeypatch.setattr(objects, "_LEASE_SECONDS", 0.5)
+    generator = np.random.default_rng(int.from_bytes(os.urandom(4), "little"))
+    killed, writes = [], []
+
+    def trouble(method, path, number):
+        if method in ("PUT", "POST", "DELETE"):
+            writes.append(path)
+            if killed and len(writes) >= killed[-1][1]:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(killed.pop()[0], signal.SIGKILL)
+                time.sleep(0.05)
+
+    proxy.trouble = trouble
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def start(out, cache):
+            process.stdin.write(json.dumps([environment(proxy.port, tmp_path / cache), {**options, "out": out}]) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        start(f"{prefix}/whole", "cache-whole")
+        assert int(process.stdout.readline()) == 0
+        total = len(writes)
+        ends = []
+        for trial in range(kills):
+            out = f"{prefix}/killed-{trial}"
+            place = 1 + int((trial + generator.random()) / kills * total)
+            writes.clear()
+            child = start(out, f"cache-{trial}")
+            killed.append((child, place))
+            ends.append(int(process.stdout.readline()))
+            killed.clear()
+            machine()
+            assert content(Index(made(out, model_dir, str(corpus_file)))) == expected, (trial, place, total)
+        process.stdin.close()
+    assert -signal.SIGKILL in ends
+    print(ends.count(-signal.SIGKILL), "of", kills, "builds were killed at one of", total, "writes")
 
 
 def test_a_changed_object_is_an_error_and_the_mirror_keeps_to_its_size(prefix, model_dir, corpus_file, tmp_path, machine, monkeypatch):

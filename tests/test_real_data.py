@@ -25,7 +25,7 @@ def client(shared, tmp_path_factory):
     corpus = here / "some.jsonl"
     corpus.write_text("".join(by_source["gsm8k"] + by_source["wikitext"]))
     out = here / "real.wherefrom"
-    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=400, curvature="ekfac"))
+    build(BuildConfig(model=str(shared / "models/mini-lm"), data=(str(corpus),), out=str(out), fit_examples=200, curvature="ekfac"))
     return Client(out)
 
 
