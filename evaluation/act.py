@@ -44,6 +44,7 @@ class Effect:
         measured: change of its loss (nats), the mean over seeds.
         by_chance: the mean change without as many random examples, and its standard deviation over draws and seeds.
         before, after: its loss; what the model says then, for queries with a prompt.
+        indexed: its loss under the index's model, near `before` if the training is like the one that was indexed.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Effect:
     chance_deviation: float
     before: float
     after: float
+    indexed: float
     said_before: str | None
     said_after: str | None
 
@@ -102,6 +104,11 @@ class ActReport:
         ]
         if self.slope is not None:
             summary.append(f"For each nat that the index predicted by its stored rows, {_figure(self.slope)} were measured.")
+        before, indexed = (np.mean([getattr(e, name) for e in asked]) for name in ("before", "indexed"))
+        summary.append(
+            f"Trained on everything, their mean loss is {before:.3g} nats, and {indexed:.3g} under the model of the index: the nearer "
+            "these are, the more the trainings are like the one that was indexed."
+        )
         if self.collateral is not None:
             summary.append(f"Held-out queries' losses rise by {_figure(self.collateral)} nats more than without random examples.")
         columns = ["query", "predicted", "measured", "by chance", "loss before", "after"]
@@ -208,6 +215,7 @@ def act(
         outcomes = list(executor.map("outcome", (), tasks, current))
     losses = np.stack([outcome[0] for outcome in outcomes]).reshape(len(choices), seeds, len(everything)).astype(np.float64)
     said = {number: outcomes[number * seeds][1] for number in range(2)}
+    indexed = compute_losses(client.recorded.task, client.encoder.model, client.query_examples(everything))
     measured = (losses[1] - losses[0]).mean(axis=0)
     chance = (losses[2:] - losses[0]).reshape(-1, len(everything))
     effects = tuple(
@@ -222,6 +230,7 @@ def act(
             chance_deviation=float(chance[:, number].std()),
             before=float(losses[0, :, number].mean()),
             after=float(losses[1, :, number].mean()),
+            indexed=float(indexed[number]),
             said_before=said[0][number],
             said_after=said[1][number],
         )
