@@ -168,6 +168,8 @@ def _curvature(q: Mapping[str, Any]) -> str:
 
 def _attributions(title: str, attributions: Sequence[Attribution], colour: str, search: SearchReport, narrow: bool) -> Table:
     reranked = search.rerank is not None
+    if attributions:
+        title += f" (percentiles {attributions[0].percentile:.4g} to {attributions[-1].percentile:.4g} of the searched rows)"
     table = Table(title=title, title_justify="left", title_style=f"bold {colour}", box=SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("row", justify="right", style="dim", no_wrap=True)
