@@ -627,7 +627,7 @@ class Client(BaseClient):
     def _example(self, query: Query) -> Example:
         return self.recorded.converter.query(query_document(query), query.span, self.recorded.context)
 
-    def _baselines(self, queries: Sequence[Query], weights: Float64[np.ndarray, "answers queries"]) -> BaselineScores:
+    def _baselines(self, queries: Sequence[Query], weights: Float64[np.ndarray, "answers asked"]) -> BaselineScores:
         """Compute the baselines' scores of all rows, for queries or for their mean."""
         plain, contrasts = without_contrasts(queries)
         matrix = weights @ contrasts

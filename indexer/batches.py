@@ -27,7 +27,7 @@ class Batch:
 
     ids: tuple[str, ...]
     inputs: Any
-    targets: Int[Tensor, "batch tokens"]
+    targets: Int[Tensor, "batch predicted"]
     valid: Bool[Tensor, "batch tokens"]
     first: int = 0
     sequences: int = 1

@@ -99,7 +99,7 @@ def choose_curvature(kind: CurvatureKind, size: int, examples: int) -> LayerCurv
     return "fisher" if size <= _DENSE_LIMIT and examples >= _DENSE_EXAMPLES * size else "ekfac"
 
 
-def whitening_scale(eigenvalues: Float64[np.ndarray, " n"], damping: float) -> Float64[np.ndarray, " n"]:
+def whitening_scale(eigenvalues: Float[np.ndarray, " n"], damping: float) -> Float[np.ndarray, " n"]:
     """(l + a)^(-1/2) with a = damping * mean(l); 0 where the layer never had a gradient."""
     damped = eigenvalues + damping * eigenvalues.mean()
     return np.where(damped > 0, 1.0 / np.sqrt(np.where(damped > 0, damped, 1.0)), 0.0)

@@ -233,7 +233,7 @@ class DenseEncoder:
         except KeyError as error:
             raise UsageError(f"the rows of {self.component.name} have no curvature (`curvature` identity)") from error
 
-    def _changed(self, gradients: DenseVectors, factors: Sequence[Float64[np.ndarray, " n"]]) -> DenseVectors:
+    def _changed(self, gradients: DenseVectors, factors: Sequence[Float64[np.ndarray, " _n"]]) -> DenseVectors:
         """Compute g + U (f U^T g) for plain gradients g, with the eigenvectors U of the curvature of each layer and a factor for each."""
         changed = gradients.values.copy()
         for factor, (layer, part, projected) in zip(factors, self._projected(gradients), strict=True):

@@ -53,7 +53,7 @@ class EncodedBatch:
     rows: Rows
     exact: Rows
     losses: Float[np.ndarray, " batch"]
-    hidden: Float32[np.ndarray, "batch width"] | None
+    hidden: Float[np.ndarray, "batch width"] | None
 
 
 class AskedExamples(NamedTuple):

@@ -26,7 +26,7 @@ _PROBE = ((3, 1, 2), (1, 3, 3))
 
 
 def padded(
-    sequences: Sequence[Int[np.ndarray, " tokens"]], device: torch.device, filler: int = 0
+    sequences: Sequence[Int[np.ndarray, " _tokens"]], device: torch.device, filler: int = 0
 ) -> tuple[Int[Tensor, "sequences tokens"], Bool[Tensor, "sequences tokens"]]:
     """Stack sequences, padded on the right, with a mask that is False on padding."""
     longest = max(map(len, sequences))

@@ -110,7 +110,7 @@ class Mixing:
         return np.einsum("rd,rd->r", self.apply(rows), rows, dtype=np.float64)
 
 
-def mixed_share(corpus: Float64[np.ndarray, " dim"], queries: list[Float64[np.ndarray, "queries size"]]) -> float:
+def mixed_share(corpus: Float64[np.ndarray, " dim"], queries: list[Float64[np.ndarray, "_queries _size"]]) -> float:
     """Return the share of the queries' second moments, by the paper's rule.
 
     Args:

@@ -15,7 +15,7 @@ from ..store.index import Index, ShardGroup
 from ..store.manifest import Component, DenseComponent, SparseComponent
 from ..store.postings import byte_tables
 from ..store.scan_codes import RoundedQueries, scan_bits
-from ..store.shapes import Float32, Float64, Int64
+from ..store.shapes import Float, Float32, Float64, Int64
 from ..store.shard import Shard
 from ..store.vectors import DenseVectors, SparseVectors, Vectors
 from .metric import Metric, matched
@@ -275,7 +275,7 @@ class DenseOperand:
         values = row.values if self.mixing is None else self.mixing.apply(row.values)
         return DenseVectors((values.astype(np.float64) * factors).astype(np.float32))
 
-    def _changed_lengths(self, values: Float32[np.ndarray, "rows stored"]) -> Float64[np.ndarray, " rows"]:
+    def _changed_lengths(self, values: Float32[np.ndarray, "rows stored"]) -> Float[np.ndarray, " rows"]:
         """Compute the squared lengths of decoded rows under the changed curvature."""
         if self.mixing is not None:
             return self.mixing.squared_lengths(values)

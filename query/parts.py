@@ -390,7 +390,7 @@ class Part:
         highest = [tuple(Candidates.concatenate(its_list).split(most)[0] for its_list in lists) for lists in by_query]
         return [(best, worst) for best, worst in highest]
 
-    def read(self, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]]) -> list[Float32[np.ndarray, " rows"]]:
+    def read(self, search: Search, rows: Sequence[Int64[np.ndarray, " _rows"]]) -> list[Float32[np.ndarray, " _rows"]]:
         """Return, for each query, the sums over dense components of some rows, from the rows themselves."""
         scorer = self.scorer(search)
         return [scorer.read(q, query_rows) for q, query_rows in enumerate(rows)]

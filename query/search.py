@@ -300,7 +300,7 @@ def _scan_and_rescore(parts: Parts, search: Search, count: int, k: int, z: float
     return hits, Found([], sum(counts[number] for number in answered), _missing(parts, answered))
 
 
-def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " rows"]], partial: bool) -> list[Float32[np.ndarray, " rows"]]:
+def _read(parts: Parts, search: Search, rows: Sequence[Int64[np.ndarray, " _rows"]], partial: bool) -> list[Float32[np.ndarray, " _rows"]]:
     """Read rows for each query, in one call of each part that has some; NaN for those of parts that are not there."""
     owners = [np.searchsorted(parts.firsts, rows_of_query, side="right") - 1 for rows_of_query in rows]
     numbers = np.unique(np.concatenate(owners)).tolist()

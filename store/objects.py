@@ -684,7 +684,7 @@ class _Bytes(io.RawIOBase):
         return count
 
 
-def open_from(path: Path, start: int) -> IO[bytes]:
+def open_from(path: Path, start: int) -> io.BufferedReader | IO[bytes]:
     """Open a file at a byte; what follows is read as it is needed, also from an object."""
     if isinstance(path, StorePath) and path.scratch is None:
         return io.BufferedReader(_Bytes(path, start), _PIECE)

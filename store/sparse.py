@@ -24,7 +24,7 @@ from .arrays import ArrayFile, ArrayGroup
 from .bits import padded_width, rotate, signs_of, unrotate
 from .errors import IntegrityError, NumericalError
 from .manifest import SparseComponent
-from .shapes import Float32, Float64, Int64, UInt8, UInt32
+from .shapes import Float, Float32, Int64, UInt8, UInt32
 from .vectors import SparseVectors
 
 _ROW_BYTES = 8  # a row's start and norm
@@ -41,7 +41,7 @@ class Coded:
     codes: UInt8[np.ndarray, "entries bytes"]
     factors: Float32[np.ndarray, " entries"]
     norms: Float32[np.ndarray, " rows"]
-    squared_lengths: Float64[np.ndarray, " rows"]
+    squared_lengths: Float[np.ndarray, " rows"]
 
 
 def code(rows: SparseVectors, bits: int, seed: int) -> Coded:
