@@ -82,16 +82,7 @@ class Outliers:
 
 
 def find_outliers(index: Index, reporter: Reporter, *, k: int = 20, similar: float = 0.95, where: str | None = None) -> Outliers:
-    """Find the outliers of an index; see `Client.outliers`.
-
-    Args:
-        k: examples of each kind.
-        similar: cosine above which rows are near-duplicates.
-        where: a filter of the rows.
-
-    Raises:
-        UsageError: an option is out of range, or no row matches.
-    """
+    """Find the outliers of an index; `Client.outliers` describes the arguments and errors."""
     if not 0 < similar <= 1:
         raise UsageError(f"`similar` is {similar}; it is a cosine, above 0 and at most 1")
     mask = index.alive if where is None else index.alive & index.matching(where)
@@ -173,7 +164,7 @@ def near_duplicates(index: Index, rows: Int64[np.ndarray, " rows"], similar: flo
         for offset in range(len(part)):
             position = start + offset
             keys = [(band, signs[offset, band : band + bits].tobytes()) for band in range(0, _SIGNS - bits + 1, bits)]
-            near = np.array(sorted({first for key in keys for first in buckets[key]}), np.int64)
+            near = np.array(sorted({first for key in keys for first in buckets.get(key, ())}), np.int64)
             distances = np.unpackbits(packed[near] ^ packed[position], axis=1).mean(axis=1) if len(near) else np.zeros(0)
             near = near[distances <= most]
             if len(near):

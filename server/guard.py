@@ -82,7 +82,7 @@ class Guard:
                     self._log(scope, message["status"])
                 except StorageError as error:
                     is_withheld = True
-                    await problem(503, str(error), "StorageError")(scope, receive, send)
+                    await problem(503, str(error), "StorageError", _HEADERS)(scope, receive, send)
                 MutableHeaders(scope=message).update(_HEADERS)
             if not is_withheld:
                 await send(message)

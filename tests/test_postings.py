@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
+from wherefrom.query.metric import Metric
 from wherefrom.query.scoring import score_matrix
 from wherefrom.ray_jobs.build import build
 from wherefrom.store import postings as module
@@ -18,7 +19,7 @@ from wherefrom.store.bits import rotate, signs_of
 from wherefrom.store.cache import read_cache, write_cache
 from wherefrom.store.errors import IntegrityError
 from wherefrom.store.index import Index
-from wherefrom.store.kernels import add_lists
+from wherefrom.store.kernels import add_lists, add_squares, scale_by_lengths
 from wherefrom.store.postings import Postings, add_lists_plainly, byte_tables
 from wherefrom.store.vectors import SparseVectors
 
@@ -174,3 +175,39 @@ def test_reindex_removes_nothing_that_is_not_its_own(index, tmp_path):
     (index / "search").symlink_to(tmp_path / "elsewhere")
     done = CliRunner().invoke(main, ["reindex", str(index)])
     assert (done.exit_code, "remove it" in done.output) == (2, True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.floats(0.01, 100), st.floats(1e-3, 1e3), st.integers(0, 10**6))
+def test_compiled_scales_are_those_of_plain_arithmetic_to_the_bit(rows, weight, norm, seed):
+    generator = np.random.default_rng(seed)
+    norms = np.where(generator.random(rows) < 0.2, 0, generator.exponential(size=rows)).astype(np.float32)
+    products = generator.normal(size=rows).astype(np.float32)
+    losses = np.where(generator.random(rows) < 0.2, np.nan, norms).astype(np.float32)  # of examples that were not finite
+    squared = generator.random(rows)
+    expected = squared + weight * np.square(norms, dtype=np.float64)
+    add_squares(weight, norms, squared)
+    np.testing.assert_array_equal(squared, expected)
+    squared[::7] = 0.0
+    for lengths, factor, are_squared in ((squared, norm, True), (losses, 1.0, False)):
+        divisors = factor * np.sqrt(lengths) if are_squared else lengths.astype(np.float64)
+        scale = np.divide(1.0, divisors, out=np.zeros(rows), where=divisors > 1e-37).astype(np.float32)
+        scores = np.empty(rows, np.float32)
+        scale_by_lengths(products, lengths, factor, are_squared, 1e-37, scores)
+        np.testing.assert_array_equal(scores, products * scale)
+
+
+@pytest.mark.parametrize("mode", ["cosine", "loss-normalized"])
+def test_lengths_and_losses_are_read_from_the_search_caches_and_are_those_of_the_rows(tmp_path, model_dir, corpus_file, mode):
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), components=("head",), shard_rows=16, group_rows=32))
+    rows = Index(out).vectors(5, Index(out).manifest.components[0]).as_float32()
+    index = Index(out)
+    scores = score_matrix(index, {"head": rows}, Metric(mode))
+    assert not index._readers  # no shard was opened
+    (head,) = index.manifest.components
+    for group in index.groups:
+        assert np.array_equal(index.group_norms(group, head), np.concatenate([index.rows(s, head).norms for s in group.shards]))
+        assert np.array_equal(index.group_losses(group), np.concatenate([index.losses(s) for s in group.shards]))
+    shutil.rmtree(out / "search")
+    np.testing.assert_array_equal(score_matrix(Index(out), {"head": rows}, Metric(mode)), scores)
