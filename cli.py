@@ -141,7 +141,7 @@ _mode_option = click.option(
     "--mode", type=click.Choice(option_fields(ScoreOptions)["mode"].choices), default="influence", show_default=True
 )
 _BUILD_HAS = ("damping", "curvature", "weights", "layers", "preset")  # options of a build, with which an index is made to be judged
-_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, or map.")
+_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, map or tp.")
 _queries_option = click.option("--file", type=click.Path(), required=True, help="JSON lines of queries; - reads standard input.")
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
 

@@ -69,7 +69,7 @@ class Client(BaseClient):
         model: the models' present location if it is not where the index was built from, in their order: directories, hub ids, or models in
             memory; they must have the very same weights.
         tokenizer: of a model in memory.
-        device: "auto", "cpu", "cuda", "cuda:1", or "map": spread over all GPUs.
+        device: "auto", "cpu", "cuda", "cuda:1", "map": whole layers spread over all GPUs, or "tp": every layer split over all GPUs.
         trust_remote_code: run code that comes with the model.
         task: for an index of a custom task, its name again, `module:Class`; an index does not name code to run.
         parts: searchers of the index in other processes (see ray_jobs/fleet.py).
@@ -410,6 +410,7 @@ class Client(BaseClient):
         import torch
 
         from .indexer.examples import TextConverter
+        from .indexer.tensor_parallel import is_split
 
         documents = self.recorded.converter
         model: Any = self.recorded.models[-1]
@@ -425,6 +426,7 @@ class Client(BaseClient):
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=min(tokens, free),
                 do_sample=False,
+                use_cache=not is_split(model),
                 pad_token_id=documents.tokenizer.eos_token_id,
             )
         return documents.tokenizer.decode(completed[0, ids.shape[1] :], skip_special_tokens=True)

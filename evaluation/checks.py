@@ -27,6 +27,7 @@ from ..client import Client
 from ..indexer.encoder import Progress, ignore_progress
 from ..indexer.models import configure_memory, loaded, resolve_device
 from ..indexer.tasks import import_object
+from ..indexer.tensor_parallel import refuse_split
 from ..query.baselines import row_norms
 from ..query.metric import Metric
 from ..query.options import Mode, Query
@@ -163,6 +164,7 @@ class _StepTrainer:
         self._client = client
         self._optimizer = optimizer
         self._rate = rate
+        refuse_split(client.encoder.model, "a step of training")
         self.model: nn.Module = copy.deepcopy(client.encoder.model)
         if next(self.model.parameters()).dtype != torch.float64:
             self.model.float()  # bfloat16 would round small steps away

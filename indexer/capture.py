@@ -22,6 +22,7 @@ from ..store.manifest import Layer
 from ..store.shapes import Float, Int
 from .batches import Batch
 from .experts import RoutedLinear
+from .tensor_parallel import with_gradient
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
@@ -155,8 +156,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
                 if isinstance(module, nn.Embedding)
                 else by_example(project_input(module, args[0], input_map), layer, tokens)
             )
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True).clone()  # a copy, since models may write into it
+            output = with_gradient(output)
 
             def backward(d: Tensor) -> None:
                 d = d.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else d

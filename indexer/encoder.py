@@ -29,6 +29,7 @@ from .dense import DenseEncoder
 from .hidden import hidden_means
 from .sparse import SparseEncoder
 from .tasks import LOSS, Objective, Task
+from .tensor_parallel import shared_pass
 from .transfer import start_copy
 
 Progress = Callable[[int, int], None]
@@ -338,7 +339,8 @@ def backward(
 
     task.prepare(model)
     device = next(model.parameters()).device
-    with product_precision(device, "high"), capture(model, layers, maps, batch, visit) as window:
+    names = [layer.name for layer in layers]
+    with shared_pass(model, names), product_precision(device, "high"), capture(model, layers, maps, batch, visit) as window:
         losses = task.differentiate(model, objective, window, accept)
     return losses.masked_fill(broken.to(losses.device), torch.nan) if broken.any() else losses
 

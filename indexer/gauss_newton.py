@@ -21,6 +21,7 @@ from ..store.shapes import Float
 from .batches import IGNORED, Batch
 from .models import is_transposed
 from .tasks import Task
+from .tensor_parallel import refuse_split
 
 _BATCH_TOKENS = 1024
 
@@ -40,6 +41,7 @@ class GaussNewton:
         self._layers = layers
         self._examples = examples
         self._size = max(layer.offset + layer.outputs * layer.inputs for layer in layers)
+        refuse_split(model, "the product with the exact curvature (`refine`)")
         modules = [model.get_submodule(layer.name) for layer in layers]
         self._transposed = [is_transposed(module) for module in modules]
         self._weights: dict[str, Tensor] = {

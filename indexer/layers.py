@@ -14,6 +14,7 @@ from .capture import arrange, geometry, routed_tokens
 from .curvature import choose_curvature
 from .models import differ, layer_sizes, loaded
 from .tasks import Task
+from .tensor_parallel import shared_pass, with_gradient
 
 NARROWING = "@narrowing"
 _ADAPTED = "base_layer"  # a part of the names of layers that have an adapter's layers beside them
@@ -148,7 +149,7 @@ def _with_gradients(task: Task, model: nn.Module, names: Sequence[str], batch: B
 
     def start(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_(True).clone()
+            output = with_gradient(output)
             output.register_hook(lambda gradient: reached.add(name))
             return output
 
@@ -157,7 +158,7 @@ def _with_gradients(task: Task, model: nn.Module, names: Sequence[str], batch: B
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(start(name)) for name in names]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), shared_pass(model, names):
             loss = task.loss(model, batch).sum()
             if loss.requires_grad:
                 loss.backward()

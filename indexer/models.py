@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from ..store.errors import IncompatibleError, NotFoundError, UsageError
 from ..store.extras import require
+from . import tensor_parallel
+from .devices import SPREAD, TENSOR_PARALLEL
 
-SPREAD = "map"  # the device "all GPUs of the machine"
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KERNEL_CACHES = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # of PyTorch's wrapper of oneDNN, and of oneDNN
@@ -101,7 +102,8 @@ class ModelSource:
     """A model's location, and its form in memory.
 
     Attributes:
-        device: "auto", "cpu", "cuda", "cuda:1" ..., or "map" for a language model whose layers are spread over all GPUs.
+        device: "auto", "cpu", "cuda", "cuda:1" ...; for a language model also "map", which spreads its layers over all GPUs, and "tp" or
+            "tp:N", which splits each of them over all or N GPUs.
         base: the location of an adapter's base model; None to read it from the adapter.
         loaded: the model itself, where it is in memory.
     """
@@ -295,7 +297,7 @@ def load_pretrained(source: ModelSource, auto_class: str, merged: bool = False) 
     """Load a model in evaluation mode, in its dtype and on its device; an adapter (such as LoRA) of a language model with its base.
 
     On the device "map" the layers are spread over all GPUs by Accelerate (`device_map="auto"`), which also carries activations from one
-    to the next; without GPUs that is the CPU.
+    to the next; without GPUs that is the CPU. On the device "tp" every layer is split over all GPUs (see tensor_parallel.py).
 
     Args:
         auto_class: the class of transformers that loads it, such as "AutoModelForCausalLM".
@@ -306,16 +308,37 @@ def load_pretrained(source: ModelSource, auto_class: str, merged: bool = False) 
         IncompatibleError: it is a model of another kind, or its weights are not safetensors.
         UsageError: it does not fit on the device.
     """
-    device = None if source.device == SPREAD else resolve_device(source.device)
+    size = tensor_parallel.process_count(source.device)
+    is_whole = source.device.partition(":")[0] != TENSOR_PARALLEL
+    device = None if source.device == SPREAD or size > 1 else resolve_device(source.device if is_whole else "auto")
     adapter = find_adapter(source)
+    if adapter is not None and size > 1:
+        raise UsageError(f"an adapter is not split over processes; merge {source.id} (merge_and_unload) and save it, or use another device")
+    if size > 1:
+        _configuration(source, auto_class)  # a wrong model is refused before other processes start
+        described = {f.name: getattr(source, f.name) for f in fields(source)}
+        return tensor_parallel.load_split(described, auto_class, size, lambda: load_slices(source, auto_class))
     if adapter is None:
-        return onto_device(_load_base(source, auto_class, device), device)
+        if device is None:
+            require("accelerate", "training")
+        return onto_device(_load_base(source, auto_class, **({"device_map": "auto"} if device is None else {})), device)
     if auto_class != "AutoModelForCausalLM":
         raise UsageError(f"{source.id} is an adapter of a model that is no causal language model; merge it (merge_and_unload) and save it")
     return onto_device(_adapt(load_pretrained(adapter.base, auto_class, merged=True), adapter, merged), device)
 
 
-def _load_base(source: ModelSource, auto_class: str, device: torch.device | None) -> nn.Module:
+def load_slices(source: ModelSource, auto_class: str) -> nn.Module:
+    """Load this process's slices of a model whose device is "tp", among the processes that compute it; see `load_pretrained`."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    plan = tensor_parallel.split_plan(getattr(transformers, auto_class), _configuration(source, auto_class), source.trust_remote_code)
+    size = tensor_parallel.process_count(source.device)
+    return onto_device(_load_base(source, auto_class, distributed_config=DistributedConfig(tp_size=size, tp_plan=plan)), None)
+
+
+def _configuration(source: ModelSource, auto_class: str) -> Any:
+    """Load a model's configuration; see `load_pretrained` for errors."""
     import transformers
 
     config = _load(transformers.AutoConfig, source, "configuration")
@@ -325,12 +348,18 @@ def _load_base(source: ModelSource, auto_class: str, device: torch.device | None
     config.return_dict = True
     config.output_hidden_states = False
     config.output_attentions = False
+    return config
+
+
+def _load_base(source: ModelSource, auto_class: str, **placement: Any) -> nn.Module:
+    """Load a model; `placement` are arguments of `from_pretrained`."""
+    import transformers
+
+    config = _configuration(source, auto_class)
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
+    options |= placement
     options["ignore_mismatched_sizes"] = True  # reported below, by name
     options["adapter_kwargs"] = {"subfolder": "no-adapter"}  # adapter files next to a merged model would be applied a second time
-    if device is None:
-        require("accelerate", "training")
-        options["device_map"] = "auto"
     model, loading = _load(getattr(transformers, auto_class), source, "model", **options)
     missing, mismatched, unexpected = (
         sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
@@ -791,7 +820,7 @@ def refuse_zero_weights(model: nn.Module, id: str) -> None:
     Raises:
         IncompatibleError: they are.
     """
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    matrices = [tensor_parallel.own_slice(p) for p in model.parameters() if p.dim() > 1]
     if matrices and all(float(p.detach().abs().max()) < _ZERO for p in matrices):
         raise IncompatibleError(f"the weights of {id} are all zero (or below {_ZERO:g}); give a trained model")
 
@@ -807,7 +836,8 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         ids.add(id(tensor))
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor_parallel.whole(model, name, tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ class RecordedEncoder:
     Args:
         index: the index.
         models: directories or hub ids of its models, in order, or loaded ones, if they are not where the index was built from.
-        device: "auto", "cpu", "cuda", "cuda:1" or "map".
+        device: "auto", "cpu", "cuda", "cuda:1", "map" or "tp".
         trust_remote_code: run code that comes with a model.
         task: for an index of a custom task, the task's name again, since an index does not name code to run.
 

@@ -34,6 +34,7 @@ from ..store.training import ParameterGroup, TrainingBatch, TrainingRun, Trainin
 from .batches import IGNORED
 from .models import DTYPES, ModelSource, configure_memory, load_causal_lm, without_cache
 from .tasks import CausalLM
+from .tensor_parallel import refuse_split
 
 _MOST_PARTS = 8
 _KEPT_BYTES = 4 << 30
@@ -173,6 +174,7 @@ class Replay:
         configure_memory()
         self.run = run
         self.model = load_causal_lm(ModelSource(str(run.directory), dtype=dtype, device=device)).requires_grad_(False)
+        refuse_split(self.model, "the replay of a training run")
         self._task = CausalLM()
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
         if isinstance(embeddings, nn.Embedding):

@@ -14,6 +14,7 @@ from ..store.errors import IncompatibleError, UsageError
 from .experts import with_unfused
 from .models import ModelSource, loaded, set_trained
 from .tasks import Task, load_model
+from .tensor_parallel import whole
 
 RECORD = "wherefrom.json"
 _LARGEST_RECORD = 64 << 20
@@ -66,7 +67,11 @@ def _changed(task: Task, model: nn.Module, source: ModelSource, base: str) -> fr
         raise IncompatibleError(
             f"{base} is not the base of {source.id}: only one of them has {name}; name the model that training started from"
         )
-    changed = {id(p) for name, p in parameters.items() if p.shape != start[name].shape or not torch.equal(p.detach().cpu(), start[name])}
+    changed = {
+        id(p)
+        for name, p in parameters.items()
+        if p.shape != start[name].shape or not torch.equal(whole(model, name, p).detach().cpu(), start[name])
+    }
     if not changed:
         raise IncompatibleError(f"the weights of {source.id} and of its base {base} are equal: nothing was trained; give the trained model")
     return _owners(model, changed)

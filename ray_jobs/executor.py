@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ..indexer.devices import SPREAD, TENSOR_PARALLEL, cooperating
 from ..store.errors import BusyError, UsageError, WorkerError
 from .cluster import amounts, connected, node_resources, room
 from .progress import Reporter
@@ -396,38 +397,42 @@ class _RayExecutor:
 def gpus_of_each(nodes: Sequence[float], resources: Resources) -> float:
     """Compute the number of GPUs for each worker: one, or an equal share of one.
 
-    With the device "map", a worker spreads its model over as many GPUs of a node as every worker can have.
+    With the devices "map" and "tp", a worker has its model on as many GPUs of a node as every worker can have; with "tp:N" on N.
 
     Args:
         nodes: the number of GPUs of each node.
 
     Raises:
-        UsageError: the device is "map", and there are fewer GPUs than workers.
+        UsageError: the device is "map" or "tp", and there are fewer GPUs than workers.
     """
     if resources.device == "cpu" or not sum(nodes):
         return 0
-    if resources.device != "map":
+    if resources.device.startswith(f"{TENSOR_PARALLEL}:"):
+        return cooperating(resources.device)
+    if resources.device not in (SPREAD, TENSOR_PARALLEL):
         return 1 / math.ceil(resources.workers / sum(nodes))  # an integer number of workers shares a GPU: none is spread over two
     for gpus in range(int(max(nodes)), 0, -1):
         if sum(int(node) // gpus for node in nodes) >= resources.workers:
             return gpus
     raise UsageError(
-        f"{resources.workers} workers of `device` map need a GPU each at least, the cluster has {sum(nodes):.0f}; use fewer `workers`"
+        f"{resources.workers} workers of `device` {resources.device} need a GPU each at least, the cluster has {sum(nodes):.0f}; use fewer "
+        "`workers`"
     )
 
 
 @contextmanager
 def _open_ray(factory: Factory, resources: Resources) -> Iterator[_RayExecutor]:
     """Connect to Ray and open an executor on it."""
-    with connected(resources.address, resources.workers * resources.threads, resources.own_code) as ray:
+    cpus = resources.workers * resources.threads * cooperating(resources.device)
+    with connected(resources.address, cpus, resources.own_code) as ray:
         nodes = node_resources(ray)
         gpus = gpus_of_each([node.get("GPU", 0.0) for node in nodes], resources)
-        bundle = {"CPU": float(resources.threads)} | ({"GPU": gpus} if gpus else {})
+        bundle = {"CPU": float(resources.threads * cooperating(resources.device))} | ({"GPU": gpus} if gpus else {})
         capacity = room(nodes, bundle)
         if capacity < resources.workers:
-            cpus = sum(node.get("CPU", 0) for node in nodes)
+            own_cpus = sum(node.get("CPU", 0.0) for node in nodes)
             raise UsageError(
-                f"the Ray cluster has {cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need {amounts(bundle)} "
+                f"the Ray cluster has {own_cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need {amounts(bundle)} "
                 f"each on one node, and its nodes ({'; '.join(map(amounts, nodes))}) have room for {capacity}; ask for fewer `workers` or "
                 "`threads`"
             )

@@ -13,7 +13,8 @@ from devices import FIRST, SECOND, Devices
 from helpers import assert_close, make_model, make_tokenizer
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
-from wherefrom.indexer.models import SPREAD, ModelSource, load_causal_lm, refuse_offloaded
+from wherefrom.indexer.devices import SPREAD
+from wherefrom.indexer.models import ModelSource, load_causal_lm, refuse_offloaded
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.executor import Resources, gpus_of_each
 from wherefrom.store.errors import UsageError
