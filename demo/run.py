@@ -28,7 +28,7 @@ _WIDTH = 128
 _LAYERS = 4
 _HEADS = 4
 _CONTEXT = 128
-_EPOCHS = 16
+_EPOCHS = 10
 _BATCH = 16
 _RATE = 2e-3
 _BYTES = 2400
@@ -97,6 +97,7 @@ def train(corpus: Path, directory: Path, reporter: Reporter, epochs: int = _EPOC
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # in one kernel, the default in several
     )
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
