@@ -432,9 +432,9 @@ def _open_ray(factory: Factory, resources: Resources) -> Iterator[_RayExecutor]:
         if capacity < resources.workers:
             own_cpus = sum(node.get("CPU", 0.0) for node in nodes)
             raise UsageError(
-                f"the Ray cluster has {own_cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need {amounts(bundle)} "
-                f"each on one node, and its nodes ({'; '.join(map(amounts, nodes))}) have room for {capacity}; ask for fewer `workers` or "
-                "`threads`"
+                f"the Ray cluster has {own_cpus:.0f} CPUs, {resources.workers} workers of {resources.threads} threads need "
+                f"{amounts(bundle)} each on one node, and its nodes ({'; '.join(map(amounts, nodes))}) have room for {capacity}; ask for "
+                "fewer `workers` or `threads`"
             )
         try:
             yield _RayExecutor(ray, factory, _placement_group(ray, bundle, resources.workers), bundle)
