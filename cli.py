@@ -983,7 +983,7 @@ def verify(index: str, signed_by: str | None, as_json: bool) -> None:
         sys.exit(4)
 
 
-@main.group(section=_JUDGE)
+@main.group(section=_JUDGE, cls=_Group)
 def evaluate() -> None:
     """Check whether an index's answers are true.
 

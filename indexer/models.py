@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -315,9 +315,9 @@ def load_pretrained(source: ModelSource, auto_class: str, merged: bool = False) 
     if adapter is not None and size > 1:
         raise UsageError(f"an adapter is not split over processes; merge {source.id} (merge_and_unload) and save it, or use another device")
     if size > 1:
-        _configuration(source, auto_class)  # a wrong model is refused before other processes start
-        described = {f.name: getattr(source, f.name) for f in fields(source)}
-        return tensor_parallel.load_split(described, auto_class, size, lambda: load_slices(source, auto_class))
+        plan = tensor_parallel.split_plan(_model_class(auto_class), _configuration(source, auto_class), source.trust_remote_code)
+        slices = {"source": {f.name: getattr(source, f.name) for f in fields(source)}, "auto_class": auto_class, "size": size, "plan": plan}
+        return tensor_parallel.load_split(size, slices, lambda: load_slices(source, auto_class, size, plan))
     if adapter is None:
         if device is None:
             require("accelerate", "training")
@@ -327,14 +327,17 @@ def load_pretrained(source: ModelSource, auto_class: str, merged: bool = False) 
     return onto_device(_adapt(load_pretrained(adapter.base, auto_class, merged=True), adapter, merged), device)
 
 
-def load_slices(source: ModelSource, auto_class: str) -> nn.Module:
-    """Load this process's slices of a model whose device is "tp", among the processes that compute it; see `load_pretrained`."""
+def _model_class(auto_class: str) -> Any:
     import transformers
+
+    return getattr(transformers, auto_class)
+
+
+def load_slices(source: ModelSource, auto_class: str, size: int, plan: Mapping[str, str]) -> nn.Module:
+    """Load this process's slices of a model, among so many processes that compute it; see `load_pretrained` and `split_plan`."""
     from transformers.distributed import DistributedConfig
 
-    plan = tensor_parallel.split_plan(getattr(transformers, auto_class), _configuration(source, auto_class), source.trust_remote_code)
-    size = tensor_parallel.process_count(source.device)
-    return onto_device(_load_base(source, auto_class, distributed_config=DistributedConfig(tp_size=size, tp_plan=plan)), None)
+    return onto_device(_load_base(source, auto_class, distributed_config=DistributedConfig(tp_size=size, tp_plan=dict(plan))), None)
 
 
 def _configuration(source: ModelSource, auto_class: str) -> Any:
@@ -353,14 +356,13 @@ def _configuration(source: ModelSource, auto_class: str) -> Any:
 
 def _load_base(source: ModelSource, auto_class: str, **placement: Any) -> nn.Module:
     """Load a model; `placement` are arguments of `from_pretrained`."""
-    import transformers
 
     config = _configuration(source, auto_class)
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[source.dtype], "use_safetensors": True, "output_loading_info": True}
     options |= placement
     options["ignore_mismatched_sizes"] = True  # reported below, by name
     options["adapter_kwargs"] = {"subfolder": "no-adapter"}  # adapter files next to a merged model would be applied a second time
-    model, loading = _load(getattr(transformers, auto_class), source, "model", **options)
+    model, loading = _load(_model_class(auto_class), source, "model", **options)
     missing, mismatched, unexpected = (
         sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading.get(kind) or ())
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")

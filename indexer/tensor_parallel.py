@@ -86,11 +86,11 @@ def split_plan(model_class: Any, config: Any, trust_remote_code: bool) -> dict[s
     return plan
 
 
-def load_split(source: Mapping[str, Any], auto_class: str, size: int, load: Callable[[], nn.Module]) -> nn.Module:
+def load_split(size: int, slices: Mapping[str, Any], load: Callable[[], nn.Module]) -> nn.Module:
     """Load a model in this process and `size - 1` others; its body's calls, and backward passes from them, are computed by all.
 
     Args:
-        source: the fields of a `ModelSource`, for the other processes.
+        slices: the arguments with which the other processes load their slices (see `models.load_slices`).
         load: loads this process's slices.
 
     Raises:
@@ -99,7 +99,7 @@ def load_split(source: Mapping[str, Any], auto_class: str, size: int, load: Call
     """
     group = _Group.of(size)
     try:
-        group.tell("load", source=dict(source), auto_class=auto_class)
+        group.tell("load", **slices)
         with group.failures():
             model = load()
     except BaseException:
@@ -359,11 +359,11 @@ class _Follower:
         self._outputs: dict[int, Tensor] = {}
         self._loaded = 0
 
-    def load(self, source: Mapping[str, Any], auto_class: str) -> None:
+    def load(self, source: Mapping[str, Any], auto_class: str, size: int, plan: Mapping[str, str]) -> None:
         """Load a model's slices; models are numbered in the order in which they are loaded."""
         from . import models
 
-        model: Any = models.load_slices(models.ModelSource(**source), auto_class)
+        model: Any = models.load_slices(models.ModelSource(**source), auto_class, size, plan)
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
             head.to("meta")  # only the leader uses it

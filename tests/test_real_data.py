@@ -20,7 +20,7 @@ def client(shared, tmp_path_factory):
         for line in lines:
             document = json.loads(line)
             kind = by_source.get(document["source"], [])
-            if len(kind) < 400 and 200 < len(document["text"]) < 500:
+            if len(kind) < 400 and 150 < len(document["text"]) < 300:
                 kind.append(line)
     corpus = here / "some.jsonl"
     corpus.write_text("".join(by_source["gsm8k"] + by_source["wikitext"]))

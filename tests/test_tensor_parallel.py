@@ -1,0 +1,248 @@
+"""Models that several processes compute together: the same rows, answers and explanations as in one, and plain words where that fails.
+
+The processes exchange values by gloo here, and by NCCL on GPUs.
+"""
+
+import os
+import re
+import signal
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import assert_close, make_model, make_tokenizer
+from wherefrom import BuildConfig, Client, Query
+from wherefrom.cli import main
+from wherefrom.indexer import tensor_parallel
+from wherefrom.indexer.devices import cooperating
+from wherefrom.indexer.models import LoadedModel, ModelSource, load_causal_lm, logits_of, model_fingerprint
+from wherefrom.indexer.tensor_parallel import is_split, own_slice, process_count, split_plan, whole
+from wherefrom.ray_jobs.build import build
+from wherefrom.ray_jobs.executor import Resources, gpus_of_each
+from wherefrom.store.errors import UsageError, WorkerError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.processes,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the figures compared are those of a CPU; benchmarks/gpu.py has --device tp"),
+]
+
+ROWS = {
+    "whole": {"components": ("head", "embeddings", "blocks"), "rank": 4, "curvature": "ekfac", "head_extra_tokens": 2, "labels": "sampled"},
+    "hidden": {"components": ("blocks",), "rank": 3, "curvature": "fisher", "projection": "pca", "hidden": True},
+    "one block": {"components": ("blocks",), "rank": 4, "layers": ("model.layers.1.*",)},
+    "head": {"components": ("head",)},
+}
+
+
+def saved(model, directory):
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A saved model."""
+    return saved(make_model("llama", "float32"), tmp_path_factory.mktemp("split") / "model")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A model with norms in its attention, whose head and embeddings are one weight."""
+    model = make_model("qwen3", "float32")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return saved(model, tmp_path_factory.mktemp("tied") / "model")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ended():
+    """End the other processes with the last test."""
+    yield
+    if tensor_parallel._Group.current is not None:
+        tensor_parallel._Group.current.close()
+
+
+def indexed(place, corpus_file, out, rows, device):
+    """Rows of an index, and answers and an explanation."""
+    config = BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), dtype="float64", device=device, **ROWS[rows])
+    build(config)
+    client = Client(out, device=device)
+    assert is_split(client.encoder.model) == (device != "cpu")
+    dense = [s for s in client.index.manifest.components if s.kind == "dense"]
+    stored = [np.concatenate([client.index.vectors(i, s).values for i in range(0, 120, 7)]) for s in dense]
+    answers = [client.query(k=5, **fields) for fields in ({"text": "w1 w2 w3 w4"}, {"prompt": "w5 w6", "completion": " w7 w8"})]
+    scores = np.concatenate([[a.score for a in (*answer.proponents, *answer.opponents)] for answer in answers])
+    (explained,) = client.explain([answers[0].proponents[0].row], Query(text="w1 w2 w3 w4"))
+    shares = np.concatenate([explained.example.scores, explained.query.scores])
+    return client, stored, scores, shares
+
+
+@pytest.mark.parametrize(("model", "rows"), [("tied", "whole"), *(("place", rows) for rows in ROWS)])
+def test_an_index_of_a_split_model_is_that_of_the_model(model, corpus_file, tmp_path, rows, request):
+    place = request.getfixturevalue(model)
+    one, stored, scores, shares = indexed(place, corpus_file, tmp_path / "one", rows, "cpu")
+    two, same, other_scores, other_shares = indexed(place, corpus_file, tmp_path / "two", rows, "tp:2")
+    assert two.index.manifest.models[0].fingerprint == one.index.manifest.models[0].fingerprint
+    for a, b in zip(stored, same, strict=True):
+        assert_close(b, a, 1e-5)
+    assert_close(other_scores, scores, 1e-4)
+    assert_close(other_shares, shares, 1e-4)
+    assert two.complete("w1 w2 w3", tokens=4) == one.complete("w1 w2 w3", tokens=4)
+
+
+def test_calls_whose_gradients_are_not_asked_for_are_forgotten(place):
+    model = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
+    layers = ["model.layers.0.self_attn.q_proj"]
+    tokens = torch.arange(1, 21).view(2, 10)
+    group = tensor_parallel._Group.current
+    model.get_submodule(layers[0]).register_forward_hook(lambda module, args, output: tensor_parallel.with_gradient(output))
+    with tensor_parallel.shared_pass(model, layers):
+        states = [model.base_model(input_ids=tokens, use_cache=False)[0] for _ in range(3)]
+        assert all(state.requires_grad for state in states)
+        states[2].sum().backward()
+        states[0].sum().backward()  # in another order
+    assert not group._forgotten
+    del states
+    assert sorted(kind for kind, _ in group._forgotten) == ["call"] * 3
+    logits_of(model, tokens)
+    assert len(group._forgotten) <= 1  # told to the others; the call itself ended
+
+
+def test_other_values_are_refused_before_anything_is_sent(place):
+    model = load_causal_lm(ModelSource(str(place), device="tp:2"))
+    with pytest.raises(UsageError, match=r"takes no DynamicCache \(past_key_values\); use another device"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+    assert logits_of(model, torch.ones(1, 3, dtype=torch.long)).shape[1] == 3
+
+
+def test_what_needs_the_model_in_one_process_is_refused(place, corpus_file, tmp_path):
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), components=("blocks",), rank=3))
+    (tmp_path / "q.jsonl").write_text('{"text": "w1 w2"}\n')
+    options = ["--device", "tp:2"]
+    for command in (
+        ["query", str(out), "--text", "w1 w2", "--refine", "2"],
+        ["evaluate", "tailpatch", str(out), "--file", str(tmp_path / "q.jsonl")],
+    ):
+        result = CliRunner().invoke(main, [*command, *options])
+        assert result.exit_code == 2, result.output
+        assert re.search(r"needs the model in one process; use a --device other than tp", result.output), result.output
+
+
+@pytest.mark.parametrize(
+    ("architecture", "problem"), [("gpt2", "transformers has no plan to split a GPT2LMHeadModel"), ("mixtral", "the experts of a Mixtral")]
+)
+def test_models_that_cannot_be_split_are_refused(architecture, problem, tmp_path, corpus_file):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if architecture == "gpt2":
+        model = make_model("gpt2", "float32")
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, vocab_size=62, num_local_experts=2, **small))
+    saved(model, tmp_path / "m")
+    before = tensor_parallel._Group.current
+    options = ["--model", str(tmp_path / "m"), "--data", str(corpus_file), "--out", str(tmp_path / "i"), "--device", "tp:2"]
+    result = CliRunner().invoke(main, ["build", *options])
+    assert result.exit_code == 3, result.output
+    assert problem in result.output
+    assert "use the device map" in " ".join(result.output.split())
+    assert tensor_parallel._Group.current is before
+
+
+def test_plans_split_the_layers_of_the_body_alone():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plan = split_plan(AutoModelForCausalLM, AutoConfig.for_model("gemma3_text"), False)
+    split = {name.rpartition(".")[2]: style for name, style in plan.items() if style != "replicate"}
+    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "colwise_gather_output")
+    assert split == columns | dict.fromkeys(("o_proj", "down_proj"), "rowwise_split_input")
+    assert {"lm_head", "model.embed_tokens"} <= plan.keys() - {name for name, style in plan.items() if style != "replicate"}
+
+
+@pytest.mark.parametrize("device", ["tp:0", "tp:x", "tp:-1", "tp:65", "tp:"])
+def test_bad_numbers_of_processes_are_refused(device):
+    with pytest.raises(UsageError, match=re.escape(f"{device!r} is not a device")):
+        process_count(device)
+
+
+def test_adapters_and_models_in_memory_are_not_split(place, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{place}", "peft_type": "LORA"}}')
+    with pytest.raises(UsageError, match=r"an adapter is not split over processes; merge .* \(merge_and_unload\)"):
+        load_causal_lm(ModelSource(str(tmp_path), device="tp:2"))
+    from wherefrom.indexer.models import frozen_copy
+
+    with pytest.raises(UsageError, match="'tp:2' is not a device of this machine"):
+        frozen_copy(ModelSource("m", device="tp:2"), LoadedModel(make_model("llama", "float32")))
+
+
+def test_a_process_that_dies_is_a_sentence_and_another_load_goes_on(place, corpus_file, tmp_path):
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2))
+    client = Client(out, device="tp:2")
+    answer = client.query(text="w1 w2 w3")
+    os.kill(tensor_parallel._Group.current._processes[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"process 1 of the 2 that compute the model together ended \(.*\); try again"):
+        client.query(text="w1 w2 w4")
+    with pytest.raises(WorkerError, match="have ended; load it again"):
+        client.query(text="w1 w2 w5")
+    again = Client(out, device="tp:2").query(text="w1 w2 w3")
+    assert [a.row for a in again.proponents] == [a.row for a in answer.proponents]
+
+
+def test_an_error_of_another_process_is_told(place):
+    model = load_causal_lm(ModelSource(str(place), device="tp:2"))
+    group = tensor_parallel._Group.current
+    group.tell("gather", model=tensor_parallel._LEADS[model].number, name="no.such.parameter")
+    with pytest.raises(WorkerError, match=r"ended \(KeyError: 'no.such.parameter'\)"):
+        logits_of(model, torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_three_processes_hold_slices_of_unequal_size(place, dtype):
+    """24 columns of the MLP in three, 16 of the model's width too."""
+    source = ModelSource(str(place), dtype=dtype)
+    model = load_causal_lm(ModelSource(str(place), dtype=dtype, device="tp:3"))
+    parameters = dict(model.named_parameters())
+    slices = {name: own_slice(p).numel() / p.numel() for name, p in parameters.items()}
+    assert {round(share, 3) for name, share in slices.items() if "mlp" in name} == {0.333}
+    assert {round(share, 3) for name, share in slices.items() if "q_proj.weight" in name} == {0.375}  # 6, 6 and 4 rows
+    assert {share for name, share in slices.items() if "norm" in name or "embed" in name or "head" in name} == {1.0}
+    plain = load_causal_lm(source)
+    for name, p in plain.named_parameters():
+        assert torch.equal(whole(model, name, parameters[name]), p)
+    assert model_fingerprint(model) == model_fingerprint(plain)
+    tokens = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        assert_close(logits_of(model, tokens).float(), logits_of(plain, tokens).float(), 5e-2 if dtype == "bfloat16" else 1e-5)
+
+
+def test_one_process_is_an_ordinary_model(place):
+    assert process_count("tp") == 1
+    with nullcontext() if tensor_parallel._Group.current else pytest.raises(AttributeError):
+        tensor_parallel._Group.current.close()
+    model = load_causal_lm(ModelSource(str(place), device="tp"))
+    assert not is_split(model)
+    assert tensor_parallel._Group.current is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "device", "each"), [([8], 1, "tp", 8), ([8], 3, "tp", 2), ([8, 8], 4, "tp:4", 4), ([], 2, "tp:2", 0)]
+)
+def test_workers_get_the_gpus_of_their_model(nodes, workers, device, each):
+    assert gpus_of_each(nodes, Resources(workers=workers, device=device)) == each
+    assert cooperating(device) == (1 if device == "tp" else int(device[-1]))
+
+
+def test_a_build_on_ray_gives_the_same(place, corpus_file, tmp_path):
+    for workers, device in ((1, "cpu"), (2, "tp:2")):
+        options = ["--model", place, "--data", corpus_file, "--out", tmp_path / device, "-o", "rank=3", "--workers", workers]
+        result = CliRunner().invoke(main, ["build", *map(str, options), "--dtype", "float64", "-o", "shard_rows=30", "--device", device])
+        assert result.exit_code == 0, result.output
+    one, two = Client(tmp_path / "cpu"), Client(tmp_path / "tp:2")
+    for a, b in zip(one.query_many([Query(row=3)]), two.query_many([Query(row=3)]), strict=True):
+        assert_close([p.score for p in b.proponents], [p.score for p in a.proponents], 1e-4)
