@@ -3,7 +3,9 @@
     python benchmarks/fleet_speed.py --index grown/9961472 [--parts 1 2 4] [--rounds 7] [--serve] [--json]
 
 The same queries by row, alone and 16 together, are asked of one process with one thread and of fleets of one-thread actors, one after the
-other in each round; all answers are compared. Given are medians of the rounds' ratios to one process with one thread, and their spread.
+other in each round; all answers are compared. *load* is the throughput of a fleet that two callers ask at the same time, each 16 queries
+together, six times: while one's answers are merged, the actors work for the other. Given are medians of the rounds' ratios to one process
+with one thread, which answers the same one after the other, and their spread.
 *overhead* is the wall time of a query on a fleet of one part, less that in one process with one thread. `--serve` needs the extra
 `ray[serve]`: the time of a call of an empty method of an actor, and of a Ray Serve deployment, in turns.
 """
@@ -12,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ from wherefrom.ray_jobs.fleet import Fleet, FleetParts
 from wherefrom.store.index import Index
 
 _TOGETHER = 16
+_CALLERS = 2
+_CALLS_OF_EACH = 6
 _CALLS = 300
 
 
@@ -50,6 +55,14 @@ def _clock(client, queries):
     return time.perf_counter() - started, answers
 
 
+def _load(client, queries):
+    """Seconds for a call of 16 queries, under load."""
+    with ThreadPoolExecutor(_CALLERS) as pool:
+        started = time.perf_counter()
+        list(pool.map(lambda _: client.query_many(queries, k=10, rerank=0), range(_CALLERS * _CALLS_OF_EACH)))
+        return (time.perf_counter() - started) / (_CALLERS * _CALLS_OF_EACH)
+
+
 def _spread(ratios):
     ordered = sorted(ratios)
     return {"median": round(statistics.median(ordered), 3), "low": round(ordered[0], 3), "high": round(ordered[-1], 3)}
@@ -61,7 +74,7 @@ def measure(path, counts, rounds):
     generator = np.random.default_rng(0)
     queries = [Query(row=int(row)) for row in generator.choice(len(index), _TOGETHER, replace=False)]
     single = Client(index, parts=_OneThread(index))
-    ratios = {count: {"alone": [], "together": []} for count in counts}
+    ratios = {count: {"alone": [], "together": [], "load": []} for count in counts}
     overheads = []
     with connected(None, sum(counts)) as ray:
         fleets = {count: Fleet(ray, index, count, 1, 1) for count in counts}
@@ -74,11 +87,13 @@ def measure(path, counts, rounds):
             for count, client in clients.items():
                 seconds, answers = _clock(client, queries[:1])
                 many, all_answers = _clock(client, queries)
+                loaded = _load(client, queries)
                 assert _rows(answers) == _rows(whole)
                 assert _rows(all_answers) == _rows(all_whole)
                 if number:  # the first round opens files
                     ratios[count]["alone"].append(alone / seconds)
                     ratios[count]["together"].append(together / many)
+                    ratios[count]["load"].append(together / loaded)
                     overheads += [1e3 * (seconds - alone)] if count == 1 else []
         for fleet in fleets.values():
             fleet.stop()

@@ -8,7 +8,8 @@ The models have the shapes of Llama-like models and random weights, so nothing i
 - tokens per second of the row pass over those of plain forward and backward with gradients of all weights, in turns (median, least, most);
 - what the overlap of copies and coding with the next batch's computation gains (time without over time with it);
 - the peak of the device's memory above the model, for the fit and for the rows;
-- with `--device map` (accelerate), the row pass of the layers spread over all GPUs over that on one.
+- with `--device map` (accelerate), the same with the layers spread over all GPUs;
+- with `--device tp`, the row pass with every layer split over all GPUs, over plain forward and backward on one.
 
 float32 is measured with TF32, as builds use it, and without: products in full float32 do not use the tensor cores.
 """
@@ -16,6 +17,7 @@ float32 is measured with TF32, as builds use it, and without: products in full f
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,9 +29,12 @@ from wherefrom import BuildConfig
 from wherefrom.indexer import encoder as encoder_module
 from wherefrom.indexer.budget import allocate, count_tokens
 from wherefrom.indexer.capture import product_precision
+from wherefrom.indexer.devices import TENSOR_PARALLEL
 from wherefrom.indexer.encoder import Encoder, EncoderSettings
 from wherefrom.indexer.fit import Fit, with_known_sample
+from wherefrom.indexer.models import ModelSource, load_causal_lm
 from wherefrom.indexer.tasks import CausalLM
+from wherefrom.indexer.tensor_parallel import is_split
 from wherefrom.ray_jobs.schema import candidate_components
 from wherefrom.ray_jobs.worker import encode_rows
 from wherefrom.store.documents import Example
@@ -61,6 +66,10 @@ def random_model(shape, dtype, device):
     torch.manual_seed(0)
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if device.startswith(TENSOR_PARALLEL):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return load_causal_lm(ModelSource(folder, dtype=str(dtype).removeprefix("torch."), device=device))
     if device == "map":
         from accelerate import dispatch_model, infer_auto_device_map
 
@@ -144,16 +153,17 @@ def measure(shape, dtype, configuration, args, device):
         reference = replace(encoder, models=(exact,))
         result["smallest_cosine"] = smallest_cosine(encoder, reference, random_examples(8, min(64, args.tokens), vocabulary))
         del exact, reference
+    trained = random_model(shape, dtype, device.type) if is_split(model) else model
     ratios, overlaps = [], []
     for round_ in range(args.rounds + 1):
         times = {}
         sides = ("plain", "rows", "one after the other")
         for side in sides if round_ % 2 else reversed(sides):
-            model.requires_grad_(side == "plain")
+            trained.requires_grad_(side == "plain")
             encoder.__dict__["copies_asynchronously"] = side == "rows" and device.type != "cpu"
             with Meter(device) as meter:
                 if side == "plain":
-                    plain_step(task, model, examples, args.batch_tokens)
+                    plain_step(task, trained, examples, args.batch_tokens)
                 else:
                     encode_rows(encoder, examples)
             times[side] = meter.seconds
@@ -173,14 +183,15 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["135M", "1B"], choices=_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--configurations", nargs="+", default=list(_CONFIGURATIONS), choices=_CONFIGURATIONS)
-    parser.add_argument("--device", default="cuda", help="cuda, cpu, or map")
+    parser.add_argument("--device", default="cuda", help="cuda, cpu, map, tp or tp:N")
     parser.add_argument("--tokens", type=int, default=1024, help="of an example")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    device = torch.device("cuda" if args.device == "map" else args.device)
+    is_several = args.device == "map" or args.device.startswith(TENSOR_PARALLEL)
+    device = torch.device("cuda" if is_several and torch.cuda.is_available() else "cpu" if is_several else args.device)
     results = []
     for shape in args.shapes:
         for name in args.dtypes:

@@ -102,6 +102,7 @@ def load_split(size: int, slices: Mapping[str, Any], load: Callable[[], nn.Modul
         group.tell("load", **slices)
         with group.failures():
             model = load()
+            _await_all()
     except BaseException:
         group.close()
         raise
@@ -367,6 +368,7 @@ class _Follower:
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
             head.to("meta")  # only the leader uses it
+        _await_all()
         self._models[self._loaded] = model
         self._loaded += 1
 
@@ -435,6 +437,11 @@ def _join(rank: int, size: int, meeting: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     device = torch.device("cuda", rank) if on_gpus else None
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, device_id=device)
+
+
+def _await_all() -> None:
+    """Return when all processes have come here."""
+    dist.all_reduce(torch.zeros(1, device=_device()))
 
 
 def _form(tensor: Tensor) -> tuple[str, list[int]]:
