@@ -5,13 +5,15 @@
 The same queries by row, alone and 16 together, are asked of one process with one thread and of fleets of one-thread actors, one after the
 other in each round; all answers are compared. *load* is the throughput of a fleet that two callers ask at the same time, each 16 queries
 together, six times: while one's answers are merged, the actors work for the other. Given are medians of the rounds' ratios to one process
-with one thread, which answers the same one after the other, and their spread.
+with one thread, which answers the same one after the other, and their spread. *apart* is what two processes that have nothing to do with
+each other reach, each with a half of the rows: the time of one after the other over that of both at once. No fleet of two can do better.
 *overhead* is the wall time of a query on a fleet of one part, less that in one process with one thread. `--serve` needs the extra
 `ray[serve]`: the time of a call of an empty method of an actor, and of a Ray Serve deployment, in turns.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +33,11 @@ _CALLS = 300
 
 
 class _OneThread:
-    """An index as one part, searched by one thread."""
+    """An index, or a range of its groups, as one part, searched by one thread."""
 
-    def __init__(self, index):
+    def __init__(self, index, groups=None):
         self.index, self.firsts = index, (0,)
-        self._part = Part(index, threads=1)
+        self._part = Part(index, groups, threads=1)
 
     def call(self, method, search, arguments, partial=False):
         shared = () if search is None else (search,)
@@ -63,6 +65,44 @@ def _load(client, queries):
         return (time.perf_counter() - started) / (_CALLERS * _CALLS_OF_EACH)
 
 
+def _search_half(path, second, connection):
+    """Search a half of the rows whenever told, and tell the seconds; a process of its own."""
+    index = Index(path)
+    middle = len(index.groups) // 2
+    client = Client(index, parts=_OneThread(index, range(middle, 2 * middle) if second else range(middle)))
+    queries = _queries(index)
+    while True:
+        connection.send(_clock(client, queries)[0])
+        connection.recv()
+
+
+def _apart(path, rounds):
+    """Ratios of the time of two processes one after the other to that of both at once."""
+    context = multiprocessing.get_context("spawn")
+    ends, processes = [], []
+    for second in (False, True):
+        end, other = context.Pipe()
+        ends.append(end)
+        processes.append(context.Process(target=_search_half, args=(path, second, other), daemon=True))
+        processes[-1].start()
+        end.recv()  # the first opens files
+
+    def seconds(chosen):
+        for end in chosen:
+            end.send("again")
+        return [end.recv() for end in chosen]
+
+    ratios = [(seconds(ends[:1])[0] + seconds(ends[1:])[0]) / max(seconds(ends)) for _ in range(rounds)]
+    for process in processes:
+        process.kill()
+    return ratios
+
+
+def _queries(index):
+    """Return the queries: rows of the index."""
+    return [Query(row=int(row)) for row in np.random.default_rng(0).choice(len(index), _TOGETHER, replace=False)]
+
+
 def _spread(ratios):
     ordered = sorted(ratios)
     return {"median": round(statistics.median(ordered), 3), "low": round(ordered[0], 3), "high": round(ordered[-1], 3)}
@@ -71,8 +111,7 @@ def _spread(ratios):
 def measure(path, counts, rounds):
     """Ratios of speed by number of parts, for queries alone and together, and the overhead of a fleet in milliseconds."""
     index = Index(path)
-    generator = np.random.default_rng(0)
-    queries = [Query(row=int(row)) for row in generator.choice(len(index), _TOGETHER, replace=False)]
+    queries = _queries(index)
     single = Client(index, parts=_OneThread(index))
     ratios = {count: {"alone": [], "together": [], "load": []} for count in counts}
     overheads = []
@@ -100,6 +139,7 @@ def measure(path, counts, rounds):
     return {
         "rows": len(index),
         "speed": {count: {name: _spread(values) for name, values in own.items()} for count, own in ratios.items()},
+        "apart": _spread(_apart(path, rounds)),
         "overhead_ms": _spread(overheads) if overheads else None,
     }
 
@@ -153,6 +193,7 @@ def main():
     for count, own in report["speed"].items():
         for name, of in own.items():
             print(f"  {count} parts, {name:8s} {of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})")
+    print("  two processes apart {median:.2f} ({low:.2f} to {high:.2f})".format(**report["apart"]))
     print(f"  overhead of one part, ms: {report['overhead_ms']}")
     if args.serve:
         print(f"  an empty call, microseconds: {report['calls_us']}")
