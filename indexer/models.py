@@ -488,6 +488,15 @@ def refuse_offloaded(model: nn.Module, id: str) -> None:
         )
 
 
+def cost_of_placement(model: nn.Module) -> str | None:
+    """A sentence about the time that a model's placement takes; None for one on a single device."""
+    gpus = len(set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"})
+    if gpus < 2:
+        return None
+    cost = f"the model's layers are on {gpus} GPUs and run one after the other, no faster than on one GPU"
+    return f"{cost}; use `device` tp, with which all compute at once" if getattr(model, "tp_plan", None) else cost
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter's folder (PEFT's layout) and its base model."""

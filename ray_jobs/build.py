@@ -61,7 +61,7 @@ from ..store.usual import read_usual
 from .config import BuildConfig
 from .corpus import CorpusWriter, WrittenCorpus, WrittenShard, write_corpus
 from .executor import Executor, Resources, open_executor
-from .notes import model_notes, not_finite, report_not_finite, silent_components, tracked
+from .notes import costs, model_notes, not_finite, report_not_finite, silent_components, tracked
 from .progress import Reporter, Silent
 from .schema import fit_examples, known_training, preset_note, select_components, unused_options, weight_notes
 from .usual import measure_usual, sample_size
@@ -152,7 +152,7 @@ def build(
             settings = select_components(config, settings, _read_sample(job, corpus), models)
             notes = model_notes(facts, settings.components)
             preset = [] if config.preset is None else [preset_note(config)]
-            for note in [*preset, *weight_notes(settings.components), *notes, *unused_options(config, settings.components)]:
+            for note in [*preset, *weight_notes(settings.components), *notes, *costs(facts), *unused_options(config, settings.components)]:
                 reporter.note(note)
             fitted = fit_examples(config, settings.components, models, corpus.rows, sum(shard.tokens for shard in corpus.shards))
             arrays, settings, file = _fit(job, executor, with_known_sample(settings, fitted), corpus, fitted)

@@ -30,11 +30,13 @@ class ModelFacts:
         parameters: for each, the modules that own it, its name there, and its size.
         trained: the modules that training changed; None where this is not known, and all of the model counts as trained.
         notes: sentences for readers of answers.
+        cost: a sentence on what the model's placement costs a build, if it does.
     """
 
     parameters: tuple[tuple[tuple[str, ...], str, int], ...]
     trained: frozenset[str] | None
     notes: tuple[str, ...]
+    cost: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelFacts":
@@ -46,7 +48,12 @@ class ModelFacts:
                 owners.setdefault(id(parameter), []).append(module_name)
                 parameters[id(parameter)] = name, parameter.numel()
         loaded = models.loaded(model)
-        return cls(tuple((tuple(owners[key]), *parameters[key]) for key in parameters), loaded.trained, loaded.notes)
+        return cls(
+            tuple((tuple(owners[key]), *parameters[key]) for key in parameters),
+            loaded.trained,
+            loaded.notes,
+            models.cost_of_placement(model),
+        )
 
 
 def model_notes(facts: Sequence[ModelFacts], components: Sequence[Component]) -> tuple[str, ...]:

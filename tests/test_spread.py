@@ -15,6 +15,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer.devices import SPREAD
 from wherefrom.indexer.models import ModelSource, load_causal_lm, refuse_offloaded
+from wherefrom.indexer.tasks import CausalLM
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.executor import Resources, gpus_of_each
 from wherefrom.store.errors import UsageError
@@ -137,6 +138,19 @@ def test_the_loader_spreads_and_looks_for_what_found_no_room(place, monkeypatch)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UsageError, match=re.escape("device map needs the extra training: pip install 'wherefrom[training]'")):
         load_causal_lm(ModelSource(str(place), device="map"))
+
+
+def test_a_build_says_what_a_spread_model_costs(place, corpus_file, tmp_path, monkeypatch):
+    def spread(task, source):
+        model = load(task, source)
+        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+        return model
+
+    load = CausalLM.load
+    monkeypatch.setattr(CausalLM, "load", spread)
+    with pytest.warns(UserWarning, match="on 2 GPUs and run one after the other, no faster than on one GPU; use `device` tp"):
+        build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(tmp_path / "i"), rank=2))
+    assert not [note for note in Client(tmp_path / "i").index.manifest.build.notes if "GPUs" in note]
 
 
 def test_layers_without_maps_see_both_sides_on_their_own_device(place, corpus_file, tmp_path):
