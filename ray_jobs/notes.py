@@ -48,12 +48,8 @@ class ModelFacts:
                 owners.setdefault(id(parameter), []).append(module_name)
                 parameters[id(parameter)] = name, parameter.numel()
         loaded = models.loaded(model)
-        return cls(
-            tuple((tuple(owners[key]), *parameters[key]) for key in parameters),
-            loaded.trained,
-            loaded.notes,
-            models.cost_of_placement(model),
-        )
+        sizes = tuple((tuple(owners[key]), *parameters[key]) for key in parameters)
+        return cls(sizes, loaded.trained, loaded.notes, models.cost_of_placement(model))
 
 
 def model_notes(facts: Sequence[ModelFacts], components: Sequence[Component]) -> tuple[str, ...]:
@@ -67,6 +63,11 @@ def model_notes(facts: Sequence[ModelFacts], components: Sequence[Component]) ->
             parameters = "the parameters that training changed" if model.trained is not None else "the model's parameters"
             notes.append(f"the rows measure {share.share:.1%} of {parameters}; they do not measure {names}")
     return tuple(notes)
+
+
+def costs(facts: Sequence[ModelFacts]) -> list[str]:
+    """Sentences on what the models' placements cost a build."""
+    return [model.cost for model in facts if model.cost is not None]
 
 
 def tracked(model: ModelFacts, components: Sequence[Component], number: int) -> Tracked:
