@@ -10,10 +10,12 @@ the same as in one process. That moves about twice the bytes of slices that stay
 """
 
 import atexit
+import functools
 import inspect
 import itertools
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -45,6 +47,7 @@ _STYLES = {
     "rowwise_split_input": "rowwise_split_input",
 }
 _ENDING_SECONDS = 10.0
+_LOOPBACK = "lo"  # the network interface over which the processes of a machine meet
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _FOLLOW = f"from {__name__} import follow; follow()"
 
@@ -223,7 +226,8 @@ class _Group:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "LOCAL_RANK": str(rank)}
         with open(self._log(rank), "wb") as log:
             arguments = [sys.executable, "-c", _FOLLOW, json.dumps(task)]
-            return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+            # In a session of its own, an interrupt from the terminal comes to the leader alone.
+            return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _log(self, rank: int) -> Path:
         return Path(self._folder.name) / f"{rank}.log"
@@ -281,6 +285,7 @@ class _Group:
         _LEADS[model] = lead
         weakref.finalize(model, self._forgotten.append, ("model", lead.number))
 
+        @functools.wraps(forward)
         def announced(*args: Any, **kwargs: Any) -> Any:
             values = dict(zip(names, args, strict=False)) | kwargs
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -416,16 +421,24 @@ def follow() -> None:
     models.configure_memory()
     torch.set_num_threads(task["threads"])
     _join(task["rank"], task["size"], task["meeting"])
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
     follower = _Follower()
     try:
-        for line in sys.stdin.buffer:
-            message = json.loads(line)
+        while True:
+            message = json.loads(lines.get())
             follower.forget(message.pop("forgotten"))
             getattr(follower, message.pop("action"))(**message)
     except Exception as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(1)
-    os._exit(0)  # the leader is gone
+
+
+def _read_lines(lines: "queue.SimpleQueue[bytes]") -> None:
+    """Read the leader's lines; end the process with the leader, even if it waits for a value that no longer comes."""
+    for line in sys.stdin.buffer:
+        lines.put(line)
+    os._exit(0)
 
 
 def _join(rank: int, size: int, meeting: str) -> None:
@@ -433,8 +446,9 @@ def _join(rank: int, size: int, meeting: str) -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(rank)
-    elif sys.platform.startswith("linux"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     device = torch.device("cuda", rank) if on_gpus else None
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, device_id=device)
 

@@ -6,9 +6,12 @@ The processes exchange values by gloo here, and by NCCL on GPUs.
 import os
 import re
 import signal
-from contextlib import nullcontext
+import subprocess
+import sys
+from contextlib import nullcontext, suppress
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -192,6 +195,18 @@ def test_a_process_that_dies_is_a_sentence_and_another_load_goes_on(place, corpu
         client.query(text="w1 w2 w5")
     again = Client(out, device="tp:2").query(text="w1 w2 w3")
     assert [a.row for a in again.proponents] == [a.row for a in answer.proponents]
+
+
+def test_the_other_processes_end_with_a_leader_that_is_killed(place):
+    script = (
+        "import os, signal, sys\nfrom wherefrom.indexer import tensor_parallel\nfrom wherefrom.indexer.models import *\n"
+        "model = load_causal_lm(ModelSource(sys.argv[1], device='tp:2'))\n"
+        "print(tensor_parallel._Group.current._processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(place)], check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(30)
 
 
 def test_an_error_of_another_process_is_told(place):
