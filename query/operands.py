@@ -222,11 +222,11 @@ class DenseOperand:
         for group, shard, positions, offsets in index.by_shard(rows):
             reader = index.rows(shard, self.component)
             part = slice(first, first + len(positions))
-            if self.component.one_bit:
+            arrays = index.search_arrays(group, self.component)
+            if arrays is None:  # of one-bit rows, or of a search cache that is missing
                 codes[part] = [reader.code(offset) for offset in offsets.tolist()]
             else:
-                checks = index.search_arrays(group, self.component).checks
-                reader.take(offsets, checks[offsets + (shard.first - group.first)], codes[part])
+                reader.take(offsets, arrays.checks[offsets + (shard.first - group.first)], codes[part])
             lengths[part] = reader.norms[offsets] * reader.factors()[offsets]
             order[part] = positions
             first = part.stop

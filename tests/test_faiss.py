@@ -83,6 +83,14 @@ def test_a_faiss_index_finds_what_a_scan_finds_and_says_how_much_it_misses(copy,
         assert np.mean(shared) == 1.0
 
 
+def test_candidates_are_read_without_search_caches_too(copy):
+    make_faiss(Index(copy), "Flat", "", None, Silent())
+    queries = [Query(row=row) for row in (3, 500, 2900)]
+    expected = [best(answer) for answer in Client(copy).query_many(queries, k=10, engine="faiss")]
+    shutil.rmtree(copy / "search")
+    assert [best(answer) for answer in Client(copy).query_many(queries, k=10, engine="faiss")] == expected
+
+
 def test_filters_damping_and_opponents_work_as_in_a_scan(tmp_path, model_dir, corpus_file):
     out = tmp_path / "i"
     build(BuildConfig(model=str(model_dir), data=(str(corpus_file),), out=str(out), rank=4, shard_rows=32))
