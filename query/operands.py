@@ -224,7 +224,7 @@ class DenseOperand:
             part = slice(first, first + len(positions))
             arrays = index.search_arrays(group, self.component)
             if arrays is None:  # of one-bit rows, or of a search cache that is missing
-                codes[part] = [reader.code(offset) for offset in offsets.tolist()]
+                codes[part] = [reader.code(offset).view(np.uint8) for offset in offsets.tolist()]
             else:
                 reader.take(offsets, arrays.checks[offsets + (shard.first - group.first)], codes[part])
             lengths[part] = reader.norms[offsets] * reader.factors()[offsets]
