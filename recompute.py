@@ -125,7 +125,7 @@ class Recomputer:
         metric: Metric,
         rows: Int64[np.ndarray, " rows"],
         answers: range | None = None,
-    ) -> Float64[np.ndarray, "answers rows"]:
+    ) -> Float64[np.ndarray, "computed rows"]:
         """Compute the scores of training examples.
 
         Args:

@@ -113,8 +113,8 @@ class TrainingRecorder:
     def batch(
         self,
         input_ids: Int[Tensor, "batch tokens"],
-        labels: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        labels: Int[Tensor, "_ _"],
+        attention_mask: Int[Tensor, "_ _"] | None = None,
         *,
         denominator: float | None = None,
         ids: Sequence[str] | None = None,

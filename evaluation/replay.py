@@ -185,7 +185,7 @@ def replay_examples(run: str | Path, examples: Sequence[Example], reporter: Repo
 def _query_examples(directory: Path, trained: Sequence[Example], queries: Sequence[Query]) -> Iterator[Example]:
     source = ModelSource(str(directory))
     eos = load_tokenizer(source).eos_token_id
-    ended = sum(example.token_ids[-1] == eos for example in trained)
+    ended = sum(bool(example.token_ids[-1] == eos) for example in trained)
     converter = CausalLM().converter(source, append_eos=2 * ended > len(trained))
     for query in queries:
         yield converter.query(query_document(query), query.span)

@@ -85,7 +85,7 @@ def baseline_candidates(
 def rerank(
     numbers: range,
     stored_hits: Sequence[Hits],
-    further_candidates: Sequence[Int64[np.ndarray, " others"]],
+    further_candidates: Sequence[Int64[np.ndarray, " _others"]],
     sizes: Sizes,
     recomputation: Recomputation,
 ) -> list[Reranked]:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wherefrom import Client, Query, build
 from wherefrom.cli import main
+from wherefrom.indexer.models import ModelSource
 from wherefrom.store.documents import Documents, Example, write_documents
 from wherefrom.store.errors import DataError, IncompatibleError, IntegrityError, UsageError
 
@@ -574,7 +575,7 @@ def test_measurements_of_a_denoiser_are_their_formulas(tmp_path):
 
     def value(measurement, features):
         task = find_task(f"diffusion(shape=1x4x4, timesteps=30, query_draws=30, measurement_of_queries={measurement})")
-        client_examples = list(task.converter(None).documents([_document(features)]))
+        client_examples = list(task.converter(ModelSource("none")).documents([_document(features)]))
         with torch.no_grad():
             return task, float(task.measurement(model, task.collate(client_examples, torch.device("cpu")))[0])
 
@@ -619,7 +620,7 @@ def test_labels_that_are_drawn_give_the_gauss_newton_matrix(tmp_path):
     model = random_(Denoiser())
     records = diffusion_records(1)
     task = find_task("diffusion(shape=1x4x4, timesteps=50, draws=4)")
-    batch = task.collate(list(task.converter(None).documents([_document(records[0]["features"])])), torch.device("cpu"))
+    batch = task.collate(list(task.converter(ModelSource("none")).documents([_document(records[0]["features"])])), torch.device("cpu"))
     weight = model.time.weight.requires_grad_(True)
     total, seeds = 0, 4000
     for seed in range(seeds):
@@ -706,7 +707,7 @@ def test_a_task_of_ones_own_is_two_functions(tmp_path):
     assert_close(query, np.concatenate([found[name].reshape(-1).numpy() for name in ("0", "3")]), 1e-5)
     for features, message in (([0.0, 0.5], "vectors of 2 numbers, and the shape 1x4x4 takes 16"), ([[0.0, 0.5]], "not a flat list")):
         with pytest.raises(UsageError, match=message):
-            client.query(features=features)
+            client.query(Query(features=features))
     with pytest.raises(UsageError, match="takes no seed"):
         build(model, records, tmp_path / "j", task=task, labels="sampled", **WHOLE)
     assert build(model, records, tmp_path / "k", task=task).manifest.components[0].curvature.labels == "data"

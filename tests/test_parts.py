@@ -12,7 +12,7 @@ from wherefrom.query.groups import Sums, SumTree
 from wherefrom.query.parts import Part
 from wherefrom.ray_jobs.fleet import split_groups
 from wherefrom.store.errors import BusyError, UsageError
-from wherefrom.store.index import Index
+from wherefrom.store.index import Index, ShardGroup
 
 
 class Apart:
@@ -147,7 +147,7 @@ def test_later_parts_read_only_what_can_be_among_the_best(tmp_path, index_dir):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 40))
 def test_parts_are_consecutive_none_is_empty_and_all_are_alike(sizes, count):
     firsts = np.cumsum([0, *sizes])
-    groups = [type("Group", (), {"first": first, "rows": rows}) for first, rows in zip(firsts, sizes, strict=False)]
+    groups = [ShardGroup((), int(first), rows) for first, rows in zip(firsts, sizes, strict=False)]
     parts = split_groups(groups, count)
     assert [number for part in parts for number in part] == list(range(len(sizes)))
     assert len(parts) == min(count, len(sizes))

@@ -289,7 +289,7 @@ def test_a_margin_of_a_certain_example_is_finite():
     from wherefrom.indexer.tasks import Objective
 
     targets = torch.tensor([[1, IGNORED], [1, IGNORED], [1, 2]])
-    values = Certain().value(None, Batch(("a", "b", "c"), targets, targets, targets >= 0), Objective(margin=True))
+    values = Certain().value(torch.nn.Linear(1, 1), Batch(("a", "b", "c"), targets, targets, targets >= 0), Objective(margin=True))
     assert torch.isfinite(values).all()
     assert float(values[2].detach()) == pytest.approx(2 / (1 - math.exp(-1)))
 

@@ -275,13 +275,17 @@ def test_a_parameter_that_never_had_a_gradient_has_a_finite_derivative():
 @pytest.mark.parametrize("steps", [1, 2, 7, 9, 70])
 def test_states_come_in_reverse_order_and_few_are_kept(steps, parts, monkeypatch):
     """Of a stand-in for the run's steps, whose states are their numbers."""
+
+    def state(number):
+        return State(*[torch.tensor([float(number)])] * 3)
+
     replay = object.__new__(Replay)
     replay.weights = None
     counted = []
-    monkeypatch.setattr(Replay, "initial", lambda self: 0)
+    monkeypatch.setattr(Replay, "initial", lambda self: state(0))
     monkeypatch.setattr(Replay, "_parts", lambda self, steps: parts)
-    monkeypatch.setattr(Replay, "step", lambda self, state, number, weights: counted.append(number) or state + 1)
-    assert list(Replay.states(replay, steps)) == [(i, i) for i in reversed(range(steps))]
+    monkeypatch.setattr(Replay, "step", lambda self, before, number, weights: counted.append(number) or state(before.parameters + 1))
+    assert [(number, int(before.parameters)) for number, before in Replay.states(replay, steps)] == [(i, i) for i in reversed(range(steps))]
     levels = int(np.ceil(np.log(max(steps, 2)) / np.log(parts)))
     assert len(counted) <= steps * levels
 
