@@ -142,6 +142,7 @@ _mode_option = click.option(
 )
 _BUILD_HAS = ("damping", "curvature", "weights", "layers", "preset")  # options of a build, with which an index is made to be judged
 _device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, map or tp.")
+_training_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _queries_option = click.option("--file", type=click.Path(), required=True, help="JSON lines of queries; - reads standard input.")
 _local_option = click.option("--local", is_flag=True, help="Answer in this process even if a server runs.")
 
@@ -730,7 +731,7 @@ def removal(
 @click.option("--out", type=click.Path(), required=True, help="Name of the report: OUT.json and OUT.html.")
 @click.option("--key", type=click.Path(), help="Private Ed25519 key (PEM) that signs the report; wherefrom verify checks it.")
 @_moved_model_option
-@_device_option
+@_training_device_option
 @_worker_options
 @_json_option
 def act(index: str, remove: str, file: str, held_out: str | None, as_json: bool, **options: Any) -> None:
@@ -851,7 +852,7 @@ def export(index: str, format: Any, out: str, component: str | None, factory: st
     "--out", type=click.Path(), help="Also write all scores: scores.zarr or scores.parquet; an interrupted replay then continues."
 )
 @click.option("-k", type=click.IntRange(1, 1000), default=3, show_default=True, help="Examples to show of each sign, for each query.")
-@_device_option
+@_training_device_option
 @_worker_options
 @_json_option
 def replay(run: str, file: str, out: str | None, k: int, as_json: bool, **options: Any) -> None:
@@ -1087,7 +1088,7 @@ def tailpatch(index: str, file: str, model: tuple[str, ...], device: str, task: 
 @click.option("--draws", type=int, default=5, show_default=True, help="Random choices to compare with.")
 @_mode_option
 @_moved_model_option
-@_device_option
+@_training_device_option
 @_worker_options
 @_json_option
 def brittleness(index: str, train: str, base: str, file: str, as_json: bool, **options: Any) -> None:
@@ -1147,7 +1148,7 @@ def recall(index: str, reference: str, file: str | None, as_json: bool, **option
 @_queries_option
 @_mode_option
 @_moved_model_option
-@_device_option
+@_training_device_option
 @_worker_options
 @_json_option
 def evaluate_replay(index: str, run: str, file: str, as_json: bool, **options: Any) -> None:
@@ -1198,7 +1199,7 @@ def usual(index: str, file: str, as_json: bool, **model: Any) -> None:
 @click.option("--file", type=click.Path(), help="With --run: JSON lines of queries.")
 @click.option("--report", type=click.Path(), help="JSON report of wherefrom act, instead of either.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Write the slope into the index.")
-@_device_option
+@_training_device_option
 @_worker_options
 @_json_option
 def slope(index: str, pack: str | None, data: str | None, queries: Any, file: str | None, as_json: bool, **options: Any) -> None:
@@ -1237,7 +1238,7 @@ def slope(index: str, pack: str | None, data: str | None, queries: Any, file: st
 @click.option("--append-eos/--no-append-eos", default=True, show_default=True, help="End each document with the end-of-text token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws the subsets.")
 @_worker_options
-@_device_option
+@_training_device_option
 @_json_option
 def pack(as_json: bool, **options: Any) -> None:
     """Make ground truth for your own model: retrain on random subsets and measure.

@@ -136,7 +136,7 @@ def _mean(values: Float64[np.ndarray, " n"]) -> float:
 
 
 def columns_correlation(
-    a: Float64[np.ndarray, "subsets queries"], b: Float64[np.ndarray, "subsets queries"]
+    a: Float[np.ndarray, "subsets queries"], b: Float[np.ndarray, "subsets queries"]
 ) -> Float64[np.ndarray, " queries"]:
     """Spearman's correlation of each column (ties at their mean rank); NaN where b is constant, 0 where only a is."""
     a, b = (_rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))

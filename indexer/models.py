@@ -184,7 +184,10 @@ def resolve_device(device: str) -> torch.device:
             raise RuntimeError("the meta device has no data")
         return resolved
     except RuntimeError as error:
-        raise UsageError(f"{device!r} is not a device of this machine; use auto, cpu, cuda or cuda:N") from error
+        raise UsageError(
+            f"{device!r} is not a device of this machine; use auto, cpu, cuda or cuda:N (map and tp are for passes of a language model, "
+            "not for training)"
+        ) from error
 
 
 def layer_device(model: nn.Module, layer: str) -> torch.device:

@@ -11,6 +11,7 @@ from .encoder import Encoder, EncoderSettings
 from .examples import DocumentConverter
 from .models import IN_MEMORY, LoadedModel, ModelSource, model_fingerprint, set_trained
 from .tasks import Task, find_task, load_model
+from .tensor_parallel import is_lost
 
 _QUERY_BATCH_TOKENS = 2048
 
@@ -81,13 +82,24 @@ class RecordedEncoder:
         self.check_converter(converter)
         return converter
 
-    @cached_property
+    @property
     def models(self) -> tuple[nn.Module, ...]:
-        """The models, frozen.
+        """The models, frozen. Split ones whose processes have ended are loaded again.
 
         Raises:
             IncompatibleError: a model is not the one that the index was built with.
         """
+        self._drop_lost()
+        return self._loaded
+
+    def _drop_lost(self) -> None:
+        """Forget models that are split over processes which have ended, so that they are loaded again."""
+        if any(map(is_lost, self.__dict__.get("_loaded", ()))):
+            del self._loaded
+            self.__dict__.pop("_encoder", None)
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, ...]:
         models = tuple(load_model(self.task, source) for source in self.sources)
         self.check_models([model_fingerprint(model) for model in models])
         for model, record in zip(models, self.index.manifest.models, strict=True):
@@ -95,9 +107,14 @@ class RecordedEncoder:
                 set_trained(model, frozenset(record.trained))
         return models
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
-        """The encoder that computed the rows of the index."""
+        """The encoder that computed the rows of the index; of the same models as long as these are not lost (see `models`)."""
+        self._drop_lost()
+        return self._encoder
+
+    @cached_property
+    def _encoder(self) -> Encoder:
         has_hidden = self.index.hidden(self.index.shards[0]) is not None
         settings = EncoderSettings(self.index.manifest.components, _QUERY_BATCH_TOKENS, has_hidden)
         return Encoder(self.task, self.models, settings, self.index.arrays)
@@ -132,6 +149,6 @@ class RecordedEncoder:
         """The encoder of a newer state of the index, with the loaded models where both states have the same encoder."""
         newer = RecordedEncoder(index, self._models, *self._options, self._task_name)
         if (index.manifest.encoder, index.manifest.models) == (self.index.manifest.encoder, self.index.manifest.models):
-            loaded = {"task", "sources", "converter", "models"} & self.__dict__.keys()
+            loaded = {"task", "sources", "converter", "_loaded"} & self.__dict__.keys()
             newer.__dict__.update({name: self.__dict__[name] for name in loaded})
         return newer

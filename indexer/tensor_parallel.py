@@ -10,7 +10,6 @@ the same as in one process. That moves about twice the bytes of slices that stay
 """
 
 import atexit
-import functools
 import inspect
 import itertools
 import json
@@ -47,7 +46,8 @@ _STYLES = {
     "rowwise_split_input": "rowwise_split_input",
 }
 _ENDING_SECONDS = 10.0
-_LOOPBACK = "lo"  # the network interface over which the processes of a machine meet
+_MOST_LOADS = 16  # of models in a group
+_INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _FOLLOW = f"from {__name__} import follow; follow()"
 
@@ -96,26 +96,31 @@ def load_split(size: int, slices: Mapping[str, Any], load: Callable[[], nn.Modul
         slices: the arguments with which the other processes load their slices (see `models.load_slices`).
         load: loads this process's slices.
 
+    A process has one group of others. To load a model in a group of another size ends the former group, and its models are lost.
+
     Raises:
         UsageError: this process is one of a distributed program.
         WorkerError: a process ended.
     """
-    group = _Group.of(size)
-    try:
-        group.tell("load", **slices)
-        with group.failures():
+    with _LOADING:
+        group = _Group.of(size)
+        with group.exchange():
+            group.tell("load", **slices)
             model = load()
             _await_all()
-    except BaseException:
-        group.close()
-        raise
-    group.lead(model)
+        group.lead(model)
     return model
 
 
 def is_split(model: nn.Module) -> bool:
     """Return True if other processes hold slices of the model."""
     return model in _LEADS
+
+
+def is_lost(model: nn.Module) -> bool:
+    """Return True if other processes held slices of the model, and have ended."""
+    lead = _LEADS.get(model)
+    return lead is not None and (lead.group.is_closed or lead.group.ended() is not None)
 
 
 def refuse_split(model: nn.Module, what: str) -> None:
@@ -133,7 +138,7 @@ def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     lead = _LEADS.get(model)
     if lead is None or not hasattr(tensor, "full_tensor"):
         return tensor
-    with lead.group.lock, lead.group.failures():
+    with lead.group.exchange():
         lead.group.tell("gather", model=lead.number, name=name)
         return tensor.full_tensor()
 
@@ -154,7 +159,7 @@ def shared_pass(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
     if lead is None:
         yield
         return
-    with lead.group.lock, lead.group.failures():
+    with lead.group.passes():
         lead.starts = tuple(layers)
         try:
             yield
@@ -180,35 +185,45 @@ class _Lead:
     starts: tuple[str, ...] = ()
 
 
+_LOADING = threading.RLock()
 _LEADS: "weakref.WeakKeyDictionary[nn.Module, _Lead]" = weakref.WeakKeyDictionary()
 
 
 class _Group:
     """The processes that compute models together, as their leader sees them.
 
-    Attributes:
-        lock: is held while the processes exchange values: one pass, or one parameter, at a time.
+    An error of the leader while values are exchanged ends the group, since the others would wait for values that no longer come.
     """
 
     current: "_Group | None" = None
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.lock = threading.RLock()
+        self.is_closed = False
+        self._lock = threading.RLock()  # held while values are exchanged: one pass, or one parameter, at a time
+        self._is_exchanging = False
+        self._loads = 0
         self._folder = tempfile.TemporaryDirectory(prefix="wherefrom-")
         self._numbers = itertools.count()
         self._calls = itertools.count()
         self._forgotten: deque[tuple[str, int]] = deque()
-        self._is_closed = False
-        self._processes = [self._start(rank) for rank in range(1, size)]
-        _join(0, size, self._meeting)
+        self._processes: list[subprocess.Popen[bytes]] = []
         atexit.register(self.close)
+        try:
+            self._processes += [self._start(rank) for rank in range(1, size)]
+            self._await_start()
+            with _loopback():
+                _join(0, size, self._meeting)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def of(cls, size: int) -> "_Group":
         """Return the group of this process; start it if there is none of that size."""
         group = cls.current
-        if group is not None and group.size == size and group.ended() is None:
+        if group is not None and group.size == size and group.ended() is None and not group.is_worn:
+            group._loads += 1
             return group
         if group is not None:
             group.close()
@@ -218,6 +233,11 @@ class _Group:
         return cls.current
 
     @property
+    def is_worn(self) -> bool:
+        """True after many loads, of which no model is left: each leaves some threads and files behind."""
+        return self._loads >= _MOST_LOADS and not any(lead.group is self for lead in _LEADS.values())
+
+    @property
     def _meeting(self) -> str:
         return str(Path(self._folder.name) / "meeting")
 
@@ -225,12 +245,19 @@ class _Group:
         task = {"rank": rank, "size": self.size, "meeting": self._meeting, "threads": torch.get_num_threads()}
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "LOCAL_RANK": str(rank)}
         with open(self._log(rank), "wb") as log:
-            arguments = [sys.executable, "-c", _FOLLOW, json.dumps(task)]
+            arguments = [sys.executable, "-P", "-c", _FOLLOW, json.dumps(task)]  # nothing is imported from the working directory
             # In a session of its own, an interrupt from the terminal comes to the leader alone.
             return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def _log(self, rank: int) -> Path:
         return Path(self._folder.name) / f"{rank}.log"
+
+    def _await_start(self) -> None:
+        """Wait until the other processes are about to join."""
+        while not all(_ready(self._meeting, rank).exists() for rank in range(1, self.size)):
+            if self.ended() is not None:
+                raise self._failure()
+            time.sleep(0.05)
 
     def tell(self, action: str, **arguments: Any) -> None:
         """Have the other processes do something.
@@ -240,7 +267,7 @@ class _Group:
         """
         forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
         line = json.dumps({"action": action, "forgotten": forgotten, **arguments}).encode() + b"\n"
-        if self._is_closed:
+        if self.is_closed:
             raise WorkerError("the processes that compute the model together have ended; load it again")
         for process in self._processes:
             try:
@@ -255,17 +282,41 @@ class _Group:
         return next((rank for rank, process in enumerate(self._processes, 1) if process.poll() is not None), None)
 
     @contextmanager
-    def failures(self) -> Iterator[None]:
-        """Raise a WorkerError in place of an error of the exchange with a process that ended."""
-        try:
+    def passes(self) -> Iterator[None]:
+        """Hold the lock for a forward and a backward pass; end the group if an error comes while values are exchanged.
+
+        Raises:
+            WorkerError: another process ended, in place of the error that this led to.
+        """
+        with self._lock:
+            try:
+                yield
+            except BaseException as error:
+                if not self._is_exchanging or self.is_closed:
+                    raise
+                deadline = time.monotonic() + _ENDING_SECONDS
+                while "onnection" in str(error) and self.ended() is None and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                if self.ended() is None or not isinstance(error, Exception):
+                    self.close()
+                    raise
+                raise self._failure() from error
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Exchange values with the other processes while open; see `passes`."""
+        with self.passes():
+            self._is_exchanging = True
             yield
-        except RuntimeError as error:
-            deadline = time.monotonic() + _ENDING_SECONDS
-            while dist.is_initialized() and "onnection" in str(error) and self.ended() is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if self.ended() is None or isinstance(error, WorkerError):
-                raise
-            raise self._failure() from error
+            self._is_exchanging = False
+
+    def start_backward(self) -> None:
+        """Exchange values from now to the end of the backward pass that runs."""
+        self._is_exchanging = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._is_exchanging = False
 
     def _failure(self) -> WorkerError:
         """Return the error of a process that ended, and end the others."""
@@ -278,44 +329,35 @@ class _Group:
 
     def lead(self, model: nn.Module) -> None:
         """Make this process the leader of the model's passes."""
-        body: Any = model.base_model
-        forward = body.forward
-        names = tuple(inspect.signature(forward).parameters)
         lead = _Lead(self, next(self._numbers))
         _LEADS[model] = lead
         weakref.finalize(model, self._forgotten.append, ("model", lead.number))
+        body: Any = model.base_model
+        body.forward = _Forward(body.forward, lead)
 
-        @functools.wraps(forward)
-        def announced(*args: Any, **kwargs: Any) -> Any:
-            values = dict(zip(names, args, strict=False)) | kwargs
-            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-            others = {name: value for name, value in values.items() if name not in tensors}
-            for name, value in others.items():
-                if not (value is None or isinstance(value, (bool, int, float, str))):
-                    raise UsageError(f"a model that several processes compute takes no {type(value).__name__} ({name}); use another device")
-            call = _Call(next(self._calls), self._forgotten)
-            with self.lock, self.failures():
-                self.tell(
-                    "forward",
-                    model=lead.number,
-                    call=call.number,
-                    others=others,
-                    tensors=[[name, *_form(tensor)] for name, tensor in tensors.items()],
-                    starts=lead.starts if torch.is_grad_enabled() else None,
-                )
-                for tensor in tensors.values():
-                    _send(tensor)
-                output = forward(**tensors, **others)
-            key = next(iter(output))
-            if output[key].requires_grad:
-                output[key] = _Backward.apply(output[key], self, call)
-            return output
-
-        body.forward = announced
+    def call(self, forward: Callable[..., Any], lead: _Lead, tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> Any:
+        """Call a model's body in all processes; return what it returns here."""
+        call = _Call(next(self._calls), self._forgotten)
+        with self.exchange():
+            self.tell(
+                "forward",
+                model=lead.number,
+                call=call.number,
+                others=others,
+                tensors=[[name, *_form(tensor)] for name, tensor in tensors.items()],
+                starts=lead.starts if torch.is_grad_enabled() else None,
+            )
+            for tensor in tensors.values():
+                _send(tensor)
+            output = forward(**tensors, **others)
+        key = next(iter(output))
+        if output[key].requires_grad:
+            output[key] = _Backward.apply(output[key], self, call)
+        return output
 
     def close(self) -> None:
         """End the other processes and leave the group."""
-        self._is_closed = True
+        self.is_closed = True
         atexit.unregister(self.close)
         if _Group.current is self:
             _Group.current = None
@@ -325,9 +367,34 @@ class _Group:
             with suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
         self._folder.cleanup()
+
+
+class _Forward:
+    """The forward method of a body that all processes compute."""
+
+    def __init__(self, forward: Any, lead: _Lead) -> None:
+        self.__signature__ = inspect.signature(forward)
+        self._names = tuple(self.__signature__.parameters)
+        self._forward = weakref.WeakMethod(forward)
+        self._lead = lead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = dict(zip(self._names, args, strict=False)) | kwargs
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in values.items() if name not in tensors}
+        for name, value in others.items():
+            if not (value is None or isinstance(value, (bool, int, float, str))):
+                raise UsageError(f"a model that several processes compute takes no {type(value).__name__} ({name}); use another device")
+        forward = self._forward()
+        assert forward is not None  # the caller holds the body
+        return self._lead.group.call(forward, self._lead, tensors, others)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UsageError("a model that several processes compute cannot be copied; load it again, or use a `device` other than tp")
 
 
 class _Call:
@@ -352,6 +419,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
+        context.group.start_backward()
         context.group.tell("backward", call=context.call.number, form=_form(gradient))
         _send(gradient)
         return gradient, None, None
@@ -418,13 +486,15 @@ def follow() -> None:
     from . import models
 
     task = json.loads(sys.argv[1])
-    models.configure_memory()
-    torch.set_num_threads(task["threads"])
-    _join(task["rank"], task["size"], task["meeting"])
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
-    follower = _Follower()
     try:
+        models.configure_memory()
+        torch.set_num_threads(task["threads"])
+        with _loopback():
+            _ready(task["meeting"], task["rank"]).touch()
+            _join(task["rank"], task["size"], task["meeting"])
+        follower = _Follower()
         while True:
             message = json.loads(lines.get())
             follower.forget(message.pop("forgotten"))
@@ -446,11 +516,25 @@ def _join(rank: int, size: int, meeting: str) -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(rank)
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     device = torch.device("cuda", rank) if on_gpus else None
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, device_id=device)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Have processes meet on the loopback interface while open, unless the environment names another."""
+    added = [name for name in _INTERFACES if name not in os.environ and sys.platform.startswith("linux")]
+    os.environ.update(dict.fromkeys(added, "lo"))
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _ready(meeting: str, rank: int) -> Path:
+    """Return the file that a process makes just before it joins."""
+    return Path(f"{meeting}-{rank}")
 
 
 def _await_all() -> None:

@@ -321,6 +321,21 @@ def test_a_build_whose_node_is_killed_makes_the_very_same_files(cluster, tmp_pat
     assert checksums(out) == checksums(alone)
 
 
+@pytest.mark.slow
+def test_a_model_is_split_on_a_node_of_a_cluster(cluster, tmp_path):
+    make_model("llama", "float32").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"d{i}", "text": t} for i, t in enumerate(random_texts(40, seed=5))])
+    config = partial(BuildConfig, model=str(tmp_path / "model"), data=str(corpus), rank=4, dtype="float64", components=("blocks",))
+    cluster.add_node(num_cpus=2)
+    build(config(out=str(tmp_path / "alone")))
+    build(config(out=str(tmp_path / "split"), address=cluster.address, device="tp:2"))
+    rows = [Index(tmp_path / name) for name in ("alone", "split")]
+    (component,) = rows[0].manifest.components
+    alone, split = (np.concatenate([index.vectors(row, component).values for row in range(40)]) for index in rows)
+    np.testing.assert_allclose(split, alone, atol=1e-5 * np.abs(alone).max())
+
+
 def test_random_kills_leave_results_whole(cluster, tmp_path):
     """WHEREFROM_KILLS of nodes, workers and ledgers, at random times."""
     seed = int.from_bytes(os.urandom(4), "little")

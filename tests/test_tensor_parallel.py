@@ -3,11 +3,13 @@
 The processes exchange values by gloo here, and by NCCL on GPUs.
 """
 
+import copy
 import os
 import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 
 import numpy as np
@@ -20,7 +22,7 @@ from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer import tensor_parallel
 from wherefrom.indexer.devices import cooperating
-from wherefrom.indexer.models import LoadedModel, ModelSource, load_causal_lm, logits_of, model_fingerprint
+from wherefrom.indexer.models import LoadedModel, ModelSource, frozen_copy, load_causal_lm, logits_of, model_fingerprint
 from wherefrom.indexer.tensor_parallel import is_split, own_slice, process_count, split_plan, whole
 from wherefrom.ray_jobs.build import build
 from wherefrom.ray_jobs.executor import Resources, gpus_of_each
@@ -177,8 +179,6 @@ def test_adapters_and_models_in_memory_are_not_split(place, tmp_path):
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{place}", "peft_type": "LORA"}}')
     with pytest.raises(UsageError, match=r"an adapter is not split over processes; merge .* \(merge_and_unload\)"):
         load_causal_lm(ModelSource(str(tmp_path), device="tp:2"))
-    from wherefrom.indexer.models import frozen_copy
-
     with pytest.raises(UsageError, match="'tp:2' is not a device of this machine"):
         frozen_copy(ModelSource("m", device="tp:2"), LoadedModel(make_model("llama", "float32")))
 
@@ -188,13 +188,111 @@ def test_a_process_that_dies_is_a_sentence_and_another_load_goes_on(place, corpu
     build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), rank=2))
     client = Client(out, device="tp:2")
     answer = client.query(text="w1 w2 w3")
+    model = client.encoder.model
+    assert os.getsid(tensor_parallel._Group.current._processes[0].pid) != os.getsid(0)  # the terminal's interrupts come to the leader alone
     os.kill(tensor_parallel._Group.current._processes[0].pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"process 1 of the 2 that compute the model together ended \(.*\); try again"):
         client.query(text="w1 w2 w4")
     with pytest.raises(WorkerError, match="have ended; load it again"):
-        client.query(text="w1 w2 w5")
-    again = Client(out, device="tp:2").query(text="w1 w2 w3")
+        logits_of(model, torch.ones(1, 4, dtype=torch.long))
+    again = client.query(text="w1 w2 w3")  # loads the model again
     assert [a.row for a in again.proponents] == [a.row for a in answer.proponents]
+    assert client.encoder.model is not model
+
+
+class OddError(BaseException):
+    """An interrupt, or an error that is nobody's in particular."""
+
+
+def test_an_error_of_the_leader_in_a_pass_ends_the_group_and_another_load_goes_on(place, corpus_file, tmp_path):
+    def raise_odd(*_):
+        raise OddError
+
+    def raise_later(module, args, output):
+        if output.requires_grad:
+            output.register_hook(raise_odd)
+
+    out = tmp_path / "i"
+    build(BuildConfig(model=str(place), data=(str(corpus_file),), out=str(out), components=("blocks",), rank=2))
+    client = Client(out, device="tp:2")
+    expected = client.query(text="w1 w2 w3", rerank=0)
+    for hook in (raise_odd, raise_later):
+        client.encoder.model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(hook)
+        with pytest.raises(OddError):
+            client.query(text="w4 w5", rerank=0)
+        assert tensor_parallel._Group.current is None
+        again = client.query(text="w1 w2 w3", rerank=0)
+        assert_close([a.score for a in again.proponents], [a.score for a in expected.proponents], 1e-5)
+
+
+def test_an_error_between_passes_ends_nothing(place):
+    model = load_causal_lm(ModelSource(str(place), device="tp:2"))
+
+    def fail():
+        with tensor_parallel.shared_pass(model, []):
+            logits_of(model, torch.ones(1, 4, dtype=torch.long))
+            raise OddError
+
+    with pytest.raises(OddError):
+        fail()
+    assert logits_of(model, torch.ones(1, 4, dtype=torch.long)).shape == (1, 4, 62)
+
+
+def test_threads_that_ask_and_load_do_not_disturb_each_other(place):
+    first = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
+    tokens = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        expected = logits_of(first, tokens)
+
+    def ask(_):
+        with torch.no_grad():
+            return logits_of(first, tokens)
+
+    def load(_):
+        model = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
+        with torch.no_grad():
+            return logits_of(model, tokens)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [*pool.map(ask, range(40)), *pool.map(load, range(3)), *pool.map(ask, range(40))]
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_process_that_does_not_start_is_told_and_none_imports_from_the_working_directory(place, tmp_path, monkeypatch):
+    if tensor_parallel._Group.current is not None:
+        tensor_parallel._Group.current.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_parallel, "_FOLLOW", "raise SystemExit('the GPU is busy')")
+        with pytest.raises(WorkerError, match=r"process 1 of the 2 that compute the model together ended \(the GPU is busy\)"):
+            load_causal_lm(ModelSource(str(place), device="tp:2"))
+    for name in ("inspect", "queue", "tokenize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\nraise ImportError")
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    assert is_split(load_causal_lm(ModelSource(str(place), device="tp:2")))
+    assert not (tmp_path / "imported").exists()
+    assert dict(os.environ) == before
+
+
+def test_copies_are_refused(place):
+    model = load_causal_lm(ModelSource(str(place), device="tp:2"))
+    for copied in (copy.deepcopy, lambda m: frozen_copy(ModelSource("m"), LoadedModel(m))):
+        with pytest.raises(UsageError, match="cannot be copied; load it again"):
+            copied(model)
+
+
+def test_what_the_leader_forgot_is_forgotten_by_the_others(place):
+    model = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
+    group = tensor_parallel._Group.current
+    layer = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(layer).register_forward_hook(lambda module, args, output: tensor_parallel.with_gradient(output))
+    with tensor_parallel.shared_pass(model, [layer]):
+        states = model.base_model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)[0]
+    del states
+    (forgotten,) = [number for kind, number in group._forgotten if kind == "call"]
+    group.tell("backward", call=forgotten, form=["float64", [1, 4, 16]])
+    with pytest.raises(WorkerError, match=rf"ended \(KeyError: {forgotten}\)"):
+        logits_of(model, torch.ones(1, 4, dtype=torch.long))
 
 
 def test_the_other_processes_end_with_a_leader_that_is_killed(place):
@@ -207,14 +305,6 @@ def test_the_other_processes_end_with_a_leader_that_is_killed(place):
     assert done.returncode == -signal.SIGKILL, done.stderr
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(30)
-
-
-def test_an_error_of_another_process_is_told(place):
-    model = load_causal_lm(ModelSource(str(place), device="tp:2"))
-    group = tensor_parallel._Group.current
-    group.tell("gather", model=tensor_parallel._LEADS[model].number, name="no.such.parameter")
-    with pytest.raises(WorkerError, match=r"ended \(KeyError: 'no.such.parameter'\)"):
-        logits_of(model, torch.ones(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -251,13 +341,3 @@ def test_one_process_is_an_ordinary_model(place):
 def test_workers_get_the_gpus_of_their_model(nodes, workers, device, each):
     assert gpus_of_each(nodes, Resources(workers=workers, device=device)) == each
     assert cooperating(device) == (1 if device == "tp" else int(device[-1]))
-
-
-def test_a_build_on_ray_gives_the_same(place, corpus_file, tmp_path):
-    for workers, device in ((1, "cpu"), (2, "tp:2")):
-        options = ["--model", place, "--data", corpus_file, "--out", tmp_path / device, "-o", "rank=3", "--workers", workers]
-        result = CliRunner().invoke(main, ["build", *map(str, options), "--dtype", "float64", "-o", "shard_rows=30", "--device", device])
-        assert result.exit_code == 0, result.output
-    one, two = Client(tmp_path / "cpu"), Client(tmp_path / "tp:2")
-    for a, b in zip(one.query_many([Query(row=3)]), two.query_many([Query(row=3)]), strict=True):
-        assert_close([p.score for p in b.proponents], [p.score for p in a.proponents], 1e-4)
