@@ -13,7 +13,7 @@ from ..query.options import Mode, Query
 from ..query.scoring import score_matrix
 from ..ray_jobs.progress import Reporter, reporting
 from ..store.errors import DataError, IncompatibleError
-from ..store.shapes import Float64
+from ..store.shapes import Float
 from ..store.training import read_training
 from .baselines import content_baselines, require_libraries
 from .checks import Report, mean_figure, refuse_contrasts
@@ -93,7 +93,7 @@ class Compared(NamedTuple):
 
 def exact_scores(
     client: Client, run: str | Path, queries: Sequence[Query], mode: Mode, reporter: Reporter, **resources: Any
-) -> tuple[Float64[np.ndarray, "examples queries"], Float64[np.ndarray, "examples queries"], Compared]:
+) -> tuple[Float[np.ndarray, "examples queries"], Float[np.ndarray, "examples queries"], Compared]:
     """Compute an index's scores, and exact influence by a replay, of the examples that both have.
 
     Raises:
@@ -125,7 +125,7 @@ def exact_scores(
     return scores, exact, Compared(matched_rows, len(recorded.examples) - len(set(numbers)), replayed)
 
 
-def _shared_best(scores: Float64[np.ndarray, "examples queries"], exact: Float64[np.ndarray, "examples queries"]) -> list[float]:
+def _shared_best(scores: Float[np.ndarray, "examples queries"], exact: Float[np.ndarray, "examples queries"]) -> list[float]:
     k = min(_BEST, len(scores))
     best, truly = (np.argsort(-matrix, axis=0, kind="stable")[:k] for matrix in (scores, exact))
     return [len(set(best[:, q]) & set(truly[:, q])) / k for q in range(scores.shape[1])]
