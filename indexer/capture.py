@@ -22,7 +22,6 @@ from ..store.manifest import Layer
 from ..store.shapes import Float, Int
 from .batches import Batch
 from .experts import RoutedLinear
-from .tensor_parallel import with_gradient
 
 Map = Float[Tensor, "_ _"] | None  # [rank, size]; each layer has its own
 Geometry = tuple[object, ...] | None
@@ -179,6 +178,11 @@ def capture(model: nn.Module, layers: Sequence[Layer], maps: Mapping[str, tuple[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_gradient(output: Tensor) -> Tensor:
+    """Return a layer's output as one that has a gradient: itself, or a copy, since models may write into it."""
+    return output if output.requires_grad else output.detach().requires_grad_(True).clone()
 
 
 def routed_tokens(module: nn.Module) -> Int[Tensor, " routed"] | None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..store.errors import UsageError
 from ..store.manifest import CurvatureKind, Layer
 from .batches import Batch
-from .capture import arrange, geometry, routed_tokens
+from .capture import arrange, geometry, routed_tokens, with_gradient
 from .curvature import choose_curvature
 from .models import differ, layer_sizes, loaded
 from .tasks import Task
-from .tensor_parallel import shared_pass, with_gradient
+from .tensor_parallel import shared_pass
 
 NARROWING = "@narrowing"
 _ADAPTED = "base_layer"  # a part of the names of layers that have an adapter's layers beside them

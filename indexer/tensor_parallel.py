@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..store.errors import IncompatibleError, UsageError, WorkerError
+from .capture import with_gradient
 from .devices import TENSOR_PARALLEL, cooperating
 
 _STYLES = {
@@ -92,18 +93,18 @@ def split_plan(model_class: Any, config: Any, trust_remote_code: bool) -> dict[s
 def load_split(size: int, slices: Mapping[str, Any], load: Callable[[], nn.Module]) -> nn.Module:
     """Load a model in this process and `size - 1` others; its body's calls, and backward passes from them, are computed by all.
 
+    A process has one group of others. To load a model in a group of another size ends the former group, and its models are lost.
+
     Args:
         slices: the arguments with which the other processes load their slices (see `models.load_slices`).
         load: loads this process's slices.
-
-    A process has one group of others. To load a model in a group of another size ends the former group, and its models are lost.
 
     Raises:
         UsageError: this process is one of a distributed program.
         WorkerError: a process ended.
     """
     with _LOADING:
-        group = _Group.of(size)
+        group = _ProcessGroup.of(size)
         with group.exchange():
             group.tell("load", **slices)
             model = load()
@@ -167,11 +168,6 @@ def shared_pass(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
             lead.starts = ()
 
 
-def with_gradient(output: Tensor) -> Tensor:
-    """Return a layer's output as one that has a gradient: itself, or a copy, since models may write into it."""
-    return output if output.requires_grad else output.detach().requires_grad_(True).clone()
-
-
 @dataclass
 class _Lead:
     """The leader's record of a split model.
@@ -180,7 +176,7 @@ class _Lead:
         starts: the layers whose outputs gradients begin at, where nothing before them has one.
     """
 
-    group: "_Group"
+    group: "_ProcessGroup"
     number: int
     starts: tuple[str, ...] = ()
 
@@ -189,13 +185,13 @@ _LOADING = threading.RLock()
 _LEADS: "weakref.WeakKeyDictionary[nn.Module, _Lead]" = weakref.WeakKeyDictionary()
 
 
-class _Group:
+class _ProcessGroup:
     """The processes that compute models together, as their leader sees them.
 
     An error of the leader while values are exchanged ends the group, since the others would wait for values that no longer come.
     """
 
-    current: "_Group | None" = None
+    current: "_ProcessGroup | None" = None
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -212,14 +208,15 @@ class _Group:
         try:
             self._processes += [self._start(rank) for rank in range(1, size)]
             self._await_start()
+            device = _own_gpu(0)
             with _loopback():
-                _join(0, size, self._meeting)
+                _join(0, size, self._meeting, device)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def of(cls, size: int) -> "_Group":
+    def of(cls, size: int) -> "_ProcessGroup":
         """Return the group of this process; start it if there is none of that size."""
         group = cls.current
         if group is not None and group.size == size and group.ended() is None and not group.is_worn:
@@ -359,8 +356,8 @@ class _Group:
         """End the other processes and leave the group."""
         self.is_closed = True
         atexit.unregister(self.close)
-        if _Group.current is self:
-            _Group.current = None
+        if _ProcessGroup.current is self:
+            _ProcessGroup.current = None
         for process in self._processes:
             process.kill()
             process.wait()
@@ -412,7 +409,7 @@ class _Backward(torch.autograd.Function):
     """The output of a body; its gradient goes to all processes."""
 
     @staticmethod
-    def forward(context: Any, output: Tensor, group: _Group, call: _Call) -> Tensor:
+    def forward(context: Any, output: Tensor, group: _ProcessGroup, call: _Call) -> Tensor:
         context.group, context.call = group, call
         return output.view_as(output)
 
@@ -482,7 +479,7 @@ class _Follower:
 
 
 def follow() -> None:
-    """Follow a leader until its end; the arguments are those of `_Group._start`."""
+    """Follow a leader until its end; the arguments are those of `_ProcessGroup._start`."""
     from . import models
 
     task = json.loads(sys.argv[1])
@@ -491,9 +488,10 @@ def follow() -> None:
     try:
         models.configure_memory()
         torch.set_num_threads(task["threads"])
+        device = _own_gpu(task["rank"])
+        _ready(task["meeting"], task["rank"]).touch()
         with _loopback():
-            _ready(task["meeting"], task["rank"]).touch()
-            _join(task["rank"], task["size"], task["meeting"])
+            _join(task["rank"], task["size"], task["meeting"], device)
         follower = _Follower()
         while True:
             message = json.loads(lines.get())
@@ -511,13 +509,18 @@ def _read_lines(lines: "queue.SimpleQueue[bytes]") -> None:
     os._exit(0)
 
 
-def _join(rank: int, size: int, meeting: str) -> None:
+def _own_gpu(rank: int) -> torch.device | None:
+    """Choose and return the GPU of a process; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def _join(rank: int, size: int, meeting: str, gpu: torch.device | None) -> None:
     """Enter the group of processes that meet at a file."""
-    on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank) if on_gpus else None
-    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, device_id=device)
+    backend = "gloo" if gpu is None else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=size, device_id=gpu)
 
 
 @contextmanager

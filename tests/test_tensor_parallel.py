@@ -21,6 +21,7 @@ from helpers import assert_close, make_model, make_tokenizer
 from wherefrom import BuildConfig, Client, Query
 from wherefrom.cli import main
 from wherefrom.indexer import tensor_parallel
+from wherefrom.indexer.capture import with_gradient
 from wherefrom.indexer.devices import cooperating
 from wherefrom.indexer.models import LoadedModel, ModelSource, frozen_copy, load_causal_lm, logits_of, model_fingerprint
 from wherefrom.indexer.tensor_parallel import is_split, own_slice, process_count, split_plan, whole
@@ -67,8 +68,8 @@ def tied(tmp_path_factory):
 def _ended():
     """End the other processes with the last test."""
     yield
-    if tensor_parallel._Group.current is not None:
-        tensor_parallel._Group.current.close()
+    if tensor_parallel._ProcessGroup.current is not None:
+        tensor_parallel._ProcessGroup.current.close()
 
 
 def indexed(place, corpus_file, out, rows, device):
@@ -103,8 +104,8 @@ def test_calls_whose_gradients_are_not_asked_for_are_forgotten(place):
     model = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
     layers = ["model.layers.0.self_attn.q_proj"]
     tokens = torch.arange(1, 21).view(2, 10)
-    group = tensor_parallel._Group.current
-    model.get_submodule(layers[0]).register_forward_hook(lambda module, args, output: tensor_parallel.with_gradient(output))
+    group = tensor_parallel._ProcessGroup.current
+    model.get_submodule(layers[0]).register_forward_hook(lambda module, args, output: with_gradient(output))
     with tensor_parallel.shared_pass(model, layers):
         states = [model.base_model(input_ids=tokens, use_cache=False)[0] for _ in range(3)]
         assert all(state.requires_grad for state in states)
@@ -150,13 +151,13 @@ def test_models_that_cannot_be_split_are_refused(architecture, problem, tmp_path
     else:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, vocab_size=62, num_local_experts=2, **small))
     saved(model, tmp_path / "m")
-    before = tensor_parallel._Group.current
+    before = tensor_parallel._ProcessGroup.current
     options = ["--model", str(tmp_path / "m"), "--data", str(corpus_file), "--out", str(tmp_path / "i"), "--device", "tp:2"]
     result = CliRunner().invoke(main, ["build", *options])
     assert result.exit_code == 3, result.output
     assert problem in result.output
     assert "use the device map" in " ".join(result.output.split())
-    assert tensor_parallel._Group.current is before
+    assert tensor_parallel._ProcessGroup.current is before
 
 
 def test_plans_split_the_layers_of_the_body_alone():
@@ -189,8 +190,9 @@ def test_a_process_that_dies_is_a_sentence_and_another_load_goes_on(place, corpu
     client = Client(out, device="tp:2")
     answer = client.query(text="w1 w2 w3")
     model = client.encoder.model
-    assert os.getsid(tensor_parallel._Group.current._processes[0].pid) != os.getsid(0)  # the terminal's interrupts come to the leader alone
-    os.kill(tensor_parallel._Group.current._processes[0].pid, signal.SIGKILL)
+    (process,) = tensor_parallel._ProcessGroup.current._processes
+    assert os.getsid(process.pid) != os.getsid(0)  # the terminal's interrupts come to the leader alone
+    process.kill()
     with pytest.raises(WorkerError, match=r"process 1 of the 2 that compute the model together ended \(.*\); try again"):
         client.query(text="w1 w2 w4")
     with pytest.raises(WorkerError, match="have ended; load it again"):
@@ -220,7 +222,7 @@ def test_an_error_of_the_leader_in_a_pass_ends_the_group_and_another_load_goes_o
         client.encoder.model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(hook)
         with pytest.raises(OddError):
             client.query(text="w4 w5", rerank=0)
-        assert tensor_parallel._Group.current is None
+        assert tensor_parallel._ProcessGroup.current is None
         again = client.query(text="w1 w2 w3", rerank=0)
         assert_close([a.score for a in again.proponents], [a.score for a in expected.proponents], 1e-5)
 
@@ -259,8 +261,8 @@ def test_threads_that_ask_and_load_do_not_disturb_each_other(place):
 
 
 def test_a_process_that_does_not_start_is_told_and_none_imports_from_the_working_directory(place, tmp_path, monkeypatch):
-    if tensor_parallel._Group.current is not None:
-        tensor_parallel._Group.current.close()
+    if tensor_parallel._ProcessGroup.current is not None:
+        tensor_parallel._ProcessGroup.current.close()
     with monkeypatch.context() as patch:
         patch.setattr(tensor_parallel, "_FOLLOW", "raise SystemExit('the GPU is busy')")
         with pytest.raises(WorkerError, match=r"process 1 of the 2 that compute the model together ended \(the GPU is busy\)"):
@@ -283,9 +285,9 @@ def test_copies_are_refused(place):
 
 def test_what_the_leader_forgot_is_forgotten_by_the_others(place):
     model = load_causal_lm(ModelSource(str(place), dtype="float64", device="tp:2"))
-    group = tensor_parallel._Group.current
+    group = tensor_parallel._ProcessGroup.current
     layer = "model.layers.0.self_attn.q_proj"
-    model.get_submodule(layer).register_forward_hook(lambda module, args, output: tensor_parallel.with_gradient(output))
+    model.get_submodule(layer).register_forward_hook(lambda module, args, output: with_gradient(output))
     with tensor_parallel.shared_pass(model, [layer]):
         states = model.base_model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)[0]
     del states
@@ -299,7 +301,7 @@ def test_the_other_processes_end_with_a_leader_that_is_killed(place):
     script = (
         "import os, signal, sys\nfrom wherefrom.indexer import tensor_parallel\nfrom wherefrom.indexer.models import *\n"
         "model = load_causal_lm(ModelSource(sys.argv[1], device='tp:2'))\n"
-        "print(tensor_parallel._Group.current._processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "print(tensor_parallel._ProcessGroup.current._processes[0].pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(place)], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -328,11 +330,11 @@ def test_three_processes_hold_slices_of_unequal_size(place, dtype):
 
 def test_one_process_is_an_ordinary_model(place):
     assert process_count("tp") == 1
-    with nullcontext() if tensor_parallel._Group.current else pytest.raises(AttributeError):
-        tensor_parallel._Group.current.close()
+    with nullcontext() if tensor_parallel._ProcessGroup.current else pytest.raises(AttributeError):
+        tensor_parallel._ProcessGroup.current.close()
     model = load_causal_lm(ModelSource(str(place), device="tp"))
     assert not is_split(model)
-    assert tensor_parallel._Group.current is None
+    assert tensor_parallel._ProcessGroup.current is None
 
 
 @pytest.mark.parametrize(
